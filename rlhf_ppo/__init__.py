@@ -1,0 +1,3 @@
+"""PPO for language models; importing this package loads nothing heavy."""
+
+__version__ = "0.1.0"
