@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from datasets import Dataset, load_dataset
 
 Prompt = str | list[dict[str, str]]

@@ -61,8 +61,10 @@ class SFTArgs:
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.architecture is None):
-            raise ValueError("give exactly one of model (continue from it) and architecture (train a new one), "
-                             f"got model={self.model!r} and architecture={self.architecture!r}")
+            raise ValueError(
+                "give exactly one of model (continue from it) and architecture (train a new one), "
+                f"got model={self.model!r} and architecture={self.architecture!r}"
+            )
         if not 0 < self.eval_fraction < 1:
             raise ValueError(f"eval_fraction must lie between 0 and 1, got {self.eval_fraction}")
 
@@ -102,6 +104,7 @@ def _load(args: SFTArgs, texts: list[str]) -> tuple[PreTrainedModel, PreTrainedT
 
 def _collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     """Pad on the right by length, never by id: an end-of-text token that ends a row stays a target."""
+
     def pad(name: str, value: int) -> torch.Tensor:
         columns = [torch.tensor(row[name]) for row in rows]
         return torch.nn.utils.rnn.pad_sequence(columns, batch_first=True, padding_value=value)
@@ -125,7 +128,7 @@ def sft(args: SFTArgs) -> dict[str, float]:
     model, tokenizer = _load(args, rows["train"][args.text_column])
 
     def encode(batch: dict[str, list[str]]) -> dict[str, Any]:
-        ids = [row + [tokenizer.eos_token_id] for row in tokenizer(batch[args.text_column])["input_ids"]]
+        ids = [[*row, tokenizer.eos_token_id] for row in tokenizer(batch[args.text_column])["input_ids"]]
         ids = [row[: args.max_length] for row in ids]
         return {"input_ids": ids, "labels": ids, "length": [len(row) for row in ids]}
 

@@ -1,0 +1,49 @@
+"""What PPO is: pure functions over tensors that need torch and the standard library alone."""
+
+from rlhf_ppo.core.adaptive import adapt_clip_range, adapt_kl_coef, adapt_penalty_beta
+from rlhf_ppo.core.advantages import compute_gae, group_normalized_advantages, leave_one_out_advantages
+from rlhf_ppo.core.config import PPOConfig
+from rlhf_ppo.core.diagnostics import explained_variance, ppo_diagnostics
+from rlhf_ppo.core.kl import kl_estimate, kl_penalized_rewards
+from rlhf_ppo.core.logprobs import entropy_from_logits, linear_logprobs, token_logprobs
+from rlhf_ppo.core.losses import (
+    aggregate_loss,
+    clipped_policy_loss,
+    clipped_value_loss,
+    penalty_policy_loss,
+    policy_gradient_loss,
+    ppo_loss,
+)
+from rlhf_ppo.core.masked import masked_mean, masked_var, masked_whiten
+from rlhf_ppo.core.minibatch import minibatch_indices
+from rlhf_ppo.core.types import Experience, PolicyOutput, PPOLoss
+
+__all__ = [
+    "Experience",
+    "PPOConfig",
+    "PPOLoss",
+    "PolicyOutput",
+    "adapt_clip_range",
+    "adapt_kl_coef",
+    "adapt_penalty_beta",
+    "aggregate_loss",
+    "clipped_policy_loss",
+    "clipped_value_loss",
+    "compute_gae",
+    "entropy_from_logits",
+    "explained_variance",
+    "group_normalized_advantages",
+    "kl_estimate",
+    "kl_penalized_rewards",
+    "leave_one_out_advantages",
+    "linear_logprobs",
+    "masked_mean",
+    "masked_var",
+    "masked_whiten",
+    "minibatch_indices",
+    "penalty_policy_loss",
+    "policy_gradient_loss",
+    "ppo_diagnostics",
+    "ppo_loss",
+    "token_logprobs",
+]

@@ -1,0 +1,124 @@
+"""Advantages: how much better an action turned out than the critic, or its siblings, expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_ppo.core.masked import EPS, keep
+from rlhf_ppo.core.types import compute_dtype, require_bool, require_same_shape, result_dtype
+
+
+def compute_gae(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    *,
+    gamma: float | Tensor,
+    gae_lambda: float | Tensor,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation.
+
+    ``delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)`` and ``A_t = delta_t + gamma * lambda * A_{t+1}``, where
+    ``terminated`` sets V(s_{t+1}) to 0 and both flags cut the sum. lambda = 0 is TD(0), lambda = 1 is Monte Carlo.
+
+    Args:
+        rewards: [B, T] reward of each step.
+        values: [B, T] V(s_t).
+        next_values: [B, T] V at the next decision, supplied by the caller; ignored where terminated.
+        terminated: [B, T] bool, the episode ended: no future. Wins where both flags are set.
+        truncated: [B, T] bool, the episode was cut: the future counts through next_values alone.
+        gamma: discount, a float or a tensor that broadcasts to [B, T].
+        gae_lambda: lambda, likewise.
+        mask: [B, T] bool, True at real decisions; other steps are skipped as though they were not there.
+    Returns:
+        (advantages, returns), both [B, T], not normalised, 0 at masked steps; returns = advantages + values.
+    Raises:
+        ValueError: shapes differ or are not [B, T], or a flag is not bool.
+    Source: Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation" (2016),
+    equation 16. The paper has no truncation; its treatment follows Pardo et al., "Time Limits in RL" (2018).
+    """
+    require_same_shape(
+        rewards=rewards, values=values, next_values=next_values, terminated=terminated, truncated=truncated, mask=mask
+    )
+    require_bool(terminated=terminated, truncated=truncated)
+    if rewards.ndim != 2:
+        raise ValueError(f"rewards must be [B, T] with time last, got {tuple(rewards.shape)}")
+    if mask is None:
+        mask = torch.ones_like(terminated)
+    require_bool(mask=mask)
+
+    dtype = compute_dtype(rewards)
+    r, v = keep(rewards.to(dtype), mask), keep(values.to(dtype), mask)
+    discount = keep(_per_step("gamma", gamma, r), mask)
+    trace = keep(_per_step("gae_lambda", gae_lambda, r), mask) * discount
+    v_next = keep(next_values.to(dtype), mask & ~terminated)
+    delta = r + discount * v_next - v
+    trace = keep(trace, ~(terminated | truncated))
+
+    advantage = torch.zeros_like(r[:, 0]) if r.shape[1] else r.sum(dim=1)
+    columns: list[Tensor] = []
+    for t in reversed(range(r.shape[1])):
+        # A masked step hands the advantage of the step after it on unchanged.
+        advantage = torch.where(mask[:, t], delta[:, t] + trace[:, t] * advantage, advantage)
+        columns.append(advantage)
+    advantages = keep(torch.stack(columns[::-1], dim=1), mask) if columns else r
+    return advantages.to(result_dtype(rewards)), (advantages + v).to(result_dtype(rewards))
+
+
+def _per_step(name: str, x: float | Tensor, like: Tensor) -> Tensor:
+    x = torch.as_tensor(x, dtype=like.dtype, device=like.device)
+    try:
+        return x.expand_as(like)
+    except RuntimeError:
+        raise ValueError(f"{name} {tuple(x.shape)} does not broadcast to [B, T] {tuple(like.shape)}") from None
+
+
+def leave_one_out_advantages(scores: Tensor, group_size: int) -> Tensor:
+    """RLOO: each score minus the mean score of the other responses to the same prompt.
+
+    Args:
+        scores: [B] scores; groups of ``group_size`` responses to one prompt lie next to each other.
+        group_size: responses per prompt, at least 2.
+    Returns:
+        [B] advantages.
+    Raises:
+        ValueError: scores are not [B], or B is no multiple of group_size.
+    Source: Ahmadian et al., "Back to Basics" (2024); Kool et al., "Buy 4 REINFORCE Samples" (2019).
+    """
+    grouped = _groups(scores, group_size)
+    others = (grouped.sum(dim=1, keepdim=True) - grouped) / (group_size - 1)
+    return (grouped - others).flatten().to(result_dtype(scores))
+
+
+def group_normalized_advantages(scores: Tensor, group_size: int, scale_by_std: bool = True) -> Tensor:
+    """GRPO: each score minus its group's mean, over the group's population standard deviation.
+
+    Args:
+        scores: [B] scores; groups of ``group_size`` responses to one prompt lie next to each other.
+        group_size: responses per prompt, at least 2.
+        scale_by_std: False subtracts the mean only (Dr. GRPO).
+    Returns:
+        [B] advantages; 0 throughout a group whose scores are equal.
+    Raises:
+        ValueError: scores are not [B], or B is no multiple of group_size.
+    Source: Shao et al., "DeepSeekMath" (2024), section 4.1; Liu et al., "Understanding R1-Zero-Like Training" (2025).
+    """
+    grouped = _groups(scores, group_size)
+    centred = grouped - grouped.mean(dim=1, keepdim=True)
+    if scale_by_std:
+        centred = centred * torch.rsqrt(centred.square().mean(dim=1, keepdim=True) + EPS)
+    return centred.flatten().to(result_dtype(scores))
+
+
+def _groups(scores: Tensor, group_size: int) -> Tensor:
+    if scores.ndim != 1:
+        raise ValueError(f"scores must be [B], one per response, got {tuple(scores.shape)}")
+    if group_size < 2:
+        raise ValueError(f"group_size must be at least 2, got {group_size}: one response has none to compare with")
+    if scores.shape[0] % group_size:
+        raise ValueError(f"{scores.shape[0]} scores do not divide into groups of group_size={group_size}")
+    return scores.to(compute_dtype(scores)).reshape(-1, group_size)

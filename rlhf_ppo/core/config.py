@@ -1,0 +1,82 @@
+"""PPOConfig: the settings of the algorithm itself, the same for CartPole and for language models."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Objective = Literal["clip", "penalty", "adaptive_clip", "dual_clip", "a2c", "reinforce"]
+Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
+
+OBJECTIVES: tuple[str, ...] = get_args(Objective)
+AGGREGATIONS: tuple[str, ...] = get_args(Aggregation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig:
+    """Objective, clip, value, entropy, epochs and minibatches."""
+
+    objective: Objective = "clip"
+    """Policy loss: clip (PPO), penalty (adaptive KL penalty), adaptive_clip (clip range follows the KL),
+    dual_clip (bounds the loss of bad actions), a2c (no ratio) or reinforce (no ratio, no critic)."""
+    clip_range: float = 0.2
+    """Ratios beyond 1 +- this bring no further gain (the start value for adaptive_clip)."""
+    clip_range_high: float | None = None
+    """Upper clip range when it differs from the lower one."""
+    dual_clip: float = 3.0
+    """dual_clip objective: the loss of an action with A < 0 is at most this times -A."""
+    penalty_beta: float = 1.0
+    """penalty objective: first weight of KL(old || new), adapted toward target_kl when that is set."""
+    clip_range_vf: float | None = None
+    """Keeps a new value within this of the recorded one in the value loss; None: no value clipping."""
+    vf_coef: float = 0.5
+    """Weight of the value loss."""
+    ent_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    loss_aggregation: Aggregation = "token_mean"
+    """How per-action losses become one: token_mean, sequence_mean or sequence_sum."""
+    gamma: float = 0.99
+    """Discount per step."""
+    gae_lambda: float = 0.95
+    """GAE's lambda: 0 is TD(0), 1 is Monte Carlo."""
+    normalize_advantages: bool = True
+    """Whiten the advantages of each rollout."""
+    num_epochs: int = 4
+    """Passes over each rollout."""
+    num_minibatches: int = 4
+    """Optimizer steps per pass."""
+    max_grad_norm: float = 0.5
+    """Global gradient norm after clipping."""
+    target_kl: float | None = None
+    """Mean KL(old || new) per action in nats: stops an update's epochs beyond 1.5 times it (clip, dual_clip, a2c,
+    reinforce), or steers beta or the clip range (penalty, adaptive_clip)."""
+
+    def __post_init__(self) -> None:
+        self._require_known("objective", OBJECTIVES)
+        self._require_known("loss_aggregation", AGGREGATIONS)
+        for name in ("clip_range", "max_grad_norm"):
+            self._require(name, getattr(self, name) > 0, "positive")
+        for name in ("clip_range_high", "clip_range_vf", "target_kl"):
+            value = getattr(self, name)
+            self._require(name, value is None or value > 0, "positive or None")
+        for name in ("vf_coef", "ent_coef", "penalty_beta"):
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("gamma", "gae_lambda"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        for name in ("num_epochs", "num_minibatches"):
+            self._require(name, getattr(self, name) >= 1, "1 or more")
+        self._require("dual_clip", self.dual_clip > 1, "above 1")
+        if self.objective == "adaptive_clip" and self.target_kl is None:
+            raise ValueError("objective='adaptive_clip' steers the clip range by target_kl, which is None: set it")
+        if self.objective == "adaptive_clip" and self.clip_range_high is not None:
+            raise ValueError("objective='adaptive_clip' moves one symmetric clip_range; remove clip_range_high")
+
+    def _require(self, name: str, ok: bool, what: str) -> None:
+        value = getattr(self, name)
+        if not ok or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f"{name} must be {what}, got {value}")
+
+    def _require_known(self, name: str, known: tuple[str, ...]) -> None:
+        if getattr(self, name) not in known:
+            raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")

@@ -1,0 +1,79 @@
+"""Diagnostics: how far an update moved the policy, what the clip stopped, how well the critic predicts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_ppo.core.config import PPOConfig
+from rlhf_ppo.core.kl import MAX_LOG_RATIO, kl_estimate
+from rlhf_ppo.core.losses import probability_ratio
+from rlhf_ppo.core.masked import keep, masked_mean, masked_var
+from rlhf_ppo.core.types import Experience, PolicyOutput, compute_dtype, require_bool, require_same_shape, result_dtype
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor | None = None) -> Tensor:
+    """``1 - Var(returns - values) / Var(returns)``: 1 is a perfect critic, 0 one that predicts a constant.
+
+    Args:
+        values: [*] predictions.
+        returns: [*] what came.
+        mask: [*] bool; default: everything counts.
+    Returns:
+        [] the share; 0 when the returns do not vary.
+    Raises:
+        ValueError: shapes differ, or the mask is not bool.
+    """
+    require_same_shape(values=values, returns=returns, mask=mask)
+    mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
+    dtype = compute_dtype(values)
+    v, r = values.to(dtype), returns.to(dtype)
+    spread = masked_var(r, mask)
+    share = 1 - masked_var(r - v, mask) / torch.where(spread > 0, spread, torch.ones_like(spread))
+    return torch.where(spread > 0, share, torch.zeros_like(share)).to(result_dtype(values))
+
+
+@torch.no_grad()
+def ppo_diagnostics(new: PolicyOutput, old: Experience, config: PPOConfig | None = None) -> dict[str, Tensor]:
+    """What one minibatch's step looked like, over its True actions.
+
+    Args:
+        new: the current policy on the recorded actions, [*].
+        old: the recorded facts, [*].
+        config: its clip ranges decide what counts as clipped; default: PPOConfig().
+    Returns:
+        Scalars: approx_kl (nats per action, k3 of old against new), clip_fraction (share of actions whose gradient
+        the clip killed: A > 0 with r > 1 + eps_high, or A < 0 with r < 1 - eps), out_of_range_fraction (r outside the
+        band whatever A's sign), ratio_mean, max_abs_log_ratio (nats), overflow_fraction (|log r| beyond 20, where it
+        is clamped), and entropy (nats) when it was computed.
+    Raises:
+        ValueError: shapes differ, or the mask is not bool.
+    """
+    require_same_shape(
+        logprobs=new.logprobs, old_logprobs=old.logprobs, advantages=old.advantages, entropy=new.entropy, mask=old.mask
+    )
+    require_bool(mask=old.mask)
+    config = config or PPOConfig()
+    mask = old.mask
+    high = config.clip_range if config.clip_range_high is None else config.clip_range_high
+    dtype = compute_dtype(new.logprobs)
+    logprobs, old_logprobs, advantages = (keep(x.to(dtype), mask) for x in (new.logprobs, old.logprobs, old.advantages))
+    log_ratio = logprobs - old_logprobs
+    ratio = probability_ratio(logprobs, old_logprobs)
+    above, below = ratio > 1 + high, ratio < 1 - config.clip_range
+    killed = ((advantages > 0) & above) | ((advantages < 0) & below)
+
+    def share(flags: Tensor) -> Tensor:
+        return masked_mean(flags.to(dtype), mask)
+
+    diagnostics = {
+        "approx_kl": masked_mean(kl_estimate(old_logprobs, logprobs, "k3"), mask),
+        "clip_fraction": share(killed),
+        "out_of_range_fraction": share(above | below),
+        "ratio_mean": masked_mean(ratio, mask),
+        "max_abs_log_ratio": log_ratio.abs().max() if log_ratio.numel() else log_ratio.sum(),
+        "overflow_fraction": share(log_ratio.abs() > MAX_LOG_RATIO),
+    }
+    if new.entropy is not None:
+        diagnostics["entropy"] = masked_mean(keep(new.entropy.to(dtype), mask), mask)
+    return diagnostics

@@ -1,0 +1,75 @@
+"""KL to the frozen reference: its per-action estimates, and how they become a cost inside the rewards."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_ppo.core.masked import keep
+from rlhf_ppo.core.types import compute_dtype, require_bool, require_same_shape, result_dtype
+
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+# exp(20) is 4.9e8: far outside any trust region, and its square is still finite in float32.
+MAX_LOG_RATIO = 20.0
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -> Tensor:
+    """Per-action estimate of KL(pi || pi_ref), in nats.
+
+    k1 = log pi - log pi_ref: unbiased, single terms may be negative.
+    k2 = 0.5 * (log pi - log pi_ref)^2: biased, never negative; as a loss its gradient is the exact KL's.
+    k3 = pi_ref/pi - 1 - log(pi_ref/pi): unbiased, never negative; its exponent is clamped at 20, so it stays finite.
+
+    Args:
+        logprobs: [*] log pi(a|s) of actions sampled from pi.
+        ref_logprobs: [*] the same actions under the frozen reference.
+        estimator: k1, k2 or k3.
+    Returns:
+        [*] nats per action.
+    Raises:
+        ValueError: shapes differ, or the estimator is unknown.
+    Source: Schulman, "Approximating KL Divergence" (2020).
+    """
+    require_same_shape(ref_logprobs=ref_logprobs, logprobs=logprobs)
+    if estimator not in KL_ESTIMATORS:
+        raise ValueError(f"unknown KL estimator {estimator!r}; known: {', '.join(KL_ESTIMATORS)}")
+    dtype = compute_dtype(logprobs)
+    log_ratio = logprobs.to(dtype) - ref_logprobs.to(dtype)
+    if estimator == "k1":
+        kl = log_ratio
+    elif estimator == "k2":
+        kl = 0.5 * log_ratio.square()
+    else:
+        kl = torch.expm1((-log_ratio).clamp(max=MAX_LOG_RATIO)) + log_ratio
+    return kl.to(result_dtype(logprobs))
+
+
+def kl_penalized_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float | Tensor) -> Tensor:
+    """Rewards per token: ``-kl_coef * kl_t`` everywhere, plus the score.
+
+    Args:
+        scores: [B] one score a response, added on its last True step; or [B, T] one a token.
+        kl: [B, T] per-token KL estimates.
+        mask: [B, T] bool, True on response tokens.
+        kl_coef: weight of the KL; 0 is a weight like any other.
+    Returns:
+        [B, T] rewards, 0 where masked; a row without a True step is all zero.
+    Raises:
+        ValueError: shapes do not fit, or the mask is not bool.
+    Source: Ziegler et al., "Fine-Tuning Language Models from Human Preferences" (2019), equation 2.
+    """
+    require_same_shape(mask=mask, kl=kl)
+    require_bool(mask=mask)
+    if kl.ndim != 2 or scores.shape not in (kl.shape, kl.shape[:1]):
+        raise ValueError(f"scores {tuple(scores.shape)} must be [B] or [B, T] for kl [B, T] {tuple(kl.shape)}")
+    dtype = compute_dtype(kl)
+    rewards = -kl_coef * keep(kl.to(dtype), mask)
+    if scores.ndim == 1:
+        steps = torch.arange(mask.shape[1], device=mask.device)
+        last = torch.where(mask, steps, -1).amax(dim=1, keepdim=True) if mask.shape[1] else steps[None]
+        gets_score = steps == last
+        scores = scores[:, None].expand_as(kl)
+    else:
+        gets_score = mask
+    return (rewards + keep(scores.to(dtype), gets_score)).to(result_dtype(kl))

@@ -1,0 +1,182 @@
+"""Log-probs of chosen tokens, from logits or straight from hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rlhf_ppo.core.types import compute_dtype, require_same_shape, result_dtype
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """``log softmax(logits / temperature)[token]``.
+
+    Args:
+        logits: [*, V] unnormalised log-probabilities; -inf bans a token.
+        tokens: [*] integer ids below V.
+        temperature: divides the logits; the same one as at sampling.
+    Returns:
+        [*] log-probs in nats.
+    Raises:
+        ValueError: shapes do not fit, temperature is not positive, or (on CPU) an id is out of range.
+    """
+    if logits.ndim == 0:
+        raise ValueError("logits must be [*, V], got a scalar")
+    require_same_shape(tokens=tokens, logits_without_vocabulary=logits[..., 0])
+    _check_temperature(temperature)
+    _check_ids(tokens, logits.shape[-1])
+    scaled = logits.to(compute_dtype(logits)) / temperature
+    chosen = scaled.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
+    return (chosen - scaled.logsumexp(dim=-1)).to(result_dtype(logits))
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_size: int = 256,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probs of ``tokens`` under ``softmax((hidden @ weight.T + bias) / temperature)``, without the [N, V] logits.
+
+    Works on ``chunk_size`` rows at a time and computes their logits again in the backward pass, so its peak memory
+    is [chunk_size, V] whatever N is. Gradients reach hidden, weight and bias, from log-probs and entropy alike.
+
+    Args:
+        hidden: [N, O] last hidden states.
+        weight: [V, O] output embedding.
+        tokens: [N] integer ids below V.
+        bias: [V] or None.
+        temperature: divides the logits.
+        chunk_size: rows of logits held at once.
+        return_entropy: also return the entropy of each row's distribution.
+    Returns:
+        [N] log-probs in nats, or (log-probs [N], entropy [N]).
+    Raises:
+        ValueError: shapes do not fit, temperature or chunk_size is not positive, or (on CPU) an id is out of range.
+    """
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden {tuple(hidden.shape)} must be [N, O] and weight {tuple(weight.shape)} [V, O]")
+    if tokens.shape != hidden.shape[:1]:
+        raise ValueError(f"tokens {tuple(tokens.shape)} must be [N] for hidden {tuple(hidden.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias {tuple(bias.shape)} must be [V] for weight {tuple(weight.shape)}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be 1 or more, got {chunk_size}")
+    _check_temperature(temperature)
+    _check_ids(tokens, weight.shape[0])
+    apply = cast(Callable[..., tuple[Tensor, Tensor]], _LinearLogprobs.apply)  # torch leaves apply untyped
+    logprobs, entropy = apply(hidden, weight, bias, tokens.long(), temperature, chunk_size, return_entropy)
+    return (logprobs, entropy) if return_entropy else logprobs
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    """Forward keeps one log-normaliser a row; backward rebuilds each chunk's softmax from it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: Tensor,
+        temperature: float,
+        chunk_size: int,
+        return_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = compute_dtype(hidden)
+        logprobs = torch.empty(hidden.shape[0], dtype=dtype, device=hidden.device)
+        entropy, normaliser = torch.zeros_like(logprobs), torch.empty_like(logprobs)
+        for rows in _chunks(hidden.shape[0], chunk_size):
+            logits = _logits(hidden[rows], weight, bias, temperature, dtype)
+            normaliser[rows] = logits.logsumexp(dim=-1)
+            logprobs[rows] = logits.gather(-1, tokens[rows, None]).squeeze(-1) - normaliser[rows]
+            if return_entropy:
+                entropy[rows] = _entropy(logits.sub_(normaliser[rows, None]))
+        ctx.save_for_backward(hidden, weight, bias, tokens, normaliser, entropy)
+        ctx.temperature, ctx.chunk_size, ctx.return_entropy = temperature, chunk_size, return_entropy
+        return logprobs.to(hidden.dtype), entropy.to(hidden.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (once_differentiable makes ctx positional)
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        grad_logprobs, grad_entropy = grad_outputs
+        hidden, weight, bias, tokens, normaliser, entropy = ctx.saved_tensors
+        dtype = normaliser.dtype
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        # Sums over all chunks are kept in the compute dtype and rounded once.
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=dtype) if needs_bias else None
+        for rows in _chunks(hidden.shape[0], ctx.chunk_size):
+            log_p = _logits(hidden[rows], weight, bias, ctx.temperature, dtype).sub_(normaliser[rows, None])
+            p = log_p.exp()
+            # d logprob / d logit = onehot - p;   d entropy / d logit = -p * (log p + entropy)
+            upstream = grad_logprobs[rows, None].to(dtype)
+            grad_logits = -upstream * p
+            grad_logits.scatter_add_(-1, tokens[rows, None], upstream)
+            if ctx.return_entropy:
+                finite_log_p = log_p.clamp(min=torch.finfo(dtype).min)
+                grad_logits -= grad_entropy[rows, None].to(dtype) * p * (finite_log_p + entropy[rows, None])
+            grad_logits /= ctx.temperature
+            if grad_hidden is not None:
+                grad_hidden[rows] = (grad_logits @ weight.to(dtype)).to(hidden.dtype)
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ hidden[rows].to(dtype)
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(dim=0)
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def entropy_from_logits(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Entropy in nats of ``softmax(logits / temperature)``: [*, V] -> [*]; banned tokens (-inf) add nothing."""
+    _check_temperature(temperature)
+    log_p = (logits.to(compute_dtype(logits)) / temperature).log_softmax(dim=-1)
+    return _entropy(log_p).to(result_dtype(logits))
+
+
+def _entropy(log_p: Tensor) -> Tensor:
+    return -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(dim=-1)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, dtype: torch.dtype) -> Tensor:
+    logits = (hidden @ weight.T).to(dtype)
+    if bias is not None:
+        logits = logits + bias.to(dtype)
+    return logits / temperature
+
+
+def _chunks(total: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, total, size)]
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+
+
+def _check_ids(tokens: Tensor, vocabulary: int) -> None:
+    # On a GPU this look would stall the queue at every call.
+    if (
+        tokens.device.type == "cpu"
+        and tokens.numel()
+        and not (int(tokens.min()) >= 0 and int(tokens.max()) < vocabulary)
+    ):
+        raise ValueError(f"token ids must lie in [0, {vocabulary}), got {int(tokens.min())} to {int(tokens.max())}")

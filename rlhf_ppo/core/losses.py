@@ -1,0 +1,226 @@
+"""Losses: the clipped surrogate and its relatives, the value loss, and how they become one scalar."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_ppo.core.config import AGGREGATIONS, OBJECTIVES, PPOConfig
+from rlhf_ppo.core.kl import MAX_LOG_RATIO, kl_estimate
+from rlhf_ppo.core.masked import keep
+from rlhf_ppo.core.types import (
+    Experience,
+    PolicyOutput,
+    PPOLoss,
+    compute_dtype,
+    require_bool,
+    require_same_shape,
+    result_dtype,
+)
+
+
+def probability_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """``pi_new / pi_old`` [*]; the log-ratio is clamped to +-20, so a drift of any size stays finite."""
+    return (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def clipped_policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    clip_range: float = 0.2,
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
+) -> Tensor:
+    """PPO's clipped surrogate, negated: ``max(-r * A, -clip(r, 1 - eps, 1 + eps_high) * A)`` with r = new / old.
+
+    Only two cases lose their gradient: A > 0 with r > 1 + eps_high, and A < 0 with r < 1 - eps.
+
+    Args:
+        logprobs: [*] log-probs now, with gradients.
+        old_logprobs: [*] log-probs at rollout.
+        advantages: [*] advantages.
+        clip_range: eps.
+        clip_range_high: upper eps when it differs ("clip-higher").
+        dual_clip: c > 1: where A < 0 the loss is at most -c * A.
+    Returns:
+        [*] loss per action, to be minimised.
+    Raises:
+        ValueError: shapes differ, or a range is out of bounds.
+    Source: Schulman et al. (2017), equation 7; Ye et al., "Mastering Complex Control in MOBA Games" (2020), equation 6.
+    """
+    require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    high = clip_range if clip_range_high is None else clip_range_high
+    if clip_range < 0 or high < 0:
+        raise ValueError(f"clip ranges must not be negative, got clip_range={clip_range}, clip_range_high={high}")
+    if dual_clip is not None and dual_clip <= 1:
+        raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
+    dtype = compute_dtype(logprobs)
+    a = advantages.to(dtype)
+    ratio = probability_ratio(logprobs.to(dtype), old_logprobs.to(dtype))
+    loss = torch.maximum(-ratio * a, -ratio.clamp(1 - clip_range, 1 + high) * a)
+    if dual_clip is not None:
+        loss = torch.where(a < 0, torch.minimum(loss, -dual_clip * a), loss)
+    return loss.to(result_dtype(logprobs))
+
+
+def penalty_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, beta: float) -> Tensor:
+    """PPO-Penalty, negated: ``-r * A + beta * KL(old || new)``.
+
+    The KL is estimated from the old policy's own actions by ``(r - 1) - log r``, which is never negative and whose
+    gradient is unbiased here, because the actions were drawn from the fixed old policy.
+
+    Shapes and errors are those of :func:`clipped_policy_loss`. Source: Schulman et al. (2017), equation 8.
+    """
+    require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    dtype = compute_dtype(logprobs)
+    new, old = logprobs.to(dtype), old_logprobs.to(dtype)
+    loss = -probability_ratio(new, old) * advantages.to(dtype) + beta * kl_estimate(old, new, "k3")
+    return loss.to(result_dtype(logprobs))
+
+
+def policy_gradient_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """``-log pi(a|s) * A`` per action [*]: A2C's loss, and REINFORCE's when A is the Monte Carlo return.
+
+    Source: Williams (1992); Mnih et al., "Asynchronous Methods for Deep Reinforcement Learning" (2016).
+    """
+    require_same_shape(logprobs=logprobs, advantages=advantages)
+    dtype = compute_dtype(logprobs)
+    return (-logprobs.to(dtype) * advantages.to(dtype)).to(result_dtype(logprobs))
+
+
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor | None, returns: Tensor, *, clip_range: float | None = None
+) -> Tensor:
+    """``0.5 * (V - R)^2``, or the larger of that and the same with V kept within ``clip_range`` of the old value.
+
+    Args:
+        values: [*] V(s) now, with gradients.
+        old_values: [*] V(s) at rollout; read only when clipping.
+        returns: [*] targets on the scale of the rewards.
+        clip_range: None: no clipping.
+    Returns:
+        [*] loss per state.
+    Raises:
+        ValueError: shapes differ, clip_range is negative, or clipping lacks old_values.
+    Source: OpenAI baselines' ppo2. The paper has no value clipping.
+    """
+    require_same_shape(values=values, old_values=old_values, returns=returns)
+    dtype = compute_dtype(values)
+    v, target = values.to(dtype), returns.to(dtype)
+    loss = 0.5 * (v - target).square()
+    if clip_range is not None:
+        if old_values is None or clip_range < 0:
+            raise ValueError(
+                f"value clipping needs old_values and a clip_range >= 0, got clip_range={clip_range}, "
+                f"old_values={'None' if old_values is None else 'given'}"
+            )
+        old = old_values.to(dtype)
+        clipped = old + (v - old).clamp(-clip_range, clip_range)
+        loss = torch.maximum(loss, 0.5 * (clipped - target).square())
+    return loss.to(result_dtype(values))
+
+
+def aggregate_loss(
+    loss: Tensor, mask: Tensor, mode: str = "token_mean", *, denominator: float | Tensor | None = None
+) -> Tensor:
+    """One scalar from per-action losses.
+
+    token_mean: sum over True entries / number of True entries.
+    sequence_mean: mean over rows of each row's mean. sequence_sum: mean over rows of each row's sum.
+    A row without a True entry is no row.
+
+    Args:
+        loss: [*] per-action losses; [B, ..., T] for the sequence modes, whose rows are axis 0.
+        mask: [*] bool.
+        mode: token_mean, sequence_mean or sequence_sum.
+        denominator: the whole minibatch's count over all microbatches and processes (True entries for token_mean,
+            rows for sequence_*), so that the parts' losses sum to the loss of the whole; default: this call's own.
+    Returns:
+        [] the loss; 0 for an empty mask.
+    Raises:
+        ValueError: shapes differ, the mode is unknown, or a sequence mode gets less than two axes.
+    """
+    require_same_shape(mask=mask, loss=loss)
+    require_bool(mask=mask)
+    if mode not in AGGREGATIONS:
+        raise ValueError(f"unknown loss aggregation {mode!r}; known: {', '.join(AGGREGATIONS)}")
+    values = keep(loss.to(compute_dtype(loss)), mask)
+    if mode == "token_mean":
+        total, own_count = values.sum(), mask.sum()
+    else:
+        if loss.ndim < 2:
+            raise ValueError(f"{mode} needs rows: loss must be [B, T], got {tuple(loss.shape)}")
+        rows, lengths = values.flatten(1).sum(dim=1), mask.flatten(1).sum(dim=1)
+        total = (rows / lengths.clamp(min=1)).sum() if mode == "sequence_mean" else rows.sum()
+        own_count = (lengths > 0).sum()
+    count = torch.as_tensor(own_count if denominator is None else denominator, dtype=total.dtype, device=total.device)
+    return (total / torch.where(count == 0, torch.ones_like(count), count)).to(result_dtype(loss))
+
+
+def ppo_loss(
+    new: PolicyOutput, old: Experience, config: PPOConfig, *, denominator: float | Tensor | None = None
+) -> PPOLoss:
+    """The loss that both frontends minimise: ``policy + vf_coef * value - ent_coef * entropy``.
+
+    Args:
+        new: the current policy on the recorded actions, [*].
+        old: the recorded facts, [*]; nothing outside ``old.mask`` is read.
+        config: objective, clip ranges, coefficients and loss aggregation.
+        denominator: see :func:`aggregate_loss`.
+    Raises:
+        ValueError: shapes differ, the objective is unknown, or a needed value, return or entropy is missing.
+    """
+    require_same_shape(
+        logprobs=new.logprobs,
+        values=new.values,
+        entropy=new.entropy,
+        old_logprobs=old.logprobs,
+        old_values=old.values,
+        advantages=old.advantages,
+        returns=old.returns,
+        mask=old.mask,
+    )
+    require_bool(mask=old.mask)
+    mask = old.mask
+
+    def aggregate(loss: Tensor) -> Tensor:
+        return aggregate_loss(loss, mask, config.loss_aggregation, denominator=denominator)
+
+    # Masked inputs go before anything is computed: where() on results would still back-propagate their NaN.
+    logprobs, old_logprobs, advantages = (keep(x, mask) for x in (new.logprobs, old.logprobs, old.advantages))
+    policy = aggregate(_policy_loss(logprobs, old_logprobs, advantages, config))
+    value = entropy = torch.zeros_like(policy)
+    if new.values is not None and config.objective != "reinforce":
+        if old.returns is None:
+            raise ValueError("new.values are given but old.returns is None: the critic has nothing to learn from")
+        old_values = None if old.values is None else keep(old.values, mask)
+        value = aggregate(
+            clipped_value_loss(
+                keep(new.values, mask), old_values, keep(old.returns, mask), clip_range=config.clip_range_vf
+            )
+        )
+    if new.entropy is not None:
+        entropy = aggregate(keep(new.entropy, mask))
+    elif config.ent_coef != 0:
+        raise ValueError(f"ent_coef={config.ent_coef} needs new.entropy, which is None")
+    total = policy + config.vf_coef * value - config.ent_coef * entropy
+    return PPOLoss(total=total, policy=policy, value=value, entropy=entropy)
+
+
+def _policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, config: PPOConfig) -> Tensor:
+    if config.objective in ("clip", "adaptive_clip", "dual_clip"):
+        return clipped_policy_loss(
+            logprobs,
+            old_logprobs,
+            advantages,
+            clip_range=config.clip_range,
+            clip_range_high=config.clip_range_high,
+            dual_clip=config.dual_clip if config.objective == "dual_clip" else None,
+        )
+    if config.objective == "penalty":
+        return penalty_policy_loss(logprobs, old_logprobs, advantages, beta=config.penalty_beta)
+    if config.objective in ("a2c", "reinforce"):
+        return policy_gradient_loss(logprobs, advantages)
+    raise ValueError(f"unknown objective {config.objective!r}; known: {', '.join(OBJECTIVES)}")
