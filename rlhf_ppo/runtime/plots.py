@@ -1,0 +1,41 @@
+"""Pictures of a run: one panel a metric, over the run's own count of experience."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def plot_curves(
+    records: Sequence[Mapping[str, Any]], path: str | Path, *, x: str, panels: Mapping[str, str], title: str
+) -> Path:
+    """Draw one panel for each metric over ``x`` and write a PNG.
+
+    Args:
+        records: rows of ``metrics.jsonl``; a row without a metric is left out of that panel.
+        path: the PNG to write.
+        x: metric on the horizontal axis.
+        panels: metric -> label with its unit; panels without data are left out.
+        title: headline.
+    Returns:
+        The path.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawn = {key: label for key, label in panels.items() if any(key in row and x in row for row in records)}
+    figure = Figure(figsize=(4.2 * max(1, len(drawn)), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, (key, label) in enumerate(drawn.items()):
+        axes = figure.add_subplot(1, len(drawn), i + 1)
+        points = [(row[x], row[key]) for row in records if key in row and x in row]
+        axes.plot(*zip(*points, strict=True), linewidth=1.8, marker="o" if len(points) < 12 else None, markersize=3)
+        axes.set_xlabel(x.split("/")[-1].replace("_", " "))
+        axes.set_title(label, fontsize=10)
+        axes.grid(alpha=0.3)
+    figure.suptitle(title, fontsize=12)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return path

@@ -1,0 +1,60 @@
+"""The folder of a run: settings, metrics and samples as JSON, written so that a crash loses nothing already there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_ppo.runtime.metrics import require_known_metrics
+
+
+class RunDirectory:
+    """One run's folder. Starting a run where another one lies moves the old files to ``previous-<n>/`` first."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Make the folder if it is not there.
+
+        Raises:
+            ValueError: the path is a file.
+        """
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"output_dir {self.path} is a file; name a folder")
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def start(self, settings: Mapping[str, Any]) -> None:
+        """Begin a run: set an earlier run's files aside, then write ``run.json``."""
+        if (self.path / "metrics.jsonl").exists():
+            n = 1
+            while (self.path / f"previous-{n}").exists():
+                n += 1
+            old = self.path / f"previous-{n}"
+            old.mkdir()
+            for file in [entry for entry in self.path.iterdir() if not entry.name.startswith("previous-")]:
+                file.rename(old / file.name)
+        self.write_json("run.json", settings)
+
+    def write_json(self, name: str, content: Any) -> Path:
+        """Write one JSON file."""
+        file = self.path / name
+        file.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+        return file
+
+    def append(self, name: str, row: Mapping[str, Any]) -> None:
+        """Append one line to a JSONL file."""
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Append a line to ``metrics.jsonl``; an unknown key is a KeyError."""
+        require_known_metrics(metrics)
+        self.append("metrics.jsonl", metrics)
+
+    def read(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+        """The rows of a JSONL file; none if it does not exist."""
+        file = self.path / name
+        if not file.exists():
+            return []
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

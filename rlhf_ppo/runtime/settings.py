@@ -1,0 +1,114 @@
+"""The one loader of settings: defaults, then a YAML file, then flags; typos are errors with a suggestion."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+Settings = TypeVar("Settings")
+Command = tuple[type, Callable[[Any], int | None]]
+
+
+def read_yaml(path: str | Path, cls: type) -> dict[str, Any]:
+    """The settings in a YAML file, checked key by key against the dataclass ``cls``.
+
+    Numbers may be written ``1e-5``: YAML reads that as a string, the field's type makes it a float.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a mapping, an unknown key (with the closest known one), or a value of the wrong type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"config file {path} does not exist")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold `name: value` lines, got {type(content).__name__}")
+    types = typing.get_type_hints(cls)
+    known = [field.name for field in dataclasses.fields(cls) if field.init]
+    return {key: _checked(path, key, value, known, types) for key, value in content.items()}
+
+
+def _checked(path: Path, key: Any, value: Any, known: list[str], types: Mapping[str, Any]) -> Any:
+    if key not in known:
+        close = difflib.get_close_matches(str(key), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+        raise ValueError(f"{path}: unknown key {key!r}; {hint}")
+    try:
+        return TypeAdapter(types[key]).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {key}: {error.errors()[0]['msg']}, got {value!r}") from None
+
+
+def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, description: str | None = None) -> Settings:
+    """Build ``cls`` from ``argv``: flags win over ``--config file.yaml``, which wins over the defaults.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`read_yaml`; a wrong flag ends the program with usage help.
+    """
+    flags: list[str] = []
+    from_yaml: list[str] = []
+    rest = iter(argv)
+    for word in rest:
+        if word == "--config" or word.startswith("--config="):
+            path = word.partition("=")[2] or next(rest, "")
+            if not path:
+                raise ValueError("--config needs the path of a YAML file")
+            for key, value in read_yaml(path, cls).items():
+                from_yaml += _as_flag(key, value)
+        else:
+            flags.append(word)
+    return tyro.cli(
+        cls,
+        args=[*from_yaml, *flags],
+        prog=prog,
+        description=(description or "")
+        + " Settings may also come from a YAML file: --config FILE (flags win over it).",
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+    )
+
+
+def _as_flag(key: str, value: Any) -> list[str]:
+    words = [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
+    return [f"--{key.replace('_', '-')}", *words]
+
+
+def run_command(prog: str, commands: Mapping[str, Command], argv: Sequence[str] | None = None) -> int:
+    """Dispatch ``prog COMMAND flags``: parse the command's settings, run it, turn bad input into one clear line.
+
+    Returns:
+        The exit code: 0, or 2 for bad input.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    width = max(map(len, commands))
+    summary = {name: (cls.__doc__ or "").strip().splitlines()[0] for name, (cls, _) in commands.items()}
+    usage = f"usage: {prog} COMMAND [flags]\n\n" + "\n".join(f"  {n:<{width}}  {text}" for n, text in summary.items())
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"{usage}\n\n{prog} COMMAND --help lists the flags of a command.")
+        return 0 if argv else 2
+    if argv[0] not in commands:
+        close = difflib.get_close_matches(argv[0], commands, n=1)
+        print(
+            f"error: unknown command {argv[0]!r}" + (f"; did you mean {close[0]!r}?" if close else ""), file=sys.stderr
+        )
+        print(usage, file=sys.stderr)
+        return 2
+    cls, run = commands[argv[0]]
+    try:
+        settings = parse_settings(cls, argv[1:], prog=f"{prog} {argv[0]}", description=summary[argv[0]])
+        return run(settings) or 0
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
