@@ -1,3 +1,28 @@
-"""PPO for language models; importing this package loads nothing heavy."""
+"""PPO for language models; importing this package loads nothing heavy, its public names load what they need."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlhf_ppo.config import RLHFConfig
+    from rlhf_ppo.rewards import RewardModel
+    from rlhf_ppo.rollout import Rollout
+    from rlhf_ppo.trainer import PPOTrainer
 
 __version__ = "0.1.0"
+__all__ = ["PPOTrainer", "RLHFConfig", "RewardModel", "Rollout", "__version__"]
+
+_HOMES = {
+    "PPOTrainer": "rlhf_ppo.trainer",
+    "RLHFConfig": "rlhf_ppo.config",
+    "RewardModel": "rlhf_ppo.rewards",
+    "Rollout": "rlhf_ppo.rollout",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

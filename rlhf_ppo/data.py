@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
+import torch
 from datasets import Dataset, load_dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_ppo.config import RLHFConfig
 
 Prompt = str | list[dict[str, str]]
+"""A prompt is text, or chat messages: ``[{"role": "user", "content": "..."}]``."""
 
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -19,11 +29,13 @@ def load_rows(source: str, split: str = "train") -> Dataset:
         FileNotFoundError: ``source`` looks like a path and is not there.
         ValueError: the file's ending names no known format, or the data set is empty.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_file():
         ending = path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
         if ending not in _FORMATS:
             raise ValueError(f"{source}: unknown ending {ending!r}; use one of {sorted(_FORMATS)} (also with .gz)")
+        if path.stat().st_size == 0:
+            raise ValueError(f"data set {source} has no rows")
         rows = load_dataset(_FORMATS[ending], data_files=str(path), split="train")
     elif path.exists():
         rows = load_dataset(str(path), split=split)
@@ -43,3 +55,148 @@ def require_column(rows: Dataset, column: str) -> None:
     close = difflib.get_close_matches(column, rows.column_names, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise ValueError(f"the data set has no column {column!r}, its columns are {rows.column_names}{hint}")
+
+
+def tokenize_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
+    """Token ids of one prompt; chat messages go through the tokenizer's chat template, ready for a reply.
+
+    Raises:
+        ValueError: the prompt is empty, neither text nor messages, or a chat without a chat template; names ``where``.
+    """
+    if isinstance(prompt, str):
+        if not prompt:
+            raise ValueError(f"{where}: the prompt is empty; remove the row or give it text")
+        ids = tokenizer(prompt)["input_ids"]
+    elif _is_chat(prompt):
+        if not tokenizer.chat_template:
+            raise ValueError(
+                f"{where}: the prompt is a chat, but the tokenizer has no chat template; "
+                "pass a tokenizer with one as processing_class, or write prompts as text"
+            )
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        raise ValueError(f"{where}: a prompt must be text or chat messages, got {type(prompt).__name__}: {prompt!r}")
+    if not ids:
+        raise ValueError(f"{where}: the prompt {prompt!r} has no tokens; remove the row or give it text")
+    return cast(list[int], ids)
+
+
+def _is_chat(prompt: Any) -> bool:
+    return (
+        isinstance(prompt, list)
+        and len(prompt) > 0
+        and all(isinstance(message, Mapping) and {"role", "content"} <= set(message) for message in prompt)
+    )
+
+
+def fit_prompt(ids: list[int], room: int | None, policy: str, where: str) -> list[int] | None:
+    """The ids if they leave room for the response; else an error, their end, or None (drop), by ``policy``."""
+    if room is None or len(ids) <= room:
+        return ids
+    if policy == "error":
+        raise ValueError(
+            f"{where}: the prompt has {len(ids)} tokens, but the model's context leaves room for {max(room, 0)} beside "
+            "max_new_tokens; shorten it, lower max_new_tokens, or set overlong_prompts to 'truncate' or 'drop'"
+        )
+    return ids[-room:] if policy == "truncate" else None
+
+
+def left_pad(rows: Sequence[Sequence[int]], filler: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids [B, P] padded on the left, and their bool mask [B, P]: the mask says what is padding, never an id."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), filler, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = torch.tensor(row, dtype=torch.long)
+        mask[i, width - len(row) :] = True
+    return ids.to(device), mask.to(device)
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts with their other columns, which the reward functions receive."""
+
+    prompts: list[Prompt]
+    columns: dict[str, list[Any]]
+
+
+class PromptSet:
+    """A data set of prompts, checked when it is built, and dealt out in an order that a seed and a number fix."""
+
+    def __init__(
+        self,
+        rows: Dataset | Sequence[Mapping[str, Any]],
+        tokenizer: PreTrainedTokenizerBase,
+        args: RLHFConfig,
+        *,
+        vocab_size: int,
+        room: int | None,
+        name: str = "train_dataset",
+    ) -> None:
+        """Check every prompt.
+
+        Args:
+            rows: a data set (or a list of mappings) with a column ``prompt``.
+            tokenizer: the policy's.
+            args: the policy for overlong prompts, the seed.
+            vocab_size: ids must lie below it.
+            room: most tokens a prompt may have; None: no limit is known.
+            name: what to call the data set in messages.
+        Raises:
+            ValueError: no rows, no column ``prompt``, or a bad prompt; names the row.
+        """
+        if not hasattr(rows, "column_names"):
+            rows = Dataset.from_list([dict(row) for row in rows])
+        rows = cast(Dataset, rows)
+        if len(rows) == 0:
+            raise ValueError(f"{name} has no rows")
+        require_column(rows, "prompt")
+        if room is not None and room < 1:
+            raise ValueError(f"max_new_tokens={args.max_new_tokens} leaves no room for a prompt in the model's context")
+        kept: list[int] = []
+        truncated = 0
+        prompts = rows["prompt"]
+        for i, prompt in enumerate(prompts):
+            ids = tokenize_prompt(prompt, tokenizer, f"{name} row {i}")
+            if max(ids) >= vocab_size:
+                raise ValueError(
+                    f"{name} row {i}: token id {max(ids)} is not in the model's vocabulary of {vocab_size}; "
+                    "the tokenizer belongs to another model"
+                )
+            fitted = fit_prompt(ids, room, args.overlong_prompts, f"{name} row {i}")
+            if fitted is not None:
+                truncated += len(fitted) < len(ids)
+                kept.append(i)
+        if dropped := len(rows) - len(kept):
+            warnings.warn(f"{name}: dropped {dropped} of {len(rows)} prompts longer than {room} tokens", stacklevel=3)
+        if truncated:
+            warnings.warn(
+                f"{name}: {truncated} of {len(rows)} prompts keep their last {room} tokens only", stacklevel=3
+            )
+        if not kept:
+            raise ValueError(f"{name}: every prompt is longer than the {room} tokens that the context leaves")
+        self.rows = rows.select(kept)
+        self.seed = args.seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, indices: Sequence[int]) -> PromptBatch:
+        """The rows with these indices."""
+        picked = [self.rows[int(i)] for i in indices]
+        columns = {c: [row[c] for row in picked] for c in self.rows.column_names if c != "prompt"}
+        return PromptBatch([row["prompt"] for row in picked], columns)
+
+    def batch(self, number: int, size: int) -> PromptBatch:
+        """Batch ``number`` of an endless stream that shuffles the data set anew in each pass."""
+        first = number * size
+        order: dict[int, list[int]] = {}
+        indices: list[int] = []
+        for k in range(first, first + size):
+            epoch, position = divmod(k, len(self))
+            if epoch not in order:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                order[epoch] = torch.randperm(len(self), generator=generator).tolist()
+            indices.append(order[epoch][position])
+        return self.take(indices)

@@ -109,6 +109,7 @@ def group_normalized_advantages(scores: Tensor, group_size: int, scale_by_std: b
     """
     grouped = _groups(scores, group_size)
     centred = grouped - grouped.mean(dim=1, keepdim=True)
+    centred = centred - centred.mean(dim=1, keepdim=True)  # what rounding left of the mean would count as spread
     if scale_by_std:
         centred = centred * torch.rsqrt(centred.square().mean(dim=1, keepdim=True) + EPS)
     return centred.flatten().to(result_dtype(scores))

@@ -19,7 +19,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -
 
     k1 = log pi - log pi_ref: unbiased, single terms may be negative.
     k2 = 0.5 * (log pi - log pi_ref)^2: biased, never negative; as a loss its gradient is the exact KL's.
-    k3 = pi_ref/pi - 1 - log(pi_ref/pi): unbiased, never negative; its exponent is clamped at 20, so it stays finite.
+    k3 = pi_ref/pi - 1 - log(pi_ref/pi): unbiased, never negative; log(pi_ref/pi) is clamped at 20, so it stays finite.
 
     Args:
         logprobs: [*] log pi(a|s) of actions sampled from pi.
@@ -41,7 +41,9 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -
     elif estimator == "k2":
         kl = 0.5 * log_ratio.square()
     else:
-        kl = torch.expm1((-log_ratio).clamp(max=MAX_LOG_RATIO)) + log_ratio
+        # Both terms are clamped: the linear one alone would push the policy further away beyond the clamp.
+        exponent = (-log_ratio).clamp(max=MAX_LOG_RATIO)
+        kl = torch.expm1(exponent) - exponent
     return kl.to(result_dtype(logprobs))
 
 

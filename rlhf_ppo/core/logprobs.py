@@ -102,6 +102,8 @@ class _LinearLogprobs(torch.autograd.Function):
                 entropy[rows] = _entropy(logits.sub_(normaliser[rows, None]))
         ctx.save_for_backward(hidden, weight, bias, tokens, normaliser, entropy)
         ctx.temperature, ctx.chunk_size, ctx.return_entropy = temperature, chunk_size, return_entropy
+        kind = hidden.device.type
+        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         return logprobs.to(hidden.dtype), entropy.to(hidden.dtype)
 
     @staticmethod
@@ -118,7 +120,9 @@ class _LinearLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=dtype) if needs_bias else None
         for rows in _chunks(hidden.shape[0], ctx.chunk_size):
-            log_p = _logits(hidden[rows], weight, bias, ctx.temperature, dtype).sub_(normaliser[rows, None])
+            with torch.autocast(ctx.autocast[0], dtype=ctx.autocast[1], enabled=ctx.autocast[2]):  # logits as they were
+                logits = _logits(hidden[rows], weight, bias, ctx.temperature, dtype)
+            log_p = logits.sub_(normaliser[rows, None])
             p = log_p.exp()
             # d logprob / d logit = onehot - p;   d entropy / d logit = -p * (log p + entropy)
             upstream = grad_logprobs[rows, None].to(dtype)

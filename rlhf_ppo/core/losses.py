@@ -148,15 +148,24 @@ def aggregate_loss(
         raise ValueError(f"unknown loss aggregation {mode!r}; known: {', '.join(AGGREGATIONS)}")
     values = keep(loss.to(compute_dtype(loss)), mask)
     if mode == "token_mean":
-        total, own_count = values.sum(), mask.sum()
+        total = values.sum()
     else:
         if loss.ndim < 2:
             raise ValueError(f"{mode} needs rows: loss must be [B, T], got {tuple(loss.shape)}")
         rows, lengths = values.flatten(1).sum(dim=1), mask.flatten(1).sum(dim=1)
         total = (rows / lengths.clamp(min=1)).sum() if mode == "sequence_mean" else rows.sum()
-        own_count = (lengths > 0).sum()
-    count = torch.as_tensor(own_count if denominator is None else denominator, dtype=total.dtype, device=total.device)
+    count = loss_denominator(mask, mode) if denominator is None else denominator
+    count = torch.as_tensor(count, dtype=total.dtype, device=total.device)
     return (total / torch.where(count == 0, torch.ones_like(count), count)).to(result_dtype(loss))
+
+
+def loss_denominator(mask: Tensor, mode: str = "token_mean") -> Tensor:
+    """What :func:`aggregate_loss` divides by when it is called on all of ``mask`` at once: True entries, or rows.
+
+    Pass it as ``denominator`` to the parts of a minibatch.
+    """
+    require_bool(mask=mask)
+    return mask.sum() if mode == "token_mean" else mask.flatten(1).any(dim=1).sum()
 
 
 def ppo_loss(

@@ -31,9 +31,15 @@ def _mean(x: Tensor, mask: Tensor, dim: Dim, keepdim: bool = False) -> Tensor:
     return _sum(keep(x, mask), dim, keepdim) / count
 
 
-def _var(x: Tensor, mask: Tensor, dim: Dim) -> Tensor:
+def _centred(x: Tensor, mask: Tensor, dim: Dim) -> Tensor:
+    # The rounded mean of equal values can miss them by a few units, which whitening would blow up to ones; a second
+    # pass takes that remainder away.
     centred = x - _mean(x, mask, dim, keepdim=True)
-    return _mean(centred.square(), mask, dim)
+    return centred - _mean(centred, mask, dim, keepdim=True)
+
+
+def _var(x: Tensor, mask: Tensor, dim: Dim) -> Tensor:
+    return _mean(_centred(x, mask, dim).square(), mask, dim)
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: Dim = None) -> Tensor:
@@ -75,8 +81,7 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     """
     _check(x, mask)
     values = keep(x.to(compute_dtype(x)), mask)
-    mean = _mean(values, mask, None)
-    whitened = (values - mean) * torch.rsqrt(_var(values, mask, None) + EPS)
+    whitened = _centred(values, mask, None) * torch.rsqrt(_var(values, mask, None) + EPS)
     if not shift_mean:
-        whitened = whitened + mean
+        whitened = whitened + _mean(values, mask, None)
     return keep(whitened, mask).to(result_dtype(x))

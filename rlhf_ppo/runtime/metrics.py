@@ -96,6 +96,13 @@ class MetricAverage:
                 self._sums[key] = self._sums.get(key, torch.zeros_like(value)) + value * w
                 self._weights[key] = self._weights.get(key, torch.zeros_like(value)) + w
 
+    def merge(self, other: MetricAverage) -> None:
+        """Add everything that ``other`` has seen."""
+        for key, value in other._sums.items():
+            self._sums[key] = self._sums.get(key, torch.zeros_like(value)) + value
+            self._weights[key] = self._weights.get(key, torch.zeros_like(value)) + other._weights[key]
+        self.add(other._maxima, weight=1)
+
     def compute(self, prefix: str = "") -> dict[str, float]:
         """The averages and maxima so far, as floats; NaN for a key that only ever had weight 0."""
         averages = {key: float(total / self._weights[key]) for key, total in self._sums.items()}

@@ -1,0 +1,140 @@
+"""RLHFConfig: every setting of a language-model run, with defaults that learn on a small model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from rlhf_ppo.core.config import PPOConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLHFConfig(PPOConfig):
+    """Settings of a run; only `output_dir` is required."""
+
+    output_dir: str
+    """Folder of the run: the model in transformers' format, metrics.jsonl, samples.jsonl, run.json, curve.png."""
+
+    # Rollout
+    total_episodes: int = 4096
+    """Responses to train on; rounded up to whole rollouts."""
+    rollout_batch_size: int = 32
+    """Responses per rollout; a multiple of num_minibatches."""
+    microbatch_size: int | None = None
+    """Responses per forward and backward pass of the update; less memory, same gradient. None: a whole minibatch."""
+    max_new_tokens: int = 48
+    """Longest response in tokens."""
+    temperature: float = 1.0
+    """Divides the logits of policy and reference, when sampling and when training."""
+    stop_token_ids: tuple[int, ...] | None = None
+    """Tokens that end a response. None: the end-of-text tokens of the model's generation config or tokenizer."""
+    overlong_prompts: Literal["error", "truncate", "drop"] = "error"
+    """Prompts that leave no room for max_new_tokens: stop, keep their end, or leave the row out (both are counted)."""
+    recompute_logprobs: bool = False
+    """Take the old log-probs from a full forward pass instead of the ones recorded while decoding."""
+    max_initial_log_ratio: float = 0.1
+    """Tripwire: stop when any |log-ratio| before a rollout's first optimizer step exceeds this many nats."""
+
+    # Reward
+    reward_weights: tuple[float, ...] | None = None
+    """One weight per reward function; None: all 1."""
+    missing_eos_penalty: float | None = None
+    """Subtracted from the score of a response that ran into max_new_tokens without a stop token."""
+    drop_nonfinite_scores: bool = False
+    """Treat a NaN or infinite score as unscorable (counted) instead of stopping."""
+    reward_timeout_s: float | None = 600.0
+    """Longest time in seconds that a reward function may take over one rollout; None: wait for ever."""
+
+    # KL to the reference
+    kl_coef: float = 0.05
+    """Weight of the KL penalty in the rewards (the start value when kl_target is set)."""
+    kl_target: float | None = None
+    """Wanted KL to the reference in nats per response: adapts kl_coef. None: kl_coef stays fixed."""
+    kl_horizon: float = 10_000.0
+    """Responses over which the adaptive controller corrects an error."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Estimator of the KL inside the rewards."""
+
+    # Optimisation
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW; about 1e-4 for models of a few million parameters, 1e-5 for GPT-2 and larger."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
+    """Learning rate after the warm-up, over all optimizer steps of the run."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    gamma: float = 1.0
+    """Discount per token."""
+    clip_range_vf: float | None = 0.2
+    """Keeps a new value within this of the recorded one in the value loss; None: no value clipping."""
+    vf_coef: float = 0.1
+    """Weight of the value loss."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm after clipping."""
+
+    # Run
+    seed: int = 0
+    """One seed, one machine, one result."""
+    device: str | None = None
+    """cuda, mps or cpu; None: the first of these that is there."""
+    eval_every: int = 0
+    """Rollouts between evaluations on eval_dataset; 0: only before and after training."""
+    samples_per_rollout: int = 2
+    """Responses of each rollout written to samples.jsonl."""
+    quiet: bool = False
+    """Show no progress."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("total_episodes", "rollout_batch_size", "max_new_tokens"):
+            self._require(name, getattr(self, name) >= 1, "1 or more")
+        for name in (
+            "seed",
+            "warmup_steps",
+            "eval_every",
+            "samples_per_rollout",
+            "learning_rate",
+            "kl_coef",
+            "weight_decay",
+        ):
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("temperature", "kl_horizon", "max_initial_log_ratio"):
+            self._require(name, getattr(self, name) > 0, "positive")
+        for name in ("kl_target", "reward_timeout_s", "microbatch_size"):
+            self._require(name, getattr(self, name) is None or getattr(self, name) > 0, "positive or None")
+        for name, known in (("kl_estimator", ("k1", "k2", "k3")), ("overlong_prompts", ("error", "truncate", "drop"))):
+            self._require_known(name, known)
+        self._require_known("lr_scheduler_type", ("constant", "linear", "cosine"))
+        self._require_divisible()
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError(
+                f"kl_target={self.kl_target} adapts kl_coef by a factor, but kl_coef=0 stays 0: set kl_coef above 0"
+            )
+        if self.kl_target is not None and self.kl_horizon < self.rollout_batch_size:
+            raise ValueError(
+                f"kl_horizon={self.kl_horizon} must be at least rollout_batch_size={self.rollout_batch_size}, "
+                "or the controller overshoots"
+            )
+
+    def _require_divisible(self) -> None:
+        batch, parts = self.rollout_batch_size, self.num_minibatches
+        if batch % parts == 0:
+            return
+        below, above = batch // parts * parts, math.ceil(batch / parts) * parts
+        sizes = " or ".join(str(size) for size in (below, above) if size)
+        raise ValueError(
+            f"rollout_batch_size={batch} does not divide into num_minibatches={parts} whole minibatches; "
+            f"the nearest valid rollout_batch_size is {sizes}"
+        )
+
+    @property
+    def num_rollouts(self) -> int:
+        """Rollouts of the whole run."""
+        return math.ceil(self.total_episodes / self.rollout_batch_size)
+
+    @property
+    def num_optimizer_steps(self) -> int:
+        """Optimizer steps of the whole run: rollouts x epochs x minibatches."""
+        return self.num_rollouts * self.num_epochs * self.num_minibatches

@@ -1,0 +1,184 @@
+"""Setting up a run: everything that can be wrong is checked, cheapest first, before a model is loaded."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_ppo.config import RLHFConfig
+from rlhf_ppo.data import PromptSet
+from rlhf_ppo.models import (
+    ActorCritic,
+    Reference,
+    context_length,
+    load_config,
+    load_policy,
+    load_tokenizer,
+    load_trunk,
+)
+from rlhf_ppo.rewards import RewardFunction, load_reward, reward_name
+from rlhf_ppo.runtime.seeding import resolve_device, seed_everything
+
+RewardSource = RewardFunction | str | PreTrainedModel
+Rows = Dataset | Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """What a run is made of, checked and loaded."""
+
+    device: torch.device
+    tokenizer: PreTrainedTokenizerBase
+    room: int | None
+    """Most tokens a prompt may have beside max_new_tokens; None: the model sets no limit."""
+    stop_token_ids: tuple[int, ...]
+    train_prompts: PromptSet | None
+    eval_prompts: PromptSet | None
+    rewards: dict[str, tuple[RewardFunction, float]]
+    """Name -> reward function and its weight."""
+    model: ActorCritic
+    reference: Reference
+
+
+def set_up(
+    model: str | PreTrainedModel,
+    reward_funcs: RewardSource | Sequence[RewardSource],
+    args: RLHFConfig,
+    *,
+    train_dataset: Rows | None,
+    eval_dataset: Rows | None,
+    processing_class: PreTrainedTokenizerBase | None,
+    ref_model: str | PreTrainedModel | None,
+    value_model: str | PreTrainedModel | None,
+    peft_config: Any,
+) -> RunParts:
+    """Check and load the parts of a run; arguments and errors are those of :class:`rlhf_ppo.PPOTrainer`."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "WORLD_SIZE is above 1, but training over several processes is not supported: start one process"
+        )
+    device = resolve_device(args.device)
+    config = load_config(model)
+    vocab_size = _vocab_size(config)
+    _check_models(model, ref_model, value_model, peft_config, vocab_size)
+    if value_model is not None and args.objective == "reinforce":
+        raise ValueError("objective='reinforce' has no critic, but a value_model is given: drop one of them")
+    tokenizer = processing_class or load_tokenizer(model)
+    limit = context_length(config)
+    room = None if limit is None else limit - args.max_new_tokens
+    stops = _stop_token_ids(model, config, tokenizer, args, vocab_size)
+
+    def prompt_set(rows: Rows | None, name: str) -> PromptSet | None:
+        return None if rows is None else PromptSet(rows, tokenizer, args, vocab_size=vocab_size, room=room, name=name)
+
+    train_prompts, eval_prompts = prompt_set(train_dataset, "train_dataset"), prompt_set(eval_dataset, "eval_dataset")
+    rewards = _rewards(reward_funcs, args.reward_weights, device)
+
+    seed_everything(args.seed)
+    policy: Any = load_policy(model)
+    adapter_off = peft_config is not None
+    reference_model = load_policy(ref_model) if ref_model is not None else None
+    if adapter_off:
+        from peft import get_peft_model
+
+        policy = get_peft_model(policy, peft_config)
+    elif not hasattr(policy, "peft_config"):
+        policy.requires_grad_(True)
+    trunk = None
+    if value_model is not None:
+        # Never the policy's own weights: a model given twice is copied.
+        source = (
+            copy.deepcopy(value_model) if value_model is model and not isinstance(value_model, str) else value_model
+        )
+        trunk = load_trunk(source).requires_grad_(True)
+    actor_critic = ActorCritic(policy, critic=args.objective != "reinforce", value_trunk=trunk)
+    if not actor_critic.trainable_parameters():
+        raise ValueError("the model has no trainable parameter; load its adapter with is_trainable=True")
+    reference = Reference(policy, reference_model, adapter_off=adapter_off)
+    actor_critic.to(device)
+    if reference.model is not None:
+        reference.model.to(device)
+    return RunParts(device, tokenizer, room, stops, train_prompts, eval_prompts, rewards, actor_critic, reference)
+
+
+def _vocab_size(config: PretrainedConfig) -> int:
+    return int(config.get_text_config().vocab_size)
+
+
+def _check_models(model: Any, ref_model: Any, value_model: Any, peft_config: Any, vocab_size: int) -> None:
+    if peft_config is not None and ref_model is not None:
+        raise ValueError(
+            "with peft_config the reference is the same model with its adapter off: drop ref_model, or merge what "
+            "should be the reference into model"
+        )
+    if peft_config is not None and hasattr(model, "peft_config"):
+        raise ValueError(
+            "model already has an adapter and peft_config asks for another: merge the first with "
+            "model.merge_and_unload(), or drop peft_config to train the adapter that is there"
+        )
+    for name, other in (("ref_model", ref_model), ("value_model", value_model)):
+        if other is not None and (size := _vocab_size(load_config(other))) != vocab_size:
+            raise ValueError(
+                f"{name} has a vocabulary of {size} tokens and model one of {vocab_size}; they must read the same "
+                "token ids, so use models of one tokenizer"
+            )
+
+
+def _stop_token_ids(
+    model: str | PreTrainedModel,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    args: RLHFConfig,
+    vocab_size: int,
+) -> tuple[int, ...]:
+    if args.stop_token_ids is not None:
+        if not all(0 <= i < vocab_size for i in args.stop_token_ids):
+            raise ValueError(f"stop_token_ids={args.stop_token_ids} must lie in the vocabulary [0, {vocab_size})")
+        stops = args.stop_token_ids
+    else:
+        found = _generation_eos(model) or config.get_text_config().eos_token_id or tokenizer.eos_token_id
+        if found is None:
+            found = tokenizer.eos_token_id
+        stops = () if found is None else (found,) if isinstance(found, int) else tuple(found)
+        stops = tuple(i for i in stops if 0 <= i < vocab_size)
+    if not stops and args.missing_eos_penalty is not None:
+        raise ValueError(
+            f"missing_eos_penalty={args.missing_eos_penalty} needs a stop token, but model and tokenizer name none: "
+            "set stop_token_ids"
+        )
+    return stops
+
+
+def _generation_eos(model: str | PreTrainedModel) -> int | list[int] | None:
+    if not isinstance(model, str):
+        return None if model.generation_config is None else model.generation_config.eos_token_id
+    try:
+        return GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:  # a model need not bring a generation config
+        return None
+
+
+def _rewards(
+    reward_funcs: RewardSource | Sequence[RewardSource], weights: tuple[float, ...] | None, device: torch.device
+) -> dict[str, tuple[RewardFunction, float]]:
+    sources = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [cast(RewardSource, reward_funcs)]
+    if not sources:
+        raise ValueError("reward_funcs is empty: give at least one reward function or model")
+    weights = weights or (1.0,) * len(sources)
+    if len(weights) != len(sources):
+        raise ValueError(f"reward_weights has {len(weights)} weights for {len(sources)} reward functions")
+    rewards: dict[str, tuple[RewardFunction, float]] = {}
+    for source, weight in zip(sources, weights, strict=True):
+        function = load_reward(source, device=device)
+        name = reward_name(function)
+        if name in rewards:
+            name = f"{name}_{len(rewards) + 1}"
+        rewards[name] = (function, weight)
+    return rewards
