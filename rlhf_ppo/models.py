@@ -90,7 +90,7 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def _accepts(model: nn.Module, name: str) -> bool:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     return name in inspect.signature(base.forward).parameters
 
 
@@ -239,7 +239,7 @@ class Reference:
         if self.model is not None:
             yield self.model
         else:
-            with self.policy.disable_adapter():
+            with cast(Any, self.policy).disable_adapter():
                 yield self.policy
 
     @torch.no_grad()

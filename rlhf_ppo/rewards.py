@@ -10,7 +10,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ class RewardModel:
             model = AutoModelForSequenceClassification.from_pretrained(
                 model, dtype=torch.float32, trust_remote_code=False
             )
-        self.model = freeze(model).to(device)
+        self.model: Any = freeze(cast(PreTrainedModel, model)).to(device)
         self.batch_size = batch_size
 
     def _text(self, prompt: Prompt, completion: str) -> str:

@@ -143,11 +143,9 @@ def _stop_token_ids(
             raise ValueError(f"stop_token_ids={args.stop_token_ids} must lie in the vocabulary [0, {vocab_size})")
         stops = args.stop_token_ids
     else:
-        found = _generation_eos(model) or config.get_text_config().eos_token_id or tokenizer.eos_token_id
-        if found is None:
-            found = tokenizer.eos_token_id
-        stops = () if found is None else (found,) if isinstance(found, int) else tuple(found)
-        stops = tuple(i for i in stops if 0 <= i < vocab_size)
+        named = (_generation_eos(model), config.get_text_config().eos_token_id, tokenizer.eos_token_id)
+        found: Any = next((eos for eos in named if eos is not None), ())
+        stops = (found,) if isinstance(found, int) else tuple(found)
     if not stops and args.missing_eos_penalty is not None:
         raise ValueError(
             f"missing_eos_penalty={args.missing_eos_penalty} needs a stop token, but model and tokenizer name none: "

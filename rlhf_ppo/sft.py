@@ -96,7 +96,7 @@ def _load(args: SFTArgs, texts: list[str]) -> tuple[PreTrainedModel, PreTrainedT
     if args.model is not None:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False)
         return model, AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
-    config = AutoConfig.from_pretrained(args.architecture, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(str(args.architecture), trust_remote_code=False)
     tokenizer = train_tokenizer(texts, config.vocab_size, config.max_position_embeddings)
     config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
     return AutoModelForCausalLM.from_config(config), tokenizer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -155,9 +154,8 @@ class PPOTrainer:
             )
         planned = args.num_rollouts * args.rollout_batch_size
         if planned != args.total_episodes and not args.quiet:
-            print(
-                f"total_episodes {args.total_episodes} rounds up to {planned}, whole rollouts of {args.rollout_batch_size}"
-            )
+            whole = f"whole rollouts of {args.rollout_batch_size}"
+            print(f"total_episodes={args.total_episodes} rounds up to {planned}: {whole}")
         self.run.start(dataclasses.asdict(args))
         metrics: dict[str, float] = {}
         try:
@@ -168,7 +166,8 @@ class PPOTrainer:
                     rollout = self.rollout(batch.prompts, **batch.columns)
                     metrics = self.step(rollout)
                     self._report(progress, rollout, metrics)
-                    if any([callback(self, metrics) is True for callback in self.callbacks]):
+                    wants_stop = [callback(self, metrics) is True for callback in self.callbacks]
+                    if any(wants_stop):
                         break
                     if args.eval_every and self.iteration % args.eval_every == 0 and self.iteration < args.num_rollouts:
                         self._log_evaluation()
@@ -210,7 +209,7 @@ class PPOTrainer:
         actions, losses = MetricAverage(), MetricAverage()
         shuffle = self._generator(_SHUFFLE_STREAM, self.iteration, device="cpu")
         steps = skipped = epochs = 0
-        stop = False
+        epoch, stop = MetricAverage(), False
         while epochs < args.num_epochs and not stop:
             epochs += 1
             epoch = MetricAverage()
@@ -218,6 +217,11 @@ class PPOTrainer:
                 step, step_losses = self._accumulate_gradients(rollout, old, minibatch.to(self.device))
                 if steps == 0:
                     metrics["policy/first_minibatch_max_abs_log_ratio"] = self._check_tripwire(step)
+                actions.merge(step)
+                epoch.merge(step)
+                if stop := self._drifted_too_far(step):
+                    self.optimizer.zero_grad(set_to_none=True)
+                    break
                 grad_norm = torch.nn.utils.clip_grad_norm_(self.model.trainable_parameters(), args.max_grad_norm)
                 if torch.isfinite(grad_norm):
                     self.optimizer.step()
@@ -227,18 +231,12 @@ class PPOTrainer:
                 self.optimizer.zero_grad(set_to_none=True)
                 self.scheduler.step()
                 steps += 1
-                actions.merge(step)
-                epoch.merge(step)
-                if self._steers_by_stopping and step.compute()["approx_kl"] > 1.5 * float(args.target_kl or math.inf):
-                    stop = True
-                    break
-            last_epoch = epoch
         if skipped == steps:
             raise NonFiniteGradientError(
-                f"all {steps} optimizer steps of rollout {self.iteration + 1} had non-finite gradients and were skipped; "
-                "look for extreme rewards or values in samples.jsonl and metrics.jsonl, or lower learning_rate"
+                f"all {steps} optimizer steps of rollout {self.iteration + 1} had non-finite gradients and were "
+                "skipped; look for extreme rewards or values in samples.jsonl and metrics.jsonl, or lower learning_rate"
             )
-        self._adapt(metrics["kl/reference_nats_per_response"], last_epoch.compute()["approx_kl"], len(rollout.prompts))
+        self._adapt(metrics["kl/reference_nats_per_response"], epoch.compute()["approx_kl"], len(rollout.prompts))
         self.iteration += 1
         self.episodes += len(rollout.prompts)
         self.optimizer_steps += steps
@@ -252,7 +250,7 @@ class PPOTrainer:
             "policy/loss": loss["policy"],
             "value/loss": loss["value"],
             "optim/grad_norm": loss["grad_norm"],
-            "optim/learning_rate": self.scheduler.get_last_lr()[0],
+            "optim/learning_rate": float(self.scheduler.get_last_lr()[0]),
             "optim/skipped_steps": skipped,
             "optim/epochs": epochs,
         }
@@ -287,7 +285,7 @@ class PPOTrainer:
             mask=mask,
         )
         reference_kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1").sum(dim=1).mean()
-        metrics = {
+        metrics: dict[str, float] = {
             **score_metrics(rollout),
             "reward/mean_per_response": float(rewards.sum() / rollout.scored.sum()),
             "kl/reference_nats_per_response": float(reference_kl),
@@ -339,9 +337,14 @@ class PPOTrainer:
             )
         return gap
 
-    @property
-    def _steers_by_stopping(self) -> bool:
-        return self.args.target_kl is not None and self.args.objective not in ("penalty", "adaptive_clip")
+    def _drifted_too_far(self, step: MetricAverage) -> bool:
+        """True where target_kl stops the update; under penalty and adaptive_clip it steers instead."""
+        target, objective = self.args.target_kl, self.args.objective
+        return (
+            target is not None
+            and objective not in ("penalty", "adaptive_clip")
+            and (step.compute()["approx_kl"] > 1.5 * target)
+        )
 
     def _adapt(self, reference_kl: float, update_kl: float, num_samples: int) -> None:
         """Controllers move once per update."""
