@@ -25,7 +25,12 @@ from transformers import (
 from rlhf_ppo.core import PolicyOutput, entropy_from_logits, token_logprobs
 
 EMBEDDED_MODEL = str(Path(__file__).parent / "assets" / "stories-gpt2")
-"""Folder of the small GPT-2 that comes with the package."""
+"""Folder of the small GPT-2 that comes with the package, by name "embedded"."""
+
+
+def resolve_model(model: Any) -> Any:
+    """The folder behind the name "embedded"; anything else unchanged."""
+    return EMBEDDED_MODEL if isinstance(model, str) and model == "embedded" else model
 
 
 def position_ids(mask: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from rlhf_ppo.models import (
     load_policy,
     load_tokenizer,
     load_trunk,
+    resolve_model,
 )
 from rlhf_ppo.rewards import RewardFunction, load_reward, reward_name
 from rlhf_ppo.runtime.seeding import resolve_device, seed_everything
@@ -65,6 +66,7 @@ def set_up(
             "WORLD_SIZE is above 1, but training over several processes is not supported: start one process"
         )
     device = resolve_device(args.device)
+    model, ref_model, value_model = map(resolve_model, (model, ref_model, value_model))
     config = load_config(model)
     vocab_size = _vocab_size(config)
     _check_models(model, ref_model, value_model, peft_config, vocab_size)
@@ -138,20 +140,24 @@ def _stop_token_ids(
     args: RLHFConfig,
     vocab_size: int,
 ) -> tuple[int, ...]:
-    if args.stop_token_ids is not None:
-        if not all(0 <= i < vocab_size for i in args.stop_token_ids):
-            raise ValueError(f"stop_token_ids={args.stop_token_ids} must lie in the vocabulary [0, {vocab_size})")
-        stops = args.stop_token_ids
-    else:
-        named = (_generation_eos(model), config.get_text_config().eos_token_id, tokenizer.eos_token_id)
-        found: Any = next((eos for eos in named if eos is not None), ())
-        stops = (found,) if isinstance(found, int) else tuple(found)
+    stops = stop_tokens(model, config, tokenizer) if args.stop_token_ids is None else args.stop_token_ids
+    if not all(0 <= i < vocab_size for i in stops):
+        raise ValueError(f"stop tokens {stops} must lie in the vocabulary [0, {vocab_size}): set stop_token_ids")
     if not stops and args.missing_eos_penalty is not None:
         raise ValueError(
             f"missing_eos_penalty={args.missing_eos_penalty} needs a stop token, but model and tokenizer name none: "
             "set stop_token_ids"
         )
     return stops
+
+
+def stop_tokens(
+    model: str | PreTrainedModel, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    """End-of-text ids from the model's generation config, else its config, else the tokenizer; () if none says."""
+    named = (_generation_eos(model), config.get_text_config().eos_token_id, tokenizer.eos_token_id)
+    found: Any = next((eos for eos in named if eos is not None), ())
+    return (found,) if isinstance(found, int) else tuple(found)
 
 
 def _generation_eos(model: str | PreTrainedModel) -> int | list[int] | None:

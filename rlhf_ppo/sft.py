@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from datasets import Dataset, DatasetDict
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from rlhf_ppo.data import load_rows, require_column
+from rlhf_ppo.models import load_policy, load_tokenizer, resolve_model
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -33,7 +34,7 @@ class SFTArgs:
     output_dir: str
     """Folder for the trained model and its tokenizer, in transformers' own format."""
     model: str | None = None
-    """Model to continue from: a hub id or a folder."""
+    """Model to continue from: a hub id or folder, or "embedded" (the small GPT-2 in the package)."""
     architecture: str | None = None
     """A transformers config.json: train a new model of this shape, with a byte-level BPE of its own."""
     split: str = "train"
@@ -94,8 +95,8 @@ def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTr
 
 def _load(args: SFTArgs, texts: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if args.model is not None:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False)
-        return model, AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+        name = resolve_model(args.model)
+        return load_policy(name), load_tokenizer(name)
     config = AutoConfig.from_pretrained(str(args.architecture), trust_remote_code=False)
     tokenizer = train_tokenizer(texts, config.vocab_size, config.max_position_embeddings)
     config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
@@ -117,6 +118,11 @@ def _collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     }
 
 
+def hold_out(rows: Dataset, args: SFTArgs) -> DatasetDict:
+    """The rows in two parts, ``train`` and ``test``, by ``eval_fraction`` and ``seed``."""
+    return rows.train_test_split(max(1, round(args.eval_fraction * len(rows))), seed=args.seed)
+
+
 def sft(args: SFTArgs) -> dict[str, float]:
     """Train, save to ``args.output_dir``, and return the held-out loss (nats per token) and perplexity."""
     torch.manual_seed(args.seed)
@@ -124,7 +130,7 @@ def sft(args: SFTArgs) -> dict[str, float]:
     require_column(rows, args.text_column)
     if len(rows) < 2:
         raise ValueError(f"{args.dataset} has {len(rows)} row; at least 2 are needed, one of them held out")
-    rows = rows.train_test_split(max(1, round(args.eval_fraction * len(rows))), seed=args.seed)
+    rows = hold_out(rows, args)
     model, tokenizer = _load(args, rows["train"][args.text_column])
 
     def encode(batch: dict[str, list[str]]) -> dict[str, Any]:

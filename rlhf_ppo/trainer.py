@@ -451,8 +451,8 @@ class PPOTrainer:
         """Sample a response to every evaluation prompt and measure it; the same draws at every call.
 
         Returns:
-            ``eval/score_mean`` (raw scores), ``eval/score_std``, ``eval/kl_nats_per_response``, ``eval/length_tokens``
-            and ``eval/eos_fraction``.
+            ``eval/score_mean`` (raw scores), ``eval/score_std``, ``eval/kl_nats_per_response``,
+            ``eval/reference_nats_per_token``, ``eval/length_tokens`` and ``eval/eos_fraction``.
         Raises:
             ValueError: there is no ``eval_dataset``.
         """
@@ -471,6 +471,7 @@ class PPOTrainer:
             "eval/score_mean": float(np.mean(scores)),
             "eval/score_std": float(np.std(scores)),
             "eval/kl_nats_per_response": float(np.mean([row["kl_nats"] for row in rows])),
+            "eval/reference_nats_per_token": float(np.mean([row["reference_nats_per_token"] for row in rows])),
             "eval/length_tokens": float(np.mean([row["tokens"] for row in rows])),
             "eval/eos_fraction": float(np.mean([row["finished"] for row in rows])),
         }, rows
@@ -561,9 +562,10 @@ def score_metrics(rollout: Rollout) -> dict[str, float]:
 
 
 def describe(rollout: Rollout) -> list[dict[str, Any]]:
-    """One row per response: prompt, completion, score (None where unscored), KL in nats, tokens, finished."""
+    """One row per response: prompt, completion, score (None where unscored), KL in nats, surprise, tokens, finished."""
     assert rollout.ref_logprobs is not None and rollout.scores is not None and rollout.scored is not None
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1").sum(dim=1).tolist()
+    surprise = (-rollout.ref_logprobs.sum(dim=1) / rollout.lengths).tolist()
     scored, scores = rollout.scored.tolist(), rollout.scores.tolist()
     lengths, finished = rollout.lengths.tolist(), rollout.finished.tolist()
     return [
@@ -572,6 +574,7 @@ def describe(rollout: Rollout) -> list[dict[str, Any]]:
             "completion": completion,
             "score": scores[i] if scored[i] else None,
             "kl_nats": kl[i],
+            "reference_nats_per_token": surprise[i],
             "tokens": lengths[i],
             "finished": finished[i],
         }

@@ -51,6 +51,8 @@ METRICS: dict[str, str] = {
     "eval/score_mean": "Mean raw score of sampled responses to the evaluation prompts.",
     "eval/score_std": "Standard deviation of those scores.",
     "eval/kl_nats_per_response": "KL to the reference on the evaluation prompts: k1 summed over a response, in nats.",
+    "eval/reference_nats_per_token": "How surprised the reference is by the responses (its cross-entropy), in nats per token: "
+    "fluency as the reference judges it; lower is more fluent.",
     "eval/length_tokens": "Mean response length on the evaluation prompts, in tokens.",
     "eval/eos_fraction": "Share of evaluation responses that ended with a stop token.",
     "eval/mean_return": "Mean undiscounted return of the evaluation episodes.",

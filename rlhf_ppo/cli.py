@@ -1,0 +1,139 @@
+"""The `rlhf-ppo` command: demo, train, sft and generate, each from the dataclass that its code reads."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from rlhf_ppo.before_after import print_before_after
+from rlhf_ppo.config import RLHFConfig
+from rlhf_ppo.data import load_rows, require_column
+from rlhf_ppo.demo import DemoArgs, demo, print_paths
+from rlhf_ppo.generate import GenerateArgs, generate
+from rlhf_ppo.rewards import RewardError
+from rlhf_ppo.runtime.settings import run_command
+from rlhf_ppo.sft import SFTArgs, sft
+from rlhf_ppo.trainer import NonFiniteGradientError, PPOTrainer, RatioTripwireError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArgs(RLHFConfig):
+    """Fine-tune a language model from a reward with PPO."""
+
+    model: str
+    """The policy: a hub id or folder, or "embedded" (the small GPT-2 in the package)."""
+    reward: tuple[str, ...]
+    """One or more rewards: file.py:function, module:function, or a sequence-classification model's folder or hub id."""
+    dataset: str
+    """Prompts: a hub id, a folder, or a csv, jsonl or parquet file (also .gz)."""
+    split: str = "train"
+    """Split of the data set."""
+    prompt_column: str = "prompt"
+    """Column with the prompts; the other columns reach the reward functions."""
+    eval_dataset: str | None = None
+    """Held-out prompts of the same form; None: eval_size rows of the data set are set aside."""
+    eval_size: int = 64
+    """Rows set aside for the evaluation before and after training when there is no eval_dataset; 0: no evaluation."""
+    ref_model: str | None = None
+    """Reference for the KL; None: the policy as it starts."""
+    value_model: str | None = None
+    """Trunk of a separate critic; None: a value head on the policy's own trunk."""
+    lora_rank: int | None = None
+    """Train a LoRA adapter of this rank instead of all weights."""
+    merge_adapter: bool = False
+    """With lora_rank: also save the merged model, in the run's folder merged/."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("eval_size", self.eval_size >= 0, "0 or more")
+        self._require("lora_rank", self.lora_rank is None or self.lora_rank >= 1, "1 or more, or None")
+        if self.merge_adapter and self.lora_rank is None:
+            raise ValueError("merge_adapter=True needs an adapter to merge: set lora_rank, or drop merge_adapter")
+
+
+def _prompts(source: str, split: str, column: str) -> Dataset:
+    rows = load_rows(source, split)
+    require_column(rows, column)
+    if column == "prompt":
+        return rows
+    if "prompt" in rows.column_names:
+        raise ValueError(f"{source} has a column 'prompt' beside prompt_column={column!r}: rename one of them")
+    return rows.rename_column(column, "prompt")
+
+
+def train(args: TrainArgs) -> None:
+    """The `train` command."""
+    train_rows = _prompts(args.dataset, args.split, args.prompt_column)
+    eval_rows: Dataset | None = None
+    if args.eval_dataset is not None:
+        eval_rows = _prompts(args.eval_dataset, args.split, args.prompt_column)
+    elif args.eval_size:
+        if args.eval_size >= len(train_rows):
+            raise ValueError(
+                f"eval_size={args.eval_size} leaves nothing of the {len(train_rows)} prompts to train on: lower "
+                "eval_size (0: no evaluation), or name an eval_dataset"
+            )
+        parts = train_rows.train_test_split(args.eval_size, seed=args.seed)
+        train_rows, eval_rows = parts["train"], parts["test"]
+    trainer = PPOTrainer(
+        model=args.model,
+        reward_funcs=list(args.reward),
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        ref_model=args.ref_model,
+        value_model=args.value_model,
+        peft_config=_lora(args.lora_rank),
+    )
+    trainer.train()
+    if eval_rows is not None:
+        print_before_after(trainer.run)
+    if args.merge_adapter:
+        print(f"merged   {trainer.save_model(trainer.run.path / 'merged', merge_adapter=True)}")
+    print_paths(trainer.run.path)
+
+
+def _lora(rank: int | None) -> Any:
+    if rank is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM")
+
+
+def _sft(args: SFTArgs) -> None:
+    for name, value in sft(args).items():
+        print(f"{name}  {value:.4g}")
+    print(f"model    {args.output_dir}")
+
+
+def _generate(args: GenerateArgs) -> None:
+    for prompt, completion in generate(args):
+        print(f"{prompt}|{completion}\n")
+
+
+COMMANDS = {
+    "demo": (DemoArgs, demo),
+    "train": (TrainArgs, train),
+    "sft": (SFTArgs, _sft),
+    "generate": (GenerateArgs, _generate),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 1 for a run that failed, 2 for bad input."""
+    try:
+        return run_command("rlhf-ppo", COMMANDS, argv)
+    except (RewardError, RatioTripwireError, NonFiniteGradientError) as error:
+        if error.__cause__ is not None and error.__cause__ is not error:
+            traceback.print_exception(error.__cause__)
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

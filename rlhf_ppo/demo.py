@@ -1,0 +1,62 @@
+"""The demo: the small GPT-2 in the package learns from a toy reward, on CPU, in about three minutes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf_ppo.before_after import print_before_after
+from rlhf_ppo.config import RLHFConfig
+from rlhf_ppo.data import load_rows
+from rlhf_ppo.trainer import PPOTrainer
+
+OPENINGS = str(Path(__file__).parent / "assets" / "story-openings.jsonl")
+"""First words of stories that the embedded model was not trained on."""
+
+HELD_OUT = 96
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoArgs:
+    """Fine-tune a small GPT-2 toward a toy reward and show it before and after."""
+
+    model: str = "embedded"
+    """The policy: "embedded" (a small GPT-2 in the package), a folder or a hub id such as gpt2."""
+    reward: str = "rlhf_ppo.toy_rewards:positive_sentiment"
+    """What to learn: also no_letter_e or dialogue of rlhf_ppo.toy_rewards, or file.py:function."""
+    output_dir: str = "runs/demo"
+    """Folder for the model, metrics, samples and curve; an earlier run there is kept as previous-<n>."""
+    total_episodes: int = 1536
+    """Responses to train on."""
+    learning_rate: float = 3e-4
+    """Peak learning rate; use 1e-5 for GPT-2 and larger models."""
+    seed: int = 0
+    """One seed, one machine, one result."""
+
+
+def demo(args: DemoArgs) -> None:
+    """Train, then print scores, KL, samples and where everything is."""
+    openings = load_rows(OPENINGS)
+    trainer = PPOTrainer(
+        model=args.model,
+        reward_funcs=args.reward,
+        args=RLHFConfig(
+            output_dir=args.output_dir,
+            total_episodes=args.total_episodes,
+            learning_rate=args.learning_rate,
+            seed=args.seed,
+        ),
+        train_dataset=openings.select(range(HELD_OUT, len(openings))),
+        eval_dataset=openings.select(range(HELD_OUT)),
+    )
+    trainer.train()
+    print_before_after(trainer.run)
+    print_paths(trainer.run.path)
+
+
+def print_paths(folder: Path) -> None:
+    """Say where a run's results are and what to do next."""
+    print(f"curve    {folder / 'curve.png'}")
+    print(f"metrics  {folder / 'metrics.jsonl'}")
+    print(f"model    {folder}")
+    print(f'try it   rlhf-ppo generate --model {folder} --prompt "One day"')

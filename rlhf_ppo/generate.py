@@ -1,0 +1,68 @@
+"""Generating text with a trained model, by the sampler it was trained with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rlhf_ppo.data import fit_prompt, left_pad, tokenize_prompt
+from rlhf_ppo.models import ActorCritic, context_length, load_config, load_policy, load_tokenizer, resolve_model
+from rlhf_ppo.rollout import sample_responses
+from rlhf_ppo.runtime.seeding import resolve_device
+from rlhf_ppo.setup import stop_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateArgs:
+    """Sample completions of prompts from a model."""
+
+    model: str
+    """Folder or hub id, or "embedded"."""
+    prompt: tuple[str, ...]
+    """One or more prompts."""
+    num_samples: int = 1
+    """Completions per prompt."""
+    max_new_tokens: int = 48
+    """Longest completion in tokens."""
+    temperature: float = 1.0
+    """Divides the logits; below 1 is safer, above 1 wilder."""
+    seed: int = 0
+    """Seed of the draws."""
+    device: str | None = None
+    """cuda, mps or cpu; None: the first of these that is there."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+
+
+def generate(args: GenerateArgs) -> list[tuple[str, str]]:
+    """(prompt, completion) pairs, ``num_samples`` per prompt."""
+    device = resolve_device(args.device)
+    name = resolve_model(args.model)
+    config, tokenizer = load_config(name), load_tokenizer(name)
+    limit = context_length(config)
+    room = None if limit is None else limit - args.max_new_tokens
+    prompts = [prompt for prompt in args.prompt for _ in range(args.num_samples)]
+    rows: list[list[int]] = []
+    for i, prompt in enumerate(prompts):
+        ids = tokenize_prompt(prompt, tokenizer, f"prompt {i}")
+        rows.append(fit_prompt(ids, room, "error", f"prompt {i}") or [])
+    prompt_ids, prompt_mask = left_pad(rows, filler=0, device=device)
+    response_ids, mask, *_ = sample_responses(
+        ActorCritic(load_policy(name), critic=False).to(device),
+        prompt_ids,
+        prompt_mask,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        stop_token_ids=stop_tokens(name, config, tokenizer),
+        generator=torch.Generator(device).manual_seed(args.seed),
+    )
+    return [
+        (prompt, str(tokenizer.decode(ids[keep], skip_special_tokens=True)))
+        for prompt, ids, keep in zip(prompts, response_ids, mask, strict=True)
+    ]
