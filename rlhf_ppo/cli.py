@@ -7,6 +7,8 @@ import traceback
 from dataclasses import dataclass
 from typing import Any
 
+import datasets
+import transformers
 from datasets import Dataset
 
 from rlhf_ppo.before_after import print_before_after
@@ -15,7 +17,7 @@ from rlhf_ppo.data import load_rows, require_column
 from rlhf_ppo.demo import DemoArgs, demo, print_paths
 from rlhf_ppo.generate import GenerateArgs, generate
 from rlhf_ppo.rewards import RewardError
-from rlhf_ppo.runtime.settings import run_command
+from rlhf_ppo.runtime.settings import Command, run_command
 from rlhf_ppo.sft import SFTArgs, sft
 from rlhf_ppo.trainer import NonFiniteGradientError, PPOTrainer, RatioTripwireError
 
@@ -46,6 +48,9 @@ class TrainArgs(RLHFConfig):
     """Train a LoRA adapter of this rank instead of all weights."""
     merge_adapter: bool = False
     """With lora_rank: also save the merged model, in the run's folder merged/."""
+
+    resume_from_checkpoint: str | None = None
+    """Folder checkpoint-<n> of the same command's earlier run (made with save_every): go on from there."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,7 +94,7 @@ def train(args: TrainArgs) -> None:
         value_model=args.value_model,
         peft_config=_lora(args.lora_rank),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if eval_rows is not None:
         print_before_after(trainer.run)
     if args.merge_adapter:
@@ -116,7 +121,7 @@ def _generate(args: GenerateArgs) -> None:
         print(f"{prompt}|{completion}\n")
 
 
-COMMANDS = {
+COMMANDS: dict[str, Command] = {
     "demo": (DemoArgs, demo),
     "train": (TrainArgs, train),
     "sft": (SFTArgs, _sft),
@@ -126,6 +131,9 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 for a run that failed, 2 for bad input."""
+    # The library's own progress is the one to watch; loading bars of other libraries only push it off the screen.
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     try:
         return run_command("rlhf-ppo", COMMANDS, argv)
     except (RewardError, RatioTripwireError, NonFiniteGradientError) as error:

@@ -81,6 +81,8 @@ class RLHFConfig(PPOConfig):
     """cuda, mps or cpu; None: the first of these that is there."""
     eval_every: int = 0
     """Rollouts between evaluations on eval_dataset; 0: only before and after training."""
+    save_every: int = 0
+    """Rollouts between checkpoints (checkpoint-<n> in output_dir), from which a run can be resumed; 0: none."""
     samples_per_rollout: int = 2
     """Responses of each rollout written to samples.jsonl."""
     quiet: bool = False

@@ -27,7 +27,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 @dataclass(frozen=True, kw_only=True)
 class SFTArgs:
-    """What `rlhf-ppo sft` needs to know. Give `model`, or `architecture` for a new model."""
+    """Teach a language model to write like a text data set: continue from a model, or train a new one."""
 
     dataset: str
     """Training text: a hub id, a folder, or a csv, jsonl or parquet file (also .gz)."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from rlhf_ppo.checkpoint import load_checkpoint, save_checkpoint
 from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.core import (
     Experience,
@@ -130,16 +131,19 @@ class PPOTrainer:
         # What controllers move during a run: the KL penalty's weight, and clip range or beta inside the objective.
         self.kl_coef = args.kl_coef
         self.objective = args
-        self.iteration = self.episodes = self.optimizer_steps = self._rollouts_made = 0
+        self.iteration = self.episodes = self.optimizer_steps = self.rollouts_made = 0
 
     # The algorithm
 
-    def train(self) -> dict[str, float]:
+    def train(self, resume_from_checkpoint: str | Path | None = None) -> dict[str, float]:
         """Run to ``total_episodes`` and save the model into ``output_dir``.
 
+        Args:
+            resume_from_checkpoint: folder ``checkpoint-<n>`` of a run with the same arguments (see ``save_every``).
         Returns:
             The last metrics, with those of the last evaluation if there is an ``eval_dataset``.
         Raises:
+            FileNotFoundError, ValueError: there is no such checkpoint, or it is another model's.
             RewardError: a reward function failed; model and responses are saved first.
             RatioTripwireError, NonFiniteGradientError: the update cannot be trusted; the model is saved first.
         """
@@ -156,16 +160,23 @@ class PPOTrainer:
         if planned != args.total_episodes and not args.quiet:
             whole = f"whole rollouts of {args.rollout_batch_size}"
             print(f"total_episodes={args.total_episodes} rounds up to {planned}: {whole}")
-        self.run.start(dataclasses.asdict(args))
+        if resume_from_checkpoint is None:
+            self.run.start(dataclasses.asdict(args))
+        else:
+            load_checkpoint(self, resume_from_checkpoint)
+            self.run.rewind(self.iteration)
         metrics: dict[str, float] = {}
         try:
-            evaluation = self._log_evaluation()
+            if resume_from_checkpoint is None:
+                self._log_evaluation()
             with ProgressDisplay("episodes", planned, quiet=args.quiet) as progress:
                 while self.iteration < args.num_rollouts:
                     batch = self.train_prompts.batch(self.iteration, args.rollout_batch_size)
                     rollout = self.rollout(batch.prompts, **batch.columns)
                     metrics = self.step(rollout)
                     self._report(progress, rollout, metrics)
+                    if args.save_every and self.iteration % args.save_every == 0:
+                        save_checkpoint(self)
                     wants_stop = [callback(self, metrics) is True for callback in self.callbacks]
                     if any(wants_stop):
                         break
@@ -194,8 +205,8 @@ class PPOTrainer:
             ValueError: a prompt is bad; names its number.
             RewardError: see :func:`rlhf_ppo.rewards.score`; the responses are written to failed_rollout.jsonl first.
         """
-        self._rollouts_made += 1
-        return self._rollout(prompts, columns, self._generator(_TRAIN_STREAM, self._rollouts_made))
+        self.rollouts_made += 1
+        return self._rollout(prompts, columns, self._generator(_TRAIN_STREAM, self.rollouts_made))
 
     def step(self, rollout: Rollout) -> dict[str, float]:
         """One PPO update on a rollout; returns its metrics.

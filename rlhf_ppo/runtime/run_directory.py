@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rlhf_ppo.runtime.metrics import require_known_metrics
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 class RunDirectory:
@@ -36,6 +41,18 @@ class RunDirectory:
                 file.rename(old / file.name)
         self.write_json("run.json", settings)
 
+    def rewind(self, iteration: int) -> None:
+        """Go on in this folder after ``iteration``: rows of later iterations leave its JSONL files."""
+        for file in self.path.glob("*.jsonl"):
+            rows = [
+                row
+                for row in self.read(file.name)
+                if row.get("progress/iteration", row.get("iteration", 0)) <= iteration
+            ]
+            temporary = file.with_suffix(".tmp")
+            temporary.write_text("".join(_line(row) for row in rows), encoding="utf-8")
+            os.replace(temporary, file)
+
     def write_json(self, name: str, content: Any) -> Path:
         """Write one JSON file."""
         file = self.path / name
@@ -45,7 +62,7 @@ class RunDirectory:
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Append one line to a JSONL file."""
         with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(_line(row))
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Append a line to ``metrics.jsonl``; an unknown key is a KeyError."""
