@@ -86,6 +86,9 @@ def set_up(
     seed_everything(args.seed)
     policy: Any = load_policy(model)
     adapter_off = peft_config is not None
+    # Each part trains, or stays frozen, by itself: a model object given for two of them is copied.
+    value_model = _copy_if_shared(value_model, model, ref_model)
+    ref_model = _copy_if_shared(ref_model, model)
     reference_model = load_policy(ref_model) if ref_model is not None else None
     if adapter_off:
         from peft import get_peft_model
@@ -93,13 +96,7 @@ def set_up(
         policy = get_peft_model(policy, peft_config)
     elif not hasattr(policy, "peft_config"):
         policy.requires_grad_(True)
-    trunk = None
-    if value_model is not None:
-        # Never the policy's own weights: a model given twice is copied.
-        source = (
-            copy.deepcopy(value_model) if value_model is model and not isinstance(value_model, str) else value_model
-        )
-        trunk = load_trunk(source).requires_grad_(True)
+    trunk = None if value_model is None else load_trunk(value_model).requires_grad_(True)
     actor_critic = ActorCritic(policy, critic=args.objective != "reinforce", value_trunk=trunk)
     if not actor_critic.trainable_parameters():
         raise ValueError("the model has no trainable parameter; load its adapter with is_trainable=True")
@@ -108,6 +105,10 @@ def set_up(
     if reference.model is not None:
         reference.model.to(device)
     return RunParts(device, tokenizer, room, stops, train_prompts, eval_prompts, rewards, actor_critic, reference)
+
+
+def _copy_if_shared(model: Any, *others: Any) -> Any:
+    return copy.deepcopy(model) if any(model is other and not isinstance(model, str) for other in others) else model
 
 
 def _vocab_size(config: PretrainedConfig) -> int:

@@ -115,7 +115,7 @@ def test_log_probs_and_values_while_decoding_equal_a_full_forward(make_model, wa
         stop_token_ids=[0],
         generator=torch.Generator().manual_seed(2),
     )
-    assert 0 < int(finished.sum()) and mask.sum(dim=1).unique().numel() > 2
+    assert int(finished.sum()) > 0 and mask.sum(dim=1).unique().numel() > 2
     with torch.no_grad():
         full = model(prompt_ids, prompt_mask, ids, mask, temperature=temperature)
     assert values is not None and full.values is not None

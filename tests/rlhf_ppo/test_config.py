@@ -1,0 +1,106 @@
+"""RLHFConfig: defaults that fit together, and contradictions that name both sides."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+from pathlib import Path
+
+import pytest
+
+import rlhf_ppo
+from rlhf_ppo import RLHFConfig
+
+
+def config(**settings) -> RLHFConfig:
+    return RLHFConfig(**{"output_dir": "run", **settings})
+
+
+def test_only_output_dir_is_required():
+    with pytest.raises(TypeError, match="output_dir"):
+        RLHFConfig()
+    assert config().rollout_batch_size <= 32
+
+
+@pytest.mark.parametrize(
+    ("batch", "minibatches", "valid"), [(30, 4, "28 or 32"), (3, 4, "4"), (9, 8, "8 or 16"), (7, 5, "5 or 10")]
+)
+def test_fault_9_a_batch_that_does_not_divide_names_the_nearest_valid_sizes(batch, minibatches, valid):
+    with pytest.raises(ValueError, match=f"rollout_batch_size={batch} .*num_minibatches={minibatches}.* is {valid}$"):
+        config(rollout_batch_size=batch, num_minibatches=minibatches)
+
+
+def test_total_episodes_round_up_to_whole_rollouts():
+    # 100 / 32 = 3.125 -> 4 rollouts; 4 rollouts x 4 epochs x 4 minibatches = 64 steps.
+    rounded = config(total_episodes=100)
+    assert (rounded.num_rollouts, rounded.num_optimizer_steps) == (4, 64)
+    assert config(total_episodes=96).num_rollouts == 3
+    assert config(total_episodes=1).num_rollouts == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "both"),
+    [
+        ({"kl_target": 6.0, "kl_coef": 0.0}, ("kl_target=6.0", "kl_coef=0")),
+        ({"kl_target": 6.0, "kl_horizon": 8.0}, ("kl_horizon=8.0", "rollout_batch_size=32")),
+        ({"objective": "adaptive_clip"}, ("objective='adaptive_clip'", "target_kl")),
+        (
+            {"objective": "adaptive_clip", "target_kl": 0.1, "clip_range_high": 0.3},
+            ("objective='adaptive_clip'", "clip_range_high"),
+        ),
+    ],
+)
+def test_fault_30_contradicting_settings_are_named_together(settings, both):
+    with pytest.raises(ValueError) as error:
+        config(**settings)
+    assert all(name in str(error.value) for name in both)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("temperature", 0.0, "positive"),
+        ("temperature", float("nan"), "positive"),
+        ("max_new_tokens", 0, "1 or more"),
+        ("total_episodes", 0, "1 or more"),
+        ("num_epochs", 0, "1 or more"),
+        ("learning_rate", -1.0, "0 or more"),
+        ("learning_rate", float("inf"), "0 or more"),
+        ("kl_coef", -0.1, "0 or more"),
+        ("gamma", 1.5, "between 0 and 1"),
+        ("clip_range", 0.0, "positive"),
+        ("reward_timeout_s", 0.0, "positive or None"),
+        ("microbatch_size", 0, "positive or None"),
+        ("max_grad_norm", 0.0, "positive"),
+        ("dual_clip", 1.0, "above 1"),
+        ("objective", "trpo", "known: clip, penalty"),
+        ("kl_estimator", "k4", "known: k1, k2, k3"),
+        ("overlong_prompts", "cut", "known: error, truncate, drop"),
+        ("loss_aggregation", "sum", "known: token_mean"),
+        ("lr_scheduler_type", "step", "known: constant, linear, cosine"),
+    ],
+)
+def test_a_setting_out_of_range_is_named_with_its_value(name, value, expected):
+    with pytest.raises(ValueError, match=name) as error:
+        config(**{name: value})
+    assert expected in str(error.value) and str(value) in str(error.value)
+
+
+def test_settings_are_frozen_and_every_one_has_a_sentence():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config().seed = 1  # pyright: ignore[reportAttributeAccessIssue]
+    for cls in RLHFConfig.__mro__[:2]:
+        body = ast.parse(inspect.getsource(cls)).body[0].body
+        for field, sentence in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign):
+                assert isinstance(sentence, ast.Expr), f"{field.target.id} has no docstring"
+
+
+def test_every_setting_is_read_somewhere():
+    """A setting that nothing reads would promise what does not happen."""
+    folder = Path(rlhf_ppo.__file__).parent
+    code = "".join(file.read_text() for file in folder.rglob("*.py"))
+    for field in dataclasses.fields(RLHFConfig):
+        assert any(f"{owner}.{field.name}" in code for owner in ("args", "config", "self", "objective")), field.name

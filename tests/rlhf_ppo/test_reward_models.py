@@ -1,0 +1,113 @@
+"""Reward models: read with their own tokenizer, in evaluation mode, one number a text, whatever the padding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlhf_ppo.rewards import RewardModel, load_reward
+from rlhf_ppo.sft import train_tokenizer
+
+
+@pytest.fixture
+def other_tokenizer():
+    """A byte-pair tokenizer: the same text has other ids here than for the policy."""
+    return train_tokenizer(["the cat sat on the mat with the hat"] * 50, 280, 64)
+
+
+def one_at_a_time(model, tokenizer, texts: list[str]) -> list[float]:
+    scores = []
+    model.eval().config.pad_token_id = None  # no id is padding, so the model pools at the last position
+    with torch.no_grad():
+        for text in texts:
+            scores.append(float(model(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).logits))
+    return scores
+
+
+def test_fault_11_the_reward_model_reads_text_with_its_own_tokenizer(
+    make_trainer, make_classifier, other_tokenizer, prompts
+):
+    classifier = make_classifier(vocab_size=len(other_tokenizer))
+    trainer = make_trainer(reward_funcs=RewardModel(classifier, other_tokenizer))
+    rollout = trainer.rollout(prompts)
+    texts = [prompt + completion for prompt, completion in zip(prompts, rollout.completions, strict=True)]
+    assert other_tokenizer(texts[0])["input_ids"] != trainer.tokenizer(texts[0])["input_ids"]
+    expected = one_at_a_time(classifier, other_tokenizer, texts)
+    torch.testing.assert_close(rollout.scores, torch.tensor(expected), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "opt"])
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_fault_11_padding_with_pad_equal_to_eos_changes_no_score(make_classifier, tokenizer, kind, batch_size):
+    """Texts that end in end-of-text: a model that looks for the last id that is not pad reads one token early."""
+    tokenizer.pad_token = tokenizer.eos_token
+    model = make_classifier(kind)
+    reward = RewardModel(model, tokenizer, batch_size=batch_size)
+    completions = ["x<|endoftext|>", " longer text<|endoftext|>", "<|endoftext|>", "y"]
+    scores = reward(["a"] * 4, completions)
+    assert tokenizer("x<|endoftext|>")["input_ids"][-1] == tokenizer.pad_token_id
+    expected = one_at_a_time(model, tokenizer, ["a" + completion for completion in completions])
+    assert scores == pytest.approx(expected, abs=1e-5)
+    assert len(set(scores)) == 4
+
+
+def test_a_tokenizer_without_a_pad_token_still_scores_in_batches(make_classifier, tokenizer):
+    model = make_classifier()
+    scores = RewardModel(model, tokenizer)(["a", "b"], ["bc", "cdef"])
+    assert tokenizer.pad_token is None
+    assert scores == pytest.approx(one_at_a_time(model, tokenizer, ["abc", "bcdef"]), abs=1e-5)
+
+
+def test_fault_16_a_reward_model_in_train_mode_is_put_into_evaluation_mode(make_classifier, tokenizer):
+    """GPT-2 brings dropout of 0.1: two calls agree only in evaluation mode. It is frozen, too."""
+    model = make_classifier().train()
+    reward = RewardModel(model, tokenizer)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert reward(["a"] * 3, ["bc", "de", "fg"]) == reward(["a"] * 3, ["bc", "de", "fg"])
+
+
+def test_fault_16_more_than_one_label_is_refused_at_the_start(make_trainer, make_classifier, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"num_labels=3, but a reward is one number; use a model with num_labels=1"):
+        RewardModel(make_classifier(num_labels=3), tokenizer)
+    folder = tmp_path / "two-labels"
+    make_classifier(num_labels=2).save_pretrained(folder)
+    (folder / "model.safetensors").unlink()  # refused by its config, before weights are read
+    with pytest.raises(ValueError, match="reward model 'two-labels' has num_labels=2"):
+        make_trainer(reward_funcs=str(folder))
+
+
+def test_a_folder_is_a_reward(make_trainer, make_classifier, other_tokenizer, prompts, tmp_path):
+    folder = tmp_path / "scorer"
+    classifier = make_classifier(vocab_size=len(other_tokenizer))
+    classifier.save_pretrained(folder)
+    other_tokenizer.save_pretrained(folder)
+    trainer = make_trainer(reward_funcs=str(folder))
+    metrics = trainer.step(trainer.rollout(prompts))
+    assert metrics["score/part/scorer"] == pytest.approx(metrics["score/mean"])
+    again = load_reward(str(folder), device="cpu")
+    assert again(["the"], [" cat"]) == pytest.approx(one_at_a_time(classifier, other_tokenizer, ["the cat"]), abs=1e-5)
+
+
+def test_a_bare_model_needs_its_tokenizer(make_trainer, make_classifier):
+    with pytest.raises(ValueError, match=r"RewardModel\(model, tokenizer\)"):
+        make_trainer(reward_funcs=make_classifier())
+
+
+def test_chats_go_through_the_reward_tokenizers_template_or_are_written_out(make_classifier, tokenizer):
+    reward = RewardModel(make_classifier(), tokenizer)
+    chat = [{"role": "user", "content": "hi"}]
+    assert reward._text(chat, "yo") == "user: hi\n\nassistant: yo"
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'][0] }}.{{ m['content'] }} {% endfor %}"
+    assert reward._text(chat, "yo") == "u.hi a.yo "
+    assert reward._text("hi", " yo") == "hi yo"
+
+
+def test_a_real_sentiment_model_prefers_praise(real_data):
+    folder = real_data / "models/minilm-sst2-reward-fp16"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    reward = RewardModel(str(folder))
+    praise, blame = reward(["The film was "] * 2, ["wonderful, a joy to watch.", "a dull and lifeless mess."])
+    assert praise > blame
+    # Alone and in a batch with a longer text: the same score up to rounding.
+    assert reward(["The film was "], ["wonderful, a joy to watch."]) == pytest.approx([praise], abs=1e-4)

@@ -1,0 +1,151 @@
+"""Setting up a run: what does not fit together is refused by name before anything is trained."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import T5Config, T5ForConditionalGeneration
+
+from rlhf_ppo import PPOTrainer, RLHFConfig
+
+
+@pytest.fixture
+def no_loading(monkeypatch):
+    """Loading a model is a failure: what is tested must be found out before."""
+
+    def load(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("rlhf_ppo.setup.load_policy", load)
+    monkeypatch.setattr("rlhf_ppo.setup.load_trunk", load)
+
+
+def test_an_encoder_decoder_is_refused_by_name(make_trainer, tmp_path, no_loading):
+    config = T5Config(vocab_size=30, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    with pytest.raises(ValueError, match=r"'t5' is an encoder-decoder model.*needs a decoder-only"):
+        make_trainer(model=T5ForConditionalGeneration(config))
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'t5' is an encoder-decoder model"):
+        make_trainer(model=str(tmp_path))
+    with pytest.raises(ValueError, match="'t5' is an encoder-decoder model"):
+        make_trainer(ref_model=str(tmp_path))
+
+
+def test_fault_3_a_missing_pad_token_stays_missing(make_trainer, tokenizer, prompts, tmp_path):
+    """Masks do the work, so the user's tokenizer is neither given a pad token nor turned round, nor saved so."""
+    tokenizer.padding_side = "right"
+    trainer = make_trainer()
+    trainer.step(trainer.rollout(prompts))
+    assert tokenizer.pad_token is None and tokenizer.padding_side == "right" and len(tokenizer) == 30
+    from transformers import AutoTokenizer
+
+    saved = AutoTokenizer.from_pretrained(trainer.save_model(tmp_path / "saved"))
+    assert saved.pad_token is None and saved.padding_side == "right"
+
+
+def test_fault_10_vocabularies_that_differ(make_trainer, make_model, no_loading):
+    for name in ("ref_model", "value_model"):
+        with pytest.raises(ValueError, match=f"{name} has a vocabulary of 31 tokens and model one of 30"):
+            make_trainer(**{name: make_model(vocab_size=31)})
+
+
+def test_fault_10_a_tokenizer_of_another_model(make_trainer, make_model, no_loading):
+    with pytest.raises(ValueError, match="train_dataset row 0: token id 23 is not in the model's vocabulary of 12"):
+        make_trainer(model=make_model(vocab_size=12), stop_token_ids=(0,))
+
+
+def test_stop_tokens_come_from_settings_then_generation_config_then_config_then_tokenizer(
+    make_trainer, make_model, tokenizer
+):
+    def stops(model, **settings):
+        return make_trainer(model=model, **settings).stop_token_ids
+
+    assert stops(make_model(), stop_token_ids=(5, 6)) == (5, 6)
+    model = make_model()
+    model.generation_config.eos_token_id = [7, 8]
+    assert stops(model, stop_token_ids=None) == (7, 8)
+    model.generation_config.eos_token_id, model.config.eos_token_id = None, 9
+    assert stops(model, stop_token_ids=None) == (9,)
+    model.config.eos_token_id = None
+    assert stops(model, stop_token_ids=None) == (tokenizer.eos_token_id,) == (0,)
+    with pytest.raises(ValueError, match=r"stop tokens \(30,\) must lie in the vocabulary \[0, 30\)"):
+        stops(make_model(), stop_token_ids=(30,))
+
+
+def test_an_end_of_text_id_outside_the_vocabulary_is_an_error(make_trainer, make_model, no_loading):
+    """GPT2Config names 50256 whatever the vocabulary: a response would never stop."""
+    model = make_model()
+    model.config.eos_token_id = model.generation_config.eos_token_id = 50256
+    with pytest.raises(ValueError, match=r"stop tokens \(50256,\) must lie in the vocabulary .*set stop_token_ids"):
+        make_trainer(model=model, stop_token_ids=None)
+
+
+def test_no_stop_token_at_all_runs_to_the_limit(make_trainer, make_model, tokenizer, prompts):
+    model = make_model()
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token = None
+    trainer = make_trainer(model=model, stop_token_ids=None)
+    rollout = trainer.rollout(prompts)
+    assert rollout.mask.all() and not rollout.finished.any()
+
+
+def test_a_model_object_without_a_tokenizer(make_trainer):
+    with pytest.raises(ValueError, match="pass its tokenizer as processing_class"):
+        make_trainer(processing_class=None)
+
+
+def test_train_and_evaluate_say_which_data_set_they_miss(make_model, tokenizer, tmp_path):
+    args = RLHFConfig(output_dir=str(tmp_path), device="cpu", quiet=True)
+    trainer = PPOTrainer(make_model(), lambda p, c, **_: [1.0] * len(p), args, processing_class=tokenizer)
+    with pytest.raises(ValueError, match=r"train\(\) needs a train_dataset"):
+        trainer.train()
+    with pytest.raises(ValueError, match=r"evaluate\(\) needs an eval_dataset"):
+        trainer.evaluate()
+
+
+def test_a_reference_adapter_and_a_reference_model_contradict(make_trainer, make_model, no_loading):
+    with pytest.raises(ValueError, match=r"with peft_config the reference is the same model.*drop ref_model"):
+        make_trainer(ref_model=make_model(), peft_config=LoraConfig(target_modules=["c_attn"]))
+
+
+def test_reinforce_and_a_critic_contradict(make_trainer, make_model, no_loading):
+    with pytest.raises(ValueError, match=r"objective='reinforce' has no critic, but a value_model is given"):
+        make_trainer(objective="reinforce", value_model=make_model())
+
+
+def test_several_processes_are_refused(make_trainer, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE is above 1"):
+        make_trainer()
+
+
+def test_output_dir_is_a_file(make_trainer, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ValueError, match="is a file; name a folder"):
+        make_trainer(output_dir=str(file))
+
+
+def test_one_model_in_two_roles_is_two_models(make_trainer, make_model, prompts):
+    """model, ref_model and value_model may be one object: policy and critic learn, the reference stays."""
+    model = make_model()
+    trainer = make_trainer(model=model, ref_model=model, value_model=model)
+    rollout = trainer.rollout(prompts)
+    before = [p.clone() for p in trainer.reference.model.parameters()]
+    trainer.step(rollout)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.reference.model.parameters(), strict=True))
+    assert not any(p.requires_grad for p in trainer.reference.model.parameters())
+    start = make_model()
+    for part, original in ((trainer.model.policy, start), (trainer.model.value_trunk, start.transformer)):
+        moved = [not torch.equal(a, b) for a, b in zip(part.parameters(), original.parameters(), strict=True)]
+        assert any(moved)
+
+
+def test_reference_and_critic_from_one_object(make_trainer, make_model, prompts):
+    other = make_model(seed=1)
+    trainer = make_trainer(ref_model=other, value_model=other)
+    assert all(p.requires_grad for p in trainer.model.value_trunk.parameters())
+    trainer.step(trainer.rollout(prompts))
+    expected = make_model(seed=1)
+    for now, then in zip(trainer.reference.model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(now, then)
