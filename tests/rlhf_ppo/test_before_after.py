@@ -1,0 +1,45 @@
+"""The closing report: paired differences with their interval, and the right rows side by side."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import pytest
+from rich.console import Console
+
+from rlhf_ppo.before_after import first_and_last_evaluation, paired_difference, print_before_after
+from rlhf_ppo.runtime.run_directory import RunDirectory
+
+
+def row(iteration: int, prompt: str, score: float | None) -> dict:
+    return {
+        "iteration": iteration,
+        "prompt": prompt,
+        "completion": f"{prompt} at {iteration}",
+        "score": score,
+        "kl_nats": float(iteration),
+        "reference_nats_per_token": 2.0,
+        "tokens": 5,
+    }
+
+
+def test_paired_difference():
+    # differences 1, 2, 3: mean 2, standard deviation 1, so 1.96 / sqrt(3)
+    mean, half = paired_difference([0.0, 1.0, 2.0], [1.0, 3.0, 5.0])
+    assert mean == 2.0 and half == pytest.approx(1.96 / math.sqrt(3))
+
+
+def test_report_compares_the_first_with_the_last_evaluation(tmp_path):
+    run = RunDirectory(tmp_path)
+    for iteration, shift in ((0, 0.0), (3, 0.5), (7, 1.0)):
+        for prompt, score in (("one", 0.25), ("two", None if iteration == 7 else 0.5)):
+            run.append("eval_samples.jsonl", row(iteration, prompt, None if score is None else score + shift))
+    before, after = first_and_last_evaluation(run)
+    assert [r["iteration"] for r in before] == [0, 0] and [r["iteration"] for r in after] == [7, 7]
+    text = io.StringIO()
+    print_before_after(run, console=Console(file=text, width=120))
+    shown = text.getvalue()
+    # "two" lost its score, so only "one" counts: 0.25 -> 1.25
+    assert "0.250" in shown and "1.250" in shown and "+1.000" in shown
+    assert "unscored" in shown and "one at 0" in shown and "one at 7" in shown and "at 3" not in shown

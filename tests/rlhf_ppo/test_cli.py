@@ -1,0 +1,139 @@
+"""The command line: help for every flag, YAML under flags, bad input as one clear line, runs end to end."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+import json
+import textwrap
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from rlhf_ppo.cli import COMMANDS, main
+
+REWARD = (
+    "def vowels(prompts, completions, **columns):\n    return [sum(c in 'aeiou' for c in t) for t in completions]\n"
+)
+
+
+@pytest.fixture
+def folder(tmp_path, make_model, tokenizer, monkeypatch) -> Path:
+    """A working folder with a model, a reward file and prompts."""
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "reward.py").write_text(REWARD)
+    rows = [{"question": f"the cat {word}"} for word in ("sat", "ran", "ate", "saw", "hid", "won", "lay", "met")]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+TRAIN = (
+    "train --model model --reward reward.py:vowels --dataset prompts.jsonl --prompt-column question --output-dir run "
+    "--total-episodes 8 --rollout-batch-size 4 --num-minibatches 2 --max-new-tokens 4 --eval-size 2 --device cpu"
+).split()
+
+
+def described(cls: type) -> set[str]:
+    """Fields of a class and its bases with a docstring under them, which the command line shows as help."""
+    names: set[str] = set()
+    for base in cls.__mro__[:-1]:
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
+        for field, text in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                names.add(field.target.id)
+    return names
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_a_sentence_for_every_flag(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    names = {field.name for field in fields(COMMANDS[command][0])}
+    assert names <= described(COMMANDS[command][0])
+    assert all(f"--{name.replace('_', '-')}" in text for name in names)
+
+
+def test_train_runs_end_to_end_and_the_result_generates(folder, capsys):
+    assert main(TRAIN) == 0
+    shown = capsys.readouterr().out
+    assert "2 held-out prompts, before and after" in shown
+    assert {"model.safetensors", "metrics.jsonl", "curve.png", "run.json"} <= {f.name for f in Path("run").iterdir()}
+    assert main(["generate", "--model", "run", "--prompt", "a cat", "--max-new-tokens", "3", "--num-samples", "2"]) == 0
+    assert capsys.readouterr().out.count("a cat|") == 2
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(folder):
+    Path("c.yaml").write_text("learning_rate: 1e-3\nnum_epochs: 3\nkl_target: null\nreward: [reward.py:vowels]\n")
+    assert main([*TRAIN, "--config", "c.yaml", "--num-epochs", "2"]) == 0
+    settings = json.loads(Path("run/run.json").read_text())
+    assert (settings["learning_rate"], settings["num_epochs"], settings["kl_target"]) == (1e-3, 2, None)
+    assert settings["gae_lambda"] == 0.95
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--dataset", "promts.jsonl"], "promts.jsonl does not exist"),
+        (["--prompt-column", "qestion"], "did you mean 'question'"),
+        (["--reward", "reward.py:vowel"], "has no function 'vowel'"),
+        (["--reward", "rewards.py:vowels"], "rewards.py does not exist"),
+        (["--eval-size", "8"], "leaves nothing of the 8 prompts"),
+        (["--max-new-tokens", "64"], "leaves no room for a prompt"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(folder, capsys, change, message):
+    flags = list(TRAIN)
+    position = flags.index(change[0]) if change[0] in flags else None
+    if position is None:
+        flags += change
+    else:
+        flags[position + 1] = change[1]
+    assert main(flags) == 2
+    error = capsys.readouterr().err
+    assert "error:" in error and message in error and "Traceback" not in error
+
+
+def test_contradicting_flags_name_both(folder, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*TRAIN, "--merge-adapter", "True"])
+    assert ended.value.code == 2
+    error = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "merge_adapter" in error and "lora_rank" in error
+
+
+def test_a_typo_in_a_flag_gets_a_suggestion(folder, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*TRAIN, "--learning-rat", "1e-3"])
+    assert ended.value.code != 0
+    assert "--learning-rate" in capsys.readouterr().err
+
+
+def test_a_failing_reward_ends_with_its_traceback_and_exit_code_1(folder, capsys):
+    Path("reward.py").write_text("def vowels(prompts, completions, **columns):\n    return 1 / 0\n")
+    assert main(TRAIN) == 1
+    error = capsys.readouterr().err
+    assert "ZeroDivisionError" in error and "return 1 / 0" in error and "failed_rollout.jsonl" in error
+    assert Path("run/model.safetensors").exists()
+
+
+def test_lora_from_the_command_line_saves_adapter_and_merged_model(folder):
+    assert main([*TRAIN, "--lora-rank", "2", "--merge-adapter", "True"]) == 0
+    assert Path("run/adapter_model.safetensors").exists() and Path("run/merged/model.safetensors").exists()
+
+
+def test_sft_continues_from_a_model(folder, capsys):
+    Path("text.jsonl").write_text("".join(json.dumps({"text": "the cat sat. the dog ran."}) + "\n" for _ in range(20)))
+    flags = "sft --model model --dataset text.jsonl --output-dir tuned --max-length 32 --eval-fraction 0.1"
+    assert main(flags.split()) == 0
+    assert "perplexity" in capsys.readouterr().out and Path("tuned/model.safetensors").exists()
+
+
+def test_unknown_command(capsys):
+    assert main(["trian"]) == 2
+    assert "did you mean 'train'" in capsys.readouterr().err
