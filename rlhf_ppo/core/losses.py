@@ -144,14 +144,11 @@ def aggregate_loss(
     """
     require_same_shape(mask=mask, loss=loss)
     require_bool(mask=mask)
-    if mode not in AGGREGATIONS:
-        raise ValueError(f"unknown loss aggregation {mode!r}; known: {', '.join(AGGREGATIONS)}")
+    _check_mode(mode, loss)
     values = keep(loss.to(compute_dtype(loss)), mask)
     if mode == "token_mean":
         total = values.sum()
     else:
-        if loss.ndim < 2:
-            raise ValueError(f"{mode} needs rows: loss must be [B, T], got {tuple(loss.shape)}")
         rows, lengths = values.flatten(1).sum(dim=1), mask.flatten(1).sum(dim=1)
         total = (rows / lengths.clamp(min=1)).sum() if mode == "sequence_mean" else rows.sum()
     count = loss_denominator(mask, mode) if denominator is None else denominator
@@ -162,10 +159,18 @@ def aggregate_loss(
 def loss_denominator(mask: Tensor, mode: str = "token_mean") -> Tensor:
     """What :func:`aggregate_loss` divides by when it is called on all of ``mask`` at once: True entries, or rows.
 
-    Pass it as ``denominator`` to the parts of a minibatch.
+    Pass it as ``denominator`` to the parts of a minibatch. Errors are those of :func:`aggregate_loss`.
     """
     require_bool(mask=mask)
+    _check_mode(mode, mask)
     return mask.sum() if mode == "token_mean" else mask.flatten(1).any(dim=1).sum()
+
+
+def _check_mode(mode: str, like: Tensor) -> None:
+    if mode not in AGGREGATIONS:
+        raise ValueError(f"unknown loss aggregation {mode!r}; known: {', '.join(AGGREGATIONS)}")
+    if mode != "token_mean" and like.ndim < 2:
+        raise ValueError(f"{mode} needs rows: the loss must be [B, T], got {tuple(like.shape)}")
 
 
 def ppo_loss(
