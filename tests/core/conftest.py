@@ -1,0 +1,24 @@
+"""What the core's tests share: repeatable seeds, small hypothesis profiles, and one parameter for the device."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Derandomised: the same examples everywhere, so a red run can be repeated.
+settings.register_profile("core", max_examples=50, deadline=None, derandomize=True, database=None)
+settings.register_profile("mutation", parent=settings.get_profile("core"), max_examples=8)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "core"))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(
+    params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
+def device(request):
+    return torch.device(request.param)

@@ -1,0 +1,258 @@
+"""Proves what each KL estimator is worth, as a number and as a loss, against the exact KL of a small vocabulary."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from rlhf_ppo.core import kl_estimate, kl_penalized_rewards
+
+ESTIMATORS = ["k1", "k2", "k3"]
+seeds = st.integers(0, 10_000)
+
+
+def f64(x):
+    return torch.tensor(x, dtype=torch.float64)
+
+
+def two_policies(seed=0, vocabulary=6):
+    """Logits of a policy (with gradients) and log-probs of a reference, over one small vocabulary."""
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(vocabulary, generator=g, dtype=torch.float64).requires_grad_()
+    return logits, torch.randn(vocabulary, generator=g, dtype=torch.float64).log_softmax(0)
+
+
+def exact_kl(logp, logq):
+    return (logp.exp() * (logp - logq)).sum()
+
+
+def gradient(loss, logits):
+    return torch.autograd.grad(loss, logits, retain_graph=True)[0]
+
+
+class TestEstimators:
+    def test_by_hand(self):
+        # log-ratios ln 2, -ln 2, 0. k3 = q/p - 1 + log p/q: .5 - 1 + ln 2, 2 - 1 - ln 2, 0.
+        ln2 = math.log(2)
+        p, q = f64([ln2, 0, -3]), f64([0, ln2, -3])
+        assert_close(kl_estimate(p, q), f64([ln2, -ln2, 0]))
+        assert_close(kl_estimate(p, q, "k1"), f64([ln2, -ln2, 0]))
+        assert_close(kl_estimate(p, q, "k2"), f64([ln2**2 / 2, ln2**2 / 2, 0]))
+        assert_close(kl_estimate(p, q, "k3"), f64([ln2 - 0.5, 1 - ln2, 0]))
+
+    @given(seeds)
+    def test_k1_and_k3_have_the_exact_kl_as_mean_and_k2_does_not(self, seed):
+        logits, logq = two_policies(seed)
+        logp = logits.log_softmax(0)
+        exact = exact_kl(logp, logq)
+        for estimator in ("k1", "k3"):
+            assert_close((logp.exp() * kl_estimate(logp, logq, estimator)).sum(), exact)
+
+    def test_k2_is_biased_far_away_and_right_nearby(self):
+        # p = (.9, .1) against q = (.1, .9): KL = .9 ln 9 - .1 ln 9 = .8 ln 9; k2 is (ln 9)^2 / 2 whatever the action.
+        p, q, ln9 = f64([0.9, 0.1]).log(), f64([0.1, 0.9]).log(), math.log(9)
+        assert_close(exact_kl(p, q).item(), 0.8 * ln9)
+        assert_close((p.exp() * kl_estimate(p, q, "k2")).sum().item(), ln9**2 / 2)
+        near = (p + 1e-3 * (q - p)).log_softmax(0)
+        # 1 %: the bias is of third order in a step of 1e-3.
+        assert_close((p.exp() * kl_estimate(p, near, "k2")).sum(), exact_kl(p, near), rtol=1e-2, atol=0)
+
+    @given(seeds)
+    def test_signs(self, seed):
+        logits, logq = two_policies(seed)
+        logp = logits.log_softmax(0)
+        assert kl_estimate(logp, logq, "k1").min() < 0 < kl_estimate(logp, logq, "k1").max()
+        for estimator in ("k2", "k3"):
+            assert kl_estimate(logp, logq, estimator).min() >= 0
+        for estimator in ESTIMATORS:
+            assert torch.all(kl_estimate(logp, logp, estimator) == 0)
+
+    def test_k3_is_exact_for_tiny_drifts_in_float32(self):
+        # 1e-3 nats: k3 = x^2 / 2 - x^3 / 6 = 5e-7; exp(x) - 1 in float32 would be off by 1e-7, a fifth of it.
+        x = torch.tensor([1e-3])
+        assert_close(kl_estimate(-x, 0 * x, "k3"), x**2 / 2, rtol=1e-3, atol=0)  # 1e-3: the cubic term
+
+
+class TestAsLosses:
+    """Actions come from pi, and the gradient flows through the estimator alone, never through the sampling."""
+
+    def expected_gradient(self, estimator, seed):
+        logits, logq = two_policies(seed)
+        logp = logits.log_softmax(0)
+        loss = (logp.exp().detach() * kl_estimate(logp, logq, estimator)).sum()
+        return gradient(loss, logits), gradient(exact_kl(logp, logq), logits), gradient(exact_kl(logq, logp), logits)
+
+    @given(seeds)
+    def test_k1_has_no_gradient_at_all(self, seed):
+        # E_pi[grad log pi] = 0: what is left is noise.
+        got, exact, _ = self.expected_gradient("k1", seed)
+        assert_close(got, torch.zeros_like(got))
+        assert exact.abs().max() > 1e-3
+
+    @given(seeds)
+    def test_k2_has_the_gradient_of_the_exact_kl(self, seed):
+        # E_pi[(log pi - log ref) grad log pi] = grad KL(pi || ref).
+        got, exact, _ = self.expected_gradient("k2", seed)
+        assert_close(got, exact)
+
+    @given(seeds)
+    def test_k3_has_the_gradient_of_the_other_kl(self, seed):
+        # E_pi[(1 - ref/pi) grad log pi] = -E_ref[grad log pi] = grad KL(ref || pi): another direction.
+        got, exact, other = self.expected_gradient("k3", seed)
+        assert_close(got, other)
+        assert not torch.allclose(got, exact)
+
+    def test_k3_of_the_sampling_policy_against_the_new_one_is_right(self):
+        # PPO-Penalty's use: actions from the fixed old policy, gradient of KL(old || new).
+        logits, old = two_policies(3)
+        new = logits.log_softmax(0)
+        loss = (old.exp() * kl_estimate(old, new, "k3")).sum()
+        assert_close(gradient(loss, logits), gradient(exact_kl(old, new), logits))
+
+    @pytest.mark.parametrize("estimator", ESTIMATORS)
+    def test_gradcheck(self, estimator):
+        p, q = (torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        assert torch.autograd.gradcheck(lambda p, q: kl_estimate(p, q, estimator), (p, q))
+
+
+class TestOverflow:
+    @pytest.mark.parametrize("estimator", ESTIMATORS)
+    @pytest.mark.parametrize("drift", [100.0, -100.0, 1e4, -1e4])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_a_100_nat_drift_is_finite_with_a_finite_gradient(self, estimator, drift, dtype):
+        p = torch.tensor([drift], dtype=dtype, requires_grad=True)
+        kl = kl_estimate(p, torch.zeros(1, dtype=dtype), estimator)
+        kl.sum().backward()
+        assert torch.isfinite(kl).all()
+        assert torch.isfinite(p.grad).all()
+
+    def test_k3_is_exact_up_to_20_nats_and_flat_beyond(self):
+        p = f64([-19, -21, -500]).requires_grad_()
+        kl = kl_estimate(p, f64([0, 0, 0]), "k3")
+        assert_close(kl, f64([math.exp(19) - 20, math.exp(20) - 21, math.exp(20) - 21]))
+        kl.sum().backward()
+        # Flat, not reversed: a positive gradient would lower log p still further when minimised.
+        assert_close(p.grad, f64([1 - math.exp(19), 0, 0]))
+
+    def test_k3_is_linear_where_the_policy_puts_far_more_mass(self):
+        assert_close(kl_estimate(f64([100]), f64([0]), "k3"), f64([99]))
+
+
+class TestPenalizedRewards:
+    mask = torch.tensor([[True, True, False, False], [True, True, True, True], [False] * 4])
+    kl = f64([[0.1, 0.2, 9, 9], [1, 2, 3, 4], [9, 9, 9, 9]])
+
+    def test_the_score_sits_on_the_last_real_token(self):
+        rewards = kl_penalized_rewards(f64([1, -2, 7]), self.kl, self.mask, 0.5)
+        assert_close(rewards, f64([[-0.05, 1 - 0.1, 0, 0], [-0.5, -1, -1.5, -2 - 2], [0, 0, 0, 0]]))
+
+    def test_the_last_true_step_counts_even_after_a_gap_or_padding_on_the_left(self):
+        mask = torch.tensor([[False, True, False, True, False], [False, False, False, False, True]])
+        rewards = kl_penalized_rewards(f64([5, 6]), torch.zeros(2, 5, dtype=torch.float64), mask, 1.0)
+        assert_close(rewards, f64([[0, 0, 0, 5, 0], [0, 0, 0, 0, 6]]))
+
+    def test_scores_per_token(self):
+        scores = torch.arange(12.0, dtype=torch.float64).view(3, 4)
+        rewards = kl_penalized_rewards(scores, self.kl, self.mask, 0.5)
+        assert_close(rewards, f64([[-0.05, 0.9, 0, 0], [4 - 0.5, 5 - 1, 6 - 1.5, 7 - 2], [0, 0, 0, 0]]))
+
+    def test_zeros_are_numbers_like_any_other(self):
+        zero_score = kl_penalized_rewards(f64([0, 0, 0]), self.kl, self.mask, 0.5)
+        assert_close(zero_score, -0.5 * self.kl * self.mask)
+        zero_coef = kl_penalized_rewards(f64([1, -2, 7]), self.kl, self.mask, 0)
+        assert_close(zero_coef, f64([[0, 1, 0, 0], [0, 0, 0, -2], [0, 0, 0, 0]]))
+        assert torch.all(kl_penalized_rewards(f64([0, 0, 0]), self.kl, self.mask, 0.0) == 0)
+
+    @given(seeds, st.floats(0, 2))
+    def test_a_response_gets_its_score_once_and_pays_for_all_its_kl(self, seed, coef):
+        g = torch.Generator().manual_seed(seed)
+        kl, scores = torch.randn(4, 5, generator=g, dtype=torch.float64), torch.randn(4, generator=g).double()
+        mask = torch.rand(4, 5, generator=g) > 0.5
+        rewards = kl_penalized_rewards(scores, kl, mask, coef)
+        assert_close(rewards.sum(1), (scores - coef * (kl * mask).sum(1)) * torch.where(mask.any(1), 1.0, coef * 0))
+        padded = kl_penalized_rewards(
+            scores,
+            torch.cat([kl[:, :2] * 0 + 5, kl, kl[:, :3]], dim=1),
+            torch.cat([mask[:, :2] & False, mask, mask[:, :3] & False], dim=1),
+            coef,
+        )
+        assert_close(padded[:, 2:-3], rewards)
+
+    @pytest.mark.parametrize("per_token", [False, True])
+    def test_nan_in_masked_slots_changes_no_value_and_no_gradient(self, per_token):
+        nan = float("nan")
+        outs, grads = [], []
+        for fill in (0.0, nan):
+            kl = self.kl.masked_fill(~self.mask, fill).requires_grad_()
+            scores = (
+                f64([1, 2, fill])[:, None].expand(3, 4).masked_fill(~self.mask, fill)
+                if per_token
+                else f64([1, 2, fill])
+            )
+            scores = scores.clone().requires_grad_()
+            out = kl_penalized_rewards(scores, kl, self.mask, 0.3)
+            out.square().sum().backward()
+            outs.append(out.detach())
+            grads += [[kl.grad, scores.grad]]
+        assert torch.equal(*outs)
+        assert torch.equal(grads[0][0], grads[1][0])
+        assert torch.equal(grads[0][1], grads[1][1])
+        assert torch.all(outs[1][~self.mask] == 0)
+
+    def test_a_coefficient_per_response(self):
+        rewards = kl_penalized_rewards(f64([0, 0, 0]), self.kl, self.mask, f64([[1], [0.5], [0]]))
+        assert_close(rewards, f64([[-0.1, -0.2, 0, 0], [-0.5, -1, -1.5, -2], [0, 0, 0, 0]]))
+
+    def test_empty_responses(self):
+        none = torch.zeros(2, 0)
+        assert kl_penalized_rewards(torch.ones(2), none, none.bool(), 0.1).shape == (2, 0)
+
+    def test_errors_and_inputs_left_alone(self):
+        scores = f64([1, 2, 3])
+        before = scores.clone(), self.kl.clone(), self.mask.clone()
+        kl_penalized_rewards(scores, self.kl, self.mask, 0.5)
+        for x, y in zip((scores, self.kl, self.mask), before, strict=True):
+            assert torch.equal(x, y)
+        with pytest.raises(ValueError, match=r"kl \(3, 4\) and mask \(3, 1\)"):
+            kl_penalized_rewards(scores, self.kl, self.mask[:, :1], 0.5)
+        with pytest.raises(ValueError, match="bool"):
+            kl_penalized_rewards(scores, self.kl, self.mask.float(), 0.5)
+        for wrong in (scores[:2], scores[:, None], f64(1.0), torch.zeros(4)):  # [B, 1] would spread over the response
+            with pytest.raises(ValueError, match=rf"scores \({', '.join(map(str, wrong.shape))},?\).*\(3, 4\)"):
+                kl_penalized_rewards(wrong, self.kl, self.mask, 0.5)
+        with pytest.raises(ValueError, match=r"\[B, T\] \(4,\)"):
+            kl_penalized_rewards(scores, self.kl[0], self.mask[0], 0.5)
+        with pytest.raises(ValueError, match=r"\[B, T\] \(3,\)"):
+            kl_penalized_rewards(scores, scores, scores > 0, 0.5)
+
+
+def test_errors_of_the_estimators_and_inputs_left_alone():
+    p, q = torch.randn(3), torch.randn(3)
+    before = p.clone(), q.clone()
+    for estimator in ESTIMATORS:
+        kl_estimate(p, q, estimator)
+    assert torch.equal(p, before[0])
+    assert torch.equal(q, before[1])
+    with pytest.raises(ValueError, match=r"logprobs \(3, 1\) and ref_logprobs \(3,\)"):
+        kl_estimate(p[:, None], q)
+    with pytest.raises(ValueError, match="'k4'; known: k1, k2, k3"):
+        kl_estimate(p, q, "k4")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dtype_and_device_are_kept(dtype, device):
+    p, q = (torch.randn(2, 50).to(device, dtype) for _ in range(2))
+    mask = torch.rand(2, 50).to(device) > 0.3
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for estimator in ESTIMATORS:
+        kl = kl_estimate(p, q, estimator)
+        assert kl.dtype == dtype
+        assert kl.device.type == device.type
+        assert torch.equal(kl, kl_estimate(p.to(wide), q.to(wide), estimator).to(dtype))
+    for scores in (p[:, 0], q):
+        rewards = kl_penalized_rewards(scores, p, mask, 0.1)
+        assert rewards.dtype == dtype
+        assert torch.equal(rewards, kl_penalized_rewards(scores.to(wide), p.to(wide), mask, 0.1).to(dtype))
