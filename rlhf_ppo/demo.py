@@ -34,8 +34,8 @@ class DemoArgs:
     """One seed, one machine, one result."""
 
 
-def demo(args: DemoArgs) -> None:
-    """Train, then print scores, KL, samples and where everything is."""
+def train_demo(args: DemoArgs) -> PPOTrainer:
+    """Train on the packaged story openings, evaluating before and after on held-out ones."""
     openings = load_rows(OPENINGS)
     trainer = PPOTrainer(
         model=args.model,
@@ -50,6 +50,12 @@ def demo(args: DemoArgs) -> None:
         eval_dataset=openings.select(range(HELD_OUT)),
     )
     trainer.train()
+    return trainer
+
+
+def demo(args: DemoArgs) -> None:
+    """Train, then print scores, KL, samples and where everything is."""
+    trainer = train_demo(args)
     print_before_after(trainer.run)
     print_paths(trainer.run.path)
 
