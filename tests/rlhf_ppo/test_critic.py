@@ -1,0 +1,114 @@
+"""The critic: it starts at 0, sees no future, learns, and is saved with the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from rlhf_ppo.models import ActorCritic
+
+
+def test_the_first_values_are_0(make_trainer, make_model, prompts):
+    for trainer in (make_trainer(), make_trainer(value_model=make_model(seed=1))):
+        rollout = trainer.rollout(prompts)
+        assert rollout.values is not None and (rollout.values == 0).all()
+        _, metrics = trainer._estimate(rollout)
+        assert metrics["value/mean"] == 0 and metrics["value/explained_variance"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("t", [0, 2, 4])
+def test_changing_a_token_moves_only_later_values(make_model, wake_critic, separate, t):
+    """V_t is the value of the state before token t, so it may depend on tokens 0 to t-1 alone."""
+    trunk = make_model(seed=1).base_model if separate else None
+    model = ActorCritic(make_model(), value_trunk=trunk)
+    wake_critic(model)
+    prompt, tokens = torch.tensor([[5, 6]]), torch.tensor([[7, 8, 9, 10, 11]])
+    other = tokens.clone()
+    other[0, t] = 20
+    masks = torch.ones_like(prompt).bool(), torch.ones_like(tokens).bool()
+    with torch.no_grad():
+        before = model(prompt, masks[0], tokens, masks[1]).values
+        after = model(prompt, masks[0], other, masks[1]).values
+    changed = (before - after).abs()[0] > 1e-4
+    assert changed.tolist() == [k > t for k in range(5)]
+
+
+def by_prompt(prompts: list[str], completions: list[str], **columns) -> list[float]:
+    """2 for prompts with a space, else -2: the critic can know it before the response begins."""
+    return [2.0 if " " in prompt else -2.0 for prompt in prompts]
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_the_critic_learns_what_prompts_are_worth(make_trainer, make_model, prompts, separate):
+    trainer = make_trainer(
+        reward_funcs=by_prompt,
+        value_model=make_model(seed=1) if separate else None,
+        vf_coef=1.0,
+        clip_range_vf=None,
+        learning_rate=0.01,
+        num_epochs=8,
+        lr_scheduler_type="constant",
+    )
+    metrics = [trainer.step(trainer.rollout(prompts)) for _ in range(6)]
+    assert metrics[0]["value/explained_variance"] == pytest.approx(0, abs=1e-6)
+    assert metrics[-1]["value/explained_variance"] > 0.8
+    assert metrics[-1]["value/loss"] < 0.2 * metrics[0]["value/loss"]
+
+
+def test_a_separate_critic_learns_by_its_own_trunk_and_leaves_the_policy_alone(make_trainer, make_model, prompts):
+    trainer = make_trainer(value_model=make_model(seed=1))
+    rollout = trainer.rollout(prompts)
+    trainer.step(rollout)
+    start = make_model(seed=1).base_model
+    moved = zip(trainer.model.value_trunk.parameters(), start.parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in moved)
+    trainer.optimizer.zero_grad()
+    out = trainer.model(rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.mask)
+    out.values.sum().backward()
+    assert all(p.grad is None for p in trainer.model.policy.parameters())
+
+
+def test_values_of_a_separate_critic_equal_a_row_by_row_reading(make_trainer, make_model, wake_critic, prompts):
+    trainer = make_trainer(value_model=make_model("llama", seed=1))
+    wake_critic(trainer.model)
+    rollout = trainer.rollout(prompts)
+    for row, n in enumerate(rollout.lengths.tolist()):
+        prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]]
+        ids = torch.cat([prompt, rollout.response_ids[row, : n - 1]])[None]
+        with torch.no_grad():
+            hidden = trainer.model.value_trunk(ids).last_hidden_state[0, len(prompt) - 1 :]
+            expected = trainer.model.value_head(hidden).squeeze(-1)
+        torch.testing.assert_close(rollout.values[row, :n], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_value_head_is_saved_with_the_model_and_restored(make_trainer, prompts):
+    trainer = make_trainer(learning_rate=0.01)
+    rollout = trainer.rollout(prompts)
+    trainer.step(rollout)
+    folder = trainer.save_model()
+    saved = load_file(folder / "value_head.safetensors")
+    assert torch.equal(saved["weight"], trainer.model.value_head.weight) and (saved["weight"] != 0).any()
+    fresh = make_trainer(model=str(folder))
+    fresh.model.load_value_head(folder)
+    inputs = (rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.mask)
+    with torch.no_grad():
+        torch.testing.assert_close(fresh.model(*inputs).values, trainer.model(*inputs).values, rtol=0, atol=0)
+
+
+def test_a_separate_critic_is_saved_in_a_folder_of_its_own(make_trainer, make_model, prompts):
+    trainer = make_trainer(value_model=make_model(seed=1), learning_rate=0.01)
+    trainer.step(trainer.rollout(prompts))
+    folder = trainer.save_model()
+    critic = AutoModel.from_pretrained(folder / "critic")
+    for a, b in zip(critic.parameters(), trainer.model.value_trunk.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert (folder / "value_head.safetensors").is_file()
+
+
+def test_a_critic_from_a_folder(make_trainer, make_model, prompts, tmp_path):
+    make_model(seed=1).save_pretrained(tmp_path / "critic")
+    trainer = make_trainer(value_model=str(tmp_path / "critic"))
+    assert trainer.step(trainer.rollout(prompts))["value/loss"] > 0
