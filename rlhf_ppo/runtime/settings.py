@@ -7,6 +7,7 @@ import difflib
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,29 +56,42 @@ def _checked(path: Path, key: Any, value: Any, known: list[str], types: Mapping[
 def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, description: str | None = None) -> Settings:
     """Build ``cls`` from ``argv``: flags win over ``--config file.yaml``, which wins over the defaults.
 
+    A field annotated ``tyro.conf.Positional[...]`` is a word without a flag; such words come first.
+
     Raises:
         FileNotFoundError, ValueError: see :func:`read_yaml`; a wrong flag ends the program with usage help.
     """
     flags: list[str] = []
     from_yaml: list[str] = []
-    rest = iter(argv)
+    # Words before the first flag go first again: after YAML's list values they would be read as part of the list.
+    words = list(takewhile(lambda word: not word.startswith("-"), argv))
+    rest = iter(argv[len(words) :])
     for word in rest:
         if word == "--config" or word.startswith("--config="):
             path = word.partition("=")[2] or next(rest, "")
             if not path:
                 raise ValueError("--config needs the path of a YAML file")
             for key, value in read_yaml(path, cls).items():
-                from_yaml += _as_flag(key, value)
+                if key in _positional(cls):
+                    words = words or [str(value)]
+                else:
+                    from_yaml += _as_flag(key, value)
         else:
             flags.append(word)
     return tyro.cli(
         cls,
-        args=[*from_yaml, *flags],
+        args=[*words, *from_yaml, *flags],
         prog=prog,
         description=(description or "")
         + " Settings may also come from a YAML file: --config FILE (flags win over it).",
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
     )
+
+
+def _positional(cls: type) -> list[str]:
+    (marker,) = typing.get_args(tyro.conf.Positional[str])[1:]
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return [name for name, hint in hints.items() if marker in typing.get_args(hint)[1:]]
 
 
 def _as_flag(key: str, value: Any) -> list[str]:

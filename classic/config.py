@@ -1,0 +1,193 @@
+"""PPOArgs: every setting of a control run, and the presets that fill in what is left None."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rlhf_ppo.core import PPOConfig
+from rlhf_ppo.core.config import Objective
+
+# What an environment without a preset of its own gets: common values for low-dimensional control tasks.
+DEFAULTS: dict[str, Any] = {
+    "total_timesteps": 500_000,
+    "num_envs": 8,
+    "num_steps": 256,
+    "learning_rate": 3e-4,
+    "lr_schedule": "linear",
+    "hidden_sizes": (64, 64),
+    "objective": "clip",
+    "clip_range": 0.2,
+    "dual_clip": 3.0,
+    "penalty_beta": 1.0,
+    "vf_coef": 0.5,
+    "ent_coef": 0.0,
+    "gamma": 0.99,
+    "gae_lambda": 0.95,
+    "normalize_advantages": True,
+    "num_epochs": 10,
+    "num_minibatches": 32,
+    "max_grad_norm": 0.5,
+}
+
+# Presets never set a field whose None already means "off", so that "off" can always be asked for.
+PRESETS: dict[str, dict[str, Any]] = {
+    "CartPole-v1": {
+        "total_timesteps": 50_000,
+        "num_envs": 32,
+        "num_steps": 32,
+        "learning_rate": 2e-3,
+        "gamma": 0.98,
+        "num_epochs": 8,
+        "num_minibatches": 4,
+    },
+}
+
+# These mean "off" as None; every other None means "the preset's".
+OPTIONAL = ("clip_range_high", "clip_range_vf", "target_kl", "autoreset_mode", "output_dir")
+# Settings that one objective alone reads.
+READ_BY = {
+    "dual_clip": ("dual_clip",),
+    "penalty_beta": ("penalty",),
+    "clip_range_high": ("clip", "dual_clip"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOArgs:
+    """Settings of a run. None means the preset of the environment, or what :data:`DEFAULTS` says."""
+
+    seed: int = 0
+    """Seed of the initialisation, the sampled actions, the minibatches and the environments."""
+    total_timesteps: int | None = None
+    """Environment steps to train for, rounded up to whole rollouts; schedules span them."""
+    num_envs: int | None = None
+    """Environment copies stepped side by side."""
+    num_steps: int | None = None
+    """Steps of each copy in a rollout."""
+    autoreset_mode: Literal["next_step", "same_step"] | None = None
+    """How copies restart after an episode; None: whatever Gymnasium's own vector environment does."""
+    hidden_sizes: tuple[int, ...] | None = None
+    """Widths of the tanh layers, the same for the actor and the critic, which share no weights."""
+    learning_rate: float | None = None
+    """Adam's learning rate at the start."""
+    lr_schedule: Literal["linear", "constant"] | None = None
+    """linear falls to 0 over the total number of steps; constant stays."""
+    objective: Objective | None = None
+    """Policy loss: clip, penalty, adaptive_clip, dual_clip, a2c (no ratio) or reinforce (no ratio, no baseline)."""
+    clip_range: float | None = None
+    """Ratios beyond 1 +- this bring no further gain (the start value for adaptive_clip)."""
+    clip_range_high: float | None = None
+    """Upper clip range when it differs from the lower one; None: the same."""
+    clip_range_vf: float | None = None
+    """Keeps a new value within this of the recorded one in the value loss; None: no value clipping."""
+    dual_clip: float | None = None
+    """dual_clip objective: the loss of an action with A < 0 is at most this times -A."""
+    penalty_beta: float | None = None
+    """penalty objective: first weight of KL(old || new), adapted toward target_kl when that is set."""
+    target_kl: float | None = None
+    """KL(old || new) per action in nats: ends an update past 1.5 times it, or is what penalty and adaptive_clip aim at;
+    None: no target."""
+    vf_coef: float | None = None
+    """Weight of the value loss."""
+    ent_coef: float | None = None
+    """Weight of the entropy bonus."""
+    gamma: float | None = None
+    """Discount per step."""
+    gae_lambda: float | None = None
+    """GAE's lambda: 0 is TD(0), 1 is Monte Carlo (which reinforce always uses)."""
+    normalize_advantages: bool | None = None
+    """Whiten the advantages of each rollout."""
+    num_epochs: int | None = None
+    """Passes over each rollout (a2c and reinforce: 1 unless set)."""
+    num_minibatches: int | None = None
+    """Optimizer steps per pass."""
+    max_grad_norm: float | None = None
+    """Global gradient norm after clipping."""
+    num_threads: int = 1
+    """Torch threads while learning or evaluating; more than one slows networks this small down."""
+    output_dir: str | None = None
+    """Folder for metrics.jsonl, curve.png and run.json; None: nothing is written."""
+    quiet: bool = False
+    """Show no progress."""
+
+    def __post_init__(self) -> None:
+        if self.hidden_sizes is not None:  # lists come from JSON, tuples compare and hash
+            object.__setattr__(self, "hidden_sizes", tuple(self.hidden_sizes))
+        for name in ("total_timesteps", "num_envs", "num_steps", "num_threads"):
+            self._require(name, lambda value: value >= 1, "1 or more")
+        self._require("seed", lambda value: value >= 0, "0 or more")
+        self._require("learning_rate", lambda value: value >= 0 and math.isfinite(value), "finite and 0 or more")
+        self._require("hidden_sizes", lambda value: bool(value) and min(value) >= 1, "positive widths")
+        self._require("lr_schedule", lambda value: value in ("linear", "constant"), "linear or constant")
+        self._require("autoreset_mode", lambda value: value in ("next_step", "same_step"), "next_step or same_step")
+
+    def _require(self, name: str, ok: Any, what: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not ok(value):
+            raise ValueError(f"{name} must be {what}, got {value!r}")
+
+    def resolve(self, env_id: str) -> PPOArgs:
+        """These settings with every None filled in from the environment's preset.
+
+        Warns:
+            UserWarning: a2c or reinforce would use its data more than once.
+        Raises:
+            ValueError: settings contradict each other, or a value is out of range.
+        """
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(PPOArgs)}
+        given = {name: value for name, value in given.items() if value is not None}
+        preset = {**DEFAULTS, **PRESETS.get(env_id, {})}
+        filled = {**preset, **given}
+        objective = filled["objective"]
+        for name, readers in READ_BY.items():
+            if objective not in readers and filled.get(name) != preset.get(name):
+                raise ValueError(
+                    f"{name}={given[name]} is read by objective={' or '.join(map(repr, readers))} alone, "
+                    f"but objective={objective!r}: remove one of the two"
+                )
+        if objective in ("a2c", "reinforce"):
+            filled["num_epochs"] = given.get("num_epochs", 1)
+            if filled["num_epochs"] > 1:
+                warnings.warn(
+                    f"objective={objective!r} has no ratio to correct for old data, so num_epochs="
+                    f"{filled['num_epochs']} reuses it off-policy; num_epochs=1 is exact",
+                    stacklevel=3,
+                )
+        if objective == "reinforce":
+            if given.get("gae_lambda", 1.0) != 1.0:
+                raise ValueError(
+                    f"objective='reinforce' learns from Monte Carlo returns, which is gae_lambda=1, but gae_lambda="
+                    f"{given['gae_lambda']}: remove it, or use objective='a2c'"
+                )
+            filled["gae_lambda"] = 1.0
+        if filled["num_minibatches"] > filled["num_envs"] * filled["num_steps"]:
+            raise ValueError(
+                f"num_minibatches={filled['num_minibatches']} is more than the rollout's {filled['num_envs']} x "
+                f"{filled['num_steps']} steps (num_envs x num_steps)"
+            )
+        args = PPOArgs(**filled)
+        args.ppo_config()
+        return args
+
+    def require_full_minibatches(self, *, next_step_autoreset: bool) -> None:
+        """Raise a ValueError unless any rollout of resolved settings can fill every minibatch.
+
+        Under NEXT_STEP every second step may be a reset in the worst case, which is episodes of one step.
+        """
+        assert self.num_envs and self.num_steps and self.num_minibatches
+        decisions = self.num_envs * (self.num_steps // 2 if next_step_autoreset else self.num_steps)
+        if self.num_minibatches > decisions:
+            raise ValueError(
+                f"num_minibatches={self.num_minibatches} needs as many decisions, but num_envs={self.num_envs} x "
+                f"num_steps={self.num_steps} guarantees only {decisions} (NEXT_STEP autoreset may spend every second "
+                "step): lower num_minibatches or raise num_steps"
+            )
+
+    def ppo_config(self) -> PPOConfig:
+        """The core's share of resolved settings, validated there."""
+        shared = {field.name for field in dataclasses.fields(PPOConfig)} & set(PPOArgs.__dataclass_fields__)
+        return PPOConfig(**{name: getattr(self, name) for name in shared})

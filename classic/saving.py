@@ -1,0 +1,106 @@
+"""Saving and loading an agent: safetensors for numbers, JSON for the rest; nothing that could run code."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from classic.config import PPOArgs
+from rlhf_ppo import __version__
+
+if TYPE_CHECKING:
+    from classic.train import PPO
+
+MODEL, OPTIMIZER, AGENT = "model.safetensors", "optimizer.safetensors", "agent.json"
+
+
+def save(agent: PPO, folder: str | Path) -> Path:
+    """Write ``model.safetensors``, ``optimizer.safetensors`` and ``agent.json``; each file is replaced as a whole.
+
+    What is not saved yet: random generators and running episodes, so training goes on from here but not bit for bit.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"cannot save to {folder}: it is a file; name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "env_id": agent.env_id,
+        "version": __version__,
+        "args": asdict(agent.args),
+        "spaces": _spaces(agent),
+        "counters": agent.counters,
+        # Where objective=adaptive_clip and objective=penalty have moved them to.
+        "in_force": {"clip_range": agent.config.clip_range, "penalty_beta": agent.config.penalty_beta},
+    }
+    _replace(folder / MODEL, lambda path: save_file(_copies(agent.network.state_dict()), path))
+    _replace(folder / OPTIMIZER, lambda path: save_file(_copies(_optimizer_tensors(agent)), path))
+    _replace(folder / AGENT, lambda path: path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+    return folder
+
+
+def load(cls: type[PPO], folder: str | Path) -> PPO:
+    """Build the agent in ``folder``; errors are those of :meth:`classic.PPO.load`."""
+    folder = Path(folder)
+    for name in (AGENT, MODEL, OPTIMIZER):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"no saved agent in {folder}: {name} is missing; write one with agent.save({str(folder)!r})"
+            )
+    try:
+        content = json.loads((folder / AGENT).read_text(encoding="utf-8"))
+        agent = cls(content["env_id"], PPOArgs(**content["args"]))
+        saved_spaces, counters, in_force = content["spaces"], content["counters"], content["in_force"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / AGENT} was not written by this version ({__version__}): {error!r}") from error
+    if saved_spaces != _spaces(agent):
+        raise ValueError(
+            f"environment {agent.env_id!r} has changed since {folder} was saved: spaces were {saved_spaces}, "
+            f"now {_spaces(agent)}"
+        )
+    try:
+        agent.network.load_state_dict(load_file(folder / MODEL))
+        _load_optimizer(agent, load_file(folder / OPTIMIZER))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"the tensors in {folder} cannot be read: {error}") from error
+    agent.counters = dict(counters)
+    agent.config = replace(agent.config, **in_force)
+    return agent
+
+
+def _spaces(agent: PPO) -> dict[str, int | bool]:
+    envs = agent.envs
+    return {"num_features": envs.num_features, "num_actions": envs.num_actions, "continuous": envs.continuous}
+
+
+def _optimizer_tensors(agent: PPO) -> dict[str, Tensor]:
+    states = agent.optimizer.state
+    return {
+        f"{name}/{key}": tensor
+        for name, parameter in agent.network.named_parameters()
+        for key, tensor in states.get(parameter, {}).items()
+    }
+
+
+def _load_optimizer(agent: PPO, tensors: dict[str, Tensor]) -> None:
+    for name, parameter in agent.network.named_parameters():
+        state = {key.rpartition("/")[2]: tensor for key, tensor in tensors.items() if key.rpartition("/")[0] == name}
+        if state:
+            agent.optimizer.state[parameter] = state
+
+
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f".tmp-{path.name}")
+    write(temporary)
+    os.replace(temporary, path)

@@ -1,0 +1,309 @@
+"""PPO for control tasks: the loop (collect, estimate, update, report) and the agent around it."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from classic import saving
+from classic.actor_critic import ActorCritic
+from classic.config import PPOArgs
+from classic.envs import Environments, Episode, to_env_actions
+from classic.evaluation import evaluate_policy
+from classic.report import draw_curve, episode_metrics, show_progress, torch_threads
+from classic.rollout import collect, critic_values
+from rlhf_ppo import __version__
+from rlhf_ppo.core import (
+    Experience,
+    PolicyOutput,
+    PPOConfig,
+    PPOLoss,
+    adapt_clip_range,
+    adapt_penalty_beta,
+    aggregate_loss,
+    clipped_value_loss,
+    compute_gae,
+    explained_variance,
+    masked_mean,
+    masked_var,
+    masked_whiten,
+    minibatch_indices,
+    ppo_diagnostics,
+    ppo_loss,
+)
+from rlhf_ppo.runtime.metrics import MetricAverage
+from rlhf_ppo.runtime.progress import ProgressDisplay
+from rlhf_ppo.runtime.run_directory import RunDirectory
+
+EVALUATION_SEED_OFFSET = 1_000_000
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+class NonFiniteGradientError(RuntimeError):
+    """Too many optimizer steps in a row had a gradient that is NaN or infinite."""
+
+
+class PPO:
+    """Proximal policy optimisation on a Gymnasium environment.
+
+    Example::
+
+        agent = classic.PPO("CartPole-v1", classic.PPOArgs(seed=1))
+        agent.learn()
+        agent.evaluate(episodes=20)["mean_return"]
+    """
+
+    def __init__(self, env_id: str, args: PPOArgs | None = None) -> None:
+        """Make the environments and fresh networks.
+
+        Raises:
+            ValueError: unknown environment, unsupported spaces, or settings that contradict each other.
+        """
+        self.env_id = env_id
+        self.args = (args or PPOArgs()).resolve(env_id)
+        self.config: PPOConfig = self.args.ppo_config()
+        self.envs = Environments(env_id, self._setting("num_envs"), self.args.autoreset_mode)
+        try:
+            self.args.require_full_minibatches(next_step_autoreset=self.envs.next_step_autoreset)
+        except ValueError:
+            self.envs.close()
+            raise
+        # Own generators: a run neither disturbs nor depends on torch's global one.
+        self.generator = torch.Generator().manual_seed(self.args.seed)
+        self._predict_generator = torch.Generator().manual_seed(self.args.seed)
+        self.network = ActorCritic(
+            self.envs.num_features,
+            self.envs.num_actions,
+            continuous=self.envs.continuous,
+            hidden_sizes=self._setting("hidden_sizes"),
+            generator=self.generator,
+        )
+        self.optimizer = torch.optim.Adam(
+            self.network.parameters(), lr=self._setting("learning_rate"), eps=1e-5, fused=True
+        )
+        self.counters = {"iteration": 0, "env_steps": 0, "optimizer_steps": 0, "episodes": 0}
+        self._recent: deque[Episode] = deque(maxlen=100)
+        self._run: RunDirectory | None = None
+        self._started = False
+
+    def learn(self, total_timesteps: int | None = None) -> PPO:
+        """Train for ``total_timesteps`` more environment steps (default: the setting), rounded up to whole rollouts.
+
+        The learning rate's schedule spans exactly this call. With ``output_dir``, each update appends one line to
+        ``metrics.jsonl``, and ``curve.png`` is drawn at the end.
+
+        Returns:
+            The agent itself.
+        Raises:
+            BrokenEnvironmentError: the environment crashed or returned NaN; names environment, copy and step.
+            NonFiniteGradientError: training diverged.
+        """
+        total = self._setting("total_timesteps") if total_timesteps is None else total_timesteps
+        if total < 1:
+            raise ValueError(f"total_timesteps must be 1 or more, got {total}")
+        if not self._started:
+            self.envs.reset(seed=self.args.seed)
+            self._started = True
+        if self.args.output_dir is not None and self._run is None:
+            self._run = RunDirectory(self.args.output_dir)
+            self._run.start({"env_id": self.env_id, "version": __version__, "args": asdict(self.args)})
+        display = ProgressDisplay(self.env_id, total, quiet=self.args.quiet)
+        with torch_threads(self.args.num_threads), display:
+            self._train(total, display)
+        if self._run is not None:
+            draw_curve(self._run, self.env_id)
+        return self
+
+    def _train(self, total: int, display: ProgressDisplay) -> None:
+        """The algorithm."""
+        args, counters = self.args, self.counters
+        first_step, skipped_in_a_row = counters["env_steps"], 0
+        while (done := counters["env_steps"] - first_step) < total:
+            learning_rate = self._setting("learning_rate") * (1 - done / total if args.lr_schedule == "linear" else 1)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+
+            # 1. Collect.
+            rollout = collect(self.envs, self.network, self._setting("num_steps"), self.generator)
+            mask = rollout.mask
+
+            # 2. Estimate. Returns come before whitening: the critic must learn the true scale.
+            values, next_values = critic_values(self.network, rollout)
+            advantages, returns = compute_gae(
+                rollout.rewards,
+                values,
+                next_values,
+                rollout.terminated,
+                rollout.truncated,
+                gamma=self.config.gamma,
+                gae_lambda=self.config.gae_lambda,
+                mask=mask,
+            )
+            if self.config.objective == "reinforce":
+                # Monte Carlo returns without a baseline; the critic closes the sums that the rollout's end cut off.
+                advantages = returns
+            weights = masked_whiten(advantages, mask) if self.config.normalize_advantages else advantages
+
+            # 3. Update, on real decisions alone: autoreset steps are gone from here on.
+            observations, actions = rollout.observations[:, :-1][mask], rollout.actions[mask]
+            old = Experience(rollout.logprobs[mask], values[mask], weights[mask], returns[mask], mask[mask])
+            policy, losses = MetricAverage(), MetricAverage()
+            first_gap = torch.zeros(())
+            steps = skipped = epochs = 0
+            stop = False
+            while epochs < self.config.num_epochs and not stop:
+                epochs += 1
+                for rows in minibatch_indices(len(actions), self.config.num_minibatches, generator=self.generator):
+                    new = self.network.evaluate(observations[rows], actions[rows])
+                    loss = self._loss(new, old[rows])
+                    diagnostics = ppo_diagnostics(new, old[rows], self.config)
+                    if steps == 0:
+                        first_gap = diagnostics["max_abs_log_ratio"]
+                    policy.add(diagnostics, weight=len(rows))
+                    if stop := self._drifted_too_far(diagnostics["approx_kl"]):
+                        break
+                    self.optimizer.zero_grad()
+                    loss.total.backward()
+                    norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)
+                    steps += 1
+                    if not torch.isfinite(norm):
+                        skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
+                        self._stop_if_diverged(skipped_in_a_row)
+                        continue
+                    skipped_in_a_row = 0
+                    self.optimizer.step()
+                    losses.add({"policy": loss.policy, "value": loss.value, "grad_norm": norm}, weight=len(rows))
+            in_force = self.config
+            self._adapt(observations, actions, old)
+
+            # 4. Report.
+            counters["iteration"] += 1
+            counters["env_steps"] += len(actions)
+            counters["optimizer_steps"] += steps - skipped
+            counters["episodes"] += len(rollout.episodes)
+            self._recent.extend(rollout.episodes)
+            loss_means = losses.compute()
+            metrics = {
+                "progress/iteration": counters["iteration"],
+                "progress/env_steps": counters["env_steps"],
+                "progress/optimizer_steps": counters["optimizer_steps"],
+                "episode/count": counters["episodes"],
+                **episode_metrics(self._recent),
+                **policy.compute("policy/"),
+                "policy/first_minibatch_max_abs_log_ratio": float(first_gap),
+                "policy/clip_range": in_force.clip_range,
+                "policy/penalty_beta": in_force.penalty_beta,
+                "value/explained_variance": float(explained_variance(values, returns, mask)),
+                "value/mean": float(masked_mean(values, mask)),
+                "value/return_mean": float(masked_mean(returns, mask)),
+                "advantage/std": float(masked_var(advantages, mask).sqrt()),
+                "optim/learning_rate": learning_rate,
+                "optim/skipped_steps": skipped,
+                "optim/epochs": epochs,
+            }
+            if loss_means:
+                metrics["policy/loss"] = loss_means["policy"]
+                metrics["value/loss"] = loss_means["value"]
+                metrics["optim/grad_norm"] = loss_means["grad_norm"]
+            if self._run is not None:
+                self._run.log(metrics)
+            show_progress(display, min(counters["env_steps"] - first_step, total), metrics)
+
+    def evaluate(self, episodes: int = 20, *, deterministic: bool = True, seed: int | None = None) -> dict[str, float]:
+        """Play whole episodes on fresh environments; training is not touched.
+
+        Args:
+            episodes: how many.
+            deterministic: take the most likely action instead of a sampled one.
+            seed: of the environments; default: a fixed one derived from the agent's, so that two calls agree.
+        Returns:
+            mean_return and std_return (undiscounted; population), mean_length in steps.
+        """
+        seed = self.args.seed + EVALUATION_SEED_OFFSET if seed is None else seed
+        with torch_threads(self.args.num_threads):
+            return evaluate_policy(self.env_id, self.network, episodes, deterministic=deterministic, seed=seed)
+
+    def predict(self, observation: Any, deterministic: bool = True) -> tuple[np.ndarray, None]:
+        """Choose an action.
+
+        Args:
+            observation: [O], or a batch [N, O].
+            deterministic: take the most likely action instead of a sampled one.
+        Returns:
+            (action, None): what ``env.step`` takes, or N of them; the None stands for a recurrent state, as in
+            Stable-Baselines3.
+        Raises:
+            ValueError: the observation has another shape, or is not finite.
+        """
+        array = np.array(observation, dtype=np.float32)
+        features = self.envs.num_features
+        if array.ndim not in (1, 2) or array.shape[-1] != features:
+            raise ValueError(
+                f"environment {self.env_id!r} has observations of shape ({features},); "
+                f"predict takes one or a batch (N, {features}), got {array.shape}"
+            )
+        if not np.isfinite(array).all():
+            raise ValueError(f"observation for environment {self.env_id!r} is not finite: {array.tolist()}")
+        batch = torch.from_numpy(array.reshape(-1, features))
+        actions, _ = self.network.act(batch, None if deterministic else self._predict_generator)
+        chosen = to_env_actions(actions, self.envs.action_space)
+        return (chosen if array.ndim == 2 else chosen[0]), None
+
+    def save(self, folder: str | Path) -> Path:
+        """Write networks, optimizer and settings (safetensors and JSON, no pickle); returns the folder."""
+        return saving.save(self, folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> PPO:
+        """The agent in a folder written by :meth:`save`.
+
+        Raises:
+            FileNotFoundError: no agent there.
+            ValueError: the environment or the settings do not fit what was saved.
+        """
+        return saving.load(cls, folder)
+
+    def _setting(self, name: str) -> Any:
+        value = getattr(self.args, name)
+        assert value is not None, f"{name} is unresolved"
+        return value
+
+    def _drifted_too_far(self, approx_kl: Tensor) -> bool:
+        steered = self.config.objective in ("penalty", "adaptive_clip")
+        return not steered and self.config.target_kl is not None and float(approx_kl) > 1.5 * self.config.target_kl
+
+    def _loss(self, new: PolicyOutput, old: Experience) -> PPOLoss:
+        """The core's loss; its reinforce has no critic, but here the critic closes cut rollouts and must learn that."""
+        loss = ppo_loss(new, old, self.config)
+        if self.config.objective != "reinforce":
+            return loss
+        assert new.values is not None and old.returns is not None
+        errors = clipped_value_loss(new.values, old.values, old.returns, clip_range=self.config.clip_range_vf)
+        value = aggregate_loss(errors, old.mask)
+        return replace(loss, total=loss.total + self.config.vf_coef * value, value=value)
+
+    def _adapt(self, observations: Tensor, actions: Tensor, old: Experience) -> None:
+        """Once per update: move beta or the clip range by the KL that the update brought about."""
+        target, objective = self.config.target_kl, self.config.objective
+        if target is None or objective not in ("penalty", "adaptive_clip"):
+            return
+        with torch.no_grad():
+            kl = float(ppo_diagnostics(self.network.evaluate(observations, actions), old, self.config)["approx_kl"])
+        if objective == "penalty":
+            beta = adapt_penalty_beta(self.config.penalty_beta, kl, target=target)
+            self.config = replace(self.config, penalty_beta=beta)
+        else:
+            self.config = replace(self.config, clip_range=adapt_clip_range(self.config.clip_range, kl, target=target))
+
+    def _stop_if_diverged(self, skipped_in_a_row: int) -> None:
+        if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise NonFiniteGradientError(
+                f"environment {self.env_id!r}, iteration {self.counters['iteration'] + 1}: {skipped_in_a_row} gradients "
+                "in a row were not finite and their steps skipped; lower learning_rate, or scale the rewards down"
+            )
