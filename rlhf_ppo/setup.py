@@ -97,9 +97,9 @@ def set_up(
     elif not hasattr(policy, "peft_config"):
         policy.requires_grad_(True)
     trunk = None if value_model is None else load_trunk(value_model).requires_grad_(True)
-    actor_critic = ActorCritic(policy, critic=args.objective != "reinforce", value_trunk=trunk)
-    if not actor_critic.trainable_parameters():
+    if not any(p.requires_grad for p in policy.parameters()):
         raise ValueError("the model has no trainable parameter; load its adapter with is_trainable=True")
+    actor_critic = ActorCritic(policy, critic=args.objective != "reinforce", value_trunk=trunk)
     reference = Reference(policy, reference_model, adapter_off=adapter_off)
     actor_critic.to(device)
     if reference.model is not None:

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from rlhf_ppo.data import load_rows, require_column
-from rlhf_ppo.models import load_policy, load_tokenizer, resolve_model
+from rlhf_ppo.models import context_length, load_policy, load_tokenizer, resolve_model
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -42,7 +42,7 @@ class SFTArgs:
     text_column: str = "text"
     """Column that holds the text."""
     max_length: int = 512
-    """Longest example in tokens; longer ones are cut and get no end-of-text token."""
+    """Longest example in tokens, at most the model's context; longer ones are cut and get no end-of-text token."""
     eval_fraction: float = 0.02
     """Share of the rows held out for the perplexity."""
     num_epochs: float = 1.0
@@ -132,10 +132,13 @@ def sft(args: SFTArgs) -> dict[str, float]:
         raise ValueError(f"{args.dataset} has {len(rows)} row; at least 2 are needed, one of them held out")
     rows = hold_out(rows, args)
     model, tokenizer = _load(args, rows["train"][args.text_column])
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {args.model} names no end-of-text token, which ends every row: give it one")
+    longest = min(args.max_length, context_length(model.config) or args.max_length)
 
     def encode(batch: dict[str, list[str]]) -> dict[str, Any]:
         ids = [[*row, tokenizer.eos_token_id] for row in tokenizer(batch[args.text_column])["input_ids"]]
-        ids = [row[: args.max_length] for row in ids]
+        ids = [row[:longest] for row in ids]
         return {"input_ids": ids, "labels": ids, "length": [len(row) for row in ids]}
 
     rows = rows.map(encode, batched=True, remove_columns=rows["train"].column_names)

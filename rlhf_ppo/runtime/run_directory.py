@@ -74,4 +74,5 @@ class RunDirectory:
         file = self.path / name
         if not file.exists():
             return []
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        # Not splitlines(): a model may write U+2028 or U+0085, which end a line there but not in a JSON line.
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]

@@ -1,0 +1,74 @@
+"""What is saved opens with plain transformers, holds no pickle, and is what push_to_hub uploads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npz", ".joblib"}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_the_saved_model_opens_and_gives_the_same_logits(make_trainer, make_model, prompts, kind):
+    trainer = make_trainer(model=make_model(kind), learning_rate=0.01)
+    trainer.train()
+    folder = Path(trainer.args.output_dir)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([tokenizer("the cat")["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, trainer.model.policy(ids).logits, rtol=0, atol=0)
+        assert not torch.allclose(model(ids).logits, make_model(kind).eval()(ids).logits)
+
+
+def test_a_run_writes_no_pickle(make_trainer, make_model):
+    trainer = make_trainer(value_model=make_model(seed=1))
+    trainer.train()
+    files = [file for file in trainer.run.path.rglob("*") if file.is_file()]
+    assert {file.name for file in files} >= {"model.safetensors", "value_head.safetensors", "metrics.jsonl", "run.json"}
+    assert not [file for file in files if file.suffix in PICKLES]
+    # Pickles (protocol 2 and up) open with 0x80; zip archives, as torch.save writes them, with PK.
+    assert not [file for file in files if file.read_bytes()[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"PK")]
+
+
+def test_saving_does_not_disturb_the_run(make_trainer, prompts, tmp_path):
+    trainer, calm = make_trainer(), make_trainer()
+    for t in (trainer, calm):
+        t.step(t.rollout(prompts))
+        if t is trainer:
+            assert t.save_model(tmp_path / "deep" / "folder") == tmp_path / "deep" / "folder"
+        t.step(t.rollout(prompts))
+    for a, b in zip(trainer.model.parameters(), calm.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_push_to_hub_uploads_what_save_model_writes(make_trainer, monkeypatch):
+    calls: dict[str, object] = {}
+
+    class FakeHub:
+        def create_repo(self, repo_id, **options):
+            calls["created"] = (repo_id, options)
+
+        def upload_folder(self, *, repo_id, folder_path):
+            calls["files"] = sorted(file.name for file in Path(folder_path).iterdir())
+            return f"hub:{repo_id}"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    trainer = make_trainer()
+    assert trainer.push_to_hub("me/model") == "hub:me/model"
+    assert calls["created"] == ("me/model", {"private": True, "exist_ok": True})  # private unless asked otherwise
+    written = sorted(file.name for file in trainer.save_model().iterdir())
+    assert calls["files"] == written
+    assert {"model.safetensors", "config.json", "tokenizer.json", "value_head.safetensors"} <= set(written)
+
+
+def test_a_run_goes_on_from_a_saved_model(make_trainer, prompts):
+    first = make_trainer(learning_rate=0.01)
+    first.train()
+    second = make_trainer(model=first.args.output_dir, processing_class=None)
+    rollout = second.rollout(prompts)
+    # The new reference is the model as it was loaded.
+    torch.testing.assert_close(rollout.ref_logprobs, rollout.logprobs, atol=1e-5, rtol=1e-5)
+    assert second.step(rollout)["kl/reference_nats_per_response"] == pytest.approx(0, abs=1e-4)

@@ -1,0 +1,121 @@
+"""Supervised fine-tuning: from a shape or from a model, every row's end learned, padding never."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+
+from rlhf_ppo.sft import SFTArgs, _collate, sft, train_tokenizer
+
+TEXTS = ["the cat sat on the mat", "the dog sat on the log", "a cat and a dog"] * 20
+
+
+@pytest.fixture
+def data(tmp_path):
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text, "n": i}) + "\n" for i, text in enumerate(TEXTS)))
+    return str(file)
+
+
+@pytest.fixture
+def architecture(tmp_path):
+    config = GPT2Config(vocab_size=290, n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    config.save_pretrained(tmp_path / "shape")
+    return str(tmp_path / "shape" / "config.json")
+
+
+@pytest.fixture
+def quick(tmp_path):
+    def args(**settings) -> SFTArgs:
+        small = {"output_dir": str(tmp_path / "out"), "learning_rate": 0.02, "warmup_steps": 0, "batch_size": 8}
+        return SFTArgs(**{**small, "num_epochs": 2.0, "eval_fraction": 0.1, **settings})
+
+    return args
+
+
+def test_from_an_architecture_to_a_folder_that_opens_and_on_from_there(quick, data, architecture, tmp_path):
+    first = sft(quick(dataset=data, architecture=architecture, num_epochs=6.0))
+    # A uniform model over 290 tokens has log 290 = 5.67 nats a token; the three sentences soon cost much less.
+    assert first["eval/loss_nats_per_token"] < 0.6 * math.log(290)
+    assert first["eval/perplexity"] == pytest.approx(math.exp(first["eval/loss_nats_per_token"]))
+    folder = tmp_path / "out"
+    assert not [f for f in folder.rglob("*") if f.suffix in {".bin", ".pt", ".pth", ".pkl"}]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.config.eos_token_id == tokenizer.eos_token_id == 0
+    assert tokenizer.decode(tokenizer("the cat")["input_ids"]) == "the cat"
+    ids = torch.tensor([tokenizer(TEXTS[0])["input_ids"]])
+    with torch.no_grad():
+        ends = model(ids).logits[0].softmax(-1)[:, tokenizer.eos_token_id]
+    # It has learned where a text ends: the final token was a target.
+    assert ends[-1] > 0.5 and ends[-1] == ends.max()
+
+    second = sft(quick(dataset=data, model=str(folder), output_dir=str(tmp_path / "next"), save_dtype="bfloat16"))
+    assert second["eval/loss_nats_per_token"] < first["eval/loss_nats_per_token"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "next", dtype="auto").dtype == torch.bfloat16
+
+
+def test_padding_is_never_a_target_and_the_final_end_of_text_is():
+    """Rows end in id 0, which is also what fills the batch: labels tell them apart by length."""
+    batch = _collate([{"input_ids": [5, 6, 0], "labels": [5, 6, 0]}, {"input_ids": [7, 0], "labels": [7, 0]}])
+    assert batch["input_ids"].tolist() == [[5, 6, 0], [7, 0, 0]]
+    assert batch["labels"].tolist() == [[5, 6, 0], [7, 0, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+
+
+def test_rows_longer_than_the_context_are_cut_to_it(quick, architecture, tmp_path):
+    """The shape reads 32 tokens, max_length's default is far above."""
+    file = tmp_path / "long.jsonl"
+    file.write_text("".join(json.dumps({"text": "the cat " * 40 + chr(97 + i)}) + "\n" for i in range(8)))
+    result = sft(quick(dataset=str(file), architecture=architecture, num_epochs=1.0))
+    assert math.isfinite(result["eval/loss_nats_per_token"])
+
+
+def test_same_seed_same_weights(quick, data, architecture, tmp_path):
+    results = [
+        sft(quick(dataset=data, architecture=architecture, num_epochs=0.3, output_dir=str(tmp_path / str(i)), seed=7))
+        for i in range(2)
+    ]
+    assert results[0] == results[1]
+    files = [(tmp_path / str(i) / "model.safetensors").read_bytes() for i in range(2)]
+    assert files[0] == files[1]
+
+
+def test_bad_settings_are_named(quick, data, architecture):
+    with pytest.raises(ValueError, match=r"exactly one of model .* and architecture"):
+        quick(dataset=data)
+    with pytest.raises(ValueError, match=r"exactly one of model .* and architecture"):
+        quick(dataset=data, model="m", architecture=architecture)
+    with pytest.raises(ValueError, match=r"eval_fraction must lie between 0 and 1, got 1\.5"):
+        quick(dataset=data, model="m", eval_fraction=1.5)
+
+
+def test_a_missing_text_column_names_the_closest_before_anything_is_trained(quick, data, architecture):
+    with pytest.raises(ValueError, match=r"no column 'txt', its columns are \['text', 'n'\]; did you mean 'text'"):
+        sft(quick(dataset=data, architecture=architecture, text_column="txt"))
+
+
+def test_one_row_cannot_be_split(quick, architecture, tmp_path):
+    file = tmp_path / "one.jsonl"
+    file.write_text('{"text": "a"}\n')
+    with pytest.raises(ValueError, match="has 1 row; at least 2 are needed"):
+        sft(quick(dataset=str(file), architecture=architecture))
+
+
+def test_a_model_whose_tokenizer_has_no_end_of_text_is_refused(quick, data, make_model, tokenizer, tmp_path):
+    tokenizer.eos_token = None
+    make_model().save_pretrained(tmp_path / "endless")
+    tokenizer.save_pretrained(tmp_path / "endless")
+    with pytest.raises(ValueError, match="end-of-text token"):
+        sft(quick(dataset=data, model=str(tmp_path / "endless")))
+
+
+def test_the_tokenizer_is_lossless_for_any_text():
+    tokenizer = train_tokenizer(TEXTS, 280, 64)
+    assert len(tokenizer) <= 280
+    for text in ("the cat", "  two  spaces\n", "Zażółć 🙂", "<tag> & 'quote' ."):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.decode([tokenizer.eos_token_id], skip_special_tokens=True) == ""

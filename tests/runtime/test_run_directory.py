@@ -1,0 +1,66 @@
+"""The folder of a run: an earlier run is moved aside, lines are appended, any text survives."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rlhf_ppo.runtime.run_directory import RunDirectory
+
+
+def test_a_second_run_moves_the_first_aside(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    for number in range(3):
+        run.start({"number": number})
+        run.log({"score/mean": float(number)})
+        (run.path / "model.safetensors").write_text(str(number))
+    assert json.loads((run.path / "run.json").read_text()) == {"number": 2}
+    assert run.read() == [{"score/mean": 2.0}]
+    for number in (0, 1):
+        old = run.path / f"previous-{number + 1}"
+        assert json.loads((old / "run.json").read_text()) == {"number": number}
+        assert json.loads((old / "metrics.jsonl").read_text()) == {"score/mean": float(number)}
+        assert (old / "model.safetensors").read_text() == str(number)
+
+
+def test_a_folder_without_a_run_keeps_its_files(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    RunDirectory(tmp_path).start({})
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_an_unknown_metric_is_refused_and_not_written(tmp_path):
+    run = RunDirectory(tmp_path)
+    with pytest.raises(KeyError, match="metric dictionary"):
+        run.log({"made/up": 1.0})
+    assert run.read() == []
+
+
+@pytest.mark.parametrize(
+    "text", ["two\nlines", "a\u2028b", "a\x85b", "a\x0cb\x1c", 'quote " \\', "Zażółć 🙂", "\ufffd"]
+)
+def test_any_text_of_a_model_is_one_line_and_reads_back(tmp_path, text):
+    """Models write every byte: U+2028 and U+0085 end a line for Python's splitlines, not for JSON lines."""
+    run = RunDirectory(tmp_path)
+    run.append("samples.jsonl", {"completion": text})
+    run.append("samples.jsonl", {"completion": "next"})
+    assert run.read("samples.jsonl") == [{"completion": text}, {"completion": "next"}]
+
+
+def test_rewind_forgets_what_came_after(tmp_path):
+    run = RunDirectory(tmp_path)
+    for i in range(1, 5):
+        run.log({"progress/iteration": i, "score/mean": float(i)})
+        run.append("samples.jsonl", {"iteration": i, "completion": "a\u2028b"})
+    run.rewind(2)
+    assert [row["progress/iteration"] for row in run.read()] == [1, 2]
+    assert [row["iteration"] for row in run.read("samples.jsonl")] == [1, 2]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.jsonl", "samples.jsonl"]
+
+
+def test_a_missing_file_has_no_rows_and_a_file_is_no_folder(tmp_path):
+    assert RunDirectory(tmp_path / "new").read("nothing.jsonl") == []
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file; name a folder"):
+        RunDirectory(tmp_path / "file")

@@ -1,0 +1,144 @@
+"""Settings from defaults, YAML and flags: fault 30, and who wins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from rlhf_ppo import RLHFConfig
+from rlhf_ppo.runtime.settings import parse_settings, read_yaml, run_command
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Do a small thing."""
+
+    name: str
+    """A name."""
+    rate: float = 0.1
+    """A rate."""
+    steps: tuple[int, ...] | None = None
+    """Some steps."""
+    mode: Literal["a", "b"] = "a"
+    """A mode."""
+    loud: bool = False
+    """Loudness."""
+    limit: int | None = 3
+    """A limit."""
+
+    def __post_init__(self) -> None:
+        if self.rate < 0:
+            raise ValueError(f"rate must be 0 or more, got {self.rate}")
+
+
+@pytest.fixture
+def yaml(tmp_path):
+    def write(text: str) -> str:
+        file = tmp_path / "config.yaml"
+        file.write_text(text)
+        return str(file)
+
+    return write
+
+
+def parse(*argv: str) -> Args:
+    return parse_settings(Args, argv, prog="test")
+
+
+def test_defaults_then_yaml_then_flags(yaml):
+    file = yaml("name: yaml\nrate: 0.5\nmode: b\n")
+    assert parse("--name", "x") == Args(name="x")
+    assert parse("--config", file) == Args(name="yaml", rate=0.5, mode="b")
+    # Flags win wherever they stand, and --config=FILE is the same.
+    for argv in (["--config", file, "--rate", "0.7"], ["--rate", "0.7", f"--config={file}"]):
+        assert parse(*argv) == Args(name="yaml", rate=0.7, mode="b")
+
+
+def test_fault_30_yaml_1e_5_is_a_float(yaml):
+    """YAML itself reads 1e-5, without a dot, as a string."""
+    assert parse("--config", yaml("name: x\nrate: 1e-5\n")).rate == 1e-5
+    args = parse_settings(RLHFConfig, ["--config", yaml("output_dir: o\nlearning_rate: 3e-6\n")], prog="test")
+    assert args.learning_rate == 3e-6
+
+
+def test_fault_30_an_unknown_key_suggests_the_closest(yaml):
+    with pytest.raises(ValueError, match=r"config\.yaml: unknown key 'learning_rat'; did you mean 'learning_rate'\?"):
+        read_yaml(yaml("learning_rat: 1\n"), RLHFConfig)
+    with pytest.raises(ValueError, match="unknown key 'zzz'; known: limit, loud, mode, name, rate, steps"):
+        read_yaml(yaml("zzz: 1\n"), Args)
+
+
+def test_fault_30_an_unknown_flag_ends_with_a_suggestion(capsys):
+    with pytest.raises(SystemExit) as error:
+        parse("--name", "x", "--rat", "1")
+    assert error.value.code == 2
+    assert "--rate" in capsys.readouterr().err
+
+
+def test_fault_30_contradictions_in_a_file_name_both(yaml, capsys):
+    file = yaml("output_dir: o\nrollout_batch_size: 30\nnum_minibatches: 4\n")
+    with pytest.raises(SystemExit) as error:
+        run_command("prog", {"train": (RLHFConfig, lambda args: 0)}, ["train", "--config", file])
+    assert error.value.code == 2
+    message = capsys.readouterr().err
+    assert "rollout_batch_size=30" in message and "num_minibatches=4" in message and "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: x\nrate: fast\n", "rate: .*number.*got 'fast'"),
+        ("name: x\nmode: c\n", "mode: .*'a' or 'b'.*got 'c'"),
+        ("name: x\nlimit: 1.5\n", r"limit: .*got 1\.5"),
+        ("- a\n- b\n", "must hold `name: value` lines, got list"),
+        ("name: [x\n", "not valid YAML"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_file(yaml, text, message):
+    with pytest.raises(ValueError, match=rf"config\.yaml.*{message}"):
+        read_yaml(yaml(text), Args)
+
+
+def test_every_kind_of_value_survives_the_file(yaml):
+    file = yaml("name: 'a b -c'\nsteps: [1, 2]\nloud: true\nlimit: null\nrate: 1\n")
+    assert parse("--config", file) == Args(name="a b -c", steps=(1, 2), loud=True, limit=None, rate=1.0)
+    assert parse("--name", "x", "--steps", "3", "4", "--loud", "True").steps == (3, 4)
+    assert read_yaml(yaml(""), Args) == {}
+
+
+def test_a_missing_file_and_a_missing_path():
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml does not exist"):
+        parse("--config", "nowhere.yaml")
+    with pytest.raises(ValueError, match="--config needs the path"):
+        parse("--name", "x", "--config")
+
+
+def test_run_command_dispatches_and_turns_bad_input_into_one_line(capsys):
+    seen: list[Args] = []
+
+    def refuse(args: Args) -> int:
+        raise ValueError("no such thing")
+
+    commands = {
+        "go": (Args, lambda args: seen.append(args)),
+        "fail": (Args, lambda args: 1 // 0),
+        "refuse": (Args, refuse),
+    }
+    assert run_command("prog", commands, ["go", "--name", "x"]) == 0
+    assert seen == [Args(name="x")]
+    assert run_command("prog", commands, ["goo"]) == 2
+    assert "unknown command 'goo'; did you mean 'go'?" in capsys.readouterr().err
+    assert run_command("prog", commands, ["--help"]) == 0
+    assert "Do a small thing." in capsys.readouterr().out
+    assert run_command("prog", commands, []) == 2
+    with pytest.raises(SystemExit) as error:
+        run_command("prog", commands, ["go", "--name", "x", "--rate", "-1"])
+    assert error.value.code == 2
+    assert "rate must be 0 or more, got -1.0" in capsys.readouterr().err
+    assert run_command("prog", commands, ["refuse", "--name", "x"]) == 2
+    assert capsys.readouterr().err == "error: no such thing\n"
+    # A defect of the program is no bad input: its traceback stays.
+    with pytest.raises(ZeroDivisionError):
+        run_command("prog", commands, ["fail", "--name", "x"])
