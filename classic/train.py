@@ -304,6 +304,6 @@ class PPO:
     def _stop_if_diverged(self, skipped_in_a_row: int) -> None:
         if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise NonFiniteGradientError(
-                f"environment {self.env_id!r}, iteration {self.counters['iteration'] + 1}: {skipped_in_a_row} gradients "
-                "in a row were not finite and their steps skipped; lower learning_rate, or scale the rewards down"
+                f"environment {self.env_id!r}, iteration {self.counters['iteration'] + 1}: {skipped_in_a_row} gradients in "
+                "a row were not finite and their steps skipped; lower learning_rate, or scale the rewards down"
             )

@@ -1,0 +1,177 @@
+"""Tiny environments whose right answers are known, registered for the tests of classic."""
+
+from __future__ import annotations
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
+from gymnasium.vector import AutoresetMode, VectorEnv
+
+import classic
+
+
+class Clock(gymnasium.Env):
+    """Whatever the action: four steps an episode, which terminates and is truncated by turns."""
+
+    observation_space = Box(-10, 10, (3,), np.float32)
+    action_space = Discrete(2)
+    episode = -1
+
+    def _observation(self):
+        return np.array([self.t / 4, self.episode / 5, (self.t * self.episode) % 3], dtype=np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.episode = 0, self.episode + 1
+        return self._observation(), {}
+
+    def step(self, action):
+        self.t += 1
+        over = self.t == 4
+        reward = 0.5 * self.t + self.episode
+        return self._observation(), reward, over and self.episode % 2 == 0, over and self.episode % 2 == 1, {}
+
+
+class Chain(gymnasium.Env):
+    """One state, reward 1 for ever; the registered time limit cuts it at 8 steps."""
+
+    observation_space = Box(0, 1, (1,), np.float32)
+    action_space = Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.ones(1, dtype=np.float32), {}
+
+    def step(self, action):
+        return np.ones(1, dtype=np.float32), 1.0, False, False, {}
+
+
+class Match(gymnasium.Env):
+    """Reward 1 for naming the sign that is shown, five signs an episode. Actions are 3 and 4, not 0 and 1."""
+
+    observation_space = Box(-1, 1, (1,), np.float32)
+    action_space = Discrete(2, start=3)
+
+    def _show(self):
+        self.sign = int(self.np_random.integers(2))
+        return np.array([2.0 * self.sign - 1], dtype=np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self._show(), {}
+
+    def step(self, action):
+        assert action in (3, 4), f"action {action} is outside the space"
+        reward = float(action - 3 == self.sign)
+        self.t += 1
+        return self._show(), reward, self.t == 5, False, {}
+
+
+class Aim(gymnasium.Env):
+    """Continuous: the reward is minus the squared distance to 0.5, and an action outside [-1, 1] is an error."""
+
+    observation_space = Box(-1, 1, (1,), np.float32)
+    action_space = Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.zeros(1, dtype=np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), f"{action!r} is outside the space"
+        self.t += 1
+        return np.zeros(1, dtype=np.float32), -float((action[0] - 0.5) ** 2), self.t == 5, False, {}
+
+
+class Faulty(Chain):
+    """Breaks at its third step in the way it is told to."""
+
+    def __init__(self, fault: str = "crash"):
+        self.fault, self.t = fault, 0
+
+    def step(self, action):
+        self.t += 1
+        observation, reward = np.ones(1, dtype=np.float32), 1.0
+        if self.t == 3:
+            if self.fault == "crash":
+                raise ZeroDivisionError("the simulator exploded")
+            if self.fault == "nan_observation":
+                observation[0] = np.nan
+            if self.fault == "inf_observation":
+                observation[0] = np.inf
+            if self.fault == "nan_reward":
+                reward = np.nan
+            if self.fault == "wrong_shape":
+                observation = np.ones(2, dtype=np.float32)
+        return observation, reward, False, False, {}
+
+
+class Spaces(Chain):
+    """Any spaces at all."""
+
+    def __init__(self, observation_space=None, action_space=None):
+        self.observation_space = observation_space or Chain.observation_space
+        self.action_space = action_space or Chain.action_space
+
+
+class ReusedBuffer(VectorEnv):
+    """Counts its steps, writes every observation into one buffer, and ends episodes after step 2 of each."""
+
+    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
+    single_observation_space = Box(0, 1000, (1,), np.float32)
+    single_action_space = Discrete(2)
+
+    def __init__(self, num_envs=1, mode=AutoresetMode.NEXT_STEP, **kwargs):
+        self.num_envs = num_envs
+        self.metadata = {} if mode is None else {"autoreset_mode": mode}
+        self.buffer = np.zeros((num_envs, 1), dtype=np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        self.buffer[:] = 0
+        return self.buffer, {}
+
+    def step(self, actions):
+        self.buffer += 1
+        false = np.zeros(self.num_envs, dtype=bool)
+        return self.buffer, np.ones(self.num_envs), false, false, {}
+
+
+def _register(name, entry_point, **kwargs):
+    gymnasium.register(f"tests/{name}-v0", entry_point=entry_point, disable_env_checker=True, **kwargs)
+
+
+_register("Clock", Clock)
+_register("Chain", Chain, max_episode_steps=8)
+_register("Match", Match)
+_register("Aim", Aim)
+for _fault in ("crash", "nan_observation", "inf_observation", "nan_reward", "wrong_shape"):
+    _register(f"Faulty_{_fault}", Faulty, kwargs={"fault": _fault})
+_register("DictObservation", Spaces, kwargs={"observation_space": Dict({"x": Box(0, 1, (1,))})})
+_register("Image", Spaces, kwargs={"observation_space": Box(0, 1, (8, 8, 3))})
+_register("DiscreteObservation", Spaces, kwargs={"observation_space": Discrete(5)})
+_register("MultiDiscreteAction", Spaces, kwargs={"action_space": MultiDiscrete([2, 2])})
+_register("ReusedBuffer", None, vector_entry_point=ReusedBuffer)
+_register("NoMetadata", None, vector_entry_point=ReusedBuffer, kwargs={"mode": None})
+_register("Disabled", None, vector_entry_point=ReusedBuffer, kwargs={"mode": AutoresetMode.DISABLED})
+
+
+@pytest.fixture
+def small():
+    """Settings for runs of a second: small rollouts, small networks, no output."""
+
+    def make(**overrides):
+        settings = {
+            "num_envs": 4,
+            "num_steps": 16,
+            "num_minibatches": 2,
+            "num_epochs": 2,
+            "hidden_sizes": (16,),
+            "learning_rate": 3e-3,
+            "quiet": True,
+        }
+        return classic.PPOArgs(**{**settings, **overrides})
+
+    return make

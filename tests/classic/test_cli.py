@@ -1,0 +1,95 @@
+"""`classic-ppo`: train, evaluate, help, errors in one line; and what importing classic does not load."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from classic.cli import EvaluateCommand, TrainCommand, main
+
+SMALL = [
+    "--num-envs",
+    "4",
+    "--num-steps",
+    "16",
+    "--num-minibatches",
+    "2",
+    "--num-epochs",
+    "1",
+    "--total-timesteps",
+    "200",
+]
+
+
+def test_train_saves_evaluates_and_says_where_everything_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "tests/Match-v0", "--seed", "3", "--eval-episodes", "4", *SMALL]) == 0
+    folder = tmp_path / "runs" / "tests-Match-v0-seed3"
+    out, err = capsys.readouterr()
+    assert "mean return, 4 episodes" in out
+    for name in ("model.safetensors", "metrics.jsonl", "curve.png"):
+        assert f"runs/tests-Match-v0-seed3/{name}" in out
+        assert (folder / name).is_file()
+    assert "tests/Match-v0" in err and "kl" in err  # live numbers
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"eval/mean_return", "eval/std_return", "eval/mean_length"} <= set(last)
+
+    assert main(["evaluate", str(folder), "--episodes", "4"]) == 0
+    out, _ = capsys.readouterr()
+    assert f"{last['eval/mean_return']:.1f} +- {last['eval/std_return']:.1f}" in out
+
+
+def test_settings_from_yaml_and_a_positional_environment(tmp_path):
+    config = tmp_path / "small.yaml"
+    folder = tmp_path / "run"
+    config.write_text("hidden_sizes: [8, 8]\nlearning_rate: 1e-3\nquiet: true\ntarget_kl: null\n")
+    assert main(["train", "tests/Match-v0", "--config", str(config), "--output-dir", str(folder), *SMALL]) == 0
+    args = json.loads((folder / "run.json").read_text())["args"]
+    assert args["hidden_sizes"] == [8, 8] and args["learning_rate"] == 1e-3
+    config.write_text(f"env: tests/Match-v0\noutput_dir: {folder}\nhidden_sizes: [8]\n")
+    assert main(["train", "--config", str(config), *SMALL]) == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["train", "CartPol-v1"], "Did you mean: `CartPole`"),
+        (["train", "CartPole-v1", "--objective", "adaptive_clip"], "target_kl"),
+        (["evaluate", "no-such-folder"], "no saved agent in no-such-folder"),
+        (["trian"], "did you mean 'train'"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(argv, words, capsys):
+    assert main(argv) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_every_flag_has_a_sentence(capsys):
+    for command, cls in (("train", TrainCommand), ("evaluate", EvaluateCommand)):
+        with pytest.raises(SystemExit) as caught:
+            main([command, "--help"])
+        assert caught.value.code == 0
+        text = capsys.readouterr().out
+        blocks = re.split(r"\n.? --(?=[a-z])", text)[1:]
+        flags = [field.name for field in dataclasses.fields(cls) if field.name not in ("env", "folder")]
+        assert len(blocks) == len(flags)
+        for block in blocks:
+            sentence = block.split("\n", 1)[1].split("(default")[0]
+            assert len(sentence.replace("│", "").split()) >= 3, block
+
+
+def test_importing_classic_loads_no_language_model_library():
+    code = (
+        "import sys, classic, classic.cli\n"
+        "bad = {'transformers', 'datasets', 'accelerate', 'peft', 'tokenizers'} & set(sys.modules)\n"
+        "ours = sorted(m for m in sys.modules if m.startswith('rlhf_ppo.'))\n"
+        "bad |= {m for m in ours if m.split('.')[1] not in ('core', 'runtime')}\n"
+        "sys.exit(f'loaded: {bad}' if bad else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

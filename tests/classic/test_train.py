@@ -1,0 +1,236 @@
+"""The loop: what is learned, how many steps are taken, what the numbers mean, and that one seed gives one result."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import classic
+from classic.report import torch_threads
+from rlhf_ppo.runtime.run_directory import RunDirectory
+
+
+@pytest.fixture(autouse=True)
+def no_curve(request, monkeypatch):
+    """Drawing takes longer than these runs; the test of the picture draws it."""
+    if "curve" not in request.node.name:
+        monkeypatch.setattr("classic.train.draw_curve", lambda *_: None)
+
+
+def log_of(folder):
+    return RunDirectory(folder).read()
+
+
+@pytest.mark.parametrize("mode", ["next_step", "same_step"])
+def test_infinite_chain_with_a_time_limit_is_worth_one_over_one_minus_gamma(mode, small):
+    """Reward 1 for ever, cut every 8 steps: V = 1 / (1 - 0.98) = 50. Merged flags would give about 4.4."""
+    args = small(
+        autoreset_mode=mode, gamma=0.98, learning_rate=3e-2, num_epochs=8, num_minibatches=1, max_grad_norm=100.0
+    )
+    agent = classic.PPO("tests/Chain-v0", args).learn(5_000)
+    value = agent.network.values(torch.ones(1, 1)).item()
+    assert value == pytest.approx(50, abs=1)
+
+
+@pytest.mark.parametrize("objective", ["clip", "penalty", "adaptive_clip", "dual_clip", "a2c", "reinforce"])
+def test_every_objective_learns_to_match(objective, small):
+    """A random policy earns 2.5 of 5."""
+    args = small(
+        objective=objective,
+        target_kl=0.02 if objective in ("penalty", "adaptive_clip") else None,
+        num_epochs=1 if objective in ("a2c", "reinforce") else 2,
+        gamma=0.5,
+        learning_rate=1e-2,
+    )
+    agent = classic.PPO("tests/Match-v0", args)
+    before = agent.evaluate(episodes=50, deterministic=False)["mean_return"]
+    agent.learn(3_000)
+    after = agent.evaluate(episodes=50, deterministic=False)["mean_return"]
+    assert before < 3.2
+    assert after > 4.3
+
+
+def test_continuous_actions_learn_to_aim(small):
+    """A policy at 0 with standard deviation 1 earns about -4; the best action is 0.5."""
+    agent = classic.PPO("tests/Aim-v0", small(gamma=0.5, learning_rate=2e-2)).learn(5_000)
+    action, state = agent.predict([0.0])
+    assert action.shape == (1,) and state is None
+    assert action[0] == pytest.approx(0.5, abs=0.1)
+    assert agent.evaluate(episodes=4)["mean_return"] > -0.1
+
+
+def test_cartpole_gets_better_within_seconds():
+    """A random policy balances for about 22 steps."""
+    agent = classic.PPO("CartPole-v1", classic.PPOArgs(seed=1, quiet=True)).learn(12_000)
+    assert agent.evaluate(episodes=20)["mean_return"] > 150
+
+
+def test_optimizer_steps_are_epochs_times_minibatches(small, tmp_path, monkeypatch):
+    agent = classic.PPO("tests/Match-v0", small(num_epochs=3, num_minibatches=5, output_dir=str(tmp_path)))
+    count, step = 0, agent.optimizer.step
+
+    def counted():
+        nonlocal count
+        count += 1
+        return step()
+
+    monkeypatch.setattr(agent.optimizer, "step", counted)
+    agent.learn(150)
+    rows = log_of(tmp_path)
+    assert count == len(rows) * 3 * 5 == rows[-1]["progress/optimizer_steps"]
+
+
+def test_dummy_steps_leave_the_step_count_and_the_loss(small, tmp_path, monkeypatch):
+    """Clock plays 4 decisions and 1 reset: of 20 columns 16 are decisions."""
+    agent = classic.PPO("tests/Clock-v0", small(num_envs=1, num_steps=20, num_minibatches=1, output_dir=str(tmp_path)))
+    sizes, evaluate = [], agent.network.evaluate
+    monkeypatch.setattr(agent.network, "evaluate", lambda o, a: (sizes.append(len(o)), evaluate(o, a))[1])
+    agent.learn(1)
+    assert agent.counters["env_steps"] == 16
+    assert sizes == [16, 16]
+    assert log_of(tmp_path)[0]["progress/env_steps"] == 16
+
+
+def test_gradients_are_clipped(small, monkeypatch):
+    agent = classic.PPO("tests/Match-v0", small(max_grad_norm=0.01))
+    norms, step = [], agent.optimizer.step
+
+    def measured():
+        gradients = [p.grad for p in agent.network.parameters() if p.grad is not None]
+        norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
+        return step()
+
+    monkeypatch.setattr(agent.optimizer, "step", measured)
+    agent.learn(200)
+    assert norms and max(norms) <= 0.01 * (1 + 1e-5)
+    assert max(norms) > 0.005
+
+
+def test_learning_rate_0_keeps_the_ratio_at_1(small, tmp_path):
+    agent = classic.PPO("tests/Match-v0", small(learning_rate=0.0, num_minibatches=7, output_dir=str(tmp_path)))
+    before = {name: x.clone() for name, x in agent.network.state_dict().items()}
+    agent.learn(200)
+    for row in log_of(tmp_path):
+        assert row["policy/max_abs_log_ratio"] < 1e-5
+    assert all(torch.equal(x, before[name]) for name, x in agent.network.state_dict().items())
+
+
+@pytest.mark.parametrize(("schedule", "last"), [("linear", 0.1), ("constant", 1.0)])
+def test_learning_rate_schedule_spans_what_learn_was_asked_for(schedule, last, small, tmp_path):
+    """SAME_STEP: 64 steps a rollout, 640 steps are 10 rollouts; the last begins after nine tenths."""
+    args = small(lr_schedule=schedule, autoreset_mode="same_step", output_dir=str(tmp_path))
+    agent = classic.PPO("tests/Match-v0", args).learn(640)
+    rates = [row["optim/learning_rate"] / 3e-3 for row in log_of(tmp_path)]
+    assert len(rates) == 10
+    assert rates[0] == pytest.approx(1) and rates[-1] == pytest.approx(last)
+    assert agent.optimizer.param_groups[0]["lr"] == pytest.approx(3e-3 * last)
+
+
+def test_target_kl_ends_the_update(small, tmp_path):
+    free, held = tmp_path / "free", tmp_path / "held"
+    settings = {"learning_rate": 3e-2, "num_epochs": 10}
+    classic.PPO("tests/Match-v0", small(output_dir=str(free), **settings)).learn(500)
+    classic.PPO("tests/Match-v0", small(output_dir=str(held), target_kl=0.005, **settings)).learn(500)
+    assert all(row["optim/epochs"] == 10 for row in log_of(free))
+    assert min(row["optim/epochs"] for row in log_of(held)) < 10
+    assert max(row["policy/approx_kl"] for row in log_of(held)) < max(row["policy/approx_kl"] for row in log_of(free))
+
+
+def test_adaptive_coefficients_move_once_per_update(small, tmp_path):
+    """Either rule halves, doubles or keeps; learning rate 0 means a KL of 0, so beta halves and epsilon doubles."""
+    for objective, key, start, expected in (
+        ("penalty", "policy/penalty_beta", 1.0, [1.0, 0.5, 0.25]),
+        ("adaptive_clip", "policy/clip_range", 0.1, [0.1, 0.2, 0.4]),
+    ):
+        folder = tmp_path / objective
+        setting = {"penalty_beta": start} if objective == "penalty" else {"clip_range": start}
+        args = small(objective=objective, target_kl=0.01, learning_rate=0.0, output_dir=str(folder), **setting)
+        classic.PPO("tests/Match-v0", args).learn(160)
+        assert [row[key] for row in log_of(folder)] == pytest.approx(expected)
+
+
+def test_reinforce_learns_from_returns_and_its_critic_learns_too(small, monkeypatch):
+    """Advantages are Monte Carlo returns: Clock's are all positive, a baseline would leave both signs."""
+    agent = classic.PPO("tests/Clock-v0", small(objective="reinforce", num_epochs=1, normalize_advantages=False))
+    seen, loss = [], agent._loss
+    monkeypatch.setattr(agent, "_loss", lambda new, old: (seen.append(old), loss(new, old))[1])
+    before = agent.network.critic[0].weight.detach().clone()
+    agent.learn(60)
+    for old in seen:
+        assert torch.equal(old.advantages, old.returns)
+        assert (old.advantages > 0).all()
+    assert not torch.equal(before, agent.network.critic[0].weight)
+
+
+@pytest.mark.parametrize("env_id", ["tests/Match-v0", "tests/Aim-v0"])
+def test_one_seed_gives_one_result_and_another_seed_another(env_id, small, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.rand(3)  # the global generator must not matter
+        agent = classic.PPO(env_id, small(seed=seed, output_dir=str(tmp_path / name)))
+        agent.learn(300).evaluate(episodes=3)
+    texts = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in "abc"]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_evaluating_and_predicting_in_between_changes_no_training(small, tmp_path):
+    for name in ("plain", "watched"):
+        agent = classic.PPO("tests/Match-v0", small(lr_schedule="constant", output_dir=str(tmp_path / name)))
+        agent.learn(120)
+        if name == "watched":
+            agent.evaluate(episodes=3, deterministic=False)
+            agent.predict([1.0], deterministic=False)
+        agent.learn(120)
+    assert (tmp_path / "plain/metrics.jsonl").read_bytes() == (tmp_path / "watched/metrics.jsonl").read_bytes()
+
+
+def test_metrics_are_finite_and_the_curve_is_drawn(small, tmp_path):
+    agent = classic.PPO("tests/Match-v0", small(output_dir=str(tmp_path)))
+    agent.learn(500)
+    rows = log_of(tmp_path)
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert not any("second" in key or "time" in key for row in rows for key in row)
+    # Before any learning two actions are nearly equally likely.
+    assert rows[0]["policy/entropy"] == pytest.approx(math.log(2), abs=1e-2)
+    assert rows[-1]["episode/length_mean"] == 5
+    assert 0 <= rows[-1]["episode/return_mean"] <= 5
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_gradients_that_are_not_finite_are_skipped_and_end_the_run(small):
+    agent = classic.PPO("tests/Match-v0", small(num_epochs=10))
+    agent.network.critic[-1].weight.data.fill_(float("nan"))
+    policy = [x.clone() for x in agent.network.policy.parameters()]
+    with pytest.raises(classic.NonFiniteGradientError, match="'tests/Match-v0', iteration 1: 10 gradients in a row"):
+        agent.learn(500)
+    assert all(torch.equal(x, y) for x, y in zip(policy, agent.network.policy.parameters(), strict=True))
+
+
+def test_thread_count_is_scoped():
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), torch_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise KeyError
+    assert torch.get_num_threads() == before
+
+
+def test_learning_runs_on_one_thread_by_default(small, monkeypatch):
+    seen = []
+    agent = classic.PPO("tests/Match-v0", small())
+    monkeypatch.setattr(agent, "_train", lambda *_: seen.append(torch.get_num_threads()))
+    torch.set_num_threads(2)
+    try:
+        agent.learn(1)
+        assert seen == [1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.slow
+def test_cartpole_is_solved_on_five_of_five_seeds():
+    returns = []
+    for seed in range(5):
+        agent = classic.PPO("CartPole-v1", classic.PPOArgs(seed=seed, quiet=True)).learn()
+        returns.append(agent.evaluate(episodes=20)["mean_return"])
+    assert min(returns) >= 475, returns
