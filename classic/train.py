@@ -301,9 +301,9 @@ class PPO:
         else:
             self.config = replace(self.config, clip_range=adapt_clip_range(self.config.clip_range, kl, target=target))
 
-    def _stop_if_diverged(self, skipped_in_a_row: int) -> None:
-        if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+    def _stop_if_diverged(self, skipped: int) -> None:
+        if skipped >= MAX_SKIPPED_IN_A_ROW:
             raise NonFiniteGradientError(
-                f"environment {self.env_id!r}, iteration {self.counters['iteration'] + 1}: {skipped_in_a_row} gradients in "
-                "a row were not finite and their steps skipped; lower learning_rate, or scale the rewards down"
+                f"environment {self.env_id!r}, iteration {self.counters['iteration'] + 1}: {skipped} gradients in a row "
+                "were not finite and their steps skipped; lower learning_rate, or scale the rewards down"
             )

@@ -79,8 +79,8 @@ def test_every_flag_has_a_sentence(capsys):
         flags = [field.name for field in dataclasses.fields(cls) if field.name not in ("env", "folder")]
         assert len(blocks) == len(flags)
         for block in blocks:
-            sentence = block.split("\n", 1)[1].split("(default")[0]
-            assert len(sentence.replace("│", "").split()) >= 3, block
+            name_type_and_sentence = block.split("(default")[0].replace("│", "").split()
+            assert len(name_type_and_sentence) >= 5 and "." in name_type_and_sentence[-1], block
 
 
 def test_importing_classic_loads_no_language_model_library():
