@@ -304,6 +304,6 @@ class PPO:
     def _stop_if_diverged(self, skipped: int) -> None:
         if skipped >= MAX_SKIPPED_IN_A_ROW:
             raise NonFiniteGradientError(
-                f"environment {self.env_id!r}, iteration {self.counters['iteration'] + 1}: {skipped} gradients in a row "
-                "were not finite and their steps skipped; lower learning_rate, or scale the rewards down"
+                f"environment {self.env_id!r}, iteration {self.counters['iteration'] + 1}: {skipped} gradients in a "
+                "row were not finite and their steps skipped; lower learning_rate, or scale the rewards down"
             )
