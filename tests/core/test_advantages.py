@@ -353,6 +353,11 @@ class TestGroups:
         # 1e-6 of the score: the group's sum is rounded.
         assert_close(leave_one_out_advantages(scores, size), torch.zeros(2 * size), rtol=0, atol=1e-6 * (1 + value))
 
+    def test_each_group_is_centred_on_its_own(self):
+        # Exactly 0 only if what rounding left of each mean is taken away group by group.
+        scores = torch.cat([torch.full((7,), x) for x in (0.1, 1000.1)])
+        assert_close(group_normalized_advantages(scores, 7), torch.zeros(14))
+
     @pytest.mark.parametrize("function", [leave_one_out_advantages, group_normalized_advantages])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
     def test_dtype_and_device(self, function, dtype, device):

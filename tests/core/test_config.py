@@ -112,11 +112,28 @@ def test_unknown_names_list_the_known_ones(name, known):
 
 
 def test_contradictions():
-    with pytest.raises(ValueError, match="target_kl"):
-        PPOConfig(objective="adaptive_clip")
     with pytest.raises(ValueError, match="clip_range_high"):
         PPOConfig(objective="adaptive_clip", target_kl=0.01, clip_range_high=0.3)
     assert PPOConfig(objective="clip", clip_range_high=0.3).clip_range_high == 0.3
+
+
+@pytest.mark.parametrize(
+    ("objective", "target_kl", "steering", "stopping"),
+    [
+        ("clip", None, None, None),
+        ("clip", 0.02, None, 0.03),
+        ("dual_clip", 0.02, None, 0.03),
+        ("a2c", 0.02, None, 0.03),
+        ("penalty", None, None, None),
+        ("penalty", 0.02, 0.02, None),
+        ("adaptive_clip", None, 0.01, None),
+        ("adaptive_clip", 0.02, 0.02, None),
+    ],
+)
+def test_target_kl_steers_or_stops(objective, target_kl, steering, stopping):
+    config = PPOConfig(objective=objective, target_kl=target_kl)
+    assert config.steering_kl == steering
+    assert config.stopping_kl == (None if stopping is None else pytest.approx(stopping))
 
 
 def test_frozen_and_named():

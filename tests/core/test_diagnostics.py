@@ -92,6 +92,18 @@ class TestDiagnostics:
             "overflow_fraction": 0,
         }
 
+    def test_the_edges_belong_to_the_band(self):
+        # 1 + 1e-17 is 1 in floating point, so a ratio of 1 lies on both edges: the clip lets its gradient pass.
+        got = ppo_diagnostics(*observed([1.0, 1.0], [1, -1]), PPOConfig(clip_range=1e-17))
+        assert got["clip_fraction"] == got["out_of_range_fraction"] == 0
+
+    def test_an_advantage_of_0_has_no_gradient_to_kill(self):
+        assert ppo_diagnostics(*observed([0.1, 9.0], [0, 0]))["clip_fraction"] == 0
+
+    def test_exactly_20_nats_are_not_clamped(self):
+        old = Experience(torch.zeros(2), None, torch.ones(2), None, torch.ones(2, dtype=torch.bool))
+        assert ppo_diagnostics(PolicyOutput(torch.tensor([20.0, -20.0])), old)["overflow_fraction"] == 0
+
     def test_a_100_nat_drift_is_finite_and_counted(self):
         old = Experience(torch.zeros(5), None, torch.ones(5), None, torch.tensor([True] * 4 + [False]))
         got = ppo_diagnostics(PolicyOutput(torch.tensor([100.0, -100.0, 19.0, 0.0, 100.0])), old)

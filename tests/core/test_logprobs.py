@@ -51,6 +51,7 @@ class TestTokenLogprobs:
 
     def test_no_axis_but_the_vocabulary_and_no_tokens(self):
         assert token_logprobs(torch.zeros(4), torch.tensor(3)).exp() == 0.25
+        assert token_logprobs(torch.zeros(2, 1), torch.zeros(2, dtype=torch.long)).exp().tolist() == [1, 1]
         assert token_logprobs(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.long)).shape == (2, 0)
 
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -100,7 +101,7 @@ class TestEntropy:
 
     @given(seeds, st.floats(0.2, 5))
     def test_equal_to_torch_and_rising_with_temperature(self, seed, temperature):
-        logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        logits = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         got = entropy_from_logits(logits, temperature=temperature)
         assert_close(got, torch.distributions.Categorical(logits=logits / temperature).entropy())
         assert torch.all(entropy_from_logits(logits, temperature=2 * temperature) > got)

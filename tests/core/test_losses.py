@@ -140,7 +140,7 @@ class TestClippedPolicyLoss:
 
     def test_the_ratio_is_exact_within_20_nats_and_stops_there(self):
         ratio = probability_ratio(f64([19.5, -19.5, 30, -30]), f64([0, 0, 0, 0]))
-        assert_close(ratio, f64([19.5, -19.5, 20, -20]).exp())
+        assert_close(ratio.log(), f64([19.5, -19.5, 20, -20]))
 
     def test_errors(self):
         x = torch.zeros(4)

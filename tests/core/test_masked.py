@@ -117,6 +117,11 @@ def test_equal_values_whiten_to_0_in_float32(value, count):
     assert_close(masked_whiten(x, torch.ones(count, dtype=torch.bool)), torch.zeros(count))
 
 
+def test_equal_values_have_no_variance_row_by_row():
+    x = torch.tensor([[0.1], [1000.1]]).expand(2, 7)
+    assert torch.equal(masked_var(x, torch.ones(2, 7, dtype=torch.bool), dim=1), torch.zeros(2))
+
+
 def test_one_whole_is_whitened_and_its_shards_are_not():
     # Shards [0, 2] and [10, 12]: each alone would whiten to [-1, 1] and forget that the second is better.
     x, mask = torch.tensor([0.0, 2.0, 10.0, 12.0]), torch.ones(4, dtype=torch.bool)
