@@ -107,13 +107,27 @@ def test_the_missing_eos_penalty_lowers_only_responses_that_ran_into_the_limit(e
 
 
 def test_fault_5_the_penalty_follows_the_stop_tokens_in_use(make_trainer, prompts):
-    """With a stop token of one's own (here every letter but a), end of text is a token like any other."""
-    trainer = make_trainer(stop_token_ids=tuple(range(4, 30)), missing_eos_penalty=5.0, max_new_tokens=3)
+    """The stop tokens are all letters but a and b, so end of text (id 0), a and b are tokens like any other."""
+    trainer = make_trainer(
+        stop_token_ids=tuple(range(5, 30)), max_new_tokens=2, kl_coef=0.0, gae_lambda=1.0, normalize_advantages=False
+    )
     rollout = trainer.rollout(prompts)
     last = rollout.response_ids.gather(1, rollout.lengths[:, None] - 1).squeeze(1)
-    assert torch.equal(rollout.finished, last >= 4)
-    _, metrics = trainer._estimate(rollout)
-    assert metrics["response/eos_fraction"] == pytest.approx(float((last >= 4).float().mean()))
+    assert torch.equal(rollout.finished, last >= 5)
+    # One that ran into the limit although id 0 is in it, and one that was stopped without it.
+    rollout = dataclasses.replace(
+        rollout,
+        response_ids=torch.tensor([[3, 0], [4, 6]] * 4),
+        mask=torch.ones(8, 2, dtype=torch.bool),
+        finished=torch.tensor([False, True] * 4),
+        logprobs=torch.zeros(8, 2),
+        values=torch.zeros(8, 2),
+        ref_logprobs=torch.zeros(8, 2),
+    )
+    plain, _ = trainer._estimate(rollout)
+    trainer.args = dataclasses.replace(trainer.args, missing_eos_penalty=5.0)
+    penalised, _ = trainer._estimate(rollout)
+    assert (plain.advantages - penalised.advantages).tolist() == [[5.0, 5.0], [0.0, 0.0]] * 4
 
 
 def test_a_penalty_without_any_stop_token_is_refused(make_trainer, make_model, tokenizer):
