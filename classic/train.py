@@ -166,7 +166,8 @@ class PPO:
                     if steps == 0:
                         first_gap = diagnostics["max_abs_log_ratio"]
                     policy.add(diagnostics, weight=len(rows))
-                    if stop := self._drifted_too_far(diagnostics["approx_kl"]):
+                    limit = self.config.stopping_kl
+                    if stop := limit is not None and float(diagnostics["approx_kl"]) > limit:
                         break
                     self.optimizer.zero_grad()
                     loss.total.backward()
@@ -274,10 +275,6 @@ class PPO:
         assert value is not None, f"{name} is unresolved"
         return value
 
-    def _drifted_too_far(self, approx_kl: Tensor) -> bool:
-        steered = self.config.objective in ("penalty", "adaptive_clip")
-        return not steered and self.config.target_kl is not None and float(approx_kl) > 1.5 * self.config.target_kl
-
     def _loss(self, new: PolicyOutput, old: Experience) -> PPOLoss:
         """The core's loss; its reinforce has no critic, but here the critic closes cut rollouts and must learn that."""
         loss = ppo_loss(new, old, self.config)
@@ -290,12 +287,11 @@ class PPO:
 
     def _adapt(self, observations: Tensor, actions: Tensor, old: Experience) -> None:
         """Once per update: move beta or the clip range by the KL that the update brought about."""
-        target, objective = self.config.target_kl, self.config.objective
-        if target is None or objective not in ("penalty", "adaptive_clip"):
+        if (target := self.config.steering_kl) is None:
             return
         with torch.no_grad():
             kl = float(ppo_diagnostics(self.network.evaluate(observations, actions), old, self.config)["approx_kl"])
-        if objective == "penalty":
+        if self.config.objective == "penalty":
             beta = adapt_penalty_beta(self.config.penalty_beta, kl, target=target)
             self.config = replace(self.config, penalty_beta=beta)
         else:

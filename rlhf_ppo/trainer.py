@@ -230,7 +230,8 @@ class PPOTrainer:
                     metrics["policy/first_minibatch_max_abs_log_ratio"] = self._check_tripwire(step)
                 actions.merge(step)
                 epoch.merge(step)
-                if stop := self._drifted_too_far(step):
+                limit = args.stopping_kl
+                if stop := limit is not None and step.compute()["approx_kl"] > limit:
                     self.optimizer.zero_grad(set_to_none=True)
                     break
                 grad_norm = torch.nn.utils.clip_grad_norm_(self.model.trainable_parameters(), args.max_grad_norm)
@@ -348,15 +349,6 @@ class PPOTrainer:
             )
         return gap
 
-    def _drifted_too_far(self, step: MetricAverage) -> bool:
-        """True where target_kl stops the update; under penalty and adaptive_clip it steers instead."""
-        target, objective = self.args.target_kl, self.args.objective
-        return (
-            target is not None
-            and objective not in ("penalty", "adaptive_clip")
-            and (step.compute()["approx_kl"] > 1.5 * target)
-        )
-
     def _adapt(self, reference_kl: float, update_kl: float, num_samples: int) -> None:
         """Controllers move once per update."""
         args = self.args
@@ -364,11 +356,13 @@ class PPOTrainer:
             self.kl_coef = adapt_kl_coef(
                 self.kl_coef, reference_kl, target=args.kl_target, horizon=args.kl_horizon, num_samples=num_samples
             )
-        if args.objective == "penalty" and args.target_kl is not None:
-            beta = adapt_penalty_beta(self.objective.penalty_beta, update_kl, target=args.target_kl)
+        if (target := args.steering_kl) is None:
+            return
+        if args.objective == "penalty":
+            beta = adapt_penalty_beta(self.objective.penalty_beta, update_kl, target=target)
             self.objective = dataclasses.replace(self.objective, penalty_beta=beta)
-        if args.objective == "adaptive_clip" and args.target_kl is not None:
-            clip_range = adapt_clip_range(self.objective.clip_range, update_kl, target=args.target_kl)
+        else:
+            clip_range = adapt_clip_range(self.objective.clip_range, update_kl, target=target)
             self.objective = dataclasses.replace(self.objective, clip_range=clip_range)
 
     # Rollouts

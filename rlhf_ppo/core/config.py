@@ -49,8 +49,8 @@ class PPOConfig:
     max_grad_norm: float = 0.5
     """Global gradient norm after clipping."""
     target_kl: float | None = None
-    """Mean KL(old || new) per action in nats: stops an update's epochs beyond 1.5 times it (clip, dual_clip, a2c,
-    reinforce), or steers beta or the clip range (penalty, adaptive_clip)."""
+    """Mean KL(old || new) per action in nats. penalty and adaptive_clip steer toward it (None: a fixed beta, and 0.01);
+    the other objectives stop an update beyond 1.5 times it (None: never)."""
 
     def __post_init__(self) -> None:
         self._require_known("objective", OBJECTIVES)
@@ -67,10 +67,21 @@ class PPOConfig:
         for name in ("num_epochs", "num_minibatches"):
             self._require(name, getattr(self, name) >= 1, "1 or more")
         self._require("dual_clip", self.dual_clip > 1, "above 1")
-        if self.objective == "adaptive_clip" and self.target_kl is None:
-            raise ValueError("objective='adaptive_clip' steers the clip range by target_kl, which is None: set it")
         if self.objective == "adaptive_clip" and self.clip_range_high is not None:
             raise ValueError("objective='adaptive_clip' moves one symmetric clip_range; remove clip_range_high")
+
+    @property
+    def steering_kl(self) -> float | None:
+        """The KL that beta or the clip range is adapted toward, or None where nothing is adapted."""
+        if self.objective == "adaptive_clip":
+            return 0.01 if self.target_kl is None else self.target_kl
+        return self.target_kl if self.objective == "penalty" else None
+
+    @property
+    def stopping_kl(self) -> float | None:
+        """The KL beyond which an update takes no further step, or None."""
+        steers = self.objective in ("penalty", "adaptive_clip")
+        return None if steers or self.target_kl is None else 1.5 * self.target_kl
 
     def _require(self, name: str, ok: bool, what: str) -> None:
         value = getattr(self, name)

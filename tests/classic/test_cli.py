@@ -59,7 +59,7 @@ def test_settings_from_yaml_and_a_positional_environment(tmp_path):
     ("argv", "words"),
     [
         (["train", "CartPol-v1"], "Did you mean: `CartPole`"),
-        (["train", "CartPole-v1", "--objective", "adaptive_clip"], "target_kl"),
+        (["train", "CartPole-v1", "--dual-clip", "2"], "dual_clip=2.0"),
         (["evaluate", "no-such-folder"], "no saved agent in no-such-folder"),
         (["trian"], "did you mean 'train'"),
     ],

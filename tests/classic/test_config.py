@@ -38,7 +38,6 @@ def test_resolving_twice_changes_nothing(objective):
     ("settings", "first", "second"),
     [
         ({"objective": "reinforce", "gae_lambda": 0.9}, "objective='reinforce'", "gae_lambda=0.9"),
-        ({"objective": "adaptive_clip"}, "objective='adaptive_clip'", "target_kl"),
         ({"objective": "adaptive_clip", "target_kl": 0.1, "clip_range_high": 0.3}, "objective", "clip_range_high"),
         ({"dual_clip": 2.0}, "dual_clip=2.0", "objective='clip'"),
         ({"objective": "clip", "penalty_beta": 3.0}, "penalty_beta=3.0", "objective='clip'"),

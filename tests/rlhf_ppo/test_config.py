@@ -45,7 +45,6 @@ def test_total_episodes_round_up_to_whole_rollouts():
     [
         ({"kl_target": 6.0, "kl_coef": 0.0}, ("kl_target=6.0", "kl_coef=0")),
         ({"kl_target": 6.0, "kl_horizon": 8.0}, ("kl_horizon=8.0", "rollout_batch_size=32")),
-        ({"objective": "adaptive_clip"}, ("objective='adaptive_clip'", "target_kl")),
         (
             {"objective": "adaptive_clip", "target_kl": 0.1, "clip_range_high": 0.3},
             ("objective='adaptive_clip'", "clip_range_high"),
