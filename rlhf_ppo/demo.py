@@ -26,10 +26,12 @@ class DemoArgs:
     """What to learn: also no_letter_e or dialogue of rlhf_ppo.toy_rewards, or file.py:function."""
     output_dir: str = "runs/demo"
     """Folder for the model, metrics, samples and curve; an earlier run there is kept as previous-<n>."""
-    total_episodes: int = 1536
+    total_episodes: int = 1280
     """Responses to train on."""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     """Peak learning rate; use 1e-5 for GPT-2 and larger models."""
+    kl_coef: float = 0.1
+    """Weight of the KL penalty: larger stays closer to the model as it was."""
     seed: int = 0
     """One seed, one machine, one result."""
 
@@ -44,6 +46,8 @@ def train_demo(args: DemoArgs) -> PPOTrainer:
             output_dir=args.output_dir,
             total_episodes=args.total_episodes,
             learning_rate=args.learning_rate,
+            kl_coef=args.kl_coef,
+            num_epochs=2,
             seed=args.seed,
         ),
         train_dataset=openings.select(range(HELD_OUT, len(openings))),

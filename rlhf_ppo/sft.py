@@ -166,6 +166,7 @@ def sft(args: SFTArgs) -> dict[str, float]:
     trainer.train()
     loss = trainer.evaluate()["eval_loss"]
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    model.config.use_cache = True  # the Trainer turns it off and leaves it so
     model.to(getattr(torch, args.save_dtype)).save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
     return {"eval/loss_nats_per_token": loss, "eval/perplexity": math.exp(loss)}
