@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     curves: dict[int, list[dict[str, float]]] = {}
-    solved = 0
+    finals: dict[int, float] = {}
     print(
         "| seed | mean return, 20 episodes | std | env steps | training seconds | steps/s |\n|---|---|---|---|---|---|"
     )
@@ -37,20 +37,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             curves[seed] = RunDirectory(folder).read()
         result = agent.evaluate(episodes=20)
         steps = agent.counters["env_steps"]
-        solved += result["mean_return"] >= 475
+        finals[seed] = result["mean_return"]
         print(
             f"| {seed} | {result['mean_return']:.1f} | {result['std_return']:.1f} | {steps} | {seconds:.1f} | "
             f"{steps / seconds:.0f} |",
             flush=True,
         )
+    solved = sum(final >= 475 for final in finals.values())
     print(f"\n{solved} of {len(options.seeds)} seeds reach a mean of 475")
     if options.picture:
-        draw(curves, options.picture)
+        draw(curves, finals, options.picture)
     return 0
 
 
-def draw(curves: dict[int, list[dict[str, float]]], path: Path) -> None:
-    """One line a seed: return of the last 100 training episodes over environment steps."""
+def draw(curves: dict[int, list[dict[str, float]]], finals: dict[int, float], path: Path) -> None:
+    """One line a seed: return of the last 100 training episodes over environment steps; a dot: the final evaluation."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -61,11 +62,19 @@ def draw(curves: dict[int, list[dict[str, float]]], path: Path) -> None:
         points = [
             (row["progress/env_steps"], row["episode/return_mean"]) for row in rows if "episode/return_mean" in row
         ]
-        axes.plot(*zip(*points, strict=True), linewidth=1.6, label=f"seed {seed}")
+        (line,) = axes.plot(*zip(*points, strict=True), linewidth=1.6, label=f"seed {seed}")
+        axes.plot(points[-1][0], finals[seed], "o", color=line.get_color(), clip_on=False)
     axes.axhline(475, color="grey", linewidth=1, linestyle="--")
-    axes.annotate("475: solved", (0, 475), xytext=(2, 3), textcoords="offset points", fontsize=8, color="grey")
+    axes.annotate(
+        "475: solved (dots: 20 deterministic episodes after training)",
+        (0, 475),
+        xytext=(2, 3),
+        textcoords="offset points",
+        fontsize=8,
+        color="grey",
+    )
     axes.set(xlabel="environment steps", ylabel="return of the last 100 training episodes", ylim=(0, 520))
-    axes.set_title("CartPole-v1, sampled actions while training", fontsize=11)
+    axes.set_title("CartPole-v1: lines, sampled actions while training; dots, the final policy", fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -93,6 +93,27 @@ def test_dummy_steps_leave_the_step_count_and_the_loss(small, tmp_path, monkeypa
     assert log_of(tmp_path)[0]["progress/env_steps"] == 16
 
 
+@pytest.mark.parametrize(("mode", "num_steps"), [("next_step", 20), ("same_step", 16)])
+def test_the_loop_lets_nothing_leak_from_one_episode_into_another(mode, num_steps, small, monkeypatch):
+    """With a critic that says 0, lambda 1 makes each return the discounted sum to the end of its own episode.
+
+    Clock's rewards are 0.5 * t + episode; episodes terminate and are truncated by turns.
+    """
+    settings = {"num_envs": 1, "num_steps": num_steps, "num_minibatches": 1, "num_epochs": 1, "autoreset_mode": mode}
+    agent = classic.PPO("tests/Clock-v0", small(gamma=0.9, gae_lambda=1.0, learning_rate=0.0, **settings))
+    for parameter in agent.network.critic.parameters():
+        parameter.data.zero_()
+    seen, loss = [], agent._loss
+    monkeypatch.setattr(agent, "_loss", lambda new, old: (seen.append(old), loss(new, old))[1])
+    agent.learn(1)
+    expected = []
+    for episode in range(4):
+        rewards = [0.5 * t + episode for t in (1, 2, 3, 4)]
+        expected += [sum(0.9**k * r for k, r in enumerate(rewards[t:])) for t in range(4)]
+    (old,) = seen
+    assert sorted(old.returns.tolist()) == pytest.approx(sorted(expected))
+
+
 def test_gradients_are_clipped(small, monkeypatch):
     agent = classic.PPO("tests/Match-v0", small(max_grad_norm=0.01))
     norms, step = [], agent.optimizer.step
