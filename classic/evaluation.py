@@ -33,7 +33,7 @@ def evaluate_policy(
     envs = Environments(env_id, copies)
     try:
         envs.reset(seed=seed)
-        while any(left):
+        while len(returns) < episodes:
             actions, _ = network.act(envs.observations, generator)
             for episode in envs.step(actions).episodes:
                 if left[episode.env]:
