@@ -227,6 +227,20 @@ class TestLinearLogprobs:
             assert leaf.grad.dtype == dtype
             assert leaf.grad.device.type == device.type
 
+    def test_without_a_bias_the_softmax_is_in_float32_too(self):
+        hidden, weight, _, tokens = head(rows=40, vocabulary=300, dtype=torch.bfloat16)
+        logits = (hidden @ weight.T).float()
+        assert torch.equal(linear_logprobs(hidden, weight, tokens), token_logprobs(logits, tokens).bfloat16())
+
+    def test_float32_gradients_are_the_plain_way_s(self, device):
+        # Backward must not slip into a lower precision than forward had.
+        hidden, weight, bias, tokens = head(dtype=torch.float32, device=device)
+        lean = linear_logprobs(hidden, weight, tokens, bias=bias)
+        plain = token_logprobs(hidden @ weight.T + bias, tokens)
+        leaves = [hidden, weight, bias]
+        for a, b in zip(*[torch.autograd.grad(x.sum(), leaves) for x in (lean, plain)], strict=True):
+            assert_close(a, b)
+
     def test_sums_over_chunks_are_rounded_once(self):
         # 4096 equal rows in bf16: one row's gradient at a time would stop growing at 256 times its size.
         rows = 4096
@@ -238,16 +252,19 @@ class TestLinearLogprobs:
         assert_close(weight.grad, torch.tensor([[rows / 2], [-rows / 2]], dtype=torch.bfloat16))
         assert_close(bias.grad, torch.tensor([rows / 2, -rows / 2], dtype=torch.bfloat16))
 
-    @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
-    def test_backward_rebuilds_the_logits_that_autocast_made(self, hidden_dtype, device):
+    @pytest.mark.parametrize(
+        ("hidden_dtype", "autocast"),
+        [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16)],
+    )
+    def test_backward_rebuilds_the_logits_that_autocast_made(self, hidden_dtype, autocast, device):
         hidden, weight, bias, tokens = head(rows=50, width=32, dtype=torch.float32, device=device)
         hidden = hidden.detach().to(hidden_dtype).requires_grad_()
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, autocast):
             out = linear_logprobs(hidden, weight, tokens, bias=bias, chunk_size=7)
         assert out.dtype == hidden_dtype
         out.sum().backward()
         # Each row's onehot - p sums to 0 only if p comes from the same logits as its normaliser. 1e-4: float32 sums of
-        # 50 rows; logits of another precision leave 1e-2.
+        # 50 rows; logits of another precision leave 1e-3 or more.
         assert abs(bias.grad.sum().item()) < 1e-4
         assert hidden.grad.dtype == hidden_dtype
 
@@ -268,6 +285,9 @@ class TestLinearLogprobs:
             linear_logprobs(hidden[None], weight, tokens)
         with pytest.raises(ValueError, match=r"weight \(1, 11, 4\)"):
             linear_logprobs(hidden, weight[None], tokens)
+        for wrong in ((torch.zeros(7, 4, 1), weight), (hidden, torch.zeros(11, 4, 1))):  # the second axes agree
+            with pytest.raises(ValueError, match=r"must be \[N, O\] and weight"):
+                linear_logprobs(*wrong, tokens)
         with pytest.raises(ValueError, match=r"tokens \(7, 1\) .*\(7, 4\)"):
             linear_logprobs(hidden, weight, tokens[:, None])
         with pytest.raises(ValueError, match=r"bias \(11, 1\) .*\(11, 4\)"):
@@ -283,15 +303,18 @@ class TestLinearLogprobs:
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the size of the largest tensor that any operation made."""
+    """Remembers the size of the largest tensor that any operation made, and all shapes."""
 
     def __init__(self):
         super().__init__()
         self.numel = 0
+        self.shapes = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *[x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]])
+        made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.numel = max([self.numel, *[x.numel() for x in made]])
+        self.shapes.update(tuple(x.shape) for x in made)
         return out
 
 
@@ -321,6 +344,16 @@ class TestMemory:
 
         inputs = max(self.rows * self.width, self.vocabulary * self.width)
         assert self.largest(lean) == max(inputs, chunk_size * self.vocabulary)
+
+    @pytest.mark.parametrize("wanted", [0, 1])
+    def test_what_is_frozen_costs_no_gradient(self, wanted):
+        hidden, weight, _, tokens = head(rows=self.rows, width=self.width, vocabulary=self.vocabulary)
+        inputs = [x.detach().requires_grad_(i == wanted) for i, x in enumerate((hidden, weight))]
+        loss = linear_logprobs(*inputs, tokens, chunk_size=8).sum()
+        with Largest() as seen:
+            loss.backward()
+        assert tuple(inputs[wanted].shape) in seen.shapes
+        assert tuple(inputs[1 - wanted].shape) not in seen.shapes
 
     def test_nothing_large_is_saved_for_backward(self):
         hidden, weight, bias, tokens = head(rows=self.rows, width=self.width, vocabulary=self.vocabulary)
