@@ -29,10 +29,8 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor | None = No
     dtype = compute_dtype(values)
     v, r = values.to(dtype), returns.to(dtype)
     spread = masked_var(r, mask)
-    # Equal returns have a spread of rounding errors rather than 0.
-    varies = spread > (torch.finfo(dtype).eps * masked_mean(r, mask)).square()
-    share = 1 - masked_var(r - v, mask) / torch.where(varies, spread, torch.ones_like(spread))
-    return torch.where(varies, share, torch.zeros_like(share)).to(result_dtype(values))
+    share = 1 - masked_var(r - v, mask) / torch.where(spread > 0, spread, torch.ones_like(spread))
+    return torch.where(spread > 0, share, torch.zeros_like(share)).to(result_dtype(values))
 
 
 @torch.no_grad()
