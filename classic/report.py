@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
-
-import torch
 
 from classic.envs import Episode
 from rlhf_ppo.runtime.plots import plot_curves
@@ -30,17 +27,6 @@ def episode_metrics(recent: Collection[Episode]) -> dict[str, float]:
         "episode/return_mean": sum(episode.total_reward for episode in recent) / len(recent),
         "episode/length_mean": sum(episode.length for episode in recent) / len(recent),
     }
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Run with ``count`` torch threads and put the old number back, whatever happens."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def show_progress(display: ProgressDisplay, done: int, metrics: Mapping[str, float]) -> None:

@@ -16,7 +16,7 @@ from classic.actor_critic import ActorCritic
 from classic.config import PPOArgs
 from classic.envs import Environments, Episode, to_env_actions
 from classic.evaluation import evaluate_policy
-from classic.report import draw_curve, episode_metrics, show_progress, torch_threads
+from classic.report import draw_curve, episode_metrics, show_progress
 from classic.rollout import collect, critic_values
 from rlhf_ppo import __version__
 from rlhf_ppo.core import (
@@ -40,6 +40,7 @@ from rlhf_ppo.core import (
 from rlhf_ppo.runtime.metrics import MetricAverage
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory
+from rlhf_ppo.runtime.seeding import torch_threads
 
 EVALUATION_SEED_OFFSET = 1_000_000
 MAX_SKIPPED_IN_A_ROW = 10

@@ -33,7 +33,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         model=flags.model,
         reward_funcs=few_es,
         args=RLHFConfig(
-            output_dir=flags.output_dir, total_episodes=flags.total_episodes, learning_rate=flags.learning_rate
+            output_dir=flags.output_dir,
+            total_episodes=flags.total_episodes,
+            learning_rate=flags.learning_rate,
+            num_threads=1 if flags.model == "embedded" else None,
         ),
         train_dataset=openings.select(range(64, len(openings))),
         eval_dataset=openings.select(range(64)),

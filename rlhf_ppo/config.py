@@ -79,6 +79,9 @@ class RLHFConfig(PPOConfig):
     """One seed, one machine, one result."""
     device: str | None = None
     """cuda, mps or cpu; None: the first of these that is there."""
+    num_threads: int | None = None
+    """CPU threads of train(); None: torch's default. 1 is best for models of a few million parameters: with more, two
+    cores that have anything else to do spend most of their time waiting for each other."""
     eval_every: int = 0
     """Rollouts between evaluations on eval_dataset; 0: only before and after training."""
     save_every: int = 0
@@ -104,7 +107,7 @@ class RLHFConfig(PPOConfig):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("temperature", "kl_horizon", "max_initial_log_ratio"):
             self._require(name, getattr(self, name) > 0, "positive")
-        for name in ("kl_target", "reward_timeout_s", "microbatch_size"):
+        for name in ("kl_target", "reward_timeout_s", "microbatch_size", "num_threads"):
             self._require(name, getattr(self, name) is None or getattr(self, name) > 0, "positive or None")
         for name, known in (("kl_estimator", ("k1", "k2", "k3")), ("overlong_prompts", ("error", "truncate", "drop"))):
             self._require_known(name, known)

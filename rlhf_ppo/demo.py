@@ -32,6 +32,8 @@ class DemoArgs:
     """Peak learning rate; use 1e-5 for GPT-2 and larger models."""
     kl_coef: float = 0.1
     """Weight of the KL penalty: larger stays closer to the model as it was."""
+    num_threads: int | None = None
+    """CPU threads; None: 1 for the embedded model, which is too small to share, torch's default for others."""
     seed: int = 0
     """One seed, one machine, one result."""
 
@@ -48,6 +50,7 @@ def train_demo(args: DemoArgs) -> PPOTrainer:
             learning_rate=args.learning_rate,
             kl_coef=args.kl_coef,
             num_epochs=2,
+            num_threads=1 if args.num_threads is None and args.model == "embedded" else args.num_threads,
             seed=args.seed,
         ),
         train_dataset=openings.select(range(HELD_OUT, len(openings))),

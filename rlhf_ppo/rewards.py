@@ -153,6 +153,7 @@ def score(
     *,
     timeout_s: float | None = None,
     drop_nonfinite: bool = False,
+    needs_scores: bool = True,
 ) -> list[float | None]:
     """Call a reward function and check what it says.
 
@@ -162,6 +163,7 @@ def score(
         columns: the prompts' other columns, [B] each.
         timeout_s: longest time for the call in seconds.
         drop_nonfinite: turn NaN and infinite scores into None.
+        needs_scores: refuse None for all.
     Returns:
         [B] scores; None where the function could not score.
     Raises:
@@ -190,7 +192,7 @@ def score(
                 "return None for what cannot be scored, or set drop_nonfinite_scores"
             )
         scores[i] = None
-    if all(value is None for value in scores):
+    if needs_scores and all(value is None for value in scores):
         raise RewardError(f"reward function {name!r} scored none of the {len(scores)} completions (None for all)")
     return scores
 

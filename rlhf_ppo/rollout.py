@@ -77,10 +77,11 @@ class Rollout:
 def sample_tokens(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """One draw per row from ``softmax(logits)`` by inverting its cumulative distribution: [B, V] -> [B].
 
-    In float64, so that tokens of tiny probability keep it.
+    In float64 (where the device has it), so that tokens of tiny probability keep it.
     """
-    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
-    u = torch.rand(logits.shape[0], 1, generator=generator, dtype=torch.float64, device=logits.device)
+    dtype = torch.float32 if logits.device.type == "mps" else torch.float64
+    cumulative = logits.to(dtype).softmax(dim=-1).cumsum(dim=-1)
+    u = torch.rand(logits.shape[0], 1, generator=generator, dtype=dtype, device=logits.device)
     # right=True finds the first entry above u, so a token of probability 0 is never drawn.
     tokens = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).squeeze(-1)
     return tokens.clamp(max=logits.shape[-1] - 1)

@@ -15,31 +15,27 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from rlhf_ppo.checkpoint import load_checkpoint, save_checkpoint
+from rlhf_ppo.collect import Collector
 from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.core import (
     Experience,
     adapt_clip_range,
     adapt_kl_coef,
     adapt_penalty_beta,
-    compute_gae,
-    explained_variance,
-    kl_estimate,
-    kl_penalized_rewards,
     loss_denominator,
-    masked_mean,
-    masked_var,
-    masked_whiten,
     minibatch_indices,
     ppo_diagnostics,
     ppo_loss,
 )
-from rlhf_ppo.data import Prompt, fit_prompt, left_pad, tokenize_prompt
-from rlhf_ppo.rewards import RewardError, score
-from rlhf_ppo.rollout import Rollout, sample_responses
+from rlhf_ppo.data import Prompt, PromptSet
+from rlhf_ppo.experience import describe, estimate
+from rlhf_ppo.rewards import RewardError
+from rlhf_ppo.rollout import Rollout
 from rlhf_ppo.runtime.metrics import MetricAverage
 from rlhf_ppo.runtime.plots import plot_curves
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory
+from rlhf_ppo.runtime.seeding import torch_threads
 from rlhf_ppo.setup import RewardSource, Rows, set_up
 
 Callback = Callable[["PPOTrainer", dict[str, float]], object]
@@ -111,11 +107,12 @@ class PPOTrainer:
         )
         self.args = args
         self.device, self.tokenizer = parts.device, parts.tokenizer
-        self.room, self.stop_token_ids = parts.room, parts.stop_token_ids
+        self.stop_token_ids = parts.stop_token_ids
         self.train_prompts, self.eval_prompts = parts.train_prompts, parts.eval_prompts
-        self.rewards, self.model, self.reference = parts.rewards, parts.model, parts.reference
+        self.model, self.reference = parts.model, parts.reference
         self.callbacks = list(callbacks or [])
         self.run = RunDirectory(args.output_dir)
+        self.collector = Collector(parts, args, self.run)
         self.optimizer = torch.optim.AdamW(
             self.model.trainable_parameters(),
             lr=args.learning_rate,
@@ -160,18 +157,35 @@ class PPOTrainer:
         if planned != args.total_episodes and not args.quiet:
             whole = f"whole rollouts of {args.rollout_batch_size}"
             print(f"total_episodes={args.total_episodes} rounds up to {planned}: {whole}")
+        if self.iteration >= args.num_rollouts:
+            raise ValueError(
+                f"all {args.num_rollouts} rollouts of this run are done: raise total_episodes in a new trainer"
+            )
         if resume_from_checkpoint is None:
             self.run.start(dataclasses.asdict(args))
         else:
             load_checkpoint(self, resume_from_checkpoint)
             self.run.rewind(self.iteration)
+        with torch_threads(args.num_threads):
+            metrics = self._train(self.train_prompts, planned)
+        plot_curves(
+            self.run.read(),
+            self.run.path / "curve.png",
+            x="progress/episodes",
+            panels=PANELS,
+            title="PPO, scores and KL",
+        )
+        return metrics
+
+    def _train(self, prompts: PromptSet, planned: int) -> dict[str, float]:
+        args = self.args
         metrics: dict[str, float] = {}
         try:
-            if resume_from_checkpoint is None:
+            if self.iteration == 0:
                 self._log_evaluation()
             with ProgressDisplay("episodes", planned, quiet=args.quiet) as progress:
                 while self.iteration < args.num_rollouts:
-                    batch = self.train_prompts.batch(self.iteration, args.rollout_batch_size)
+                    batch = prompts.batch(self.iteration, args.rollout_batch_size)
                     rollout = self.rollout(batch.prompts, **batch.columns)
                     metrics = self.step(rollout)
                     self._report(progress, rollout, metrics)
@@ -182,18 +196,10 @@ class PPOTrainer:
                         break
                     if args.eval_every and self.iteration % args.eval_every == 0 and self.iteration < args.num_rollouts:
                         self._log_evaluation()
-            evaluation = self._log_evaluation()
+            return {**metrics, **self._log_evaluation()}
         finally:
             # Whatever ended the run, what was learned until then stays.
             self.save_model()
-        plot_curves(
-            self.run.read(),
-            self.run.path / "curve.png",
-            x="progress/episodes",
-            panels=PANELS,
-            title="PPO, scores and KL",
-        )
-        return {**metrics, **evaluation}
 
     def rollout(self, prompts: Sequence[Prompt], **columns: list[Any]) -> Rollout:
         """Generate one response to each prompt, score it, and read the reference.
@@ -206,7 +212,7 @@ class PPOTrainer:
             RewardError: see :func:`rlhf_ppo.rewards.score`; the responses are written to failed_rollout.jsonl first.
         """
         self.rollouts_made += 1
-        return self._rollout(prompts, columns, self._generator(_TRAIN_STREAM, self.rollouts_made))
+        return self.collector.collect(prompts, columns, self._generator(_TRAIN_STREAM, self.rollouts_made))
 
     def step(self, rollout: Rollout) -> dict[str, float]:
         """One PPO update on a rollout; returns its metrics.
@@ -216,7 +222,9 @@ class PPOTrainer:
             NonFiniteGradientError: not one step had a finite gradient.
         """
         args = self.args
-        old, metrics = self._estimate(rollout)
+        old, metrics = estimate(rollout, args, kl_coef=self.kl_coef)
+        metrics["policy/clip_range"] = self.objective.clip_range
+        metrics["policy/penalty_beta"] = self.objective.penalty_beta
         actions, losses = MetricAverage(), MetricAverage()
         shuffle = self._generator(_SHUFFLE_STREAM, self.iteration, device="cpu")
         steps = skipped = epochs = 0
@@ -237,13 +245,13 @@ class PPOTrainer:
                 grad_norm = torch.nn.utils.clip_grad_norm_(self.model.trainable_parameters(), args.max_grad_norm)
                 if torch.isfinite(grad_norm):
                     self.optimizer.step()
+                    self.scheduler.step()
                     losses.add({**step_losses, "grad_norm": grad_norm}, weight=1)
                 else:
                     skipped += 1
                 self.optimizer.zero_grad(set_to_none=True)
-                self.scheduler.step()
                 steps += 1
-        if skipped == steps:
+        if steps and skipped == steps:
             raise NonFiniteGradientError(
                 f"all {steps} optimizer steps of rollout {self.iteration + 1} had non-finite gradients and were "
                 "skipped; look for extreme rewards or values in samples.jsonl and metrics.jsonl, or lower learning_rate"
@@ -252,7 +260,7 @@ class PPOTrainer:
         self.iteration += 1
         self.episodes += len(rollout.prompts)
         self.optimizer_steps += steps
-        loss = losses.compute()
+        loss = losses.compute() if steps else {"policy": 0.0, "value": 0.0, "grad_norm": 0.0}
         return {
             "progress/iteration": self.iteration,
             "progress/episodes": self.episodes,
@@ -266,55 +274,6 @@ class PPOTrainer:
             "optim/skipped_steps": skipped,
             "optim/epochs": epochs,
         }
-
-    def _estimate(self, rollout: Rollout) -> tuple[Experience, dict[str, float]]:
-        """Rewards, advantages and returns of a rollout as the update's fixed facts, and what to log about them."""
-        args = self.args
-        if rollout.scores is None or rollout.scored is None or rollout.ref_logprobs is None:
-            raise ValueError("this rollout has no scores or reference log-probs; make it with trainer.rollout(prompts)")
-        # A response that could not be scored is left out as though it had not been sampled.
-        mask = rollout.mask & rollout.scored[:, None]
-        scores = rollout.scores - (args.missing_eos_penalty or 0.0) * (~rollout.finished).float()
-        kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator)
-        rewards = kl_penalized_rewards(scores, kl, mask, self.kl_coef)
-        values = torch.zeros_like(rewards) if rollout.values is None else rollout.values
-        next_values, terminated = next_decisions(values, mask)
-        advantages, returns = compute_gae(
-            rewards,
-            values,
-            next_values,
-            terminated,
-            torch.zeros_like(terminated),
-            gamma=args.gamma,
-            gae_lambda=1.0 if args.objective == "reinforce" else args.gae_lambda,
-            mask=mask,
-        )
-        old = Experience(
-            logprobs=rollout.logprobs,
-            values=rollout.values,
-            advantages=masked_whiten(advantages, mask) if args.normalize_advantages else advantages,
-            returns=None if rollout.values is None else returns,
-            mask=mask,
-        )
-        reference_kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1").sum(dim=1).mean()
-        metrics: dict[str, float] = {
-            **score_metrics(rollout),
-            "reward/mean_per_response": float(rewards.sum() / rollout.scored.sum()),
-            "kl/reference_nats_per_response": float(reference_kl),
-            "kl/coef": self.kl_coef,
-            "response/length_tokens": float(rollout.lengths.float().mean()),
-            "response/eos_fraction": float(rollout.finished.float().mean()),
-            "advantage/std": float(masked_var(advantages, mask).sqrt()),
-            "policy/clip_range": self.objective.clip_range,
-            "policy/penalty_beta": self.objective.penalty_beta,
-        }
-        if rollout.values is not None:
-            metrics["value/explained_variance"] = float(explained_variance(values, returns, mask))
-            metrics["value/mean"] = float(masked_mean(values, mask))
-            metrics["value/return_mean"] = float(masked_mean(returns, mask))
-        if rollout.decode_gap is not None:
-            metrics["policy/decode_gap_max_nats"] = rollout.decode_gap
-        return old, metrics
 
     def _accumulate_gradients(
         self, rollout: Rollout, old: Experience, minibatch: Tensor
@@ -365,90 +324,10 @@ class PPOTrainer:
             clip_range = adapt_clip_range(self.objective.clip_range, update_kl, target=target)
             self.objective = dataclasses.replace(self.objective, clip_range=clip_range)
 
-    # Rollouts
-
     def _generator(self, stream: int, number: int, device: torch.device | str | None = None) -> torch.Generator:
         """A generator that depends on seed, purpose and number alone, so that any rollout can be made again."""
         state = np.random.SeedSequence([self.args.seed, stream, number]).generate_state(1, np.uint64)[0]
         return torch.Generator(device or self.device).manual_seed(int(state >> np.uint64(1)))
-
-    def _rollout(self, prompts: Sequence[Prompt], columns: dict[str, list[Any]], generator: torch.Generator) -> Rollout:
-        rollout = self._read(self._generate(list(prompts), columns, generator))
-        return self._score(rollout)
-
-    def _generate(self, prompts: list[Prompt], columns: dict[str, list[Any]], generator: torch.Generator) -> Rollout:
-        rows: list[list[int]] = []
-        for i, prompt in enumerate(prompts):
-            ids = tokenize_prompt(prompt, self.tokenizer, f"prompt {i}")
-            policy = "truncate" if self.args.overlong_prompts == "truncate" else "error"
-            rows.append(fit_prompt(ids, self.room, policy, f"prompt {i}") or [])
-        prompt_ids, prompt_mask = left_pad(rows, filler=0, device=self.device)
-        response_ids, mask, finished, logprobs, values = sample_responses(
-            self.model,
-            prompt_ids,
-            prompt_mask,
-            max_new_tokens=self.args.max_new_tokens,
-            temperature=self.args.temperature,
-            stop_token_ids=self.stop_token_ids,
-            generator=generator,
-        )
-        completions = [
-            str(self.tokenizer.decode(ids[keep], skip_special_tokens=True))
-            for ids, keep in zip(response_ids, mask, strict=True)
-        ]
-        return Rollout(
-            prompts, columns, prompt_ids, prompt_mask, response_ids, mask, finished, logprobs, values, completions
-        )
-
-    @torch.no_grad()
-    def _read(self, rollout: Rollout) -> Rollout:
-        """Add what decoding did not give: the reference's log-probs, a separate critic's values, or a second look."""
-        sequences = (rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.mask)
-        ref_logprobs = self.reference.logprobs(*sequences, temperature=self.args.temperature)
-        changes: dict[str, Any] = {"ref_logprobs": torch.where(rollout.mask, ref_logprobs, 0.0)}
-        if rollout.values is None and self.model.value_trunk is not None:
-            changes["values"] = self.model.separate_values(*sequences)
-        if self.args.recompute_logprobs:
-            again = self.model(*sequences, temperature=self.args.temperature, entropy=False)
-            logprobs = torch.where(rollout.mask, again.logprobs, 0.0)
-            changes |= {"logprobs": logprobs, "values": again.values}
-            changes["decode_gap"] = float((logprobs - rollout.logprobs).abs().max())
-        return dataclasses.replace(rollout, **changes)
-
-    def _score(self, rollout: Rollout) -> Rollout:
-        args = self.args
-        parts: dict[str, list[float | None]] = {}
-        try:
-            for name, (function, _) in self.rewards.items():
-                parts[name] = score(
-                    function,
-                    rollout.prompts,
-                    rollout.completions,
-                    rollout.columns,
-                    timeout_s=args.reward_timeout_s,
-                    drop_nonfinite=args.drop_nonfinite_scores,
-                )
-            weights = [weight for _, weight in self.rewards.values()]
-            rows = list(zip(*parts.values(), strict=True))
-            if all(None in row for row in rows):
-                raise RewardError("no completion was scored by every reward function")
-        except RewardError as error:
-            file = self.run.path / "failed_rollout.jsonl"
-            file.unlink(missing_ok=True)
-            for prompt, completion in zip(rollout.prompts, rollout.completions, strict=True):
-                self.run.append(file.name, {"prompt": prompt, "completion": completion})
-            raise RewardError(f"{error}. The responses are in {file}") from (error.__cause__ or error)
-        totals = [
-            None if None in row else sum(w * float(s or 0.0) for w, s in zip(weights, row, strict=True)) for row in rows
-        ]
-        scores = torch.tensor([total or 0.0 for total in totals], dtype=torch.float32, device=self.device)
-        scored = torch.tensor([total is not None for total in totals], device=self.device)
-        if len(totals) > 1 and torch.unique(scores[scored]).numel() == 1:
-            warnings.warn(
-                f"every response scored {float(scores[scored][0])}: a constant reward gives no signal to learn from",
-                stacklevel=4,
-            )
-        return dataclasses.replace(rollout, scores=scores, scored=scored, score_parts=parts)
 
     # Evaluation, report, saving
 
@@ -470,8 +349,12 @@ class PPOTrainer:
         rows: list[dict[str, Any]] = []
         for number, start in enumerate(range(0, len(self.eval_prompts), size)):
             batch = self.eval_prompts.take(range(start, min(start + size, len(self.eval_prompts))))
-            rows += describe(self._rollout(batch.prompts, batch.columns, self._generator(_EVAL_STREAM, number)))
+            generator = self._generator(_EVAL_STREAM, number)
+            # A short last batch may happen to have no score; only a whole evaluation without one says nothing.
+            rows += describe(self.collector.collect(batch.prompts, batch.columns, generator, needs_scores=False))
         scores = [row["score"] for row in rows if row["score"] is not None]
+        if not scores:
+            raise RewardError("the reward scored none of the responses to the evaluation prompts (None for all)")
         return {
             "eval/score_mean": float(np.mean(scores)),
             "eval/score_std": float(np.std(scores)),
@@ -534,54 +417,3 @@ class PPOTrainer:
         with tempfile.TemporaryDirectory() as folder:
             self.save_model(folder, merge_adapter=merge_adapter)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
-
-
-def next_decisions(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """V at each True step's next True step, and the flag of the last one: both [B, T].
-
-    The last True step closes the episode, whether a stop token or the length limit ended it, so its own entry is 0.
-    """
-    next_values, terminated = torch.zeros_like(values), torch.zeros_like(mask)
-    upcoming = torch.zeros_like(values[:, 0])
-    found = torch.zeros_like(mask[:, 0])
-    for t in reversed(range(mask.shape[1])):
-        next_values[:, t] = upcoming
-        terminated[:, t] = mask[:, t] & ~found
-        upcoming = torch.where(mask[:, t], values[:, t], upcoming)
-        found = found | mask[:, t]
-    return next_values, terminated
-
-
-def score_metrics(rollout: Rollout) -> dict[str, float]:
-    """Mean and spread of a rollout's scores, and each reward function's own mean."""
-    assert rollout.scores is not None and rollout.scored is not None
-    scores = rollout.scores[rollout.scored]
-    metrics = {
-        "score/mean": float(scores.mean()),
-        "score/std": float(scores.std(correction=0)),
-        "score/unscored_fraction": float((~rollout.scored).float().mean()),
-    }
-    for name, part in rollout.score_parts.items():
-        metrics[f"score/part/{name}"] = float(np.mean([value for value in part if value is not None]))
-    return metrics
-
-
-def describe(rollout: Rollout) -> list[dict[str, Any]]:
-    """One row per response: prompt, completion, score (None where unscored), KL in nats, surprise, tokens, finished."""
-    assert rollout.ref_logprobs is not None and rollout.scores is not None and rollout.scored is not None
-    kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1").sum(dim=1).tolist()
-    surprise = (-rollout.ref_logprobs.sum(dim=1) / rollout.lengths).tolist()
-    scored, scores = rollout.scored.tolist(), rollout.scores.tolist()
-    lengths, finished = rollout.lengths.tolist(), rollout.finished.tolist()
-    return [
-        {
-            "prompt": prompt,
-            "completion": completion,
-            "score": scores[i] if scored[i] else None,
-            "kl_nats": kl[i],
-            "reference_nats_per_token": surprise[i],
-            "tokens": lengths[i],
-            "finished": finished[i],
-        }
-        for i, (prompt, completion) in enumerate(zip(rollout.prompts, rollout.completions, strict=True))
-    ]

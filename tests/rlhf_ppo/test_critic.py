@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+from rlhf_ppo.experience import estimate
 from rlhf_ppo.models import ActorCritic
 
 
@@ -14,7 +15,7 @@ def test_the_first_values_are_0(make_trainer, make_model, prompts):
     for trainer in (make_trainer(), make_trainer(value_model=make_model(seed=1))):
         rollout = trainer.rollout(prompts)
         assert rollout.values is not None and (rollout.values == 0).all()
-        _, metrics = trainer._estimate(rollout)
+        _, metrics = estimate(rollout, trainer.args, kl_coef=trainer.kl_coef)
         assert metrics["value/mean"] == 0 and metrics["value/explained_variance"] == pytest.approx(0, abs=1e-6)
 
 

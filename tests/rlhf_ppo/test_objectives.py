@@ -6,6 +6,8 @@ import math
 
 import pytest
 
+from rlhf_ppo.experience import estimate
+
 OBJECTIVES = ["clip", "penalty", "adaptive_clip", "dual_clip", "a2c", "reinforce"]
 
 
@@ -25,7 +27,7 @@ def test_reinforce_has_no_critic(make_trainer, prompts):
     assert trainer.model.value_head is None
     rollout = trainer.rollout(prompts)
     assert rollout.values is None
-    old, metrics = trainer._estimate(rollout)
+    old, metrics = estimate(rollout, trainer.args, kl_coef=trainer.kl_coef)
     assert old.values is None and old.returns is None
     assert not any(key.startswith("value/") for key in metrics)
     assert not (trainer.save_model() / "value_head.safetensors").exists()
@@ -35,7 +37,7 @@ def test_reinforce_ignores_lambda(make_trainer, prompts):
     """Its advantage is the return: without KL cost and discount every token of a response gets the score."""
     trainer = make_trainer(objective="reinforce", gae_lambda=0.3, kl_coef=0.0, normalize_advantages=False)
     rollout = trainer.rollout(prompts)
-    old, _ = trainer._estimate(rollout)
+    old, _ = estimate(rollout, trainer.args, kl_coef=trainer.kl_coef)
     for row, keep in enumerate(rollout.mask):
         assert old.advantages[row][keep].tolist() == [rollout.scores[row]] * int(keep.sum())
 

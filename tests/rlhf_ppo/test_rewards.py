@@ -7,8 +7,10 @@ import dataclasses
 import pytest
 import torch
 
+from rlhf_ppo import experience
+from rlhf_ppo.experience import next_decisions
 from rlhf_ppo.rollout import Rollout
-from rlhf_ppo.trainer import PPOTrainer, next_decisions
+from rlhf_ppo.trainer import PPOTrainer
 
 
 def written_rollout(**changes) -> Rollout:
@@ -39,7 +41,7 @@ def estimate(make_trainer):
     def run(rollout: Rollout, **settings):
         base = {"gamma": 1.0, "gae_lambda": 1.0, "kl_coef": 0.5, "normalize_advantages": False}
         trainer: PPOTrainer = make_trainer(**{**base, **settings})
-        return trainer._estimate(rollout)
+        return experience.estimate(rollout, trainer.args, kl_coef=trainer.kl_coef)
 
     return run
 
@@ -124,9 +126,9 @@ def test_fault_5_the_penalty_follows_the_stop_tokens_in_use(make_trainer, prompt
         values=torch.zeros(8, 2),
         ref_logprobs=torch.zeros(8, 2),
     )
-    plain, _ = trainer._estimate(rollout)
+    plain, _ = experience.estimate(rollout, trainer.args, kl_coef=trainer.kl_coef)
     trainer.args = dataclasses.replace(trainer.args, missing_eos_penalty=5.0)
-    penalised, _ = trainer._estimate(rollout)
+    penalised, _ = experience.estimate(rollout, trainer.args, kl_coef=trainer.kl_coef)
     assert (plain.advantages - penalised.advantages).tolist() == [[5.0, 5.0], [0.0, 0.0]] * 4
 
 
@@ -181,7 +183,7 @@ def test_the_kl_coefficient_adapts_to_nats_per_response(estimate, make_trainer, 
     trainer = make_trainer(kl_coef=0.5, kl_target=1.0, kl_horizon=20.0, learning_rate=0.0, max_initial_log_ratio=99.0)
     trainer._adapt(1.5, 0.0, 2)
     assert trainer.kl_coef == pytest.approx(0.5 * 1.02)
-    _, metrics = trainer._estimate(written_rollout())
+    _, metrics = experience.estimate(written_rollout(), trainer.args, kl_coef=trainer.kl_coef)
     assert metrics["kl/coef"] == pytest.approx(0.51)
     # One real step with the reference at 0 nats: the error is -0.2, and 8 responses of 20 make it -0.08.
     trainer.step(trainer.rollout(prompts))

@@ -158,10 +158,9 @@ def test_fault_16_a_constant_reward_warns(make_trainer, prompts):
 def test_fault_17_completions_reach_the_reward_as_text_and_are_never_run(make_trainer, prompts, monkeypatch):
     """Whatever a model writes, it arrives unchanged as a string."""
     attack = "__import__('os').abort() {prompt} %s $(exit 1) ]]'\""
-    trainer = make_trainer()
-    monkeypatch.setattr(trainer.tokenizer, "decode", lambda *args, **kwargs: attack)
     seen: list[str] = []
-    trainer.rewards = {"see": (lambda p, c, **_: seen.extend(c) or range_list(len(c)), 1.0)}
+    trainer = make_trainer(reward_funcs=lambda p, c, **_: seen.extend(c) or range_list(len(c)))
+    monkeypatch.setattr(trainer.tokenizer, "decode", lambda *args, **kwargs: attack)
     metrics = trainer.step(trainer.rollout(prompts))
     assert seen == [attack] * 8
     assert metrics["score/mean"] == pytest.approx(3.5)

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from rlhf_ppo.core import compute_gae, kl_penalized_rewards
+from rlhf_ppo.experience import estimate
+from rlhf_ppo.rewards import RewardError
 from rlhf_ppo.trainer import PPOTrainer
 
 
@@ -83,7 +85,7 @@ def test_advantages_of_a_rollout_follow_from_its_public_fields(make_trainer, wak
     trainer = make_trainer(normalize_advantages=False, kl_coef=0.3, gamma=0.9, gae_lambda=0.8)
     wake_critic(trainer.model)
     r = trainer.rollout(prompts)
-    old, _ = trainer._estimate(r)
+    old, _ = estimate(r, trainer.args, kl_coef=trainer.kl_coef)
     rewards = kl_penalized_rewards(r.scores, r.logprobs - r.ref_logprobs, r.mask, 0.3)
     for row, n in enumerate(r.lengths.tolist()):
         v = r.values[row : row + 1, :n]
@@ -206,3 +208,34 @@ def test_the_reference_says_the_same_before_and_after_training(make_trainer, pro
 def test_another_reference_is_where_the_kl_starts(make_trainer, make_model, prompts):
     trainer = make_trainer(ref_model=make_model(seed=9))
     assert trainer.step(trainer.rollout(prompts))["kl/reference_nats_per_response"] > 0.1
+
+
+def test_a_finished_run_is_not_set_aside_by_training_again(make_trainer):
+    trainer = make_trainer()
+    trainer.train()
+    with pytest.raises(ValueError, match="all 2 rollouts of this run are done"):
+        trainer.train()
+    assert not (trainer.run.path / "previous-1").exists()
+
+
+def test_an_evaluation_batch_without_scores_is_fine_but_not_a_whole_evaluation(make_trainer, prompts):
+    """Nine prompts in batches of eight; only the ninth's response cannot be scored."""
+
+    def reward(prompts, completions, **columns):
+        return [None if prompt == "lonely" else float(i) for i, prompt in enumerate(prompts)]
+
+    rows = [{"prompt": prompt} for prompt in [*prompts, "lonely"]]
+    assert make_trainer(reward_funcs=reward, eval_dataset=rows).evaluate()["eval/score_mean"] == 3.5  # mean of 0..7
+    with pytest.raises(RewardError, match="none of the responses to the evaluation prompts"):
+        make_trainer(reward_funcs=reward, eval_dataset=rows[-1:]).evaluate()
+
+
+def test_an_update_that_stops_before_its_first_step_says_so(make_trainer, prompts):
+    """With the tripwire out of the way, weights that moved after the rollout exceed target_kl at once."""
+    trainer = make_trainer(target_kl=1e-6, max_initial_log_ratio=100.0)
+    rollout = trainer.rollout(prompts)
+    with torch.no_grad():
+        for parameter in trainer.model.policy.parameters():
+            parameter.mul_(1.5)
+    metrics = trainer.step(rollout)
+    assert (metrics["progress/optimizer_steps"], metrics["optim/epochs"], metrics["optim/skipped_steps"]) == (0, 1, 0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rlhf_ppo.core import Experience, ppo_loss
+from rlhf_ppo.experience import estimate
 from rlhf_ppo.trainer import NonFiniteGradientError, PPOTrainer
 
 
@@ -67,7 +68,7 @@ def test_the_gradient_is_the_same_however_the_minibatch_is_split(
         wake_critic(trainer.model)
         rollout = trainer.rollout(prompts)
         assert rollout.lengths.unique().numel() > 2
-        old, _ = trainer._estimate(rollout)
+        old, _ = estimate(rollout, trainer.args, kl_coef=trainer.kl_coef)
         actions, losses = trainer._accumulate_gradients(rollout, old, torch.arange(8))
         found.append((gradients(trainer), losses, actions.compute()))
     for whole, parts in zip(found[0][0], found[1][0], strict=True):
@@ -92,7 +93,7 @@ def test_metrics_equal_a_direct_computation_over_real_tokens(make_trainer, wake_
     )
     wake_critic(trainer.model)
     rollout = trainer.rollout(prompts)
-    old, _ = trainer._estimate(rollout)
+    old, _ = estimate(rollout, trainer.args, kl_coef=trainer.kl_coef)
     with torch.no_grad():
         for p in trainer.model.policy.parameters():
             p.add_(0.02 * torch.sin(torch.arange(p.numel(), dtype=torch.float32)).view_as(p))
@@ -139,7 +140,7 @@ def test_advantages_are_whitened_over_the_whole_rollout(make_trainer, prompts):
     # A minibatch by itself is not whitened: 8 responses of different scores in fours do not each have mean 0.
     assert max(abs(float(part.advantages[part.mask].mean())) for part in seen[:4]) > 0.01
     raw = make_trainer(normalize_advantages=False)
-    old, metrics = raw._estimate(raw.rollout(prompts))
+    old, metrics = estimate(raw.rollout(prompts), raw.args, kl_coef=raw.kl_coef)
     assert old.advantages[old.mask].std(correction=0) == pytest.approx(metrics["advantage/std"], rel=1e-5)
 
 
@@ -155,7 +156,7 @@ def test_the_end_of_text_action_is_learned_with_pad_equal_to_eos(make_trainer, t
     rollout = trainer.rollout(prompts)
     ends = rollout.mask & (rollout.response_ids == 0)
     assert ends.any() and torch.equal(ends.any(dim=1), rollout.finished)
-    old, _ = trainer._estimate(rollout)
+    old, _ = estimate(rollout, trainer.args, kl_coef=trainer.kl_coef)
     assert old.mask[ends].all() and (old.advantages[ends] != 0).any()
     new = trainer.model(rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.mask)
     new.logprobs.retain_grad()
@@ -174,7 +175,7 @@ def test_an_unscored_response_trains_nothing(make_trainer, prompts):
     trainer = make_trainer(reward_funcs=without_third, ent_coef=0.1)
     rollout = trainer.rollout(prompts)
     assert rollout.scored.tolist() == [True, True, False, True, True, True, True, True]
-    old, metrics = trainer._estimate(rollout)
+    old, metrics = estimate(rollout, trainer.args, kl_coef=trainer.kl_coef)
     trainer._accumulate_gradients(rollout, old, torch.arange(8))
     masked = gradients(trainer)
     trainer.optimizer.zero_grad()
@@ -187,7 +188,7 @@ def test_an_unscored_response_trains_nothing(make_trainer, prompts):
         scored=rollout.scored[keep],
         score_parts={},
     )
-    old, _ = trainer._estimate(rest)
+    old, _ = estimate(rest, trainer.args, kl_coef=trainer.kl_coef)
     trainer._accumulate_gradients(rest, old, torch.arange(7))
     for a, b in zip(masked, gradients(trainer), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)  # float32 sums in another order
