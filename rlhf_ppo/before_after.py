@@ -54,12 +54,21 @@ def print_before_after(run: RunDirectory, *, samples: int = 4, console: Console 
             label, f"{statistics.fmean(firsts):.3f}", f"{statistics.fmean(lasts):.3f}", f"{change:+.3f} ± {half:.3f}"
         )
     console.print(summary)
-    pictures = Table(title="The same prompts, before and after", title_justify="left", show_lines=True)
+    title = f"{samples} of these prompts, evenly spread from the least to the most improved"
+    pictures = Table(title=title, title_justify="left", show_lines=True)
     for heading in ("prompt", "before", "after"):
         pictures.add_column(heading, ratio=1 if heading == "prompt" else 2)
-    for a, b in list(zip(before, after, strict=True))[:samples]:
+    for a, b in spread_by_improvement(before, after, samples):
         pictures.add_row(str(a["prompt"]), _sample(a), _sample(b))
     console.print(pictures)
+
+
+def spread_by_improvement(before: Sequence[Row], after: Sequence[Row], count: int) -> list[tuple[Row, Row]]:
+    """``count`` pairs at even quantiles of the change in score, so that neither luck nor taste picks the samples."""
+    scored = [(a, b) for a, b in zip(before, after, strict=True) if a["score"] is not None and b["score"] is not None]
+    ranked = sorted(scored, key=lambda pair: pair[1]["score"] - pair[0]["score"])
+    count = min(count, len(ranked))
+    return [ranked[int((i + 0.5) * len(ranked) / count)] for i in range(count)]
 
 
 def _sample(row: Row) -> str:

@@ -26,11 +26,11 @@ class DemoArgs:
     """What to learn: also no_letter_e or dialogue of rlhf_ppo.toy_rewards, or file.py:function."""
     output_dir: str = "runs/demo"
     """Folder for the model, metrics, samples and curve; an earlier run there is kept as previous-<n>."""
-    total_episodes: int = 1280
+    total_episodes: int = 1536
     """Responses to train on."""
     learning_rate: float = 1e-4
     """Peak learning rate; use 1e-5 for GPT-2 and larger models."""
-    kl_coef: float = 0.1
+    kl_coef: float = 0.05
     """Weight of the KL penalty: larger stays closer to the model as it was."""
     num_threads: int | None = None
     """CPU threads; None: 1 for the embedded model, which is too small to share, torch's default for others."""

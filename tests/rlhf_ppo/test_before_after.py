@@ -8,7 +8,12 @@ import math
 import pytest
 from rich.console import Console
 
-from rlhf_ppo.before_after import first_and_last_evaluation, paired_difference, print_before_after
+from rlhf_ppo.before_after import (
+    first_and_last_evaluation,
+    paired_difference,
+    print_before_after,
+    spread_by_improvement,
+)
 from rlhf_ppo.runtime.run_directory import RunDirectory
 
 
@@ -42,4 +47,13 @@ def test_report_compares_the_first_with_the_last_evaluation(tmp_path):
     shown = text.getvalue()
     # "two" lost its score, so only "one" counts: 0.25 -> 1.25
     assert "0.250" in shown and "1.250" in shown and "+1.000" in shown
-    assert "unscored" in shown and "one at 0" in shown and "one at 7" in shown and "at 3" not in shown
+    assert "one at 0" in shown and "one at 7" in shown and "at 3" not in shown and "two" not in shown
+
+
+def test_samples_are_spread_evenly_over_the_improvements():
+    # Changes 0, 10, ..., 90 in a shuffled order; four even quantiles of ten rows are ranks 1, 3, 6 and 8.
+    order = [3, 7, 0, 9, 4, 1, 8, 2, 6, 5]
+    before = [row(0, str(i), 0.0) for i in order]
+    after = [row(1, str(i), 10.0 * i) for i in order]
+    assert [a["prompt"] for a, _ in spread_by_improvement(before, after, 4)] == ["1", "3", "6", "8"]
+    assert len(spread_by_improvement(before, after, 20)) == 10
