@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,4 +74,5 @@ def print_paths(folder: Path) -> None:
     print(f"curve    {folder / 'curve.png'}")
     print(f"metrics  {folder / 'metrics.jsonl'}")
     print(f"model    {folder}")
-    print(f'try it   rlhf-ppo generate --model {folder} --prompt "One day"')
+    command = "rlhf-ppo" if shutil.which("rlhf-ppo") else sys.argv[0]
+    print(f'try it   {command} generate --model {folder} --prompt "One day"')
