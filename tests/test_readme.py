@@ -35,7 +35,8 @@ def test_commands_of_the_readme_parse(monkeypatch):
     monkeypatch.chdir(ROOT)
     lines = [line.partition("#")[0] for block in blocks("") for line in block.splitlines()]
     found = 0
-    for line in [*lines, *re.findall(r"`([^`\n]+)`", README)]:
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    for line in [*lines, *re.findall(r"`([^`\n]+)`", prose)]:
         words = shlex.split(line) if line.startswith((".venv/bin/rlhf-ppo", "make ")) else []
         if words[:1] == ["make"]:
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), line

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import classic
-from classic.report import torch_threads
 from rlhf_ppo.runtime.run_directory import RunDirectory
+from rlhf_ppo.runtime.seeding import torch_threads
 
 
 @pytest.fixture(autouse=True)

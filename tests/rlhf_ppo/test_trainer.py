@@ -239,3 +239,15 @@ def test_an_update_that_stops_before_its_first_step_says_so(make_trainer, prompt
             parameter.mul_(1.5)
     metrics = trainer.step(rollout)
     assert (metrics["progress/optimizer_steps"], metrics["optim/epochs"], metrics["optim/skipped_steps"]) == (0, 1, 0)
+
+
+def test_num_threads_holds_during_the_run_and_no_longer(make_trainer):
+    before = torch.get_num_threads()
+    seen: list[int] = []
+
+    def reward(prompts, completions, **columns):
+        seen.append(torch.get_num_threads())
+        return [float(i) for i in range(len(completions))]
+
+    make_trainer(reward_funcs=reward, num_threads=before + 1, reward_timeout_s=None).train()
+    assert set(seen) == {before + 1} and torch.get_num_threads() == before
