@@ -151,7 +151,10 @@ def test_dtype_and_device_are_kept_and_half_precision_computes_in_float32(statis
 
 def test_a_sum_beyond_float16_does_not_overflow():
     x = torch.full((4000,), 100.0, dtype=torch.float16)  # the sum, 400000, exceeds float16's 65504
-    assert masked_mean(x, torch.ones(4000, dtype=torch.bool)) == 100
+    mask = torch.ones(4000, dtype=torch.bool)
+    assert masked_mean(x, mask) == 100
+    # +-10: mean 0, variance 100, and again a sum of 400000
+    assert masked_var(torch.tensor([10.0, -10.0], dtype=torch.float16).repeat(2000), mask) == 100
 
 
 def test_integers_and_bools_give_float32():
