@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,8 +43,8 @@ class EvaluateCommand:
     """Take the most likely action; False samples from the policy."""
 
 
-def train(command: TrainCommand) -> None:
-    """`classic-ppo train ENV`: learn, save, evaluate, and say where everything is."""
+def train(command: TrainCommand) -> int:
+    """`classic-ppo train ENV`: learn, save, evaluate, and say where everything is; 130 after Ctrl-C."""
     if command.eval_episodes < 1:
         raise ValueError(f"eval_episodes must be 1 or more, got {command.eval_episodes}")
     name = command.env.replace("/", "-").replace(":", "-")
@@ -51,7 +52,11 @@ def train(command: TrainCommand) -> None:
     given["output_dir"] = command.output_dir or f"runs/{name}-seed{command.seed}"
     agent = PPO(command.env, PPOArgs(**given))
     start = time.perf_counter()
-    agent.learn()
+    try:
+        agent.learn()
+    except KeyboardInterrupt:
+        print(f"interrupted; the agent as it is lies in {agent.save(given['output_dir'])}", file=sys.stderr)
+        return 130
     seconds = time.perf_counter() - start
     folder = agent.save(given["output_dir"])
     result = agent.evaluate(episodes=command.eval_episodes)
@@ -65,6 +70,7 @@ def train(command: TrainCommand) -> None:
     for what, file in (("model", "model.safetensors"), ("metrics", "metrics.jsonl"), ("curve", "curve.png")):
         table.add_row(what, str(Path(folder) / file))
     _print(table)
+    return 0
 
 
 def evaluate(command: EvaluateCommand) -> None:

@@ -130,12 +130,15 @@ COMMANDS: dict[str, Command] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 for a run that failed, 2 for bad input."""
+    """Run the command line; returns the exit code: 0, 1 for a failed run, 2 for bad input, 130 for Ctrl-C."""
     # The library's own progress is the one to watch; loading bars of other libraries only push it off the screen.
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
         return run_command("rlhf-ppo", COMMANDS, argv)
+    except KeyboardInterrupt:
+        print("interrupted; what a run had learned until then is saved in its output_dir", file=sys.stderr)
+        return 130
     except (RewardError, RatioTripwireError, NonFiniteGradientError) as error:
         if error.__cause__ is not None and error.__cause__ is not error:
             traceback.print_exception(error.__cause__)

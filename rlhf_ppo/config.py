@@ -93,12 +93,15 @@ class RLHFConfig(PPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not str(self.output_dir).strip():
+            raise ValueError("output_dir is empty: name a folder for the run")
         for name in ("total_episodes", "rollout_batch_size", "max_new_tokens"):
             self._require(name, getattr(self, name) >= 1, "1 or more")
         for name in (
             "seed",
             "warmup_steps",
             "eval_every",
+            "save_every",
             "samples_per_rollout",
             "learning_rate",
             "kl_coef",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -146,9 +146,17 @@ class PromptSet:
         Raises:
             ValueError: no rows, no column ``prompt``, or a bad prompt; names the row.
         """
-        if not hasattr(rows, "column_names"):
-            rows = Dataset.from_list([dict(row) for row in rows])
-        rows = cast(Dataset, rows)
+        if isinstance(rows, Mapping):
+            raise ValueError(f"{name} holds the splits {list(rows)}: pass one of them, such as dataset['train']")
+        if not isinstance(rows, Dataset):
+            unsized = isinstance(rows, (str, IterableDataset))
+            listed: list[Any] = [] if unsized else list(rows)
+            if unsized or not all(isinstance(row, Mapping) for row in listed):
+                raise ValueError(
+                    f"{name} must be a data set of known length or a list of mappings with a key 'prompt', "
+                    f"got {type(rows).__name__}"
+                )
+            rows = Dataset.from_list([dict(row) for row in listed])
         if len(rows) == 0:
             raise ValueError(f"{name} has no rows")
         require_column(rows, "prompt")

@@ -38,13 +38,33 @@ def position_ids(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
+def find_config(model: str | PreTrainedModel) -> PretrainedConfig:
+    """The config of a model or of a folder or hub id.
+
+    Raises:
+        ValueError: it is neither a folder with a config nor to be had from the hub; says which was tried.
+    """
+    if isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
+        return cast(PreTrainedModel, model).config
+    if not isinstance(model, str):
+        raise ValueError(f"a model must be a hub id, a folder or a transformers model, got {type(model).__name__}")
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        if Path(model).is_dir():
+            why = f"the folder holds no model that transformers can read ({str(error).splitlines()[0]})"
+        else:
+            why = 'no such folder, and the hub has no such model or is out of reach (offline: a folder, or "embedded")'
+        raise ValueError(f"model {model!r} cannot be loaded: {why}") from error
+
+
 def load_config(model: str | PreTrainedModel) -> PretrainedConfig:
     """The model's config, refused if it is not a decoder-only language model.
 
     Raises:
-        ValueError: an encoder-decoder model; names its type.
+        ValueError: nothing to load under that name, or an encoder-decoder model; names its type.
     """
-    config = AutoConfig.from_pretrained(model, trust_remote_code=False) if isinstance(model, str) else model.config
+    config = find_config(model)
     if config.is_encoder_decoder:
         raise ValueError(
             f"{config.model_type!r} is an encoder-decoder model; PPO here treats prompt and response as one sequence "

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -24,7 +23,7 @@ from transformers import (
 )
 
 from rlhf_ppo.data import Prompt
-from rlhf_ppo.models import freeze
+from rlhf_ppo.models import find_config, freeze
 
 RewardFunction = Callable[..., Any]
 """``fn(prompts, completions, **columns)``: one float, or None for "cannot be scored", per completion."""
@@ -54,7 +53,7 @@ class RewardModel:
             ValueError: the model has more than one label, or a bare model comes without a tokenizer.
         """
         source = model if isinstance(model, str) else model.config._name_or_path
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False) if isinstance(model, str) else model.config
+        config = find_config(model)
         self.__name__ = Path(source).name or type(model).__name__
         if config.num_labels != 1:
             raise ValueError(
@@ -116,6 +115,10 @@ def load_reward(source: RewardFunction | str | PreTrainedModel, *, device: torch
         return RewardModel(source, device=device)
     if callable(source):
         return source
+    if not isinstance(source, str):
+        raise ValueError(f"a reward must be a function, a model, a folder or a hub id, got {type(source).__name__}")
+    if source.endswith(".py"):
+        raise ValueError(f"reward {source!r} names a file but no function: write {source}:function")
     if ":" not in source:
         return RewardModel(source, device=device)
     module_name, _, name = source.rpartition(":")
@@ -136,7 +139,10 @@ def _import(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(Path(name).stem, name)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ValueError(f"reward file {name}, line {error.lineno}: {error.msg}") from None
     return module
 
 

@@ -211,6 +211,8 @@ class PPOTrainer:
             ValueError: a prompt is bad; names its number.
             RewardError: see :func:`rlhf_ppo.rewards.score`; the responses are written to failed_rollout.jsonl first.
         """
+        if isinstance(prompts, str) or not len(prompts):
+            raise ValueError(f"rollout() takes a list of one or more prompts, got {prompts!r}")
         self.rollouts_made += 1
         return self.collector.collect(prompts, columns, self._generator(_TRAIN_STREAM, self.rollouts_made))
 
@@ -303,8 +305,8 @@ class PPOTrainer:
                 f"before the first optimizer step some |log(new/old)| is {gap:.3g} nats, above max_initial_log_ratio="
                 f"{self.args.max_initial_log_ratio}: sampling and training disagree. Usual causes: weights changed "
                 "between rollout() and step(), dropout or another source of noise in the model, a model whose cached "
-                "decoding differs from its full forward pass (try recompute_logprobs=True), or low precision "
-                "(raise the bound)"
+                "decoding differs from its full forward pass (try recompute_logprobs=True), weights that are no longer "
+                "finite (lower learning_rate), or low precision (raise the bound)"
             )
         return gap
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 Objective = Literal["clip", "penalty", "adaptive_clip", "dual_clip", "a2c", "reinforce"]
@@ -53,6 +53,10 @@ class PPOConfig:
     the other objectives stop an update beyond 1.5 times it (None: never)."""
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, str) and ("float" in str(field.type) or "int" in str(field.type)):
+                raise ValueError(f"{field.name} must be a number, got the text {value!r}")
         self._require_known("objective", OBJECTIVES)
         self._require_known("loss_aggregation", AGGREGATIONS)
         for name in ("clip_range", "max_grad_norm"):

@@ -65,6 +65,8 @@ def kl_penalized_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: floa
     require_bool(mask=mask)
     if kl.ndim != 2 or scores.shape not in (kl.shape, kl.shape[:1]):
         raise ValueError(f"scores {tuple(scores.shape)} must be [B] or [B, T] for kl [B, T] {tuple(kl.shape)}")
+    if isinstance(kl_coef, Tensor) and not _broadcasts(kl_coef, kl):
+        raise ValueError(f"kl_coef {tuple(kl_coef.shape)} does not broadcast to kl [B, T] {tuple(kl.shape)}")
     dtype = compute_dtype(kl)
     rewards = -kl_coef * keep(kl.to(dtype), mask)
     if scores.ndim == 1:
@@ -75,3 +77,8 @@ def kl_penalized_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: floa
     else:
         gets_score = mask
     return (rewards + keep(scores.to(dtype), gets_score)).to(result_dtype(kl))
+
+
+def _broadcasts(x: Tensor, like: Tensor) -> bool:
+    sizes = zip(reversed(x.shape), reversed(like.shape), strict=False)
+    return x.ndim <= like.ndim and all(size in (1, whole) for size, whole in sizes)

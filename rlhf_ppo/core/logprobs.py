@@ -177,6 +177,8 @@ def _check_temperature(temperature: float) -> None:
 
 
 def _check_ids(tokens: Tensor, vocabulary: int) -> None:
+    if tokens.is_floating_point():
+        raise ValueError(f"token ids must be integers, got {tokens.dtype}")
     # On a GPU this look would stall the queue at every call.
     if (
         tokens.device.type == "cpu"

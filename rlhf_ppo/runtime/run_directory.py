@@ -22,12 +22,15 @@ class RunDirectory:
         """Make the folder if it is not there.
 
         Raises:
-            ValueError: the path is a file.
+            ValueError: the path is a file, or the folder cannot be made.
         """
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output_dir {self.path} is a file; name a folder")
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"output_dir {self.path} cannot be made: {error.strerror}") from None
 
     def start(self, settings: Mapping[str, Any]) -> None:
         """Begin a run: set an earlier run's files aside, then write ``run.json``."""

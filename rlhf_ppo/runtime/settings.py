@@ -47,6 +47,8 @@ def _checked(path: Path, key: Any, value: Any, known: list[str], types: Mapping[
         close = difflib.get_close_matches(str(key), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
         raise ValueError(f"{path}: unknown key {key!r}; {hint}")
+    if isinstance(value, str) and "tuple" in str(types[key]):
+        value = [value]  # one word needs no brackets
     try:
         return TypeAdapter(types[key]).validate_python(value)
     except ValidationError as error:

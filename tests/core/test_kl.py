@@ -256,3 +256,17 @@ def test_dtype_and_device_are_kept(dtype, device):
         rewards = kl_penalized_rewards(scores, p, mask, 0.1)
         assert rewards.dtype == dtype
         assert torch.equal(rewards, kl_penalized_rewards(scores.to(wide), p.to(wide), mask, 0.1).to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 1), (2, 2), (1, 2, 3)])
+def test_a_coefficient_that_does_not_broadcast_is_refused(shape):
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"kl_coef .* does not broadcast to kl \[B, T\] \(2, 3\)"):
+        kl_penalized_rewards(torch.ones(2), torch.ones(2, 3), mask, torch.full(shape, 0.1))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 1), (2, 3)])
+def test_a_coefficient_that_broadcasts_is_taken(shape):
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    rewards = kl_penalized_rewards(torch.ones(2), torch.ones(2, 3), mask, torch.full(shape, 0.5))
+    assert rewards.tolist() == [[-0.5, -0.5, 0.5]] * 2  # -0.5 a token, and the score 1 on the last

@@ -368,3 +368,8 @@ class TestMemory:
         # The inputs and two numbers a row: the normaliser and the entropy.
         inputs = hidden.numel() + weight.numel() + bias.numel() + tokens.numel()
         assert sum(saved) == inputs + 2 * self.rows
+
+
+def test_float_ids_are_refused():
+    with pytest.raises(ValueError, match=r"token ids must be integers, got torch\.float32"):
+        token_logprobs(torch.zeros(2, 3), torch.tensor([0.0, 1.0]))

@@ -137,3 +137,16 @@ def test_sft_continues_from_a_model(folder, capsys):
 def test_unknown_command(capsys):
     assert main(["trian"]) == 2
     assert "did you mean 'train'" in capsys.readouterr().err
+
+
+def test_ctrl_c_saves_the_model_and_says_so(folder, capsys):
+    Path("reward.py").write_text(
+        "calls = []\n"
+        "def vowels(prompts, completions, **columns):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 3:\n"
+        "        raise KeyboardInterrupt\n"
+        "    return [float(i) for i in range(len(completions))]\n"
+    )
+    assert main(TRAIN) == 130
+    assert "interrupted" in capsys.readouterr().err and Path("run/model.safetensors").exists()

@@ -7,7 +7,7 @@ import json
 import warnings
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from rlhf_ppo import RLHFConfig
 from rlhf_ppo.data import PromptSet, load_rows, tokenize_prompt
@@ -175,3 +175,21 @@ def test_rows_from_files(tmp_path):
     (tmp_path / "notes.txt").write_text("a")
     with pytest.raises(ValueError, match=r"unknown ending '.txt'"):
         load_rows(str(tmp_path / "notes.txt"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("some/data", "train_dataset must be a data set of known length or a list of mappings.*got str"),
+        (["Once"], "train_dataset must be a data set of known length or a list of mappings.*got list"),
+        (IterableDataset.from_generator(lambda: iter([{"prompt": "a"}])), "got IterableDataset"),
+        (DatasetDict(train=Dataset.from_list([{"prompt": "a"}])), r"holds the splits \['train'\]: pass one of them"),
+    ],
+)
+def test_what_is_no_list_of_rows_is_refused_by_kind(make_trainer, rows, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(train_dataset=rows)
+
+
+def test_rows_may_come_from_a_generator(make_trainer):
+    assert len(make_trainer(train_dataset=({"prompt": word} for word in ("a", "no"))).train_prompts) == 2

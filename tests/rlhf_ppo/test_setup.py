@@ -149,3 +149,48 @@ def test_reference_and_critic_from_one_object(make_trainer, make_model, prompts)
     expected = make_model(seed=1)
     for now, then in zip(trainer.reference.model.parameters(), expected.parameters(), strict=True):
         assert torch.equal(now, then)
+
+
+@pytest.mark.parametrize("name", ["./nope", "embeded", "nobody/nothing"])
+def test_fault_33_a_model_that_is_nowhere_is_one_line_with_its_name(make_trainer, name):
+    with pytest.raises(ValueError, match=f"model '{name}' cannot be loaded: no such folder, and the hub") as error:
+        make_trainer(model=name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_a_model_says_so(make_trainer, tmp_path):
+    with pytest.raises(ValueError, match="the folder holds no model that transformers can read"):
+        make_trainer(model=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": 3}, "a model must be a hub id, a folder or a transformers model, got int"),
+        ({"reward_funcs": 3}, "a reward must be a function, a model, a folder or a hub id, got int"),
+        ({"reward_funcs": "r.py"}, "names a file but no function: write r.py:function"),
+        ({"output_dir": ""}, "output_dir is empty"),
+        ({"learning_rate": "1e-4"}, "learning_rate must be a number, got the text '1e-4'"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named(make_trainer, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**arguments)
+
+
+def test_a_reward_file_with_a_syntax_error_names_file_and_line(make_trainer, tmp_path):
+    (tmp_path / "bad.py").write_text("x = 1\ndef broken(:\n")
+    with pytest.raises(ValueError, match=r"bad\.py, line 2: "):
+        make_trainer(reward_funcs=f"{tmp_path / 'bad.py'}:broken")
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(make_trainer, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"output_dir .*file/run cannot be made: Not a directory"):
+        make_trainer(output_dir=str(tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize("prompts", ["Once upon a time", []])
+def test_rollout_takes_a_list_of_prompts(make_trainer, prompts):
+    with pytest.raises(ValueError, match="takes a list of one or more prompts"):
+        make_trainer().rollout(prompts)
