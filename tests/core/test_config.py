@@ -111,6 +111,12 @@ def test_unknown_names_list_the_known_ones(name, known):
         PPOConfig(**{name: "ppo"})
 
 
+@pytest.mark.parametrize("name", [*NUMBERS, "num_epochs", "num_minibatches"])
+def test_text_is_no_number(name):
+    with pytest.raises(ValueError, match=f"{name} must be a number, got the text '1e-5'"):
+        PPOConfig(**{name: "1e-5"})
+
+
 def test_contradictions():
     with pytest.raises(ValueError, match="clip_range_high"):
         PPOConfig(objective="adaptive_clip", target_kl=0.01, clip_range_high=0.3)
