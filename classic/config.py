@@ -46,8 +46,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# These mean "off" as None; every other None means "the preset's".
-OPTIONAL = ("clip_range_high", "clip_range_vf", "target_kl", "autoreset_mode", "output_dir")
 # Settings that one objective alone reads.
 READ_BY = {
     "dual_clip": ("dual_clip",),

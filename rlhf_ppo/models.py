@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -244,11 +244,6 @@ class ActorCritic(nn.Module):
         save_file(self.value_head.state_dict(), folder / "value_head.safetensors")
         if self.value_trunk is not None:
             self.value_trunk.save_pretrained(folder / "critic")
-
-    def load_value_head(self, folder: Path) -> None:
-        """Read back what :meth:`save_critic` wrote as the value head."""
-        assert self.value_head is not None
-        self.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
 
 
 class Reference:

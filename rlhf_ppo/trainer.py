@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import tempfile
 import warnings
@@ -402,8 +403,6 @@ class PPOTrainer:
         if merge_adapter:
             if not hasattr(policy, "merge_and_unload"):
                 raise ValueError("merge_adapter=True needs an adapter, but the run has no peft_config")
-            import copy
-
             policy = copy.deepcopy(policy).merge_and_unload()
         policy.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)

