@@ -2,6 +2,7 @@
 
 from classic.config import PPOArgs
 from classic.envs import BrokenEnvironmentError
-from classic.train import PPO, NonFiniteGradientError
+from classic.train import PPO
+from rlhf_ppo.runtime.errors import NonFiniteGradientError
 
 __all__ = ["PPO", "BrokenEnvironmentError", "NonFiniteGradientError", "PPOArgs"]

@@ -37,6 +37,7 @@ from rlhf_ppo.core import (
     ppo_diagnostics,
     ppo_loss,
 )
+from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.metrics import MetricAverage
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory
@@ -44,10 +45,6 @@ from rlhf_ppo.runtime.seeding import torch_threads
 
 EVALUATION_SEED_OFFSET = 1_000_000
 MAX_SKIPPED_IN_A_ROW = 10
-
-
-class NonFiniteGradientError(RuntimeError):
-    """Too many optimizer steps in a row had a gradient that is NaN or infinite."""
 
 
 class PPO:

@@ -17,9 +17,10 @@ from rlhf_ppo.data import load_rows, require_column
 from rlhf_ppo.demo import DemoArgs, demo, print_paths
 from rlhf_ppo.generate import GenerateArgs, generate
 from rlhf_ppo.rewards import RewardError
+from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.settings import Command, run_command
 from rlhf_ppo.sft import SFTArgs, sft
-from rlhf_ppo.trainer import NonFiniteGradientError, PPOTrainer, RatioTripwireError
+from rlhf_ppo.trainer import PPOTrainer, RatioTripwireError
 
 
 @dataclass(frozen=True, kw_only=True)

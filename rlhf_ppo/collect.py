@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rlhf_ppo.config import RLHFConfig
-from rlhf_ppo.data import Prompt, fit_prompt, left_pad, tokenize_prompt
+from rlhf_ppo.data import Prompt, decode_responses, encode_prompts
 from rlhf_ppo.rewards import RewardError, score
 from rlhf_ppo.rollout import Rollout, sample_responses
 from rlhf_ppo.runtime.run_directory import RunDirectory
@@ -49,12 +49,13 @@ class Collector:
         return self._score(rollout, needs_scores=needs_scores)
 
     def _generate(self, prompts: list[Prompt], columns: dict[str, list[Any]], generator: torch.Generator) -> Rollout:
-        rows: list[list[int]] = []
-        for i, prompt in enumerate(prompts):
-            ids = tokenize_prompt(prompt, self.parts.tokenizer, f"prompt {i}")
-            policy = "truncate" if self.args.overlong_prompts == "truncate" else "error"
-            rows.append(fit_prompt(ids, self.parts.room, policy, f"prompt {i}") or [])
-        prompt_ids, prompt_mask = left_pad(rows, filler=0, device=self.parts.device)
+        prompt_ids, prompt_mask = encode_prompts(
+            prompts,
+            self.parts.tokenizer,
+            room=self.parts.room,
+            truncate=self.args.overlong_prompts == "truncate",
+            device=self.parts.device,
+        )
         response_ids, mask, finished, logprobs, values = sample_responses(
             self.parts.model,
             prompt_ids,
@@ -64,10 +65,7 @@ class Collector:
             stop_token_ids=self.parts.stop_token_ids,
             generator=generator,
         )
-        completions = [
-            str(self.parts.tokenizer.decode(ids[keep], skip_special_tokens=True))
-            for ids, keep in zip(response_ids, mask, strict=True)
-        ]
+        completions = decode_responses(self.parts.tokenizer, response_ids, mask)
         return Rollout(
             prompts, columns, prompt_ids, prompt_mask, response_ids, mask, finished, logprobs, values, completions
         )

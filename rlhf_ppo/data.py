@@ -102,6 +102,29 @@ def fit_prompt(ids: list[int], room: int | None, policy: str, where: str) -> lis
     return ids[-room:] if policy == "truncate" else None
 
 
+def encode_prompts(
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    room: int | None,
+    truncate: bool,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Left-padded token ids [B, P] and bool mask [B, P] of prompts; overlong ones are an error or keep their end."""
+    policy = "truncate" if truncate else "error"
+    rows: list[list[int]] = []
+    for i, prompt in enumerate(prompts):
+        ids = tokenize_prompt(prompt, tokenizer, f"prompt {i}")
+        rows.append(fit_prompt(ids, room, policy, f"prompt {i}") or [])
+    return left_pad(rows, filler=0, device=device)
+
+
+def decode_responses(tokenizer: PreTrainedTokenizerBase, response_ids: Tensor, mask: Tensor) -> list[str]:
+    """The text of each response [B, T], special tokens left out."""
+    rows = zip(response_ids, mask, strict=True)
+    return [str(tokenizer.decode(ids[keep], skip_special_tokens=True)) for ids, keep in rows]
+
+
 def left_pad(rows: Sequence[Sequence[int]], filler: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids [B, P] padded on the left, and their bool mask [B, P]: the mask says what is padding, never an id."""
     width = max(len(row) for row in rows)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from rlhf_ppo.data import fit_prompt, left_pad, tokenize_prompt
-from rlhf_ppo.models import ActorCritic, context_length, load_config, load_policy, load_tokenizer, resolve_model
+from rlhf_ppo.data import decode_responses, encode_prompts
+from rlhf_ppo.models import ActorCritic, load_config, load_policy, load_tokenizer, prompt_room, resolve_model
 from rlhf_ppo.rollout import sample_responses
 from rlhf_ppo.runtime.seeding import resolve_device
 from rlhf_ppo.setup import stop_tokens
@@ -45,14 +45,9 @@ def generate(args: GenerateArgs) -> list[tuple[str, str]]:
     device = resolve_device(args.device)
     name = resolve_model(args.model)
     config, tokenizer = load_config(name), load_tokenizer(name)
-    limit = context_length(config)
-    room = None if limit is None else limit - args.max_new_tokens
     prompts = [prompt for prompt in args.prompt for _ in range(args.num_samples)]
-    rows: list[list[int]] = []
-    for i, prompt in enumerate(prompts):
-        ids = tokenize_prompt(prompt, tokenizer, f"prompt {i}")
-        rows.append(fit_prompt(ids, room, "error", f"prompt {i}") or [])
-    prompt_ids, prompt_mask = left_pad(rows, filler=0, device=device)
+    room = prompt_room(config, args.max_new_tokens)
+    prompt_ids, prompt_mask = encode_prompts(prompts, tokenizer, room=room, truncate=False, device=device)
     response_ids, mask, *_ = sample_responses(
         ActorCritic(load_policy(name), critic=False).to(device),
         prompt_ids,
@@ -62,7 +57,4 @@ def generate(args: GenerateArgs) -> list[tuple[str, str]]:
         stop_token_ids=stop_tokens(name, config, tokenizer),
         generator=torch.Generator(device).manual_seed(args.seed),
     )
-    return [
-        (prompt, str(tokenizer.decode(ids[keep], skip_special_tokens=True)))
-        for prompt, ids, keep in zip(prompts, response_ids, mask, strict=True)
-    ]
+    return list(zip(prompts, decode_responses(tokenizer, response_ids, mask), strict=True))

@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -109,6 +110,12 @@ def context_length(config: PretrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def prompt_room(config: PretrainedConfig, max_new_tokens: int) -> int | None:
+    """Most tokens a prompt may have beside ``max_new_tokens`` of response; None: the model sets no limit."""
+    limit = context_length(config)
+    return None if limit is None else limit - max_new_tokens
+
+
 def freeze(model: nn.Module) -> nn.Module:
     """The model in evaluation mode without gradients."""
     return model.eval().requires_grad_(False)
@@ -116,7 +123,13 @@ def freeze(model: nn.Module) -> nn.Module:
 
 def _accepts(model: nn.Module, name: str) -> bool:
     base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
-    return name in inspect.signature(base.forward).parameters
+    return name in _forward_parameters(type(base))
+
+
+@cache
+def _forward_parameters(model_class: type[nn.Module]) -> frozenset[str]:
+    # Looked up at every decoding step, so read once a class.
+    return frozenset(inspect.signature(model_class.forward).parameters)
 
 
 def _forward(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, **kwargs: Any) -> Any:
@@ -125,17 +138,20 @@ def _forward(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, **k
     return model(input_ids=ids, attention_mask=mask.long(), **kwargs)
 
 
+def _inputs(prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and mask [B, P + T - 1] whose last T positions predict the response: its last token is never an input."""
+    return torch.cat([prompt_ids, response_ids[:, :-1]], dim=1), torch.cat([prompt_mask, mask[:, :-1]], dim=1)
+
+
 def response_logits(
     model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, mask: Tensor, *, hidden: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Logits [B, T, V] of the response's tokens and, if asked, the last hidden states [B, T, O] they came from.
 
-    Step t is read at the position before token t, so the last token is never an input, and the prompt's own logits
-    are never computed.
+    Step t is read at the position before token t; the prompt's own logits are never computed.
     """
     length = response_ids.shape[1]
-    ids = torch.cat([prompt_ids, response_ids[:, :-1]], dim=1)
-    attention = torch.cat([prompt_mask, mask[:, :-1]], dim=1)
+    ids, attention = _inputs(prompt_ids, prompt_mask, response_ids, mask)
     kwargs: dict[str, Any] = {"logits_to_keep": length} if _accepts(model, "logits_to_keep") else {}
     output = _forward(
         model, ids, attention, position_ids(attention), use_cache=False, output_hidden_states=hidden, **kwargs
@@ -201,8 +217,7 @@ class ActorCritic(nn.Module):
         """[B, T] values from the separate critic, or None without one."""
         if self.value_trunk is None or self.value_head is None:
             return None
-        ids = torch.cat([prompt_ids, response_ids[:, :-1]], dim=1)
-        attention = torch.cat([prompt_mask, mask[:, :-1]], dim=1)
+        ids, attention = _inputs(prompt_ids, prompt_mask, response_ids, mask)
         output = _forward(self.value_trunk, ids, attention, position_ids(attention), use_cache=False)
         return self._head(output.last_hidden_state[:, -response_ids.shape[1] :])
 

@@ -17,11 +17,11 @@ from rlhf_ppo.data import PromptSet
 from rlhf_ppo.models import (
     ActorCritic,
     Reference,
-    context_length,
     load_config,
     load_policy,
     load_tokenizer,
     load_trunk,
+    prompt_room,
     resolve_model,
 )
 from rlhf_ppo.rewards import RewardFunction, load_reward, reward_name
@@ -73,8 +73,7 @@ def set_up(
     if value_model is not None and args.objective == "reinforce":
         raise ValueError("objective='reinforce' has no critic, but a value_model is given: drop one of them")
     tokenizer = processing_class or load_tokenizer(model)
-    limit = context_length(config)
-    room = None if limit is None else limit - args.max_new_tokens
+    room = prompt_room(config, args.max_new_tokens)
     stops = _stop_token_ids(model, config, tokenizer, args, vocab_size)
 
     def prompt_set(rows: Rows | None, name: str) -> PromptSet | None:

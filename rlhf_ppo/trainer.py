@@ -32,6 +32,7 @@ from rlhf_ppo.data import Prompt, PromptSet
 from rlhf_ppo.experience import describe, estimate
 from rlhf_ppo.rewards import RewardError
 from rlhf_ppo.rollout import Rollout
+from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.metrics import MetricAverage
 from rlhf_ppo.runtime.plots import plot_curves
 from rlhf_ppo.runtime.progress import ProgressDisplay
@@ -54,10 +55,6 @@ _TRAIN_STREAM, _SHUFFLE_STREAM, _EVAL_STREAM = range(3)
 
 class RatioTripwireError(RuntimeError):
     """Old and new log-probs differ before any optimizer step: sampling and training disagree."""
-
-
-class NonFiniteGradientError(RuntimeError):
-    """Not one optimizer step on a rollout had a finite gradient."""
 
 
 class PPOTrainer:

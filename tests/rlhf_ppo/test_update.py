@@ -10,7 +10,8 @@ import torch
 
 from rlhf_ppo.core import Experience, ppo_loss
 from rlhf_ppo.experience import estimate
-from rlhf_ppo.trainer import NonFiniteGradientError, PPOTrainer
+from rlhf_ppo.runtime.errors import NonFiniteGradientError
+from rlhf_ppo.trainer import PPOTrainer
 
 
 def gradients(trainer: PPOTrainer) -> list[torch.Tensor]:
