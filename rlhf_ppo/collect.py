@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.data import Prompt, decode_responses, encode_prompts
 from rlhf_ppo.rewards import RewardError, score
 from rlhf_ppo.rollout import Rollout, sample_responses
+from rlhf_ppo.runtime.precision import autocast
 from rlhf_ppo.runtime.run_directory import RunDirectory
+from rlhf_ppo.runtime.timing import Stopwatch
 from rlhf_ppo.setup import RunParts
 
 
@@ -25,6 +28,7 @@ class Collector:
     parts: RunParts
     args: RLHFConfig
     run: RunDirectory
+    stopwatch: Stopwatch
 
     def collect(
         self,
@@ -45,8 +49,12 @@ class Collector:
             ValueError: a prompt is bad; names its number.
             RewardError: a reward function failed; the responses are written to failed_rollout.jsonl first.
         """
-        rollout = self._read(self._generate(list(prompts), columns, generator))
-        return self._score(rollout, needs_scores=needs_scores)
+        with self.stopwatch.phase("generate"):
+            rollout = self._generate(list(prompts), columns, generator)
+        with self.stopwatch.phase("reference"):
+            rollout = self._read(rollout)
+        with self.stopwatch.phase("score"):
+            return self._score(rollout, needs_scores=needs_scores)
 
     def _generate(self, prompts: list[Prompt], columns: dict[str, list[Any]], generator: torch.Generator) -> Rollout:
         prompt_ids, prompt_mask = encode_prompts(
@@ -56,34 +64,42 @@ class Collector:
             truncate=self.args.overlong_prompts == "truncate",
             device=self.parts.device,
         )
-        response_ids, mask, finished, logprobs, values = sample_responses(
-            self.parts.model,
-            prompt_ids,
-            prompt_mask,
-            max_new_tokens=self.args.max_new_tokens,
-            temperature=self.args.temperature,
-            stop_token_ids=self.parts.stop_token_ids,
-            generator=generator,
-        )
-        completions = decode_responses(self.parts.tokenizer, response_ids, mask)
-        return Rollout(
-            prompts, columns, prompt_ids, prompt_mask, response_ids, mask, finished, logprobs, values, completions
-        )
+        with autocast(self.parts.bf16, self.parts.device):
+            sampled = sample_responses(
+                self.parts.model,
+                prompt_ids,
+                prompt_mask,
+                max_new_tokens=self.args.max_new_tokens,
+                temperature=self.args.temperature,
+                stop_token_ids=self.parts.stop_token_ids,
+                generator=generator,
+            )
+        completions = decode_responses(self.parts.tokenizer, sampled.response_ids, sampled.mask)
+        return Rollout(prompts, columns, prompt_ids, prompt_mask, **sampled._asdict(), completions=completions)
 
     @torch.no_grad()
     def _read(self, rollout: Rollout) -> Rollout:
         """Add what decoding did not give: the reference's log-probs, a separate critic's values, or a second look."""
-        sequences = (rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.mask)
-        ref_logprobs = self.parts.reference.logprobs(*sequences, temperature=self.args.temperature)
-        changes: dict[str, Any] = {"ref_logprobs": torch.where(rollout.mask, ref_logprobs, 0.0)}
-        if rollout.values is None and self.parts.model.value_trunk is not None:
-            changes["values"] = self.parts.model.separate_values(*sequences)
-        if self.args.recompute_logprobs:
-            again = self.parts.model(*sequences, temperature=self.args.temperature, entropy=False)
-            logprobs = torch.where(rollout.mask, again.logprobs, 0.0)
-            changes |= {"logprobs": logprobs, "values": again.values}
-            changes["decode_gap"] = float((logprobs - rollout.logprobs).abs().max())
-        return dataclasses.replace(rollout, **changes)
+        model, temperature = self.parts.model, self.args.temperature
+        read: dict[str, Tensor] = {}
+
+        def note(name: str, values: Tensor | None, rows: list[int]) -> None:
+            if values is not None:
+                whole = read.setdefault(name, torch.zeros_like(rollout.logprobs))
+                whole[rows, : values.shape[1]] = values.to(whole.dtype)
+
+        for rows in self.parts.batches(rollout, range(len(rollout.prompts))):
+            part = rollout.sequences(rows)
+            with autocast(self.parts.bf16, self.parts.device):
+                note("ref_logprobs", self.parts.reference.logprobs(*part, temperature=temperature), rows)
+                if self.args.recompute_logprobs:
+                    again = model(*part, temperature=temperature, entropy=False)
+                    note("logprobs", again.logprobs, rows)
+                    note("values", again.values, rows)
+                elif rollout.values is None:
+                    note("values", model.separate_values(*part), rows)
+        gap = float((read["logprobs"] - rollout.logprobs).abs().max()) if "logprobs" in read else None
+        return dataclasses.replace(rollout, **read, decode_gap=gap)
 
     def _score(self, rollout: Rollout, *, needs_scores: bool) -> Rollout:
         args = self.args

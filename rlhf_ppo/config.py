@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_ppo.core.config import PPOConfig
+from rlhf_ppo.runtime.precision import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +22,9 @@ class RLHFConfig(PPOConfig):
     """Responses to train on; rounded up to whole rollouts."""
     rollout_batch_size: int = 32
     """Responses per rollout; a multiple of num_minibatches."""
-    microbatch_size: int | None = None
-    """Responses per forward and backward pass of the update; less memory, same gradient. None: a whole minibatch."""
+    microbatch_tokens: int | None = None
+    """Most tokens, prompts included, in one pass through a model outside decoding; less memory, same gradient. A longer
+    response has a pass of its own. None: 1024 on CPU, 16384 on a GPU."""
     max_new_tokens: int = 48
     """Longest response in tokens."""
     temperature: float = 1.0
@@ -79,6 +81,9 @@ class RLHFConfig(PPOConfig):
     """One seed, one machine, one result."""
     device: str | None = None
     """cuda, mps or cpu; None: the first of these that is there."""
+    precision: Precision = "auto"
+    """Number format of the models' matrix products: bf16 (autocast; weights and optimizer stay in fp32), fp32, or auto:
+    bf16 where the GPU or CPU multiplies it faster."""
     num_threads: int | None = None
     """CPU threads of train(); None: torch's default. 1 is best for models of a few million parameters: with more, two
     cores that have anything else to do spend most of their time waiting for each other."""
@@ -110,11 +115,12 @@ class RLHFConfig(PPOConfig):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("temperature", "kl_horizon", "max_initial_log_ratio"):
             self._require(name, getattr(self, name) > 0, "positive")
-        for name in ("kl_target", "reward_timeout_s", "microbatch_size", "num_threads"):
+        for name in ("kl_target", "reward_timeout_s", "microbatch_tokens", "num_threads"):
             self._require(name, getattr(self, name) is None or getattr(self, name) > 0, "positive or None")
         for name, known in (("kl_estimator", ("k1", "k2", "k3")), ("overlong_prompts", ("error", "truncate", "drop"))):
             self._require_known(name, known)
         self._require_known("lr_scheduler_type", ("constant", "linear", "cosine"))
+        self._require_known("precision", ("auto", "fp32", "bf16"))
         self._require_divisible()
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError(

@@ -68,6 +68,7 @@ def estimate(rollout: Rollout, args: RLHFConfig, *, kl_coef: float) -> tuple[Exp
         "kl/coef": kl_coef,
         "response/length_tokens": float(rollout.lengths.float().mean()),
         "response/eos_fraction": float(rollout.finished.float().mean()),
+        "policy/entropy": float(masked_mean(rollout.entropy, mask)),
         "advantage/std": float(masked_var(advantages, mask).sqrt()),
     }
     if rollout.values is not None:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from rlhf_ppo.actor_critic import ActorCritic
 from rlhf_ppo.data import decode_responses, encode_prompts
-from rlhf_ppo.models import ActorCritic, load_config, load_policy, load_tokenizer, prompt_room, resolve_model
+from rlhf_ppo.models import load_config, load_policy, load_tokenizer, prompt_room, resolve_model
 from rlhf_ppo.rollout import sample_responses
 from rlhf_ppo.runtime.seeding import resolve_device
 from rlhf_ppo.setup import stop_tokens
@@ -48,7 +49,7 @@ def generate(args: GenerateArgs) -> list[tuple[str, str]]:
     prompts = [prompt for prompt in args.prompt for _ in range(args.num_samples)]
     room = prompt_room(config, args.max_new_tokens)
     prompt_ids, prompt_mask = encode_prompts(prompts, tokenizer, room=room, truncate=False, device=device)
-    response_ids, mask, *_ = sample_responses(
+    sampled = sample_responses(
         ActorCritic(load_policy(name), critic=False).to(device),
         prompt_ids,
         prompt_mask,
@@ -57,4 +58,4 @@ def generate(args: GenerateArgs) -> list[tuple[str, str]]:
         stop_token_ids=stop_tokens(name, config, tokenizer),
         generator=torch.Generator(device).manual_seed(args.seed),
     )
-    return list(zip(prompts, decode_responses(tokenizer, response_ids, mask), strict=True))
+    return list(zip(prompts, decode_responses(tokenizer, sampled.response_ids, sampled.mask), strict=True))

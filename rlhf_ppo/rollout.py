@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf_ppo.core import token_logprobs
+from rlhf_ppo.actor_critic import ActorCritic
+from rlhf_ppo.cache import can_shrink, preallocated_cache
 from rlhf_ppo.data import Prompt
-from rlhf_ppo.models import ActorCritic, position_ids
+from rlhf_ppo.packing import token_batches
+from rlhf_ppo.reading import Sequences, position_ids
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Rollout:
     """[B] bool, True where a stop token ended the response, False where the length limit did."""
     logprobs: Tensor
     """[B, T] log-probs of the sampled tokens under the policy at the run's temperature."""
+    entropy: Tensor
+    """[B, T] entropy in nats of the distribution that each token was drawn from."""
     values: Tensor | None
     """[B, T] the critic's value of the state before each token, or None without a critic."""
     completions: list[str] = field(default_factory=list)
@@ -54,37 +59,87 @@ class Rollout:
         """[B] response lengths in tokens."""
         return self.mask.sum(dim=1)
 
-    def __getitem__(self, rows: Tensor) -> Rollout:
-        """The same record for some rows of the tensors, trimmed to their longest prompt and response.
+    @cached_property
+    def token_counts(self) -> list[tuple[int, int]]:
+        """[B] (prompt tokens, response tokens), read from the device once."""
+        counts = torch.stack([self.prompt_mask.sum(dim=1), self.lengths], dim=1).tolist()
+        return [(prompt, response) for prompt, response in counts]
 
-        Texts, columns and scores stay whole; only what a forward pass needs is indexed.
-        """
-        mask, prompt_mask = self.mask[rows], self.prompt_mask[rows]
-        t, p = max(int(mask.sum(dim=1).max()), 1), max(int(prompt_mask.sum(dim=1).max()), 1)
-        return replace(
-            self,
-            prompt_ids=self.prompt_ids[rows][:, -p:],
-            prompt_mask=prompt_mask[:, -p:],
-            response_ids=self.response_ids[rows][:, :t],
-            mask=mask[:, :t],
-            finished=self.finished[rows],
-            logprobs=self.logprobs[rows][:, :t],
-            values=None if self.values is None else self.values[rows][:, :t],
-            ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[rows][:, :t],
+    def sequences(self, rows: Sequence[int]) -> Sequences:
+        """Prompts and responses of some rows, trimmed to the longest of each."""
+        p, t = (max(1, *(self.token_counts[row][side] for row in rows)) for side in (0, 1))
+        index = torch.tensor(rows, device=self.mask.device)
+        return Sequences(
+            self.prompt_ids[index, -p:],
+            self.prompt_mask[index, -p:],
+            self.response_ids[index, :t],
+            self.mask[index, :t],
         )
+
+    def batches(self, rows: Sequence[int], max_tokens: int, *, padded: bool) -> list[list[int]]:
+        """``rows`` in groups of at most ``max_tokens`` tokens (see :func:`rlhf_ppo.packing.token_batches`)."""
+        groups = token_batches([sum(self.token_counts[row]) for row in rows], max_tokens, padded=padded)
+        return [[rows[i] for i in group] for group in groups]
+
+
+class Sampled(NamedTuple):
+    """What decoding records, [B, T] with T the longest response; 0 outside ``mask``."""
+
+    response_ids: Tensor
+    mask: Tensor
+    finished: Tensor
+    """[B]"""
+    logprobs: Tensor
+    entropy: Tensor
+    values: Tensor | None
+
+
+_BLOCK = 256
 
 
 def sample_tokens(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One draw per row from ``softmax(logits)`` by inverting its cumulative distribution: [B, V] -> [B].
+    """One draw per row from ``softmax(logits)``: [B, V] -> [B]."""
+    return draw(logits.softmax(dim=-1), uniforms(1, len(logits), generator, logits.device)[0])
 
-    In float64 (where the device has it), so that tokens of tiny probability keep it.
+
+def uniforms(steps: int, rows: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Numbers in [0, 1) for ``steps`` draws in each of ``rows`` rows, in float64 where the device has it."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return torch.rand(steps, rows, generator=generator, dtype=dtype, device=device)
+
+
+def draw(weights: Tensor, u: Tensor) -> Tensor:
+    """The tokens at which the cumulative weights pass ``u`` of their total.
+
+    Blocks of the vocabulary are searched first and tokens within one block second. The sums that decide are kept in
+    float64 (where the device has it), so that tokens of tiny probability keep it.
+
+    Args:
+        weights: [B, V] not negative; a token of weight 0 is never drawn.
+        u: [B] uniform in [0, 1), of the dtype in which to sum.
+    Returns:
+        [B] token ids.
     """
-    dtype = torch.float32 if logits.device.type == "mps" else torch.float64
-    cumulative = logits.to(dtype).softmax(dim=-1).cumsum(dim=-1)
-    u = torch.rand(logits.shape[0], 1, generator=generator, dtype=dtype, device=logits.device)
-    # right=True finds the first entry above u, so a token of probability 0 is never drawn.
-    tokens = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).squeeze(-1)
-    return tokens.clamp(max=logits.shape[-1] - 1)
+    vocabulary = weights.shape[1]
+    whole = vocabulary // _BLOCK * _BLOCK
+    sums = [weights[:, :whole].unflatten(1, (-1, _BLOCK)).sum(dim=-1, dtype=u.dtype)] if whole else []
+    if whole < vocabulary:
+        sums.append(weights[:, whole:].sum(dim=-1, keepdim=True, dtype=u.dtype))
+    blocks = torch.cat(sums, dim=1).cumsum(dim=-1)
+    place = _below(u[:, None] * blocks[:, -1:], blocks[:, -1:])
+    # right=True finds the first entry above the place, whose own weight is therefore not 0.
+    block = torch.searchsorted(blocks, place, right=True)
+    before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp(min=0)), torch.zeros_like(place))
+    tokens = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)
+    inside = weights.gather(1, tokens.clamp(max=vocabulary - 1)).to(u.dtype)
+    inside = torch.where(tokens < vocabulary, inside, torch.zeros_like(inside)).cumsum(dim=-1)
+    found = torch.searchsorted(inside, _below(place - before, inside[:, -1:]), right=True)
+    return (block * _BLOCK + found).squeeze(-1)
+
+
+def _below(x: Tensor, limit: Tensor) -> Tensor:
+    """``x``, but less than ``limit`` whatever was rounded."""
+    return torch.minimum(x, torch.nextafter(limit, torch.zeros_like(limit)))
 
 
 @torch.no_grad()
@@ -97,11 +152,12 @@ def sample_responses(
     temperature: float,
     stop_token_ids: Collection[int],
     generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+) -> Sampled:
     """Sample a response to each prompt from exactly ``softmax(logits / temperature)``.
 
     The decoding loop is our own, so no sampler default and no model's generation config can change the distribution
-    behind the recorded log-probs. Architecture, cache and attention masks stay transformers'.
+    behind the recorded log-probs. Architecture, cache and attention masks stay transformers'. Rows that have ended
+    leave the batch; the draws of the others do not depend on it.
 
     Args:
         model: policy and critic.
@@ -112,35 +168,57 @@ def sample_responses(
         stop_token_ids: tokens that end a response; they are actions too, so they are recorded.
         generator: source of randomness, on the model's device.
     Returns:
-        (response_ids [B, T], mask [B, T], finished [B], logprobs [B, T], values [B, T] or None), T <= max_new_tokens.
-        Values are recorded here only when the critic shares the policy's trunk.
+        The responses, T <= max_new_tokens. Values only when the critic shares the policy's trunk.
     """
-    batch, device = prompt_ids.shape[0], prompt_ids.device
+    (batch, prompt_length), device = prompt_ids.shape, prompt_ids.device
     stops = torch.tensor(sorted(stop_token_ids), dtype=torch.long, device=device)
-    alive = torch.ones(batch, dtype=torch.bool, device=device)
-    finished = torch.zeros_like(alive)
-    tokens, masks, logprobs, values = [], [], [], []
-    ids, attention, cache = prompt_ids, prompt_mask, None
-    for _ in range(max_new_tokens):
-        positions = position_ids(attention)[:, -ids.shape[1] :]
-        logits, value, cache = model.decode(ids, attention, positions, cache)
-        logits = logits.float()
-        token = sample_tokens(logits / temperature, generator)
-        tokens.append(token)
-        masks.append(alive)
-        logprobs.append(token_logprobs(logits, token, temperature=temperature))
+    u = uniforms(max_new_tokens, batch, generator, device)
+    response_ids = torch.zeros(batch, max_new_tokens, dtype=torch.long, device=device)
+    mask = torch.zeros_like(response_ids, dtype=torch.bool)
+    logprobs = torch.zeros(batch, max_new_tokens, device=device)
+    entropy, values = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
+    finished = torch.zeros(batch, dtype=torch.bool, device=device)
+
+    rows = torch.arange(batch, device=device)  # which response each row of the shrinking batch is
+    attention = torch.cat([prompt_mask, torch.ones_like(mask)], dim=1)
+    ids, positions = prompt_ids, position_ids(prompt_mask)
+    cache = preallocated_cache(model.reader.config, prompt_length + max_new_tokens)
+    for t in range(max_new_tokens):
+        logits, value = model.decode(ids, positions, attention[:, : prompt_length + t], cache)
+        token, logprob, spread = _act(logits, u[t, rows], temperature)
+        alive = ~finished[rows]
+        response_ids[rows, t] = token * alive
+        mask[rows, t] = alive
+        logprobs[rows, t] = logprob * alive
+        entropy[rows, t] = spread * alive
         if value is not None:
-            values.append(value)
-        finished = finished | (alive & torch.isin(token, stops))
-        attention = torch.cat([attention, alive[:, None]], dim=1)
-        ids = token[:, None]
-        alive = alive & ~finished
-        if not alive.any():
-            break
-    mask = torch.stack(masks, dim=1)
+            values[rows, t] = value * alive
+        if len(stops):
+            finished[rows] |= torch.isin(token, stops)
+        ids, positions = token[:, None], positions[:, -1:] + 1
+        # On a GPU a look at what has finished stalls the queue, so it happens now and then.
+        if len(stops) and (device.type == "cpu" or t % 16 == 15):
+            keep = (~finished[rows]).nonzero().squeeze(-1)
+            if not len(keep):
+                break
+            if len(keep) <= len(rows) * 7 // 8 and can_shrink(cache):
+                cache.batch_select_indices(keep)
+                rows, ids, positions, attention = rows[keep], ids[keep], positions[keep], attention[keep]
+    longest = int(mask.any(dim=0).sum())
+    response_ids, mask, logprobs, entropy, values = (
+        x[:, :longest] for x in (response_ids, mask, logprobs, entropy, values)
+    )
+    return Sampled(response_ids, mask, finished, logprobs, entropy, values if model.shares_trunk else None)
 
-    def record(steps: list[Tensor]) -> Tensor:
-        # What a finished row still drew while others went on is no action of the policy.
-        return torch.where(mask, torch.stack(steps, dim=1), torch.zeros((), dtype=steps[0].dtype, device=device))
 
-    return record(tokens), mask, finished, record(logprobs), record(values) if values else None
+def _act(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw from ``softmax(logits / temperature)`` [B, V], overwriting it: tokens, log-probs and entropies, all [B]."""
+    if temperature != 1:
+        logits.div_(temperature)
+    # Banned tokens (-inf) become finite, but far below anything whose exponential is not 0.
+    logits.sub_(logits.amax(dim=-1, keepdim=True)).clamp_(min=-1e4)
+    weights = logits.exp()
+    total = weights.sum(dim=-1)
+    token = draw(weights, u)
+    logprob = logits.gather(-1, token[:, None]).squeeze(-1) - total.log()
+    return token, logprob, total.log() - weights.mul_(logits).sum(dim=-1) / total

@@ -12,11 +12,10 @@ import torch
 from datasets import Dataset
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_ppo.actor_critic import ActorCritic, Reference
 from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.data import PromptSet
 from rlhf_ppo.models import (
-    ActorCritic,
-    Reference,
     load_config,
     load_policy,
     load_tokenizer,
@@ -25,6 +24,8 @@ from rlhf_ppo.models import (
     resolve_model,
 )
 from rlhf_ppo.rewards import RewardFunction, load_reward, reward_name
+from rlhf_ppo.rollout import Rollout
+from rlhf_ppo.runtime.precision import compute_in_bf16
 from rlhf_ppo.runtime.seeding import resolve_device, seed_everything
 
 RewardSource = RewardFunction | str | PreTrainedModel
@@ -46,6 +47,14 @@ class RunParts:
     """Name -> reward function and its weight."""
     model: ActorCritic
     reference: Reference
+    bf16: bool
+    """Matrix products run in bfloat16."""
+    microbatch_tokens: int
+    """Most tokens in one pass outside decoding."""
+
+    def batches(self, rollout: Rollout, rows: Sequence[int]) -> list[list[int]]:
+        """``rows`` of a rollout in groups for one pass each."""
+        return rollout.batches(rows, self.microbatch_tokens, padded=not self.model.reader.packs_on(self.device))
 
 
 def set_up(
@@ -66,6 +75,7 @@ def set_up(
             "WORLD_SIZE is above 1, but training over several processes is not supported: start one process"
         )
     device = resolve_device(args.device)
+    bf16 = compute_in_bf16(args.precision, device)
     model, ref_model, value_model = map(resolve_model, (model, ref_model, value_model))
     config = load_config(model)
     vocab_size = _vocab_size(config)
@@ -103,7 +113,19 @@ def set_up(
     actor_critic.to(device)
     if reference.model is not None:
         reference.model.to(device)
-    return RunParts(device, tokenizer, room, stops, train_prompts, eval_prompts, rewards, actor_critic, reference)
+    return RunParts(
+        device,
+        tokenizer,
+        room,
+        stops,
+        train_prompts,
+        eval_prompts,
+        rewards,
+        actor_critic,
+        reference,
+        bf16=bf16,
+        microbatch_tokens=args.microbatch_tokens or (1024 if device.type == "cpu" else 16384),
+    )
 
 
 def _copy_if_shared(model: Any, *others: Any) -> Any:

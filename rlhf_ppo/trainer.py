@@ -35,9 +35,11 @@ from rlhf_ppo.rollout import Rollout
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.metrics import MetricAverage
 from rlhf_ppo.runtime.plots import plot_curves
+from rlhf_ppo.runtime.precision import autocast
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.seeding import torch_threads
+from rlhf_ppo.runtime.timing import Stopwatch
 from rlhf_ppo.setup import RewardSource, Rows, set_up
 
 Callback = Callable[["PPOTrainer", dict[str, float]], object]
@@ -110,12 +112,13 @@ class PPOTrainer:
         self.model, self.reference = parts.model, parts.reference
         self.callbacks = list(callbacks or [])
         self.run = RunDirectory(args.output_dir)
-        self.collector = Collector(parts, args, self.run)
+        self.parts = parts
+        self.stopwatch = Stopwatch(self.device)
+        self.timings: dict[str, float] = {}
+        """Seconds that each phase of the last iteration took."""
+        self.collector = Collector(parts, args, self.run, self.stopwatch)
         self.optimizer = torch.optim.AdamW(
-            self.model.trainable_parameters(),
-            lr=args.learning_rate,
-            weight_decay=args.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
+            self.model.trainable_parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
         )
         self.scheduler = get_scheduler(
             args.lr_scheduler_type,
@@ -186,6 +189,7 @@ class PPOTrainer:
                     batch = prompts.batch(self.iteration, args.rollout_batch_size)
                     rollout = self.rollout(batch.prompts, **batch.columns)
                     metrics = self.step(rollout)
+                    self.timings = self.stopwatch.take()
                     self._report(progress, rollout, metrics)
                     if args.save_every and self.iteration % args.save_every == 0:
                         save_checkpoint(self)
@@ -221,19 +225,24 @@ class PPOTrainer:
             RatioTripwireError: old and new log-probs differ before the first optimizer step.
             NonFiniteGradientError: not one step had a finite gradient.
         """
+        with self.stopwatch.phase("update"):
+            return self._update(rollout)
+
+    def _update(self, rollout: Rollout) -> dict[str, float]:
         args = self.args
         old, metrics = estimate(rollout, args, kl_coef=self.kl_coef)
         metrics["policy/clip_range"] = self.objective.clip_range
         metrics["policy/penalty_beta"] = self.objective.penalty_beta
         actions, losses = MetricAverage(), MetricAverage()
         shuffle = self._generator(_SHUFFLE_STREAM, self.iteration, device="cpu")
-        steps = skipped = epochs = 0
+        steps = epochs = 0
+        skipped = torch.zeros((), device=self.device)
         epoch, stop = MetricAverage(), False
         while epochs < args.num_epochs and not stop:
             epochs += 1
             epoch = MetricAverage()
             for minibatch in minibatch_indices(len(rollout.prompts), args.num_minibatches, generator=shuffle):
-                step, step_losses = self._accumulate_gradients(rollout, old, minibatch.to(self.device))
+                step, step_losses = self._accumulate_gradients(rollout, old, minibatch.tolist())
                 if steps == 0:
                     metrics["policy/first_minibatch_max_abs_log_ratio"] = self._check_tripwire(step)
                 actions.merge(step)
@@ -242,14 +251,10 @@ class PPOTrainer:
                 if stop := limit is not None and step.compute()["approx_kl"] > limit:
                     self.optimizer.zero_grad(set_to_none=True)
                     break
-                grad_norm = torch.nn.utils.clip_grad_norm_(self.model.trainable_parameters(), args.max_grad_norm)
-                if torch.isfinite(grad_norm):
-                    self.optimizer.step()
-                    self.scheduler.step()
-                    losses.add({**step_losses, "grad_norm": grad_norm}, weight=1)
-                else:
-                    skipped += 1
-                self.optimizer.zero_grad(set_to_none=True)
+                grad_norm, finite = self._step_optimizer()
+                taken = {**step_losses, "grad_norm": grad_norm}
+                losses.add({name: torch.where(finite, x, 0.0) for name, x in taken.items()}, weight=finite)
+                skipped += ~finite
                 steps += 1
         if steps and skipped == steps:
             raise NonFiniteGradientError(
@@ -265,35 +270,51 @@ class PPOTrainer:
             "progress/iteration": self.iteration,
             "progress/episodes": self.episodes,
             "progress/optimizer_steps": self.optimizer_steps,
-            **metrics,
             **actions.compute("policy/"),
+            **metrics,
             "policy/loss": loss["policy"],
             "value/loss": loss["value"],
             "optim/grad_norm": loss["grad_norm"],
             "optim/learning_rate": float(self.scheduler.get_last_lr()[0]),
-            "optim/skipped_steps": skipped,
+            "optim/skipped_steps": int(skipped),
             "optim/epochs": epochs,
         }
 
     def _accumulate_gradients(
-        self, rollout: Rollout, old: Experience, minibatch: Tensor
+        self, rollout: Rollout, old: Experience, minibatch: list[int]
     ) -> tuple[MetricAverage, dict[str, Tensor]]:
         """Backward over one minibatch in microbatches; the gradient is the same however it is split."""
         denominator = loss_denominator(old.mask[minibatch], self.objective.loss_aggregation)
         actions = MetricAverage()
         losses = {"policy": torch.zeros((), device=self.device), "value": torch.zeros((), device=self.device)}
-        for rows in minibatch.split(self.args.microbatch_size or len(minibatch)):
-            part = rollout[rows]
+        for rows in self.parts.batches(rollout, minibatch):
+            part = rollout.sequences(rows)
             facts = old[rows][:, : part.mask.shape[1]]
-            new = self.model(
-                part.prompt_ids, part.prompt_mask, part.response_ids, part.mask, temperature=self.args.temperature
-            )
+            with autocast(self.parts.bf16, self.device):
+                new = self.model(*part, temperature=self.args.temperature, entropy=self.objective.ent_coef > 0)
             loss = ppo_loss(new, facts, self.objective, denominator=denominator)
             loss.total.backward()
             actions.add(ppo_diagnostics(new, facts, self.objective), weight=facts.mask.sum())
             losses["policy"] += loss.policy.detach()
             losses["value"] += loss.value.detach()
         return actions, losses
+
+    def _step_optimizer(self) -> tuple[Tensor, Tensor]:
+        """Clip the gradient and step, unless it is not finite: (norm before clipping, whether it was finite).
+
+        The fused optimizer divides by ``grad_scale`` and stays still under ``found_inf`` on its own: no pass over the
+        gradients is spent on clipping, and nothing waits for the device.
+        """
+        gradients = [p.grad for p in self.model.trainable_parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        finite = torch.isfinite(norm)
+        optimizer: Any = self.optimizer
+        optimizer.grad_scale = (norm / self.args.max_grad_norm).clamp(min=1.0)
+        optimizer.found_inf = (~finite).float()
+        optimizer.step()
+        self.scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm, finite
 
     def _check_tripwire(self, first_step: MetricAverage) -> float:
         gap = first_step.compute()["max_abs_log_ratio"]
@@ -377,6 +398,8 @@ class PPOTrainer:
         self.run.log(metrics)
         for row in describe(rollout)[: self.args.samples_per_rollout]:
             self.run.append("samples.jsonl", {"iteration": self.iteration, **row})
+        tokens = int(rollout.lengths.sum())
+        self.run.append("timings.jsonl", {"iteration": self.iteration, "generated_tokens": tokens, **self.timings})
         progress.update(
             self.episodes,
             score=metrics["score/mean"],

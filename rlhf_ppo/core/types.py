@@ -35,7 +35,7 @@ class Experience:
     mask: Tensor
     """[*] bool, True where the policy made a real decision."""
 
-    def __getitem__(self, rows: Tensor | slice | tuple[slice, ...]) -> Experience:
+    def __getitem__(self, rows: Tensor | list[int] | slice | tuple[slice, ...]) -> Experience:
         return Experience(
             logprobs=self.logprobs[rows],
             values=None if self.values is None else self.values[rows],

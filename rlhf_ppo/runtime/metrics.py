@@ -33,7 +33,8 @@ METRICS: dict[str, str] = {
     "policy/ratio_mean": "Mean probability ratio new/old; stays close to 1.",
     "policy/max_abs_log_ratio": "Largest |log(new/old)| of any action, in nats.",
     "policy/overflow_fraction": "Share of actions whose |log-ratio| passed 20 and was clamped; anything above 0 is a warning.",
-    "policy/entropy": "Mean entropy of the action distribution, in nats per action.",
+    "policy/entropy": "Mean entropy of the action distribution, in nats per action (language models: of the distributions "
+    "that the rollout's tokens were drawn from).",
     "policy/clip_range": "Clip range in force (it moves under objective=adaptive_clip).",
     "policy/penalty_beta": "Weight of KL(old || new) in force (it moves under objective=penalty).",
     "policy/first_minibatch_max_abs_log_ratio": "Largest |log-ratio| before the rollout's first optimizer step, in nats: "

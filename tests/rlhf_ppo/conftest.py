@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
-from rlhf_ppo.models import ActorCritic
+from rlhf_ppo.actor_critic import ActorCritic
 
 EOS = "<|endoftext|>"
 CHARACTERS = [EOS, "?", " ", *string.ascii_lowercase, "."]  # ids 0, 1, 2, 3..28, 29

@@ -71,7 +71,7 @@ def test_fault_30_contradicting_settings_are_named_together(settings, both):
         ("gamma", 1.5, "between 0 and 1"),
         ("clip_range", 0.0, "positive"),
         ("reward_timeout_s", 0.0, "positive or None"),
-        ("microbatch_size", 0, "positive or None"),
+        ("microbatch_tokens", 0, "positive or None"),
         ("max_grad_norm", 0.0, "positive"),
         ("dual_clip", 1.0, "above 1"),
         ("objective", "trpo", "known: clip, penalty"),

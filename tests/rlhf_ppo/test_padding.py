@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rlhf_ppo.actor_critic import ActorCritic
 from rlhf_ppo.data import left_pad
-from rlhf_ppo.models import ActorCritic, position_ids
+from rlhf_ppo.reading import position_ids
 from rlhf_ppo.rollout import sample_responses
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2", "gpt_neox", "opt", "bloom"]
@@ -106,7 +107,7 @@ def test_log_probs_and_values_while_decoding_equal_a_full_forward(make_model, wa
     model = ActorCritic(make_model(kind, vocab_size=8))
     wake_critic(model)
     prompt_ids, prompt_mask = left_pad([[1], [2, 3, 4], [5, 6], [7, 1, 2, 3, 4]] * 4, 0, CPU)
-    ids, mask, finished, logprobs, values = sample_responses(
+    ids, mask, finished, logprobs, entropy, values = sample_responses(
         model,
         prompt_ids,
         prompt_mask,
@@ -122,7 +123,8 @@ def test_log_probs_and_values_while_decoding_equal_a_full_forward(make_model, wa
     # Two paths through the model: float32 rounding of about 1e-6 on sums over 16 features.
     torch.testing.assert_close(logprobs[mask], full.logprobs[mask], atol=1e-5, rtol=0)
     torch.testing.assert_close(values[mask], full.values[mask], atol=1e-5, rtol=1e-5)
-    assert (logprobs[~mask] == 0).all() and (values[~mask] == 0).all()
+    torch.testing.assert_close(entropy[mask], full.entropy[mask], atol=1e-5, rtol=1e-5)
+    assert (entropy[~mask] == 0).all() and (logprobs[~mask] == 0).all() and (values[~mask] == 0).all()
 
 
 def test_a_real_llama_with_grouped_query_attention(real_data, wake_critic):
@@ -135,7 +137,7 @@ def test_a_real_llama_with_grouped_query_attention(real_data, wake_critic):
     wake_critic(model)
     prompt_ids, prompt_mask = left_pad([[1, 403, 407], [1, 403], [1]], 0, CPU)
     generator = torch.Generator().manual_seed(0)
-    ids, mask, _, logprobs, _ = sample_responses(
+    ids, mask, _, logprobs, _, _ = sample_responses(
         model, prompt_ids, prompt_mask, max_new_tokens=12, temperature=0.8, stop_token_ids=[2], generator=generator
     )
     with torch.no_grad():

@@ -86,7 +86,8 @@ def test_a_peft_model_given_directly_has_a_frozen_copy_as_reference(make_trainer
     assert not any(p.requires_grad for p in trainer.reference.model.parameters())
     first = trainer.step(trainer.rollout(prompts))
     assert first["kl/reference_nats_per_response"] == pytest.approx(0, abs=1e-4)
-    assert torch.equal(logits(trainer.reference.model), expected)
+    # One fused kernel instead of eight for the activation: the same function, rounded elsewhere.
+    torch.testing.assert_close(logits(trainer.reference.model), expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(logits(trainer.model.policy), expected)
     trainable = [name for name, p in trainer.model.policy.named_parameters() if p.requires_grad]
     assert trainable and all("lora_" in name for name in trainable)

@@ -25,7 +25,7 @@ def lora(dropout: float = 0.5) -> LoraConfig:
 @pytest.mark.parametrize(("minibatches", "microbatch"), [(1, None), (2, None), (4, 1), (2, 3), (8, 5)])
 def test_with_learning_rate_0_every_ratio_stays_1(make_trainer, prompts, minibatches, microbatch, temperature):
     trainer = make_trainer(
-        learning_rate=0.0, num_minibatches=minibatches, microbatch_size=microbatch, temperature=temperature
+        learning_rate=0.0, num_minibatches=minibatches, microbatch_tokens=microbatch, temperature=temperature
     )
     rollout = trainer.rollout(prompts)
     assert rollout.lengths.unique().numel() > 1  # padded rows are among them
@@ -37,7 +37,7 @@ def test_with_learning_rate_0_every_ratio_stays_1(make_trainer, prompts, minibat
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt_neox", "opt"])
 def test_other_architectures_too(make_trainer, make_model, prompts, kind):
-    trainer = make_trainer(model=make_model(kind), learning_rate=0.0, microbatch_size=3, temperature=0.7)
+    trainer = make_trainer(model=make_model(kind), learning_rate=0.0, microbatch_tokens=3, temperature=0.7)
     assert trainer.step(trainer.rollout(prompts))["policy/max_abs_log_ratio"] < 1e-5
 
 

@@ -23,6 +23,7 @@ def written_rollout(**changes) -> Rollout:
         response_ids=torch.tensor([[5, 6, 7], [8, 0, 0]]),
         mask=torch.tensor([[True, True, True], [True, True, False]]),
         finished=torch.tensor([False, True]),
+        entropy=torch.ones(2, 3),
         logprobs=torch.tensor([[-1.0, -2.0, -1.0], [-1.0, -1.0, 0.0]]),
         values=torch.tensor([[0.5, 1.0, 2.0], [1.0, 0.5, 0.0]]),
         completions=["cde", "f"],

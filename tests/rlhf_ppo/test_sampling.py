@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rlhf_ppo.rollout
-from rlhf_ppo.models import ActorCritic
+from rlhf_ppo.actor_critic import ActorCritic
 from rlhf_ppo.rollout import sample_responses, sample_tokens
 
 
@@ -28,7 +28,7 @@ def test_frequencies_match_the_models_softmax_whatever_its_generation_config_say
     model.generation_config.update(top_k=2, top_p=0.3, repetition_penalty=5.0, temperature=0.1, do_sample=True)
     model.eval()
     n, prompt = 20_000, torch.tensor([[1, 2]])
-    ids, mask, _, _, _ = sample_responses(
+    ids, mask, *_ = sample_responses(
         ActorCritic(model),
         prompt.expand(n, 2),
         torch.ones(n, 2, dtype=torch.bool),
@@ -74,8 +74,9 @@ def script(monkeypatch):
     """Replace the draws by written tokens: one row of the list a response."""
 
     def use(rows: list[list[int]]) -> None:
-        steps = iter(zip(*rows, strict=True))
-        monkeypatch.setattr(rlhf_ppo.rollout, "sample_tokens", lambda logits, generator: torch.tensor(next(steps)))
+        # Rows leave the batch when they end; each keeps its own draws.
+        monkeypatch.setattr(rlhf_ppo.rollout, "uniforms", lambda *_: torch.tensor(rows).T)
+        monkeypatch.setattr(rlhf_ppo.rollout, "draw", lambda weights, u: u)
 
     return use
 

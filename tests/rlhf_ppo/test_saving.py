@@ -19,7 +19,11 @@ def test_the_saved_model_opens_and_gives_the_same_logits(make_trainer, make_mode
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     ids = torch.tensor([tokenizer("the cat")["input_ids"]])
     with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, trainer.model.policy(ids).logits, rtol=0, atol=0)
+        # GPT-2's activation is one fused kernel in the trainer: the same function, rounded elsewhere.
+        torch.testing.assert_close(model(ids).logits, trainer.model.policy(ids).logits, atol=1e-5, rtol=1e-5)
+        assert all(
+            torch.equal(a, b) for a, b in zip(model.parameters(), trainer.model.policy.parameters(), strict=True)
+        )
         assert not torch.allclose(model(ids).logits, make_model(kind).eval()(ids).logits)
 
 

@@ -1,0 +1,170 @@
+"""The policy with its critic, and the frozen reference that the KL is measured against."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+from transformers.activations import NewGELUActivation
+
+from rlhf_ppo.core import PolicyOutput
+from rlhf_ppo.models import freeze, text_config
+from rlhf_ppo.reading import Reader, Sequences, place
+
+
+class ActorCritic(nn.Module):
+    """A policy and its critic: a value head on the policy's own trunk, or on a separate one, or none at all.
+
+    Everything runs in evaluation mode, updates included: dropout would make old and new log-probs of the same weights
+    differ, and the ratio would measure noise.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        *,
+        critic: bool = True,
+        value_trunk: PreTrainedModel | None = None,
+        plain: bool = False,
+    ) -> None:
+        """Put a value head on ``value_trunk``, or on the policy's trunk if there is none.
+
+        Args:
+            policy: causal language model.
+            critic: False: no value head.
+            value_trunk: headless model of its own for the critic.
+            plain: take none of :class:`Reader`'s shortcuts.
+        """
+        super().__init__()
+        self.policy = policy
+        self.value_trunk = value_trunk
+        self.value_head: nn.Linear | None = None
+        if critic:
+            trunk = cast(PreTrainedModel, policy if value_trunk is None else value_trunk)
+            self.value_head = nn.Linear(text_config(trunk).hidden_size, 1)
+            # A critic that starts at 0 lets the first rollouts be judged by their rewards alone.
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+        self.eval()
+        if not plain:
+            fuse_activations(self)
+        self.reader = Reader(policy, plain=plain)
+        self.value_reader = None if value_trunk is None else Reader(value_trunk, plain=plain)
+
+    @property
+    def shares_trunk(self) -> bool:
+        """True if one forward pass of the policy also gives the values."""
+        return self.value_head is not None and self.value_trunk is None
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters that the optimizer moves."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def decode(
+        self, ids: Tensor, positions: Tensor, attention: Tensor | None, cache: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """One decoding step: logits [B, V] of the next token and the value [B] (shared trunk only)."""
+        logits, state = self.reader.step(ids, positions, attention, cache, hidden=self.shares_trunk)
+        return logits, self._value(state) if self.shares_trunk and state is not None else None
+
+    def _value(self, states: Tensor) -> Tensor:
+        """[*, O] -> [*], in float32 whatever the models compute in."""
+        head = self.value_head
+        assert head is not None
+        with torch.autocast(states.device.type, enabled=False):
+            return linear(states.to(head.weight.dtype), head.weight, head.bias).squeeze(-1)
+
+    def separate_values(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, mask: Tensor
+    ) -> Tensor | None:
+        """[B, T] values from the separate critic, 0 outside ``mask``, or None without one."""
+        if self.value_reader is None or self.value_head is None:
+            return None
+        sequences = Sequences(prompt_ids, prompt_mask, response_ids, mask)
+        return place(self._value(self.value_reader.hidden(sequences)), mask)
+
+    def forward(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        response_ids: Tensor,
+        mask: Tensor,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = True,
+    ) -> PolicyOutput:
+        """Log-probs, values and entropy [B, T] of recorded responses under the current weights, 0 outside ``mask``.
+
+        Args:
+            prompt_ids, prompt_mask: [B, P], left-padded.
+            response_ids, mask: [B, T], right-padded.
+            temperature: divides the logits; the same one as at sampling.
+            entropy: compute it (otherwise None).
+        """
+        sequences = Sequences(prompt_ids, prompt_mask, response_ids, mask)
+        logprobs, entropies, states = self.reader.logprobs(
+            sequences, temperature=temperature, entropy=entropy, hidden=self.shares_trunk
+        )
+        if self.shares_trunk and states is not None:
+            values = place(self._value(states), mask)
+        else:
+            values = self.separate_values(*sequences)
+        return PolicyOutput(
+            logprobs=place(logprobs, mask),
+            values=values,
+            entropy=None if entropies is None else place(entropies, mask),
+        )
+
+    def save_critic(self, folder: Path) -> None:
+        """Write the value head (and a separate trunk) beside the policy, as safetensors."""
+        if self.value_head is None:
+            return
+        save_file(self.value_head.state_dict(), folder / "value_head.safetensors")
+        if self.value_trunk is not None:
+            self.value_trunk.save_pretrained(folder / "critic")
+
+
+class Reference:
+    """The frozen policy that the KL is measured against: a model of its own, or the policy with its adapter off."""
+
+    def __init__(self, policy: nn.Module, model: PreTrainedModel | None, *, adapter_off: bool) -> None:
+        """Freeze ``model``, or a copy of the policy as it is now; under ``adapter_off`` no copy is needed."""
+        self.policy = policy
+        self.model = None if adapter_off else freeze(copy.deepcopy(policy) if model is None else model)
+        if self.model is not None:
+            fuse_activations(self.model)
+        self.reader = Reader(policy if self.model is None else self.model)
+
+    @contextmanager
+    def _active(self) -> Iterator[None]:
+        if self.model is not None:
+            yield
+        else:
+            with cast(Any, self.policy).disable_adapter():
+                yield
+
+    @torch.no_grad()
+    def logprobs(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, mask: Tensor, *, temperature: float
+    ) -> Tensor:
+        """[B, T] log-probs under the reference at the policy's temperature, 0 outside ``mask``."""
+        sequences = Sequences(prompt_ids, prompt_mask, response_ids, mask)
+        with self._active():
+            logprobs, _, _ = self.reader.logprobs(sequences, temperature=temperature)
+        return place(logprobs, mask)
+
+
+def fuse_activations(model: nn.Module) -> None:
+    """Let one kernel compute GPT-2's "gelu_new", which transformers spells out in eight passes: the same function."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if type(child) is NewGELUActivation:
+                setattr(module, name, nn.GELU(approximate="tanh").eval())

@@ -1,0 +1,63 @@
+"""The key-value cache of a rollout: allocated once, and finished rows leave it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+
+class PreallocatedLayer(DynamicLayer):
+    """transformers' growing layer with room for all steps from the start, instead of a copy at every step."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate room for ``capacity`` tokens: [B, H, capacity, D]."""
+        super().lazy_initialization(key_states, value_states)
+        self._keys, self._values = (
+            x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (key_states, value_states)
+        )
+        self.keys, self.values = self._keys[:, :, :0], self._values[:, :, :0]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the new states behind the old ones; returns all of them as views."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
+        self._keys[:, :, start:end] = key_states
+        self._values[:, :, start:end] = value_states
+        self.keys, self.values = self._keys[:, :, :end], self._values[:, :, :end]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        if not self.is_initialized:
+            return
+        assert self.keys is not None
+        length = self.keys.shape[2]
+        for states in (self._keys, self._values):
+            states[: len(indices), :, :length] = states[indices, :, :length]
+        self._keys, self._values = self._keys[: len(indices)], self._values[: len(indices)]
+        self.keys, self.values = self._keys[:, :, :length], self._values[:, :, :length]
+
+
+def preallocated_cache(config: PretrainedConfig, capacity: int) -> DynamicCache:
+    """transformers' cache for this model whose ordinary layers are allocated once for ``capacity`` tokens.
+
+    Layers of another kind (sliding windows, recurrent states) stay as transformers makes them.
+    """
+    cache = DynamicCache(config=config)
+    cache.layers = [PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def can_shrink(cache: DynamicCache) -> bool:
+    """Whether rows can leave the cache: true of layers that keep keys and values, not of recurrent states."""
+    return all(isinstance(layer, DynamicLayer) for layer in cache.layers)

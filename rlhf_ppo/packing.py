@@ -1,0 +1,98 @@
+"""Packing: prompts with responses laid end to end in one row, so that no model ever computes on padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+_LENGTHS: ContextVar[tuple[int, ...]] = ContextVar("packed_lengths")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """B sequences of N tokens in all, as one row; equally long ones lie side by side."""
+
+    ids: Tensor
+    """[1, N] token ids."""
+    positions: Tensor
+    """[1, N] positions, from 0 in each sequence."""
+    lengths: tuple[int, ...]
+    """[B] tokens of each sequence, in the order in which they lie."""
+    index: Tensor
+    """[n] where the state before each of the n True response tokens lies, in the order of ``response_ids[mask]``."""
+
+
+def pack(prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, mask: Tensor) -> Packed:
+    """Lay prompts [B, P] and responses [B, T] end to end; the last token of a response is never an input."""
+    ids = torch.cat([prompt_ids, response_ids[:, :-1]], dim=1)
+    real = torch.cat([prompt_mask, mask[:, :-1]], dim=1)
+    lengths, order = real.sum(dim=1).sort()
+    ids, real = ids[order], real[order]
+    place = real.flatten().cumsum(0).view_as(real) - 1
+    unsorted = torch.empty_like(place)
+    unsorted[order] = place
+    before = unsorted[:, prompt_ids.shape[1] - 1 :]  # the state before response token t, for every t
+    positions = real.cumsum(dim=1) - 1
+    return Packed(ids[real][None], positions[real][None], tuple(lengths.tolist()), before[mask])
+
+
+@contextmanager
+def packed_attention(config: PretrainedConfig, lengths: tuple[int, ...]) -> Iterator[None]:
+    """While this lasts, models with this config attend within each of the packed sequences and to nothing else."""
+    before = config._attn_implementation
+    token = _LENGTHS.set(lengths)
+    config._attn_implementation = "rlhf_ppo_packed"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+        _LENGTHS.reset(token)
+
+
+def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any) -> Any:
+    """transformers' own sdpa attention, one call for each run of equally long sequences: [1, H, N, D] each."""
+    runs = [(length, len(list(same))) for length, same in groupby(_LENGTHS.get())]
+    sizes = [length * count for length, count in runs]
+    outputs: list[Tensor] = []
+    for (length, count), q, k, v in zip(
+        runs, query.split(sizes, dim=2), key.split(sizes, dim=2), value.split(sizes, dim=2), strict=True
+    ):
+        rows = [x[0].unflatten(1, (count, length)).transpose(0, 1) for x in (q, k, v)]
+        output, _ = sdpa_attention_forward(module, *rows, None, **{**kwargs, "is_causal": True})
+        outputs.append(output.flatten(0, 1))
+    return torch.cat(outputs)[None], None
+
+
+AttentionInterface.register("rlhf_ppo_packed", _attend)
+
+
+def token_batches(lengths: Sequence[int], max_tokens: int, *, padded: bool) -> list[list[int]]:
+    """Rows in groups of at most ``max_tokens`` tokens each (or a single row), sorted by length.
+
+    Args:
+        lengths: tokens of each row.
+        max_tokens: most tokens of a group.
+        padded: count every row of a group as long as its longest.
+    Returns:
+        Indices into ``lengths``; every row is in exactly one group.
+    """
+    groups: list[list[int]] = []
+    tokens = 0
+    for row in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        # Rows come in order of length, so the newest is the longest of its group.
+        together = lengths[row] * (len(groups[-1]) + 1) if groups and padded else tokens + lengths[row]
+        if not groups or together > max_tokens:
+            groups.append([])
+            together = lengths[row]
+        groups[-1].append(row)
+        tokens = together
+    return groups

@@ -1,0 +1,209 @@
+"""Reading: a causal language model evaluated at response tokens alone, in the fewest and largest products."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_ppo.core import entropy_from_logits, linear_logprobs, token_logprobs
+from rlhf_ppo.core.logprobs import project
+from rlhf_ppo.packing import pack, packed_attention
+
+
+class Sequences(NamedTuple):
+    """B prompts with their responses."""
+
+    prompt_ids: Tensor
+    """[B, P] left-padded."""
+    prompt_mask: Tensor
+    """[B, P] bool."""
+    response_ids: Tensor
+    """[B, T] right-padded."""
+    mask: Tensor
+    """[B, T] bool."""
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """Positions [B, L] that count real tokens only, so that padding on the left changes nothing."""
+    return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def without_adapter_wrapper(model: nn.Module) -> Any:
+    """The transformers model inside a PEFT model, adapters in place; any other model itself."""
+    return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class Reader:
+    """Reads a model's hidden states and log-probs at response tokens, [n] as :func:`select` chooses them.
+
+    The plain way is one forward pass over the padded batch and log-probs from its logits. Where a look at the model
+    shows that they give the same, it takes shortcuts: the output layer is applied by ``linear_logprobs`` (a model whose
+    logits are nothing but a linear map of its last hidden states), and on CPU sequences are packed end to end.
+    """
+
+    def __init__(self, model: nn.Module, *, plain: bool = False) -> None:
+        """Look at the model; ``plain`` takes no shortcut."""
+        self.model = model
+        base = without_adapter_wrapper(model)
+        self.trunk: nn.Module = base.base_model
+        self.config = base.config
+        self.has_head = self.trunk is not base
+        self.head = None if plain else self._plain_head(base)
+        self.packs = not plain and self._can_pack()
+
+    # What the model gives
+
+    def hidden(self, sequences: Sequences) -> Tensor:
+        """[n, O] last hidden states before each response token."""
+        if self.packs_on(sequences.mask.device):
+            packed = pack(*sequences)
+            with packed_attention(self.config, packed.lengths):
+                return _call(self.trunk, packed.ids, packed.positions).last_hidden_state[0, packed.index]
+        ids, attention = _padded(sequences)
+        hidden = _call(self.trunk, ids, position_ids(attention), attention).last_hidden_state
+        return select(hidden[:, -sequences.mask.shape[1] :], sequences.mask)
+
+    def logprobs(
+        self, sequences: Sequences, *, temperature: float, entropy: bool = False, hidden: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Log-probs [n] of the response tokens, and if asked the entropies [n] and the hidden states [n, O]."""
+        tokens = select(sequences.response_ids, sequences.mask)
+        if self.head is not None:
+            states = self.hidden(sequences)
+            result = linear_logprobs(
+                states, self.head.weight, tokens, bias=self.head.bias, temperature=temperature, return_entropy=entropy
+            )
+            logprobs, entropies = result if isinstance(result, tuple) else (result, None)
+            return logprobs, entropies, states
+        logits, states = self._logits(sequences, hidden=hidden)
+        logits = logits.float()
+        return (
+            token_logprobs(logits, tokens, temperature=temperature),
+            entropy_from_logits(logits, temperature=temperature) if entropy else None,
+            states,
+        )
+
+    def _logits(self, sequences: Sequences, *, hidden: bool) -> tuple[Tensor, Tensor | None]:
+        """Logits [n, V] as the model itself makes them, and the last hidden states [n, O] if asked."""
+        kwargs: dict[str, Any] = {"output_hidden_states": True} if hidden else {}
+        if self.packs_on(sequences.mask.device):
+            packed = pack(*sequences)
+            with packed_attention(self.config, packed.lengths):
+                output = _call(self.model, packed.ids, packed.positions, logits_to_keep=packed.index, **kwargs)
+            return output.logits[0], output.hidden_states[-1][0, packed.index] if hidden else None
+        ids, attention = _padded(sequences)
+        mask, length = sequences.mask, sequences.mask.shape[1]
+        if _accepts(self.model, "logits_to_keep"):
+            kwargs["logits_to_keep"] = length
+        output = _call(self.model, ids, position_ids(attention), attention, **kwargs)
+        states = select(output.hidden_states[-1][:, -length:], mask) if hidden else None
+        return select(output.logits[:, -length:], mask), states
+
+    @torch.no_grad()
+    def step(
+        self, ids: Tensor, positions: Tensor, attention: Tensor | None, cache: Any, *, hidden: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """One decoding step: logits [B, V] of the next token and, if asked, the state [B, O] they come from."""
+        kwargs: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+        if self.head is not None:
+            state = _call(self.trunk, ids, positions, attention, **kwargs).last_hidden_state[:, -1]
+            return project(state, self.head.weight, self.head.bias), state
+        if _accepts(self.model, "logits_to_keep"):
+            kwargs["logits_to_keep"] = 1
+        output = _call(self.model, ids, positions, attention, output_hidden_states=hidden, **kwargs)
+        return output.logits[:, -1].float(), output.hidden_states[-1][:, -1] if hidden else None
+
+    # What the model allows
+
+    def packs_on(self, device: torch.device) -> bool:
+        """Whether sequences are packed on this device; on a GPU a loop over them is slower than a little padding."""
+        return self.packs and device.type == "cpu"
+
+    def _plain_head(self, base: Any) -> nn.Linear | None:
+        """The output layer, if the model's logits are exactly that layer on the trunk's hidden states."""
+        if not self.has_head or not type(base).__module__.startswith("transformers."):
+            return None  # a class of the user's own may do anything to its logits
+        head = base.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            return None
+        ids, positions = self._probe_ids()
+        with torch.no_grad():
+            logits = _call(self.model, ids, positions).logits
+            # Bit for bit: a cap on the logits that hardly shows in small ones must show here.
+            same = torch.equal(logits, head(_call(self.trunk, ids, positions).last_hidden_state))
+        return head if same else None
+
+    def _can_pack(self) -> bool:
+        """Whether packed sequences give what the same sequences give one by one."""
+        text = self.config.get_text_config()
+        if self.config._attn_implementation != "sdpa" or getattr(text, "sliding_window", None) is not None:
+            return False
+        if not _accepts(self.trunk, "position_ids") or next(self.model.parameters()).dtype != torch.float32:
+            return False
+        ids, positions = self._probe_ids()
+        short, long = ids[:, :3], ids[:, 3:]
+        packed = torch.cat([positions[:, :3], positions[:, :5]], dim=1)
+        index = torch.tensor([2, 7], device=ids.device)
+        try:
+            with torch.no_grad():
+                apart = [self._probe(x, positions[:, : x.shape[1]], None)[-1:] for x in (short, long)]
+                with packed_attention(self.config, (3, 5)):
+                    together = self._probe(ids, packed, index)
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return False
+        difference = (torch.cat(apart) - together).abs().max()
+        return bool(difference <= 1e-4 * together.abs().max())
+
+    def _probe_ids(self) -> tuple[Tensor, Tensor]:
+        device = next(self.model.parameters()).device
+        vocabulary = int(self.config.get_text_config().vocab_size)
+        ids = torch.arange(1, 9, device=device)[None] * 7 % vocabulary
+        return ids, torch.arange(8, device=device)[None]
+
+    def _probe(self, ids: Tensor, positions: Tensor, index: Tensor | None) -> Tensor:
+        if self.head is not None or not self.has_head:
+            states = _call(self.trunk, ids, positions).last_hidden_state[0]
+            return states if index is None else states[index]
+        kwargs = {} if index is None else {"logits_to_keep": index}
+        return _call(self.model, ids, positions, **kwargs).logits[0]
+
+
+def select(x: Tensor, mask: Tensor) -> Tensor:
+    """What ``x`` [B, T, ...] holds at response tokens, [n, ...]; on a GPU at all places, for a look would stall it."""
+    return x[mask] if mask.device.type == "cpu" else x.flatten(0, 1)
+
+
+def place(values: Tensor, mask: Tensor) -> Tensor:
+    """The inverse of :func:`select`: [n] -> [B, T], 0 outside ``mask``."""
+    nothing = torch.zeros(mask.shape, dtype=values.dtype, device=mask.device)
+    if mask.device.type == "cpu":
+        return nothing.masked_scatter(mask, values)
+    return torch.where(mask, values.view_as(nothing), nothing)
+
+
+def _padded(sequences: Sequences) -> tuple[Tensor, Tensor]:
+    """Ids and mask [B, P + T - 1] whose last T positions predict the response: its last token is never an input."""
+    prompt_ids, prompt_mask, response_ids, mask = sequences
+    return torch.cat([prompt_ids, response_ids[:, :-1]], dim=1), torch.cat([prompt_mask, mask[:, :-1]], dim=1)
+
+
+def _call(model: nn.Module, ids: Tensor, positions: Tensor, attention: Tensor | None = None, **kwargs: Any) -> Any:
+    if _accepts(model, "position_ids"):
+        kwargs["position_ids"] = positions
+    if attention is not None:
+        kwargs["attention_mask"] = attention.long()
+    return model(input_ids=ids, **{"use_cache": False, **kwargs})
+
+
+def _accepts(model: nn.Module, name: str) -> bool:
+    return name in _forward_parameters(type(without_adapter_wrapper(model)))
+
+
+@cache
+def _forward_parameters(model_class: type[nn.Module]) -> frozenset[str]:
+    # Looked up at every decoding step, so read once a class.
+    return frozenset(inspect.signature(model_class.forward).parameters)

@@ -1,0 +1,37 @@
+"""Precision: in which number format the matrix products of a run are made."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+def compute_in_bf16(precision: Precision, device: torch.device) -> bool:
+    """Whether matrix products run in bfloat16: asked for, or ("auto") a device that multiplies it faster than float32.
+
+    GPUs since Ampere do, and CPUs with AVX512-BF16 or AMX.
+
+    Raises:
+        ValueError: bf16 on a GPU that cannot compute in it.
+    """
+    if device.type == "cuda":
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+        if precision == "bf16" and not able:
+            raise ValueError(f"precision='bf16' needs a newer GPU than {torch.cuda.get_device_name()}; use fp32")
+    else:
+        able = device.type == "cpu" and cpu_multiplies_bf16()
+    return precision == "bf16" or (precision == "auto" and able)
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 numbers."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def autocast(bf16: bool, device: torch.device) -> torch.autocast:
+    """A context in which matrix products run in bfloat16, if ``bf16``; weights and optimizer stay in float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
