@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# torch backs large CPU tensors with huge pages if it finds this before the first one is made (Linux; elsewhere nothing
+# happens): logits and gradients of a vocabulary otherwise cost thousands of page faults each time.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
     from rlhf_ppo.config import RLHFConfig

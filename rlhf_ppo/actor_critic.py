@@ -13,10 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
-from transformers.activations import NewGELUActivation
 
 from rlhf_ppo.core import PolicyOutput
-from rlhf_ppo.models import freeze, text_config
+from rlhf_ppo.models import freeze, fuse_activations, text_config
 from rlhf_ppo.reading import Reader, Sequences, place
 
 
@@ -160,11 +159,3 @@ class Reference:
         with self._active():
             logprobs, _, _ = self.reader.logprobs(sequences, temperature=temperature)
         return place(logprobs, mask)
-
-
-def fuse_activations(model: nn.Module) -> None:
-    """Let one kernel compute GPT-2's "gelu_new", which transformers spells out in eight passes: the same function."""
-    for module in model.modules():
-        for name, child in module.named_children():
-            if type(child) is NewGELUActivation:
-                setattr(module, name, nn.GELU(approximate="tanh").eval())

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.activations import NewGELUActivation
 
 EMBEDDED_MODEL = str(Path(__file__).parent / "assets" / "stories-gpt2")
 """Folder of the small GPT-2 that comes with the package, by name "embedded"."""
@@ -106,3 +107,11 @@ def prompt_room(config: PretrainedConfig, max_new_tokens: int) -> int | None:
 def freeze(model: nn.Module) -> nn.Module:
     """The model in evaluation mode without gradients."""
     return model.eval().requires_grad_(False)
+
+
+def fuse_activations(model: nn.Module) -> None:
+    """Let one kernel compute GPT-2's "gelu_new", which transformers spells out in eight passes: the same function."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if type(child) is NewGELUActivation:
+                setattr(module, name, nn.GELU(approximate="tanh").eval())

@@ -66,8 +66,8 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
     for (length, count), q, k, v in zip(
         runs, query.split(sizes, dim=2), key.split(sizes, dim=2), value.split(sizes, dim=2), strict=True
     ):
-        rows = [x[0].unflatten(1, (count, length)).transpose(0, 1) for x in (q, k, v)]
-        output, _ = sdpa_attention_forward(module, *rows, None, **{**kwargs, "is_causal": True})
+        q, k, v = (x[0].unflatten(1, (count, length)).transpose(0, 1) for x in (q, k, v))
+        output, _ = sdpa_attention_forward(module, q, k, v, None, **{**kwargs, "is_causal": True})
         outputs.append(output.flatten(0, 1))
     return torch.cat(outputs)[None], None
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from rlhf_ppo.data import Prompt
-from rlhf_ppo.models import find_config, freeze
+from rlhf_ppo.models import find_config, freeze, fuse_activations
 
 RewardFunction = Callable[..., Any]
 """``fn(prompts, completions, **columns)``: one float, or None for "cannot be scored", per completion."""
@@ -71,6 +71,7 @@ class RewardModel:
                 model, dtype=torch.float32, trust_remote_code=False
             )
         self.model: Any = freeze(cast(PreTrainedModel, model)).to(device)
+        fuse_activations(self.model)
         self.batch_size = batch_size
 
     def _text(self, prompt: Prompt, completion: str) -> str:

@@ -111,8 +111,8 @@ def uniforms(steps: int, rows: int, generator: torch.Generator | None, device: t
 def draw(weights: Tensor, u: Tensor) -> Tensor:
     """The tokens at which the cumulative weights pass ``u`` of their total.
 
-    Blocks of the vocabulary are searched first and tokens within one block second. The sums that decide are kept in
-    float64 (where the device has it), so that tokens of tiny probability keep it.
+    Blocks of the vocabulary are searched first and tokens within one block second. The running sums are kept in float64
+    (where the device has it), so that tokens of tiny probability keep it.
 
     Args:
         weights: [B, V] not negative; a token of weight 0 is never drawn.
@@ -122,10 +122,8 @@ def draw(weights: Tensor, u: Tensor) -> Tensor:
     """
     vocabulary = weights.shape[1]
     whole = vocabulary // _BLOCK * _BLOCK
-    sums = [weights[:, :whole].unflatten(1, (-1, _BLOCK)).sum(dim=-1, dtype=u.dtype)] if whole else []
-    if whole < vocabulary:
-        sums.append(weights[:, whole:].sum(dim=-1, keepdim=True, dtype=u.dtype))
-    blocks = torch.cat(sums, dim=1).cumsum(dim=-1)
+    sums = [weights[:, :whole].unflatten(1, (-1, _BLOCK)).sum(dim=-1), weights[:, whole:].sum(dim=-1, keepdim=True)]
+    blocks = torch.cat(sums, dim=1).to(u.dtype).cumsum(dim=-1)
     place = _below(u[:, None] * blocks[:, -1:], blocks[:, -1:])
     # right=True finds the first entry above the place, whose own weight is therefore not 0.
     block = torch.searchsorted(blocks, place, right=True)

@@ -30,6 +30,7 @@ from rlhf_ppo.core import (
 )
 from rlhf_ppo.data import Prompt, PromptSet
 from rlhf_ppo.experience import describe, estimate
+from rlhf_ppo.gradients import accumulate_gradients, clear_gradients, clip_and_step
 from rlhf_ppo.rewards import RewardError
 from rlhf_ppo.rollout import Rollout
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
@@ -249,9 +250,11 @@ class PPOTrainer:
                 epoch.merge(step)
                 limit = args.stopping_kl
                 if stop := limit is not None and step.compute()["approx_kl"] > limit:
-                    self.optimizer.zero_grad(set_to_none=True)
+                    clear_gradients(self.model)
                     break
-                grad_norm, finite = self._step_optimizer()
+                grad_norm, finite = clip_and_step(self.optimizer, self.model.trainable_parameters(), args.max_grad_norm)
+                self.scheduler.step()
+                clear_gradients(self.model)
                 taken = {**step_losses, "grad_norm": grad_norm}
                 losses.add({name: torch.where(finite, x, 0.0) for name, x in taken.items()}, weight=finite)
                 skipped += ~finite
@@ -290,36 +293,20 @@ class PPOTrainer:
         for rows in self.parts.batches(rollout, minibatch):
             part = rollout.sequences(rows)
             facts = old[rows][:, : part.mask.shape[1]]
-            with autocast(self.parts.bf16, self.device):
-                new = self.model(*part, temperature=self.args.temperature, entropy=self.objective.ent_coef > 0)
-            loss = ppo_loss(new, facts, self.objective, denominator=denominator)
-            loss.total.backward()
+            with accumulate_gradients(self.model):
+                with autocast(self.parts.bf16, self.device):
+                    new = self.model(*part, temperature=self.args.temperature, entropy=self.objective.ent_coef > 0)
+                loss = ppo_loss(new, facts, self.objective, denominator=denominator)
+                loss.total.backward()
             actions.add(ppo_diagnostics(new, facts, self.objective), weight=facts.mask.sum())
             losses["policy"] += loss.policy.detach()
             losses["value"] += loss.value.detach()
         return actions, losses
 
-    def _step_optimizer(self) -> tuple[Tensor, Tensor]:
-        """Clip the gradient and step, unless it is not finite: (norm before clipping, whether it was finite).
-
-        The fused optimizer divides by ``grad_scale`` and stays still under ``found_inf`` on its own: no pass over the
-        gradients is spent on clipping, and nothing waits for the device.
-        """
-        gradients = [p.grad for p in self.model.trainable_parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        finite = torch.isfinite(norm)
-        optimizer: Any = self.optimizer
-        optimizer.grad_scale = (norm / self.args.max_grad_norm).clamp(min=1.0)
-        optimizer.found_inf = (~finite).float()
-        optimizer.step()
-        self.scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
-        return norm, finite
-
     def _check_tripwire(self, first_step: MetricAverage) -> float:
         gap = first_step.compute()["max_abs_log_ratio"]
         if not gap <= self.args.max_initial_log_ratio:
-            self.optimizer.zero_grad(set_to_none=True)
+            clear_gradients(self.model)
             raise RatioTripwireError(
                 f"before the first optimizer step some |log(new/old)| is {gap:.3g} nats, above max_initial_log_ratio="
                 f"{self.args.max_initial_log_ratio}: sampling and training disagree. Usual causes: weights changed "
