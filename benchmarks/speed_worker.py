@@ -10,12 +10,15 @@ import tempfile
 import time
 from collections import defaultdict
 from contextlib import contextmanager
+from functools import cache
+from itertools import pairwise
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
-from speed_workloads import WORKLOADS, Workload, make_models, make_prompts, make_tokenizer
+from speed_workloads import EOS, SHORTEST, WORKLOADS, Workload, make_models, make_prompts, make_tokenizer
 
 
 def resident_bytes() -> int:
@@ -31,44 +34,51 @@ def static_bytes(*models: torch.nn.Module, trained: tuple[torch.nn.Module, ...])
     return sum(p.nbytes * (4 if i in moving else 1) for i, p in parameters.items())
 
 
-def run_ours(work: Workload, *, separate_critic: bool, precision: str) -> dict:
-    """This project: all through PPOTrainer.train()."""
+def trainer_for(work: Workload, folder: str, *, separate_critic: bool, precision: str, **arguments: Any) -> Any:
+    """This project's trainer for a workload, and the bytes of its static state."""
     from rlhf_ppo import PPOTrainer, RLHFConfig
     from rlhf_ppo.rewards import RewardModel
 
-    imports = resident_bytes()
     models, tokenizer = make_models(work), make_tokenizer(work)
-    if not separate_critic:
-        del models["value"]
+    trainer = PPOTrainer(
+        model=models["policy"],
+        ref_model=models["reference"],
+        value_model=models["value"] if separate_critic else None,
+        reward_funcs=RewardModel(models["reward"], tokenizer),
+        processing_class=tokenizer,
+        train_dataset=[{"prompt": prompt} for prompt in make_prompts(work)],
+        args=RLHFConfig(
+            output_dir=folder,
+            total_episodes=work.prompts * (work.iterations + 1),
+            rollout_batch_size=work.prompts,
+            max_new_tokens=work.new_tokens,
+            stop_token_ids=(EOS,) if work.spread else (),
+            num_epochs=work.epochs,
+            num_minibatches=work.minibatches,
+            learning_rate=1e-6,
+            precision=precision,
+            quiet=True,
+        ),
+        **arguments,
+    )
+    return trainer, static_bytes(trainer.model, trainer.reference.model, models["reward"], trained=(trainer.model,))
+
+
+def run_ours(work: Workload, *, separate_critic: bool, precision: str) -> dict:
+    """This project: all through PPOTrainer.train()."""
+    import rlhf_ppo.trainer  # noqa: F401
+
+    imports = resident_bytes()
     times, lengths = [], []
 
-    def record(trainer: PPOTrainer, metrics: dict[str, float]) -> None:
+    def record(trainer: Any, metrics: dict[str, float]) -> None:
         times.append((time.perf_counter(), dict(trainer.timings)))
         lengths.append(metrics["response/length_tokens"])
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = PPOTrainer(
-            model=models["policy"],
-            ref_model=models["reference"],
-            value_model=models["value"] if separate_critic else None,
-            reward_funcs=RewardModel(models["reward"], tokenizer),
-            processing_class=tokenizer,
-            train_dataset=[{"prompt": prompt} for prompt in make_prompts(work)],
-            args=RLHFConfig(
-                output_dir=folder,
-                total_episodes=work.prompts * (work.iterations + 1),
-                rollout_batch_size=work.prompts,
-                max_new_tokens=work.new_tokens,
-                stop_token_ids=(0,) if work.spread else (),
-                num_epochs=work.epochs,
-                num_minibatches=work.minibatches,
-                learning_rate=1e-6,
-                precision=precision,
-                quiet=True,
-            ),
-            callbacks=[record],
+        trainer, static = trainer_for(
+            work, folder, separate_critic=separate_critic, precision=precision, callbacks=[record]
         )
-        static = static_bytes(trainer.model, trainer.reference.model, models["reward"], trained=(trainer.model,))
         trainer.train()
     totals = defaultdict(float)
     for _, phases in times[1:]:
@@ -169,13 +179,12 @@ def run_peer(work: Workload) -> dict:
 
 
 def report(work: Workload, ends: list[float], phases: dict, imports: int, static: int, lengths: list[float]) -> dict:
-    """What both sides print: medians over the timed iterations."""
-    seconds = sorted(b - a for a, b in zip(ends, ends[1:], strict=False))
+    """What both sides print."""
+    seconds = [b - a for a, b in pairwise(ends)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     total = ends[-1] - ends[0]
     return {
-        "seconds": seconds[len(seconds) // 2] if len(seconds) % 2 else sum(seconds[len(seconds) // 2 - 1 :][:2]) / 2,
-        "all_seconds": seconds,
+        "seconds": seconds,
         "mean_tokens": sum(lengths) / len(lengths),
         "phases": {name: value / total for name, value in phases.items()},
         "peak_bytes": peak,
@@ -185,9 +194,71 @@ def report(work: Workload, ends: list[float], phases: dict, imports: int, static
     }
 
 
+def run_floor(work: Workload) -> dict:
+    """Seconds that the iteration's dense matrix products alone take: weights times activations, nothing else.
+
+    Every product is made in the fastest of the layouts in use, into memory that is there already. Attention's own
+    products are left out. bf16 where the defaults use it.
+    """
+    from rlhf_ppo.runtime.precision import cpu_multiplies_bf16
+
+    d, vocabulary = work.width, work.vocabulary
+    trunk = [(d, 3 * d), (d, d), (d, 4 * d), (4 * d, d)]
+    shortest = SHORTEST if work.spread else work.new_tokens
+    lengths = torch.linspace(shortest, work.new_tokens, work.prompts).round().long()
+    responses, tokens = int(lengths.sum()), int((lengths + work.prompt_tokens - 1).sum())
+    buffers: dict[tuple, torch.Tensor] = {}
+
+    def seconds(rows: int, inner: int, columns: int, dtype: torch.dtype) -> float:
+        for shape in ((rows, inner), (inner, columns), (rows, columns)):
+            buffers.setdefault((*shape, dtype), torch.randn(shape, dtype=dtype))
+        a, b, out = (buffers[(*s, dtype)] for s in ((rows, inner), (inner, columns), (rows, columns)))
+        times = []
+        for _ in range(7 if rows * inner * columns < 1e9 else 3):
+            started = time.perf_counter()
+            torch.mm(a, b, out=out)
+            times.append(time.perf_counter() - started)
+        return sorted(times)[len(times) // 2]
+
+    def total(dtype: torch.dtype, *, separate_critic: bool) -> float:
+        @cache
+        def forward(rows: int) -> float:
+            return work.layers * sum(seconds(rows, i, o, dtype) for i, o in trunk)
+
+        @cache
+        def backward(rows: int) -> float:
+            return work.layers * sum(seconds(rows, o, i, dtype) + seconds(i, rows, o, dtype) for i, o in trunk)
+
+        @cache
+        def head(rows: int) -> float:  # the vocabulary as rows: up to twice as fast as as columns
+            return seconds(vocabulary, d, rows, dtype)
+
+        @cache
+        def head_backward(rows: int) -> float:
+            return seconds(rows, vocabulary, d, dtype) + seconds(vocabulary, rows, d, dtype)
+
+        alive = [int((lengths > t).sum()) for t in range(work.new_tokens)]
+        decode = forward(work.prompts * work.prompt_tokens) + head(alive[0])
+        decode += sum(forward(rows) + head(rows) for rows in alive[1:])
+        read = forward(tokens) + head(responses // 4) * 4  # the reference
+        score = forward(tokens + work.prompts)
+        part, part_responses = tokens // work.minibatches, responses // work.minibatches
+        update = forward(part) + backward(part) + head(part_responses) + head_backward(part_responses)
+        if separate_critic:
+            read += forward(tokens)
+            update += forward(part) + backward(part)
+        return decode + read + score + work.epochs * work.minibatches * update
+
+    result = {
+        "like": total(torch.float32, separate_critic=True),
+        "defaults": total(torch.bfloat16 if cpu_multiplies_bf16() else torch.float32, separate_critic=False),
+    }
+    return {"seconds": result}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("side", choices=("peer", "like", "defaults"))
+    parser.add_argument("side", choices=("peer", "like", "defaults", "floor"))
     parser.add_argument("workload", choices=WORKLOADS)
     parser.add_argument("--threads", type=int, default=2)
     flags = parser.parse_args()
@@ -195,6 +266,8 @@ def main() -> None:
     work = WORKLOADS[flags.workload]
     if flags.side == "peer":
         result = run_peer(work)
+    elif flags.side == "floor":
+        result = run_floor(work)
     else:
         like = flags.side == "like"
         result = run_ours(work, separate_critic=like, precision="fp32" if like else "auto")

@@ -80,9 +80,7 @@ class SpreadLengths(GPT2LMHeadModel):
         keep = output.logits.shape[1]
         kept = kwargs.get("logits_to_keep", 0)
         positions = position_ids[:, kept] if isinstance(kept, torch.Tensor) else position_ids[:, -keep:]
-        bias = torch.zeros_like(output.logits[..., :1])
-        bias[..., 0] = self.eos_bias[positions]
-        output.logits = torch.cat([output.logits[..., :1] + bias, output.logits[..., 1:]], dim=-1)
+        output.logits[..., 0] += self.eos_bias[positions]
         return output
 
 

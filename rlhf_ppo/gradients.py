@@ -33,12 +33,9 @@ def accumulate_gradients(model: nn.Module) -> Iterator[None]:
 
 def clear_gradients(model: nn.Module) -> None:
     """Forget all gradients; those of embeddings that no output layer shares stay allocated, as zeros."""
-    heads = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
-    kept = {
-        id(module.weight)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding) and id(module.weight) not in heads
-    }
+    modules = list(model.modules())
+    heads = {id(module.weight) for module in modules if isinstance(module, nn.Linear)}
+    kept = {id(m.weight) for m in modules if isinstance(m, nn.Embedding) and id(m.weight) not in heads}
     for parameter in model.parameters():
         if parameter.grad is not None and id(parameter) in kept:
             parameter.grad.zero_()

@@ -194,9 +194,8 @@ def _padded(sequences: Sequences) -> tuple[Tensor, Tensor]:
 def _call(model: nn.Module, ids: Tensor, positions: Tensor, attention: Tensor | None = None, **kwargs: Any) -> Any:
     if _accepts(model, "position_ids"):
         kwargs["position_ids"] = positions
-    if attention is not None:
-        kwargs["attention_mask"] = attention.long()
-    return model(input_ids=ids, **{"use_cache": False, **kwargs})
+    mask = torch.ones_like(ids) if attention is None else attention.long()
+    return model(input_ids=ids, attention_mask=mask, **{"use_cache": False, **kwargs})
 
 
 def _accepts(model: nn.Module, name: str) -> bool:

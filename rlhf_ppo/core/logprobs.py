@@ -32,9 +32,35 @@ def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) 
     require_same_shape(tokens=tokens, logits_without_vocabulary=logits[..., 0])
     _check_temperature(temperature)
     _check_ids(tokens, logits.shape[-1])
-    scaled = logits.to(compute_dtype(logits)) / temperature
-    chosen = scaled.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
-    return (chosen - scaled.logsumexp(dim=-1)).to(result_dtype(logits))
+    apply = cast(Callable[..., Tensor], _TokenLogprobs.apply)  # torch leaves apply untyped
+    return apply(logits, tokens.long(), temperature).to(result_dtype(logits))
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Keeps one [*, V] tensor, the softmax, between forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+        scaled = logits.to(compute_dtype(logits), copy=True)
+        if temperature != 1:
+            scaled.div_(temperature)
+        chosen = scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        p, normaliser = softmax_(scaled)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(p, tokens)
+        return chosen - normaliser
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (once_differentiable makes ctx positional)
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        p, tokens = ctx.saved_tensors
+        # d logprob / d logit = (onehot - p) / temperature
+        upstream = (grad_outputs[0] / ctx.temperature).unsqueeze(-1)
+        grad = (-upstream * p).scatter_add_(-1, tokens.unsqueeze(-1), upstream)
+        return grad.to(ctx.dtype), None, None
 
 
 def linear_logprobs(
@@ -152,8 +178,8 @@ class _LinearLogprobs(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[rows] = (grad_logits @ weight.to(dtype)).to(hidden.dtype)
             if needs_weight:
-                part = grad_logits.T @ hidden[rows].to(dtype)
-                grad_weight = part if grad_weight is None else grad_weight.add_(part)
+                transposed, states = grad_logits.T, hidden[rows].to(dtype)
+                grad_weight = transposed @ states if grad_weight is None else grad_weight.addmm_(transposed, states)
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(dim=0)
         if needs_weight and grad_weight is None:  # no rows at all

@@ -1,0 +1,76 @@
+"""Where the time of a PPO iteration goes, operator by operator: one iteration of workload M, like for like.
+
+Run:  python benchmarks/speed_profile.py --picture profile.png        (about two minutes on two CPU cores)
+Prints seconds by kind of work and draws them; "outside operators" is Python, scheduling and waiting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from speed_worker import trainer_for
+from speed_workloads import WORKLOADS, make_prompts
+from torch.profiler import ProfilerActivity, profile
+
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+    "attention": ("aten::_scaled_dot_product_flash",),
+    "activation": ("aten::gelu",),
+    "optimizer and gradient norm": ("aten::_fused_adam", "aten::linalg_vector_norm", "aten::_foreach_norm"),
+    "softmax over the vocabulary": ("aten::exp", "aten::sub", "aten::amax", "aten::sum", "aten::div", "aten::mul")
+    + ("aten::clamp", "aten::gather", "aten::scatter", "aten::log"),
+    "layer norm, residuals": ("aten::native_layer_norm", "aten::add"),
+    "copies and memory": ("aten::copy_", "aten::cat", "aten::fill_", "aten::zero_", "aten::index", "aten::empty"),
+}
+
+
+def kind_of(operator: str) -> str:
+    """The kind of work an operator does."""
+    return next((kind for kind, names in KINDS.items() if operator.startswith(names)), "other operators")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", default="M", choices=WORKLOADS)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--picture", type=Path, default=None)
+    flags = parser.parse_args()
+    torch.set_num_threads(flags.threads)
+    work = WORKLOADS[flags.workload]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, _ = trainer_for(work, folder, separate_critic=True, precision="fp32")
+        prompts = make_prompts(work)
+        trainer.step(trainer.rollout(prompts))
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            started = time.perf_counter()
+            trainer.step(trainer.rollout(prompts))
+            wall = time.perf_counter() - started
+    seconds: Counter[str] = Counter()
+    for event in profiler.key_averages():
+        seconds[kind_of(event.key)] += event.self_cpu_time_total / 1e6
+    seconds["outside operators"] = max(wall - sum(seconds.values()), 0.0)
+    ordered = seconds.most_common()
+    for kind, value in ordered:
+        print(f"| {kind} | {value:.2f} s | {value / wall:.0%} |")
+    if flags.picture is not None:
+        import matplotlib.pyplot as plt
+
+        figure, axis = plt.subplots(figsize=(7, 3.2))
+        names, values = [kind for kind, _ in ordered][::-1], [value for _, value in ordered][::-1]
+        bars = axis.barh(names, values, color="#4c72b0")
+        axis.bar_label(bars, [f"{value:.2f} s, {value / wall:.0%}" for value in values], padding=4)
+        axis.set_xlim(0, max(values) * 1.25)
+        axis.set_xlabel(f"seconds of one iteration of {wall:.1f} s (workload {flags.workload}, like for like)")
+        axis.spines[["top", "right"]].set_visible(False)
+        figure.tight_layout()
+        figure.savefig(flags.picture, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
