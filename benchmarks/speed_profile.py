@@ -23,8 +23,9 @@ KINDS = {
     "attention": ("aten::_scaled_dot_product_flash",),
     "activation": ("aten::gelu",),
     "optimizer and gradient norm": ("aten::_fused_adam", "aten::linalg_vector_norm", "aten::_foreach_norm"),
-    "softmax over the vocabulary": ("aten::exp", "aten::sub", "aten::amax", "aten::sum", "aten::div", "aten::mul")
-    + ("aten::clamp", "aten::gather", "aten::scatter", "aten::log"),
+    "softmax over the vocabulary": tuple(
+        f"aten::{name}" for name in "exp sub amax sum div mul clamp gather scatter log".split()
+    ),
     "layer norm, residuals": ("aten::native_layer_norm", "aten::add"),
     "copies and memory": ("aten::copy_", "aten::cat", "aten::fill_", "aten::zero_", "aten::index", "aten::empty"),
 }

@@ -85,15 +85,12 @@ def next_decisions(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
     The last True step closes the episode, whether a stop token or the length limit ended it, so its own entry is 0.
     """
-    next_values, terminated = torch.zeros_like(values), torch.zeros_like(mask)
-    upcoming = torch.zeros_like(values[:, 0])
-    found = torch.zeros_like(mask[:, 0])
-    for t in reversed(range(mask.shape[1])):
-        next_values[:, t] = upcoming
-        terminated[:, t] = mask[:, t] & ~found
-        upcoming = torch.where(mask[:, t], values[:, t], upcoming)
-        found = found | mask[:, t]
-    return next_values, terminated
+    length = mask.shape[1]
+    steps = torch.arange(length, device=mask.device).expand_as(mask)
+    here_or_later = torch.where(mask, steps, length).flip(1).cummin(dim=1).values.flip(1)
+    following = torch.nn.functional.pad(here_or_later[:, 1:], (0, 1), value=length)
+    next_values = torch.nn.functional.pad(values, (0, 1)).gather(1, following)
+    return next_values, mask & (following == length)
 
 
 def score_metrics(rollout: Rollout) -> dict[str, float]:
