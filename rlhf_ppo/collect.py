@@ -14,7 +14,7 @@ from torch import Tensor
 from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.data import Prompt, decode_responses, encode_prompts
 from rlhf_ppo.rewards import RewardError, score
-from rlhf_ppo.rollout import Rollout, sample_responses
+from rlhf_ppo.rollout import Rollout
 from rlhf_ppo.runtime.precision import autocast
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.timing import Stopwatch
@@ -65,7 +65,7 @@ class Collector:
             device=self.parts.device,
         )
         with autocast(self.parts.bf16, self.parts.device):
-            sampled = sample_responses(
+            sampled = self.parts.sample(
                 self.parts.model,
                 prompt_ids,
                 prompt_mask,

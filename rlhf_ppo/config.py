@@ -33,6 +33,9 @@ class RLHFConfig(PPOConfig):
     """Tokens that end a response. None: the end-of-text tokens of the model's generation config or tokenizer."""
     overlong_prompts: Literal["error", "truncate", "drop"] = "error"
     """Prompts that leave no room for max_new_tokens: stop, keep their end, or leave the row out (both are counted)."""
+    generation: Literal["auto", "dynamic", "static", "continuous"] = "auto"
+    """How responses are decoded: dynamic (finished rows leave), static (fixed shapes, CUDA graphs), continuous
+    (transformers' continuous batching), or auto: static on a CUDA GPU if the model allows it, else dynamic."""
     recompute_logprobs: bool = False
     """Take the old log-probs from a full forward pass instead of the ones recorded while decoding."""
     max_initial_log_ratio: float = 0.1
@@ -121,6 +124,7 @@ class RLHFConfig(PPOConfig):
             self._require_known(name, known)
         self._require_known("lr_scheduler_type", ("constant", "linear", "cosine"))
         self._require_known("precision", ("auto", "fp32", "bf16"))
+        self._require_known("generation", ("auto", "dynamic", "static", "continuous"))
         self._require_divisible()
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, StaticCache
 
 from rlhf_ppo.actor_critic import ActorCritic
 from rlhf_ppo.cache import can_shrink, preallocated_cache
@@ -94,6 +95,21 @@ class Sampled(NamedTuple):
     values: Tensor | None
 
 
+Step = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor | None]]
+"""(ids [B, N], positions [B, N], attention [B, C], u [B]) -> tokens, log-probs, entropies, values or None: all [B]."""
+
+
+class FixedShape(NamedTuple):
+    """What decoding in one shape throughout needs."""
+
+    cache: StaticCache
+    """Empty."""
+    room: int
+    """Tokens that the cache holds: P + max_new_tokens or more."""
+    step: Step
+    """Decodes on ``cache`` after the prompt; what it returns is not overwritten by the next step."""
+
+
 _BLOCK = 256
 
 
@@ -150,6 +166,7 @@ def sample_responses(
     temperature: float,
     stop_token_ids: Collection[int],
     generator: torch.Generator | None = None,
+    fixed: FixedShape | None = None,
 ) -> Sampled:
     """Sample a response to each prompt from exactly ``softmax(logits / temperature)``.
 
@@ -165,6 +182,7 @@ def sample_responses(
         temperature: divides the logits.
         stop_token_ids: tokens that end a response; they are actions too, so they are recorded.
         generator: source of randomness, on the model's device.
+        fixed: decode in this one shape, which no row leaves.
     Returns:
         The responses, T <= max_new_tokens. Values only when the critic shares the policy's trunk.
     """
@@ -178,12 +196,18 @@ def sample_responses(
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
 
     rows = torch.arange(batch, device=device)  # which response each row of the shrinking batch is
-    attention = torch.cat([prompt_mask, torch.ones_like(mask)], dim=1)
     ids, positions = prompt_ids, position_ids(prompt_mask)
-    cache = preallocated_cache(model.reader.config, prompt_length + max_new_tokens)
+    if fixed is None:
+        room = prompt_length + max_new_tokens
+        cache = preallocated_cache(model.reader.config, room)
+        first = step = decoding_step(model, cache, temperature)
+    else:
+        cache, room, step = fixed
+        first = decoding_step(model, cache, temperature)  # the prompt is of any length
+    attention = torch.cat([prompt_mask, prompt_mask.new_ones(batch, room - prompt_length)], dim=1)
     for t in range(max_new_tokens):
-        logits, value = model.decode(ids, positions, attention[:, : prompt_length + t], cache)
-        token, logprob, spread = _act(logits, u[t, rows], temperature)
+        seen = attention if fixed else attention[:, : prompt_length + t]
+        token, logprob, spread, value = (step if t else first)(ids, positions, seen, u[t, rows])
         alive = ~finished[rows]
         response_ids[rows, t] = token * alive
         mask[rows, t] = alive
@@ -199,7 +223,7 @@ def sample_responses(
             keep = (~finished[rows]).nonzero().squeeze(-1)
             if not len(keep):
                 break
-            if len(keep) <= len(rows) * 7 // 8 and can_shrink(cache):
+            if len(keep) <= len(rows) * 7 // 8 and isinstance(cache, DynamicCache) and can_shrink(cache):
                 cache.batch_select_indices(keep)
                 rows, ids, positions, attention = rows[keep], ids[keep], positions[keep], attention[keep]
     longest = int(mask.any(dim=0).sum())
@@ -207,6 +231,18 @@ def sample_responses(
         x[:, :longest] for x in (response_ids, mask, logprobs, entropy, values)
     )
     return Sampled(response_ids, mask, finished, logprobs, entropy, values if model.shares_trunk else None)
+
+
+def decoding_step(model: ActorCritic, cache: Any, temperature: float) -> Step:
+    """One forward pass over new tokens and one draw per row."""
+
+    def step(
+        ids: Tensor, positions: Tensor, attention: Tensor, u: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        logits, value = model.decode(ids, positions, attention, cache)
+        return *_act(logits, u, temperature), value
+
+    return step
 
 
 def _act(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 from rlhf_ppo.actor_critic import ActorCritic, Reference
 from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.data import PromptSet
+from rlhf_ppo.engines import Sampler, choose_engine
 from rlhf_ppo.models import (
     load_config,
     load_policy,
@@ -25,7 +26,7 @@ from rlhf_ppo.models import (
 )
 from rlhf_ppo.rewards import RewardFunction, load_reward, reward_name
 from rlhf_ppo.rollout import Rollout
-from rlhf_ppo.runtime.precision import compute_in_bf16
+from rlhf_ppo.runtime.precision import autocast, compute_in_bf16
 from rlhf_ppo.runtime.seeding import resolve_device, seed_everything
 
 RewardSource = RewardFunction | str | PreTrainedModel
@@ -51,6 +52,8 @@ class RunParts:
     """Matrix products run in bfloat16."""
     microbatch_tokens: int
     """Most tokens in one pass outside decoding."""
+    sample: Sampler
+    """The engine that decodes responses."""
 
     def batches(self, rollout: Rollout, rows: Sequence[int]) -> list[list[int]]:
         """``rows`` of a rollout in groups for one pass each."""
@@ -113,6 +116,9 @@ def set_up(
     actor_critic.to(device)
     if reference.model is not None:
         reference.model.to(device)
+    microbatch_tokens = args.microbatch_tokens or (1024 if device.type == "cpu" else 16384)
+    with autocast(bf16, device):
+        sample = choose_engine(args.generation, actor_critic, max_tokens=microbatch_tokens)
     return RunParts(
         device,
         tokenizer,
@@ -124,7 +130,8 @@ def set_up(
         actor_critic,
         reference,
         bf16=bf16,
-        microbatch_tokens=args.microbatch_tokens or (1024 if device.type == "cpu" else 16384),
+        microbatch_tokens=microbatch_tokens,
+        sample=sample,
     )
 
 
