@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, cast
@@ -104,18 +105,27 @@ class StaticEngine:
         stop_token_ids: Collection[int],
         generator: torch.Generator | None = None,
     ) -> Sampled:
-        """See :func:`rlhf_ppo.rollout.sample_responses`: the same draws give the same tokens."""
-        fixed = self._prepare(model, len(prompt_ids), prompt_ids.shape[1] + max_new_tokens, temperature)
-        return sample_responses(
-            model,
-            prompt_ids,
-            prompt_mask,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            stop_token_ids=stop_token_ids,
-            generator=generator,
-            fixed=fixed,
-        )
+        """See :func:`rlhf_ppo.rollout.sample_responses`: the same draws give the same tokens.
+
+        A step that cannot be compiled is a warning, and the rollout starts again without compiling.
+        """
+        state = None if generator is None else generator.get_state()
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "stop_token_ids": stop_token_ids}
+
+        def sample() -> Sampled:
+            fixed = self._prepare(model, len(prompt_ids), prompt_ids.shape[1] + max_new_tokens, temperature)
+            return sample_responses(model, prompt_ids, prompt_mask, generator=generator, fixed=fixed, **settings)
+
+        try:
+            return sample()
+        except Exception as error:
+            if not self.compile_step:
+                raise
+            warnings.warn(f"the decoding step cannot be compiled, so it runs as it is: {error}", stacklevel=2)
+        self.compile_step, self._fixed = False, None
+        if generator is not None and state is not None:
+            generator.set_state(state)
+        return sample()
 
     def _prepare(self, model: ActorCritic, batch: int, room: int, temperature: float) -> FixedShape:
         # Rounded up, so that prompts of other lengths meet the same shape.
@@ -242,6 +252,7 @@ def _generate(model: Any, prompts: list[list[int]], settings: GenerationConfig, 
         if torch.is_autocast_enabled(model.device.type):
             manager.model = cast(Any, _InAutocast(model, model.device.type))
         names = manager.add_requests(prompts, max_new_tokens=settings.max_new_tokens)
+        manager.warmup()  # what fails before the first step is raised here, and not logged
         manager.start()
         try:
             manager.stop()  # once every request is done

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config
 from transformers.generation.continuous_batching import continuous_api
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 
@@ -20,6 +24,7 @@ from rlhf_ppo.engines import ContinuousEngine, GenerationError, StaticEngine, ch
 from rlhf_ppo.rollout import Sampled, sample_responses
 
 KINDS = ["gpt2", "llama", "qwen2", "gpt_neox", "opt"]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 SETTINGS: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0.7, "stop_token_ids": (0, 12, 16, 20)}
 
@@ -112,6 +117,28 @@ def test_the_static_step_is_one_graph(make, batch, kind):
     change(model)  # the graph holds the weights by reference
     assert_equals_a_full_forward(model, batch, engine(model, *batch, generator=seeded(), **SETTINGS))
     torch.compiler.reset()
+
+
+def test_a_step_that_cannot_be_compiled_is_a_warning(make, batch, monkeypatch):
+    """The rollout starts again with the same draws."""
+
+    def broken(step: Any, **_: Any) -> Any:
+        calls = iter(range(2))
+
+        def fails_at_the_second(*inputs: Tensor) -> Any:
+            if next(calls):
+                raise RuntimeError("no such kernel")
+            return step(*inputs)
+
+        return fails_at_the_second
+
+    model, engine = make(), StaticEngine(compile_step=True)
+    dynamic = sample_responses(model, *batch, generator=seeded(), **SETTINGS)
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.warns(UserWarning, match="no such kernel"):
+        static = engine(model, *batch, generator=seeded(), **SETTINGS)
+    assert torch.equal(static.response_ids, dynamic.response_ids)
+    torch.testing.assert_close(static.logprobs, dynamic.logprobs, atol=1e-5, rtol=1e-5)
 
 
 # Continuous batching
@@ -267,8 +294,43 @@ def test_continuous_with_a_separate_critic(make_trainer, make_model):
 
 
 def test_continuous_from_the_command_line(tmp_path, monkeypatch):
-    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.chdir(ROOT)
     run = ["--config", "examples/positive.yaml", "--reward", "rlhf_ppo.toy_rewards:no_letter_e", "--device", "cpu"]
     sizes = ["--total-episodes", "32", "--max-new-tokens", "6", "--eval-size", "4", "--output-dir", str(tmp_path)]
     assert main(["train", *run, "--generation", "continuous", *sizes]) == 0
     assert json.loads((tmp_path / "run.json").read_text())["generation"] == "continuous"
+
+
+def test_the_gpu_benchmark_measures_every_engine(tmp_path):
+    """On a model of a few thousand weights; without a GPU the real one says so in one line."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
+    numbers = tmp_path / "numbers.json"
+    flags = ["--tiny", "--device", "cpu", "--iterations", "1", "--json", str(numbers)]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(numbers.read_text())["rows"]
+    assert [row["generation"] for row in rows] == ["dynamic", "static", "continuous"]
+    assert all(row["generated_tokens_per_second"] == pytest.approx(6 * row["samples_per_second"]) for row in rows)
+    assert done.stdout.count("| tiny GPT-2 |") == 3
+
+
+def test_the_gpu_benchmark_counts_what_gpt2_needs():
+    """GPT-2 small: 12 x 12 x 768^2 = 84,934,656 weights in the products of its trunk, 50,257 x 768 in its head."""
+    spec = importlib.util.spec_from_file_location("gpu", ROOT / "benchmarks" / "gpu.py")
+    assert spec is not None and spec.loader is not None
+    gpu = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    sys.modules["gpu"] = gpu  # its dataclasses look their own module up
+    try:
+        spec.loader.exec_module(gpu)
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+        del sys.modules["gpu"]
+    config = GPT2Config()
+    with torch.device("meta"):
+        needs = gpu.Needs.of(AutoModelForCausalLM.from_config(config), config)
+    assert (needs.trunk, needs.head) == (84_934_656, 50_257 * 768)
+    assert needs.kv_bytes_per_token == 2 * 2 * 12 * 768  # keys and values, 2 bytes each, 12 layers
+    # One sequence of one prompt and one response token: one token read, one predicted, attention to itself.
+    case = gpu.Case(config, prompts=1, prompt_tokens=1, new_tokens=1)
+    assert needs.forward(case) == 2 * (84_934_656 + 50_257 * 768) + 2 * 12 * 768
