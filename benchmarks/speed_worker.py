@@ -49,7 +49,7 @@ def trainer_for(work: Workload, folder: str, *, separate_critic: bool, precision
         train_dataset=[{"prompt": prompt} for prompt in make_prompts(work)],
         args=RLHFConfig(
             output_dir=folder,
-            total_episodes=work.prompts * (work.iterations + 1),
+            total_episodes=work.prompts * (work.warmup + work.iterations),
             rollout_batch_size=work.prompts,
             max_new_tokens=work.new_tokens,
             stop_token_ids=(EOS,) if work.spread else (),
@@ -79,12 +79,9 @@ def run_ours(work: Workload, *, separate_critic: bool, precision: str) -> dict:
         trainer, static = trainer_for(
             work, folder, separate_critic=separate_critic, precision=precision, callbacks=[record]
         )
+        times.append((time.perf_counter(), {}))
         trainer.train()
-    totals = defaultdict(float)
-    for _, phases in times[1:]:
-        for name, seconds in phases.items():
-            totals[name] += seconds
-    return report(work, [t for t, _ in times], totals, imports, static, lengths[1:])
+    return report(work, times, imports, static, lengths)
 
 
 def run_peer(work: Workload) -> dict:
@@ -130,8 +127,12 @@ def run_peer(work: Workload) -> dict:
     ppo_trainer.get_reward, ppo_trainer.truncate_response = timed_reward, measured_truncate
 
     class Record(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            times.append((time.perf_counter(), {}))
+
         def on_step_end(self, args, state, control, **kwargs):
-            times.append((time.perf_counter(), dict(phases)))
+            now = time.perf_counter()
+            times.append((now, {**phases, "update": now - times[-1][0] - sum(phases.values())}))
             phases.clear()
 
     rows = [{"input_ids": ids} for ids in tokenizer(make_prompts(work))["input_ids"]]
@@ -139,7 +140,7 @@ def run_peer(work: Workload) -> dict:
         trainer = PPOTrainer(
             args=PPOConfig(
                 output_dir=folder,
-                total_episodes=work.prompts * (work.iterations + 1),
+                total_episodes=work.prompts * (work.warmup + work.iterations),
                 # One "device batch" that holds the rollout: then its num_mini_batches does add optimizer steps.
                 per_device_train_batch_size=work.prompts,
                 gradient_accumulation_steps=1,
@@ -170,19 +171,19 @@ def run_peer(work: Workload) -> dict:
         trained = (models["policy"], models["value"])
         static = static_bytes(*models.values(), trained=trained)
         trainer.train()
-    totals = defaultdict(float)
-    for _, seconds in times[1:]:
-        for name, value in seconds.items():
-            totals[name] += value
-    totals["update"] = times[-1][0] - times[0][0] - sum(totals.values())
-    return report(work, [t for t, _ in times], totals, imports, static, lengths[1:] or [work.new_tokens])
+    return report(work, times, imports, static, lengths or [work.new_tokens] * (work.warmup + work.iterations))
 
 
-def report(work: Workload, ends: list[float], phases: dict, imports: int, static: int, lengths: list[float]) -> dict:
-    """What both sides print."""
-    seconds = [b - a for a, b in pairwise(ends)]
+def report(work: Workload, times: list, imports: int, static: int, lengths: list[float]) -> dict:
+    """What both sides print; ``times``: the start of training and the end of each iteration, with its phases."""
+    seconds = [b - a for (a, _), (b, _) in pairwise(times)][work.warmup :]
+    phases: dict[str, float] = defaultdict(float)
+    for _, part in times[1 + work.warmup :]:
+        for name, value in part.items():
+            phases[name] += value
+    lengths = lengths[work.warmup :]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    total = ends[-1] - ends[0]
+    total = sum(seconds)
     return {
         "seconds": seconds,
         "mean_tokens": sum(lengths) / len(lengths),

@@ -17,7 +17,9 @@ class Workload:
     width: int
     vocabulary: int
     iterations: int
-    """Iterations that are timed, after one that is not."""
+    """Iterations that are timed."""
+    warmup: int = 1
+    """Iterations before them that are not."""
     new_tokens: int = 48
     spread: bool = False
     """Responses end after 4 to ``new_tokens`` tokens, spread evenly, instead of all at the limit."""
@@ -35,7 +37,7 @@ class Workload:
 WORKLOADS = {
     "S": Workload(layers=4, width=128, vocabulary=4096, iterations=8),
     "M": Workload(layers=6, width=384, vocabulary=50257, iterations=3),
-    "L": Workload(layers=12, width=768, vocabulary=50257, iterations=1),
+    "L": Workload(layers=12, width=768, vocabulary=50257, iterations=1, warmup=0),
     "V": Workload(layers=6, width=384, vocabulary=50257, iterations=2, new_tokens=128, spread=True),
 }
 

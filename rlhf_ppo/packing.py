@@ -34,7 +34,7 @@ class Packed:
 def pack(prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, mask: Tensor) -> Packed:
     """Lay prompts [B, P] and responses [B, T] end to end; the last token of a response is never an input."""
     ids = torch.cat([prompt_ids, response_ids[:, :-1]], dim=1)
-    real = torch.cat([prompt_mask, mask[:, :-1]], dim=1)
+    real = torch.cat([prompt_mask, mask[:, 1:]], dim=1)  # a token is read where another follows it
     lengths, order = real.sum(dim=1).sort()
     ids, real = ids[order], real[order]
     place = real.flatten().cumsum(0).view_as(real) - 1

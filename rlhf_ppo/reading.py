@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from rlhf_ppo.core import entropy_from_logits, linear_logprobs, token_logprobs
 from rlhf_ppo.core.logprobs import project
@@ -133,8 +134,9 @@ class Reader:
         ids, positions = self._probe_ids()
         with torch.no_grad():
             logits = _call(self.model, ids, positions).logits
-            # Bit for bit: a cap on the logits that hardly shows in small ones must show here.
-            same = torch.equal(logits, head(_call(self.trunk, ids, positions).last_hidden_state))
+            states = _call(self.trunk, ids, positions).last_hidden_state
+            # Bit for bit: a cap on the logits that hardly shows in small ones must show here, and a hook on the layer.
+            same = torch.equal(logits, linear(states, head.weight, head.bias))
         return head if same else None
 
     def _can_pack(self) -> bool:
@@ -142,6 +144,8 @@ class Reader:
         text = self.config.get_text_config()
         if self.config._attn_implementation != "sdpa" or getattr(text, "sliding_window", None) is not None:
             return False
+        if set(getattr(text, "layer_types", None) or ()) - {"full_attention"}:
+            return False  # a chunk or window of thousands of tokens would not show in the few below
         if not _accepts(self.trunk, "position_ids") or next(self.model.parameters()).dtype != torch.float32:
             return False
         ids, positions = self._probe_ids()
@@ -204,5 +208,12 @@ def _accepts(model: nn.Module, name: str) -> bool:
 
 @cache
 def _forward_parameters(model_class: type[nn.Module]) -> frozenset[str]:
-    # Looked up at every decoding step, so read once a class.
-    return frozenset(inspect.signature(model_class.forward).parameters)
+    # Looked up at every decoding step, so read once a class. A forward(*args, **kwargs) takes what its parent's takes.
+    names: set[str] = set()
+    for cls in model_class.__mro__:
+        if "forward" in vars(cls):
+            parameters = inspect.signature(cls.forward).parameters
+            names |= parameters.keys()
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+                break
+    return frozenset(names)

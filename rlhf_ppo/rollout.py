@@ -147,8 +147,12 @@ def draw(weights: Tensor, u: Tensor) -> Tensor:
     tokens = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)
     inside = weights.gather(1, tokens.clamp(max=vocabulary - 1)).to(u.dtype)
     inside = torch.where(tokens < vocabulary, inside, torch.zeros_like(inside)).cumsum(dim=-1)
-    found = torch.searchsorted(inside, _below(place - before, inside[:, -1:]), right=True)
-    return (block * _BLOCK + found).squeeze(-1)
+    # Blocks were summed in the weights' own precision: the share of a block carries over exactly, the place may not.
+    upto = blocks.gather(1, block.clamp(max=blocks.shape[1] - 1))
+    share = (place - before) / (upto - before)
+    found = torch.searchsorted(inside, _below(share * inside[:, -1:], inside[:, -1:]), right=True)
+    # Only weights that are not finite lead beyond the vocabulary; what is wrong there shows in their log-probs.
+    return (block * _BLOCK + found).squeeze(-1).clamp(max=vocabulary - 1)
 
 
 def _below(x: Tensor, limit: Tensor) -> Tensor:

@@ -187,6 +187,7 @@ class PPOTrainer:
                 self._log_evaluation()
             with ProgressDisplay("episodes", planned, quiet=args.quiet) as progress:
                 while self.iteration < args.num_rollouts:
+                    self.stopwatch.take()  # evaluations are no part of an iteration
                     batch = prompts.batch(self.iteration, args.rollout_batch_size)
                     rollout = self.rollout(batch.prompts, **batch.columns)
                     metrics = self.step(rollout)

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rlhf_ppo.core import entropy_from_logits, linear_logprobs, token_logprobs
+from rlhf_ppo.core import logprobs as core_logprobs
 
 seeds = st.integers(0, 10_000)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -179,6 +180,29 @@ class TestLinearLogprobs:
             else:
                 assert x.grad is None
 
+    @pytest.mark.parametrize("return_entropy", [False, True])
+    @pytest.mark.parametrize("chunk_size", [None, 3])
+    def test_backward_a_second_time_gives_the_same(self, chunk_size, return_entropy):
+        """One chunk's softmax is kept for the first time and overwritten there; of more chunks none is."""
+        hidden, weight, bias, tokens = head()
+        scale = torch.linspace(-1, 2, 7, dtype=torch.float64)
+        logits = (hidden @ weight.T + bias) / 0.7
+        plain = (scale * token_logprobs(logits, tokens)).sum()
+        out = linear_logprobs(
+            hidden, weight, tokens, bias=bias, temperature=0.7, chunk_size=chunk_size, return_entropy=return_entropy
+        )
+        if return_entropy:
+            plain = plain + (scale.square() * entropy_from_logits(logits)).sum()
+            lean = (scale * out[0] + scale.square() * out[1]).sum()
+        else:
+            lean = (scale * out).sum()
+        expected = torch.autograd.grad(plain, [hidden, weight, bias])
+        for _ in range(3):
+            for got, one in zip(
+                torch.autograd.grad(lean, [hidden, weight, bias], retain_graph=True), expected, strict=True
+            ):
+                assert_close(got, one)
+
     def test_banned_tokens_leave_entropy_and_gradients_finite(self):
         hidden, weight, _, tokens = head(vocabulary=5)
         bias = torch.tensor([0, 0, -INF, 0, -INF], dtype=torch.float64, requires_grad=True)
@@ -344,6 +368,17 @@ class TestMemory:
 
         inputs = max(self.rows * self.width, self.vocabulary * self.width)
         assert self.largest(lean) == max(inputs, chunk_size * self.vocabulary)
+
+    @pytest.mark.parametrize(("logits", "rows"), [(100 * 64, 100), (100 * 64 + 63, 100), (1, 1), (2**25, 512)])
+    def test_unless_told_a_chunk_is_as_many_rows_as_fit(self, monkeypatch, logits, rows):
+        """Rows of 64 logits; one row always fits."""
+        assert core_logprobs.CHUNK_LOGITS == 2**25
+        monkeypatch.setattr(core_logprobs, "CHUNK_LOGITS", logits)
+
+        def lean(hidden, weight, bias, tokens):
+            return linear_logprobs(hidden, weight, tokens, bias=bias, return_entropy=True)
+
+        assert self.largest(lean) == max(self.rows * self.width, rows * self.vocabulary)
 
     @pytest.mark.parametrize("wanted", [0, 1])
     def test_what_is_frozen_costs_no_gradient(self, wanted):

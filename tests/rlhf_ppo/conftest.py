@@ -14,9 +14,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BloomConfig,
+    Gemma2Config,
+    GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
     OPTConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
@@ -58,6 +61,13 @@ def tiny_config(kind: str, vocab_size: int) -> PretrainedConfig:
             return OPTConfig(ffn_dim=32, word_embed_proj_dim=16, init_std=0.3, pad_token_id=1, **usual, **wide)
         case "bloom":
             return BloomConfig(hidden_size=16, n_layer=2, n_head=2, **wide)
+        case "mistral":  # each token sees itself and three before it
+            return MistralConfig(intermediate_size=32, num_key_value_heads=1, sliding_window=4, **usual, **wide)
+        case "gemma":
+            return GemmaConfig(intermediate_size=32, num_key_value_heads=1, head_dim=8, **usual, **wide)
+        case "gemma2":  # caps on its logits and attention scores, every other layer with a window
+            caps = {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 5.0, "sliding_window": 4}
+            return Gemma2Config(intermediate_size=32, num_key_value_heads=1, head_dim=8, **caps, **usual, **wide)
     raise ValueError(kind)
 
 

@@ -59,7 +59,9 @@ def test_the_adapter_is_saved_and_opens_on_its_base(make_trainer, make_model, pr
     assert (folder / "adapter_model.safetensors").is_file() and not (folder / "model.safetensors").exists()
     assert (folder / "value_head.safetensors").is_file()
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), folder)
-    torch.testing.assert_close(logits(again), logits(trainer.model.policy), rtol=0, atol=0)
+    torch.testing.assert_close(
+        logits(again), logits(trainer.model.policy), atol=1e-5, rtol=1e-5
+    )  # a fused activation rounds elsewhere
 
 
 def test_the_merged_model_is_saved_and_opens_by_itself(make_trainer, make_model, prompts, tmp_path):
