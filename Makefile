@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# An environment with trl==1.12.0 (and pandas); benchmarks/speed.py makes this one.
+PEER ?= build/peer/bin/python
 READY := $(VENV)/.ready
 # One thread a process: tests run two at a time, and tiny networks get slower with more.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -10,7 +12,7 @@ MUTATION := build/mutation
 MUTATION_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HYPOTHESIS_PROFILE=mutation
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo train-cartpole test test-all check lint types docs mutation clean
+.PHONY: help env demo train-cartpole test test-all check lint types docs trl-fields mutation clean
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -45,8 +47,13 @@ test: check ## Lint, types and the tests
 test-all: check ## The same with the long learning runs
 	$(TEST_ENV) $(BIN)/pytest -n 2
 
-docs: env ## Make docs/metrics.md again from the metric dictionary
+docs: env ## Make docs/metrics.md and the tables of docs/migrating-from-trl.md again from their sources
 	$(BIN)/python -m rlhf_ppo.runtime.metrics > docs/metrics.md
+	$(BIN)/python -m rlhf_ppo.trl_fields docs/migrating-from-trl.md
+
+trl-fields: ## Read the field list of TRL 1.12's PPO arguments again, with an interpreter that has trl: make trl-fields PEER=...
+	$(PEER) tests/rlhf_ppo/dump_trl_fields.py > build/trl-fields.json
+	mv build/trl-fields.json rlhf_ppo/assets/trl-1.12-ppo-fields.json
 
 mutation: ## Mutation testing of rlhf_ppo/core in a copy, about half an hour on one CPU core
 	rm -rf $(MUTATION)/tree && mkdir -p $(MUTATION)/tree/rlhf_ppo $(MUTATION)/tree/tests

@@ -1,4 +1,4 @@
-"""The `rlhf-ppo` command: demo, train, sft and generate, each from the dataclass that its code reads."""
+"""The `rlhf-ppo` command: demo, train, sft, generate and migrate, each from the dataclass that its code reads."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.data import load_rows, require_column
 from rlhf_ppo.demo import DemoArgs, demo, print_paths
 from rlhf_ppo.generate import GenerateArgs, generate
+from rlhf_ppo.migrate import MigrateArgs, join_command_line, migrate
 from rlhf_ppo.rewards import RewardError
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.settings import Command, run_command
@@ -122,11 +123,17 @@ def _generate(args: GenerateArgs) -> None:
         print(f"{prompt}|{completion}\n")
 
 
+def _migrate(args: MigrateArgs) -> None:
+    text = migrate(args, TrainArgs)
+    print(text if args.output is None else f"settings  {args.output}", end="" if args.output is None else "\n")
+
+
 COMMANDS: dict[str, Command] = {
     "demo": (DemoArgs, demo),
     "train": (TrainArgs, train),
     "sft": (SFTArgs, _sft),
     "generate": (GenerateArgs, _generate),
+    "migrate": (MigrateArgs, _migrate),
 }
 
 
@@ -136,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
-        return run_command("rlhf-ppo", COMMANDS, argv)
+        return run_command("rlhf-ppo", COMMANDS, join_command_line(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
         print("interrupted; what a run had learned until then is saved in its output_dir", file=sys.stderr)
         return 130

@@ -121,8 +121,10 @@ class PPOTrainer:
         self.optimizer = torch.optim.AdamW(
             self.model.trainable_parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
         )
+        # transformers' "constant" knows no warm-up.
+        schedule = "constant_with_warmup" if args.lr_scheduler_type == "constant" else args.lr_scheduler_type
         self.scheduler = get_scheduler(
-            args.lr_scheduler_type,
+            schedule,
             self.optimizer,
             num_warmup_steps=args.warmup_steps,
             num_training_steps=args.num_optimizer_steps,

@@ -58,18 +58,20 @@ def _checked(path: Path, key: Any, value: Any, known: list[str], types: Mapping[
 def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, description: str | None = None) -> Settings:
     """Build ``cls`` from ``argv``: flags win over ``--config file.yaml``, which wins over the defaults.
 
-    A field annotated ``tyro.conf.Positional[...]`` is a word without a flag; such words come first.
+    A field annotated ``tyro.conf.Positional[...]`` is a word without a flag; such words come first. A class with a
+    field ``config`` of its own means another file by that flag, and is set by flags alone.
 
     Raises:
         FileNotFoundError, ValueError: see :func:`read_yaml`; a wrong flag ends the program with usage help.
     """
     flags: list[str] = []
     from_yaml: list[str] = []
+    yaml_allowed = "config" not in typing.get_type_hints(cls)
     # Words before the first flag go first again: after YAML's list values they would be read as part of the list.
     words = list(takewhile(lambda word: not word.startswith("-"), argv))
     rest = iter(argv[len(words) :])
     for word in rest:
-        if word == "--config" or word.startswith("--config="):
+        if yaml_allowed and (word == "--config" or word.startswith("--config=")):
             path = word.partition("=")[2] or next(rest, "")
             if not path:
                 raise ValueError("--config needs the path of a YAML file")
@@ -85,7 +87,7 @@ def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, descr
         args=[*words, *from_yaml, *flags],
         prog=prog,
         description=(description or "")
-        + " Settings may also come from a YAML file: --config FILE (flags win over it).",
+        + (" Settings may also come from a YAML file: --config FILE (flags win over it)." if yaml_allowed else ""),
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
     )
 

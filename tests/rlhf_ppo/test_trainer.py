@@ -181,6 +181,12 @@ def test_callbacks_are_called_after_each_update_and_true_stops_the_run(make_trai
     assert runs_on.iteration == 2
 
 
+def test_a_constant_rate_has_its_warm_up_too(make_trainer, prompts):
+    trainer = make_trainer(learning_rate=8e-3, warmup_steps=8, lr_scheduler_type="constant")
+    # Two epochs of two minibatches: half of the warm-up.
+    assert trainer.step(trainer.rollout(prompts))["optim/learning_rate"] == pytest.approx(4e-3)
+
+
 def test_the_learning_rate_follows_its_schedule(make_trainer, prompts):
     """16 episodes: 2 rollouts x 2 epochs x 2 minibatches = 8 steps; linear to 0, 2 of them warm-up."""
     trainer = make_trainer(learning_rate=0.8, warmup_steps=2, lr_scheduler_type="linear")

@@ -142,3 +142,14 @@ def test_run_command_dispatches_and_turns_bad_input_into_one_line(capsys):
     # A defect of the program is no bad input: its traceback stays.
     with pytest.raises(ZeroDivisionError):
         run_command("prog", commands, ["fail", "--name", "x"])
+
+
+def test_a_class_with_a_config_of_its_own_keeps_the_flag():
+    @dataclass(frozen=True, kw_only=True)
+    class Convert:
+        """Convert a file."""
+
+        config: str | None = None
+        """A file of another program."""
+
+    assert parse_settings(Convert, ["--config", "theirs.yaml"], prog="test").config == "theirs.yaml"
