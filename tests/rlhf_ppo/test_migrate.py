@@ -128,21 +128,31 @@ def test_what_stands_behind_two_dashes_is_trls():
 # Meaning
 
 
-@pytest.mark.parametrize(
-    ("rows", "accumulated", "parts", "steps"),
-    [
-        (2, 8, 1, 1),
-        (2, 8, 4, 1),  # 8 microbatches of 2 rows, a step after each 8: num_mini_batches adds none
-        (16, 1, 4, 4),  # 4 microbatches of 4 rows, a step after each
-        (8, 2, 4, 2),  # 4 microbatches of 4 rows, a step after each 2
-        (3, 4, 3, 1),  # 6 microbatches of 2 rows, a step after each 4: one and a half, and 12 rows
-    ],
-)
+# Rows per device, gradient_accumulation_steps, num_mini_batches -> optimizer steps an epoch. Counted in TRL by
+# test_trl_takes_the_steps_that_the_converter_says.
+STEPS = [
+    (2, 8, 1, 1),
+    (2, 8, 4, 1),  # 8 microbatches of 2 rows, a step after each 8: num_mini_batches adds none
+    (16, 1, 4, 4),  # 4 microbatches of 4 rows, a step after each
+    (8, 2, 4, 2),  # 4 microbatches of 4 rows, a step after each 2
+]
+
+
+def trl_batch(rows: int, accumulated: int, parts: int) -> dict[str, int]:
+    return {
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": accumulated,
+        "num_mini_batches": parts,
+    }
+
+
+# The last: 6 microbatches of 2 rows, a step after each 4; one and a half, and 12 rows.
+@pytest.mark.parametrize(("rows", "accumulated", "parts", "steps"), [*STEPS, (3, 4, 3, 1)])
 def test_minibatches_become_the_optimizer_steps_that_trl_took(rows, accumulated, parts, steps):
-    batch = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulated}
-    ours = convert({**DATA, **batch, "num_mini_batches": parts})
+    given = {**DATA, **trl_batch(rows, accumulated, parts)}
+    ours = convert(given)
     assert (ours["rollout_batch_size"], ours["num_minibatches"]) == (rows * accumulated, steps)
-    assert convert({**DATA, **batch, "num_mini_batches": parts}, 2)["rollout_batch_size"] == 2 * rows * accumulated
+    assert convert(given, 2)["rollout_batch_size"] == 2 * rows * accumulated
 
 
 def test_trls_own_defaults_hold_where_nothing_is_given():
@@ -310,3 +320,14 @@ def test_the_field_list_is_the_real_one(peer):
     script = Path(__file__).with_name("dump_trl_fields.py")
     answer = subprocess.run([peer, str(script)], capture_output=True, text=True, check=True)
     assert json.loads(answer.stdout) == json.loads(KNOWN.read_text())
+
+
+@pytest.mark.slow
+def test_trl_takes_the_steps_that_the_converter_says(peer):
+    """And neither clips, nor computes in bf16, nor checkpoints, whatever its arguments say; warm-up is by rollouts."""
+    script = Path(__file__).with_name("count_trl_steps.py")
+    batches = json.dumps([trl_batch(*case[:3]) for case in STEPS])
+    answer = subprocess.run([peer, str(script), batches], capture_output=True, text=True, check=True)
+    for rates, (*_, steps) in zip(json.loads(answer.stdout.splitlines()[-1]), STEPS, strict=True):
+        # Two rollouts of two epochs; the first rollout is the warm-up.
+        assert rates == [0.0] * 2 * steps + [1e-3] * 2 * steps
