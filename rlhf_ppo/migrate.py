@@ -243,8 +243,10 @@ def as_yaml(given: Mapping[str, Any], ours: Mapping[str, Any], defaults: Mapping
             "# total_episodes: N   (TRL would train num_train_epochs x rows of the data set: fill in the number)",
         ]
     unsaid = [f for f in given if f not in told and ROWS[f].fate != "same" and given[f] != known_fields()[f]["default"]]
+    # The end-of-text token: TRL's default is to write on behind it, ours to stop there.
+    unsaid = [field for field in unsaid if field != "stop_token"]
     if given.get("stop_token") is None and given.get("stop_token_id") is None:
-        unsaid.append("stop_token")  # TRL's default behaves in another way
+        unsaid.append("stop_token")
     if unsaid:
         text += ["", "# Fields that no line came from:"]
         text += [line for field in unsaid for line in _comment(field, given.get(field))]

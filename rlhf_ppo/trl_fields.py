@@ -114,8 +114,8 @@ FIELDS: dict[str, dict[str, Row]] = {
         "response_length": _same("max_new_tokens"),
         "stop_token": _changed(
             "stop_token_ids",
-            '"eos" is the default here. Without it (TRL\'s default) TRL writes on behind the end-of-text token up to '
-            "`response_length` and learns from those tokens too; here a response ends at its stop token.",
+            "Without it (TRL's default) TRL writes on behind the end-of-text token up to `response_length` and learns "
+            'from what comes after. Here a response ends at the end-of-text token, which is TRL\'s "eos".',
         ),
         "stop_token_id": _changed(
             "stop_token_ids",
