@@ -1,4 +1,4 @@
-"""The `rlhf-ppo` command: demo, train, sft, generate and migrate, each from the dataclass that its code reads."""
+"""The `rlhf-ppo` command: demo, train, sft, reward and the rest, each from the dataclass that its code reads."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from datasets import Dataset
 
 from rlhf_ppo.before_after import print_before_after
 from rlhf_ppo.config import RLHFConfig
-from rlhf_ppo.data import load_rows, require_column
+from rlhf_ppo.data import load_rows, prompt_rows
 from rlhf_ppo.demo import DemoArgs, demo, print_paths
-from rlhf_ppo.generate import GenerateArgs, generate
+from rlhf_ppo.evaluate import EvaluateArgs, evaluate, print_evaluation
+from rlhf_ppo.generate import GenerateArgs, chat, generate
 from rlhf_ppo.migrate import MigrateArgs, join_command_line, migrate
+from rlhf_ppo.mixing import load_mixture, require_weights
+from rlhf_ppo.reward_training import RewardTrainingArgs, train_reward_model
 from rlhf_ppo.rewards import RewardError
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.settings import Command, run_command
@@ -32,8 +35,10 @@ class TrainArgs(RLHFConfig):
     """The policy: a hub id or folder, or "embedded" (the small GPT-2 in the package)."""
     reward: tuple[str, ...]
     """One or more rewards: file.py:function, module:function, or a sequence-classification model's folder or hub id."""
-    dataset: str
-    """Prompts: a hub id, a folder, or a csv, jsonl or parquet file (also .gz)."""
+    dataset: tuple[str, ...]
+    """Prompts: one or more hub ids, folders, or csv, jsonl or parquet files (also .gz)."""
+    dataset_weights: tuple[float, ...] | None = None
+    """Share of each data set in the mixture; None: all rows of all of them."""
     split: str = "train"
     """Split of the data set."""
     prompt_column: str = "prompt"
@@ -56,28 +61,20 @@ class TrainArgs(RLHFConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_weights(self.dataset, self.dataset_weights)
         self._require("eval_size", self.eval_size >= 0, "0 or more")
         self._require("lora_rank", self.lora_rank is None or self.lora_rank >= 1, "1 or more, or None")
         if self.merge_adapter and self.lora_rank is None:
             raise ValueError("merge_adapter=True needs an adapter to merge: set lora_rank, or drop merge_adapter")
 
 
-def _prompts(source: str, split: str, column: str) -> Dataset:
-    rows = load_rows(source, split)
-    require_column(rows, column)
-    if column == "prompt":
-        return rows
-    if "prompt" in rows.column_names:
-        raise ValueError(f"{source} has a column 'prompt' beside prompt_column={column!r}: rename one of them")
-    return rows.rename_column(column, "prompt")
-
-
 def train(args: TrainArgs) -> None:
     """The `train` command."""
-    train_rows = _prompts(args.dataset, args.split, args.prompt_column)
+    mixture = load_mixture(args.dataset, args.split, weights=args.dataset_weights, seed=args.seed)
+    train_rows = prompt_rows(mixture, args.prompt_column)
     eval_rows: Dataset | None = None
     if args.eval_dataset is not None:
-        eval_rows = _prompts(args.eval_dataset, args.split, args.prompt_column)
+        eval_rows = prompt_rows(load_rows(args.eval_dataset, args.split), args.prompt_column)
     elif args.eval_size:
         if args.eval_size >= len(train_rows):
             raise ValueError(
@@ -118,8 +115,28 @@ def _sft(args: SFTArgs) -> None:
     print(f"model    {args.output_dir}")
 
 
+def _reward(args: RewardTrainingArgs) -> None:
+    for name, value in train_reward_model(args).items():
+        print(f"{name:<18} {value:.4g}")
+    print(f"calibration        {args.output_dir}/calibration.png")
+    print(f"model              {args.output_dir}")
+
+
+def _evaluate(args: EvaluateArgs) -> None:
+    print_evaluation(evaluate(args))
+    print(f"figures  {args.output_dir}/evaluation.json")
+    print(f"samples  {args.output_dir}/evaluation_samples.jsonl")
+
+
 def _generate(args: GenerateArgs) -> None:
-    for prompt, completion in generate(args):
+    if args.chat:
+        chat(args)
+        return
+    pairs = generate(args)
+    if args.output is not None:
+        print(f"{len(pairs)} completions  {args.output}")
+        return
+    for prompt, completion in pairs:
         print(f"{prompt}|{completion}\n")
 
 
@@ -132,6 +149,8 @@ COMMANDS: dict[str, Command] = {
     "demo": (DemoArgs, demo),
     "train": (TrainArgs, train),
     "sft": (SFTArgs, _sft),
+    "reward": (RewardTrainingArgs, _reward),
+    "evaluate": (EvaluateArgs, _evaluate),
     "generate": (GenerateArgs, _generate),
     "migrate": (MigrateArgs, _migrate),
 }

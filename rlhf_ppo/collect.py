@@ -130,7 +130,7 @@ class Collector:
         ]
         scores = torch.tensor([total or 0.0 for total in totals], dtype=torch.float32, device=self.parts.device)
         scored = torch.tensor([total is not None for total in totals], device=self.parts.device)
-        if scored.sum() > 1 and torch.unique(scores[scored]).numel() == 1:
+        if needs_scores and scored.sum() > 1 and torch.unique(scores[scored]).numel() == 1:
             warnings.warn(
                 f"every response scored {float(scores[scored][0])}: a constant reward gives no signal to learn from",
                 stacklevel=4,

@@ -57,6 +57,20 @@ def require_column(rows: Dataset, column: str) -> None:
     raise ValueError(f"the data set has no column {column!r}, its columns are {rows.column_names}{hint}")
 
 
+def prompt_rows(rows: Dataset, column: str) -> Dataset:
+    """The rows with ``column`` under the name "prompt".
+
+    Raises:
+        ValueError: there is no such column, or another one is called "prompt" already.
+    """
+    require_column(rows, column)
+    if column == "prompt":
+        return rows
+    if "prompt" in rows.column_names:
+        raise ValueError(f"the data set has a column 'prompt' beside prompt_column={column!r}: rename one of them")
+    return rows.rename_column(column, "prompt")
+
+
 def tokenize_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
     """Token ids of one prompt; chat messages go through the tokenizer's chat template, ready for a reply.
 
@@ -67,7 +81,7 @@ def tokenize_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, where: str)
         if not prompt:
             raise ValueError(f"{where}: the prompt is empty; remove the row or give it text")
         ids = tokenizer(prompt)["input_ids"]
-    elif _is_chat(prompt):
+    elif is_chat(prompt):
         if not tokenizer.chat_template:
             raise ValueError(
                 f"{where}: the prompt is a chat, but the tokenizer has no chat template; "
@@ -82,7 +96,8 @@ def tokenize_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, where: str)
     return cast(list[int], ids)
 
 
-def _is_chat(prompt: Any) -> bool:
+def is_chat(prompt: Any) -> bool:
+    """Whether this is a list of messages with role and content."""
     return (
         isinstance(prompt, list)
         and len(prompt) > 0

@@ -1,13 +1,18 @@
-"""Generating text with a trained model, by the sampler it was trained with."""
+"""Generating text with a trained model, by the sampler it was trained with: for prompts, a data set, or in a chat."""
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from rlhf_ppo.actor_critic import ActorCritic
-from rlhf_ppo.data import decode_responses, encode_prompts
+from rlhf_ppo.data import Prompt, decode_responses, encode_prompts, load_rows, prompt_rows, tokenize_prompt
 from rlhf_ppo.models import load_config, load_policy, load_tokenizer, prompt_room, resolve_model
 from rlhf_ppo.rollout import sample_responses
 from rlhf_ppo.runtime.seeding import resolve_device
@@ -16,14 +21,26 @@ from rlhf_ppo.setup import stop_tokens
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateArgs:
-    """Sample completions of prompts from a model."""
+    """Sample completions of prompts from a model, or chat with it."""
 
     model: str
-    """Folder or hub id, or "embedded"."""
-    prompt: tuple[str, ...]
+    """Folder (an adapter's, too) or hub id, or "embedded"."""
+    prompt: tuple[str, ...] = ()
     """One or more prompts."""
+    dataset: str | None = None
+    """Prompts from a hub id, a folder, or a csv, jsonl or parquet file (also .gz) instead."""
+    split: str = "train"
+    """Split of the data set."""
+    prompt_column: str = "prompt"
+    """Column with the prompts, text or chat messages."""
+    output: str | None = None
+    """With dataset: the jsonl file to write, one row a completion, the data set's other columns beside it."""
+    chat: bool = False
+    """Talk to the model: lines from the keyboard or a pipe, until end of input or /exit."""
     num_samples: int = 1
     """Completions per prompt."""
+    batch_size: int = 32
+    """Completions made at the same time."""
     max_new_tokens: int = 48
     """Longest completion in tokens."""
     temperature: float = 1.0
@@ -34,28 +51,139 @@ class GenerateArgs:
     """cuda, mps or cpu; None: the first of these that is there."""
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "max_new_tokens"):
+        for name in ("num_samples", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
+        given = [name for name in ("prompt", "dataset", "chat") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of prompt, dataset and chat, got {' and '.join(given) or 'none'}")
+        if (self.dataset is None) != (self.output is None):
+            raise ValueError(f"dataset and output go together, got dataset={self.dataset!r} and output={self.output!r}")
+        if self.chat and self.num_samples > 1:
+            raise ValueError(f"chat has one reply a turn, got num_samples={self.num_samples}")
 
 
-def generate(args: GenerateArgs) -> list[tuple[str, str]]:
-    """(prompt, completion) pairs, ``num_samples`` per prompt."""
+@dataclass(frozen=True)
+class Speaker:
+    """A loaded model that answers prompts."""
+
+    tokenizer: Any
+    room: int | None
+    """Most tokens a prompt may have beside max_new_tokens; None: the model sets no limit."""
+    reply: Callable[[Sequence[Prompt]], list[str]]
+    """[B] prompts -> [B] completions; an overlong prompt is an error."""
+
+
+def load_speaker(args: GenerateArgs) -> Speaker:
+    """The model of ``args`` with its sampler; its draws go on from call to call."""
     device = resolve_device(args.device)
     name = resolve_model(args.model)
     config, tokenizer = load_config(name), load_tokenizer(name)
-    prompts = [prompt for prompt in args.prompt for _ in range(args.num_samples)]
+    model = ActorCritic(load_policy(name), critic=False).to(device)
     room = prompt_room(config, args.max_new_tokens)
-    prompt_ids, prompt_mask = encode_prompts(prompts, tokenizer, room=room, truncate=False, device=device)
-    sampled = sample_responses(
-        ActorCritic(load_policy(name), critic=False).to(device),
-        prompt_ids,
-        prompt_mask,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        stop_token_ids=stop_tokens(name, config, tokenizer),
-        generator=torch.Generator(device).manual_seed(args.seed),
-    )
-    return list(zip(prompts, decode_responses(tokenizer, sampled.response_ids, sampled.mask), strict=True))
+    stops = stop_tokens(name, config, tokenizer)
+    generator = torch.Generator(device).manual_seed(args.seed)
+
+    def reply(prompts: Sequence[Prompt]) -> list[str]:
+        prompt_ids, prompt_mask = encode_prompts(prompts, tokenizer, room=room, truncate=False, device=device)
+        sampled = sample_responses(
+            model,
+            prompt_ids,
+            prompt_mask,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            stop_token_ids=stops,
+            generator=generator,
+        )
+        return decode_responses(tokenizer, sampled.response_ids, sampled.mask)
+
+    return Speaker(tokenizer, room, reply)
+
+
+def generate(args: GenerateArgs) -> list[tuple[Prompt, str]]:
+    """(prompt, completion) pairs, ``num_samples`` per prompt; those of a data set are also written to ``output``.
+
+    Raises:
+        ValueError: a bad model, data set or prompt; names the row.
+    """
+    rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in args.prompt]
+    if args.dataset is not None:
+        rows = [dict(row) for row in prompt_rows(load_rows(args.dataset, args.split), args.prompt_column)]
+    speaker = load_speaker(args)
+    rows = [row for row in rows for _ in range(args.num_samples)]
+    pairs: list[tuple[Prompt, str]] = []
+    for start in range(0, len(rows), args.batch_size):
+        prompts = [row["prompt"] for row in rows[start : start + args.batch_size]]
+        pairs += zip(prompts, speaker.reply(prompts), strict=True)
+    if args.output is not None:
+        file = Path(args.output)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        written = [{**row, "completion": completion} for row, (_, completion) in zip(rows, pairs, strict=True)]
+        lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in written]
+        file.write_text("".join(lines), encoding="utf-8")
+    return pairs
+
+
+def chat(args: GenerateArgs, lines: Iterable[str] | None = None) -> None:
+    """Answer line after line, keeping what was said, until the lines end or one is /exit.
+
+    With a chat template lines are the user's messages; without one the model goes on writing one text, to which each
+    line is added. What no longer fits the context is forgotten, oldest first.
+
+    Args:
+        args: model and sampler.
+        lines: what the user says; None: standard input.
+    """
+    speaker = load_speaker(args)
+    interactive = lines is None and sys.stdin.isatty()
+    history: Prompt = [] if speaker.tokenizer.chat_template else ""
+    if interactive:
+        print("/exit or end of input ends the chat." + ("" if isinstance(history, list) else " No chat template: the "
+              "model goes on with the text."))  # fmt: skip
+    for line in _prompted(sys.stdin if lines is None else lines, interactive=interactive):
+        text = line.rstrip("\r\n")
+        if text.strip() == "/exit":
+            break
+        if not text.strip():
+            continue
+        history = history + text if isinstance(history, str) else [*history, {"role": "user", "content": text}]
+        history = forget(history, speaker)
+        (answer,) = speaker.reply([history])
+        print(answer.strip() if isinstance(history, list) else answer, flush=True)
+        reply = {"role": "assistant", "content": answer}
+        history = history + answer if isinstance(history, str) else [*history, reply]
+
+
+def _prompted(lines: Iterable[str], *, interactive: bool) -> Iterable[str]:
+    """The lines, each asked for with a "> " if someone is there to see it."""
+    source = iter(lines)
+    while True:
+        if interactive:
+            print("> ", end="", flush=True)
+        line = next(source, None)
+        if line is None:
+            return
+        yield line
+
+
+def forget(history: Prompt, speaker: Speaker) -> Prompt:
+    """The history without what does not fit beside a reply: whole turns of a chat (never its last), or a text's start.
+
+    Raises:
+        ValueError: the last message alone is too long.
+    """
+    if speaker.room is None:
+        return history
+    ids = tokenize_prompt(history, speaker.tokenizer, "chat")
+    if isinstance(history, str):
+        kept = speaker.room
+        while len(ids) > speaker.room:  # text cut between two tokens may have one more when it is read again
+            history = str(speaker.tokenizer.decode(ids[-kept:]))
+            ids, kept = tokenize_prompt(history, speaker.tokenizer, "chat"), kept - 1
+        return history
+    while len(ids) > speaker.room and len(history) > 2:
+        history = history[2:]
+        ids = tokenize_prompt(history, speaker.tokenizer, "chat")
+    return history

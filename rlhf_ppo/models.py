@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,12 +12,14 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.activations import NewGELUActivation
+from transformers.utils import logging
 
 EMBEDDED_MODEL = str(Path(__file__).parent / "assets" / "stories-gpt2")
 """Folder of the small GPT-2 that comes with the package, by name "embedded"."""
@@ -37,6 +40,9 @@ def find_config(model: str | PreTrainedModel) -> PretrainedConfig:
         return cast(PreTrainedModel, model).config
     if not isinstance(model, str):
         raise ValueError(f"a model must be a hub id, a folder or a transformers model, got {type(model).__name__}")
+    base = adapter_base(model)
+    if base is not None and not (Path(model) / "config.json").is_file():
+        return find_config(base)
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -45,6 +51,24 @@ def find_config(model: str | PreTrainedModel) -> PretrainedConfig:
         else:
             why = 'no such folder, and the hub has no such model or is out of reach (offline: a folder, or "embedded")'
         raise ValueError(f"model {model!r} cannot be loaded: {why}") from error
+
+
+def adapter_base(model: Any) -> str | None:
+    """The model under a PEFT adapter's folder, or None if ``model`` is no such folder.
+
+    Raises:
+        ValueError: the adapter does not say what it was trained on, or that folder is gone.
+    """
+    file = Path(model) / "adapter_config.json" if isinstance(model, str) else None
+    if file is None or not file.is_file():
+        return None
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
+        raise ValueError(
+            f"{model} holds an adapter alone, and the model it was trained on ({base}) is not there: put it back, or "
+            "correct base_model_name_or_path in adapter_config.json"
+        )
+    return str(base)
 
 
 def load_config(model: str | PreTrainedModel) -> PretrainedConfig:
@@ -75,10 +99,41 @@ def load_tokenizer(model: str | PreTrainedModel) -> PreTrainedTokenizerBase:
 
 
 def load_policy(model: str | PreTrainedModel) -> PreTrainedModel:
-    """A causal language model in float32, from a hub id or folder, or the given one."""
+    """A causal language model in float32, from a hub id or folder (adapters are merged), or the given one."""
+    base = adapter_base(model)
+    if base is not None:
+        return merge_adapter(load_policy(base), str(model))
     if isinstance(model, str):
         return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
     return model
+
+
+def merge_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
+    """The model with a PEFT adapter's weights added to its own."""
+    from peft import PeftModel
+
+    return cast(Any, PeftModel.from_pretrained(model, folder)).merge_and_unload()
+
+
+def load_classifier(model: str, *, new_head: bool = False) -> PreTrainedModel:
+    """A one-label sequence-classification model in float32, from a hub id or folder (adapters are merged).
+
+    Args:
+        model: hub id or folder.
+        new_head: a causal language model will do, too: it gets a random score head without a word about it.
+    """
+    base = adapter_base(model)
+    if base is not None:
+        return merge_adapter(load_classifier(base, new_head=True), model)
+    verbosity = logging.get_verbosity()
+    if new_head:
+        logging.set_verbosity_error()
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(
+            model, num_labels=1, dtype=torch.float32, trust_remote_code=False
+        )
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def load_trunk(model: str | PreTrainedModel) -> PreTrainedModel:

@@ -15,15 +15,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ppo.data import Prompt
-from rlhf_ppo.models import find_config, freeze, fuse_activations
+from rlhf_ppo.models import find_config, freeze, fuse_activations, load_classifier
 
 RewardFunction = Callable[..., Any]
 """``fn(prompts, completions, **columns)``: one float, or None for "cannot be scored", per completion."""
@@ -67,20 +62,13 @@ class RewardModel:
             )
         self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if isinstance(model, str):
-            model = AutoModelForSequenceClassification.from_pretrained(
-                model, dtype=torch.float32, trust_remote_code=False
-            )
+            model = load_classifier(model)
         self.model: Any = freeze(cast(PreTrainedModel, model)).to(device)
         fuse_activations(self.model)
         self.batch_size = batch_size
 
     def _text(self, prompt: Prompt, completion: str) -> str:
-        if isinstance(prompt, str):
-            return prompt + completion
-        messages = [*prompt, {"role": "assistant", "content": completion}]
-        if self.tokenizer.chat_template:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
-        return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        return scored_text(self.tokenizer, prompt, completion)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Any) -> list[float]:
@@ -93,17 +81,32 @@ class RewardModel:
         return scores
 
     def _logits(self, rows: list[list[int]]) -> Tensor:
-        # Decoder classifiers pool at the last token whose id is not the pad id. With pad == eos that is one token
-        # early, so padding takes an id that occurs in no row.
-        used = {token for row in rows for token in row}
-        pad = self.tokenizer.pad_token_id
-        if pad is None or pad in used:
-            pad = next(i for i in range(self.model.config.get_text_config().vocab_size) if i not in used)
-        self.model.config.get_text_config().pad_token_id = pad
-        width = max(len(row) for row in rows)
-        ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=self.model.device)
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self.model.device)
-        return self.model(input_ids=ids, attention_mask=mask).logits.float().squeeze(-1)
+        return text_scores(self.model, self.tokenizer, rows)
+
+
+def scored_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: str) -> str:
+    """What a reward model reads: prompt + completion, or a chat through its chat template (written out without one)."""
+    if isinstance(prompt, str):
+        return prompt + completion
+    messages = [*prompt, {"role": "assistant", "content": completion}]
+    if tokenizer.chat_template:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def text_scores(model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> Tensor:
+    """A one-label classifier's logit [B] for each row of token ids, padded by length, with gradients."""
+    # Decoder classifiers pool at the last token whose id is not the pad id. With pad == eos that is one token early, so
+    # padding takes an id that occurs in no row.
+    used = {token for row in rows for token in row}
+    pad = tokenizer.pad_token_id
+    if pad is None or pad in used:
+        pad = next(i for i in range(model.config.get_text_config().vocab_size) if i not in used)
+    model.config.get_text_config().pad_token_id = pad
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=model.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
+    return model(input_ids=ids, attention_mask=mask).logits.float().squeeze(-1)
 
 
 def load_reward(source: RewardFunction | str | PreTrainedModel, *, device: torch.device | str) -> RewardFunction:

@@ -1,8 +1,10 @@
-"""Supervised fine-tuning: teach a model to write like a text data set, from a checkpoint or from scratch."""
+"""Supervised fine-tuning: teach a model to write like a text data set or to complete prompts, or make a new model."""
 
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +21,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from rlhf_ppo.data import load_rows, require_column
+from rlhf_ppo.data import Prompt, require_column, tokenize_prompt
+from rlhf_ppo.mixing import load_mixture, require_weights
 from rlhf_ppo.models import context_length, load_policy, load_tokenizer, resolve_model
+from rlhf_ppo.preferences import prompt_and_answer
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -29,8 +33,8 @@ END_OF_TEXT = "<|endoftext|>"
 class SFTArgs:
     """Teach a language model to write like a text data set: continue from a model, or train a new one."""
 
-    dataset: str
-    """Training text: a hub id, a folder, or a csv, jsonl or parquet file (also .gz)."""
+    dataset: tuple[str, ...]
+    """Training text: one or more hub ids, folders, or csv, jsonl or parquet files (also .gz)."""
     output_dir: str
     """Folder for the trained model and its tokenizer, in transformers' own format."""
     model: str | None = None
@@ -39,8 +43,14 @@ class SFTArgs:
     """A transformers config.json: train a new model of this shape, with a byte-level BPE of its own."""
     split: str = "train"
     """Split of the data set."""
+    dataset_weights: tuple[float, ...] | None = None
+    """Share of each data set in the mixture; None: all rows of all of them."""
     text_column: str = "text"
-    """Column that holds the text."""
+    """Column that holds the text, or whole conversations, of which the assistant's last message is learned."""
+    prompt_column: str | None = None
+    """Column with prompts, text or chat messages, which are read but not learned; used with completion_column."""
+    completion_column: str | None = None
+    """Column with what is learned after prompt_column: text, or the assistant's message; "chosen" of preferences."""
     max_length: int = 512
     """Longest example in tokens, at most the model's context; longer ones are cut and get no end-of-text token."""
     eval_fraction: float = 0.02
@@ -61,6 +71,12 @@ class SFTArgs:
     """Seed of the initialisation, the hold-out split and the order of rows."""
 
     def __post_init__(self) -> None:
+        require_weights(self.dataset, self.dataset_weights)
+        if (self.prompt_column is None) != (self.completion_column is None):
+            raise ValueError(
+                "prompt_column and completion_column go together, got "
+                f"prompt_column={self.prompt_column!r} and completion_column={self.completion_column!r}"
+            )
         if (self.model is None) == (self.architecture is None):
             raise ValueError(
                 "give exactly one of model (continue from it) and architecture (train a new one), "
@@ -123,25 +139,69 @@ def hold_out(rows: Dataset, args: SFTArgs) -> DatasetDict:
     return rows.train_test_split(max(1, round(args.eval_fraction * len(rows))), seed=args.seed)
 
 
+def read_examples(rows: Dataset, args: SFTArgs) -> list[tuple[Prompt, str]]:
+    """(prompt, completion) of each row; a plain text is a completion of nothing, so all of it is learned.
+
+    Raises:
+        ValueError: a missing column, or a row that is neither text nor a conversation; names the row.
+    """
+    column = args.completion_column or args.text_column
+    require_column(rows, column)
+    if args.prompt_column is None:
+        prompts: Iterable[Any] = [None] * len(rows)
+    else:
+        require_column(rows, args.prompt_column)
+        prompts = rows[args.prompt_column]
+    examples: list[tuple[Prompt, str]] = []
+    for i, (prompt, answer) in enumerate(zip(prompts, rows[column], strict=True)):
+        plain = prompt is None and isinstance(answer, str)  # may be empty: text collections have such rows
+        examples.append(("", answer) if plain else prompt_and_answer(prompt, answer, f"row {i}, {column}"))
+    return examples
+
+
+def encode_examples(
+    examples: list[tuple[Prompt, str]], tokenizer: PreTrainedTokenizerBase, longest: int, name: str
+) -> Dataset:
+    """Token ids and labels (-100 on the prompt) of each example, cut to ``longest``.
+
+    Prompt and completion become ids each by itself, as they do under PPO, and the completion ends with end of text.
+
+    Raises:
+        ValueError: no example has room for its completion.
+    """
+    encoded: list[dict[str, Any]] = []
+    for i, (prompt, completion) in enumerate(examples):
+        start = tokenize_prompt(prompt, tokenizer, f"row {i}") if prompt else []
+        # A text that begins the sequence gets whatever the tokenizer puts in front; one in its middle does not.
+        answer = tokenizer(completion, add_special_tokens=not prompt)["input_ids"]
+        ids = [*start, *answer, tokenizer.eos_token_id][:longest]
+        if len(ids) > len(start):
+            labels = [-100] * len(start) + ids[len(start) :]
+            encoded.append({"input_ids": ids, "labels": labels, "length": len(ids)})
+    if not encoded:
+        raise ValueError(f"{name}: every prompt fills max_length={longest} and leaves no room for its completion")
+    if len(encoded) < len(examples):
+        warnings.warn(
+            f"{name}: left out {len(examples) - len(encoded)} of {len(examples)} rows whose prompt fills the "
+            f"{longest} tokens",
+            stacklevel=3,
+        )
+    return Dataset.from_list(encoded)
+
+
 def sft(args: SFTArgs) -> dict[str, float]:
-    """Train, save to ``args.output_dir``, and return the held-out loss (nats per token) and perplexity."""
+    """Train, save to ``args.output_dir``, and return the held-out loss (nats per learned token) and perplexity."""
     torch.manual_seed(args.seed)
-    rows = load_rows(args.dataset, args.split)
-    require_column(rows, args.text_column)
+    rows = load_mixture(args.dataset, args.split, weights=args.dataset_weights, seed=args.seed)
     if len(rows) < 2:
         raise ValueError(f"{args.dataset} has {len(rows)} row; at least 2 are needed, one of them held out")
-    rows = hold_out(rows, args)
-    model, tokenizer = _load(args, rows["train"][args.text_column])
+    parts = {str(name): read_examples(part, args) for name, part in hold_out(rows, args).items()}
+    texts = [prompt + answer for prompt, answer in parts["train"] if isinstance(prompt, str)]
+    model, tokenizer = _load(args, texts)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {args.model} names no end-of-text token, which ends every row: give it one")
     longest = min(args.max_length, context_length(model.config) or args.max_length)
-
-    def encode(batch: dict[str, list[str]]) -> dict[str, Any]:
-        ids = [[*row, tokenizer.eos_token_id] for row in tokenizer(batch[args.text_column])["input_ids"]]
-        ids = [row[:longest] for row in ids]
-        return {"input_ids": ids, "labels": ids, "length": [len(row) for row in ids]}
-
-    rows = rows.map(encode, batched=True, remove_columns=rows["train"].column_names)
+    encoded = {name: encode_examples(part, tokenizer, longest, name) for name, part in parts.items()}
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -159,8 +219,8 @@ def sft(args: SFTArgs) -> dict[str, float]:
             report_to="none",
             seed=args.seed,
         ),
-        train_dataset=rows["train"],
-        eval_dataset=rows["test"],
+        train_dataset=encoded["train"],
+        eval_dataset=encoded["test"],
         data_collator=_collate,
     )
     trainer.train()

@@ -60,6 +60,10 @@ class RatioTripwireError(RuntimeError):
     """Old and new log-probs differ before any optimizer step: sampling and training disagree."""
 
 
+def _name(model: str | PreTrainedModel) -> str:
+    return model if isinstance(model, str) else model.config._name_or_path
+
+
 class PPOTrainer:
     """Fine-tunes a causal language model with PPO: prompts are states, tokens are actions.
 
@@ -113,6 +117,8 @@ class PPOTrainer:
         self.model, self.reference = parts.model, parts.reference
         self.callbacks = list(callbacks or [])
         self.run = RunDirectory(args.output_dir)
+        self.sources = {"model": _name(model), "ref_model": None if ref_model is None else _name(ref_model)}
+        """Where policy and reference came from, for run.json."""
         self.parts = parts
         self.stopwatch = Stopwatch(self.device)
         self.timings: dict[str, float] = {}
@@ -166,7 +172,7 @@ class PPOTrainer:
                 f"all {args.num_rollouts} rollouts of this run are done: raise total_episodes in a new trainer"
             )
         if resume_from_checkpoint is None:
-            self.run.start(dataclasses.asdict(args))
+            self.run.start({**self.sources, **dataclasses.asdict(args)})
         else:
             load_checkpoint(self, resume_from_checkpoint)
             self.run.rewind(self.iteration)

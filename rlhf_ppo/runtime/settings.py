@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,8 +58,9 @@ def _checked(path: Path, key: Any, value: Any, known: list[str], types: Mapping[
 def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, description: str | None = None) -> Settings:
     """Build ``cls`` from ``argv``: flags win over ``--config file.yaml``, which wins over the defaults.
 
-    A field annotated ``tyro.conf.Positional[...]`` is a word without a flag; such words come first. A class with a
-    field ``config`` of its own means another file by that flag, and is set by flags alone.
+    A bool's flag needs no value: it means True. A field annotated ``tyro.conf.Positional[...]`` is a word without a
+    flag; such words come first. A class with a field ``config`` of its own means another file by that flag, and is set
+    by flags alone.
 
     Raises:
         FileNotFoundError, ValueError: see :func:`read_yaml`; a wrong flag ends the program with usage help.
@@ -68,7 +69,7 @@ def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, descr
     from_yaml: list[str] = []
     yaml_allowed = "config" not in typing.get_type_hints(cls)
     # Words before the first flag go first again: after YAML's list values they would be read as part of the list.
-    words = list(takewhile(lambda word: not word.startswith("-"), argv))
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
     rest = iter(argv[len(words) :])
     for word in rest:
         if yaml_allowed and (word == "--config" or word.startswith("--config=")):
@@ -84,12 +85,21 @@ def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, descr
             flags.append(word)
     return tyro.cli(
         cls,
-        args=[*words, *from_yaml, *flags],
+        args=[*words, *from_yaml, *_spelt_out(flags, cls)],
         prog=prog,
         description=(description or "")
         + (" Settings may also come from a YAML file: --config FILE (flags win over it)." if yaml_allowed else ""),
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
     )
+
+
+def _spelt_out(flags: Sequence[str], cls: type) -> list[str]:
+    """``--chat`` alone means ``--chat True``, if chat is a bool."""
+    names = {f"--{name.replace('_', '-')}" for name, hint in typing.get_type_hints(cls).items() if hint is bool}
+    words: list[str] = []
+    for word, following in itertools.pairwise([*flags, "--"]):
+        words += [word, "True"] if word in names and following.startswith("--") else [word]
+    return words
 
 
 def _positional(cls: type) -> list[str]:

@@ -7,9 +7,10 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
-from rlhf_ppo.sft import SFTArgs, _collate, sft, train_tokenizer
+from rlhf_ppo.sft import SFTArgs, _collate, encode_examples, read_examples, sft, train_tokenizer
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "a cat and a dog"] * 20
 
@@ -119,3 +120,69 @@ def test_the_tokenizer_is_lossless_for_any_text():
     for text in ("the cat", "  two  spaces\n", "Zażółć 🙂", "<tag> & 'quote' ."):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert tokenizer.decode([tokenizer.eos_token_id], skip_special_tokens=True) == ""
+
+
+# Prompts with completions, conversations, preferences
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'][0] }}.{{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}a.{% endif %}"
+)
+
+
+def test_only_the_completion_and_its_end_are_learned(tokenizer):
+    """One token a character: "the " is read, "cat" and end of text (id 0) are targets, as PPO would sample them."""
+    rows = Dataset.from_list([{"prompt": "the ", "chosen": "cat"}])
+    args = SFTArgs(dataset=("x",), output_dir="o", model="m", prompt_column="prompt", completion_column="chosen")
+    (row,) = encode_examples(read_examples(rows, args), tokenizer, 64, "train")
+    assert row["input_ids"] == [*tokenizer("the cat")["input_ids"], 0]
+    assert row["labels"] == [-100] * 4 + [*tokenizer("cat")["input_ids"], 0]
+
+
+def test_conversations_learn_the_last_answer_after_the_generation_prompt(tokenizer):
+    tokenizer.chat_template = CHAT_TEMPLATE
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    args = SFTArgs(dataset=("x",), output_dir="o", model="m", text_column="messages")
+    split = SFTArgs(dataset=("x",), output_dir="o", model="m", prompt_column="prompt", completion_column="completion")
+    (whole,) = read_examples(Dataset.from_list([{"messages": chat}]), args)
+    assert whole == read_examples(Dataset.from_list([{"prompt": chat[:1], "completion": chat[1:]}]), split)[0]
+    (row,) = encode_examples([whole], tokenizer, 64, "train")
+    assert tokenizer.decode(row["input_ids"][:-1]) == "u.hi a.yo"
+    assert [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100] == [
+        *tokenizer("yo")["input_ids"],
+        0,
+    ]
+
+
+def test_a_prompt_that_fills_the_length_is_left_out_with_a_count(tokenizer):
+    with pytest.warns(UserWarning, match="train: left out 1 of 2 rows whose prompt fills the 4 tokens"):
+        rows = encode_examples([("abcde", "f"), ("a", "b")], tokenizer, 4, "train")
+    assert len(rows) == 1
+    with pytest.raises(ValueError, match="every prompt fills max_length=4"):
+        encode_examples([("abcde", "f")], tokenizer, 4, "train")
+
+
+def test_completions_are_learned_end_to_end(quick, make_model, tokenizer, tmp_path):
+    """After any prompt the answer is "yes": a tenth of a nat per token is soon enough, though prompts are random."""
+    make_model().save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    file = tmp_path / "pairs.jsonl"
+    words = [f"{a}{b} " for a in "abcdefgh" for b in "klmnopqr"]
+    file.write_text("".join(json.dumps({"prompt": w, "chosen": "yes", "rejected": "no"}) + "\n" for w in words))
+    columns = {"prompt_column": "prompt", "completion_column": "chosen"}
+    result = sft(quick(dataset=(str(file),), model=str(tmp_path / "m"), num_epochs=8.0, **columns))
+    assert result["eval/loss_nats_per_token"] < 0.1
+
+
+def test_bad_prompt_and_completion_settings_are_named(quick, data, tokenizer):
+    with pytest.raises(ValueError, match="prompt_column and completion_column go together"):
+        quick(dataset=data, model="m", prompt_column="text")
+    with pytest.raises(ValueError, match="dataset_weights has 2 weights for 1 data sets"):
+        quick(dataset=data, model="m", dataset_weights=(1.0, 1.0))
+    rows = Dataset.from_list([{"prompt": "a", "completion": ""}])
+    args = quick(dataset=data, model="m", prompt_column="prompt", completion_column="completion")
+    with pytest.raises(ValueError, match="row 0, completion: the answer is empty"):
+        read_examples(rows, args)
+    chat = [("", "a"), ([{"role": "user", "content": "hi"}], "yo")]
+    with pytest.raises(ValueError, match="row 1: the prompt is a chat, but the tokenizer has no chat template"):
+        encode_examples(chat, tokenizer, 64, "train")

@@ -108,6 +108,15 @@ def test_every_kind_of_value_survives_the_file(yaml):
     assert read_yaml(yaml(""), Args) == {}
 
 
+def test_a_bools_flag_may_stand_alone():
+    """At the end, before another flag, or with its value; a flag of another type still needs one."""
+    for flags in ("--name x --loud", "--loud --name x", "--name x --loud True"):
+        assert parse_settings(Args, flags.split(), prog="x").loud
+    assert not parse_settings(Args, ["--name", "x", "--loud", "False"], prog="x").loud
+    with pytest.raises(SystemExit):
+        parse_settings(Args, ["--name", "x", "--rate"], prog="x")
+
+
 def test_a_missing_file_and_a_missing_path():
     with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml does not exist"):
         parse("--config", "nowhere.yaml")

@@ -1,0 +1,234 @@
+"""Evaluation: a trained model against its reference on held-out prompts, every figure with its uncertainty."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+
+from rlhf_ppo.collect import Collector
+from rlhf_ppo.comparison import differences, distinct, interval, win_rate
+from rlhf_ppo.config import RLHFConfig
+from rlhf_ppo.data import load_rows, prompt_rows
+from rlhf_ppo.experience import describe
+from rlhf_ppo.models import adapter_base
+from rlhf_ppo.runtime.precision import Precision
+from rlhf_ppo.runtime.progress import ProgressDisplay
+from rlhf_ppo.runtime.run_directory import RunDirectory
+from rlhf_ppo.runtime.timing import Stopwatch
+from rlhf_ppo.setup import set_up
+
+_SAMPLER = ("max_new_tokens", "temperature", "stop_token_ids", "stop_strings", "min_new_tokens")
+"""Settings of a run that say how it sampled; an evaluation takes them over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateArgs:
+    """Measure a model on prompts: reward, KL, length, variety, and how often it beats its reference."""
+
+    model: str
+    """Folder of a run, of a model or of an adapter, or a hub id."""
+    reward: tuple[str, ...]
+    """One or more rewards: file.py:function, module:function, or a sequence-classification model's folder or hub id."""
+    dataset: str
+    """Prompts that were not trained on: a hub id, a folder, or a csv, jsonl or parquet file (also .gz)."""
+    split: str = "train"
+    """Split of the data set."""
+    prompt_column: str = "prompt"
+    """Column with the prompts; the other columns reach the reward functions."""
+    num_prompts: int | None = None
+    """Use the first so many prompts; None: all."""
+    ref_model: str | None = None
+    """Reference for the KL; None: what the run in the model's folder started from."""
+    against: str | None = None
+    """Model to compare with; None: the reference."""
+    judge: str | None = None
+    """Reward that decides who wins, best one held out from training; None: the sum of the rewards above."""
+    output_dir: str = "runs/evaluation"
+    """Folder for evaluation.json and evaluation_samples.jsonl."""
+    max_new_tokens: int | None = None
+    """Longest response in tokens; None: as in the run (48 if the folder holds no run)."""
+    temperature: float | None = None
+    """Divides the logits; None: as in the run (1 if the folder holds no run)."""
+    batch_size: int = 32
+    """Responses made at the same time."""
+    seed: int = 0
+    """Seed of the draws, the same for both models."""
+    device: str | None = None
+    """cuda, mps or cpu; None: the first of these that is there."""
+    precision: Precision = "auto"
+    """Number format of the matrix products: bf16, fp32, or auto (bf16 where the device multiplies it faster)."""
+    quiet: bool = False
+    """Show no progress."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_prompts", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+
+
+def evaluate(args: EvaluateArgs) -> dict[str, Any]:
+    """Sample both models on the same prompts, measure, and write evaluation.json and evaluation_samples.jsonl.
+
+    Returns:
+        What evaluation.json holds: ``model``, ``against`` and ``difference`` (paired by prompt) with {mean, half_width}
+        of each measure, ``win_rate`` with its interval (see :mod:`rlhf_ppo.comparison`).
+    Raises:
+        ValueError: bad settings, data or models, no reference to be found, or a judge that scores nothing.
+        RewardError: a reward function failed.
+    """
+    settings = read_run(args.model)
+    reference = args.ref_model or _reference(args.model, settings)
+    against = args.against or reference
+    rows = prompt_rows(load_rows(args.dataset, args.split), args.prompt_column)
+    if args.num_prompts is not None:
+        rows = rows.select(range(min(args.num_prompts, len(rows))))
+    run = RunDirectory(args.output_dir)
+    config = _sampler_config(args, settings)
+    samples = [_sample(name, reference, args, config, rows, run) for name in (args.model, against)]
+    measures = [_measures(part) for part in samples]
+    verdicts = [[row["verdict"] for row in part] for part in samples]
+    report = {
+        "prompts": len(rows),
+        "reference": reference,
+        "judge": args.judge,
+        "judge_was_trained_on": args.judge is None or args.judge in settings.get("reward", ()),
+        "interval": "95 %: 1.96 standard errors over prompts; win rate: Wilson's",
+        "model": _summary(args.model, samples[0], measures[0]),
+        "against": _summary(against, samples[1], measures[1]),
+        "difference": {name: interval(differences(measures[0][name], measures[1][name])) for name in measures[0]},
+        "win_rate": win_rate(*verdicts),
+    }
+    file = run.path / "evaluation_samples.jsonl"
+    file.unlink(missing_ok=True)
+    for ours, theirs in zip(*samples, strict=True):
+        prompt = ours.pop("prompt")
+        theirs.pop("prompt")
+        run.append(file.name, {"prompt": prompt, "model": ours, "against": theirs})
+    run.write_json("evaluation.json", report)
+    return report
+
+
+def read_run(folder: str) -> dict[str, Any]:
+    """The settings in a run's folder (run.json), or {} if there is none."""
+    file = Path(folder) / "run.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _reference(model: str, settings: dict[str, Any]) -> str:
+    found = settings.get("ref_model") or settings.get("model") or adapter_base(model)
+    if not found:
+        raise ValueError(
+            f"{model} does not say what it was trained from (no run.json with a model in it): name the reference for "
+            "the KL with ref_model"
+        )
+    return str(found)
+
+
+def _sampler_config(args: EvaluateArgs, settings: dict[str, Any]) -> RLHFConfig:
+    fields = {field.name for field in dataclasses.fields(RLHFConfig)}
+    chosen: dict[str, Any] = {name: settings[name] for name in _SAMPLER if name in settings and name in fields}
+    chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()}
+    given = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+    chosen.update({name: value for name, value in given.items() if value is not None})
+    return RLHFConfig(
+        **chosen,
+        output_dir=args.output_dir,
+        objective="reinforce",  # no critic is read
+        rollout_batch_size=args.batch_size,
+        num_minibatches=1,
+        # The judge is asked like a reward, and counts for nothing in their sum.
+        reward_weights=None if args.judge is None else (*[1.0] * len(args.reward), 0.0),
+        seed=args.seed,
+        device=args.device,
+        precision=args.precision,
+    )
+
+
+def _sample(
+    model: str, reference: str, args: EvaluateArgs, config: RLHFConfig, rows: Dataset, run: RunDirectory
+) -> list[dict[str, Any]]:
+    """One row per prompt: :func:`rlhf_ppo.experience.describe`'s, each reward's own score, and the judge's verdict."""
+    parts = set_up(
+        model,
+        [*args.reward, *([] if args.judge is None else [args.judge])],
+        config,
+        train_dataset=None,
+        eval_dataset=rows,
+        processing_class=None,
+        ref_model=reference,
+        value_model=None,
+        peft_config=None,
+    )
+    assert parts.eval_prompts is not None
+    collector = Collector(parts, config, run, Stopwatch(parts.device))
+    generator = torch.Generator(parts.device).manual_seed(args.seed)
+    found: list[dict[str, Any]] = []
+    with ProgressDisplay(f"prompts of {Path(model).name}", len(rows), quiet=args.quiet) as progress:
+        for start in range(0, len(rows), args.batch_size):
+            batch = parts.eval_prompts.take(range(start, min(start + args.batch_size, len(rows))))
+            rollout = collector.collect(batch.prompts, batch.columns, generator, needs_scores=False)
+            for i, row in enumerate(describe(rollout)):
+                scores = {name: part[i] for name, part in rollout.score_parts.items()}
+                verdict = row["score"] if args.judge is None else list(scores.values())[-1]
+                found.append({**row, "rewards": scores, "verdict": verdict})
+            progress.update(len(found))
+    return found
+
+
+def _measures(part: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
+    """Measure -> one value per prompt."""
+    return {
+        **{f"reward: {name}": [row["rewards"][name] for row in part] for name in part[0]["rewards"]},
+        "KL to the reference, nats per response": [row["kl_nats"] for row in part],
+        "length, tokens": [float(row["tokens"]) for row in part],
+        "ended by a stop token, share": [float(row["finished"]) for row in part],
+    }
+
+
+def _summary(name: str, part: Sequence[dict[str, Any]], measures: dict[str, list[float | None]]) -> dict[str, Any]:
+    texts = [row["completion"] for row in part]
+    return {
+        "name": name,
+        **{measure: interval(values) for measure, values in measures.items()},
+        **{f"distinct-{n}": distinct(texts, n) for n in (1, 2, 3)},
+    }
+
+
+def print_evaluation(report: dict[str, Any], *, console: Console | None = None) -> None:
+    """Print the report as a table, and who judged."""
+    table = Table(title=f"{report['prompts']} prompts, 95 % intervals", title_justify="left")
+    table.add_column("")
+    for side in ("model", "against"):
+        table.add_column(report[side]["name"], justify="right")
+    table.add_column("difference, paired", justify="right")
+    for name, difference in report["difference"].items():
+        table.add_row(name, *(_number(report[side][name]) for side in ("model", "against")), _number(difference, "+"))
+    for n in (1, 2, 3):
+        ours, theirs = (report[side][f"distinct-{n}"] for side in ("model", "against"))
+        table.add_row(f"distinct-{n}, share of word {n}-grams", f"{ours:.3f}", f"{theirs:.3f}", f"{ours - theirs:+.3f}")
+    console = console or Console()
+    console.print(table)
+    rate = report["win_rate"]
+    console.print(
+        f"win rate {rate['mean']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}] over {rate['judged']} prompts, "
+        f"{rate['ties']} ties counted half; judge: {report['judge'] or 'the sum of the rewards'}",
+        markup=False,
+    )
+    if report["judge_was_trained_on"]:
+        console.print("note: the model was trained on what judges here; --judge names one that it never saw")
+
+
+def _number(value: dict[str, float | None], sign: str = "") -> str:
+    if value["mean"] is None:
+        return "-"
+    return f"{value['mean']:{sign}.3f}" + ("" if value["half_width"] is None else f" ± {value['half_width']:.3f}")

@@ -1,0 +1,120 @@
+"""Preferences: rows of prompt, chosen and rejected read as pairs of texts, and split by prompt."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_ppo.data import Prompt, is_chat, require_column
+from rlhf_ppo.rewards import scored_text
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One comparison, as texts that a reward model reads (see :func:`rlhf_ppo.rewards.scored_text`)."""
+
+    prompt: str
+    """What both answers belong to, written out; rows with the same one are never split."""
+    chosen: str
+    rejected: str
+    margin: float
+    """By how much the chosen score should at least exceed the rejected one."""
+
+
+def read_preferences(
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prompt_column: str | None,
+    chosen_column: str,
+    rejected_column: str,
+    margin_column: str | None = None,
+) -> list[Preference]:
+    """The comparisons of a data set; rows whose two answers are the same text are left out with a warning.
+
+    Answers are text or chat messages. Without a prompt column they are whole texts or whole conversations; with one, a
+    text belongs to a text prompt or a chat, and messages belong to a chat.
+
+    Raises:
+        ValueError: a missing column, an answer of another kind, an empty one, or no usable row; names the row.
+    """
+    for column in (prompt_column, chosen_column, rejected_column, margin_column):
+        if column is not None:
+            require_column(rows, column)
+    found: list[Preference] = []
+    for i, row in enumerate(rows):
+        assert isinstance(row, dict)
+        prompt = None if prompt_column is None else row[prompt_column]
+        margin = 0.0 if margin_column is None else row[margin_column]
+        if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not abs(margin) < float("inf"):
+            raise ValueError(f"row {i}: {margin_column} must be a finite number, got {margin!r}")
+        sides = [prompt_and_answer(prompt, row[c], f"row {i}, {c}") for c in (chosen_column, rejected_column)]
+        texts = [scored_text(tokenizer, *side) for side in sides]
+        key = sides[0][0] if prompt is not None or sides[0][0] == sides[1][0] else ""
+        # Whole texts without a prompt share nothing that could leak: each row is a group of its own.
+        group = json.dumps(key) if key else f"row {i}"
+        found.append(Preference(group, *texts, margin=float(margin)))
+    kept = [pair for pair in found if pair.chosen != pair.rejected]
+    if not kept:
+        raise ValueError(
+            f"{chosen_column!r} and {rejected_column!r} hold the same text in all {len(found)} rows: nothing to learn"
+        )
+    if len(kept) < len(found):
+        warnings.warn(
+            f"left out {len(found) - len(kept)} of {len(found)} rows whose {chosen_column!r} and {rejected_column!r} "
+            "are the same text",
+            stacklevel=2,
+        )
+    return kept
+
+
+def prompt_and_answer(prompt: Any, answer: Any, where: str) -> tuple[Prompt, str]:
+    """(prompt, completion) as PPO's rewards receive them, from an answer that is text or chat messages.
+
+    Raises:
+        ValueError: an empty answer, one that does not end with the assistant, or a mixture that has no meaning.
+    """
+    if isinstance(answer, str):
+        if not answer:
+            raise ValueError(f"{where}: the answer is empty; remove the row or give it text")
+        if prompt is None:
+            return "", answer
+        if isinstance(prompt, str) or is_chat(prompt):
+            return prompt, answer
+        raise ValueError(f"{where}: a prompt must be text or chat messages, got {type(prompt).__name__}: {prompt!r}")
+    if not is_chat(answer):
+        raise ValueError(f"{where}: an answer must be text or chat messages, got {type(answer).__name__}: {answer!r}")
+    if answer[-1]["role"] != "assistant" or not answer[-1]["content"]:
+        raise ValueError(f"{where}: the last message must be the assistant's, and not empty: {answer[-1]!r}")
+    if isinstance(prompt, str):
+        raise ValueError(
+            f"{where}: the prompt is text but the answer is a chat; if the answer is the whole conversation, set "
+            "prompt_column to None"
+        )
+    return [*(prompt or []), *answer[:-1]], answer[-1]["content"]
+
+
+def split_by_prompt(
+    pairs: Sequence[Preference], fraction: float, seed: int
+) -> tuple[list[Preference], list[Preference]]:
+    """(training, held-out) pairs: about ``fraction`` of the prompts are held out, with all of their pairs.
+
+    Raises:
+        ValueError: fewer than two prompts.
+    """
+    prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
+    if len(prompts) < 2:
+        raise ValueError(
+            f"{len(pairs)} usable pairs of {len(prompts)} prompt: at least 2 prompts are needed, one of them held out"
+        )
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
+    count = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
+    held_out = {prompts[i] for i in order[:count]}
+    return [pair for pair in pairs if pair.prompt not in held_out], [pair for pair in pairs if pair.prompt in held_out]

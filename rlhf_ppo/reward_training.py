@@ -1,0 +1,276 @@
+"""Training a reward model: Bradley-Terry on pairs of a chosen and a rejected answer, with its calibration measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, get_scheduler
+
+from rlhf_ppo.mixing import load_mixture, require_weights
+from rlhf_ppo.models import adapter_base, context_length, find_config, load_classifier, resolve_model
+from rlhf_ppo.preferences import Preference, read_preferences, split_by_prompt
+from rlhf_ppo.rewards import text_scores
+from rlhf_ppo.runtime.plots import plot_calibration
+from rlhf_ppo.runtime.precision import Precision, autocast, compute_in_bf16
+from rlhf_ppo.runtime.progress import ProgressDisplay
+from rlhf_ppo.runtime.run_directory import RunDirectory
+from rlhf_ppo.runtime.seeding import resolve_device, seed_everything
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardTrainingArgs:
+    """Train a reward model on pairs of a chosen and a rejected answer (Bradley-Terry)."""
+
+    dataset: tuple[str, ...]
+    """Preferences: one or more hub ids, folders, or csv, jsonl or parquet files (also .gz)."""
+    output_dir: str
+    """Folder for the reward model, reward_metrics.json and calibration.png."""
+    model: str = "embedded"
+    """Model to start from: a causal language model's or classifier's folder or hub id, or "embedded"."""
+    dataset_weights: tuple[float, ...] | None = None
+    """Share of each data set in the mixture; None: all rows of all of them."""
+    split: str = "train"
+    """Split of the data set."""
+    prompt_column: str | None = "prompt"
+    """Column with the prompts, text or chat messages; None: the answers are whole texts or whole conversations."""
+    chosen_column: str = "chosen"
+    """Column with the better answers, text or chat messages."""
+    rejected_column: str = "rejected"
+    """Column with the worse answers."""
+    margin_column: str | None = None
+    """Column with a number m per row: the chosen score should exceed the rejected one by m; None: no margins."""
+    max_length: int = 512
+    """Longest text in tokens, at most the model's context; longer ones (counted) keep their end."""
+    eval_fraction: float = 0.1
+    """Share of the prompts held out, with all of their pairs, for accuracy and calibration."""
+    num_epochs: int = 1
+    """Passes over the training pairs; reward models overfit quickly."""
+    batch_size: int = 16
+    """Pairs per optimizer step."""
+    learning_rate: float = 5e-5
+    """Peak learning rate, reached after the warm-up, then cosine to zero."""
+    warmup_steps: int = 10
+    """Optimizer steps of linear warm-up."""
+    weight_decay: float = 0.01
+    """AdamW's weight decay."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm after clipping."""
+    centering: float = 0.0
+    """Weight of (chosen + rejected score)^2 in the loss, which keeps scores around 0; 0.01 is usual."""
+    lora_rank: int | None = None
+    """Train a LoRA adapter of this rank and the score head instead of all weights; the adapter alone is saved."""
+    seed: int = 0
+    """Seed of the score head, the hold-out split and the order of pairs."""
+    device: str | None = None
+    """cuda, mps or cpu; None: the first of these that is there."""
+    precision: Precision = "auto"
+    """Number format of the matrix products: bf16, fp32, or auto (bf16 where the device multiplies it faster)."""
+    save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Precision of the saved weights."""
+    quiet: bool = False
+    """Show no progress."""
+
+    def __post_init__(self) -> None:
+        require_weights(self.dataset, self.dataset_weights)
+        if not 0 < self.eval_fraction < 1:
+            raise ValueError(f"eval_fraction must lie between 0 and 1, got {self.eval_fraction}")
+        for name in ("max_length", "num_epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("centering", "weight_decay", "warmup_steps", "learning_rate"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive, got {self.max_grad_norm}")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ValueError(f"lora_rank must be 1 or more, or None, got {self.lora_rank}")
+
+
+def bradley_terry_loss(
+    chosen: Tensor, rejected: Tensor, *, margin: Tensor | float = 0.0, centering: float = 0.0
+) -> Tensor:
+    """-log sigmoid(chosen - rejected - margin) + centering (chosen + rejected)^2, for scores [B] each: [B].
+
+    Sources: Bradley and Terry (1952); the margin: Touvron et al., "Llama 2" (2023); the centering, which fixes the
+    constant that the first term leaves open: Eisenstein et al., "Helping or Herding?" (2023).
+    """
+    return -logsigmoid(chosen - rejected - margin) + centering * (chosen + rejected).square()
+
+
+def train_reward_model(args: RewardTrainingArgs) -> dict[str, float]:
+    """Train, measure on held-out prompts, and save a folder that :class:`rlhf_ppo.RewardModel` opens.
+
+    Returns:
+        Held-out accuracy, loss, calibration error and scores, and what was counted.
+    Raises:
+        ValueError: bad settings, data or model; says which.
+    """
+    device = resolve_device(args.device)
+    bf16 = compute_in_bf16(args.precision, device)
+    name = resolve_model(args.model)
+    config = find_config(name)
+    if adapter_base(name) is not None:
+        raise ValueError(f"model {args.model} is an adapter: merge it into its base, and start from the merged folder")
+    longest = min(args.max_length, context_length(config) or args.max_length)
+    # Both settings are saved with the tokenizer, so that RewardModel cuts a text exactly as it was cut here. The end is
+    # kept: answers differ there.
+    tokenizer = AutoTokenizer.from_pretrained(
+        name, trust_remote_code=False, model_max_length=longest, truncation_side="left"
+    )
+    rows = load_mixture(args.dataset, args.split, weights=args.dataset_weights, seed=args.seed)
+    pairs = read_preferences(
+        rows,
+        tokenizer,
+        prompt_column=args.prompt_column,
+        chosen_column=args.chosen_column,
+        rejected_column=args.rejected_column,
+        margin_column=args.margin_column,
+    )
+    train_pairs, eval_pairs = split_by_prompt(pairs, args.eval_fraction, args.seed)
+    train_ids, cut = encode_pairs(train_pairs, tokenizer)
+    eval_ids, eval_cut = encode_pairs(eval_pairs, tokenizer)
+    if cut + eval_cut:
+        warnings.warn(
+            f"{cut + eval_cut} of {len(pairs)} pairs have a text longer than {longest} tokens and keep its end only",
+            stacklevel=2,
+        )
+    seed_everything(args.seed)
+    model: Any = load_classifier(name, new_head=True)
+    model.to(device)
+    if args.lora_rank is not None:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, task_type="SEQ_CLS"))
+
+    def scores(part: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+        """Chosen and rejected scores [B] each, read in one pass."""
+        with autocast(bf16, device):
+            both = text_scores(model, tokenizer, [ids for side in zip(*part, strict=True) for ids in side])
+        return both[: len(part)], both[len(part) :]
+
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=args.learning_rate,
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
+    steps = args.num_epochs * math.ceil(len(train_ids) / args.batch_size)
+    scheduler = get_scheduler("cosine", optimizer, args.warmup_steps, steps)
+    margins = torch.tensor([pair.margin for pair in train_pairs], device=device)
+    shuffle = torch.Generator().manual_seed(args.seed)
+    run = RunDirectory(args.output_dir)
+    run.start(dataclasses.asdict(args))
+    model.train()
+    with ProgressDisplay("pairs", args.num_epochs * len(train_ids), quiet=args.quiet) as progress:
+        done = 0
+        for _ in range(args.num_epochs):
+            for batch in torch.randperm(len(train_ids), generator=shuffle).split(args.batch_size):
+                chosen, rejected = scores([train_ids[i] for i in batch.tolist()])
+                loss = bradley_terry_loss(
+                    chosen, rejected, margin=margins[batch.to(device)], centering=args.centering
+                ).mean()
+                loss.backward()
+                loss = loss.detach()
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                if not torch.isfinite(norm):
+                    raise ValueError(
+                        f"the gradient is not finite after {done} pairs (loss {float(loss):.3g}): lower learning_rate, "
+                        "or use --precision fp32"
+                    )
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+                done += len(batch)
+                progress.update(done, loss=float(loss), correct=float((chosen > rejected).float().mean()))
+
+    model.eval()
+    with torch.no_grad():
+        parts = [scores(eval_ids[i : i + args.batch_size]) for i in range(0, len(eval_ids), args.batch_size)]
+    chosen, rejected = (torch.cat(side) for side in zip(*parts, strict=True))
+    bins = calibration(chosen - rejected)
+    metrics = {
+        **preference_metrics(chosen, rejected),
+        "train_pairs": len(train_pairs),
+        "eval_pairs": len(eval_pairs),
+        "eval_prompts": len({pair.prompt for pair in eval_pairs}),
+        "cut_pairs": cut + eval_cut,
+    }
+    run.write_json("reward_metrics.json", {**metrics, "calibration": bins})
+    plot_calibration(bins, run.path / "calibration.png", title=f"{len(eval_pairs)} held-out pairs")
+    _save(model, tokenizer, Path(args.output_dir), getattr(torch, args.save_dtype))
+    return metrics
+
+
+def encode_pairs(
+    pairs: Sequence[Preference], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[tuple[list[int], list[int]]], int]:
+    """Token ids of (chosen, rejected), cut to the tokenizer's model_max_length, and how many pairs were cut."""
+
+    def encode(texts: list[str], *, truncate: bool) -> list[list[int]]:
+        return tokenizer(texts, truncation=truncate, verbose=False)["input_ids"]
+
+    sides = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
+    whole = [encode(side, truncate=False) for side in sides]
+    limit = tokenizer.model_max_length
+    cut = sum(max(len(a), len(b)) > limit for a, b in zip(*whole, strict=True))
+    kept = [encode(side, truncate=True) for side in sides] if cut else whole
+    return list(zip(*kept, strict=True)), cut
+
+
+def preference_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
+    """Accuracy (ties count half), loss, expected calibration error and mean scores of scores [N] each."""
+    gap = chosen - rejected
+    return {
+        "accuracy": float(((gap > 0).float() + 0.5 * (gap == 0).float()).mean()),
+        "loss": float(bradley_terry_loss(chosen, rejected).mean()),
+        "calibration_error": sum(row["pairs"] * abs(row["predicted"] - row["observed"]) for row in calibration(gap))
+        / len(gap),
+        "chosen_score": float(chosen.mean()),
+        "rejected_score": float(rejected.mean()),
+    }
+
+
+def calibration(gap: Tensor, bins: int = 10) -> list[dict[str, float]]:
+    """How often the answer that the model prefers is the chosen one, by how sure the model says it is.
+
+    A pair has no natural order, so each is asked about the answer with the higher score: predicted is sigmoid(|gap|),
+    from 0.5 to 1; observed is the share in which that answer was the chosen one (a tie counts half).
+
+    Args:
+        gap: [N] chosen - rejected score.
+        bins: equal parts of [0.5, 1]; empty ones are left out.
+    Returns:
+        One row per bin: pairs, mean prediction, observed share.
+    """
+    predicted = gap.double().abs().sigmoid()
+    right = (gap > 0).double() + 0.5 * (gap == 0).double()
+    place = ((predicted - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    return [
+        {
+            "pairs": int((place == i).sum()),
+            "predicted": float(predicted[place == i].mean()),
+            "observed": float(right[place == i].mean()),
+        }
+        for i in range(bins)
+        if bool((place == i).any())
+    ]
+
+
+def _save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> None:
+    config = model.config
+    # RewardModel pads by length whatever stands here; other readers need some pad token to score a batch.
+    config.get_text_config().pad_token_id = (
+        tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    )
+    model.to(dtype).save_pretrained(folder)
+    config.save_pretrained(folder)  # beside an adapter it says that there is one label
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,167 @@
+"""Evaluation: figures that are known beforehand, the reference found, the judge kept apart, bad input named."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from rlhf_ppo.cli import main
+from rlhf_ppo.evaluate import EvaluateArgs, evaluate
+
+REWARDS = """
+def vowels(prompts, completions, **columns):
+    return [sum(c in 'aeiou' for c in t) for t in completions]
+
+def length(prompts, completions, **columns):
+    return [len(t) for t in completions]
+
+def odd(prompts, completions, **columns):
+    return [None if n % 2 else 1.0 for n in columns["number"]]
+
+def nothing(prompts, completions, **columns):
+    return [None for _ in completions]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, make_model, tokenizer, monkeypatch) -> Path:
+    """Two models, a reward file and ten prompts with numbers."""
+    for name, seed in (("first", 0), ("second", 1)):
+        make_model(seed=seed).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "reward.py").write_text(REWARDS)
+    rows = [{"prompt": f"the {word}", "number": i} for i, word in enumerate("abcdefghij")]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def quick(folder):
+    def args(**settings) -> EvaluateArgs:
+        small = {"reward": ("reward.py:vowels",), "dataset": "prompts.jsonl", "max_new_tokens": 5, "device": "cpu"}
+        return EvaluateArgs(
+            **{**small, "precision": "fp32", "batch_size": 4, "quiet": True, "output_dir": "e", **settings}
+        )
+
+    return args
+
+
+def test_a_model_against_itself_ties_everywhere(quick):
+    """Same weights, same draws: no KL, no difference, every prompt a tie."""
+    report = evaluate(quick(model="first", ref_model="first"))
+    assert report["win_rate"]["mean"] == 0.5 and report["win_rate"]["ties"] == report["prompts"] == 10
+    assert all(value == {"mean": pytest.approx(0, abs=1e-5), "half_width": pytest.approx(0, abs=1e-5)}
+               for value in report["difference"].values())  # fmt: skip
+    assert report["model"]["distinct-2"] == report["against"]["distinct-2"]
+
+
+def test_figures_are_those_of_the_samples(quick):
+    report = evaluate(quick(model="second", ref_model="first", reward=("reward.py:vowels", "reward.py:length")))
+    rows = [json.loads(line) for line in Path("e/evaluation_samples.jsonl").read_text().splitlines()]
+    assert json.loads(Path("e/evaluation.json").read_text()) == json.loads(json.dumps(report))
+    for side in ("model", "against"):
+        vowels = [sum(c in "aeiou" for c in row[side]["completion"]) for row in rows]
+        assert report[side]["reward: vowels"]["mean"] == pytest.approx(sum(vowels) / 10)
+        assert [row[side]["rewards"]["length"] for row in rows] == [len(row[side]["completion"]) for row in rows]
+    kl = report["model"]["KL to the reference, nats per response"]
+    assert kl["mean"] > 0.5
+    assert report["against"]["KL to the reference, nats per response"]["mean"] == pytest.approx(0, abs=1e-5)
+    # Without a judge the sum of the rewards decides.
+    wins = [row["model"]["score"] > row["against"]["score"] for row in rows]
+    ties = [row["model"]["score"] == row["against"]["score"] for row in rows]
+    assert report["win_rate"]["mean"] == pytest.approx((sum(wins) + 0.5 * sum(ties)) / 10)
+
+
+def test_the_judge_decides_and_counts_for_no_reward(quick):
+    report = evaluate(quick(model="second", ref_model="first", judge="reward.py:odd"))
+    assert report["win_rate"]["judged"] == report["win_rate"]["ties"] == 5  # None on odd numbers, 1 on even ones
+    assert not report["judge_was_trained_on"]
+    rows = [json.loads(line) for line in Path("e/evaluation_samples.jsonl").read_text().splitlines()]
+    assert rows[0]["model"]["score"] == rows[0]["model"]["rewards"]["vowels"]
+
+
+def test_the_reference_and_the_sampler_are_the_runs_own(folder, quick):
+    (folder / "second" / "run.json").write_text(
+        json.dumps({"model": "first", "ref_model": None, "temperature": 0.5, "max_new_tokens": 3, "reward": ["a:b"]})
+    )
+    report = evaluate(quick(model="second", max_new_tokens=None))
+    assert report["reference"] == report["against"]["name"] == "first"
+    assert report["model"]["length, tokens"]["mean"] <= 3
+    # With a judge named in run.json, the win rate says that it was trained on.
+    (folder / "second" / "run.json").write_text(json.dumps({"model": "first", "reward": ["reward.py:length"]}))
+    assert evaluate(quick(model="second", judge="reward.py:length"))["judge_was_trained_on"]
+
+
+def test_another_opponent_keeps_the_reference(quick):
+    report = evaluate(quick(model="first", ref_model="first", against="second"))
+    assert report["model"]["KL to the reference, nats per response"]["mean"] == pytest.approx(0, abs=1e-5)
+    assert report["against"]["KL to the reference, nats per response"]["mean"] > 0.5
+
+
+def test_a_trained_run_and_an_adapter_evaluate_and_generate(folder, capsys):
+    train = (
+        "train --model first --reward reward.py:vowels --dataset prompts.jsonl --output-dir run --total-episodes 8 "
+        "--rollout-batch-size 4 --max-new-tokens 4 --eval-size 0 --device cpu --num-minibatches 2"
+    )
+    flags = "evaluate --model run --reward reward.py:vowels --dataset prompts.jsonl --output-dir e --device cpu"
+    for extra in ([], ["--lora-rank", "2"]):
+        assert main([*train.split(), *extra]) == 0
+        capsys.readouterr()
+        assert main([*flags.split(), "--num-prompts", "6"]) == 0
+        shown = capsys.readouterr().out
+        assert "6 prompts, 95 % intervals" in shown and "win rate" in shown and "distinct-3" in shown
+        assert "trained on what judges here" in " ".join(shown.split())
+        assert main(["generate", "--model", "run", "--prompt", "a cat", "--max-new-tokens", "3"]) == 0
+        assert "a cat|" in capsys.readouterr().out
+
+
+def test_runs_from_python_say_what_they_started_from(make_trainer, tmp_path, make_model, tokenizer):
+    make_model().save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    trainer = make_trainer(model=str(tmp_path / "start"), total_episodes=8)
+    trainer.train()
+    assert json.loads((trainer.run.path / "run.json").read_text())["model"] == str(tmp_path / "start")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--model nowhere", "does not say what it was trained from"),
+        ("--model nowhere --ref-model first", "model 'nowhere' cannot be loaded"),
+        ("--prompt-column promt --ref-model first", "did you mean 'prompt'"),
+        ("--dataset none.jsonl --ref-model first", "none.jsonl does not exist"),
+        ("--dataset empty.jsonl --ref-model first", "has no rows"),
+        ("--judge reward.py:odds --ref-model first", "has no function 'odds'"),
+        ("--judge reward.py:nothing --ref-model first", "scored no pair of responses"),
+        ("--max-new-tokens 64 --ref-model first", "leaves no room for a prompt"),
+        ("--ref-model first", None),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(folder, capsys, change, message):
+    Path("empty.jsonl").write_text("")
+    flags = "--model first --reward reward.py:vowels --dataset prompts.jsonl --output-dir e --device cpu".split()
+    given = change.split()
+    for name, value in zip(given[::2], given[1::2], strict=True):
+        if name in flags:
+            flags[flags.index(name) + 1] = value
+        else:
+            flags += [name, value]
+    if "--max-new-tokens" not in flags:
+        flags += ["--max-new-tokens", "4"]
+    code = main(["evaluate", *flags])
+    error = capsys.readouterr().err
+    if message is None:
+        assert code == 0
+    else:
+        assert code == 2 and re.search(f"^error: .*{message}", error, flags=re.MULTILINE), error
+
+
+def test_a_reward_that_fails_ends_with_exit_code_1(folder, capsys):
+    Path("reward.py").write_text("def vowels(prompts, completions, **columns):\n    return ['a'] * len(completions)\n")
+    flags = "evaluate --model first --ref-model first --reward reward.py:vowels --dataset prompts.jsonl --device cpu"
+    assert main(flags.split()) == 1
+    assert "vowels" in capsys.readouterr().err

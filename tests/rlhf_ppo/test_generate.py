@@ -1,0 +1,129 @@
+"""Generation: for prompts, for a data set, in a chat that remembers, and what it refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf_ppo.cli import main
+from rlhf_ppo.generate import GenerateArgs, Speaker, chat, forget, generate
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'][0] }}.{{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}a.{% endif %}"
+)
+
+
+@pytest.fixture
+def folder(tmp_path, make_model, tokenizer, monkeypatch) -> Path:
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"question": f"the {word}", "n": i} for i, word in enumerate(("cat", "dog", "cow"))]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_data_set_becomes_a_file_with_its_other_columns(folder, capsys):
+    flags = "generate --model model --dataset prompts.jsonl --prompt-column question --output out/text.jsonl"
+    assert main([*flags.split(), "--num-samples", "2", "--batch-size", "4", "--max-new-tokens", "3"]) == 0
+    rows = [json.loads(line) for line in Path("out/text.jsonl").read_text().splitlines()]
+    assert [(row["prompt"], row["n"]) for row in rows] == [(f"the {w}", i) for i, w in enumerate(("cat", "dog", "cow"))
+                                                           for _ in range(2)]  # fmt: skip
+    assert all(isinstance(row["completion"], str) for row in rows) and "6 completions" in capsys.readouterr().out
+
+
+def test_prompts_answer_as_before_whatever_the_batch(folder):
+    small = {"model": "model", "prompt": ("a cat", "blue"), "max_new_tokens": 4, "device": "cpu"}
+    pairs = generate(GenerateArgs(**small))
+    assert [prompt for prompt, _ in pairs] == ["a cat", "blue"] and pairs == generate(GenerateArgs(**small))
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_a_chat_through_a_pipe_answers_each_line_until_exit(folder, tokenizer, monkeypatch, capsys, template):
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained("model")
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n\nyou\r\n/exit\nno more\n"))
+    assert main(["generate", "--model", "model", "--chat", "--max-new-tokens", "3", "--device", "cpu"]) == 0
+    assert len(capsys.readouterr().out.split("\n")) == 3  # two answers, and no prompt sign in a pipe
+
+
+def listening(monkeypatch, tokenizer, room: int | None = None) -> list:
+    """Replace the model by one that says "ok" and notes what it was asked."""
+    heard: list = []
+
+    def reply(prompts):
+        heard.extend(prompts)
+        return ["ok"] * len(prompts)
+
+    monkeypatch.setattr("rlhf_ppo.generate.load_speaker", lambda args: Speaker(tokenizer, room, reply))
+    return heard
+
+
+def test_the_history_is_kept_as_messages_or_as_one_text(monkeypatch, tokenizer, capsys):
+    args = GenerateArgs(model="m", chat=True)
+    heard = listening(monkeypatch, tokenizer)
+    chat(args, ["once ", "upon"])
+    assert heard == ["once ", "once okupon"]
+    tokenizer.chat_template = TEMPLATE
+    heard = listening(monkeypatch, tokenizer)
+    chat(args, ["hi\n", "and\n"])
+    assert heard[1] == [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "ok"},
+        {"role": "user", "content": "and"},
+    ]
+    assert capsys.readouterr().out == "ok\n" * 4
+
+
+def test_what_no_longer_fits_is_forgotten_oldest_first(tokenizer):
+    """One token a character. "u.three a." is 10 tokens, with "u.one a.two " before it 22."""
+    assert forget("abcdefgh", Speaker(tokenizer, 5, lambda _: [])) == "defgh"
+    assert forget("abc", Speaker(tokenizer, None, lambda _: [])) == "abc"
+    tokenizer.chat_template = TEMPLATE
+    turns = [("user", "one"), ("assistant", "two"), ("user", "three")]
+    history = [{"role": role, "content": text} for role, text in turns]
+    assert forget(history, Speaker(tokenizer, 22, lambda _: [])) == history
+    assert forget(history, Speaker(tokenizer, 21, lambda _: [])) == history[2:]
+    assert forget(history, Speaker(tokenizer, 5, lambda _: [])) == history[2:]  # its own error follows
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "exactly one of prompt, dataset and chat, got none"),
+        ({"prompt": ("a",), "chat": True}, "got prompt and chat"),
+        ({"dataset": "x.jsonl"}, "dataset and output go together"),
+        ({"prompt": ("a",), "output": "x"}, "dataset and output go together"),
+        ({"chat": True, "num_samples": 2}, "chat has one reply a turn"),
+        ({"prompt": ("a",), "batch_size": 0}, "batch_size must be 1 or more"),
+    ],
+)
+def test_contradicting_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GenerateArgs(model="m", **settings)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--dataset prompts.jsonl --output o", "no column 'prompt'"),
+        ("--dataset none.jsonl --output o", "none.jsonl does not exist"),
+        ("--prompt a --max-new-tokens 64", "leaves room for 0"),
+        ("--prompt a --model nowhere", "model 'nowhere' cannot be loaded"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(folder, capsys, flags, message):
+    assert main(["generate", "--model", "model", *flags.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+
+
+def test_an_adapter_whose_base_is_gone_says_so(folder, capsys):
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/nowhere/base"}))
+    assert main(["generate", "--model", "adapter", "--prompt", "a"]) == 2
+    assert "holds an adapter alone" in capsys.readouterr().err

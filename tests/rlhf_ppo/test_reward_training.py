@@ -1,0 +1,267 @@
+"""Reward models: the loss in closed form, what is saved scores as it was trained, calibration, and bad preferences."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import warnings
+
+import pytest
+import torch
+
+from rlhf_ppo import RewardModel
+from rlhf_ppo.cli import main
+from rlhf_ppo.preferences import Preference, read_preferences, split_by_prompt
+from rlhf_ppo.reward_training import (
+    RewardTrainingArgs,
+    bradley_terry_loss,
+    calibration,
+    preference_metrics,
+    train_reward_model,
+)
+
+
+@pytest.fixture
+def base(tmp_path, make_model, tokenizer) -> str:
+    folder = tmp_path / "base"
+    make_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def file(rows: list[dict], name: str = "pairs.jsonl") -> str:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return file
+
+
+def pairs(count: int = 120) -> list[dict]:
+    """The answer with an x in it is the better one."""
+    draw = random.Random(0)
+
+    def word() -> str:
+        return "".join(draw.choices("abcdefg", k=draw.randint(2, 5)))
+
+    return [
+        {"prompt": f"{word()} ", "chosen": f"{word()}x{word()}", "rejected": f"{word()}y{word()}", "margin": 0.5}
+        for _ in range(count)
+    ]
+
+
+@pytest.fixture
+def quick(tmp_path, base):
+    def args(dataset, **settings) -> RewardTrainingArgs:
+        small = {"output_dir": str(tmp_path / "rm"), "model": base, "learning_rate": 1e-2, "device": "cpu"}
+        return RewardTrainingArgs(dataset=(dataset,), **{**small, "precision": "fp32", "quiet": True, **settings})
+
+    return args
+
+
+# Loss
+
+
+def test_equal_scores_cost_log_2_and_pull_apart_by_half():
+    """d/dc -log sigmoid(c - r) = sigmoid(c - r) - 1, which is -1/2 at c = r."""
+    chosen, rejected = torch.zeros(3, requires_grad=True), torch.zeros(3, requires_grad=True)
+    loss = bradley_terry_loss(chosen, rejected)
+    assert loss.tolist() == pytest.approx([math.log(2)] * 3)
+    loss.sum().backward()
+    assert chosen.grad.tolist() == [-0.5] * 3 and rejected.grad.tolist() == [0.5] * 3
+
+
+def test_the_margin_is_subtracted_inside_the_sigmoid():
+    """A gap equal to its margin costs log 2; without it, log(1 + e^-2)."""
+    scores = torch.tensor([1.5]), torch.tensor([-0.5])
+    assert bradley_terry_loss(*scores, margin=torch.tensor([2.0])).item() == pytest.approx(math.log(2))
+    assert bradley_terry_loss(*scores).item() == pytest.approx(math.log1p(math.exp(-2)))
+
+
+def test_centering_fixes_the_constant_that_the_comparison_leaves_open():
+    """Adding 3 to both scores changes the plain loss by nothing and the centred one by 0.1 * 6^2."""
+    plain = bradley_terry_loss(torch.tensor([1.0]), torch.tensor([-1.0]))
+    moved = bradley_terry_loss(torch.tensor([4.0]), torch.tensor([2.0]))
+    centred = bradley_terry_loss(torch.tensor([4.0]), torch.tensor([2.0]), centering=0.1)
+    assert moved.item() == pytest.approx(plain.item())
+    assert centred.item() - moved.item() == pytest.approx(0.1 * 36)
+
+
+# Calibration
+
+
+def test_a_model_that_is_right_as_often_as_it_says_has_no_calibration_error():
+    """Gap log 3 says 3/4: of four such pairs three go to the chosen answer."""
+    gap = math.log(3.0)
+    assert calibration(torch.tensor([gap, gap, -gap, gap])) == [
+        {"pairs": 4, "predicted": pytest.approx(0.75), "observed": 0.75}
+    ]
+    metrics = preference_metrics(torch.tensor([gap, gap, 0.0, gap]), torch.tensor([0.0, 0.0, gap, 0.0]))
+    assert metrics["calibration_error"] == pytest.approx(0, abs=1e-6) and metrics["accuracy"] == 0.75
+
+
+def test_overconfidence_is_its_distance_from_the_truth():
+    """Two bins: sure (0.999+) and right half the time, and 1/2 with a tie: the error is half of 1/2."""
+    metrics = preference_metrics(torch.tensor([20.0, -20.0, 0.0, 0.0]), torch.zeros(4))
+    assert metrics["calibration_error"] == pytest.approx(0.25, abs=1e-3)
+    assert metrics["accuracy"] == 0.5
+
+
+# Training
+
+
+@pytest.mark.parametrize("pad", ["none", "eos", "own"])
+def test_reward_model_scores_as_the_trained_model_did(quick, write, base, tokenizer, tmp_path, pad):
+    """Texts that end in end-of-text: with pad == eos, a model that looks for the last id that is not pad is early."""
+    if pad != "none":
+        tokenizer.pad_token = "<|endoftext|>" if pad == "eos" else "?"
+        tokenizer.save_pretrained(base)
+    rows = [{**row, "chosen": row["chosen"] + "<|endoftext|>"} for row in pairs(40)]
+    metrics = train_reward_model(quick(write(rows), batch_size=7))
+    reward = RewardModel(str(tmp_path / "rm"))
+    _, held_out = split_by_prompt(
+        [Preference(json.dumps(r["prompt"]), r["prompt"] + r["chosen"], r["prompt"] + r["rejected"], 0) for r in rows],
+        0.1,
+        0,
+    )
+    chosen = reward([""] * len(held_out), [pair.chosen for pair in held_out])
+    assert sum(chosen) / len(chosen) == pytest.approx(metrics["chosen_score"], abs=1e-5)
+    # The same text alone, without any padding:
+    alone = reward.model(input_ids=torch.tensor([tokenizer(held_out[0].chosen)["input_ids"]])).logits.item()
+    assert chosen[0] == pytest.approx(alone, abs=1e-5)
+
+
+def test_it_learns_what_the_pairs_have_in_common_and_says_so(quick, write, tmp_path):
+    metrics = train_reward_model(quick(write(pairs(300)), num_epochs=4, margin_column="margin", eval_fraction=0.2))
+    assert metrics["accuracy"] > 0.9 and metrics["loss"] < 0.4
+    assert (metrics["train_pairs"] + metrics["eval_pairs"], metrics["cut_pairs"]) == (300, 0)
+    saved = json.loads((tmp_path / "rm" / "reward_metrics.json").read_text())
+    assert saved["accuracy"] == metrics["accuracy"]
+    assert sum(row["pairs"] for row in saved["calibration"]) == metrics["eval_pairs"]
+    assert (tmp_path / "rm" / "calibration.png").stat().st_size > 1000
+    x, y = RewardModel(str(tmp_path / "rm"))(["abc "] * 2, ["abxcd", "abycd"])
+    assert x > y
+
+
+def test_long_texts_keep_their_end_in_training_and_in_use(quick, write, tmp_path):
+    """18 of 20 letters are the same; only what max_length=6 keeps tells the answers apart."""
+    rows = [{"prompt": f"{chr(97 + i % 5)}" * (14 + i), "chosen": "aaax", "rejected": "aaay"} for i in range(24)]
+    with pytest.warns(UserWarning, match="24 of 24 pairs have a text longer than 6 tokens and keep its end"):
+        metrics = train_reward_model(quick(write(rows), max_length=6, num_epochs=8))
+    assert metrics["cut_pairs"] == 24 and metrics["accuracy"] == 1
+    reward = RewardModel(str(tmp_path / "rm"))
+    assert reward(["a" * 20], ["abcdef"]) == reward(["z"], ["abcdef"])
+
+
+def test_lora_saves_an_adapter_that_scores_as_it_was_trained(quick, write, tmp_path):
+    metrics = train_reward_model(quick(write(pairs(60)), lora_rank=2))
+    files = {file.name for file in (tmp_path / "rm").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= files and "model.safetensors" not in files
+    settings = json.loads((tmp_path / "rm" / "adapter_config.json").read_text())
+    assert settings["task_type"] == "SEQ_CLS" and "score" in settings["modules_to_save"]
+    reward = RewardModel(str(tmp_path / "rm"))
+    rows = [Preference(json.dumps(r["prompt"]), r["prompt"] + r["chosen"], "", 0) for r in pairs(60)]
+    texts = [pair.chosen for pair in split_by_prompt(rows, 0.1, 0)[1]]
+    scores = reward([""] * len(texts), texts)
+    assert sum(scores) / len(texts) == pytest.approx(metrics["chosen_score"], abs=1e-5)
+
+
+def test_same_seed_same_weights(quick, write, tmp_path):
+    file = write(pairs(40))
+    results = [train_reward_model(quick(file, output_dir=str(tmp_path / str(i)), seed=3)) for i in range(2)]
+    assert results[0] == results[1]
+    files = [(tmp_path / str(i) / "model.safetensors").read_bytes() for i in range(2)]
+    assert files[0] == files[1]
+
+
+# Preferences
+
+
+def test_no_prompt_is_on_both_sides_of_the_split():
+    rows = [Preference(f"p{i % 10}", f"c{i}", f"r{i}", 0.0) for i in range(40)]
+    train, held_out = split_by_prompt(rows, 0.2, seed=0)
+    assert len(train) == 32 and len(held_out) == 8
+    assert not {row.prompt for row in train} & {row.prompt for row in held_out}
+
+
+def test_chats_and_texts_become_what_the_reward_model_reads(tokenizer):
+    from datasets import Dataset
+
+    user, good, bad = (
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "assistant", "content": "no"},
+    )
+    names = {"prompt_column": "prompt", "chosen_column": "chosen", "rejected_column": "rejected"}
+
+    def read(row: dict, **columns) -> Preference:
+        return read_preferences(Dataset.from_list([row]), tokenizer, **{**names, **columns})[0]
+
+    chat = read({"prompt": [user], "chosen": "yes", "rejected": "no"})
+    assert chat.chosen == RewardModel._text(type("R", (), {"tokenizer": tokenizer})(), [user], "yes")
+    assert chat == read({"prompt": [user], "chosen": [good], "rejected": [bad]})
+    assert chat == read({"chosen": [user, good], "rejected": [user, bad]}, prompt_column=None)
+    assert read({"prompt": "a ", "chosen": "b", "rejected": "c"}).chosen == "a b"
+    assert read({"chosen": "b", "rejected": "c"}, prompt_column=None).rejected == "c"
+
+
+CHAT = [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"promt": "p", "chosen": "a", "rejected": "b"}, r"no column 'prompt'.*did you mean 'promt'"),
+        ({"prompt": "p", "choosen": "a", "rejected": "b"}, r"no column 'chosen'.*did you mean 'choosen'"),
+        ({"prompt": "p", "chosen": "", "rejected": "b"}, "row 0, chosen: the answer is empty"),
+        (
+            {"prompt": "p", "chosen": 3, "rejected": 4},
+            "an answer must be text or chat messages, got int",
+        ),
+        ({"prompt": "p", "chosen": CHAT, "rejected": CHAT}, "the last message must be the assistant's"),
+        ({"prompt": "p", "chosen": "a", "rejected": "a"}, "the same text in all 3 rows"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, "3 usable pairs of 1 prompt: at least 2 prompts"),
+    ],
+)
+def test_fault_6_bad_preferences_are_one_line_and_exit_code_2(write, base, tmp_path, capsys, row, message):
+    import re
+
+    flags = ["--dataset", write([row] * 3), "--model", base, "--output-dir", str(tmp_path / "rm")]
+    assert main(["reward", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and re.search(message, error), error
+    assert not (tmp_path / "rm" / "model.safetensors").exists()
+
+
+def test_an_empty_file_and_contradicting_settings(write, quick, capsys, tmp_path):
+    with pytest.raises(ValueError, match="has no rows"):
+        train_reward_model(quick(write([])))
+    for wrong, message in (
+        ({"eval_fraction": 1.0}, "eval_fraction must lie between 0 and 1"),
+        ({"dataset_weights": (1.0, 2.0)}, "dataset_weights has 2 weights for 1 data sets"),
+        ({"lora_rank": 0}, "lora_rank must be 1 or more"),
+        ({"batch_size": 0}, "batch_size must be 1 or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            quick("x.jsonl", **wrong)
+
+
+def test_identical_answers_are_left_out_with_a_count(quick, write):
+    rows = pairs(20)
+    rows[3]["rejected"] = rows[3]["chosen"]
+    with pytest.warns(UserWarning, match="left out 1 of 20 rows"):
+        assert train_reward_model(quick(write(rows)))["train_pairs"] == 17
+
+
+def test_margins_must_be_numbers(quick, write):
+    with pytest.raises(ValueError, match="row 0: margin must be a finite number, got 'big'"):
+        train_reward_model(quick(write([{**row, "margin": "big"} for row in pairs(4)]), margin_column="margin"))
+
+
+def test_nothing_is_warned_about_in_a_clean_run(quick, write):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        train_reward_model(quick(write(pairs(20))))
