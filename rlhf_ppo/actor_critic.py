@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from rlhf_ppo.core import PolicyOutput
+from rlhf_ppo.limits import Barred
 from rlhf_ppo.models import freeze, fuse_activations, text_config
 from rlhf_ppo.reading import Reader, Sequences, place
 
@@ -82,12 +83,18 @@ class ActorCritic(nn.Module):
             return linear(states.to(head.weight.dtype), head.weight, head.bias).squeeze(-1)
 
     def separate_values(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, mask: Tensor
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        response_ids: Tensor,
+        mask: Tensor,
+        real: Tensor | None = None,
+        barred: Barred | None = None,
     ) -> Tensor | None:
         """[B, T] values from the separate critic, 0 outside ``mask``, or None without one."""
         if self.value_reader is None or self.value_head is None:
             return None
-        sequences = Sequences(prompt_ids, prompt_mask, response_ids, mask)
+        sequences = Sequences(prompt_ids, prompt_mask, response_ids, mask, real, barred)
         return place(self._value(self.value_reader.hidden(sequences)), mask)
 
     def forward(
@@ -96,6 +103,8 @@ class ActorCritic(nn.Module):
         prompt_mask: Tensor,
         response_ids: Tensor,
         mask: Tensor,
+        real: Tensor | None = None,
+        barred: Barred | None = None,
         *,
         temperature: float = 1.0,
         entropy: bool = True,
@@ -105,10 +114,11 @@ class ActorCritic(nn.Module):
         Args:
             prompt_ids, prompt_mask: [B, P], left-padded.
             response_ids, mask: [B, T], right-padded.
+            real, barred: see :class:`rlhf_ppo.reading.Sequences`.
             temperature: divides the logits; the same one as at sampling.
             entropy: compute it (otherwise None).
         """
-        sequences = Sequences(prompt_ids, prompt_mask, response_ids, mask)
+        sequences = Sequences(prompt_ids, prompt_mask, response_ids, mask, real, barred)
         logprobs, entropies, states = self.reader.logprobs(
             sequences, temperature=temperature, entropy=entropy, hidden=self.shares_trunk
         )
@@ -152,10 +162,18 @@ class Reference:
 
     @torch.no_grad()
     def logprobs(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, mask: Tensor, *, temperature: float
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        response_ids: Tensor,
+        mask: Tensor,
+        real: Tensor | None = None,
+        barred: Barred | None = None,
+        *,
+        temperature: float,
     ) -> Tensor:
         """[B, T] log-probs under the reference at the policy's temperature, 0 outside ``mask``."""
-        sequences = Sequences(prompt_ids, prompt_mask, response_ids, mask)
+        sequences = Sequences(prompt_ids, prompt_mask, response_ids, mask, real, barred)
         with self._active():
             logprobs, _, _ = self.reader.logprobs(sequences, temperature=temperature)
         return place(logprobs, mask)

@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from rlhf_ppo.before_after import print_before_after
 from rlhf_ppo.config import RLHFConfig
+from rlhf_ppo.conversation import RespondError
 from rlhf_ppo.data import load_rows, prompt_rows
 from rlhf_ppo.demo import DemoArgs, demo, print_paths
 from rlhf_ppo.evaluate import EvaluateArgs, evaluate, print_evaluation
@@ -25,6 +26,7 @@ from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.settings import Command, run_command
 from rlhf_ppo.sft import SFTArgs, sft
 from rlhf_ppo.trainer import PPOTrainer, RatioTripwireError
+from rlhf_ppo.user_code import load_function
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,8 @@ class TrainArgs(RLHFConfig):
     """Held-out prompts of the same form; None: eval_size rows of the data set are set aside."""
     eval_size: int = 64
     """Rows set aside for the evaluation before and after training when there is no eval_dataset; 0: no evaluation."""
+    respond: str | None = None
+    """What answers the policy's turns where max_turns is above 1: file.py:function or module:function."""
     ref_model: str | None = None
     """Reference for the KL; None: the policy as it starts."""
     value_model: str | None = None
@@ -92,6 +96,7 @@ def train(args: TrainArgs) -> None:
         ref_model=args.ref_model,
         value_model=args.value_model,
         peft_config=_lora(args.lora_rank),
+        respond=None if args.respond is None else load_function(args.respond, "respond"),
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if eval_rows is not None:
@@ -166,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; what a run had learned until then is saved in its output_dir", file=sys.stderr)
         return 130
-    except (RewardError, RatioTripwireError, NonFiniteGradientError) as error:
+    except (RewardError, RespondError, RatioTripwireError, NonFiniteGradientError) as error:
         if error.__cause__ is not None and error.__cause__ is not error:
             traceback.print_exception(error.__cause__)
         print(f"error: {error}", file=sys.stderr)

@@ -6,15 +6,18 @@ import dataclasses
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_ppo.config import RLHFConfig
-from rlhf_ppo.data import Prompt, decode_responses, encode_prompts
+from rlhf_ppo.conversation import Respond, converse
+from rlhf_ppo.data import Completion, Prompt, decode_responses, encode_prompts
+from rlhf_ppo.limits import Barred, TextStop, cut_at
 from rlhf_ppo.rewards import RewardError, score
-from rlhf_ppo.rollout import Rollout
+from rlhf_ppo.rollout import Rollout, Sampled
 from rlhf_ppo.runtime.precision import autocast
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.timing import Stopwatch
@@ -65,17 +68,78 @@ class Collector:
             device=self.parts.device,
         )
         with autocast(self.parts.bf16, self.parts.device):
-            sampled = self.parts.sample(
-                self.parts.model,
-                prompt_ids,
-                prompt_mask,
-                max_new_tokens=self.args.max_new_tokens,
-                temperature=self.args.temperature,
-                stop_token_ids=self.parts.stop_token_ids,
-                generator=generator,
-            )
-        completions = decode_responses(self.parts.tokenizer, sampled.response_ids, sampled.mask)
-        return Rollout(prompts, columns, prompt_ids, prompt_mask, **sampled._asdict(), completions=completions)
+            if self.parts.respond is not None:
+                return self._converse(self.parts.respond, prompts, columns, prompt_ids, prompt_mask, generator)
+            sampled = self._sample(prompt_ids, prompt_mask, generator)
+        texts = decode_responses(self.parts.tokenizer, sampled.response_ids, sampled.mask)
+        completions: list[Completion] = [cut_at(text, self.args.stop_strings) for text in texts]
+        place = torch.arange(sampled.mask.shape[1], device=sampled.mask.device)
+        return Rollout(
+            prompts,
+            columns,
+            prompt_ids,
+            prompt_mask,
+            **sampled._asdict(),
+            completions=completions,
+            barred=self._barred(sampled.mask, place),
+        )
+
+    def _sample(self, ids: Tensor, mask: Tensor, generator: torch.Generator) -> Sampled:
+        args, limits = self.args, {}
+        if args.min_new_tokens:
+            limits["min_new_tokens"] = args.min_new_tokens
+        if args.stop_strings:
+            limits["text_stop"] = partial(TextStop, self.parts.tokenizer, args.stop_strings)
+        return self.parts.sample(
+            self.parts.model,
+            ids,
+            mask,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            stop_token_ids=self.parts.stop_token_ids,
+            generator=generator,
+            **limits,
+        )
+
+    def _barred(self, mask: Tensor, place: Tensor) -> Barred | None:
+        if not self.args.min_new_tokens:
+            return None
+        return Barred(mask & (place < self.args.min_new_tokens), self.parts.stop_token_ids)
+
+    def _converse(
+        self,
+        respond: Respond,
+        prompts: list[Prompt],
+        columns: dict[str, list[Any]],
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        generator: torch.Generator,
+    ) -> Rollout:
+        said = converse(
+            lambda ids, mask: self._sample(ids, mask, generator),
+            prompts,
+            prompt_ids,
+            prompt_mask,
+            respond=respond,
+            max_turns=self.args.max_turns,
+            room=self.parts.room,
+            tokenizer=self.parts.tokenizer,
+            stop_token_ids=self.parts.stop_token_ids,
+            stop_strings=self.args.stop_strings,
+        )
+        return Rollout(
+            prompts,
+            columns,
+            prompt_ids,
+            prompt_mask,
+            **said.sampled._asdict(),
+            completions=said.completions,
+            barred=self._barred(said.sampled.mask, said.place),
+            environment=said.environment,
+            turns=said.turns,
+            context_full=said.context_full,
+            conversations=said.messages,
+        )
 
     @torch.no_grad()
     def _read(self, rollout: Rollout) -> Rollout:
@@ -110,7 +174,7 @@ class Collector:
                     function,
                     rollout.prompts,
                     rollout.completions,
-                    rollout.columns,
+                    {**rollout.columns, **rollout.told(function)},
                     timeout_s=args.reward_timeout_s,
                     drop_nonfinite=args.drop_nonfinite_scores,
                     needs_scores=needs_scores,

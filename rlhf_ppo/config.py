@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal, Self
 
 from rlhf_ppo.core.config import PPOConfig
 from rlhf_ppo.runtime.precision import Precision
@@ -26,11 +27,17 @@ class RLHFConfig(PPOConfig):
     """Most tokens, prompts included, in one pass through a model outside decoding; less memory, same gradient. A longer
     response has a pass of its own. None: 1024 on CPU, 16384 on a GPU."""
     max_new_tokens: int = 48
-    """Longest response in tokens."""
+    """Longest response in tokens; with several turns, the longest turn."""
+    min_new_tokens: int = 0
+    """No stop token is drawn before a response, or turn, has so many tokens: their probability goes to the others."""
     temperature: float = 1.0
     """Divides the logits of policy and reference, when sampling and when training."""
     stop_token_ids: tuple[int, ...] | None = None
     """Tokens that end a response. None: the end-of-text tokens of the model's generation config or tokenizer."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a response, or turn, once it contains one; rewards see it cut before the text."""
+    max_turns: int = 1
+    """Most turns of the policy in a conversation; above 1, `respond` answers in between."""
     overlong_prompts: Literal["error", "truncate", "drop"] = "error"
     """Prompts that leave no room for max_new_tokens: stop, keep their end, or leave the row out (both are counted)."""
     generation: Literal["auto", "dynamic", "static", "continuous"] = "auto"
@@ -72,6 +79,10 @@ class RLHFConfig(PPOConfig):
     """AdamW's weight decay."""
     gamma: float = 1.0
     """Discount per token."""
+    turn_credit: Literal["token", "turn"] = "token"
+    """What counts as one action for GAE: a token, or a whole turn, whose tokens then share its advantage."""
+    gamma_turn: float = 1.0
+    """Discount per turn, under turn_credit="turn"."""
     clip_range_vf: float | None = 0.2
     """Keeps a new value within this of the recorded one in the value loss; None: no value clipping."""
     vf_coef: float = 0.1
@@ -99,14 +110,29 @@ class RLHFConfig(PPOConfig):
     quiet: bool = False
     """Show no progress."""
 
+    REFUSED: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("top_k", "top_p", "repetition_penalty"),
+        "it would sample from another distribution than the one whose log-probs are trained, so ratios and KL would be "
+        "wrong; use temperature, which sampling, training and reference share",
+    )
+    """Settings of other libraries that are not here, and why."""
+
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        """Say why a setting is not here, where Python would only say that it is unknown."""
+        for name in settings:
+            if name in cls.REFUSED:
+                raise ValueError(f"{name} is not supported: {cls.REFUSED[name]}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not str(self.output_dir).strip():
             raise ValueError("output_dir is empty: name a folder for the run")
-        for name in ("total_episodes", "rollout_batch_size", "max_new_tokens"):
+        for name in ("total_episodes", "rollout_batch_size", "max_new_tokens", "max_turns"):
             self._require(name, getattr(self, name) >= 1, "1 or more")
         for name in (
             "seed",
+            "min_new_tokens",
             "warmup_steps",
             "eval_every",
             "save_every",
@@ -126,6 +152,8 @@ class RLHFConfig(PPOConfig):
         self._require_known("precision", ("auto", "fp32", "bf16"))
         self._require_known("generation", ("auto", "dynamic", "static", "continuous"))
         self._require_divisible()
+        self._require_decoding_limits()
+        self._require_turns()
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError(
                 f"kl_target={self.kl_target} adapts kl_coef by a factor, but kl_coef=0 stays 0: set kl_coef above 0"
@@ -135,6 +163,34 @@ class RLHFConfig(PPOConfig):
                 f"kl_horizon={self.kl_horizon} must be at least rollout_batch_size={self.rollout_batch_size}, "
                 "or the controller overshoots"
             )
+
+    def _require_decoding_limits(self) -> None:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens={self.min_new_tokens} is above max_new_tokens={self.max_new_tokens}: lower the first "
+                "or raise the second"
+            )
+        if isinstance(self.stop_strings, str) or not all(self.stop_strings):
+            raise ValueError(f"stop_strings must be a tuple of texts that are not empty, got {self.stop_strings!r}")
+        if self.generation in ("static", "continuous"):
+            for name, default in (("max_turns", 1), ("min_new_tokens", 0), ("stop_strings", ())):
+                if (value := getattr(self, name)) != default:
+                    raise ValueError(
+                        f"generation={self.generation!r} cannot do {name}={value!r}: set generation='dynamic' (or "
+                        f"'auto'), or leave {name} at {default!r}"
+                    )
+
+    def _require_turns(self) -> None:
+        self._require_known("turn_credit", ("token", "turn"))
+        self._require("gamma_turn", 0 <= self.gamma_turn <= 1, "between 0 and 1")
+        if self.turn_credit == "turn" and self.max_turns == 1:
+            raise ValueError("turn_credit='turn' tells turns apart, but max_turns=1 allows one: raise max_turns")
+        if self.turn_credit == "turn" and self.gamma != 1:
+            raise ValueError(
+                f"turn_credit='turn' discounts turns, not tokens: set gamma_turn instead of gamma={self.gamma}"
+            )
+        if self.turn_credit == "token" and self.gamma_turn != 1:
+            raise ValueError(f"gamma_turn={self.gamma_turn} has no effect under turn_credit='token': set gamma")
 
     def _require_divisible(self) -> None:
         batch, parts = self.rollout_batch_size, self.num_minibatches

@@ -18,6 +18,8 @@ from rlhf_ppo.config import RLHFConfig
 
 Prompt = str | list[dict[str, str]]
 """A prompt is text, or chat messages: ``[{"role": "user", "content": "..."}]``."""
+Completion = str | list[dict[str, str]]
+"""What followed a prompt: text, or after several turns with a chat prompt the messages after it."""
 
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 

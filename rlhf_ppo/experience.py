@@ -20,6 +20,7 @@ from rlhf_ppo.core import (
     masked_whiten,
 )
 from rlhf_ppo.rollout import Rollout
+from rlhf_ppo.turn_credit import to_tokens, to_turns
 
 
 def estimate(rollout: Rollout, args: RLHFConfig, *, kl_coef: float) -> tuple[Experience, dict[str, float]]:
@@ -42,17 +43,13 @@ def estimate(rollout: Rollout, args: RLHFConfig, *, kl_coef: float) -> tuple[Exp
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator)
     rewards = kl_penalized_rewards(scores, kl, mask, kl_coef)
     values = torch.zeros_like(rewards) if rollout.values is None else rollout.values
-    next_values, terminated = next_decisions(values, mask)
-    advantages, returns = compute_gae(
-        rewards,
-        values,
-        next_values,
-        terminated,
-        torch.zeros_like(terminated),
-        gamma=args.gamma,
-        gae_lambda=1.0 if args.objective == "reinforce" else args.gae_lambda,
-        mask=mask,
-    )
+    gae_lambda = 1.0 if args.objective == "reinforce" else args.gae_lambda
+    if args.turn_credit == "turn" and rollout.turns is not None:
+        steps = to_turns(rewards, values, rollout.turns, mask)
+        by_turn = _gae(*steps, gamma=args.gamma_turn, gae_lambda=gae_lambda)
+        advantages, returns = (to_tokens(x, rollout.turns, mask) for x in by_turn)
+    else:
+        advantages, returns = _gae(rewards, values, mask, gamma=args.gamma, gae_lambda=gae_lambda)
     old = Experience(
         logprobs=rollout.logprobs,
         values=rollout.values,
@@ -68,6 +65,7 @@ def estimate(rollout: Rollout, args: RLHFConfig, *, kl_coef: float) -> tuple[Exp
         "kl/coef": kl_coef,
         "response/length_tokens": float(rollout.lengths.float().mean()),
         "response/eos_fraction": float(rollout.finished.float().mean()),
+        **_turn_metrics(rollout),
         "policy/entropy": float(masked_mean(rollout.entropy, mask)),
         "advantage/std": float(masked_var(advantages, mask).sqrt()),
     }
@@ -78,6 +76,15 @@ def estimate(rollout: Rollout, args: RLHFConfig, *, kl_coef: float) -> tuple[Exp
     if rollout.decode_gap is not None:
         metrics["policy/decode_gap_max_nats"] = rollout.decode_gap
     return old, metrics
+
+
+def _gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
+    """Advantages and returns [B, T] of episodes that end with their last True step."""
+    next_values, terminated = next_decisions(values, mask)
+    going_on = torch.zeros_like(terminated)
+    return compute_gae(
+        rewards, values, next_values, terminated, going_on, gamma=gamma, gae_lambda=gae_lambda, mask=mask
+    )
 
 
 def next_decisions(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,6 +98,15 @@ def next_decisions(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     following = torch.nn.functional.pad(here_or_later[:, 1:], (0, 1), value=length)
     next_values = torch.nn.functional.pad(values, (0, 1)).gather(1, following)
     return next_values, mask & (following == length)
+
+
+def _turn_metrics(rollout: Rollout) -> dict[str, float]:
+    if rollout.turns is None or rollout.context_full is None:
+        return {}
+    return {
+        "response/turns": float((rollout.turns.amax(dim=1) + 1).float().mean()),
+        "response/context_full_fraction": float(rollout.context_full.float().mean()),
+    }
 
 
 def score_metrics(rollout: Rollout) -> dict[str, float]:
@@ -123,6 +139,7 @@ def describe(rollout: Rollout) -> list[dict[str, Any]]:
             "reference_nats_per_token": surprise[i],
             "tokens": lengths[i],
             "finished": finished[i],
+            **({} if rollout.turns is None else {"turns": int(rollout.turns[i].max()) + 1}),
         }
         for i, (prompt, completion) in enumerate(zip(rollout.prompts, rollout.completions, strict=True))
     ]

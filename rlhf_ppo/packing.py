@@ -31,10 +31,16 @@ class Packed:
     """[n] where the state before each of the n True response tokens lies, in the order of ``response_ids[mask]``."""
 
 
-def pack(prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, mask: Tensor) -> Packed:
-    """Lay prompts [B, P] and responses [B, T] end to end; the last token of a response is never an input."""
+def pack(
+    prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, mask: Tensor, real: Tensor | None = None
+) -> Packed:
+    """Lay prompts [B, P] and responses [B, T] end to end; the last token of a response is never an input.
+
+    ``real`` [B, T] is True on the tokens of other speakers too; None: there are none, and ``mask`` says it all.
+    """
     ids = torch.cat([prompt_ids, response_ids[:, :-1]], dim=1)
-    real = torch.cat([prompt_mask, mask[:, 1:]], dim=1)  # a token is read where another follows it
+    # A token is read where another follows it.
+    real = torch.cat([prompt_mask, (mask if real is None else real)[:, 1:]], dim=1)
     lengths, order = real.sum(dim=1).sort()
     ids, real = ids[order], real[order]
     place = real.flatten().cumsum(0).view_as(real) - 1

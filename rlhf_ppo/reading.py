@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from rlhf_ppo.core import entropy_from_logits, linear_logprobs, token_logprobs
 from rlhf_ppo.core.logprobs import project
+from rlhf_ppo.limits import Barred, bar, barred_linear_logprobs
 from rlhf_ppo.packing import pack, packed_attention
 
 
@@ -25,7 +26,11 @@ class Sequences(NamedTuple):
     response_ids: Tensor
     """[B, T] right-padded."""
     mask: Tensor
-    """[B, T] bool."""
+    """[B, T] bool, True on tokens that the policy chose."""
+    real: Tensor | None = None
+    """[B, T] bool, True on every token that is read, an environment's included; None: there are only the policy's."""
+    barred: Barred | None = None
+    """Where stop tokens could not be drawn; None: nowhere."""
 
 
 def position_ids(mask: Tensor) -> Tensor:
@@ -61,7 +66,7 @@ class Reader:
     def hidden(self, sequences: Sequences) -> Tensor:
         """[n, O] last hidden states before each response token."""
         if self.packs_on(sequences.mask.device):
-            packed = pack(*sequences)
+            packed = pack(*sequences[:5])
             with packed_attention(self.config, packed.lengths):
                 return _call(self.trunk, packed.ids, packed.positions).last_hidden_state[0, packed.index]
         ids, attention = _padded(sequences)
@@ -73,15 +78,28 @@ class Reader:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probs [n] of the response tokens, and if asked the entropies [n] and the hidden states [n, O]."""
         tokens = select(sequences.response_ids, sequences.mask)
+        barred = sequences.barred
         if self.head is not None:
             states = self.hidden(sequences)
-            result = linear_logprobs(
-                states, self.head.weight, tokens, bias=self.head.bias, temperature=temperature, return_entropy=entropy
-            )
+            settings: dict[str, Any] = {
+                "bias": self.head.bias,
+                "temperature": temperature,
+                "return_entropy": entropy,
+            }
+            if barred is None:
+                result = linear_logprobs(states, self.head.weight, tokens, **settings)
+            else:
+                where = select(barred.where, sequences.mask)
+                result = barred_linear_logprobs(
+                    states, self.head.weight, tokens, barred=where, barred_tokens=barred.tokens, **settings
+                )
             logprobs, entropies = result if isinstance(result, tuple) else (result, None)
             return logprobs, entropies, states
         logits, states = self._logits(sequences, hidden=hidden)
         logits = logits.float()
+        if barred is not None:
+            where = select(barred.where, sequences.mask)
+            logits = torch.where(where[:, None], bar(logits.clone(), barred.tokens), logits)
         return (
             token_logprobs(logits, tokens, temperature=temperature),
             entropy_from_logits(logits, temperature=temperature) if entropy else None,
@@ -92,7 +110,7 @@ class Reader:
         """Logits [n, V] as the model itself makes them, and the last hidden states [n, O] if asked."""
         kwargs: dict[str, Any] = {"output_hidden_states": True} if hidden else {}
         if self.packs_on(sequences.mask.device):
-            packed = pack(*sequences)
+            packed = pack(*sequences[:5])
             with packed_attention(self.config, packed.lengths):
                 output = _call(self.model, packed.ids, packed.positions, logits_to_keep=packed.index, **kwargs)
             return output.logits[0], output.hidden_states[-1][0, packed.index] if hidden else None
@@ -191,8 +209,9 @@ def place(values: Tensor, mask: Tensor) -> Tensor:
 
 def _padded(sequences: Sequences) -> tuple[Tensor, Tensor]:
     """Ids and mask [B, P + T - 1] whose last T positions predict the response: its last token is never an input."""
-    prompt_ids, prompt_mask, response_ids, mask = sequences
-    return torch.cat([prompt_ids, response_ids[:, :-1]], dim=1), torch.cat([prompt_mask, mask[:, :-1]], dim=1)
+    prompt_ids, prompt_mask, response_ids, mask, real, _ = sequences
+    real = mask if real is None else real
+    return torch.cat([prompt_ids, response_ids[:, :-1]], dim=1), torch.cat([prompt_mask, real[:, :-1]], dim=1)
 
 
 def _call(model: nn.Module, ids: Tensor, positions: Tensor, attention: Tensor | None = None, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_ppo.data import Prompt
+from rlhf_ppo.data import Completion, Prompt
 from rlhf_ppo.models import find_config, freeze, fuse_activations, load_classifier
 
 RewardFunction = Callable[..., Any]
@@ -67,11 +67,11 @@ class RewardModel:
         fuse_activations(self.model)
         self.batch_size = batch_size
 
-    def _text(self, prompt: Prompt, completion: str) -> str:
+    def _text(self, prompt: Prompt, completion: Completion) -> str:
         return scored_text(self.tokenizer, prompt, completion)
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Any) -> list[float]:
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Any) -> list[float]:
         """The model's one logit for each prompt with its completion."""
         texts = [self._text(p, c) for p, c in zip(prompts, completions, strict=True)]
         scores: list[float] = []
@@ -84,11 +84,12 @@ class RewardModel:
         return text_scores(self.model, self.tokenizer, rows)
 
 
-def scored_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: str) -> str:
+def scored_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Completion) -> str:
     """What a reward model reads: prompt + completion, or a chat through its chat template (written out without one)."""
     if isinstance(prompt, str):
-        return prompt + completion
-    messages = [*prompt, {"role": "assistant", "content": completion}]
+        return f"{prompt}{completion}"
+    said = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    messages = [*prompt, *said]
     if tokenizer.chat_template:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
@@ -158,7 +159,7 @@ def reward_name(function: RewardFunction) -> str:
 def score(
     function: RewardFunction,
     prompts: Sequence[Prompt],
-    completions: Sequence[str],
+    completions: Sequence[Completion],
     columns: dict[str, list[Any]],
     *,
     timeout_s: float | None = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,8 @@ from transformers import DynamicCache, StaticCache
 
 from rlhf_ppo.actor_critic import ActorCritic
 from rlhf_ppo.cache import can_shrink, preallocated_cache
-from rlhf_ppo.data import Prompt
+from rlhf_ppo.data import Completion, Prompt
+from rlhf_ppo.limits import Barred, TextStop, bar
 from rlhf_ppo.packing import token_batches
 from rlhf_ppo.reading import Sequences, position_ids
 
@@ -35,15 +37,15 @@ class Rollout:
     mask: Tensor
     """[B, T] bool, True on tokens that the policy chose, its stop token included."""
     finished: Tensor
-    """[B] bool, True where a stop token ended the response, False where the length limit did."""
+    """[B] bool, True where a stop token or string ended the (last) turn, False where the length limit did."""
     logprobs: Tensor
     """[B, T] log-probs of the sampled tokens under the policy at the run's temperature."""
     entropy: Tensor
     """[B, T] entropy in nats of the distribution that each token was drawn from."""
     values: Tensor | None
     """[B, T] the critic's value of the state before each token, or None without a critic."""
-    completions: list[str] = field(default_factory=list)
-    """[B] the responses as text, special tokens left out."""
+    completions: list[Completion] = field(default_factory=list)
+    """[B] the responses as text, special tokens left out; after several turns a chat's are messages."""
     ref_logprobs: Tensor | None = None
     """[B, T] the same tokens under the frozen reference."""
     scores: Tensor | None = None
@@ -54,16 +56,37 @@ class Rollout:
     """Each reward function's own scores, [B]."""
     decode_gap: float | None = None
     """Largest |decoding log-prob - full forward log-prob| in nats, measured under recompute_logprobs."""
+    barred: Barred | None = None
+    """Where min_new_tokens kept stop tokens from being drawn."""
+    environment: Tensor | None = None
+    """[B, T] bool, True on the tokens of replies; None without ``respond``, like the fields below."""
+    turns: Tensor | None = None
+    """[B, T] long, the number of the policy's turn, from 0; a reply's tokens count to the turn before it."""
+    context_full: Tensor | None = None
+    """[B] bool, True where the conversation ended because the context had no room for another turn."""
+    conversations: list[list[dict[str, str]]] | None = None
+    """[B] all messages of each conversation: the very lists that ``respond`` saw."""
+
+    @property
+    def real(self) -> Tensor:
+        """[B, T] bool, True on every real token, an environment's included; without one, ``mask`` itself."""
+        return self.mask if self.environment is None else self.mask | self.environment
+
+    def told(self, function: Callable[..., Any]) -> dict[str, list[Any]]:
+        """What else a reward function gets where a parameter asks for it by name: ``conversations``."""
+        if self.conversations is None or "conversations" not in signature(function).parameters:
+            return {}
+        return {"conversations": self.conversations}
 
     @property
     def lengths(self) -> Tensor:
-        """[B] response lengths in tokens."""
+        """[B] tokens of each response that the policy chose."""
         return self.mask.sum(dim=1)
 
     @cached_property
     def token_counts(self) -> list[tuple[int, int]]:
-        """[B] (prompt tokens, response tokens), read from the device once."""
-        counts = torch.stack([self.prompt_mask.sum(dim=1), self.lengths], dim=1).tolist()
+        """[B] (prompt tokens, tokens after them), read from the device once."""
+        counts = torch.stack([self.prompt_mask.sum(dim=1), self.real.sum(dim=1)], dim=1).tolist()
         return [(prompt, response) for prompt, response in counts]
 
     def sequences(self, rows: Sequence[int]) -> Sequences:
@@ -75,6 +98,8 @@ class Rollout:
             self.prompt_mask[index, -p:],
             self.response_ids[index, :t],
             self.mask[index, :t],
+            None if self.environment is None else self.real[index, :t],
+            None if self.barred is None else Barred(self.barred.where[index, :t], self.barred.tokens),
         )
 
     def batches(self, rows: Sequence[int], max_tokens: int, *, padded: bool) -> list[list[int]]:
@@ -171,6 +196,8 @@ def sample_responses(
     stop_token_ids: Collection[int],
     generator: torch.Generator | None = None,
     fixed: FixedShape | None = None,
+    min_new_tokens: int = 0,
+    text_stop: Callable[[int], TextStop] | None = None,
 ) -> Sampled:
     """Sample a response to each prompt from exactly ``softmax(logits / temperature)``.
 
@@ -187,11 +214,15 @@ def sample_responses(
         stop_token_ids: tokens that end a response; they are actions too, so they are recorded.
         generator: source of randomness, on the model's device.
         fixed: decode in this one shape, which no row leaves.
+        min_new_tokens: so many first tokens are drawn from the distribution without the stop tokens, renormalised.
+        text_stop: makes, for a number of responses, what watches their text for stop strings.
     Returns:
         The responses, T <= max_new_tokens. Values only when the critic shares the policy's trunk.
     """
     (batch, prompt_length), device = prompt_ids.shape, prompt_ids.device
     stops = torch.tensor(sorted(stop_token_ids), dtype=torch.long, device=device)
+    text_ends = None if text_stop is None else text_stop(batch)
+    may_end = len(stops) > 0 or text_ends is not None
     u = uniforms(max_new_tokens, batch, generator, device)
     response_ids = torch.zeros(batch, max_new_tokens, dtype=torch.long, device=device)
     mask = torch.zeros_like(response_ids, dtype=torch.bool)
@@ -208,10 +239,14 @@ def sample_responses(
     else:
         cache, room, step = fixed
         first = decoding_step(model, cache, temperature)  # the prompt is of any length
+    early = first
+    if min_new_tokens:
+        early = decoding_step(model, cache, temperature, barred=sorted(stop_token_ids))
     attention = torch.cat([prompt_mask, prompt_mask.new_ones(batch, room - prompt_length)], dim=1)
     for t in range(max_new_tokens):
         seen = attention if fixed else attention[:, : prompt_length + t]
-        token, logprob, spread, value = (step if t else first)(ids, positions, seen, u[t, rows])
+        act = early if t < min_new_tokens else step if t else first
+        token, logprob, spread, value = act(ids, positions, seen, u[t, rows])
         alive = ~finished[rows]
         response_ids[rows, t] = token * alive
         mask[rows, t] = alive
@@ -221,9 +256,11 @@ def sample_responses(
             values[rows, t] = value * alive
         if len(stops):
             finished[rows] |= torch.isin(token, stops)
+        if text_ends is not None:
+            finished[rows] |= text_ends(token, rows)
         ids, positions = token[:, None], positions[:, -1:] + 1
         # On a GPU a look at what has finished stalls the queue, so it happens now and then.
-        if len(stops) and (device.type == "cpu" or t % 16 == 15):
+        if may_end and (device.type == "cpu" or t % 16 == 15):
             keep = (~finished[rows]).nonzero().squeeze(-1)
             if not len(keep):
                 break
@@ -237,13 +274,15 @@ def sample_responses(
     return Sampled(response_ids, mask, finished, logprobs, entropy, values if model.shares_trunk else None)
 
 
-def decoding_step(model: ActorCritic, cache: Any, temperature: float) -> Step:
-    """One forward pass over new tokens and one draw per row."""
+def decoding_step(model: ActorCritic, cache: Any, temperature: float, *, barred: Sequence[int] = ()) -> Step:
+    """One forward pass over new tokens and one draw per row, never of a ``barred`` token."""
 
     def step(
         ids: Tensor, positions: Tensor, attention: Tensor, u: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         logits, value = model.decode(ids, positions, attention, cache)
+        if barred:
+            bar(logits, barred)
         return *_act(logits, u, temperature), value
 
     return step

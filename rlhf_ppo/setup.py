@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 
 from rlhf_ppo.actor_critic import ActorCritic, Reference
 from rlhf_ppo.config import RLHFConfig
+from rlhf_ppo.conversation import Respond, reply_ids
 from rlhf_ppo.data import PromptSet
 from rlhf_ppo.engines import Sampler, choose_engine
 from rlhf_ppo.models import (
@@ -54,6 +55,8 @@ class RunParts:
     """Most tokens in one pass outside decoding."""
     sample: Sampler
     """The engine that decodes responses."""
+    respond: Respond | None
+    """Answers the policy's turns, or None where there is one turn."""
 
     def batches(self, rollout: Rollout, rows: Sequence[int]) -> list[list[int]]:
         """``rows`` of a rollout in groups for one pass each."""
@@ -71,12 +74,14 @@ def set_up(
     ref_model: str | PreTrainedModel | None,
     value_model: str | PreTrainedModel | None,
     peft_config: Any,
+    respond: Respond | None = None,
 ) -> RunParts:
     """Check and load the parts of a run; arguments and errors are those of :class:`rlhf_ppo.PPOTrainer`."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             "WORLD_SIZE is above 1, but training over several processes is not supported: start one process"
         )
+    _check_respond(respond, args)
     device = resolve_device(args.device)
     bf16 = compute_in_bf16(args.precision, device)
     model, ref_model, value_model = map(resolve_model, (model, ref_model, value_model))
@@ -93,6 +98,8 @@ def set_up(
         return None if rows is None else PromptSet(rows, tokenizer, args, vocab_size=vocab_size, room=room, name=name)
 
     train_prompts, eval_prompts = prompt_set(train_dataset, "train_dataset"), prompt_set(eval_dataset, "eval_dataset")
+    if respond is not None:
+        _check_chat_template(tokenizer, train_prompts or eval_prompts)
     rewards = _rewards(reward_funcs, args.reward_weights, device)
 
     seed_everything(args.seed)
@@ -118,7 +125,9 @@ def set_up(
         reference.model.to(device)
     microbatch_tokens = args.microbatch_tokens or (1024 if device.type == "cpu" else 16384)
     with autocast(bf16, device):
-        sample = choose_engine(args.generation, actor_critic, max_tokens=microbatch_tokens)
+        needs_dynamic = args.max_turns > 1 or args.min_new_tokens > 0 or len(args.stop_strings) > 0
+        generation = "dynamic" if needs_dynamic else args.generation
+        sample = choose_engine(generation, actor_critic, max_tokens=microbatch_tokens)
     return RunParts(
         device,
         tokenizer,
@@ -132,7 +141,29 @@ def set_up(
         bf16=bf16,
         microbatch_tokens=microbatch_tokens,
         sample=sample,
+        respond=respond,
     )
+
+
+def _check_respond(respond: Respond | None, args: RLHFConfig) -> None:
+    if respond is None and args.max_turns > 1:
+        raise ValueError(
+            f"max_turns={args.max_turns} needs respond, which answers the policy's turns: pass respond=..., or set "
+            "max_turns to 1"
+        )
+    if respond is not None and args.max_turns == 1:
+        raise ValueError("respond is given, but max_turns=1 leaves no turn after its answer: raise max_turns")
+    if respond is not None and not callable(respond):
+        raise ValueError(f"respond must be a function of the messages, got {type(respond).__name__}")
+
+
+def _check_chat_template(tokenizer: PreTrainedTokenizerBase, prompts: PromptSet | None) -> None:
+    """A conversation of the first prompt must render by adding to its end, before any model work."""
+    if prompts is None:
+        return
+    prompt = prompts.take([0]).prompts[0]
+    if not isinstance(prompt, str):
+        reply_ids(tokenizer, prompt, [*prompt, {"role": "assistant", "content": ""}], "and then?", None)
 
 
 def _copy_if_shared(model: Any, *others: Any) -> Any:
@@ -172,7 +203,12 @@ def _stop_token_ids(
     stops = stop_tokens(model, config, tokenizer) if args.stop_token_ids is None else args.stop_token_ids
     if not all(0 <= i < vocab_size for i in stops):
         raise ValueError(f"stop tokens {stops} must lie in the vocabulary [0, {vocab_size}): set stop_token_ids")
-    if not stops and args.missing_eos_penalty is not None:
+    if not stops and args.min_new_tokens:
+        raise ValueError(
+            f"min_new_tokens={args.min_new_tokens} holds back stop tokens, but model and tokenizer name none: set "
+            "stop_token_ids, or min_new_tokens to 0"
+        )
+    if not stops and not args.stop_strings and args.missing_eos_penalty is not None:
         raise ValueError(
             f"missing_eos_penalty={args.missing_eos_penalty} needs a stop token, but model and tokenizer name none: "
             "set stop_token_ids"

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from rlhf_ppo.checkpoint import load_checkpoint, save_checkpoint
 from rlhf_ppo.collect import Collector
 from rlhf_ppo.config import RLHFConfig
+from rlhf_ppo.conversation import Respond
 from rlhf_ppo.core import (
     Experience,
     adapt_clip_range,
@@ -82,6 +83,7 @@ class PPOTrainer:
         value_model: str | PreTrainedModel | None = None,
         peft_config: Any = None,
         callbacks: Sequence[Callback] | None = None,
+        respond: Respond | None = None,
     ) -> None:
         """Check everything that can be checked, cheapest first, then load the models.
 
@@ -96,6 +98,8 @@ class PPOTrainer:
             value_model: trunk of a critic of its own; default: a value head on the policy's trunk.
             peft_config: train an adapter; the reference is then the same model with the adapter off.
             callbacks: called after each update.
+            respond: answers the policy's turns where ``max_turns`` is above 1: ``respond(messages)`` returns text, or
+                None to end the conversation (see :data:`rlhf_ppo.conversation.Respond`).
         Raises:
             ValueError: bad settings, data, reward or models; says which, and what to do.
         """
@@ -109,6 +113,7 @@ class PPOTrainer:
             ref_model=ref_model,
             value_model=value_model,
             peft_config=peft_config,
+            respond=respond,
         )
         self.args = args
         self.device, self.tokenizer = parts.device, parts.tokenizer

@@ -169,7 +169,8 @@ class _LinearLogprobs(torch.autograd.Function):
             # d logprob / d logit = onehot - p;   d entropy / d logit = -p * (log p + entropy)
             upstream = grad_logprobs[rows, None].to(dtype) / ctx.temperature
             if ctx.return_entropy:
-                finite_log_p = p.log().clamp_(min=torch.finfo(dtype).min)
+                # Far below the log of any p above 0, and small enough that no scale makes 0 * inf of it where p is 0.
+                finite_log_p = p.log().clamp_(min=-1e4)
                 scale = grad_entropy[rows, None].to(dtype) / ctx.temperature
                 grad_logits = p.mul_(-upstream - scale * (finite_log_p + entropy[rows, None]))
             else:

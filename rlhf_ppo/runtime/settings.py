@@ -37,9 +37,18 @@ def read_yaml(path: str | Path, cls: type) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold `name: value` lines, got {type(content).__name__}")
+    refuse(cls, [str(key) for key in content], where=f"{path}: ")
     types = typing.get_type_hints(cls)
     known = [field.name for field in dataclasses.fields(cls) if field.init]
     return {key: _checked(path, key, value, known, types) for key, value in content.items()}
+
+
+def refuse(cls: type, names: Sequence[str], *, where: str = "") -> None:
+    """Raise a ValueError with the reason if ``cls`` lists one of the names in its table ``REFUSED``."""
+    refused: Mapping[str, str] = getattr(cls, "REFUSED", {})
+    for name in names:
+        if name in refused:
+            raise ValueError(f"{where}{name} is not supported: {refused[name]}")
 
 
 def _checked(path: Path, key: Any, value: Any, known: list[str], types: Mapping[str, Any]) -> Any:
@@ -83,6 +92,7 @@ def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, descr
                     from_yaml += _as_flag(key, value)
         else:
             flags.append(word)
+    refuse(cls, [w.removeprefix("--").partition("=")[0].replace("-", "_") for w in flags if w.startswith("--")])
     return tyro.cli(
         cls,
         args=[*words, *from_yaml, *_spelt_out(flags, cls)],

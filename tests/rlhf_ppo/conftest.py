@@ -117,6 +117,7 @@ def make_trainer(tmp_path: Path, tokenizer, make_model):
         value_model: Any = None,
         peft_config: Any = None,
         callbacks: Any = None,
+        respond: Any = None,
         **settings: Any,
     ) -> PPOTrainer:
         small = {
@@ -129,6 +130,7 @@ def make_trainer(tmp_path: Path, tokenizer, make_model):
             "num_minibatches": 2,
             "learning_rate": 1e-3,
             "device": "cpu",
+            "precision": "fp32",  # "auto" would be bf16 on some CPUs, with its coarser rounding
             "quiet": True,
         }
         return PPOTrainer(
@@ -142,6 +144,7 @@ def make_trainer(tmp_path: Path, tokenizer, make_model):
             value_model=value_model,
             peft_config=peft_config,
             callbacks=callbacks,
+            respond=respond,
         )
 
     return make

@@ -50,6 +50,36 @@ def test_frequencies_match_the_models_softmax_whatever_its_generation_config_say
     assert chi_square(counts, expected) < chi_square_bound(len(expected) - 1)
 
 
+def test_frequencies_match_the_distribution_without_the_stop_tokens(make_model):
+    """Chi-square over the pairs of a vocabulary of 6, of which ids 1 and 4 are barred at the first token only."""
+    model = make_model(vocab_size=6).eval()
+    n, prompt = 20_000, torch.tensor([[1, 2]])
+    sampled = sample_responses(
+        ActorCritic(model),
+        prompt.expand(n, 2),
+        torch.ones(n, 2, dtype=torch.bool),
+        max_new_tokens=2,
+        min_new_tokens=1,
+        temperature=0.8,
+        stop_token_ids=(1, 4),
+        generator=torch.Generator().manual_seed(0),
+    )
+    with torch.no_grad():
+        logits = model(prompt).logits[0, -1] / 0.8
+        after = torch.cat([prompt.expand(6, 2), torch.arange(6)[:, None]], dim=1)
+        second = model(after).logits[:, -1].div(0.8).softmax(-1)
+    first = logits.softmax(-1)
+    first[[1, 4]] = 0
+    first = first / first.sum()
+    expected = (first[:, None] * second).flatten() * n
+    counts = torch.bincount(sampled.response_ids[:, 0] * 6 + sampled.response_ids[:, 1], minlength=36)
+    assert counts.view(6, 6)[[1, 4]].sum() == 0
+    common = expected >= 5
+    counts = torch.cat([counts[common], counts[~common].sum()[None]])
+    expected = torch.cat([expected[common], expected[~common].sum()[None] + 1e-9])
+    assert chi_square(counts, expected) < chi_square_bound(len(expected) - 1)
+
+
 def test_tokens_of_tiny_or_no_probability():
     # softmax of (0, -inf, -2) is (0.881, 0, 0.119).
     logits = torch.tensor([0.0, -math.inf, -2.0]).expand(50_000, 3)

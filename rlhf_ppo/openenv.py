@@ -1,0 +1,109 @@
+"""Text environments (OpenEnv clients, Gymnasium-like objects) as the other side of a conversation and its reward."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf_ppo.conversation import Messages
+
+
+@dataclass
+class _Episode:
+    messages: Messages
+    """The conversation's own list; holding it keeps its id from being given to another."""
+    environment: Any
+    rewards: list[float] = field(default_factory=list)
+    """One per turn."""
+    done: bool = False
+
+
+class Environments:
+    """One environment per conversation: answers the policy's turns, and scores a conversation by its summed rewards.
+
+    ``PPOTrainer(..., respond=environments, reward_funcs=environments.reward)``, with ``max_turns`` above 1. Each turn
+    of the policy is one action; the observation is the reply. The prompt stands for what ``reset`` shows.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Messages], Any],
+        *,
+        action: Callable[[str], Any] = str,
+        text: Callable[[Any], str] | None = None,
+    ) -> None:
+        """Say how an environment is made and spoken to.
+
+        Args:
+            make: from a prompt's messages to an environment with ``reset()`` and ``step(action)``. ``step`` returns
+                (observation, reward, done), Gymnasium's (observation, reward, terminated, truncated, info), or
+                OpenEnv's result with these as attributes. Of an OpenEnv client take the synchronous side:
+                ``lambda prompt: EchoEnv(base_url=...).sync()``.
+            action: the action that a turn's text stands for, such as ``lambda text: EchoAction(message=text)``.
+            text: an observation as text; None: it is text.
+        """
+        self.make, self.action, self.text = make, action, text
+        self._episodes: dict[int, _Episode] = {}
+
+    def __call__(self, messages: Messages) -> str | None:
+        """The environment's observation after the policy's last turn, or None once the episode is done."""
+        episode = self._episodes.get(id(messages))
+        if episode is None:
+            episode = self._episodes[id(messages)] = _Episode(messages, self.make(messages[:-1]))
+            _synchronous(episode.environment.reset())
+        observation, reward, episode.done = _outcome(episode.environment.step(self.action(messages[-1]["content"])))
+        episode.rewards.append(reward)
+        if episode.done:
+            _close(episode.environment)
+            return None
+        if self.text is not None:
+            return self.text(observation)
+        if not isinstance(observation, str):
+            raise TypeError(
+                f"the observation is {type(observation).__name__} {observation!r:.80}, not text: say how to read it, "
+                "Environments(..., text=lambda observation: ...)"
+            )
+        return observation
+
+    def reward(
+        self, prompts: Sequence[Any], completions: Sequence[Any], *, conversations: Sequence[Messages], **columns: Any
+    ) -> list[float]:
+        """The summed rewards of each conversation; ends the episodes that are still open."""
+        return [sum(self._end(messages)) for messages in conversations]
+
+    def _end(self, messages: Messages) -> list[float]:
+        episode = self._episodes.pop(id(messages), None)
+        if episode is None:
+            raise LookupError("this conversation was not led by these Environments: pass them as respond, too")
+        if not episode.done:
+            _close(episode.environment)
+        return episode.rewards
+
+
+def _outcome(result: Any) -> tuple[Any, float, bool]:
+    """(observation, reward, done) of what ``step`` returned; an OpenEnv reward of None counts 0."""
+    result = _synchronous(result)
+    if isinstance(result, tuple):
+        if len(result) in (3, 5):
+            observation, reward, *ends = result[:4]
+            return observation, float(reward or 0), any(map(bool, ends))
+    elif hasattr(result, "observation") and hasattr(result, "reward"):
+        ends = (getattr(result, name, False) for name in ("done", "terminated", "truncated"))
+        return result.observation, float(result.reward or 0), any(map(bool, ends))
+    raise TypeError(
+        "step must return (observation, reward, done), (observation, reward, terminated, truncated, info) or a result "
+        f"with observation, reward and done, got {type(result).__name__} {result!r:.80}"
+    )
+
+
+def _synchronous(result: Any) -> Any:
+    if inspect.isawaitable(result):
+        raise TypeError("this environment is asynchronous: let make return its synchronous side, such as client.sync()")
+    return result
+
+
+def _close(environment: Any) -> None:
+    if hasattr(environment, "close"):
+        environment.close()

@@ -1,0 +1,49 @@
+"""Functions of the user's own, by name: ``file.py:function`` or ``module:function``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+
+def load_function(source: str, what: str) -> Callable[..., Any]:
+    """The function that ``source`` names. A file is run once, so that functions of one file share its state.
+
+    Args:
+        source: ``file.py:function`` or ``module:function``.
+        what: what to call it in messages, such as "reward".
+    Raises:
+        ValueError: the file, module or function is not there.
+    """
+    module_name, _, name = source.rpartition(":")
+    if not module_name:
+        raise ValueError(f"{what} {source!r} names no function: write file.py:function or module:function")
+    if module_name.endswith(".py"):
+        if not Path(module_name).is_file():
+            raise ValueError(f"{what} file {module_name} does not exist (working folder: {Path.cwd()})")
+        try:
+            module = _run(Path(module_name).resolve())
+        except SyntaxError as error:
+            raise ValueError(f"{what} file {module_name}, line {error.lineno}: {error.msg}") from None
+    else:
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{what} module {module_name!r} cannot be imported: {error}") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"{what} {source!r}: {module_name} has no function {name!r}")
+    return function
+
+
+@cache
+def _run(file: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,219 @@
+"""Decoding limits: one distribution wherever stop tokens are barred; stop strings found however tokens split them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import rlhf_ppo.rollout
+from rlhf_ppo.actor_critic import ActorCritic
+from rlhf_ppo.limits import Barred, TextStop, barred_linear_logprobs, cut_at
+
+STOPS = (0, 12, 16)
+
+
+# A least length
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_with_learning_rate_0_every_ratio_stays_1(make_trainer, make_model, prompts, kind, temperature):
+    """gemma2 caps its logits, so it takes the way over whole logits; the others the fused output layer."""
+    trainer = make_trainer(
+        model=make_model(kind), learning_rate=0.0, min_new_tokens=3, temperature=temperature, stop_token_ids=STOPS
+    )
+    assert (trainer.model.reader.head is None) == (kind == "gemma2")
+    rollout = trainer.rollout(prompts)
+    assert int(rollout.lengths.min()) >= 3 and rollout.finished.any()
+    assert not torch.isin(rollout.response_ids[:, :3], torch.tensor(STOPS)).any()
+    torch.testing.assert_close(rollout.ref_logprobs, rollout.logprobs, atol=1e-5, rtol=1e-5)
+    assert trainer.step(rollout)["policy/max_abs_log_ratio"] < 1e-5
+    # Without the renormalisation the first tokens' probabilities would sum to less than 1, and their ratio be below it.
+    plain = trainer.model(*rollout.sequences(range(8))[:4], temperature=temperature).logprobs
+    assert (plain[:, :3] < rollout.logprobs[:, :3] - 1e-3).any()
+    torch.testing.assert_close(plain[:, 3:], rollout.logprobs[:, 3:], atol=1e-5, rtol=1e-5)
+
+
+def test_the_renormalised_log_probs_and_their_gradients_are_exact():
+    """log p - log(1 - sum p(stop)), written out over the whole vocabulary in float64; entropy over what is left."""
+    torch.manual_seed(0)
+    hidden = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    tokens, barred = torch.tensor([0, 1, 2, 3, 6]), torch.tensor([True, False, True, False, True])
+
+    def ours(hidden, weight, bias):
+        return barred_linear_logprobs(
+            hidden, weight, tokens, barred=barred, barred_tokens=(4, 5), bias=bias, temperature=0.7, return_entropy=True
+        )
+
+    def written_out(hidden, weight, bias):
+        p = ((hidden @ weight.T + bias) / 0.7).softmax(-1)
+        left = torch.ones(5, 7, dtype=torch.float64)
+        left[barred] = torch.tensor([1.0, 1, 1, 1, 0, 0, 1], dtype=torch.float64)
+        q = p * left / (p * left).sum(-1, keepdim=True)
+        entropy = -(q * torch.where(q > 0, q, 1).log()).sum(-1)
+        return q.gather(1, tokens[:, None]).squeeze(1).log(), entropy
+
+    weights = torch.linspace(-1, 1, 5, dtype=torch.float64), torch.linspace(2, 1, 5, dtype=torch.float64)
+    grads = []
+    for function in (ours, written_out):
+        results = function(hidden, weight, bias)
+        total = sum((w * x).sum() for w, x in zip(weights, results, strict=True))
+        grads.append((*results, *torch.autograd.grad(total, (hidden, weight, bias))))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.autograd.gradcheck(ours, (hidden, weight, bias))
+
+
+def test_a_stop_token_with_nearly_all_probability_is_no_cancellation():
+    """p(stop) rounds to 1 in float32, yet the other two tokens share what is left as 1 to e."""
+    hidden, weight = torch.ones(1, 1), torch.tensor([[60.0], [0.0], [1.0]])
+    logprobs = barred_linear_logprobs(
+        hidden,
+        weight,
+        torch.tensor([2]),
+        barred=torch.tensor([True]),
+        barred_tokens=(0,),
+        bias=None,
+        temperature=1.0,
+        return_entropy=False,
+    )
+    assert float(logprobs[0]) == pytest.approx(-math.log(1 + math.exp(-1)), abs=1e-6)
+
+
+def test_barred_nowhere_is_the_plain_distribution(make_model, prompts):
+    model = ActorCritic(make_model())
+    ids, mask = torch.randint(1, 30, (3, 4)), torch.ones(3, 4, dtype=torch.bool)
+    nowhere = Barred(torch.zeros(3, 4, dtype=torch.bool), STOPS)
+    with torch.no_grad():
+        plain = model(ids, mask, ids, mask)
+        barred = model(ids, mask, ids, mask, None, nowhere)
+    torch.testing.assert_close(barred.logprobs, plain.logprobs)
+    torch.testing.assert_close(barred.entropy, plain.entropy)
+
+
+def test_the_entropy_bonus_sees_the_same_distribution(make_trainer, prompts):
+    trainer = make_trainer(min_new_tokens=2, stop_token_ids=STOPS, ent_coef=0.1, learning_rate=0.0)
+    rollout = trainer.rollout(prompts)
+    now = trainer.model(*rollout.sequences(range(8)))
+    torch.testing.assert_close(now.entropy, rollout.entropy, atol=1e-5, rtol=1e-5)
+    trainer.step(rollout)
+
+
+# Stop strings
+
+
+@pytest.fixture
+def script(monkeypatch):
+    def use(rows: list[list[int]]) -> None:
+        monkeypatch.setattr(rlhf_ppo.rollout, "uniforms", lambda *_: torch.tensor(rows).T)
+        monkeypatch.setattr(rlhf_ppo.rollout, "draw", lambda weights, u: u)
+
+    return use
+
+
+def test_a_stop_string_ends_a_response_and_its_text_is_cut(make_trainer, script, prompts):
+    """Golden: "cd" is 5 6. Tokens up to the one that completes it are actions; text is cut before it."""
+    trainer = make_trainer(
+        max_new_tokens=4,
+        rollout_batch_size=4,
+        stop_strings=("cd", "z"),
+        stop_token_ids=(),
+        missing_eos_penalty=1.0,
+        reward_funcs=lambda p, completions, **_: [float(len(text)) for text in completions],
+    )
+    script([[7, 5, 6, 9], [5, 7, 6, 5], [28, 9, 9, 9], [5, 5, 5, 6]])
+    rollout = trainer.rollout(prompts[:4])
+    assert rollout.mask.int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 1]]
+    assert rollout.response_ids.tolist() == [[7, 5, 6, 0], [5, 7, 6, 5], [28, 0, 0, 0], [5, 5, 5, 6]]
+    assert rollout.finished.tolist() == [True, False, True, True]
+    assert rollout.completions == ["e", "cedc", "", "cc"]
+    assert rollout.scores.tolist() == [1, 4, 0, 2]
+    metrics = trainer.step(rollout)
+    assert metrics["response/eos_fraction"] == pytest.approx(3 / 4)
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_strings_are_found_however_tokens_split_text_and_characters():
+    """A byte-level tokenizer splits characters too; the response ends at the first token whose text completes one."""
+    from rlhf_ppo.sft import train_tokenizer
+
+    pairs = train_tokenizer(["the cat sat on the mat"] * 50, 280, 64)
+    for text, stops in (
+        ("the cat sat on", ("t s",)),
+        ("a \u00e9t\u00e9 \U0001f600 x", ("\U0001f600",)),
+        ("one\n\ntwo", ("\n\n",)),
+        ("never here", ("zz", "the mat")),
+        ("\u20ac\u20ac", ("\u20ac",)),
+    ):
+        ids = pairs(text, add_special_tokens=False)["input_ids"]
+        expected = [any(s in pairs.decode(ids[: n + 1]) for s in stops) for n in range(len(ids))]
+        watch = TextStop(pairs, stops, 2)
+        found = [bool(watch(torch.tensor([i]), torch.tensor([1]))) for i in ids]
+        first = expected.index(True) if True in expected else None
+        assert (found.index(True) if True in found else None) == first, text
+
+
+def test_the_cost_of_a_token_does_not_grow_with_the_response(tokenizer, monkeypatch):
+    watch, sizes = TextStop(tokenizer, ("zzz",), 1), []
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **settings: sizes.append(len(ids)) or decode(ids, **settings))
+    for _ in range(100):
+        watch(torch.tensor([5]), torch.tensor([0]))
+    assert max(sizes) <= 8
+
+
+def test_bytes_that_never_make_a_character_do_not_hold_it_up():
+    from rlhf_ppo.sft import train_tokenizer
+
+    pairs = train_tokenizer(["the cat"] * 50, 280, 64)
+    broken = pairs("\u00e9", add_special_tokens=False)["input_ids"][0]  # the first of two bytes
+    assert pairs.decode([broken]) == "\ufffd"
+    watch = TextStop(pairs, ("cat",), 1)
+    ids = [broken] * 9 + pairs(" cat", add_special_tokens=False)["input_ids"]
+    assert [bool(watch(torch.tensor([i]), torch.tensor([0]))) for i in ids][-1]
+
+
+def test_cut_at():
+    assert cut_at("a. b! c.", ("!", ".")) == "a"
+    assert cut_at("abc", ("x",)) == "abc" == cut_at("abc", ())
+    assert cut_at("xabc", ("x",)) == ""
+
+
+def test_stop_strings_end_turns_too(make_trainer, script):
+    trainer = make_trainer(
+        respond=lambda messages: "?",
+        max_turns=2,
+        max_new_tokens=3,
+        stop_strings=(".",),
+        stop_token_ids=(),
+        rollout_batch_size=2,
+    )
+    script([[5, 29, 9], [29, 9, 9]])
+    rollout = trainer.rollout(["a", "b"])
+    assert rollout.completions == ["c.?c", ".?"]
+    assert rollout.conversations[0][1::2] == [{"role": "assistant", "content": "c"}] * 2
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "both"),
+    [
+        ({"min_new_tokens": 9, "max_new_tokens": 6}, ("min_new_tokens=9", "max_new_tokens=6")),
+        ({"min_new_tokens": 1, "stop_token_ids": ()}, ("min_new_tokens=1", "stop_token_ids")),
+        ({"min_new_tokens": 1, "generation": "static"}, ("min_new_tokens=1", "generation='static'")),
+        ({"stop_strings": ("x",), "generation": "continuous"}, ("stop_strings=('x',)", "generation='continuous'")),
+        ({"stop_strings": "x"}, ("stop_strings", "'x'")),
+        ({"stop_strings": ("x", "")}, ("stop_strings", "not empty")),
+        ({"min_new_tokens": -1}, ("min_new_tokens", "0 or more")),
+    ],
+)
+def test_fault_30_limits_that_contradict_are_named(make_trainer, settings, both):
+    with pytest.raises(ValueError) as error:
+        make_trainer(**settings)
+    assert all(name in str(error.value) for name in both)

@@ -1,0 +1,118 @@
+"""Text environments as the other side of a conversation: each conversation has its own, and is scored by it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from rlhf_ppo.conversation import RespondError
+from rlhf_ppo.openenv import Environments
+from rlhf_ppo.rewards import RewardError
+
+
+class GuessTheLetter:
+    """Rewards 1 for a turn with the secret letter in it, and ends there; the secret is the prompt's last letter."""
+
+    made: list[GuessTheLetter]
+
+    def __init__(self, prompt, style: str = "gymnasium") -> None:
+        self.secret, self.style, self.steps, self.resets, self.closed = prompt[-1]["content"][-1], style, 0, 0, 0
+        self.made.append(self)
+
+    def reset(self):
+        self.resets += 1
+        return "guess", {}
+
+    def step(self, action: str):
+        self.steps += 1
+        right = self.secret in action
+        observation, reward = f" no {self.steps}", float(right)
+        if self.style == "gymnasium":
+            return observation, reward, right, False, {}
+        if self.style == "short":
+            return observation, reward, right
+        return SimpleNamespace(observation={"text": observation}, reward=reward if right else None, done=right)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    GuessTheLetter.made = []
+
+
+def text(observation):
+    return observation["text"]
+
+
+@pytest.mark.parametrize(("style", "reads"), [("gymnasium", None), ("short", None), ("openenv", text)])
+def test_each_conversation_has_an_environment_of_its_own(make_trainer, prompts, style, reads):
+    games = Environments(lambda prompt: GuessTheLetter(prompt, style), text=reads)
+    trainer = make_trainer(respond=games, reward_funcs=games.reward, max_turns=3, max_new_tokens=8, stop_token_ids=())
+    # Equal prompts, of which each has its own game all the same.
+    rollout = trainer.rollout(["once upon", "the cat"] * 4)
+    assert len(GuessTheLetter.made) == 8
+    for game, messages, score in zip(GuessTheLetter.made, rollout.conversations, rollout.scores.tolist(), strict=True):
+        said = [m["content"] for m in messages if m["role"] == "assistant"]
+        assert game.steps == len(said) and game.resets == game.closed == 1
+        assert score == float(game.secret in said[-1])
+        assert len(said) == 3 or score == 1
+        assert [m["content"] for m in messages if m["role"] == "user"][1:] == [
+            f" no {n + 1}" for n in range(len(said) - 1)
+        ]
+    assert len(set(rollout.scores.tolist())) == 2
+    assert not games._episodes
+    trainer.step(rollout)
+
+
+def test_a_game_is_learned(make_trainer):
+    """Say an "e", whose share is 1 in 30 at first: three turns of two letters find it in 1 of 6 conversations."""
+    games = Environments(lambda prompt: GuessTheLetter(prompt))
+    trainer = make_trainer(
+        respond=games,
+        reward_funcs=games.reward,
+        train_dataset=[{"prompt": "the"}],
+        max_turns=3,
+        max_new_tokens=2,
+        stop_token_ids=(),
+        rollout_batch_size=32,
+        total_episodes=32 * 20,
+        learning_rate=1e-2,
+        kl_coef=0.0,
+    )
+    scores: list[float] = []
+    trainer.callbacks.append(lambda trainer, metrics: scores.append(metrics["score/mean"]))
+    with pytest.warns(UserWarning, match="fewer than rollout_batch_size"):
+        trainer.train()
+    assert scores[0] < 0.6 and sum(scores[-4:]) / 4 > 0.9
+
+
+@pytest.mark.parametrize(
+    ("step", "text", "message"),
+    [
+        (lambda action: "text", None, "step must return"),
+        (lambda action: (1, 2), None, "step must return"),
+        (lambda action: ({"a": 1}, 0.0, False), None, "say how to read it"),
+    ],
+)
+def test_an_environment_that_says_something_else_is_named(make_trainer, prompts, step, text, message):
+    games = Environments(lambda prompt: SimpleNamespace(reset=lambda: None, step=step), text=text)
+    with pytest.raises(RespondError, match=message):
+        make_trainer(respond=games, reward_funcs=games.reward, max_turns=2).rollout(prompts)
+
+
+def test_an_asynchronous_client_is_refused_with_the_remedy(make_trainer, prompts):
+    async def reset():
+        return None
+
+    games = Environments(lambda prompt: SimpleNamespace(reset=reset))
+    with pytest.warns(RuntimeWarning, match="never awaited"), pytest.raises(RespondError, match=r"client\.sync\(\)"):
+        make_trainer(respond=games, reward_funcs=games.reward, max_turns=2).rollout(prompts)
+
+
+def test_its_reward_without_its_turns_is_an_error(make_trainer, prompts):
+    games = Environments(lambda prompt: GuessTheLetter(prompt))
+    with pytest.raises(RewardError, match="pass them as respond, too"):
+        make_trainer(respond=lambda messages: None, reward_funcs=games.reward, max_turns=2).rollout(prompts)
