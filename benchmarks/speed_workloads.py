@@ -104,11 +104,14 @@ def make_models(work: Workload) -> dict[str, torch.nn.Module]:
 
 
 def make_tokenizer(work: Workload) -> PreTrainedTokenizerFast:
-    """Token i is written "t<i>", so that ids become text and the text the same ids again."""
-    core = Tokenizer(models.WordLevel({f"t{i}": i for i in range(work.vocabulary)}, unk_token="t2"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"t\d+"), "isolated")
+    """Token i is written "<i>", so that ids become text and the text the same ids again.
+
+    No token's text begins another's: special tokens are looked for inside words too.
+    """
+    core = Tokenizer(models.WordLevel({f"<{i}>": i for i in range(work.vocabulary)}, unk_token="<2>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"<\d+>"), "isolated")
     core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=f"t{EOS}", pad_token=f"t{PAD}")
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=f"<{EOS}>", pad_token=f"<{PAD}>")
 
 
 def make_prompts(work: Workload) -> list[str]:
@@ -116,4 +119,4 @@ def make_prompts(work: Workload) -> list[str]:
     generator = torch.Generator().manual_seed(3)
     size = (work.prompts, work.prompt_tokens)
     ids = torch.randint(2, work.vocabulary, size, generator=generator)
-    return ["".join(f"t{i}" for i in row) for row in ids.tolist()]
+    return ["".join(f"<{i}>" for i in row) for row in ids.tolist()]

@@ -14,6 +14,9 @@ from rlhf_ppo.core.types import compute_dtype, require_same_shape, result_dtype
 CHUNK_LOGITS = 2**25
 """Most logits that linear_logprobs holds at once unless told otherwise: 128 MiB in float32."""
 
+# What linear_logprobs works on at a time: 4 MiB of float32 logits, but no fewer than 256 words.
+_BLOCK_LOGITS, _BLOCK_WORDS = 2**20, 256
+
 
 def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
     """``log softmax(logits / temperature)[token]``.
@@ -110,7 +113,12 @@ def linear_logprobs(
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Forward keeps the softmax of a single chunk; of several, one log-normaliser a row, and backward rebuilds them."""
+    """Goes through the vocabulary block by block, so that what a product writes is still in the cache when it is read.
+
+    Forward keeps ``exp(logit - largest of its block)`` of a single chunk of rows, and backward scales it to the
+    softmax; of several chunks only the log-normalisers stay, and backward makes the logits again. Under autocast, the
+    products and what is kept are in autocast's format and all sums in the compute dtype.
+    """
 
     @staticmethod
     def forward(
@@ -123,25 +131,40 @@ class _LinearLogprobs(torch.autograd.Function):
         chunk_size: int,
         return_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        dtype = compute_dtype(hidden)
-        logprobs = torch.empty(hidden.shape[0], dtype=dtype, device=hidden.device)
-        entropy, normaliser = torch.zeros_like(logprobs), torch.empty_like(logprobs)
-        p: Tensor | None = None
-        for rows in _chunks(hidden.shape[0], chunk_size):
-            logits = project(hidden[rows], weight, bias, temperature)
-            chosen = logits.gather(-1, tokens[rows, None]).squeeze(-1)
-            if return_entropy:
-                normaliser[rows] = logits.logsumexp(dim=-1)
-                entropy[rows] = _entropy(logits.sub_(normaliser[rows, None]))
-                p = logits.exp_()
-            else:
-                p, normaliser[rows] = softmax_(logits)
-            logprobs[rows] = chosen - normaliser[rows]
-        ctx.save_for_backward(hidden, weight, bias, tokens, normaliser, entropy)
-        ctx.p = p if hidden.shape[0] <= chunk_size and any(ctx.needs_input_grad[:3]) else None
+        kind, count = hidden.device.type, hidden.shape[0]
+        ctx.low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         ctx.temperature, ctx.chunk_size, ctx.return_entropy = temperature, chunk_size, return_entropy
-        kind = hidden.device.type
-        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        dtype, smallest = compute_dtype(hidden), torch.finfo(compute_dtype(hidden)).min
+        ctx.blocks = _blocks(weight.shape[0], min(chunk_size, count), hidden.device)
+        logprobs = torch.empty(count, dtype=dtype, device=hidden.device)
+        entropy, normaliser = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        maxima, totals, sums = (logprobs.new_empty(len(ctx.blocks), count) for _ in range(3))
+        keeps = count <= chunk_size and any(ctx.needs_input_grad[:3])
+        ctx.kept = torch.empty(weight.shape[0], count, dtype=ctx.low, device=hidden.device) if keeps else None
+        with torch.autocast(kind, enabled=False):
+            for rows in _chunks(count, chunk_size):
+                states = hidden[rows].to(ctx.low).T
+                chosen = torch.zeros_like(normaliser[rows])
+                for i, block in enumerate(ctx.blocks):
+                    room = ctx.kept[block] if keeps and ctx.low == dtype and not return_entropy else None
+                    logits = _block_logits(states, weight, bias, block, temperature, dtype, room)
+                    place, inside = _places(tokens[rows], block)
+                    chosen = torch.where(inside, logits.gather(0, place)[0], chosen)
+                    # A block of banned tokens has no largest logit to subtract.
+                    maxima[i, rows] = logits.amax(dim=0).clamp_(min=smallest)
+                    logits.sub_(maxima[i, rows])
+                    e = logits.exp() if return_entropy else logits.exp_()
+                    totals[i, rows] = e.sum(dim=0)
+                    if return_entropy:
+                        sums[i, rows] = logits.clamp_(min=smallest).mul_(e).sum(dim=0)
+                    if keeps and room is None:
+                        ctx.kept[block] = e
+                normaliser[rows] = (maxima[:, rows] + totals[:, rows].log()).logsumexp(dim=0)
+                logprobs[rows] = chosen - normaliser[rows]
+        if return_entropy:
+            shifts = maxima - normaliser
+            entropy = -((sums + shifts * totals) * shifts.exp()).sum(dim=0)
+        ctx.save_for_backward(hidden, weight, bias, tokens, normaliser, entropy, maxima)
         return logprobs.to(hidden.dtype), entropy.to(hidden.dtype)
 
     @staticmethod
@@ -150,43 +173,48 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         grad_logprobs, grad_entropy = grad_outputs
-        hidden, weight, bias, tokens, normaliser, entropy = ctx.saved_tensors
+        hidden, weight, bias, tokens, normaliser, entropy, maxima = ctx.saved_tensors
         dtype = normaliser.dtype
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # Sums over all chunks are kept in the compute dtype and rounded once.
-        grad_weight: Tensor | None = None
-        grad_bias = torch.zeros_like(bias, dtype=dtype) if needs_bias else None
-        # The kept softmax is overwritten below, so a second backward pass (retain_graph) computes it again.
-        kept, ctx.p = ctx.p, None
+        # Sums over blocks and chunks are kept in the compute dtype and rounded once.
+        grad_hidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if needs_hidden else None
+        grad_weight = torch.empty(weight.shape, dtype=dtype, device=weight.device) if needs_weight else None
+        grad_bias = torch.empty(weight.shape[0], dtype=dtype, device=weight.device) if needs_bias else None
+        if not hidden.shape[0]:
+            for grad in (grad_weight, grad_bias):
+                _ = grad is None or grad.zero_()
+        # What was kept is overwritten below, so a second backward pass (retain_graph) computes it again.
+        kept, ctx.kept = ctx.kept, None
         for rows in _chunks(hidden.shape[0], ctx.chunk_size):
-            if kept is None:
-                with torch.autocast(ctx.autocast[0], dtype=ctx.autocast[1], enabled=ctx.autocast[2]):  # as it was
-                    logits = project(hidden[rows], weight, bias, ctx.temperature)
-                p = logits.sub_(normaliser[rows, None]).exp_()
-            else:
-                p = kept
-            # d logprob / d logit = onehot - p;   d entropy / d logit = -p * (log p + entropy)
-            upstream = grad_logprobs[rows, None].to(dtype) / ctx.temperature
-            if ctx.return_entropy:
-                # Far below the log of any p above 0, and small enough that no scale makes 0 * inf of it where p is 0.
-                finite_log_p = p.log().clamp_(min=-1e4)
-                scale = grad_entropy[rows, None].to(dtype) / ctx.temperature
-                grad_logits = p.mul_(-upstream - scale * (finite_log_p + entropy[rows, None]))
-            else:
-                grad_logits = p.mul_(-upstream)
-            grad_logits.scatter_add_(-1, tokens[rows, None], upstream)
-            if grad_hidden is not None:
-                grad_hidden[rows] = (grad_logits @ weight.to(dtype)).to(hidden.dtype)
-            if needs_weight:
-                transposed, states = grad_logits.T, hidden[rows].to(dtype)
-                grad_weight = transposed @ states if grad_weight is None else grad_weight.addmm_(transposed, states)
-            if grad_bias is not None:
-                grad_bias += grad_logits.sum(dim=0)
-        if needs_weight and grad_weight is None:  # no rows at all
-            grad_weight = torch.zeros_like(weight)
+            states = hidden[rows].to(ctx.low)
+            upstream = grad_logprobs[rows].to(dtype) / ctx.temperature
+            scale = grad_entropy[rows].to(dtype) / ctx.temperature
+            for i, block in enumerate(ctx.blocks):
+                if kept is None:
+                    logits = _block_logits(states.T, weight, bias, block, ctx.temperature, dtype)
+                    e = logits.sub_(maxima[i, rows]).exp_()
+                else:
+                    e = kept[block].to(dtype)
+                share = (maxima[i, rows] - normaliser[rows]).exp_()
+                # d logprob / d logit = onehot - p;   d entropy / d logit = -p * (log p + entropy)
+                if ctx.return_entropy:
+                    p = e.mul_(share)
+                    # Far below the log of any p above 0, and small enough that no scale makes 0 * inf of it where p is 0.
+                    finite_log_p = p.log().clamp_(min=-1e4)
+                    grad = p.mul_(-upstream - scale * (finite_log_p + entropy[rows]))
+                else:
+                    grad = e.mul_(-upstream * share)
+                place, inside = _places(tokens[rows], block)
+                grad.scatter_add_(0, place, torch.where(inside, upstream, 0.0)[None])
+                if grad_bias is not None:
+                    grad_bias[block] = grad.sum(dim=1) + (grad_bias[block] if rows.start else 0)
+                grad = grad.to(ctx.low)
+                if grad_hidden is not None:
+                    _add_product(grad_hidden[rows], grad.T, weight[block].to(ctx.low), first=i == 0)
+                if grad_weight is not None:
+                    _add_product(grad_weight[block], grad, states, first=rows.start == 0)
         return (
-            grad_hidden,
+            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
             None,
@@ -194,6 +222,44 @@ class _LinearLogprobs(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _blocks(vocabulary: int, rows: int, device: torch.device) -> list[slice]:
+    """Blocks of the vocabulary whose logits for ``rows`` states stay in a CPU's cache; elsewhere one block."""
+    return _chunks(vocabulary, max(_BLOCK_LOGITS // max(rows, 1), _BLOCK_WORDS) if device.type == "cpu" else vocabulary)
+
+
+def _places(tokens: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """Where in a block each token is, [1, n], and whether it is there at all, [n]."""
+    place = tokens - block.start
+    inside = (place >= 0) & (tokens < block.stop)
+    return torch.where(inside, place, 0)[None], inside
+
+
+def _block_logits(
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    block: slice,
+    temperature: float,
+    dtype: torch.dtype,
+    room: Tensor | None = None,
+) -> Tensor:
+    """Logits [block, n] in ``dtype``, written into ``room`` if given; the product is in the format of states [O, n]."""
+    logits = torch.mm(weight[block].to(states.dtype), states, out=room).to(dtype)
+    if bias is not None:
+        logits.add_(bias[block, None].to(dtype))
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """``total += a @ b``, or ``total = a @ b`` at first; no temporary where the formats agree."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, beta=0.0 if first else 1.0)
+    elif first:
+        total.copy_(a @ b)
+    else:
+        total.add_(a @ b)
 
 
 def softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:

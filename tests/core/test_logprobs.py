@@ -116,6 +116,16 @@ class TestEntropy:
         assert logits.grad[0, 2] == 0
 
 
+@pytest.fixture(scope="class", params=[core_logprobs._BLOCK_WORDS, 2], ids=["one block", "blocks of 2 words"])
+def block_words(request):
+    """The size of a block of the vocabulary: all of it at once here, or many blocks with a short last one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core_logprobs, "_BLOCK_WORDS", request.param)
+        patch.setattr(core_logprobs, "_BLOCK_LOGITS", 0)
+        yield
+
+
+@pytest.mark.usefixtures("block_words")
 class TestLinearLogprobs:
     @given(seeds, st.integers(1, 9), st.integers(1, 12), st.sampled_from([0.5, 1.0, 2.0]), st.booleans())
     def test_same_values_and_gradients_as_through_all_logits(self, seed, rows, chunk_size, temperature, use_bias):
@@ -381,8 +391,9 @@ class TestMemory:
         assert self.largest(lean) == max(self.rows * self.width, rows * self.vocabulary)
 
     @pytest.mark.parametrize("wanted", [0, 1])
-    def test_what_is_frozen_costs_no_gradient(self, wanted):
-        hidden, weight, _, tokens = head(rows=self.rows, width=self.width, vocabulary=self.vocabulary)
+    def test_what_is_frozen_costs_no_gradient(self, wanted, monkeypatch):
+        monkeypatch.setattr(core_logprobs, "_BLOCK_LOGITS", 0)  # smaller blocks: none has the weight's shape
+        hidden, weight, _, tokens = head(rows=self.rows, width=self.width, vocabulary=300)
         inputs = [x.detach().requires_grad_(i == wanted) for i, x in enumerate((hidden, weight))]
         loss = linear_logprobs(*inputs, tokens, chunk_size=8).sum()
         with Largest() as seen:
@@ -400,9 +411,9 @@ class TestMemory:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             linear_logprobs(hidden, weight, tokens, bias=bias, return_entropy=True)
-        # The inputs and two numbers a row: the normaliser and the entropy.
+        # The inputs and three numbers a row: the normaliser, the entropy, and the largest logit of its one block.
         inputs = hidden.numel() + weight.numel() + bias.numel() + tokens.numel()
-        assert sum(saved) == inputs + 2 * self.rows
+        assert sum(saved) == inputs + 3 * self.rows
 
 
 def test_float_ids_are_refused():
