@@ -20,15 +20,20 @@ def accumulate_gradients(model: nn.Module) -> Iterator[None]:
     """
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     rows_only = [m for m in embeddings if m.weight.requires_grad and m.weight.device.type == "cpu" and not m.sparse]
-    for module in rows_only:
+    weights = [module.weight for module in rows_only]
+    for module, weight in zip(rows_only, weights, strict=True):
+        # A leaf of its own on the same memory: autograd copies a dense gradient before it adds rows to it.
+        module.weight = nn.Parameter(weight.detach())
         module.sparse = True
     try:
         yield
     finally:
-        for module in rows_only:
-            module.sparse = False
-            if module.weight.grad is not None and module.weight.grad.is_sparse:
-                module.weight.grad = module.weight.grad.to_dense()
+        for module, weight in zip(rows_only, weights, strict=True):
+            rows, module.weight, module.sparse = module.weight.grad, weight, False
+            if rows is not None and weight.grad is None:
+                weight.grad = rows.to_dense()
+            elif rows is not None and weight.grad is not None:
+                weight.grad.add_(rows)
 
 
 def clear_gradients(model: nn.Module) -> None:

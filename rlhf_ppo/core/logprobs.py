@@ -18,13 +18,16 @@ CHUNK_LOGITS = 2**25
 _BLOCK_LOGITS, _BLOCK_WORDS = 2**20, 256
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
+def token_logprobs(
+    logits: Tensor, tokens: Tensor, *, temperature: float = 1.0, dtype: torch.dtype | None = None
+) -> Tensor:
     """``log softmax(logits / temperature)[token]``.
 
     Args:
         logits: [*, V] unnormalised log-probabilities; -inf bans a token.
         tokens: [*] integer ids below V.
         temperature: divides the logits; the same one as at sampling.
+        dtype: of the result; default: the logits'. bfloat16 logits give float32 log-probs without a copy of all logits.
     Returns:
         [*] log-probs in nats.
     Raises:
@@ -36,34 +39,49 @@ def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) 
     _check_temperature(temperature)
     _check_ids(tokens, logits.shape[-1])
     apply = cast(Callable[..., Tensor], _TokenLogprobs.apply)  # torch leaves apply untyped
-    return apply(logits, tokens.long(), temperature).to(result_dtype(logits))
+    return apply(logits, tokens.long(), temperature).to(dtype or result_dtype(logits))
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Keeps one [*, V] tensor, the softmax, between forward and backward."""
+    """Makes nothing as large as the logits but their gradient; goes through the vocabulary as linear_logprobs does."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-        scaled = logits.to(compute_dtype(logits), copy=True)
-        if temperature != 1:
-            scaled.div_(temperature)
-        chosen = scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        p, normaliser = softmax_(scaled)
-        ctx.temperature, ctx.dtype = temperature, logits.dtype
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(p, tokens)
-        return chosen - normaliser
+        words, flat = logits.reshape(-1, logits.shape[-1]).T, tokens.flatten()  # [V, N]
+        dtype = compute_dtype(logits)
+        blocks = _blocks(words.shape[0], words.shape[1], logits.device)
+        maxima, totals = (torch.empty(len(blocks), len(flat), dtype=dtype, device=logits.device) for _ in range(2))
+        for i, block in enumerate(blocks):
+            part = _scaled(words[block], temperature, dtype)
+            # A block of banned tokens has no largest logit to subtract.
+            maxima[i] = part.amax(dim=0).clamp_(min=torch.finfo(dtype).min)
+            totals[i] = part.sub_(maxima[i]).exp_().sum(dim=0)
+        normaliser = (maxima + totals.log()).logsumexp(dim=0)
+        chosen = _scaled(words.gather(0, flat[None])[0], temperature, dtype)
+        ctx.temperature, ctx.blocks = temperature, blocks
+        ctx.save_for_backward(logits, flat, normaliser)
+        return (chosen - normaliser).view(tokens.shape)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (once_differentiable makes ctx positional)
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        p, tokens = ctx.saved_tensors
-        # d logprob / d logit = (onehot - p) / temperature
-        upstream = (grad_outputs[0] / ctx.temperature).unsqueeze(-1)
-        grad = (-upstream * p).scatter_add_(-1, tokens.unsqueeze(-1), upstream)
-        return grad.to(ctx.dtype), None, None
+        logits, tokens, normaliser = ctx.saved_tensors
+        words, upstream = logits.reshape(-1, logits.shape[-1]).T, grad_outputs[0].flatten() / ctx.temperature
+        grad = torch.empty_like(words)
+        for block in ctx.blocks:
+            # d logprob / d logit = (onehot - p) / temperature
+            part = _scaled(words[block], ctx.temperature, normaliser.dtype).sub_(normaliser).exp_().mul_(-upstream)
+            place, inside = _places(tokens, block)
+            grad[block] = part.scatter_add_(0, place, torch.where(inside, upstream, 0.0)[None])
+        return grad.T.reshape(logits.shape), None, None
+
+
+def _scaled(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    """``logits / temperature`` as a new tensor in ``dtype``."""
+    logits = logits.to(dtype, copy=True)
+    return logits if temperature == 1 else logits.div_(temperature)
 
 
 def linear_logprobs(
@@ -135,18 +153,18 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx.low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         ctx.temperature, ctx.chunk_size, ctx.return_entropy = temperature, chunk_size, return_entropy
         dtype, smallest = compute_dtype(hidden), torch.finfo(compute_dtype(hidden)).min
-        ctx.blocks = _blocks(weight.shape[0], min(chunk_size, count), hidden.device)
+        blocks = _blocks(weight.shape[0], min(chunk_size, count), hidden.device)
         logprobs = torch.empty(count, dtype=dtype, device=hidden.device)
         entropy, normaliser = torch.empty_like(logprobs), torch.empty_like(logprobs)
-        maxima, totals, sums = (logprobs.new_empty(len(ctx.blocks), count) for _ in range(3))
+        maxima, totals, sums = (logprobs.new_empty(len(blocks), count) for _ in range(3))
         keeps = count <= chunk_size and any(ctx.needs_input_grad[:3])
-        ctx.kept = torch.empty(weight.shape[0], count, dtype=ctx.low, device=hidden.device) if keeps else None
+        kept = torch.empty(weight.shape[0], count, dtype=ctx.low, device=hidden.device) if keeps else None
         with torch.autocast(kind, enabled=False):
             for rows in _chunks(count, chunk_size):
                 states = hidden[rows].to(ctx.low).T
                 chosen = torch.zeros_like(normaliser[rows])
-                for i, block in enumerate(ctx.blocks):
-                    room = ctx.kept[block] if keeps and ctx.low == dtype and not return_entropy else None
+                for i, block in enumerate(blocks):
+                    room = kept[block] if kept is not None and kept.dtype == dtype and not return_entropy else None
                     logits = _block_logits(states, weight, bias, block, temperature, dtype, room)
                     place, inside = _places(tokens[rows], block)
                     chosen = torch.where(inside, logits.gather(0, place)[0], chosen)
@@ -157,13 +175,14 @@ class _LinearLogprobs(torch.autograd.Function):
                     totals[i, rows] = e.sum(dim=0)
                     if return_entropy:
                         sums[i, rows] = logits.clamp_(min=smallest).mul_(e).sum(dim=0)
-                    if keeps and room is None:
-                        ctx.kept[block] = e
+                    if kept is not None and room is None:
+                        kept[block] = e
                 normaliser[rows] = (maxima[:, rows] + totals[:, rows].log()).logsumexp(dim=0)
                 logprobs[rows] = chosen - normaliser[rows]
         if return_entropy:
             shifts = maxima - normaliser
             entropy = -((sums + shifts * totals) * shifts.exp()).sum(dim=0)
+        ctx.kept, ctx.blocks = kept, blocks
         ctx.save_for_backward(hidden, weight, bias, tokens, normaliser, entropy, maxima)
         return logprobs.to(hidden.dtype), entropy.to(hidden.dtype)
 
@@ -260,14 +279,6 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
         total.copy_(a @ b)
     else:
         total.add_(a @ b)
-
-
-def softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax in place over the last axis: (probabilities [*, V] in the logits' own memory, log-normaliser [*])."""
-    largest = logits.amax(dim=-1, keepdim=True)
-    p = logits.sub_(largest).exp_()
-    total = p.sum(dim=-1, keepdim=True)
-    return p.div_(total), (largest + total.log()).squeeze(-1)
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float = 1.0) -> Tensor:
