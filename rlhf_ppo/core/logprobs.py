@@ -218,7 +218,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 # d logprob / d logit = onehot - p;   d entropy / d logit = -p * (log p + entropy)
                 if ctx.return_entropy:
                     p = e.mul_(share)
-                    # Far below the log of any p above 0, and small enough that no scale makes 0 * inf of it where p is 0.
+                    # Far below the log of any p above 0, and small enough that no scale makes 0 * inf of it.
                     finite_log_p = p.log().clamp_(min=-1e4)
                     grad = p.mul_(-upstream - scale * (finite_log_p + entropy[rows]))
                 else:
