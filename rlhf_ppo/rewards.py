@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
 import numbers
 import queue
@@ -19,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ppo.data import Completion, Prompt
 from rlhf_ppo.models import find_config, freeze, fuse_activations, load_classifier
+from rlhf_ppo.user_code import load_function
 
 RewardFunction = Callable[..., Any]
 """``fn(prompts, completions, **columns)``: one float, or None for "cannot be scored", per completion."""
@@ -126,29 +125,7 @@ def load_reward(source: RewardFunction | str | PreTrainedModel, *, device: torch
         raise ValueError(f"reward {source!r} names a file but no function: write {source}:function")
     if ":" not in source:
         return RewardModel(source, device=device)
-    module_name, _, name = source.rpartition(":")
-    function = getattr(_import(module_name), name, None)
-    if not callable(function):
-        raise ValueError(f"reward {source!r}: {module_name} has no function {name!r}")
-    return function
-
-
-def _import(name: str) -> Any:
-    if not name.endswith(".py"):
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"reward module {name!r} cannot be imported: {error}") from None
-    if not Path(name).is_file():
-        raise ValueError(f"reward file {name} does not exist (working folder: {Path.cwd()})")
-    spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise ValueError(f"reward file {name}, line {error.lineno}: {error.msg}") from None
-    return module
+    return load_function(source, "reward")
 
 
 def reward_name(function: RewardFunction) -> str:

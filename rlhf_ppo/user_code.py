@@ -11,7 +11,7 @@ from typing import Any
 
 
 def load_function(source: str, what: str) -> Callable[..., Any]:
-    """The function that ``source`` names. A file is run once, so that functions of one file share its state.
+    """The function that ``source`` names. A file is run once, unless it changes, so that its functions share its state.
 
     Args:
         source: ``file.py:function`` or ``module:function``.
@@ -26,7 +26,7 @@ def load_function(source: str, what: str) -> Callable[..., Any]:
         if not Path(module_name).is_file():
             raise ValueError(f"{what} file {module_name} does not exist (working folder: {Path.cwd()})")
         try:
-            module = _run(Path(module_name).resolve())
+            module = _run(Path(module_name).resolve(), Path(module_name).stat().st_mtime_ns)
         except SyntaxError as error:
             raise ValueError(f"{what} file {module_name}, line {error.lineno}: {error.msg}") from None
     else:
@@ -41,7 +41,7 @@ def load_function(source: str, what: str) -> Callable[..., Any]:
 
 
 @cache
-def _run(file: Path) -> Any:
+def _run(file: Path, changed: int) -> Any:
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -30,6 +30,12 @@ def test_toy_reward(tmp_path):
     assert metrics["progress/episodes"] == 32 and (tmp_path / "curve.png").exists()
 
 
+def test_multi_turn(tmp_path, capsys):
+    metrics = load("multi_turn.py").main(["--total-episodes", "32", "--output-dir", str(tmp_path)])
+    assert metrics["progress/episodes"] == 32 and metrics["response/turns"] >= 1
+    assert "points a game of 3" in capsys.readouterr().out
+
+
 def test_cartpole(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     load("cartpole.py").main(["--total-timesteps", "2048"])

@@ -59,6 +59,39 @@ def test_help_has_a_sentence_for_every_flag(command, capsys):
     assert all(f"--{name.replace('_', '-')}" in text for name in names)
 
 
+GAME = """
+asked = []
+
+def reply(messages):
+    asked.append(len(messages))
+    return " and" if len(messages) < 4 else None
+
+def calls(prompts, completions, **columns):
+    return [float(len(asked) + len(text)) for text in completions]
+"""
+
+
+def test_train_with_a_hook_from_a_file_shares_the_files_state_with_its_reward(folder, capsys):
+    Path("game.py").write_text(GAME)
+    flags = ["--reward", "game.py:calls", "--respond", "game.py:reply", "--max-turns", "3"]
+    assert main([*TRAIN, *flags]) == 0
+    rows = [json.loads(line) for line in Path("run/samples.jsonl").read_text().splitlines()]
+    assert {row["turns"] for row in rows} == {2}
+    # Of one file, run once: the reward saw the hook's calls.
+    assert all(row["score"] > len(row["completion"]) for row in rows)
+    assert main([*TRAIN, "--respond", "game.py:reply"]) == 2
+    assert "max_turns=1" in capsys.readouterr().err
+    assert main([*TRAIN, "--respond", "game.py:gone", "--max-turns", "2"]) == 2
+    assert "respond 'game.py:gone': game.py has no function 'gone'" in capsys.readouterr().err
+
+
+def test_a_hook_that_fails_is_one_line_and_its_traceback(folder, capsys):
+    Path("game.py").write_text("def reply(messages):\n    return 1 / 0\n")
+    assert main([*TRAIN, "--respond", "game.py:reply", "--max-turns", "2"]) == 1
+    shown = capsys.readouterr().err
+    assert "error: respond raised ZeroDivisionError" in shown and "return 1 / 0" in shown
+
+
 def test_train_runs_end_to_end_and_the_result_generates(folder, capsys):
     assert main(TRAIN) == 0
     shown = capsys.readouterr().out

@@ -87,6 +87,14 @@ def test_a_setting_out_of_range_is_named_with_its_value(name, value, expected):
     assert expected in str(error.value) and str(value) in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["top_k", "top_p", "repetition_penalty"])
+def test_filters_of_the_distribution_are_refused_with_reason_and_remedy(name):
+    with pytest.raises(ValueError, match=rf"^{name} is not supported: .*another distribution.*use temperature"):
+        config(**{name: 5})
+    with pytest.raises(TypeError, match="top_j"):
+        config(top_j=5)
+
+
 def test_settings_are_frozen_and_every_one_has_a_sentence():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config().seed = 1  # pyright: ignore[reportAttributeAccessIssue]

@@ -70,6 +70,14 @@ def test_fault_30_an_unknown_key_suggests_the_closest(yaml):
         read_yaml(yaml("zzz: 1\n"), Args)
 
 
+@pytest.mark.parametrize("flag", ["--top-k", "--top_k", "--top-k=5"])
+def test_a_setting_that_is_refused_says_why_in_a_file_and_as_a_flag(yaml, flag):
+    with pytest.raises(ValueError, match=r"config\.yaml: top_p is not supported: .*use temperature"):
+        read_yaml(yaml("output_dir: o\ntop_p: 0.9\n"), RLHFConfig)
+    with pytest.raises(ValueError, match=r"^top_k is not supported: .*use temperature"):
+        parse_settings(RLHFConfig, ["--output-dir", "o", flag, "5"], prog="test")
+
+
 def test_fault_30_an_unknown_flag_ends_with_a_suggestion(capsys):
     with pytest.raises(SystemExit) as error:
         parse("--name", "x", "--rat", "1")

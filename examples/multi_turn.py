@@ -1,0 +1,79 @@
+"""A small GPT-2 plays a text game of three questions, and learns to stay in it.
+
+Tom is asked for his pet, then for a colour, then for something to eat. An answer without one ends the game, so a
+point for the last question needs all three. What you will see: a progress bar, the points per game before and after,
+and two games of each. It takes about two minutes on one CPU core with the model in the package.
+Run:  python examples/multi_turn.py
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from rlhf_ppo import PPOTrainer, RLHFConfig
+from rlhf_ppo.openenv import Environments
+
+OPENING = 'Tom met {name}. "What pet do you have?" {name} asked. Tom said, "I have a'
+NAMES = "Lily Ben Mia Sam Anna Max Sue Tim Amy Jack Lucy Bob".split()
+QUESTIONS = [
+    ("dog cat bird fish cow horse pig duck bear frog bunny lion mouse", '" "What colour is it?" Tom said, "It is'),
+    (
+        "red blue green yellow white black brown pink orange",
+        '" "What does it eat?" Tom said, "It likes to eat',
+    ),
+    ("bread fish cake milk apple apples meat grass fruit cheese food cookies corn", ""),
+]
+
+
+class ThreeQuestions:
+    """A point for each answer that has a word of the right kind; the first without one ends the game."""
+
+    def reset(self) -> str:
+        self.asked = 0
+        return ""
+
+    def step(self, action: str) -> tuple[str, float, bool]:
+        words, next_question = QUESTIONS[self.asked]
+        self.asked += 1
+        right = bool(set(words.split()) & set(action.lower().replace(".", " ").replace(",", " ").split()))
+        return next_question, float(right), not right or self.asked == len(QUESTIONS)
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded", help="folder or hub id of a causal language model")
+    parser.add_argument("--total-episodes", type=int, default=1280, help="games to train on")
+    parser.add_argument("--turn-credit", choices=("token", "turn"), default="turn", help="one action of GAE")
+    parser.add_argument("--output-dir", default="runs/three-questions", help="folder of the run")
+    flags = parser.parse_args(argv)
+
+    games = Environments(lambda prompt: ThreeQuestions())
+    prompts = [{"prompt": OPENING.format(name=name)} for name in NAMES]
+    trainer = PPOTrainer(
+        model=flags.model,
+        reward_funcs=games.reward,
+        respond=games,
+        args=RLHFConfig(
+            output_dir=flags.output_dir,
+            total_episodes=flags.total_episodes,
+            max_turns=3,
+            max_new_tokens=6,
+            stop_strings=('"', "."),
+            turn_credit=flags.turn_credit,
+            num_threads=1 if flags.model == "embedded" else None,
+        ),
+        train_dataset=prompts * 3,
+        eval_dataset=prompts * 8,
+    )
+    metrics = trainer.train()
+    rows = trainer.run.read("eval_samples.jsonl")
+    for title, wanted in (("before", 0), ("after", trainer.iteration)):
+        played = [row for row in rows if row["iteration"] == wanted]
+        print(f"\n{title}: {sum(row['score'] for row in played) / len(played):.2f} points a game of 3")
+        for row in played[:2]:
+            print(f"  ({row['score']:.0f} points) {row['prompt']}{row['completion']}")
+    return metrics
+
+
+if __name__ == "__main__":
+    main()
