@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             max_new_tokens=6,
             stop_strings=('"', "."),
             turn_credit=flags.turn_credit,
+            precision="fp32",  # the same game on every machine; bfloat16 brings a model this small little
             num_threads=1 if flags.model == "embedded" else None,
         ),
         train_dataset=prompts * 3,
