@@ -14,14 +14,17 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
+from rlhf_ppo.adapters import adapter_parameters, use_adapter, without_adapters
 from rlhf_ppo.core import PolicyOutput
+from rlhf_ppo.heads import VALUE_HEAD_FILE
 from rlhf_ppo.limits import Barred
 from rlhf_ppo.models import freeze, fuse_activations, text_config
 from rlhf_ppo.reading import Reader, Sequences, place
 
 
 class ActorCritic(nn.Module):
-    """A policy and its critic: a value head on the policy's own trunk, or on a separate one, or none at all.
+    """A policy and its critic: a value head on the policy's own trunk, on an adapter of its own there, or on a separate
+    trunk; or no critic at all.
 
     Everything runs in evaluation mode, updates included: dropout would make old and new log-probs of the same weights
     differ, and the ratio would measure noise.
@@ -33,6 +36,7 @@ class ActorCritic(nn.Module):
         *,
         critic: bool = True,
         value_trunk: PreTrainedModel | None = None,
+        value_adapter: str | None = None,
         plain: bool = False,
     ) -> None:
         """Put a value head on ``value_trunk``, or on the policy's trunk if there is none.
@@ -41,11 +45,13 @@ class ActorCritic(nn.Module):
             policy: causal language model.
             critic: False: no value head.
             value_trunk: headless model of its own for the critic.
+            value_adapter: the policy's adapter that is in force while the critic reads; the policy has another.
             plain: take none of :class:`Reader`'s shortcuts.
         """
         super().__init__()
         self.policy = policy
         self.value_trunk = value_trunk
+        self.value_adapter = value_adapter
         self.value_head: nn.Linear | None = None
         if critic:
             trunk = cast(PreTrainedModel, policy if value_trunk is None else value_trunk)
@@ -62,11 +68,23 @@ class ActorCritic(nn.Module):
     @property
     def shares_trunk(self) -> bool:
         """True if one forward pass of the policy also gives the values."""
-        return self.value_head is not None and self.value_trunk is None
+        return self.value_head is not None and self.value_trunk is None and self.value_adapter is None
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters that the optimizer moves."""
         return [p for p in self.parameters() if p.requires_grad]
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """Those that learn from the value loss alone: the value head, and a separate trunk or the critic's adapter."""
+        own = [p for part in (self.value_head, self.value_trunk) if part is not None for p in part.parameters()]
+        if self.value_adapter is not None:
+            own += adapter_parameters(self.policy, self.value_adapter)
+        return [p for p in own if p.requires_grad]
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """The rest of them."""
+        critic = {id(p) for p in self.critic_parameters()}
+        return [p for p in self.trainable_parameters() if id(p) not in critic]
 
     def decode(
         self, ids: Tensor, positions: Tensor, attention: Tensor | None, cache: Any
@@ -91,11 +109,16 @@ class ActorCritic(nn.Module):
         real: Tensor | None = None,
         barred: Barred | None = None,
     ) -> Tensor | None:
-        """[B, T] values from the separate critic, 0 outside ``mask``, or None without one."""
-        if self.value_reader is None or self.value_head is None:
-            return None
+        """[B, T] values from a critic that reads in a pass of its own, 0 outside ``mask``, or None without one."""
         sequences = Sequences(prompt_ids, prompt_mask, response_ids, mask, real, barred)
-        return place(self._value(self.value_reader.hidden(sequences)), mask)
+        if self.value_adapter is not None:
+            with use_adapter(self.policy, self.value_adapter):
+                states = self.reader.hidden(sequences)
+        elif self.value_reader is not None:
+            states = self.value_reader.hidden(sequences)
+        else:
+            return None
+        return place(self._value(states), mask)
 
     def forward(
         self,
@@ -133,12 +156,16 @@ class ActorCritic(nn.Module):
         )
 
     def save_critic(self, folder: Path) -> None:
-        """Write the value head (and a separate trunk) beside the policy, as safetensors."""
+        """Write the value head beside the policy, as safetensors; a trunk of its own into ``critic``, its adapter into
+        ``value``.
+        """
         if self.value_head is None:
             return
-        save_file(self.value_head.state_dict(), folder / "value_head.safetensors")
+        save_file(self.value_head.state_dict(), folder / VALUE_HEAD_FILE)
         if self.value_trunk is not None:
             self.value_trunk.save_pretrained(folder / "critic")
+        if self.value_adapter is not None:
+            cast(Any, self.policy).save_pretrained(folder, selected_adapters=[self.value_adapter])
 
 
 class Reference:
@@ -157,7 +184,7 @@ class Reference:
         if self.model is not None:
             yield
         else:
-            with cast(Any, self.policy).disable_adapter():
+            with without_adapters(self.policy):
                 yield
 
     @torch.no_grad()

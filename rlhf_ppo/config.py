@@ -55,6 +55,9 @@ class RLHFConfig(PPOConfig):
     """Subtracted from the score of a response that ran into max_new_tokens without a stop token."""
     drop_nonfinite_scores: bool = False
     """Treat a NaN or infinite score as unscorable (counted) instead of stopping."""
+    share_reward_base: bool = False
+    """Read the reward that is a sequence classifier's adapter on the policy's own base, instead of loading that base
+    again; the policy must be an adapter too (peft_config)."""
     reward_timeout_s: float | None = 600.0
     """Longest time in seconds that a reward function may take over one rollout; None: wait for ever."""
 
@@ -89,6 +92,31 @@ class RLHFConfig(PPOConfig):
     """Weight of the value loss."""
     max_grad_norm: float = 1.0
     """Global gradient norm after clipping."""
+
+    # Memory
+    gradient_checkpointing: bool = False
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, about a third more
+    work in the update, the same gradients."""
+    offload_activations: bool = False
+    """Keep what the backward pass needs in main memory instead of on the GPU."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Load the policy's frozen base in this many bits (QLoRA): bitsandbytes, a CUDA GPU and an adapter are needed."""
+    reference_dtype: Literal["float32", "bfloat16", "8bit", "4bit"] = "float32"
+    """Number format of a reference with weights of its own; 8bit and 4bit need bitsandbytes and a CUDA GPU."""
+
+    # Critic
+    critic: Literal["auto", "shared", "separate", "adapter"] = "auto"
+    """Where the values come from: shared (a head on the policy's trunk), separate (value_model), adapter (a second
+    adapter on the policy's base, with peft_config), or auto: separate if there is a value_model, else shared."""
+    value_head_from: str | None = None
+    """Folder or hub id from which the value head starts: a run of this project, an old TRL checkpoint with a value
+    head, or a one-label sequence-classification model with a linear head. None: it starts at 0."""
+    value_learning_rate: float | None = None
+    """Peak learning rate of the value head and of the critic's own trunk or adapter. None: learning_rate."""
+    critic_warmup_rollouts: int = 0
+    """The first rollouts of the run train the critic alone, on Monte Carlo returns and without value clipping; a shared
+    trunk stays fixed too. They count as episodes and optimizer steps; the policy's learning rate schedule begins
+    after them."""
 
     # Run
     seed: int = 0
@@ -137,6 +165,7 @@ class RLHFConfig(PPOConfig):
             "eval_every",
             "save_every",
             "samples_per_rollout",
+            "critic_warmup_rollouts",
             "learning_rate",
             "kl_coef",
             "weight_decay",
@@ -144,16 +173,20 @@ class RLHFConfig(PPOConfig):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("temperature", "kl_horizon", "max_initial_log_ratio"):
             self._require(name, getattr(self, name) > 0, "positive")
-        for name in ("kl_target", "reward_timeout_s", "microbatch_tokens", "num_threads"):
+        for name in ("kl_target", "reward_timeout_s", "microbatch_tokens", "num_threads", "value_learning_rate"):
             self._require(name, getattr(self, name) is None or getattr(self, name) > 0, "positive or None")
         for name, known in (("kl_estimator", ("k1", "k2", "k3")), ("overlong_prompts", ("error", "truncate", "drop"))):
             self._require_known(name, known)
         self._require_known("lr_scheduler_type", ("constant", "linear", "cosine"))
         self._require_known("precision", ("auto", "fp32", "bf16"))
         self._require_known("generation", ("auto", "dynamic", "static", "continuous"))
+        self._require_known("quantization", ("none", "8bit", "4bit"))
+        self._require_known("reference_dtype", ("float32", "bfloat16", "8bit", "4bit"))
+        self._require_known("critic", ("auto", "shared", "separate", "adapter"))
         self._require_divisible()
         self._require_decoding_limits()
         self._require_turns()
+        self._check_critic()
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError(
                 f"kl_target={self.kl_target} adapts kl_coef by a factor, but kl_coef=0 stays 0: set kl_coef above 0"
@@ -192,6 +225,26 @@ class RLHFConfig(PPOConfig):
         if self.turn_credit == "token" and self.gamma_turn != 1:
             raise ValueError(f"gamma_turn={self.gamma_turn} has no effect under turn_credit='token': set gamma")
 
+    def _check_critic(self) -> None:
+        if not self.has_critic:
+            changed = {
+                "critic": "auto",
+                "value_head_from": None,
+                "value_learning_rate": None,
+                "critic_warmup_rollouts": 0,
+            }
+            for name, default in changed.items():
+                if (value := getattr(self, name)) != default:
+                    raise ValueError(f"{name}={value!r} is about a critic, but objective={self.objective!r} has none")
+        warmup = self.critic_warmup_rollouts
+        if warmup and self.vf_coef == 0:
+            raise ValueError(f"critic_warmup_rollouts={warmup} trains the critic, but vf_coef=0 leaves it no loss")
+        if warmup and warmup >= self.num_rollouts:
+            raise ValueError(
+                f"critic_warmup_rollouts={warmup} leaves none of the {self.num_rollouts} rollouts of total_episodes="
+                f"{self.total_episodes} to train the policy on"
+            )
+
     def _require_divisible(self) -> None:
         batch, parts = self.rollout_batch_size, self.num_minibatches
         if batch % parts == 0:
@@ -202,6 +255,11 @@ class RLHFConfig(PPOConfig):
             f"rollout_batch_size={batch} does not divide into num_minibatches={parts} whole minibatches; "
             f"the nearest valid rollout_batch_size is {sizes}"
         )
+
+    @property
+    def has_critic(self) -> bool:
+        """False where advantages come without values."""
+        return self.objective != "reinforce"
 
     @property
     def num_rollouts(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-_LENGTHS: ContextVar[tuple[int, ...]] = ContextVar("packed_lengths")
+_PACKED: ContextVar[tuple[PretrainedConfig, tuple[int, ...]] | None] = ContextVar("packed", default=None)
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,26 @@ def pack(
 def packed_attention(config: PretrainedConfig, lengths: tuple[int, ...]) -> Iterator[None]:
     """While this lasts, models with this config attend within each of the packed sequences and to nothing else."""
     before = config._attn_implementation
-    token = _LENGTHS.set(lengths)
+    token = _PACKED.set((config, lengths))
     config._attn_implementation = "rlhf_ppo_packed"
     try:
         yield
     finally:
         config._attn_implementation = before
-        _LENGTHS.reset(token)
+        _PACKED.reset(token)
+
+
+def same_packing() -> AbstractContextManager[None]:
+    """Whatever :func:`packed_attention` has set now, for computing the same again at another time."""
+    packed = _PACKED.get()
+    return nullcontext() if packed is None else packed_attention(*packed)
 
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any) -> Any:
     """transformers' own sdpa attention, one call for each run of equally long sequences: [1, H, N, D] each."""
-    runs = [(length, len(list(same))) for length, same in groupby(_LENGTHS.get())]
+    packed = _PACKED.get()
+    assert packed is not None
+    runs = [(length, len(list(same))) for length, same in groupby(packed[1])]
     sizes = [length * count for length, count in runs]
     outputs: list[Tensor] = []
     for (length, count), q, k, v in zip(

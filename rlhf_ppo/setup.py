@@ -12,11 +12,15 @@ import torch
 from datasets import Dataset
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_ppo.activations import checkpoint_layers
 from rlhf_ppo.actor_critic import ActorCritic, Reference
+from rlhf_ppo.adapter_reward import AdapterReward, share_reward_base
 from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.conversation import Respond, reply_ids
+from rlhf_ppo.critics import build_actor_critic, choose_critic
 from rlhf_ppo.data import PromptSet
 from rlhf_ppo.engines import Sampler, choose_engine
+from rlhf_ppo.heads import read_head
 from rlhf_ppo.models import (
     load_config,
     load_policy,
@@ -25,6 +29,7 @@ from rlhf_ppo.models import (
     prompt_room,
     resolve_model,
 )
+from rlhf_ppo.quantization import check_quantization, load_quantized, to_bfloat16
 from rlhf_ppo.rewards import RewardFunction, load_reward, reward_name
 from rlhf_ppo.rollout import Rollout
 from rlhf_ppo.runtime.precision import autocast, compute_in_bf16
@@ -88,8 +93,13 @@ def set_up(
     config = load_config(model)
     vocab_size = _vocab_size(config)
     _check_models(model, ref_model, value_model, peft_config, vocab_size)
-    if value_model is not None and args.objective == "reinforce":
-        raise ValueError("objective='reinforce' has no critic, but a value_model is given: drop one of them")
+    _check_precision(args, model, ref_model, peft_config, device)
+    adapted = peft_config is not None or hasattr(model, "peft_config")
+    critic = choose_critic(args, value_model=value_model, has_adapter=adapted)
+    head = None
+    if args.value_head_from is not None:
+        trunk_config = config if value_model is None else load_config(value_model)
+        head = read_head(args.value_head_from, trunk_config, setting="value_head_from")
     tokenizer = processing_class or load_tokenizer(model)
     room = prompt_room(config, args.max_new_tokens)
     stops = _stop_token_ids(model, config, tokenizer, args, vocab_size)
@@ -100,15 +110,21 @@ def set_up(
     train_prompts, eval_prompts = prompt_set(train_dataset, "train_dataset"), prompt_set(eval_dataset, "eval_dataset")
     if respond is not None:
         _check_chat_template(tokenizer, train_prompts or eval_prompts)
+    if args.share_reward_base:
+        reward_funcs = share_reward_base(reward_funcs, model, has_own_adapter=peft_config is not None)
     rewards = _rewards(reward_funcs, args.reward_weights, device)
 
     seed_everything(args.seed)
-    policy: Any = load_policy(model)
+    policy: Any
+    if args.quantization == "none":
+        policy = load_policy(model)
+    else:
+        policy = load_quantized(cast(str, model), args.quantization, device=device, bf16=bf16)
     adapter_off = peft_config is not None
     # Each part trains, or stays frozen, by itself: a model object given for two of them is copied.
     value_model = _copy_if_shared(value_model, model, ref_model)
     ref_model = _copy_if_shared(ref_model, model)
-    reference_model = load_policy(ref_model) if ref_model is not None else None
+    reference_model = _load_reference(model, ref_model, args, device, bf16=bf16)
     if adapter_off:
         from peft import get_peft_model
 
@@ -118,11 +134,16 @@ def set_up(
     trunk = None if value_model is None else load_trunk(value_model).requires_grad_(True)
     if not any(p.requires_grad for p in policy.parameters()):
         raise ValueError("the model has no trainable parameter; load its adapter with is_trainable=True")
-    actor_critic = ActorCritic(policy, critic=args.objective != "reinforce", value_trunk=trunk)
+    actor_critic = build_actor_critic(policy, critic, trunk=trunk, head=head, head_from=args.value_head_from)
     reference = Reference(policy, reference_model, adapter_off=adapter_off)
     actor_critic.to(device)
     if reference.model is not None:
         reference.model.to(device)
+    for function, _ in rewards.values():
+        if isinstance(function, AdapterReward):
+            function.attach(policy)
+    if args.gradient_checkpointing:
+        checkpoint_layers(actor_critic)  # not before the reference is copied: it needs no gradients
     microbatch_tokens = args.microbatch_tokens or (1024 if device.type == "cpu" else 16384)
     with autocast(bf16, device):
         needs_dynamic = args.max_turns > 1 or args.min_new_tokens > 0 or len(args.stop_strings) > 0
@@ -166,12 +187,51 @@ def _check_chat_template(tokenizer: PreTrainedTokenizerBase, prompts: PromptSet 
         reply_ids(tokenizer, prompt, [*prompt, {"role": "assistant", "content": ""}], "and then?", None)
 
 
+def _load_reference(model: Any, ref_model: Any, args: RLHFConfig, device: torch.device, *, bf16: bool) -> Any:
+    """A reference with weights of its own, where it is not just a copy of the policy (None)."""
+    source = model if ref_model is None else ref_model
+    match args.reference_dtype:
+        case "float32":
+            return None if ref_model is None else load_policy(ref_model)
+        case "bfloat16":
+            # A model object stays as its owner has it.
+            reference = load_policy(source) if isinstance(source, str) else copy.deepcopy(source)
+            to_bfloat16(reference)
+            return reference
+        case bits:
+            return load_quantized(source, bits, device=device, bf16=bf16)
+
+
 def _copy_if_shared(model: Any, *others: Any) -> Any:
     return copy.deepcopy(model) if any(model is other and not isinstance(model, str) for other in others) else model
 
 
 def _vocab_size(config: PretrainedConfig) -> int:
     return int(config.get_text_config().vocab_size)
+
+
+def _check_precision(args: RLHFConfig, model: Any, ref_model: Any, peft_config: Any, device: torch.device) -> None:
+    if args.offload_activations and device.type != "cuda":
+        raise ValueError(
+            f"offload_activations=True moves activations from a GPU to main memory, but device is {device.type!r}, "
+            "which has nothing to gain from it: leave it out (gradient_checkpointing saves memory everywhere)"
+        )
+    if args.quantization != "none":
+        if peft_config is None:
+            raise ValueError(
+                f"quantization={args.quantization!r} freezes the policy's weights, so an adapter must be trained: give "
+                "peft_config (lora_rank on the command line)"
+            )
+        check_quantization("quantization", args.quantization, model, device)
+    if args.reference_dtype != "float32":
+        if peft_config is not None:
+            raise ValueError(
+                f"reference_dtype={args.reference_dtype!r} is about a reference with weights of its own, but with "
+                "peft_config it is the policy with its adapter off and has none: drop one of them"
+            )
+        if args.reference_dtype != "bfloat16":
+            source = model if ref_model is None else ref_model
+            check_quantization("reference_dtype", args.reference_dtype, source, device)
 
 
 def _check_models(model: Any, ref_model: Any, value_model: Any, peft_config: Any, vocab_size: int) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_ppo.activations import offload_activations
 from rlhf_ppo.checkpoint import load_checkpoint, save_checkpoint
 from rlhf_ppo.collect import Collector
 from rlhf_ppo.config import RLHFConfig
@@ -32,6 +33,7 @@ from rlhf_ppo.core import (
 from rlhf_ppo.data import Prompt, PromptSet
 from rlhf_ppo.experience import describe, estimate
 from rlhf_ppo.gradients import accumulate_gradients, clear_gradients, clip_and_step
+from rlhf_ppo.optimization import make_optimizer, only_the_critic_learns, warmup_settings
 from rlhf_ppo.rewards import RewardError
 from rlhf_ppo.rollout import Rollout
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
@@ -129,17 +131,7 @@ class PPOTrainer:
         self.timings: dict[str, float] = {}
         """Seconds that each phase of the last iteration took."""
         self.collector = Collector(parts, args, self.run, self.stopwatch)
-        self.optimizer = torch.optim.AdamW(
-            self.model.trainable_parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
-        )
-        # transformers' "constant" knows no warm-up.
-        schedule = "constant_with_warmup" if args.lr_scheduler_type == "constant" else args.lr_scheduler_type
-        self.scheduler = get_scheduler(
-            schedule,
-            self.optimizer,
-            num_warmup_steps=args.warmup_steps,
-            num_training_steps=args.num_optimizer_steps,
-        )
+        self.optimizer, self.scheduler = make_optimizer(self.model, args)
         # What controllers move during a run: the KL penalty's weight, and clip range or beta inside the objective.
         self.kl_coef = args.kl_coef
         self.objective = args
@@ -241,10 +233,18 @@ class PPOTrainer:
             NonFiniteGradientError: not one step had a finite gradient.
         """
         with self.stopwatch.phase("update"):
-            return self._update(rollout)
+            if not self.warming_up:
+                return self._update(rollout)
+            with only_the_critic_learns(self.model):
+                return self._update(rollout)
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether the next update trains the critic alone (``critic_warmup_rollouts``)."""
+        return self.iteration < self.args.critic_warmup_rollouts
 
     def _update(self, rollout: Rollout) -> dict[str, float]:
-        args = self.args
+        args = warmup_settings(self.args) if self.warming_up else self.args
         old, metrics = estimate(rollout, args, kl_coef=self.kl_coef)
         metrics["policy/clip_range"] = self.objective.clip_range
         metrics["policy/penalty_beta"] = self.objective.penalty_beta
@@ -278,11 +278,14 @@ class PPOTrainer:
                 f"all {steps} optimizer steps of rollout {self.iteration + 1} had non-finite gradients and were "
                 "skipped; look for extreme rewards or values in samples.jsonl and metrics.jsonl, or lower learning_rate"
             )
-        self._adapt(metrics["kl/reference_nats_per_response"], epoch.compute()["approx_kl"], len(rollout.prompts))
+        if not self.warming_up:
+            self._adapt(metrics["kl/reference_nats_per_response"], epoch.compute()["approx_kl"], len(rollout.prompts))
         self.iteration += 1
         self.episodes += len(rollout.prompts)
         self.optimizer_steps += steps
         loss = losses.compute() if steps else {"policy": 0.0, "value": 0.0, "grad_norm": 0.0}
+        if args.value_learning_rate is not None:
+            metrics["optim/value_learning_rate"] = float(self.scheduler.get_last_lr()[-1])
         return {
             "progress/iteration": self.iteration,
             "progress/episodes": self.episodes,
@@ -301,18 +304,19 @@ class PPOTrainer:
         self, rollout: Rollout, old: Experience, minibatch: list[int]
     ) -> tuple[MetricAverage, dict[str, Tensor]]:
         """Backward over one minibatch in microbatches; the gradient is the same however it is split."""
-        denominator = loss_denominator(old.mask[minibatch], self.objective.loss_aggregation)
+        objective = warmup_settings(self.objective) if self.warming_up else self.objective
+        denominator = loss_denominator(old.mask[minibatch], objective.loss_aggregation)
         actions = MetricAverage()
         losses = {"policy": torch.zeros((), device=self.device), "value": torch.zeros((), device=self.device)}
         for rows in self.parts.batches(rollout, minibatch):
             part = rollout.sequences(rows)
             facts = old[rows][:, : part.mask.shape[1]]
             with accumulate_gradients(self.model):
-                with autocast(self.parts.bf16, self.device):
-                    new = self.model(*part, temperature=self.args.temperature, entropy=self.objective.ent_coef > 0)
-                loss = ppo_loss(new, facts, self.objective, denominator=denominator)
+                with offload_activations(on=self.args.offload_activations), autocast(self.parts.bf16, self.device):
+                    new = self.model(*part, temperature=self.args.temperature, entropy=objective.ent_coef > 0)
+                loss = ppo_loss(new, facts, objective, denominator=denominator)
                 loss.total.backward()
-            actions.add(ppo_diagnostics(new, facts, self.objective), weight=facts.mask.sum())
+            actions.add(ppo_diagnostics(new, facts, objective), weight=facts.mask.sum())
             losses["policy"] += loss.policy.detach()
             losses["value"] += loss.value.detach()
         return actions, losses
@@ -421,11 +425,12 @@ class PPOTrainer:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         policy: Any = self.model.policy
+        adapted = hasattr(policy, "merge_and_unload")
         if merge_adapter:
-            if not hasattr(policy, "merge_and_unload"):
+            if not adapted:
                 raise ValueError("merge_adapter=True needs an adapter, but the run has no peft_config")
-            policy = copy.deepcopy(policy).merge_and_unload()
-        policy.save_pretrained(folder)
+            policy, adapted = copy.deepcopy(policy).merge_and_unload(), False
+        policy.save_pretrained(folder, **({"selected_adapters": [policy.active_adapter]} if adapted else {}))
         self.tokenizer.save_pretrained(folder)
         self.model.save_critic(folder)
         return folder

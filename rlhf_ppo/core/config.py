@@ -55,7 +55,8 @@ class PPOConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, str) and ("float" in str(field.type) or "int" in str(field.type)):
+            kind = str(field.type)
+            if isinstance(value, str) and "Literal" not in kind and ("float" in kind or "int" in kind):
                 raise ValueError(f"{field.name} must be a number, got the text {value!r}")
         self._require_known("objective", OBJECTIVES)
         self._require_known("loss_aggregation", AGGREGATIONS)

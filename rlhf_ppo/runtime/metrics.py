@@ -48,6 +48,7 @@ METRICS: dict[str, str] = {
     "value/return_mean": "Mean of the returns that the critic learns.",
     "advantage/std": "Standard deviation of the advantages before whitening.",
     "optim/learning_rate": "Learning rate at the end of the update.",
+    "optim/value_learning_rate": "The critic's learning rate at the end of the update, where it has one of its own.",
     "optim/grad_norm": "Mean global gradient norm before clipping.",
     "optim/skipped_steps": "Optimizer steps skipped because a gradient was not finite.",
     "optim/epochs": "Epochs run on this rollout (target_kl may stop early).",

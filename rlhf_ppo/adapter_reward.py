@@ -1,0 +1,107 @@
+"""Reward adapters: a reward model that is an adapter on the policy's own base, which is in memory once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+from rlhf_ppo.adapters import add_adapter, load_adapter, use_adapter
+from rlhf_ppo.heads import find_file, read_head
+from rlhf_ppo.models import find_config, resolve_model
+from rlhf_ppo.reading import without_adapter_wrapper
+from rlhf_ppo.rewards import RewardModel
+
+REWARD_ADAPTER = "reward"
+
+
+def reward_adapter_config(source: Any) -> dict[str, Any] | None:
+    """What ``adapter_config.json`` says, if ``source`` is the folder or hub id of a sequence classifier's adapter."""
+    if not isinstance(source, str) or ":" in source or (file := find_file(source, "adapter_config.json")) is None:
+        return None
+    config = json.loads(file.read_text(encoding="utf-8"))
+    return config if config.get("task_type") == "SEQ_CLS" else None
+
+
+def _tokenizer(source: str, base: str) -> Any:
+    where = source if find_file(source, "tokenizer_config.json") else base
+    return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+
+
+class AdapterReward(RewardModel):
+    """A reward model that is an adapter and a head on the policy's own base, which must not be trained itself."""
+
+    def __init__(self, source: str, config: dict[str, Any], model: str | PreTrainedModel) -> None:
+        """Check what can be checked before the policy is loaded; :meth:`attach` does the rest.
+
+        Args:
+            source: folder or hub id of the adapter.
+            config: what its adapter_config.json says.
+            model: the policy's, before it gets its adapter.
+        Raises:
+            ValueError: the adapter belongs to another base, or has no linear head for one label.
+        """
+        base = resolve_model(config["base_model_name_or_path"])
+        # An adapter's folder is its base with the adapter merged: other weights than the reward was trained on.
+        name = model if isinstance(model, str) else model.config._name_or_path
+        if base != name and Path(base).resolve() != Path(name).resolve():
+            raise ValueError(
+                f"share_reward_base=True, but reward {source!r} is an adapter of {base!r} and the policy's model is "
+                f"{name!r}: leave share_reward_base out, and the reward loads its own base"
+            )
+        self.__name__ = Path(source).name
+        self.tokenizer = _tokenizer(source, base)
+        self.batch_size = 32
+        self.source, self.config = source, config
+        self.head = read_head(source, find_config(model), setting="reward")
+
+    def attach(self, policy: Any) -> None:
+        """Add the adapter to the policy, frozen."""
+        from peft import PeftConfig
+
+        config = PeftConfig.from_pretrained(self.source)
+        config.inference_mode = True
+        cast(Any, config).modules_to_save = None  # the head, which lies here
+        config.task_type = "CAUSAL_LM"
+        add_adapter(policy, REWARD_ADAPTER, config)
+        file = find_file(self.source, "adapter_model.safetensors")
+        assert file is not None  # its head was read from there
+        load_adapter(policy, REWARD_ADAPTER, file)
+        self.policy, self.trunk = policy, without_adapter_wrapper(policy).base_model
+        self.head = {name: x.to(next(policy.parameters()).device) for name, x in self.head.items()}
+
+    def _logits(self, rows: list[list[int]]) -> Tensor:
+        """The head on the state of each row's last token; nothing after it is attended to."""
+        width, device = max(len(row) for row in rows), self.head["weight"].device
+        last = torch.tensor([len(row) - 1 for row in rows], device=device)
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+        attention = (torch.arange(width, device=device) <= last[:, None]).long()
+        with use_adapter(self.policy, REWARD_ADAPTER):
+            states = self.trunk(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state
+        ends = states[torch.arange(len(rows), device=device), last].float()
+        return nn.functional.linear(ends, self.head["weight"], self.head["bias"]).squeeze(-1)
+
+
+def share_reward_base(sources: Any, model: str | PreTrainedModel, *, has_own_adapter: bool) -> Any:
+    """Reward sources with the one that is an adapter of the policy's base replaced by an :class:`AdapterReward`.
+
+    Raises:
+        ValueError: the policy's base is trained itself, or not exactly one of the sources is a reward adapter.
+    """
+    if not has_own_adapter:
+        raise ValueError(
+            "share_reward_base=True needs a frozen base, but without peft_config (lora_rank on the command line) the "
+            "policy's base is what is trained, and the scores would move with it"
+        )
+    listed = list(sources) if isinstance(sources, (list, tuple)) else [sources]
+    configs = [reward_adapter_config(source) for source in listed]
+    if sum(config is not None for config in configs) != 1:
+        raise ValueError(
+            "share_reward_base=True needs one reward that is an adapter of a sequence-classification model (a folder "
+            f"with adapter_config.json, task_type SEQ_CLS), got {listed!r}"
+        )
+    return [s if config is None else AdapterReward(s, config, model) for s, config in zip(listed, configs, strict=True)]

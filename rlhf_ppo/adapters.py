@@ -1,0 +1,154 @@
+"""Adapters: several small sets of weights on one base model, one of them in force at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+VALUE_ADAPTER = "value"
+
+_IN_USE: ContextVar[str | None] = ContextVar("adapter_in_use", default=None)
+
+
+def lora_config(rank: int, *, alpha: int | None = None, target_modules: tuple[str, ...] | None = None) -> Any:
+    """A LoRA adapter's configuration, without dropout.
+
+    Args:
+        rank: of the two factors of each weight's change.
+        alpha: the change is scaled by alpha / rank; None: twice the rank.
+        target_modules: names of the layers that get it; ("all-linear",): all but the output layer; None: those that
+            PEFT chooses for the architecture.
+    """
+    from peft import LoraConfig
+
+    targets = None if target_modules is None else list(target_modules)
+    return LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+
+
+def add_value_adapter(policy: Any) -> None:
+    """Give a PEFT model a second adapter, for the critic, of the same configuration as its first.
+
+    Raises:
+        ValueError: the first adapter is no set of weights beside the base's own.
+    """
+    config = copy.deepcopy(policy.peft_config[policy.active_adapter])
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        raise ValueError(
+            f"critic='adapter' needs an adapter like LoRA, but peft_config is {config.peft_type.value}: set "
+            "critic='shared', or use a LoraConfig"
+        )
+    config.modules_to_save = None
+    add_adapter(policy, VALUE_ADAPTER, config)
+    for parameter in adapter_parameters(policy, VALUE_ADAPTER):
+        parameter.requires_grad_(True)
+
+
+def add_adapter(policy: Any, name: str, config: Any) -> None:
+    """Add an adapter to a PEFT model; which one is in force, and what requires gradients, stays as it is.
+
+    Raises:
+        ValueError: the model has an adapter of that name.
+    """
+    if name in policy.peft_config:
+        raise ValueError(f"the model already has an adapter named {name!r}: remove it with delete_adapter({name!r})")
+    device, active = next(policy.parameters()).device, policy.active_adapter
+    with keep_gradient_flags(policy):
+        policy.add_adapter(name, config)
+        policy.set_adapter(active)
+    for parameter in adapter_parameters(policy, name):
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.to(device)
+
+
+def load_adapter(policy: Any, name: str, file: Path) -> None:
+    """Load an adapter's weights from a file that PEFT wrote, layers beside the adapter (a head) left out.
+
+    Raises:
+        ValueError: they are not those of the adapter ``name``; names some that differ.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    needed = {key: x.shape for key, x in get_peft_model_state_dict(policy, adapter_name=name).items()}
+    weights = {key: x for key, x in load_file(file).items() if "lora_" in key or key in needed}
+    if needed != (found := {key: x.shape for key, x in weights.items()}):
+        differ = sorted(key for key in needed.keys() | found.keys() if needed.get(key) != found.get(key))
+        raise ValueError(
+            f"{file} is no adapter for this model and configuration: {len(differ)} of its weights differ, such as "
+            f"{differ[0]} ({_shape(found.get(differ[0]))} in the file, {_shape(needed.get(differ[0]))} needed)"
+        )
+    set_peft_model_state_dict(policy, weights, adapter_name=name)
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "none" if shape is None else str(list(shape))
+
+
+def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
+    """The weights of one adapter: those that PEFT would train if it were the active one."""
+    with keep_gradient_flags(model):
+        model.requires_grad_(False)
+        with use_adapter(model, name, keep_flags=False):
+            return [p for p in model.parameters() if p.requires_grad]
+
+
+@contextmanager
+def use_adapter(module: nn.Module, name: str, *, keep_flags: bool = True) -> Iterator[None]:
+    """While this lasts, a PEFT model, or a part of one, computes with the adapter ``name`` and no other.
+
+    PEFT lets only the active adapter require gradients; here ``requires_grad`` stays as it is (``keep_flags``), so that
+    policy and critic can learn from one backward pass.
+    """
+    from peft.functional import set_adapter
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    before = next((m.active_adapters for m in module.modules() if isinstance(m, BaseTunerLayer)), [])
+
+    def switch(to: Any) -> None:
+        with keep_gradient_flags(module) if keep_flags else nullcontext():
+            set_adapter(module, to)
+
+    switch(name)
+    token = _IN_USE.set(name)
+    try:
+        yield
+    finally:
+        _IN_USE.reset(token)
+        switch(before)
+
+
+def same_adapter(module: nn.Module) -> AbstractContextManager[None]:
+    """Whatever :func:`use_adapter` has set now, for computing ``module`` again at another time."""
+    name = _IN_USE.get()
+    return nullcontext() if name is None else use_adapter(module, name)
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """While this lasts, a PEFT model is its base. PEFT by itself would leave only the active adapter trainable."""
+    with keep_gradient_flags(model), cast(Any, model).disable_adapter():
+        yield
+
+
+@contextmanager
+def keep_gradient_flags(module: nn.Module) -> Iterator[None]:
+    """Put every ``requires_grad`` back to what it was before."""
+    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

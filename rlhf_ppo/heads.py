@@ -1,0 +1,91 @@
+"""Heads: the linear layer that turns a hidden state into one number, found in what other training left behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.utils.hub import cached_file
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+
+_HEADS = ("v_head.summary", "score", "classifier")
+"""TRL's value head, and the heads of sequence-classification models."""
+
+
+def read_head(source: str, trunk: PretrainedConfig, *, setting: str) -> dict[str, Tensor]:
+    """Weight [1, O] and bias [1] of a linear layer that gives a hidden state its one number, in float32.
+
+    Args:
+        source: folder or hub id of one of: a run of this project, an old TRL checkpoint with a value head
+            (``v_head.summary``), a one-label sequence-classification model whose head is one linear layer, or an
+            adapter of such a model.
+        trunk: config of the model that the head will sit on.
+        setting: the setting that named the source, for messages.
+    Raises:
+        ValueError: no such head there, a head of another shape, or one for states of another width.
+    """
+    where = f"{setting}={source!r}"
+    found: dict[str, Tensor] = {}
+    for name, file in _tensor_files(source, where):
+        layer = name.removeprefix("base_model.model.").rpartition(".")[0]
+        if file.name == VALUE_HEAD_FILE or layer in _HEADS:
+            with safe_open(file, "pt") as tensors:
+                found[name] = tensors.get_tensor(name).float()
+    weights = [name for name in found if name.endswith("weight")]
+    if len(weights) != 1:
+        raise ValueError(
+            f"{where}: no single linear head found, neither {VALUE_HEAD_FILE} nor a layer named "
+            f"{' or '.join(_HEADS)}; give a run folder, a TRL checkpoint with a value head, or a one-label "
+            "sequence-classification model whose head is one linear layer"
+        )
+    (name,) = weights
+    weight = found[name]
+    if weight.ndim != 2 or weight.shape[0] != 1:
+        raise ValueError(
+            f"{where}: {name} has shape {list(weight.shape)}, but a value is one number: [1, O] is needed (a "
+            "classifier with num_labels=1)"
+        )
+    width = int(trunk.get_text_config().hidden_size)
+    if weight.shape[1] != width:
+        raise ValueError(
+            f"{where} reads hidden states of width {weight.shape[1]}, but the model under it is {width} wide: take a "
+            "head that was trained on this model"
+        )
+    return {"weight": weight, "bias": found.get(name.removesuffix("weight") + "bias", torch.zeros(1))}
+
+
+def _tensor_files(source: str, where: str) -> Iterator[tuple[str, Path]]:
+    """(tensor name, its file) of a run's value head, else of an adapter or a model; no tensor is loaded."""
+    single = (VALUE_HEAD_FILE, "adapter_model.safetensors", "model.safetensors")
+    if (file := next((file for name in single if (file := find_file(source, name))), None)) is not None:
+        files = {file}
+    elif (index := find_file(source, "model.safetensors.index.json")) is not None:
+        shards: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        wanted = {shard for name, shard in shards.items() if name.rpartition(".")[0] in _HEADS}
+        files = {file for shard in wanted if (file := find_file(source, shard)) is not None}
+    elif find_file(source, "pytorch_model.bin") or find_file(source, "pytorch_model.bin.index.json"):
+        raise ValueError(
+            f"{where} holds pytorch_model.bin, a pickle, which can run code when it is opened and is never read here: "
+            "if you trust it, load it and save it again with model.save_pretrained(folder, safe_serialization=True)"
+        )
+    else:
+        raise ValueError(f"{where}: neither {VALUE_HEAD_FILE} nor model.safetensors is there")
+    for file in sorted(files):
+        with safe_open(file, "pt") as tensors:
+            yield from ((name, file) for name in list(tensors.keys()))
+
+
+def find_file(source: str, name: str) -> Path | None:
+    """A file of a folder or hub id, or None where it has none of that name."""
+    if Path(source).is_dir():
+        return file if (file := Path(source) / name).is_file() else None
+    try:
+        return Path(str(cached_file(source, name)))
+    except OSError:  # no such repository or file, or the hub is out of reach
+        return None

@@ -1,0 +1,71 @@
+"""Optimizer and schedule: policy and critic side by side, each at its own learning rate."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from rlhf_ppo.actor_critic import ActorCritic
+from rlhf_ppo.config import RLHFConfig
+
+
+def make_optimizer(model: ActorCritic, args: RLHFConfig) -> tuple[torch.optim.AdamW, LambdaLR]:
+    """One fused AdamW over all trainable parameters, with a schedule.
+
+    The first group is the policy's, the second, if there is a critic, the critic's: its value head and whatever else
+    learns from the value loss alone. Each group's rate is its own, the schedule's shape is one: linear warm-up, then
+    as ``lr_scheduler_type`` says. The policy's schedule begins when its training does, after the critic's warm-up.
+    """
+    rates = (args.learning_rate, args.learning_rate if args.value_learning_rate is None else args.value_learning_rate)
+    groups = [
+        {"params": parameters, "lr": rate}
+        for parameters, rate in zip((model.policy_parameters(), model.critic_parameters()), rates, strict=True)
+        if parameters
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
+    waiting = args.critic_warmup_rollouts * args.num_epochs * args.num_minibatches
+    factors = [partial(_factor, args=args, waiting=steps) for steps in (waiting, 0)]
+    return optimizer, LambdaLR(optimizer, factors[: len(groups)])
+
+
+def _factor(step: int, *, args: RLHFConfig, waiting: int) -> float:
+    """Share of the learning rate at an optimizer step; nothing happens in the first ``waiting``."""
+    step, total = max(step - waiting, 0), args.num_optimizer_steps - waiting
+    if step < args.warmup_steps:
+        return step / args.warmup_steps
+    done = (step - args.warmup_steps) / max(1, total - args.warmup_steps)
+    match args.lr_scheduler_type:
+        case "constant":
+            return 1.0
+        case "linear":
+            return max(0.0, 1.0 - done)
+        case "cosine":
+            return max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
+
+
+def warmup_settings(args: RLHFConfig) -> RLHFConfig:
+    """The settings under which the critic learns while the policy stays.
+
+    Monte Carlo returns, because its own values are not worth bootstrapping from yet, and no value clipping, which would
+    hold it near its start.
+    """
+    return dataclasses.replace(args, gae_lambda=1.0, clip_range_vf=None)
+
+
+@contextmanager
+def only_the_critic_learns(model: ActorCritic) -> Iterator[None]:
+    """While this lasts, no gradient reaches the policy: not its trunk either, where the critic shares it."""
+    policy = model.policy_parameters()
+    for parameter in policy:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in policy:
+            parameter.requires_grad_(True)
