@@ -146,14 +146,18 @@ def convert(given: Mapping[str, Any], num_processes: int = 1) -> dict[str, Any]:
         raise ValueError("no dataset_name: the data set is not among the arguments, so name it: -- --dataset_name NAME")
     if trl["stop_token"] is not None and trl["stop_token_id"] is not None:
         raise ValueError("stop_token and stop_token_id are both set; TRL takes one of them")
+    if trl["load_in_8bit"] and trl["load_in_4bit"]:
+        raise ValueError("load_in_8bit and load_in_4bit are both set; TRL takes one of them")
     ours = {row.ours[0]: trl[name] for name, row in ROWS.items() if row.fate == "same" and trl[name] is not None}
     ours.setdefault("output_dir", "trainer_output")
 
     # Models
     ours["reward"] = [trl["reward_model_path"]]
-    ours["value_model"] = trl["reward_model_path"]
+    ours["value_model"] = ours["value_head_from"] = trl["reward_model_path"]
     if not trl["use_peft"]:
-        del ours["lora_rank"]
+        ours = {name: value for name, value in ours.items() if not name.startswith("lora_")}
+    if trl["load_in_8bit"] or trl["load_in_4bit"]:
+        ours["quantization"] = "8bit" if trl["load_in_8bit"] else "4bit"
 
     # Batches and steps
     rows, parts, accumulated = (

@@ -183,6 +183,9 @@ RUN = {**DATA, "total_episodes": 64, "per_device_train_batch_size": 8}
         ({"dtype": "bfloat16"}, {"precision": "bf16"}),
         ({"use_cpu": True}, {"device": "cpu"}),
         ({"use_peft": True, "lora_r": 4}, {"lora_rank": 4}),
+        ({"use_peft": True, "load_in_4bit": True}, {"lora_rank": 16, "quantization": "4bit"}),
+        ({"use_peft": True, "load_in_8bit": True}, {"quantization": "8bit"}),
+        ({"reward_model_path": "r"}, {"reward": ["r"], "value_model": "r", "value_head_from": "r"}),
         ({"save_strategy": "no"}, {"save_every": 0}),
         ({"save_strategy": "epoch"}, {"save_every": 0}),
         ({"save_steps": 0.5}, {"save_every": 4}),
@@ -249,7 +252,8 @@ def test_a_migrated_yaml_trains(folder, capsys):
     assert main(["train", "--config", "ours.yaml", "--quiet", "True"]) == 0
     run = json.loads(Path("run/run.json").read_text())
     assert (run["clip_range"], run["clip_range_vf"], run["gae_lambda"], run["kl_estimator"]) == (0.1, 0.3, 0.9, "k3")
-    assert run["stop_token_ids"] == [5] and run["value_model"] == "reward" and run["seed"] == 42
+    assert run["stop_token_ids"] == [5] and run["seed"] == 42
+    assert run["value_model"] == run["value_head_from"] == "reward"
     metrics = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     # One rollout of 4; a step after each 2 microbatches of 2 rows.
     assert [row["progress/optimizer_steps"] for row in metrics if "policy/loss" in row] == [1]
@@ -264,6 +268,7 @@ def test_a_migrated_yaml_trains(folder, capsys):
         ("--dataset_name x --lam 0.9 0.8", "--lam takes one value"),
         ("--dataset_name x --save_strategy sometimes", "'sometimes' is none of"),
         ("--dataset_name x --stop_token eos --stop_token_id 3", "stop_token and stop_token_id"),
+        ("--dataset_name x --use_peft --load_in_4bit --load_in_8bit", "load_in_8bit and load_in_4bit"),
         ("--dataset_name x --num_mini_batches 3", "num_mini_batches=3 does not divide"),
         ("--dataset_name x --gradient_accumulation_steps 0", "must be 1 or more"),
         ("--dataset_name x --warmup_steps 0.1", "warmup_steps=0.1 is a share of the run"),
