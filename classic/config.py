@@ -50,7 +50,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 READ_BY = {
     "dual_clip": ("dual_clip",),
     "penalty_beta": ("penalty",),
-    "clip_range_high": ("clip", "dual_clip"),
+    "clip_range_high": ("clip", "dual_clip", "cispo"),
 }
 
 
@@ -75,7 +75,8 @@ class PPOArgs:
     lr_schedule: Literal["linear", "constant"] | None = None
     """linear falls to 0 over the total number of steps; constant stays."""
     objective: Objective | None = None
-    """Policy loss: clip, penalty, adaptive_clip, dual_clip, a2c (no ratio) or reinforce (no ratio, no baseline)."""
+    """Policy loss: clip, penalty, adaptive_clip, dual_clip, cispo, a2c (no ratio) or reinforce (no ratio, no
+    baseline)."""
     clip_range: float | None = None
     """Ratios beyond 1 +- this bring no further gain (the start value for adaptive_clip)."""
     clip_range_high: float | None = None

@@ -19,7 +19,8 @@ from rlhf_ppo.core import PolicyOutput
 from rlhf_ppo.heads import VALUE_HEAD_FILE
 from rlhf_ppo.limits import Barred
 from rlhf_ppo.models import freeze, fuse_activations, text_config
-from rlhf_ppo.reading import Reader, Sequences, place
+from rlhf_ppo.reading import Outputs, Reader, Sequences, place
+from rlhf_ppo.reference_kl import exact_kl
 
 
 class ActorCritic(nn.Module):
@@ -131,6 +132,7 @@ class ActorCritic(nn.Module):
         *,
         temperature: float = 1.0,
         entropy: bool = True,
+        reference: Outputs | None = None,
     ) -> PolicyOutput:
         """Log-probs, values and entropy [B, T] of recorded responses under the current weights, 0 outside ``mask``.
 
@@ -140,11 +142,14 @@ class ActorCritic(nn.Module):
             real, barred: see :class:`rlhf_ppo.reading.Sequences`.
             temperature: divides the logits; the same one as at sampling.
             entropy: compute it (otherwise None).
+            reference: what the reference gives at the same tokens, for the exact KL to it (otherwise None).
         """
         sequences = Sequences(prompt_ids, prompt_mask, response_ids, mask, real, barred)
+        outputs = self.reader.outputs(sequences, hidden=self.shares_trunk)
         logprobs, entropies, states = self.reader.logprobs(
-            sequences, temperature=temperature, entropy=entropy, hidden=self.shares_trunk
+            sequences, temperature=temperature, entropy=entropy, outputs=outputs
         )
+        kl = None if reference is None else exact_kl(outputs, reference, temperature=temperature)
         if self.shares_trunk and states is not None:
             values = place(self._value(states), mask)
         else:
@@ -153,6 +158,7 @@ class ActorCritic(nn.Module):
             logprobs=place(logprobs, mask),
             values=values,
             entropy=None if entropies is None else place(entropies, mask),
+            kl=None if kl is None else place(kl, mask),
         )
 
     def save_critic(self, folder: Path) -> None:
@@ -204,3 +210,9 @@ class Reference:
         with self._active():
             logprobs, _, _ = self.reader.logprobs(sequences, temperature=temperature)
         return place(logprobs, mask)
+
+    @torch.no_grad()
+    def outputs(self, sequences: Sequences) -> Outputs:
+        """The reference's distributions at the response tokens."""
+        with self._active():
+            return self.reader.outputs(sequences)

@@ -162,8 +162,10 @@ class Collector:
                     note("values", again.values, rows)
                 elif rollout.values is None:
                     note("values", model.separate_values(*part), rows)
-        gap = float((read["logprobs"] - rollout.logprobs).abs().max()) if "logprobs" in read else None
-        return dataclasses.replace(rollout, **read, decode_gap=gap)
+        if "logprobs" not in read:
+            return dataclasses.replace(rollout, **read)
+        gap = float((read["logprobs"] - rollout.logprobs).abs().max())
+        return dataclasses.replace(rollout, **read, sampled_logprobs=rollout.logprobs, decode_gap=gap)
 
     def _score(self, rollout: Rollout, *, needs_scores: bool) -> Rollout:
         args = self.args

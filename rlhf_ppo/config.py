@@ -22,7 +22,9 @@ class RLHFConfig(PPOConfig):
     total_episodes: int = 4096
     """Responses to train on; rounded up to whole rollouts."""
     rollout_batch_size: int = 32
-    """Responses per rollout; a multiple of num_minibatches."""
+    """Responses per rollout; a multiple of num_minibatches and of num_generations."""
+    num_generations: int = 1
+    """Responses to each prompt, side by side in the rollout."""
     microbatch_tokens: int | None = None
     """Most tokens, prompts included, in one pass through a model outside decoding; less memory, same gradient. A longer
     response has a pass of its own. None: 1024 on CPU, 16384 on a GPU."""
@@ -45,6 +47,9 @@ class RLHFConfig(PPOConfig):
     (transformers' continuous batching), or auto: static on a CUDA GPU if the model allows it, else dynamic."""
     recompute_logprobs: bool = False
     """Take the old log-probs from a full forward pass instead of the ones recorded while decoding."""
+    importance_weight_cap: float | None = None
+    """With recompute_logprobs: weigh each action's loss by the ratio of the two, at most this (2 is usual). None: no
+    weights."""
     max_initial_log_ratio: float = 0.1
     """Tripwire: stop when any |log-ratio| before a rollout's first optimizer step exceeds this many nats."""
 
@@ -70,6 +75,15 @@ class RLHFConfig(PPOConfig):
     """Responses over which the adaptive controller corrects an error."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """Estimator of the KL inside the rewards."""
+
+    # Advantages
+    advantage_estimator: Literal["gae", "rloo", "grpo", "reinforce"] = "gae"
+    """gae: against the critic's values. Without a critic: rloo (against the other responses to the prompt), grpo
+    (likewise, over their spread; normalize_advantages=False: not), reinforce (the return itself)."""
+    gae_lambda_value: float | None = None
+    """GAE's lambda for the critic's targets; None: gae_lambda."""
+    adaptive_lambda_alpha: float | None = None
+    """Lambda of the policy's advantages grows with the response: 1 - 1 / (this * its tokens). None: gae_lambda."""
 
     # Optimisation
     learning_rate: float = 1e-4
@@ -156,7 +170,7 @@ class RLHFConfig(PPOConfig):
         super().__post_init__()
         if not str(self.output_dir).strip():
             raise ValueError("output_dir is empty: name a folder for the run")
-        for name in ("total_episodes", "rollout_batch_size", "max_new_tokens", "max_turns"):
+        for name in ("total_episodes", "rollout_batch_size", "num_generations", "max_new_tokens", "max_turns"):
             self._require(name, getattr(self, name) >= 1, "1 or more")
         for name in (
             "seed",
@@ -173,7 +187,14 @@ class RLHFConfig(PPOConfig):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("temperature", "kl_horizon", "max_initial_log_ratio"):
             self._require(name, getattr(self, name) > 0, "positive")
-        for name in ("kl_target", "reward_timeout_s", "microbatch_tokens", "num_threads", "value_learning_rate"):
+        for name in (
+            "kl_target",
+            "reward_timeout_s",
+            "microbatch_tokens",
+            "num_threads",
+            "value_learning_rate",
+            "adaptive_lambda_alpha",
+        ):
             self._require(name, getattr(self, name) is None or getattr(self, name) > 0, "positive or None")
         for name, known in (("kl_estimator", ("k1", "k2", "k3")), ("overlong_prompts", ("error", "truncate", "drop"))):
             self._require_known(name, known)
@@ -183,10 +204,15 @@ class RLHFConfig(PPOConfig):
         self._require_known("quantization", ("none", "8bit", "4bit"))
         self._require_known("reference_dtype", ("float32", "bfloat16", "8bit", "4bit"))
         self._require_known("critic", ("auto", "shared", "separate", "adapter"))
+        self._require_known("advantage_estimator", ("gae", "rloo", "grpo", "reinforce"))
+        value_lambda, cap = self.gae_lambda_value, self.importance_weight_cap
+        self._require("gae_lambda_value", value_lambda is None or 0 <= value_lambda <= 1, "between 0 and 1, or None")
+        self._require("importance_weight_cap", cap is None or cap >= 1, "1 or more, or None")
         self._require_divisible()
         self._require_decoding_limits()
         self._require_turns()
         self._check_critic()
+        self._require_matching_estimator()
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError(
                 f"kl_target={self.kl_target} adapts kl_coef by a factor, but kl_coef=0 stays 0: set kl_coef above 0"
@@ -228,6 +254,8 @@ class RLHFConfig(PPOConfig):
     def _check_critic(self) -> None:
         if not self.has_critic:
             changed = {
+                "gae_lambda_value": None,
+                "adaptive_lambda_alpha": None,
                 "critic": "auto",
                 "value_head_from": None,
                 "value_learning_rate": None,
@@ -235,7 +263,7 @@ class RLHFConfig(PPOConfig):
             }
             for name, default in changed.items():
                 if (value := getattr(self, name)) != default:
-                    raise ValueError(f"{name}={value!r} is about a critic, but objective={self.objective!r} has none")
+                    raise ValueError(f"{name}={value!r} is about a critic, but {self.critic_free} has none")
         warmup = self.critic_warmup_rollouts
         if warmup and self.vf_coef == 0:
             raise ValueError(f"critic_warmup_rollouts={warmup} trains the critic, but vf_coef=0 leaves it no loss")
@@ -246,20 +274,52 @@ class RLHFConfig(PPOConfig):
             )
 
     def _require_divisible(self) -> None:
-        batch, parts = self.rollout_batch_size, self.num_minibatches
-        if batch % parts == 0:
+        batch, parts, group = self.rollout_batch_size, self.num_minibatches, self.num_generations
+        both = math.lcm(parts, group)
+        if batch % both == 0:
             return
-        below, above = batch // parts * parts, math.ceil(batch / parts) * parts
+        below, above = batch // both * both, math.ceil(batch / both) * both
         sizes = " or ".join(str(size) for size in (below, above) if size)
+        if batch % group:
+            problem = f"whole groups of num_generations={group} responses"
+        else:
+            problem = f"num_minibatches={parts} whole minibatches"
         raise ValueError(
-            f"rollout_batch_size={batch} does not divide into num_minibatches={parts} whole minibatches; "
+            f"rollout_batch_size={batch} does not divide into {problem}; "
             f"the nearest valid rollout_batch_size is {sizes}"
         )
+
+    def _require_matching_estimator(self) -> None:
+        estimator = f"advantage_estimator={self.advantage_estimator!r}"
+        if self.advantage_estimator in ("rloo", "grpo"):
+            if self.num_generations < 2:
+                raise ValueError(
+                    f"{estimator} compares responses to one prompt, but num_generations={self.num_generations} gives "
+                    "each only one: set num_generations to 2 or more"
+                )
+            if self.gamma != 1:
+                raise ValueError(
+                    f"{estimator} compares whole responses without a discount, but gamma={self.gamma}: set gamma to 1"
+                )
+            if self.turn_credit == "turn":
+                raise ValueError(f"{estimator} compares whole responses, but turn_credit='turn': drop one of them")
+        if self.importance_weight_cap is not None and not self.recompute_logprobs:
+            raise ValueError(
+                f"importance_weight_cap={self.importance_weight_cap} compares log-probs recorded while decoding with "
+                "recomputed ones, but recompute_logprobs=False: set recompute_logprobs"
+            )
+
+    @property
+    def critic_free(self) -> str | None:
+        """The setting by which advantages come without values, as messages name it; None: there is a critic."""
+        if self.advantage_estimator != "gae":
+            return f"advantage_estimator={self.advantage_estimator!r}"
+        return f"objective={self.objective!r}" if self.objective == "reinforce" else None
 
     @property
     def has_critic(self) -> bool:
         """False where advantages come without values."""
-        return self.objective != "reinforce"
+        return self.critic_free is None
 
     @property
     def num_rollouts(self) -> int:

@@ -23,9 +23,7 @@ def choose_critic(args: RLHFConfig, *, value_model: Any, has_adapter: bool) -> C
     """
     if not args.has_critic:
         if value_model is not None:
-            raise ValueError(
-                f"objective={args.objective!r} has no critic, but a value_model is given: drop one of them"
-            )
+            raise ValueError(f"{args.critic_free} has no critic, but a value_model is given: drop one of them")
         return "none"
     kind = args.critic
     if kind == "auto":

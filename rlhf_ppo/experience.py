@@ -11,16 +11,16 @@ from torch import Tensor
 from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.core import (
     Experience,
-    compute_gae,
     explained_variance,
     kl_estimate,
     kl_penalized_rewards,
     masked_mean,
     masked_var,
     masked_whiten,
+    truncated_importance_weights,
 )
+from rlhf_ppo.estimators import comparable, estimate_advantages
 from rlhf_ppo.rollout import Rollout
-from rlhf_ppo.turn_credit import to_tokens, to_turns
 
 
 def estimate(rollout: Rollout, args: RLHFConfig, *, kl_coef: float) -> tuple[Experience, dict[str, float]]:
@@ -28,7 +28,7 @@ def estimate(rollout: Rollout, args: RLHFConfig, *, kl_coef: float) -> tuple[Exp
 
     Args:
         rollout: scored, with reference log-probs.
-        args: KL estimator, penalties, gamma, lambda, normalisation.
+        args: KL estimator, penalties, advantage estimator, gamma, lambdas, normalisation, importance weights.
         kl_coef: weight of the KL penalty now.
     Returns:
         (experience [B, T], metrics).
@@ -42,20 +42,21 @@ def estimate(rollout: Rollout, args: RLHFConfig, *, kl_coef: float) -> tuple[Exp
     scores = rollout.scores - (args.missing_eos_penalty or 0.0) * (~rollout.finished).float()
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator)
     rewards = kl_penalized_rewards(scores, kl, mask, kl_coef)
-    values = torch.zeros_like(rewards) if rollout.values is None else rollout.values
-    gae_lambda = 1.0 if args.objective == "reinforce" else args.gae_lambda
-    if args.turn_credit == "turn" and rollout.turns is not None:
-        steps = to_turns(rewards, values, rollout.turns, mask)
-        by_turn = _gae(*steps, gamma=args.gamma_turn, gae_lambda=gae_lambda)
-        advantages, returns = (to_tokens(x, rollout.turns, mask) for x in by_turn)
-    else:
-        advantages, returns = _gae(rewards, values, mask, gamma=args.gamma, gae_lambda=gae_lambda)
+    # Nor does one learn from a response that has nothing to be compared with.
+    mask = mask & comparable(rollout.scored, args)[:, None]
+    advantages, returns = estimate_advantages(rewards, rollout.values, mask, args, turns=rollout.turns)
+    # grpo's are already over the spread of their own group.
+    whiten = args.normalize_advantages and args.advantage_estimator != "grpo"
     old = Experience(
         logprobs=rollout.logprobs,
         values=rollout.values,
-        advantages=masked_whiten(advantages, mask) if args.normalize_advantages else advantages,
-        returns=None if rollout.values is None else returns,
+        advantages=masked_whiten(advantages, mask) if whiten else advantages,
+        returns=returns,
         mask=mask,
+        weights=_importance_weights(rollout, args.importance_weight_cap),
+        ref_logprobs=rollout.ref_logprobs,
+        # Without an environment a response is one turn.
+        turns=torch.zeros_like(mask, dtype=torch.long) if rollout.turns is None else rollout.turns,
     )
     reference_kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1").sum(dim=1).mean()
     metrics: dict[str, float] = {
@@ -69,35 +70,29 @@ def estimate(rollout: Rollout, args: RLHFConfig, *, kl_coef: float) -> tuple[Exp
         "policy/entropy": float(masked_mean(rollout.entropy, mask)),
         "advantage/std": float(masked_var(advantages, mask).sqrt()),
     }
-    if rollout.values is not None:
-        metrics["value/explained_variance"] = float(explained_variance(values, returns, mask))
-        metrics["value/mean"] = float(masked_mean(values, mask))
+    if rollout.values is not None and returns is not None:
+        metrics["value/explained_variance"] = float(explained_variance(rollout.values, returns, mask))
+        metrics["value/mean"] = float(masked_mean(rollout.values, mask))
         metrics["value/return_mean"] = float(masked_mean(returns, mask))
     if rollout.decode_gap is not None:
         metrics["policy/decode_gap_max_nats"] = rollout.decode_gap
+    if old.weights is not None:
+        capped = old.weights >= (args.importance_weight_cap or 0.0)
+        metrics["policy/importance_weight_mean"] = float(masked_mean(old.weights, mask))
+        metrics["policy/importance_capped_fraction"] = float(masked_mean(capped.float(), mask))
     return old, metrics
 
 
-def _gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
-    """Advantages and returns [B, T] of episodes that end with their last True step."""
-    next_values, terminated = next_decisions(values, mask)
-    going_on = torch.zeros_like(terminated)
-    return compute_gae(
-        rewards, values, next_values, terminated, going_on, gamma=gamma, gae_lambda=gae_lambda, mask=mask
-    )
-
-
-def next_decisions(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """V at each True step's next True step, and the flag of the last one: both [B, T].
-
-    The last True step closes the episode, whether a stop token or the length limit ended it, so its own entry is 0.
-    """
-    length = mask.shape[1]
-    steps = torch.arange(length, device=mask.device).expand_as(mask)
-    here_or_later = torch.where(mask, steps, length).flip(1).cummin(dim=1).values.flip(1)
-    following = torch.nn.functional.pad(here_or_later[:, 1:], (0, 1), value=length)
-    next_values = torch.nn.functional.pad(values, (0, 1)).gather(1, following)
-    return next_values, mask & (following == length)
+def _importance_weights(rollout: Rollout, cap: float | None) -> Tensor | None:
+    """[B, T] weights of the recomputed log-probs against the sampler's, or None without a cap."""
+    if cap is None:
+        return None
+    if rollout.sampled_logprobs is None:
+        raise ValueError(
+            f"importance_weight_cap={cap} needs the sampler's own log-probs, which this rollout lacks: make it with "
+            "trainer.rollout(prompts) under recompute_logprobs=True"
+        )
+    return truncated_importance_weights(rollout.logprobs, rollout.sampled_logprobs, cap=cap)
 
 
 def _turn_metrics(rollout: Rollout) -> dict[str, float]:

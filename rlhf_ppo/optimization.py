@@ -53,9 +53,10 @@ def warmup_settings(args: RLHFConfig) -> RLHFConfig:
     """The settings under which the critic learns while the policy stays.
 
     Monte Carlo returns, because its own values are not worth bootstrapping from yet, and no value clipping, which would
-    hold it near its start.
+    hold it near its start. No KL is measured for a policy that does not move.
     """
-    return dataclasses.replace(args, gae_lambda=1.0, clip_range_vf=None)
+    critic_alone = {"gae_lambda_value": None, "clip_range_vf": None, "kl_loss_coef": 0.0, "kl_loss": "k2"}
+    return dataclasses.replace(args, gae_lambda=1.0, **critic_alone)
 
 
 @contextmanager

@@ -35,6 +35,30 @@ class Sequences(NamedTuple):
     """Where stop tokens could not be drawn; None: nowhere."""
 
 
+class Outputs(NamedTuple):
+    """A model's next-token distributions at n response tokens: by a plain output layer, or as logits."""
+
+    states: Tensor | None
+    """[n, O] last hidden states."""
+    head: nn.Linear | None
+    """The output layer, if the logits are nothing but that layer on the states."""
+    logits: Tensor | None
+    """[n, V], of a model without a plain output layer."""
+    held: Tensor | None = None
+    """[n] bool, True where ``barred`` tokens could not be drawn; None: nowhere."""
+    barred: tuple[int, ...] = ()
+
+    def all_logits(self) -> Tensor:
+        """[n, V], -inf at what is barred."""
+        logits = self.logits
+        if logits is None:
+            assert self.states is not None and self.head is not None
+            logits = linear(self.states, self.head.weight, self.head.bias)
+        if self.held is None:
+            return logits
+        return torch.where(self.held[:, None], bar(logits.clone(), self.barred), logits)
+
+
 def position_ids(mask: Tensor) -> Tensor:
     """Positions [B, L] that count real tokens only, so that padding on the left changes nothing."""
     return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
@@ -76,33 +100,38 @@ class Reader:
         hidden = _call(self.trunk, ids, position_ids(attention), attention).last_hidden_state
         return select(hidden[:, -sequences.mask.shape[1] :], sequences.mask)
 
-    def logprobs(
-        self, sequences: Sequences, *, temperature: float, entropy: bool = False, hidden: bool = False
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Log-probs [n] of the response tokens, and if asked the entropies [n] and the hidden states [n, O]."""
-        tokens = select(sequences.response_ids, sequences.mask)
+    def outputs(self, sequences: Sequences, *, hidden: bool = False) -> Outputs:
+        """What determines the distributions of the response tokens, with the hidden states if asked."""
         barred = sequences.barred
+        held = None if barred is None else select(barred.where, sequences.mask)
+        tokens = () if barred is None else barred.tokens
         if self.head is not None:
-            states = self.hidden(sequences)
-            settings: dict[str, Any] = {
-                "bias": self.head.bias,
-                "temperature": temperature,
-                "return_entropy": entropy,
-            }
-            if barred is None:
-                result = linear_logprobs(states, self.head.weight, tokens, **settings)
+            return Outputs(self.hidden(sequences), self.head, None, held, tokens)
+        with vocabulary_as_rows(self.output_layer):
+            logits, states = self._logits(sequences, hidden=hidden)
+        return Outputs(states, None, logits, held, tokens)
+
+    def logprobs(
+        self, sequences: Sequences, *, temperature: float, entropy: bool = False, outputs: Outputs | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Log-probs [n] of the response tokens, the entropies [n] if asked, and the hidden states [n, O] if there.
+
+        ``outputs`` is what :meth:`outputs` has read of these sequences; None: read them.
+        """
+        tokens = select(sequences.response_ids, sequences.mask)
+        outputs = self.outputs(sequences) if outputs is None else outputs
+        states, head = outputs.states, outputs.head
+        if head is not None and states is not None:
+            settings: dict[str, Any] = {"bias": head.bias, "temperature": temperature, "return_entropy": entropy}
+            if outputs.held is None:
+                result = linear_logprobs(states, head.weight, tokens, **settings)
             else:
-                where = select(barred.where, sequences.mask)
                 result = barred_linear_logprobs(
-                    states, self.head.weight, tokens, barred=where, barred_tokens=barred.tokens, **settings
+                    states, head.weight, tokens, barred=outputs.held, barred_tokens=outputs.barred, **settings
                 )
             logprobs, entropies = result if isinstance(result, tuple) else (result, None)
             return logprobs, entropies, states
-        with vocabulary_as_rows(self.output_layer):
-            logits, states = self._logits(sequences, hidden=hidden)
-        if barred is not None:
-            where = select(barred.where, sequences.mask)
-            logits = torch.where(where[:, None], bar(logits.clone(), barred.tokens), logits)
+        logits = outputs.all_logits()
         return (
             token_logprobs(logits, tokens, temperature=temperature, dtype=torch.float32),
             entropy_from_logits(logits.float(), temperature=temperature) if entropy else None,

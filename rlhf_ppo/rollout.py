@@ -54,6 +54,8 @@ class Rollout:
     """[B] bool, False where a reward function had no score (None): the response is left out of training."""
     score_parts: dict[str, list[float | None]] = field(default_factory=dict)
     """Each reward function's own scores, [B]."""
+    sampled_logprobs: Tensor | None = None
+    """[B, T] log-probs as recorded while decoding, where recompute_logprobs has replaced them in ``logprobs``."""
     decode_gap: float | None = None
     """Largest |decoding log-prob - full forward log-prob| in nats, measured under recompute_logprobs."""
     barred: Barred | None = None

@@ -154,10 +154,11 @@ class PPOTrainer:
         args = self.args
         if self.train_prompts is None:
             raise ValueError("train() needs a train_dataset with a column 'prompt'")
-        if len(self.train_prompts) < args.rollout_batch_size:
+        wanted = args.rollout_batch_size // args.num_generations
+        if len(self.train_prompts) < wanted:
             warnings.warn(
-                f"train_dataset has {len(self.train_prompts)} prompts, fewer than rollout_batch_size="
-                f"{args.rollout_batch_size}: each rollout repeats some",
+                f"train_dataset has {len(self.train_prompts)} prompts, fewer than the {wanted} of a rollout "
+                f"(rollout_batch_size={args.rollout_batch_size}): each rollout repeats some",
                 stacklevel=2,
             )
         planned = args.num_rollouts * args.rollout_batch_size
@@ -193,7 +194,7 @@ class PPOTrainer:
             with ProgressDisplay("episodes", planned, quiet=args.quiet) as progress:
                 while self.iteration < args.num_rollouts:
                     self.stopwatch.take()  # evaluations are no part of an iteration
-                    batch = prompts.batch(self.iteration, args.rollout_batch_size)
+                    batch = prompts.batch(self.iteration, args.rollout_batch_size // args.num_generations)
                     rollout = self.rollout(batch.prompts, **batch.columns)
                     metrics = self.step(rollout)
                     self.timings = self.stopwatch.take()
@@ -211,11 +212,11 @@ class PPOTrainer:
             self.save_model()
 
     def rollout(self, prompts: Sequence[Prompt], **columns: list[Any]) -> Rollout:
-        """Generate one response to each prompt, score it, and read the reference.
+        """Generate ``num_generations`` responses to each prompt, side by side, score them, and read the reference.
 
         Args:
-            prompts: [B] text or chat messages.
-            columns: other columns for the reward functions, [B] each.
+            prompts: text or chat messages; B = their number times num_generations.
+            columns: other columns for the reward functions, one value a prompt each.
         Raises:
             ValueError: a prompt is bad; names its number.
             RewardError: see :func:`rlhf_ppo.rewards.score`; the responses are written to failed_rollout.jsonl first.
@@ -223,6 +224,9 @@ class PPOTrainer:
         if isinstance(prompts, str) or not len(prompts):
             raise ValueError(f"rollout() takes a list of one or more prompts, got {prompts!r}")
         self.rollouts_made += 1
+        if (copies := self.args.num_generations) > 1:
+            prompts = [prompt for prompt in prompts for _ in range(copies)]
+            columns = {name: [x for x in column for _ in range(copies)] for name, column in columns.items()}
         return self.collector.collect(prompts, columns, self._generator(_TRAIN_STREAM, self.rollouts_made))
 
     def step(self, rollout: Rollout) -> dict[str, float]:
@@ -283,7 +287,9 @@ class PPOTrainer:
         self.iteration += 1
         self.episodes += len(rollout.prompts)
         self.optimizer_steps += steps
-        loss = losses.compute() if steps else {"policy": 0.0, "value": 0.0, "grad_norm": 0.0}
+        loss = losses.compute() if steps else {"policy": 0.0, "value": 0.0, "kl": 0.0, "grad_norm": 0.0}
+        if args.kl_loss_coef > 0:
+            metrics["kl/loss"] = loss["kl"]
         if args.value_learning_rate is not None:
             metrics["optim/value_learning_rate"] = float(self.scheduler.get_last_lr()[-1])
         return {
@@ -307,18 +313,25 @@ class PPOTrainer:
         objective = warmup_settings(self.objective) if self.warming_up else self.objective
         denominator = loss_denominator(old.mask[minibatch], objective.loss_aggregation)
         actions = MetricAverage()
-        losses = {"policy": torch.zeros((), device=self.device), "value": torch.zeros((), device=self.device)}
+        losses = {name: torch.zeros((), device=self.device) for name in ("policy", "value", "kl")}
+        exact_kl = objective.kl_loss_coef > 0 and objective.kl_loss == "exact"
         for rows in self.parts.batches(rollout, minibatch):
             part = rollout.sequences(rows)
             facts = old[rows][:, : part.mask.shape[1]]
             with accumulate_gradients(self.model):
                 with offload_activations(on=self.args.offload_activations), autocast(self.parts.bf16, self.device):
-                    new = self.model(*part, temperature=self.args.temperature, entropy=objective.ent_coef > 0)
+                    new = self.model(
+                        *part,
+                        temperature=self.args.temperature,
+                        entropy=objective.ent_coef > 0,
+                        reference=self.reference.outputs(part) if exact_kl else None,
+                    )
                 loss = ppo_loss(new, facts, objective, denominator=denominator)
                 loss.total.backward()
             actions.add(ppo_diagnostics(new, facts, objective), weight=facts.mask.sum())
             losses["policy"] += loss.policy.detach()
             losses["value"] += loss.value.detach()
+            losses["kl"] += loss.kl.detach()
         return actions, losses
 
     def _check_tripwire(self, first_step: MetricAverage) -> float:

@@ -4,12 +4,15 @@ from rlhf_ppo.core.adaptive import adapt_clip_range, adapt_kl_coef, adapt_penalt
 from rlhf_ppo.core.advantages import compute_gae, group_normalized_advantages, leave_one_out_advantages
 from rlhf_ppo.core.config import PPOConfig
 from rlhf_ppo.core.diagnostics import explained_variance, ppo_diagnostics
+from rlhf_ppo.core.exact_kl import kl_from_logits, linear_kl
 from rlhf_ppo.core.kl import kl_estimate, kl_penalized_rewards
 from rlhf_ppo.core.logprobs import entropy_from_logits, linear_logprobs, token_logprobs
 from rlhf_ppo.core.losses import (
     aggregate_loss,
+    cispo_policy_loss,
     clipped_policy_loss,
     clipped_value_loss,
+    k2_loss,
     loss_denominator,
     penalty_policy_loss,
     policy_gradient_loss,
@@ -17,6 +20,8 @@ from rlhf_ppo.core.losses import (
 )
 from rlhf_ppo.core.masked import masked_mean, masked_var, masked_whiten
 from rlhf_ppo.core.minibatch import minibatch_indices
+from rlhf_ppo.core.preference import dpo_loss
+from rlhf_ppo.core.ratios import pool_old_logprobs, probability_ratio, truncated_importance_weights
 from rlhf_ppo.core.types import Experience, PolicyOutput, PPOLoss
 
 __all__ = [
@@ -28,15 +33,20 @@ __all__ = [
     "adapt_kl_coef",
     "adapt_penalty_beta",
     "aggregate_loss",
+    "cispo_policy_loss",
     "clipped_policy_loss",
     "clipped_value_loss",
     "compute_gae",
+    "dpo_loss",
     "entropy_from_logits",
     "explained_variance",
     "group_normalized_advantages",
+    "k2_loss",
     "kl_estimate",
+    "kl_from_logits",
     "kl_penalized_rewards",
     "leave_one_out_advantages",
+    "linear_kl",
     "linear_logprobs",
     "loss_denominator",
     "masked_mean",
@@ -45,7 +55,10 @@ __all__ = [
     "minibatch_indices",
     "penalty_policy_loss",
     "policy_gradient_loss",
+    "pool_old_logprobs",
     "ppo_diagnostics",
     "ppo_loss",
+    "probability_ratio",
     "token_logprobs",
+    "truncated_importance_weights",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_ppo.core.masked import EPS, keep
+from rlhf_ppo.core.masked import EPS, keep, masked_mean
 from rlhf_ppo.core.types import compute_dtype, require_bool, require_same_shape, result_dtype
 
 
@@ -77,49 +77,59 @@ def _per_step(name: str, x: float | Tensor, like: Tensor) -> Tensor:
         raise ValueError(f"{name} {tuple(x.shape)} does not broadcast to [B, T] {tuple(like.shape)}") from None
 
 
-def leave_one_out_advantages(scores: Tensor, group_size: int) -> Tensor:
+def leave_one_out_advantages(scores: Tensor, group_size: int, *, mask: Tensor | None = None) -> Tensor:
     """RLOO: each score minus the mean score of the other responses to the same prompt.
 
     Args:
         scores: [B] scores; groups of ``group_size`` responses to one prompt lie next to each other.
         group_size: responses per prompt, at least 2.
+        mask: [B] bool, False where a response has no score; its group goes on as though it were smaller.
     Returns:
-        [B] advantages.
+        [B] advantages; 0 where there is no score, or no other one in the group to compare with.
     Raises:
-        ValueError: scores are not [B], or B is no multiple of group_size.
+        ValueError: scores are not [B], B is no multiple of group_size, or the mask does not fit.
     Source: Ahmadian et al., "Back to Basics" (2024); Kool et al., "Buy 4 REINFORCE Samples" (2019).
     """
-    grouped = _groups(scores, group_size)
-    others = (grouped.sum(dim=1, keepdim=True) - grouped) / (group_size - 1)
-    return (grouped - others).flatten().to(result_dtype(scores))
+    grouped, real = _groups(scores, group_size, mask)
+    siblings = real.sum(dim=1, keepdim=True) - 1
+    others = (grouped.sum(dim=1, keepdim=True) - grouped) / siblings.clamp(min=1)
+    return keep(grouped - others, real & (siblings > 0)).flatten().to(result_dtype(scores))
 
 
-def group_normalized_advantages(scores: Tensor, group_size: int, scale_by_std: bool = True) -> Tensor:
+def group_normalized_advantages(
+    scores: Tensor, group_size: int, scale_by_std: bool = True, *, mask: Tensor | None = None
+) -> Tensor:
     """GRPO: each score minus its group's mean, over the group's population standard deviation.
 
     Args:
         scores: [B] scores; groups of ``group_size`` responses to one prompt lie next to each other.
         group_size: responses per prompt, at least 2.
         scale_by_std: False subtracts the mean only (Dr. GRPO).
+        mask: [B] bool, False where a response has no score; its group goes on as though it were smaller.
     Returns:
-        [B] advantages; 0 throughout a group whose scores are equal.
+        [B] advantages; 0 throughout a group whose scores are equal, and where there is no score.
     Raises:
-        ValueError: scores are not [B], or B is no multiple of group_size.
+        ValueError: scores are not [B], B is no multiple of group_size, or the mask does not fit.
     Source: Shao et al., "DeepSeekMath" (2024), section 4.1; Liu et al., "Understanding R1-Zero-Like Training" (2025).
     """
-    grouped = _groups(scores, group_size)
-    centred = grouped - grouped.mean(dim=1, keepdim=True)
-    centred = centred - centred.mean(dim=1, keepdim=True)  # what rounding left of the mean would count as spread
+    grouped, real = _groups(scores, group_size, mask)
+    centred = grouped - masked_mean(grouped, real, dim=1)[:, None]
+    centred = centred - masked_mean(centred, real, dim=1)[:, None]  # rounding's rest of the mean would count as spread
     if scale_by_std:
-        centred = centred * torch.rsqrt(centred.square().mean(dim=1, keepdim=True) + EPS)
-    return centred.flatten().to(result_dtype(scores))
+        centred = centred * torch.rsqrt(masked_mean(centred.square(), real, dim=1)[:, None] + EPS)
+    return keep(centred, real).flatten().to(result_dtype(scores))
 
 
-def _groups(scores: Tensor, group_size: int) -> Tensor:
+def _groups(scores: Tensor, group_size: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scores, 0 where there is none, and mask as [B / group_size, group_size]."""
     if scores.ndim != 1:
         raise ValueError(f"scores must be [B], one per response, got {tuple(scores.shape)}")
     if group_size < 2:
         raise ValueError(f"group_size must be at least 2, got {group_size}: one response has none to compare with")
     if scores.shape[0] % group_size:
         raise ValueError(f"{scores.shape[0]} scores do not divide into groups of group_size={group_size}")
-    return scores.to(compute_dtype(scores)).reshape(-1, group_size)
+    mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
+    require_same_shape(mask=mask, scores=scores)
+    require_bool(mask=mask)
+    grouped = keep(scores.to(compute_dtype(scores)), mask)
+    return grouped.reshape(-1, group_size), mask.reshape(-1, group_size)

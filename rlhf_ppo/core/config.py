@@ -6,10 +6,14 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-Objective = Literal["clip", "penalty", "adaptive_clip", "dual_clip", "a2c", "reinforce"]
+Objective = Literal["clip", "penalty", "adaptive_clip", "dual_clip", "cispo", "a2c", "reinforce"]
+RatioLevel = Literal["token", "turn", "sequence"]
+KLLoss = Literal["k2", "exact"]
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
 
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
+RATIO_LEVELS: tuple[str, ...] = get_args(RatioLevel)
+KL_LOSSES: tuple[str, ...] = get_args(KLLoss)
 AGGREGATIONS: tuple[str, ...] = get_args(Aggregation)
 
 
@@ -19,11 +23,14 @@ class PPOConfig:
 
     objective: Objective = "clip"
     """Policy loss: clip (PPO), penalty (adaptive KL penalty), adaptive_clip (clip range follows the KL),
-    dual_clip (bounds the loss of bad actions), a2c (no ratio) or reinforce (no ratio, no critic)."""
+    dual_clip (bounds the loss of bad actions), cispo (the ratio is a capped weight, so no gradient is lost), a2c (no
+    ratio) or reinforce (no ratio, no critic)."""
     clip_range: float = 0.2
     """Ratios beyond 1 +- this bring no further gain (the start value for adaptive_clip)."""
     clip_range_high: float | None = None
-    """Upper clip range when it differs from the lower one."""
+    """Upper clip range when it differs from the lower one; cispo's weights are capped at 1 + this."""
+    ratio_level: RatioLevel = "token"
+    """Whose ratio is clipped: each action's own (token), or the geometric mean over its turn or sequence (GSPO)."""
     dual_clip: float = 3.0
     """dual_clip objective: the loss of an action with A < 0 is at most this times -A."""
     penalty_beta: float = 1.0
@@ -34,6 +41,10 @@ class PPOConfig:
     """Weight of the value loss."""
     ent_coef: float = 0.0
     """Weight of the entropy bonus."""
+    kl_loss_coef: float = 0.0
+    """Weight of the KL to the reference as a loss term, beside whatever the rewards charge for it."""
+    kl_loss: KLLoss = "k2"
+    """That term: k2 (from the sampled actions, the exact KL's gradient in expectation) or exact (whole vocabulary)."""
     loss_aggregation: Aggregation = "token_mean"
     """How per-action losses become one: token_mean, sequence_mean or sequence_sum."""
     gamma: float = 0.99
@@ -59,13 +70,15 @@ class PPOConfig:
             if isinstance(value, str) and "Literal" not in kind and ("float" in kind or "int" in kind):
                 raise ValueError(f"{field.name} must be a number, got the text {value!r}")
         self._require_known("objective", OBJECTIVES)
+        self._require_known("ratio_level", RATIO_LEVELS)
+        self._require_known("kl_loss", KL_LOSSES)
         self._require_known("loss_aggregation", AGGREGATIONS)
         for name in ("clip_range", "max_grad_norm"):
             self._require(name, getattr(self, name) > 0, "positive")
         for name in ("clip_range_high", "clip_range_vf", "target_kl"):
             value = getattr(self, name)
             self._require(name, value is None or value > 0, "positive or None")
-        for name in ("vf_coef", "ent_coef", "penalty_beta"):
+        for name in ("vf_coef", "ent_coef", "kl_loss_coef", "penalty_beta"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("gamma", "gae_lambda"):
             self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
@@ -74,6 +87,13 @@ class PPOConfig:
         self._require("dual_clip", self.dual_clip > 1, "above 1")
         if self.objective == "adaptive_clip" and self.clip_range_high is not None:
             raise ValueError("objective='adaptive_clip' moves one symmetric clip_range; remove clip_range_high")
+        if self.ratio_level != "token" and self.objective in ("penalty", "a2c", "reinforce"):
+            raise ValueError(
+                f"ratio_level={self.ratio_level!r} pools the ratio that clip, adaptive_clip, dual_clip and cispo "
+                f"bound, but objective={self.objective!r} bounds none: change one of the two"
+            )
+        if self.kl_loss != "k2" and self.kl_loss_coef == 0:
+            raise ValueError(f"kl_loss={self.kl_loss!r} has the weight kl_loss_coef=0: set kl_loss_coef above 0")
 
     @property
     def steering_kl(self) -> float | None:

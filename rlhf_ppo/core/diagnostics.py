@@ -7,8 +7,8 @@ from torch import Tensor
 
 from rlhf_ppo.core.config import PPOConfig
 from rlhf_ppo.core.kl import MAX_LOG_RATIO, kl_estimate
-from rlhf_ppo.core.losses import probability_ratio
 from rlhf_ppo.core.masked import keep, masked_mean, masked_var
+from rlhf_ppo.core.ratios import pool_old_logprobs, probability_ratio
 from rlhf_ppo.core.types import Experience, PolicyOutput, compute_dtype, require_bool, require_same_shape, result_dtype
 
 
@@ -40,14 +40,15 @@ def ppo_diagnostics(new: PolicyOutput, old: Experience, config: PPOConfig | None
     Args:
         new: the current policy on the recorded actions, [*].
         old: the recorded facts, [*].
-        config: its clip ranges decide what counts as clipped; default: PPOConfig().
+        config: its clip ranges and ratio level decide what counts as clipped; default: PPOConfig().
     Returns:
         Scalars: approx_kl (nats per action, k3 of old against new), clip_fraction (share of actions whose gradient
-        the clip killed: A > 0 with r > 1 + eps_high, or A < 0 with r < 1 - eps), out_of_range_fraction (r outside the
-        band whatever A's sign), ratio_mean, max_abs_log_ratio (nats), overflow_fraction (|log r| beyond 20, where it
-        is clamped), and entropy (nats) when it was computed.
+        the clip killed: A > 0 with r > 1 + eps_high, or A < 0 with r < 1 - eps; cispo: whose weight r was capped at
+        1 + eps_high), out_of_range_fraction (r outside the band whatever A's sign), ratio_mean, max_abs_log_ratio
+        (nats), overflow_fraction (|log r| beyond 20, where it is clamped), and entropy (nats) when it was computed.
+        r is pooled as ``config.ratio_level`` says; approx_kl and max_abs_log_ratio are each action's own.
     Raises:
-        ValueError: shapes differ, or the mask is not bool.
+        ValueError: shapes differ, the mask is not bool, or ratio_level='turn' without old.turns.
     """
     require_same_shape(
         logprobs=new.logprobs, old_logprobs=old.logprobs, advantages=old.advantages, entropy=new.entropy, mask=old.mask
@@ -59,9 +60,10 @@ def ppo_diagnostics(new: PolicyOutput, old: Experience, config: PPOConfig | None
     dtype = compute_dtype(new.logprobs)
     logprobs, old_logprobs, advantages = (keep(x.to(dtype), mask) for x in (new.logprobs, old.logprobs, old.advantages))
     log_ratio = logprobs - old_logprobs
-    ratio = probability_ratio(logprobs, old_logprobs)
+    pooled = pool_old_logprobs(logprobs, old_logprobs, mask, level=config.ratio_level, turns=old.turns)
+    ratio = probability_ratio(logprobs, pooled)
     above, below = ratio > 1 + high, ratio < 1 - config.clip_range
-    killed = ((advantages > 0) & above) | ((advantages < 0) & below)
+    killed = above if config.objective == "cispo" else ((advantages > 0) & above) | ((advantages < 0) & below)
 
     def share(flags: Tensor) -> Tensor:
         return masked_mean(flags.to(dtype), mask)
@@ -72,7 +74,7 @@ def ppo_diagnostics(new: PolicyOutput, old: Experience, config: PPOConfig | None
         "out_of_range_fraction": share(above | below),
         "ratio_mean": masked_mean(ratio, mask),
         "max_abs_log_ratio": log_ratio.abs().max() if log_ratio.numel() else log_ratio.sum(),
-        "overflow_fraction": share(log_ratio.abs() > MAX_LOG_RATIO),
+        "overflow_fraction": share((logprobs - pooled).abs() > MAX_LOG_RATIO),
     }
     if new.entropy is not None:
         diagnostics["entropy"] = masked_mean(keep(new.entropy.to(dtype), mask), mask)

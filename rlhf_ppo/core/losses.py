@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from rlhf_ppo.core.config import AGGREGATIONS, OBJECTIVES, PPOConfig
-from rlhf_ppo.core.kl import MAX_LOG_RATIO, kl_estimate
+from rlhf_ppo.core.kl import kl_estimate
 from rlhf_ppo.core.masked import keep
+from rlhf_ppo.core.ratios import pool_old_logprobs, probability_ratio
 from rlhf_ppo.core.types import (
     Experience,
     PolicyOutput,
@@ -17,11 +18,6 @@ from rlhf_ppo.core.types import (
     require_same_shape,
     result_dtype,
 )
-
-
-def probability_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """``pi_new / pi_old`` [*]; the log-ratio is clamped to +-20, so a drift of any size stays finite."""
-    return (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def clipped_policy_loss(
@@ -65,6 +61,23 @@ def clipped_policy_loss(
     return loss.to(result_dtype(logprobs))
 
 
+def cispo_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_range_high: float) -> Tensor:
+    """CISPO, negated: ``-sg(min(r, 1 + eps_high)) * A * log pi``: the ratio is a capped weight without a gradient.
+
+    Every action keeps its gradient, where the clipped surrogate drops those it clips. There is no lower bound: raising
+    a small ratio to 1 - eps would overweight the very actions that the policy has left, and the paper sets none.
+
+    Shapes and errors are those of :func:`clipped_policy_loss`. Source: MiniMax, "MiniMax-M1" (2025), equations 4 and 5.
+    """
+    require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    if clip_range_high < 0:
+        raise ValueError(f"clip_range_high must not be negative, got {clip_range_high}")
+    dtype = compute_dtype(logprobs)
+    new = logprobs.to(dtype)
+    weight = probability_ratio(new, old_logprobs.to(dtype)).clamp(max=1 + clip_range_high).detach()
+    return (-weight * advantages.to(dtype) * new).to(result_dtype(logprobs))
+
+
 def penalty_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, beta: float) -> Tensor:
     """PPO-Penalty, negated: ``-r * A + beta * KL(old || new)``.
 
@@ -88,6 +101,21 @@ def policy_gradient_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
     require_same_shape(logprobs=logprobs, advantages=advantages)
     dtype = compute_dtype(logprobs)
     return (-logprobs.to(dtype) * advantages.to(dtype)).to(result_dtype(logprobs))
+
+
+def k2_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """``sg(r) * 0.5 * (log pi - log pi_ref)^2`` per action [*]: in expectation, the gradient of KL(pi || pi_ref).
+
+    The actions were drawn from the old policy; r = new / old makes the expectation the current one's. At the first step
+    of an update r is 1. As losses, k1 has no gradient in expectation, and k3 that of the reverse KL.
+
+    Shapes and errors are those of :func:`clipped_policy_loss`. Source: Tang and Munos, "On a few pitfalls in KL
+    divergence gradient estimation for RL" (2025).
+    """
+    require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
+    dtype = compute_dtype(logprobs)
+    ratio = probability_ratio(logprobs.to(dtype), old_logprobs.to(dtype)).detach()
+    return (ratio * kl_estimate(logprobs.to(dtype), ref_logprobs.to(dtype), "k2")).to(result_dtype(logprobs))
 
 
 def clipped_value_loss(
@@ -176,7 +204,7 @@ def _check_mode(mode: str, like: Tensor) -> None:
 def ppo_loss(
     new: PolicyOutput, old: Experience, config: PPOConfig, *, denominator: float | Tensor | None = None
 ) -> PPOLoss:
-    """The loss that both frontends minimise: ``policy + vf_coef * value - ent_coef * entropy``.
+    """The loss that both frontends minimise: ``policy + vf_coef * value - ent_coef * entropy + kl_loss_coef * kl``.
 
     Args:
         new: the current policy on the recorded actions, [*].
@@ -184,16 +212,20 @@ def ppo_loss(
         config: objective, clip ranges, coefficients and loss aggregation.
         denominator: see :func:`aggregate_loss`.
     Raises:
-        ValueError: shapes differ, the objective is unknown, or a needed value, return or entropy is missing.
+        ValueError: shapes differ, the objective is unknown, or something that the config asks for is missing.
     """
     require_same_shape(
         logprobs=new.logprobs,
         values=new.values,
         entropy=new.entropy,
+        kl=new.kl,
         old_logprobs=old.logprobs,
         old_values=old.values,
         advantages=old.advantages,
         returns=old.returns,
+        weights=old.weights,
+        ref_logprobs=old.ref_logprobs,
+        turns=old.turns,
         mask=old.mask,
     )
     require_bool(mask=old.mask)
@@ -204,8 +236,10 @@ def ppo_loss(
 
     # Masked inputs go before anything is computed: where() on results would still back-propagate their NaN.
     logprobs, old_logprobs, advantages = (keep(x, mask) for x in (new.logprobs, old.logprobs, old.advantages))
-    policy = aggregate(_policy_loss(logprobs, old_logprobs, advantages, config))
-    value = entropy = torch.zeros_like(policy)
+    weights = None if old.weights is None else keep(old.weights, mask)
+    pooled = pool_old_logprobs(logprobs, old_logprobs, mask, level=config.ratio_level, turns=old.turns)
+    policy = aggregate(_weighted(_policy_loss(logprobs, pooled, advantages, config), weights))
+    value = entropy = kl = torch.zeros_like(policy)
     if new.values is not None and config.objective != "reinforce":
         if old.returns is None:
             raise ValueError("new.values are given but old.returns is None: the critic has nothing to learn from")
@@ -219,8 +253,22 @@ def ppo_loss(
         entropy = aggregate(keep(new.entropy, mask))
     elif config.ent_coef != 0:
         raise ValueError(f"ent_coef={config.ent_coef} needs new.entropy, which is None")
-    total = policy + config.vf_coef * value - config.ent_coef * entropy
-    return PPOLoss(total=total, policy=policy, value=value, entropy=entropy)
+    if config.kl_loss_coef != 0:
+        if config.kl_loss == "exact":
+            if new.kl is None:
+                raise ValueError(f"kl_loss='exact' with kl_loss_coef={config.kl_loss_coef} needs new.kl, which is None")
+            kl = aggregate(keep(new.kl, mask))
+        else:
+            if old.ref_logprobs is None:
+                raise ValueError(f"kl_loss_coef={config.kl_loss_coef} needs old.ref_logprobs, which is None")
+            per_action = k2_loss(logprobs, old_logprobs, keep(old.ref_logprobs, mask))
+            kl = aggregate(_weighted(per_action, weights))
+    total = policy + config.vf_coef * value - config.ent_coef * entropy + config.kl_loss_coef * kl
+    return PPOLoss(total=total, policy=policy, value=value, entropy=entropy, kl=kl)
+
+
+def _weighted(loss: Tensor, weights: Tensor | None) -> Tensor:
+    return loss if weights is None else loss * weights.to(loss.dtype)
 
 
 def _policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, config: PPOConfig) -> Tensor:
@@ -233,6 +281,9 @@ def _policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, con
             clip_range_high=config.clip_range_high,
             dual_clip=config.dual_clip if config.objective == "dual_clip" else None,
         )
+    if config.objective == "cispo":
+        high = config.clip_range if config.clip_range_high is None else config.clip_range_high
+        return cispo_policy_loss(logprobs, old_logprobs, advantages, clip_range_high=high)
     if config.objective == "penalty":
         return penalty_policy_loss(logprobs, old_logprobs, advantages, beta=config.penalty_beta)
     if config.objective in ("a2c", "reinforce"):

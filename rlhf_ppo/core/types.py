@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ class PolicyOutput:
     """[*] the critic's V(s), or None without a critic."""
     entropy: Tensor | None = None
     """[*] entropy of pi(.|s) in nats, or None when nobody needs it."""
+    kl: Tensor | None = None
+    """[*] exact KL(pi(.|s) || reference) in nats, or None when nobody needs it."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,17 @@ class Experience:
     mask: Tensor
     """[*] bool, True where the policy made a real decision."""
 
+    weights: Tensor | None = None
+    """[*] importance weights of the sampled actions' losses, or None: 1 each."""
+    ref_logprobs: Tensor | None = None
+    """[*] log-probs under the frozen reference, or None when no loss reads them."""
+    turns: Tensor | None = None
+    """[*] long, the index of the turn that each action belongs to, or None when no ratio is pooled over turns."""
+
     def __getitem__(self, rows: Tensor | list[int] | slice | tuple[slice, ...]) -> Experience:
-        return Experience(
-            logprobs=self.logprobs[rows],
-            values=None if self.values is None else self.values[rows],
-            advantages=self.advantages[rows],
-            returns=None if self.returns is None else self.returns[rows],
-            mask=self.mask[rows],
-        )
+        whole = {f.name: getattr(self, f.name) for f in fields(self)}
+        taken: dict[str, Any] = {name: None if x is None else x[rows] for name, x in whole.items()}
+        return Experience(**taken)
 
 
 @dataclass(frozen=True)
@@ -50,13 +56,15 @@ class PPOLoss:
     """Scalar losses of one minibatch; ``total`` is the one to minimise."""
 
     total: Tensor
-    """policy + vf_coef * value - ent_coef * entropy."""
+    """policy + vf_coef * value - ent_coef * entropy + kl_loss_coef * kl."""
     policy: Tensor
     """The policy objective, negated."""
     value: Tensor
     """0.5 * squared error of the critic; 0 without one."""
     entropy: Tensor
     """Mean entropy in nats (a bonus, so larger is better); 0 when it was not computed."""
+    kl: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """The KL to the reference as a loss term; 0 when kl_loss_coef is."""
 
 
 def require_same_shape(**tensors: Tensor | None) -> None:

@@ -20,6 +20,7 @@ METRICS: dict[str, str] = {
     "reward/mean_per_response": "Mean over responses of the summed per-token rewards: score and penalties minus the KL cost.",
     "kl/reference_nats_per_response": "KL to the frozen reference: k1 summed over each response, mean over responses, in nats.",
     "kl/coef": "Weight of the KL penalty during this rollout.",
+    "kl/loss": "The KL to the reference as a loss term (with kl_loss_coef), before its weight.",
     "response/length_tokens": "Mean response length in tokens, the stop token included; of conversations, the policy's tokens alone.",
     "response/eos_fraction": "Share of responses whose (last) turn ended with a stop token or string instead of the length limit.",
     "response/turns": "Mean number of the policy's turns in a conversation (with max_turns above 1).",
@@ -29,7 +30,8 @@ METRICS: dict[str, str] = {
     "episode/count": "Training episodes finished so far.",
     "policy/loss": "Policy loss.",
     "policy/approx_kl": "KL(old || new) per action in nats, estimated by k3: (r - 1) - log r.",
-    "policy/clip_fraction": "Share of actions whose gradient the clip killed: A > 0 with r > 1 + eps_high, or A < 0 with r < 1 - eps. "
+    "policy/clip_fraction": "Share of actions whose gradient the clip killed: A > 0 with r > 1 + eps_high, or A < 0 with r < 1 - eps "
+    "(cispo: whose weight r was capped). "
     "Often 0.02 to 0.3; near 0 the steps are small (or the learning rate is), far above it the update outruns its data.",
     "policy/out_of_range_fraction": "Share of actions with the ratio outside the clip range, whatever the sign of A.",
     "policy/ratio_mean": "Mean probability ratio new/old; stays close to 1.",
@@ -42,6 +44,9 @@ METRICS: dict[str, str] = {
     "policy/first_minibatch_max_abs_log_ratio": "Largest |log-ratio| before the rollout's first optimizer step, in nats: "
     "0 up to rounding if sampling and training agree. The tripwire watches it.",
     "policy/decode_gap_max_nats": "Largest |log-prob while decoding - log-prob of a full forward pass| (with recompute_logprobs).",
+    "policy/importance_weight_mean": "Mean weight pi_trainer / pi_sampler of the actions, after the cap (importance_weight_cap); "
+    "near 1 unless sampler and trainer disagree.",
+    "policy/importance_capped_fraction": "Share of actions whose importance weight reached the cap.",
     "value/loss": "Value loss: half the squared error of the critic.",
     "value/explained_variance": "Share of the returns' variance that the critic's values explain; 1 is perfect, 0 a constant.",
     "value/mean": "Mean value predicted at rollout.",

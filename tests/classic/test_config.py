@@ -31,7 +31,7 @@ def test_every_field_is_filled_or_documented_as_off():
     assert {name for name in names if getattr(resolved, name) is None} == set(OPTIONAL)
 
 
-@pytest.mark.parametrize("objective", ["clip", "penalty", "adaptive_clip", "dual_clip", "a2c", "reinforce"])
+@pytest.mark.parametrize("objective", ["clip", "penalty", "adaptive_clip", "dual_clip", "cispo", "a2c", "reinforce"])
 def test_resolving_twice_changes_nothing(objective):
     once = PPOArgs(objective=objective, target_kl=0.01).resolve("CartPole-v1")
     assert once.resolve("CartPole-v1") == once

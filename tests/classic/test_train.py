@@ -34,7 +34,7 @@ def test_infinite_chain_with_a_time_limit_is_worth_one_over_one_minus_gamma(mode
     assert value == pytest.approx(50, abs=1)
 
 
-@pytest.mark.parametrize("objective", ["clip", "penalty", "adaptive_clip", "dual_clip", "a2c", "reinforce"])
+@pytest.mark.parametrize("objective", ["clip", "penalty", "adaptive_clip", "dual_clip", "cispo", "a2c", "reinforce"])
 def test_every_objective_learns_to_match(objective, small):
     """A random policy earns 2.5 of 5."""
     args = small(

@@ -1,5 +1,7 @@
 """Proves GAE against published vectors, its limits and its flags, and the group advantages against their identities."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -340,6 +342,27 @@ class TestGroups:
         per_group = [leave_one_out_advantages(g, size) for g in scores.view(groups, size)]
         assert_close(torch.cat(per_group), loo)
 
+    def test_by_hand_with_missing_scores(self):
+        # Groups [1, -, 6], [-, -, 3] and [-, -, -]: two to compare, one alone, none.
+        scores = f64([1, math.nan, 6, math.inf, math.nan, 3, 0, 0, 0])
+        mask = torch.tensor([True, False, True, False, False, True, False, False, False])
+        loo = leave_one_out_advantages(scores, 3, mask=mask)
+        assert_close(loo, f64([-5, 0, 5, 0, 0, 0, 0, 0, 0]))
+        centred = group_normalized_advantages(scores, 3, scale_by_std=False, mask=mask)
+        assert_close(centred, f64([-2.5, 0, 2.5, 0, 0, 0, 0, 0, 0]))
+        assert_close(group_normalized_advantages(scores, 3, mask=mask), centred / math.sqrt(6.25 + 1e-8))
+
+    @given(seeds, st.integers(2, 5))
+    def test_missing_scores_leave_a_smaller_group(self, seed, size):
+        g = torch.Generator().manual_seed(seed)
+        scores = torch.randn(size + 2, generator=g, dtype=torch.float64)
+        mask = torch.ones(size + 2, dtype=torch.bool)
+        mask[torch.randperm(size + 2, generator=g)[:2]] = False
+        for function in (leave_one_out_advantages, group_normalized_advantages):
+            got = function(scores, size + 2, mask=mask)
+            assert_close(got[mask], function(scores[mask], size))
+            assert torch.all(got[~mask] == 0)
+
     def test_std_of_each_group_is_1(self):
         out = group_normalized_advantages(torch.randn(12, dtype=torch.float64) * 7 + 3, 4)
         # 1e-6: the 1e-8 under the root.
@@ -376,6 +399,10 @@ class TestGroups:
             function(torch.zeros(6), 1)
         with pytest.raises(ValueError, match=r"6 scores .* group_size=4"):
             function(torch.zeros(6), 4)
+        with pytest.raises(ValueError, match=r"mask \(3,\) and scores \(6,\)|scores \(6,\) and mask \(3,\)"):
+            function(torch.zeros(6), 2, mask=torch.ones(3, dtype=torch.bool))
+        with pytest.raises(ValueError, match="bool"):
+            function(torch.zeros(6), 2, mask=torch.ones(6))
         scores = torch.randn(6)
         before = scores.clone()
         assert function(scores, 2).shape == (6,)

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from rlhf_ppo.core import PPOConfig
-from rlhf_ppo.core.config import AGGREGATIONS, OBJECTIVES
+from rlhf_ppo.core.config import AGGREGATIONS, KL_LOSSES, OBJECTIVES, RATIO_LEVELS
 
 
 def test_defaults():
@@ -15,11 +15,14 @@ def test_defaults():
         "objective": "clip",
         "clip_range": 0.2,
         "clip_range_high": None,
+        "ratio_level": "token",
         "dual_clip": 3.0,
         "penalty_beta": 1.0,
         "clip_range_vf": None,
         "vf_coef": 0.5,
         "ent_coef": 0.0,
+        "kl_loss_coef": 0.0,
+        "kl_loss": "k2",
         "loss_aggregation": "token_mean",
         "gamma": 0.99,
         "gae_lambda": 0.95,
@@ -32,7 +35,9 @@ def test_defaults():
 
 
 def test_names():
-    assert OBJECTIVES == ("clip", "penalty", "adaptive_clip", "dual_clip", "a2c", "reinforce")
+    assert OBJECTIVES == ("clip", "penalty", "adaptive_clip", "dual_clip", "cispo", "a2c", "reinforce")
+    assert RATIO_LEVELS == ("token", "turn", "sequence")
+    assert KL_LOSSES == ("k2", "exact")
     assert AGGREGATIONS == ("token_mean", "sequence_mean", "sequence_sum")
     for objective in OBJECTIVES:
         assert PPOConfig(objective=objective, target_kl=0.01).objective == objective
@@ -76,6 +81,7 @@ def test_the_edges_are_allowed(name, value):
         ("target_kl", 0.0, "positive or None"),
         ("vf_coef", -0.1, "0 or more"),
         ("ent_coef", -0.1, "0 or more"),
+        ("kl_loss_coef", -0.1, "0 or more"),
         ("penalty_beta", -0.1, "0 or more"),
         ("gamma", 1.01, "between 0 and 1"),
         ("gamma", -0.01, "between 0 and 1"),
@@ -102,10 +108,18 @@ def test_non_finite(name, value):
 
 
 def test_all_numbers_are_covered():
-    assert len(NUMBERS) == 11
+    assert len(NUMBERS) == 12
 
 
-@pytest.mark.parametrize(("name", "known"), [("objective", OBJECTIVES), ("loss_aggregation", AGGREGATIONS)])
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("objective", OBJECTIVES),
+        ("loss_aggregation", AGGREGATIONS),
+        ("ratio_level", RATIO_LEVELS),
+        ("kl_loss", KL_LOSSES),
+    ],
+)
 def test_unknown_names_list_the_known_ones(name, known):
     with pytest.raises(ValueError, match=f"unknown {name} 'ppo'; known: {', '.join(known)}"):
         PPOConfig(**{name: "ppo"})
@@ -129,6 +143,7 @@ def test_contradictions():
         ("clip", None, None, None),
         ("clip", 0.02, None, 0.03),
         ("dual_clip", 0.02, None, 0.03),
+        ("cispo", 0.02, None, 0.03),
         ("a2c", 0.02, None, 0.03),
         ("penalty", None, None, None),
         ("penalty", 0.02, 0.02, None),

@@ -9,16 +9,21 @@ from rlhf_ppo.core import (
     PPOConfig,
     aggregate_loss,
     compute_gae,
+    dpo_loss,
     entropy_from_logits,
     explained_variance,
     group_normalized_advantages,
     kl_estimate,
+    kl_from_logits,
     kl_penalized_rewards,
     leave_one_out_advantages,
+    linear_kl,
     masked_whiten,
+    pool_old_logprobs,
     ppo_diagnostics,
     ppo_loss,
     token_logprobs,
+    truncated_importance_weights,
 )
 
 X = torch.zeros(4, 6, device="meta")
@@ -29,7 +34,19 @@ CONFIG = PPOConfig(ent_coef=0.1, clip_range_vf=0.2)
 
 
 # linear_logprobs is missing: it asks for the device's autocast, which meta has not.
+TURNS = torch.zeros(4, 6, device="meta", dtype=torch.long)
+EVERYTHING = Experience(X, X, X, X, MASK, weights=X, ref_logprobs=X, turns=TURNS)
+SWITCHED = PPOConfig(objective="cispo", ratio_level="turn", kl_loss_coef=0.1)
+
 CALLS = {
+    "dpo_loss": lambda: [dpo_loss(X, X, X, X)],
+    "kl_from_logits": lambda: [kl_from_logits(X, X)],
+    "linear_kl": lambda: [linear_kl(X, X, X, X)],
+    "pool_old_logprobs": lambda: [pool_old_logprobs(X, X, MASK, level="sequence")],
+    "truncated_importance_weights": lambda: [truncated_importance_weights(X, X, cap=2.0)],
+    "leave_one_out, masked": lambda: [leave_one_out_advantages(X[:, 0], 2, mask=MASK[:, 0])],
+    "ppo_loss, switched": lambda: vars(ppo_loss(PolicyOutput(X, X, X, X), EVERYTHING, SWITCHED)).values(),
+    "ppo_diagnostics, switched": lambda: ppo_diagnostics(PolicyOutput(X), EVERYTHING, SWITCHED).values(),
     "masked_whiten": lambda: [masked_whiten(X, MASK)],
     "compute_gae": lambda: compute_gae(X, X, X, MASK, MASK, gamma=0.9, gae_lambda=0.9),
     "compute_gae, masked": lambda: compute_gae(X, X, X, MASK, MASK, gamma=torch.tensor(0.9), gae_lambda=1, mask=MASK),

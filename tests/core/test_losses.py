@@ -13,6 +13,7 @@ from rlhf_ppo.core import (
     PolicyOutput,
     PPOConfig,
     aggregate_loss,
+    cispo_policy_loss,
     clipped_policy_loss,
     clipped_value_loss,
     loss_denominator,
@@ -21,11 +22,11 @@ from rlhf_ppo.core import (
     policy_gradient_loss,
     ppo_loss,
 )
-from rlhf_ppo.core.losses import probability_ratio
+from rlhf_ppo.core.ratios import probability_ratio
 
 seeds = st.integers(0, 10_000)
 AGGREGATIONS = ["token_mean", "sequence_mean", "sequence_sum"]
-OBJECTIVES = ["clip", "penalty", "adaptive_clip", "dual_clip", "a2c", "reinforce"]
+OBJECTIVES = ["clip", "penalty", "adaptive_clip", "dual_clip", "cispo", "a2c", "reinforce"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -155,6 +156,33 @@ class TestClippedPolicyLoss:
         for wrong in (1.0, 0.5):
             with pytest.raises(ValueError, match=f"dual_clip must be above 1, got {wrong}"):
                 clipped_policy_loss(x, x, x, dual_clip=wrong)
+
+
+class TestCISPO:
+    def test_by_hand(self):
+        x, old, a = six_actions()
+        loss, grad = with_gradient(cispo_policy_loss(x, old, a, clip_range_high=0.2), x)
+        weights = f64([1.2, 0.5, 1.2, 0.5, 1.2, 1.1])  # no lower bound
+        assert_close(loss, -weights * a * (f64(RATIOS).log() - 1))
+        assert_close(grad, -weights * a)
+
+    @given(seeds)
+    def test_an_endless_cap_is_the_unclipped_policy_gradient_and_ratio_1_a2c(self, seed):
+        g = torch.Generator().manual_seed(seed)
+        new, old, a = (torch.randn(8, generator=g, dtype=torch.float64) for _ in range(3))
+        new.requires_grad_()
+        endless = with_gradient(cispo_policy_loss(new, old, a, clip_range_high=1e9), new)[1]
+        assert_close(endless, -(new.detach() - old).exp() * a)
+        same = cispo_policy_loss(new, new.detach(), a, clip_range_high=0.0)
+        for x, y in zip(with_gradient(same, new), with_gradient(policy_gradient_loss(new, a), new), strict=True):
+            assert_close(x, y)
+
+    def test_errors(self):
+        x = torch.zeros(2)
+        with pytest.raises(ValueError, match=r"clip_range_high must not be negative, got -0.1"):
+            cispo_policy_loss(x, x, x, clip_range_high=-0.1)
+        with pytest.raises(ValueError, match=r"advantages \(2, 1\) and logprobs \(2,\)"):
+            cispo_policy_loss(x, x, x[:, None], clip_range_high=0.1)
 
 
 class TestOtherPolicyLosses:
@@ -377,6 +405,9 @@ BY_HAND = {
     "clip": (2.4, [0, -0.5, 1.5, 0, 4.0, -2.2]),
     "adaptive_clip": (2.4, [0, -0.5, 1.5, 0, 4.0, -2.2]),
     "dual_clip": (1.4, [0, -0.5, 1.5, 0, 0, -2.2]),
+    # Weights r up to 1.2: w A = 1.2, .5, -1.2, -.5, -1.2, 2.2 with sum 1, and log pi = log r - 1, so that
+    # sum -w A log pi = 1 + 1.2 ln 4 - 2.2 ln 1.1 (what ln 1.5 and ln .5 add cancels). No slope is 0.
+    "cispo": (1 + 1.2 * LN(4) - 2.2 * LN(1.1), [-1.2, -0.5, 1.2, 0.5, 1.2, -2.2]),
     # sum -r A = 1.8; sum (r - 1) = 3.1; product of the ratios = 1.5 * .5 * 1.5 * .5 * 4 * 1.1 = 2.475
     "penalty": (1.8 + 0.5 * (3.1 - LN(2.475)), [-1.25, -0.75, 1.75, 0.25, 5.5, -2.15]),
     # log pi = log r - 1 and sum A = 1: sum -A log r = ln 4 - 2 ln 1.1, and + 1
@@ -578,7 +609,7 @@ class TestPPOLoss:
     @pytest.mark.parametrize("objective", OBJECTIVES)
     def test_inputs_are_left_alone(self, objective):
         new, old = batch(14)
-        tensors = [*vars(new).values(), *vars(old).values()]
+        tensors = [x for x in (*vars(new).values(), *vars(old).values()) if x is not None]
         before = [x.detach().clone() for x in tensors]
         gradients(ppo_loss(new, old, config(objective, ent_coef=0.1, clip_range_vf=0.2)), new)
         for x, y in zip(tensors, before, strict=True):
@@ -592,6 +623,7 @@ def test_per_action_losses_compute_in_float32_or_better(dtype, device):
     functions = [
         lambda x, old, a, v: clipped_policy_loss(x, old, a),
         lambda x, old, a, v: clipped_policy_loss(x, old, a, dual_clip=1.5),
+        lambda x, old, a, v: cispo_policy_loss(x, old, a, clip_range_high=0.2),
         lambda x, old, a, v: penalty_policy_loss(x, old, a, beta=0.3),
         lambda x, old, a, v: policy_gradient_loss(x, a),
         lambda x, old, a, v: clipped_value_loss(x, old, v, clip_range=0.2),

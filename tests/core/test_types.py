@@ -8,10 +8,13 @@ import torch
 from rlhf_ppo.core import Experience
 from rlhf_ppo.core.types import compute_dtype, require_bool, require_same_shape, result_dtype
 
+LATER = ["weights", "ref_logprobs", "turns"]
+
 
 def experience(**changes):
     fields = {name: torch.arange(12.0).reshape(4, 3) + 100 * i for i, name in enumerate(["logprobs", "values"])}
     fields |= {"advantages": torch.arange(12.0).reshape(4, 3) + 200, "returns": torch.arange(12.0).reshape(4, 3) + 300}
+    fields |= {name: torch.arange(12.0).reshape(4, 3) + 300 + 100 * i for i, name in enumerate(LATER, 1)}
     return Experience(**(fields | {"mask": torch.arange(12).reshape(4, 3) % 5 > 0} | changes))
 
 
@@ -24,9 +27,10 @@ def test_indexing_takes_the_same_rows_of_every_field(rows):
 
 
 def test_indexing_without_a_critic_keeps_none():
-    part = experience(values=None, returns=None)[torch.tensor([1])]
+    part = experience(values=None, returns=None, **dict.fromkeys(LATER))[torch.tensor([1])]
     assert part.values is None
     assert part.returns is None
+    assert part.weights is part.ref_logprobs is part.turns is None
     assert part.logprobs.shape == (1, 3)
 
 

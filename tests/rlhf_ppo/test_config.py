@@ -32,6 +32,36 @@ def test_fault_9_a_batch_that_does_not_divide_names_the_nearest_valid_sizes(batc
         config(rollout_batch_size=batch, num_minibatches=minibatches)
 
 
+@pytest.mark.parametrize(
+    ("batch", "minibatches", "group", "named", "valid"),
+    [
+        (30, 2, 4, "num_generations=4", "28 or 32"),
+        (12, 4, 8, "num_generations=8", "8 or 16"),
+        (12, 8, 4, "num_minibatches=8", "8 or 16"),  # groups fit, minibatches do not
+        (2, 1, 4, "num_generations=4", "4"),
+    ],
+)
+def test_fault_9_groups_too_must_divide_the_batch(batch, minibatches, group, named, valid):
+    with pytest.raises(ValueError, match=f"rollout_batch_size={batch} .*{named}.* is {valid}$"):
+        config(rollout_batch_size=batch, num_minibatches=minibatches, num_generations=group)
+    assert config(rollout_batch_size=int(valid.split()[-1]), num_minibatches=minibatches, num_generations=group)
+
+
+@pytest.mark.parametrize(
+    ("settings", "critic"),
+    [
+        ({}, True),
+        ({"num_generations": 4}, True),
+        ({"objective": "reinforce"}, False),
+        ({"advantage_estimator": "reinforce"}, False),
+        ({"advantage_estimator": "rloo", "num_generations": 2, "objective": "a2c"}, False),
+        ({"advantage_estimator": "grpo", "num_generations": 2}, False),
+    ],
+)
+def test_a_critic_is_there_where_values_are_read(settings, critic):
+    assert config(**settings).has_critic == critic
+
+
 def test_total_episodes_round_up_to_whole_rollouts():
     # 100 / 32 = 3.125 -> 4 rollouts; 4 rollouts x 4 epochs x 4 minibatches = 64 steps.
     rounded = config(total_episodes=100)
@@ -43,6 +73,28 @@ def test_total_episodes_round_up_to_whole_rollouts():
 @pytest.mark.parametrize(
     ("settings", "both"),
     [
+        ({"advantage_estimator": "rloo"}, ("advantage_estimator='rloo'", "num_generations=1")),
+        ({"advantage_estimator": "grpo"}, ("advantage_estimator='grpo'", "num_generations=1")),
+        (
+            {"advantage_estimator": "rloo", "num_generations": 4, "gamma": 0.9},
+            ("advantage_estimator='rloo'", "gamma=0.9"),
+        ),
+        (
+            {"advantage_estimator": "reinforce", "gae_lambda_value": 1.0},
+            ("gae_lambda_value=1.0", "advantage_estimator='reinforce'"),
+        ),
+        ({"objective": "reinforce", "gae_lambda_value": 0.0}, ("gae_lambda_value=0.0", "objective='reinforce'")),
+        (
+            {"advantage_estimator": "grpo", "num_generations": 4, "adaptive_lambda_alpha": 0.05},
+            ("adaptive_lambda_alpha=0.05", "advantage_estimator='grpo'"),
+        ),
+        (
+            {"advantage_estimator": "rloo", "num_generations": 4, "max_turns": 2, "turn_credit": "turn"},
+            ("advantage_estimator='rloo'", "turn_credit='turn'"),
+        ),
+        ({"importance_weight_cap": 2.0}, ("importance_weight_cap=2.0", "recompute_logprobs=False")),
+        ({"objective": "penalty", "ratio_level": "sequence"}, ("ratio_level='sequence'", "objective='penalty'")),
+        ({"kl_loss": "exact"}, ("kl_loss='exact'", "kl_loss_coef=0")),
         ({"kl_target": 6.0, "kl_coef": 0.0}, ("kl_target=6.0", "kl_coef=0")),
         ({"kl_target": 6.0, "kl_horizon": 8.0}, ("kl_horizon=8.0", "rollout_batch_size=32")),
         (
@@ -70,6 +122,14 @@ def test_fault_30_contradicting_settings_are_named_together(settings, both):
         ("kl_coef", -0.1, "0 or more"),
         ("gamma", 1.5, "between 0 and 1"),
         ("clip_range", 0.0, "positive"),
+        ("num_generations", 0, "1 or more"),
+        ("gae_lambda_value", 1.5, "between 0 and 1, or None"),
+        ("adaptive_lambda_alpha", 0.0, "positive or None"),
+        ("importance_weight_cap", 0.9, "1 or more, or None"),
+        ("kl_loss_coef", -0.1, "0 or more"),
+        ("advantage_estimator", "vtrace", "known: gae, rloo, grpo, reinforce"),
+        ("ratio_level", "word", "known: token, turn, sequence"),
+        ("kl_loss", "k3", "known: k2, exact"),
         ("reward_timeout_s", 0.0, "positive or None"),
         ("microbatch_tokens", 0, "positive or None"),
         ("max_grad_norm", 0.0, "positive"),

@@ -12,7 +12,8 @@ from torch import Tensor
 import rlhf_ppo.rollout
 from rlhf_ppo.conversation import RespondError, reply_ids
 from rlhf_ppo.core import compute_gae
-from rlhf_ppo.experience import estimate, next_decisions
+from rlhf_ppo.estimators import next_decisions
+from rlhf_ppo.experience import estimate
 
 CHAT = (
     "{% for m in messages %}{{ '<' + m['role'][0] + '>' + m['content'] + '.' }}{% endfor %}"

@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_ppo.experience import estimate
 
-OBJECTIVES = ["clip", "penalty", "adaptive_clip", "dual_clip", "a2c", "reinforce"]
+OBJECTIVES = ["clip", "penalty", "adaptive_clip", "dual_clip", "cispo", "a2c", "reinforce"]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf_ppo import experience
-from rlhf_ppo.experience import next_decisions
+from rlhf_ppo.estimators import next_decisions
 from rlhf_ppo.rollout import Rollout
 from rlhf_ppo.trainer import PPOTrainer
 

@@ -1,0 +1,105 @@
+"""Estimators: from rewards to advantages, against a critic, the other responses to a prompt, or nothing at all."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_ppo.config import RLHFConfig
+from rlhf_ppo.core import compute_gae, group_normalized_advantages, leave_one_out_advantages
+from rlhf_ppo.turn_credit import to_tokens, to_turns
+
+
+def estimate_advantages(
+    rewards: Tensor, values: Tensor | None, mask: Tensor, args: RLHFConfig, turns: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Advantages [B, T] before whitening, and the critic's targets [B, T] (None without a critic).
+
+    Args:
+        rewards: [B, T] with the KL cost, 0 outside ``mask``.
+        values: [B, T] the critic's, or None without one.
+        mask: [B, T] bool, all False for a response that could not be scored: its siblings are compared without it.
+        args: estimator, num_generations, credit by token or turn, its discount, lambdas.
+        turns: [B, T] the turn of each token; read where credit goes to turns.
+    """
+    if args.advantage_estimator in ("rloo", "grpo"):
+        returns, scored = rewards.sum(dim=1), mask.any(dim=1)
+        if args.advantage_estimator == "rloo":
+            advantages = leave_one_out_advantages(returns, args.num_generations, mask=scored)
+        else:
+            advantages = group_normalized_advantages(
+                returns, args.num_generations, scale_by_std=args.normalize_advantages, mask=scored
+            )
+        return advantages[:, None] * mask, None
+    baseline = torch.zeros_like(rewards) if values is None else values
+    if args.turn_credit == "turn" and turns is not None:
+        by_turn = _over_time(*to_turns(rewards, baseline, turns, mask), args, gamma=args.gamma_turn)
+        advantages, returns = (to_tokens(x, turns, mask) for x in by_turn)
+    else:
+        advantages, returns = _over_time(rewards, baseline, mask, args, gamma=args.gamma)
+    return advantages, None if values is None else returns
+
+
+def _over_time(
+    rewards: Tensor, values: Tensor, mask: Tensor, args: RLHFConfig, *, gamma: float
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns over steps, which are tokens or turns: GAE, or returns where there is no critic."""
+    if not args.has_critic:
+        return gae(rewards, values, mask, gamma=gamma, gae_lambda=1.0)
+    gae_lambda = args.gae_lambda
+    if args.adaptive_lambda_alpha is not None:
+        gae_lambda = adaptive_lambda(mask.sum(dim=1, keepdim=True), args.adaptive_lambda_alpha)
+    advantages, returns = gae(rewards, values, mask, gamma=gamma, gae_lambda=gae_lambda)
+    if args.gae_lambda_value is not None or args.adaptive_lambda_alpha is not None:
+        critics = args.gae_lambda if args.gae_lambda_value is None else args.gae_lambda_value
+        _, returns = gae(rewards, values, mask, gamma=gamma, gae_lambda=critics)
+    return advantages, returns
+
+
+def comparable(scored: Tensor, args: RLHFConfig) -> Tensor:
+    """[B] bool, False for a response without a score and, under rloo and grpo, for one without a scored sibling.
+
+    Raises:
+        ValueError: the responses are not whole groups of num_generations.
+    """
+    if args.advantage_estimator not in ("rloo", "grpo"):
+        return scored
+    if len(scored) % args.num_generations:
+        raise ValueError(
+            f"{len(scored)} responses are not whole groups of num_generations={args.num_generations}: make the rollout "
+            "with trainer.rollout(prompts)"
+        )
+    groups = scored.view(-1, args.num_generations)
+    return (groups & (groups.sum(dim=1, keepdim=True) > 1)).flatten()
+
+
+def adaptive_lambda(lengths: Tensor, alpha: float) -> Tensor:
+    """``1 - 1 / (alpha * length)``, at least 0: the trace reaches back by a fixed share of any response.
+
+    Source: Yue et al., "VAPO" (2025), section 4.2, with alpha 0.05.
+    """
+    return (1 - 1 / (alpha * lengths.clamp(min=1))).clamp(min=0.0)
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, gae_lambda: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns [B, T] of episodes that end with their last True step."""
+    next_values, terminated = next_decisions(values, mask)
+    going_on = torch.zeros_like(terminated)
+    return compute_gae(
+        rewards, values, next_values, terminated, going_on, gamma=gamma, gae_lambda=gae_lambda, mask=mask
+    )
+
+
+def next_decisions(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """V at each True step's next True step, and the flag of the last one: both [B, T].
+
+    The last True step closes the episode, whether a stop token or the length limit ended it, so its own entry is 0.
+    """
+    length = mask.shape[1]
+    steps = torch.arange(length, device=mask.device).expand_as(mask)
+    here_or_later = torch.where(mask, steps, length).flip(1).cummin(dim=1).values.flip(1)
+    following = torch.nn.functional.pad(here_or_later[:, 1:], (0, 1), value=length)
+    next_values = torch.nn.functional.pad(values, (0, 1)).gather(1, following)
+    return next_values, mask & (following == length)

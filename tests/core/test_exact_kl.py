@@ -1,0 +1,169 @@
+"""Proves the exact KL against torch's own, by its gradient, and that chunks keep it from ever holding all logits."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.functional import linear
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rlhf_ppo.core import kl_from_logits, linear_kl
+
+seeds = st.integers(0, 10_000)
+
+
+def f64(x):
+    return torch.tensor(x, dtype=torch.float64)
+
+
+def layers(seed=0, rows=5, features=3, ref_features=4, vocabulary=7, dtype=torch.float64, device="cpu"):
+    g = torch.Generator().manual_seed(seed)
+    shapes = {
+        "hidden": (rows, features),
+        "weight": (vocabulary, features),
+        "bias": (vocabulary,),
+        "ref_hidden": (rows, ref_features),
+        "ref_weight": (vocabulary, ref_features),
+        "ref_bias": (vocabulary,),
+    }
+    return {
+        name: torch.randn(*shape, generator=g, dtype=torch.float64).to(device, dtype) for name, shape in shapes.items()
+    }
+
+
+def plain(x, temperature=1.0):
+    """The same from whole logits, by torch's own kl_div."""
+    log_p = (linear(x["hidden"], x["weight"], x["bias"]) / temperature).log_softmax(-1)
+    log_q = (linear(x["ref_hidden"], x["ref_weight"], x["ref_bias"]) / temperature).log_softmax(-1)
+    return torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+
+
+class TestFromLogits:
+    def test_by_hand(self):
+        # p = (.8, .2), q = (.5, .5): .8 log 1.6 + .2 log .4
+        p, q = f64([[0.8, 0.2]]).log(), f64([[0.5, 0.5]]).log()
+        assert_close(kl_from_logits(p, q), f64([0.8 * math.log(1.6) + 0.2 * math.log(0.4)]))
+        assert kl_from_logits(p, p + 3) == 0  # a shift of all logits is no difference
+
+    def test_the_gradient_is_p_times_what_the_log_ratio_exceeds_the_kl_by(self):
+        logits, ref = torch.randn(4, 6, dtype=torch.float64, requires_grad=True), torch.randn(4, 6, dtype=torch.float64)
+        kl = kl_from_logits(logits, ref, temperature=0.7)
+        log_p, log_q = ((x / 0.7).log_softmax(-1) for x in (logits.detach(), ref))
+        expected = log_p.exp() * (log_p - log_q - kl.detach()[:, None]) / 0.7
+        assert_close(torch.autograd.grad(kl.sum(), logits)[0], expected)
+
+    def test_banned_tokens_add_nothing(self):
+        ban = f64([0, 0, -math.inf, 0])
+        logits, ref = f64([1.0, 2, 5, 0]).requires_grad_(), f64([0.5, 0, 1, 3])
+        open_only = [0, 1, 3]
+        for reference in (ref + ban, ref):  # with the reference banning it too, or not
+            kl = kl_from_logits(logits + ban, reference)
+            log_p, log_q = (logits + ban).log_softmax(-1)[open_only], reference.log_softmax(-1)[open_only]
+            assert_close(kl, (log_p.exp() * (log_p - log_q)).sum())
+            gradient = torch.autograd.grad(kl, logits)[0]
+            assert torch.isfinite(gradient).all() and gradient[2] == 0
+
+    def test_what_the_reference_alone_bans_is_infinite(self):
+        assert kl_from_logits(f64([1.0, 2]), f64([1.0, -math.inf])) == math.inf
+
+
+class TestLinear:
+    @given(seeds, st.sampled_from([1, 2, 5, None]), st.sampled_from([0.5, 1.0, 2.0]))
+    def test_equals_torchs_own_in_value_and_gradient_for_every_chunk_size(self, seed, chunk_size, temperature):
+        x = layers(seed)
+        leaves = [x[name].requires_grad_() for name in ("hidden", "weight", "bias")]
+        kl = linear_kl(**x, temperature=temperature, chunk_size=chunk_size)
+        expected = plain(x, temperature)
+        assert_close(kl, expected)
+        upstream = torch.arange(1.0, 6.0, dtype=torch.float64)
+        for a, b in zip(
+            torch.autograd.grad(kl, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True
+        ):
+            assert_close(a, b)
+
+    @pytest.mark.parametrize("chunk_size", [2, 5])
+    def test_gradcheck(self, chunk_size):
+        x = layers()
+        leaves = tuple(x[name].requires_grad_() for name in ("hidden", "weight", "bias"))
+
+        def kl(hidden, weight, bias):
+            return linear_kl(
+                hidden, weight, x["ref_hidden"], x["ref_weight"], bias=bias, temperature=0.8, chunk_size=chunk_size
+            )
+
+        assert torch.autograd.gradcheck(kl, leaves)
+
+    def test_the_reference_gets_no_gradient(self):
+        x = {name: value.requires_grad_() for name, value in layers().items()}
+        linear_kl(**x).sum().backward()
+        assert all((x[name].grad is None) == name.startswith("ref_") for name in x)
+
+    def test_without_biases(self):
+        x = layers()
+        zero = dict.fromkeys(("bias", "ref_bias"), torch.zeros(7, dtype=torch.float64))
+        without = {name: value for name, value in x.items() if "bias" not in name}
+        assert_close(linear_kl(**without), linear_kl(**x | zero))
+
+    def test_no_rows(self):
+        assert linear_kl(**layers(rows=0)).shape == (0,)
+
+    @pytest.mark.parametrize(("chunk_size", "rows_held"), [(1, 1), (4, 4), (64, 64)])
+    def test_never_holds_more_than_a_chunk_of_logits(self, chunk_size, rows_held):
+        x = layers(rows=64, vocabulary=1000)
+        for name in ("hidden", "weight"):
+            x[name].requires_grad_()
+        with Largest() as seen:
+            linear_kl(**x, chunk_size=chunk_size).sum().backward()
+        # The weight's own gradient has 3 columns for each token of the vocabulary.
+        assert seen.numel <= max(rows_held, 4) * 1000
+        if chunk_size == 64:
+            assert seen.numel == 64_000
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    def test_dtype_and_device_are_kept(self, dtype, device):
+        x = layers(dtype=dtype, device=device)
+        for chunk_size in (2, None):
+            kl = linear_kl(**x, chunk_size=chunk_size)
+            assert kl.dtype == dtype and kl.device.type == device.type
+            # 0.05: logits of a few units keep 8 bits in bfloat16.
+            wide = plain({name: value.double() for name, value in x.items()})
+            assert_close(kl.double(), wide, rtol=0.05, atol=0.05)
+
+    def test_errors(self):
+        x = layers()
+        with pytest.raises(ValueError, match=r"hidden \(5, 3\) must be \[N, O\] and weight \(7, 2\)"):
+            linear_kl(**x | {"weight": x["weight"][:, :2]})
+        with pytest.raises(ValueError, match=r"ref_hidden \(5, 3\) must be \[N, O\] and ref_weight"):
+            linear_kl(**x | {"ref_hidden": x["hidden"]})
+        with pytest.raises(ValueError, match=r"agree on N and V.*ref_weight \(6, 4\)"):
+            linear_kl(**x | {"ref_weight": x["ref_weight"][:6]})
+        with pytest.raises(ValueError, match=r"agree on N and V.*ref_hidden \(2, 4\)"):
+            linear_kl(**x | {"ref_hidden": x["ref_hidden"][:2]})
+        with pytest.raises(ValueError, match=r"ref_bias \(3,\) must be \[V\]"):
+            linear_kl(**x | {"ref_bias": x["ref_bias"][:3]})
+        with pytest.raises(ValueError, match="chunk_size must be 1 or more, got 0"):
+            linear_kl(**x, chunk_size=0)
+        with pytest.raises(ValueError, match="temperature must be positive"):
+            linear_kl(**x, temperature=0.0)
+        with pytest.raises(ValueError, match="temperature must be positive"):
+            kl_from_logits(f64([1.0]), f64([1.0]), temperature=-1.0)
+        with pytest.raises(ValueError, match=r"ref_logits \(2,\) and logits \(1, 2\)"):
+            kl_from_logits(torch.zeros(1, 2), torch.zeros(2))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return out

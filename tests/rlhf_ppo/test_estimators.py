@@ -1,0 +1,226 @@
+"""Every estimator's advantages by hand, groups with and without scores, importance weights, and that each learns."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from rlhf_ppo import RLHFConfig
+from rlhf_ppo.estimators import adaptive_lambda, comparable, estimate_advantages
+from rlhf_ppo.experience import estimate
+from rlhf_ppo.trainer import PPOTrainer
+
+GROUPS = {"num_generations": 4, "rollout_batch_size": 8}
+ESTIMATORS = [
+    {"advantage_estimator": "gae", **GROUPS},
+    {"advantage_estimator": "rloo", **GROUPS},
+    {"advantage_estimator": "grpo", **GROUPS},
+    {"advantage_estimator": "reinforce"},
+]
+
+
+def config(**settings) -> RLHFConfig:
+    return RLHFConfig(**{"output_dir": "run", "rollout_batch_size": 8, **settings})
+
+
+def values_and_rewards(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rewards, values [4, 5] and a mask with rows of 5, 3, 1 and 0 actions, a hole in the second."""
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.arange(5) < torch.tensor([5, 4, 1, 0])[:, None]
+    mask[1, 1] = False
+    rewards, values = (torch.randn(4, 5, generator=g, dtype=torch.float64) for _ in range(2))
+    return rewards * mask, values, mask
+
+
+# Estimates by hand
+
+
+def test_groups_compare_the_summed_rewards_of_their_responses():
+    """Returns 3, 1 | 0, 4: each against the other (rloo), or over the spread of two, which is half their distance."""
+    rewards = torch.tensor([[1.0, 2.0], [0.0, 1.0], [0.0, 0.0], [4.0, 0.0]])
+    mask = torch.tensor([[True, True], [True, True], [True, False], [True, False]])
+    settings = {"num_generations": 2, "rollout_batch_size": 4}
+    advantages, returns = estimate_advantages(rewards, None, mask, config(advantage_estimator="rloo", **settings))
+    assert advantages.tolist() == [[2, 2], [-2, -2], [-4, 0], [4, 0]] and returns is None
+    grpo = config(advantage_estimator="grpo", **settings)
+    advantages, _ = estimate_advantages(rewards, None, mask, grpo)
+    torch.testing.assert_close(advantages, torch.tensor([[1.0, 1], [-1, -1], [-1, 0], [1, 0]]))
+    centred = dataclasses.replace(grpo, normalize_advantages=False)
+    assert estimate_advantages(rewards, None, mask, centred)[0].tolist() == [[1, 1], [-1, -1], [-2, 0], [2, 0]]
+
+
+def test_reinforce_is_the_discounted_return():
+    rewards, mask = torch.tensor([[1.0, 0.0, 2.0]]), torch.ones(1, 3, dtype=torch.bool)
+    advantages, returns = estimate_advantages(
+        rewards, None, mask, config(advantage_estimator="reinforce", gamma=0.5, gae_lambda=0.3)
+    )
+    # 2; 0 + .5 * 2; 1 + .5 * 1. Lambda has no part in it.
+    assert advantages.tolist() == [[1.5, 1.0, 2.0]] and returns is None
+
+
+def test_the_critics_own_lambda_moves_its_targets_alone():
+    rewards, values, mask = values_and_rewards()
+    plain, split, monte_carlo = (
+        estimate_advantages(rewards, values, mask, config(gae_lambda=lam, gae_lambda_value=own))
+        for lam, own in ((0.6, None), (0.6, 1.0), (1.0, None))
+    )
+    assert torch.equal(split[0], plain[0]) and torch.equal(split[1], monte_carlo[1])
+    assert not torch.equal(split[1], plain[1])
+    same = estimate_advantages(rewards, values, mask, config(gae_lambda=0.6, gae_lambda_value=0.6))
+    assert torch.equal(same[0], plain[0]) and torch.equal(same[1], plain[1])
+
+
+def test_lambda_grows_with_the_response():
+    # 1 - 1 / (.5 * n) for n = 8, 4, 2, 1, 0: the last three are held at 0.
+    assert adaptive_lambda(torch.tensor([8, 4, 2, 1, 0]), 0.5).tolist() == [0.75, 0.5, 0, 0, 0]
+    rewards, values, mask = values_and_rewards()
+    settings = config(gae_lambda=0.6, adaptive_lambda_alpha=0.5)
+    advantages, returns = estimate_advantages(rewards, values, mask, settings)
+    for row, actions in enumerate([5, 3, 1]):
+        lam = max(1 - 1 / (0.5 * actions), 0.0)
+        alone = [x[[row]] for x in (rewards, values, mask)]
+        torch.testing.assert_close(advantages[[row]], estimate_advantages(*alone, config(gae_lambda=lam))[0])
+    # The critic keeps gae_lambda.
+    torch.testing.assert_close(returns, estimate_advantages(rewards, values, mask, config(gae_lambda=0.6))[1])
+    own = estimate_advantages(rewards, values, mask, dataclasses.replace(settings, gae_lambda_value=1.0))
+    torch.testing.assert_close(own[1], estimate_advantages(rewards, values, mask, config(gae_lambda=1.0))[1])
+
+
+@pytest.mark.parametrize("settings", [{}, {"gae_lambda_value": 1.0}, {"adaptive_lambda_alpha": 0.3}, *ESTIMATORS[1:]])
+def test_garbage_outside_the_mask_changes_nothing(settings):
+    rewards, values, mask = values_and_rewards(1)
+    args = config(**settings)
+    values = values if args.has_critic else None
+    expected = estimate_advantages(rewards, values, mask, args)
+    dirty = None if values is None else values.masked_fill(~mask, math.nan)
+    for got, want in zip(estimate_advantages(rewards, dirty, mask, args), expected, strict=True):
+        assert (got is None) == (want is None)
+        if got is not None:
+            assert torch.equal(got, want) and torch.isfinite(got).all() and (got[~mask] == 0).all()
+
+
+# Groups in a rollout
+
+
+def test_every_prompt_has_its_group_side_by_side_with_its_columns(make_trainer):
+    trainer = make_trainer(**GROUPS, advantage_estimator="rloo")
+    seen = []
+    trainer.parts.rewards.clear()
+    trainer.parts.rewards["r"] = (lambda prompts, completions, number, **_: seen.append(number) or [0.5] * 8, 1.0)
+    with pytest.warns(UserWarning, match="constant reward"):
+        rollout = trainer.rollout(["a", "no"], number=[1, 2])
+    assert rollout.prompts == ["a"] * 4 + ["no"] * 4 and seen == [[1] * 4 + [2] * 4]
+    assert len({tuple(row) for row in rollout.response_ids.tolist()}) > 4  # drawn apart
+
+
+def test_training_deals_every_prompt_out_once_an_epoch(make_trainer, prompts):
+    trainer = make_trainer(**GROUPS, advantage_estimator="grpo", total_episodes=32, num_epochs=1)
+    rollouts = []
+    collect = trainer.rollout
+    trainer.rollout = lambda *a, **k: rollouts.append(collect(*a, **k)) or rollouts[-1]
+    metrics = trainer.train()
+    assert metrics["progress/episodes"] == 32  # responses, not prompts
+    assert Counter(p for rollout in rollouts for p in rollout.prompts) == dict.fromkeys(prompts, 4)
+
+
+def test_unscored_responses_leave_smaller_groups_and_lone_ones_train_nothing(make_trainer):
+    """Of two groups one has three scores and one a single score, which nothing can be compared with."""
+    scores = [1.0, None, 3.0, 5.0, None, None, 7.0, None]
+    for settings in ESTIMATORS[1:3]:
+        trainer = make_trainer(
+            **settings, reward_funcs=lambda p, c, **_: scores, kl_coef=0.0, normalize_advantages=False
+        )
+        rollout = trainer.rollout(["once upon", "no"])
+        old, _ = estimate(rollout, trainer.args, kl_coef=0.0)
+        # Mean of the three 3; mean of the other two: 4, 3, 2.
+        expected = [-3, 0, 0, 3] if settings["advantage_estimator"] == "rloo" else [-2, 0, 0, 2]
+        assert old.advantages[:4, 0].tolist() == pytest.approx(expected)
+        assert old.mask.any(dim=1).tolist() == [True, False, True, True, False, False, False, False]
+        assert (old.advantages[4:] == 0).all()
+        metrics = trainer.step(rollout)
+        assert all(math.isfinite(metrics[key]) for key in ("policy/loss", "optim/grad_norm"))
+
+
+def test_the_kl_cost_is_part_of_what_groups_compare(make_trainer, make_model):
+    trainer = make_trainer(**ESTIMATORS[1], ref_model=make_model(seed=3), kl_coef=0.5, normalize_advantages=False)
+    rollout = trainer.rollout(["once upon", "no"])
+    old, _ = estimate(rollout, trainer.args, kl_coef=0.5)
+    totals = (rollout.scores - 0.5 * (rollout.logprobs - rollout.ref_logprobs).sum(dim=1)).view(2, 4)
+    expected = totals - (totals.sum(dim=1, keepdim=True) - totals) / 3
+    torch.testing.assert_close(old.advantages[:, 0], expected.flatten())
+
+
+def test_a_rollout_that_is_no_whole_groups_is_refused():
+    with pytest.raises(ValueError, match="6 responses are not whole groups of num_generations=4"):
+        comparable(torch.ones(6, dtype=torch.bool), config(**ESTIMATORS[1]))
+
+
+@pytest.mark.parametrize("settings", ESTIMATORS[1:], ids=lambda s: s["advantage_estimator"])
+def test_no_critic_is_built_where_none_is_read(make_trainer, make_model, settings):
+    trainer = make_trainer(**settings)
+    assert trainer.model.value_head is None
+    assert not (trainer.save_model() / "value_head.safetensors").exists()
+    name = settings["advantage_estimator"]
+    with pytest.raises(ValueError, match=f"advantage_estimator='{name}' has no critic, but a value_model"):
+        make_trainer(**settings, value_model=make_model())
+
+
+# Importance weights
+
+
+def recomputing(make_trainer, **settings) -> PPOTrainer:
+    return make_trainer(recompute_logprobs=True, **settings)
+
+
+def test_a_sampler_that_agrees_has_weights_of_1(make_trainer, prompts):
+    trainer = recomputing(make_trainer, importance_weight_cap=2.0)
+    old, metrics = estimate(trainer.rollout(prompts), trainer.args, kl_coef=0.05)
+    # Float32: decoding and the full pass differ by about 1e-6.
+    torch.testing.assert_close(old.weights, torch.ones_like(old.weights), atol=1e-4, rtol=0)
+    assert metrics["policy/importance_weight_mean"] == pytest.approx(1, abs=1e-4)
+    assert metrics["policy/importance_capped_fraction"] == 0
+    without = recomputing(make_trainer)
+    assert estimate(without.rollout(prompts), without.args, kl_coef=0.05)[0].weights is None
+
+
+def test_weights_correct_a_sampler_that_disagrees(make_trainer, prompts):
+    """The sampler's log-probs moved by hand: weights are the ratio to the recomputed ones up to the cap."""
+    trainer = recomputing(make_trainer, importance_weight_cap=1.5, num_minibatches=1, num_epochs=1)
+    rollout = trainer.rollout(prompts)
+    assert rollout.sampled_logprobs is not None
+    gap = torch.linspace(-1, 1, rollout.mask.numel()).view(rollout.mask.shape)
+    moved = dataclasses.replace(rollout, sampled_logprobs=(rollout.logprobs - gap) * rollout.mask)
+    old, metrics = estimate(moved, trainer.args, kl_coef=0.05)
+    expected = gap.exp().clamp(max=1.5)[rollout.mask]
+    torch.testing.assert_close(old.weights[rollout.mask], expected)
+    assert metrics["policy/importance_weight_mean"] == pytest.approx(float(expected.mean()), rel=1e-5)
+    assert metrics["policy/importance_capped_fraction"] == pytest.approx(
+        float((gap[rollout.mask] > math.log(1.5)).float().mean())
+    )
+    trainer.run.log(trainer.step(moved))  # every key is in the metric dictionary, and the tripwire sees no gap
+    with pytest.raises(ValueError, match=r"importance_weight_cap=1.5 needs the sampler's own log-probs"):
+        estimate(dataclasses.replace(rollout, sampled_logprobs=None), trainer.args, kl_coef=0.05)
+
+
+# Learning
+
+
+@pytest.mark.parametrize("settings", ESTIMATORS, ids=lambda s: s["advantage_estimator"])
+def test_every_estimator_learns(make_trainer, settings):
+    """The share of early letters, a half by chance, rises."""
+    trainer = make_trainer(
+        **{**settings, "rollout_batch_size": 32},
+        total_episodes=32 * 12,
+        learning_rate=1e-2,
+        kl_coef=0.0,
+        num_epochs=2,
+        lr_scheduler_type="constant",
+    )
+    scores = []
+    trainer.callbacks.append(lambda _, metrics: scores.append(metrics["score/mean"]))
+    trainer.train()
+    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.15, scores
