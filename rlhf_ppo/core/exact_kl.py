@@ -26,7 +26,7 @@ def kl_from_logits(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1
     Raises:
         ValueError: shapes differ, or temperature is not positive.
     """
-    require_same_shape(ref_logits=ref_logits, logits=logits)
+    require_same_shape(logits=logits, ref_logits=ref_logits)
     _check_temperature(temperature)
     dtype = compute_dtype(logits)
     log_p, log_q = ((x.to(dtype) / temperature).log_softmax(dim=-1) for x in (logits, ref_logits))

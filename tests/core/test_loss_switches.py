@@ -188,7 +188,7 @@ class TestKLLoss:
         loss = ppo_loss(new, old, PPOConfig(kl_loss_coef=0.5, kl_loss="exact"))
         assert_close(loss.kl, aggregate_loss(new.kl, old.mask))  # a fact about the policy: no importance weights
         assert_close(loss.total, loss.policy + 0.5 * loss.kl)
-        assert_close(gradient(loss, new)[1], 0.5 * old.mask / old.mask.sum())
+        assert_close(gradient(loss, new)[1], 0.5 * old.mask.double() / old.mask.sum())
 
     def test_weight_0_is_no_kl_loss(self):
         new, old = batch(4)

@@ -83,7 +83,7 @@ def test_with_the_adapter_off_as_reference(make_trainer, make_model, prompts):
     trainer = make_trainer(peft_config=LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False), **EXACT)
     rollout = trainer.rollout(prompts)
     with torch.no_grad():
-        expected = plain_kl(trainer, rollout, make_model(), 1.0)  # the same seed: the base before the adapter
+        expected = plain_kl(trainer, rollout, make_model().eval(), 1.0)  # the same seed: the base before the adapter
         torch.testing.assert_close(read(trainer, rollout).kl.double(), expected, atol=1e-4, rtol=1e-4)
     assert (expected[rollout.mask] > 0).all()
     metrics = trainer.step(rollout)
@@ -160,6 +160,6 @@ def test_ratio_levels_train(make_trainer, prompts):
         trainer.step(rollout)
         old, _ = estimate(rollout, trainer.args, kl_coef=trainer.kl_coef)
         new = trainer.model(*rollout.sequences(range(8)))
-        losses[level] = float(ppo_loss(new, old, trainer.args).policy)
+        losses[level] = ppo_loss(new, old, trainer.args).policy.item()
     assert isinstance(trainer.args, PPOConfig)
     assert losses["turn"] == losses["sequence"] != losses["token"]
