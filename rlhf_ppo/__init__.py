@@ -12,18 +12,22 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
     from rlhf_ppo.config import RLHFConfig
-    from rlhf_ppo.rewards import RewardModel
+    from rlhf_ppo.http_reward import HTTPReward
+    from rlhf_ppo.reward_model import RewardModel
     from rlhf_ppo.rollout import Rollout
+    from rlhf_ppo.scoring import StepRewards
     from rlhf_ppo.trainer import PPOTrainer
 
 __version__ = "0.1.0"
-__all__ = ["PPOTrainer", "RLHFConfig", "RewardModel", "Rollout", "__version__"]
+__all__ = ["HTTPReward", "PPOTrainer", "RLHFConfig", "RewardModel", "Rollout", "StepRewards", "__version__"]
 
 _HOMES = {
+    "HTTPReward": "rlhf_ppo.http_reward",
     "PPOTrainer": "rlhf_ppo.trainer",
     "RLHFConfig": "rlhf_ppo.config",
-    "RewardModel": "rlhf_ppo.rewards",
+    "RewardModel": "rlhf_ppo.reward_model",
     "Rollout": "rlhf_ppo.rollout",
+    "StepRewards": "rlhf_ppo.scoring",
 }
 
 

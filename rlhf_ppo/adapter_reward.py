@@ -14,7 +14,7 @@ from rlhf_ppo.adapters import add_adapter, load_adapter, use_adapter
 from rlhf_ppo.heads import find_file, read_head
 from rlhf_ppo.models import find_config, resolve_model
 from rlhf_ppo.reading import without_adapter_wrapper
-from rlhf_ppo.rewards import RewardModel
+from rlhf_ppo.reward_model import RewardModel
 
 REWARD_ADAPTER = "reward"
 
@@ -35,13 +35,22 @@ def _tokenizer(source: str, base: str) -> Any:
 class AdapterReward(RewardModel):
     """A reward model that is an adapter and a head on the policy's own base, which must not be trained itself."""
 
-    def __init__(self, source: str, config: dict[str, Any], model: str | PreTrainedModel) -> None:
+    def __init__(
+        self,
+        source: str,
+        config: dict[str, Any],
+        model: str | PreTrainedModel,
+        *,
+        chat_template: str | None = None,
+        max_length: int | None = None,
+    ) -> None:
         """Check what can be checked before the policy is loaded; :meth:`attach` does the rest.
 
         Args:
             source: folder or hub id of the adapter.
             config: what its adapter_config.json says.
             model: the policy's, before it gets its adapter.
+            chat_template, max_length: see :class:`RewardModel`.
         Raises:
             ValueError: the adapter belongs to another base, or has no linear head for one label.
         """
@@ -54,7 +63,7 @@ class AdapterReward(RewardModel):
                 f"{name!r}: leave share_reward_base out, and the reward loads its own base"
             )
         self.__name__ = Path(source).name
-        self.tokenizer = _tokenizer(source, base)
+        self.read_with(_tokenizer(source, base), find_config(model), chat_template=chat_template, max_length=max_length)
         self.batch_size = 32
         self.source, self.config = source, config
         self.head = read_head(source, find_config(model), setting="reward")
@@ -86,7 +95,14 @@ class AdapterReward(RewardModel):
         return nn.functional.linear(ends, self.head["weight"], self.head["bias"]).squeeze(-1)
 
 
-def share_reward_base(sources: Any, model: str | PreTrainedModel, *, has_own_adapter: bool) -> Any:
+def share_reward_base(
+    sources: Any,
+    model: str | PreTrainedModel,
+    *,
+    has_own_adapter: bool,
+    chat_template: str | None = None,
+    max_length: int | None = None,
+) -> Any:
     """Reward sources with the one that is an adapter of the policy's base replaced by an :class:`AdapterReward`.
 
     Raises:
@@ -104,4 +120,8 @@ def share_reward_base(sources: Any, model: str | PreTrainedModel, *, has_own_ada
             "share_reward_base=True needs one reward that is an adapter of a sequence-classification model (a folder "
             f"with adapter_config.json, task_type SEQ_CLS), got {listed!r}"
         )
-    return [s if config is None else AdapterReward(s, config, model) for s, config in zip(listed, configs, strict=True)]
+    reading: dict[str, Any] = {"chat_template": chat_template, "max_length": max_length}
+    return [
+        s if config is None else AdapterReward(s, config, model, **reading)
+        for s, config in zip(listed, configs, strict=True)
+    ]

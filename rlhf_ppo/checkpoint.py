@@ -34,6 +34,7 @@ def save_checkpoint(trainer: PPOTrainer) -> Path:
         "kl_coef": trainer.kl_coef,
         "clip_range": trainer.objective.clip_range,
         "penalty_beta": trainer.objective.penalty_beta,
+        "score_statistics": trainer.score_statistics.state_dict(),
         "scheduler": trainer.scheduler.state_dict(),
     }
     (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
@@ -74,6 +75,7 @@ def load_checkpoint(trainer: PPOTrainer, folder: str | Path) -> None:
     for name in _COUNTERS:
         setattr(trainer, name, state[name])
     trainer.kl_coef = state["kl_coef"]
+    trainer.score_statistics.load_state_dict(state["score_statistics"])
     trainer.objective = dataclasses.replace(
         trainer.objective, clip_range=state["clip_range"], penalty_beta=state["penalty_beta"]
     )

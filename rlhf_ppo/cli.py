@@ -20,8 +20,8 @@ from rlhf_ppo.evaluate import EvaluateArgs, evaluate, print_evaluation
 from rlhf_ppo.generate import GenerateArgs, chat, generate
 from rlhf_ppo.migrate import MigrateArgs, join_command_line, migrate
 from rlhf_ppo.mixing import load_mixture, require_weights
+from rlhf_ppo.reward_calls import RewardError
 from rlhf_ppo.reward_training import RewardTrainingArgs, train_reward_model
-from rlhf_ppo.rewards import RewardError
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.settings import Command, run_command
 from rlhf_ppo.sft import SFTArgs, sft
@@ -36,7 +36,8 @@ class TrainArgs(RLHFConfig):
     model: str
     """The policy: a hub id or folder, or "embedded" (the small GPT-2 in the package)."""
     reward: tuple[str, ...]
-    """One or more rewards: file.py:function, module:function, or a sequence-classification model's folder or hub id."""
+    """One or more rewards: file.py:function, module:function, a sequence-classification model's folder or hub id, or a
+    reward server's http(s) address (its token comes from the environment: RLHF_PPO_REWARD_TOKEN)."""
     dataset: tuple[str, ...]
     """Prompts: one or more hub ids, folders, or csv, jsonl or parquet files (also .gz)."""
     dataset_weights: tuple[float, ...] | None = None

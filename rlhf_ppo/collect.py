@@ -16,11 +16,12 @@ from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.conversation import Respond, converse
 from rlhf_ppo.data import Completion, Prompt, decode_responses, encode_prompts
 from rlhf_ppo.limits import Barred, TextStop, cut_at
-from rlhf_ppo.rewards import RewardError, score
+from rlhf_ppo.reward_calls import RewardError
 from rlhf_ppo.rollout import Rollout, Sampled
 from rlhf_ppo.runtime.precision import autocast
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.timing import Stopwatch
+from rlhf_ppo.scoring import Responses, Score, score_responses, total
 from rlhf_ppo.setup import RunParts
 
 
@@ -169,21 +170,19 @@ class Collector:
 
     def _score(self, rollout: Rollout, *, needs_scores: bool) -> Rollout:
         args = self.args
-        parts: dict[str, list[float | None]] = {}
+        ids = [row[keep].tolist() for row, keep in zip(rollout.response_ids, rollout.mask, strict=True)]
+        before = self._cache_use()
         try:
-            for name, (function, _) in self.parts.rewards.items():
-                parts[name] = score(
-                    function,
-                    rollout.prompts,
-                    rollout.completions,
-                    {**rollout.columns, **rollout.told(function)},
-                    timeout_s=args.reward_timeout_s,
-                    drop_nonfinite=args.drop_nonfinite_scores,
-                    needs_scores=needs_scores,
-                )
-            weights = [weight for _, weight in self.parts.rewards.values()]
-            rows = list(zip(*parts.values(), strict=True))
-            if needs_scores and all(None in row for row in rows):
+            parts = score_responses(
+                {name: function for name, (function, _) in self.parts.rewards.items()},
+                Responses(rollout.prompts, rollout.completions, rollout.columns, ids, rollout.conversations),
+                decode=lambda tokens: str(self.parts.tokenizer.decode(tokens, skip_special_tokens=True)),
+                timeout_s=args.reward_timeout_s,
+                drop_nonfinite=args.drop_nonfinite_scores,
+                needs_scores=needs_scores,
+                caches=self.parts.score_caches,
+            )
+            if needs_scores and all(None in row for row in zip(*parts.values(), strict=True)):
                 raise RewardError("no completion was scored by every reward function")
         except RewardError as error:
             file = self.run.path / "failed_rollout.jsonl"
@@ -191,14 +190,52 @@ class Collector:
             for prompt, completion in zip(rollout.prompts, rollout.completions, strict=True):
                 self.run.append(file.name, {"prompt": prompt, "completion": completion})
             raise RewardError(f"{error}. The responses are in {file}") from (error.__cause__ or error)
-        totals = [
-            None if None in row else sum(w * float(s or 0.0) for w, s in zip(weights, row, strict=True)) for row in rows
-        ]
-        scores = torch.tensor([total or 0.0 for total in totals], dtype=torch.float32, device=self.parts.device)
-        scored = torch.tensor([total is not None for total in totals], device=self.parts.device)
-        if needs_scores and scored.sum() > 1 and torch.unique(scores[scored]).numel() == 1:
+        rollout = with_scores(rollout, parts, [weight for _, weight in self.parts.rewards.values()])
+        if self.parts.score_caches:
+            hits, lookups = (now - then for now, then in zip(self._cache_use(), before, strict=True))
+            rollout = dataclasses.replace(rollout, cache_hit_fraction=hits / lookups)
+        assert rollout.scores is not None and rollout.scored is not None
+        scores = rollout.scores[rollout.scored]
+        if needs_scores and len(scores) > 1 and rollout.token_scores is None and torch.unique(scores).numel() == 1:
             warnings.warn(
-                f"every response scored {float(scores[scored][0])}: a constant reward gives no signal to learn from",
+                f"every response scored {float(scores[0])}: a constant reward gives no signal to learn from",
                 stacklevel=4,
             )
-        return dataclasses.replace(rollout, scores=scores, scored=scored, score_parts=parts)
+        return rollout
+
+    def _cache_use(self) -> tuple[int, int]:
+        caches = self.parts.score_caches.values()
+        return sum(cache.hits for cache in caches), sum(cache.lookups for cache in caches)
+
+
+def with_scores(rollout: Rollout, parts: dict[str, list[Score]], weights: Sequence[float]) -> Rollout:
+    """The rollout with the weighted sum of its scores, per response and, where a function scored tokens, per token.
+
+    Args:
+        rollout: B responses.
+        parts: name -> [B] scores of one reward function.
+        weights: one per function.
+    """
+    device = rollout.mask.device
+    score_parts = {name: [total(value) for value in part] for name, part in parts.items()}
+    rows = list(zip(*score_parts.values(), strict=True))
+    scored = torch.tensor([None not in row for row in rows], device=device)
+    totals = [
+        0.0 if None in row else sum(w * float(s or 0.0) for w, s in zip(weights, row, strict=True)) for row in rows
+    ]
+    token_parts: dict[str, Tensor] = {}
+    for name, part in parts.items():
+        if any(isinstance(value, list) for value in part):
+            token_parts[name] = torch.zeros(rollout.mask.shape, device=device)
+            for i, value in enumerate(part):
+                if isinstance(value, list) and scored[i]:
+                    token_parts[name][i, rollout.mask[i]] = torch.tensor(value, device=device)
+    token_scores = [w * token_parts[name] for w, name in zip(weights, parts, strict=True) if name in token_parts]
+    return dataclasses.replace(
+        rollout,
+        scores=torch.tensor(totals, dtype=torch.float32, device=device),
+        scored=scored,
+        score_parts=score_parts,
+        token_score_parts=token_parts,
+        token_scores=torch.stack(token_scores).sum(dim=0) if token_scores else None,
+    )

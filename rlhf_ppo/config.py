@@ -56,10 +56,35 @@ class RLHFConfig(PPOConfig):
     # Reward
     reward_weights: tuple[float, ...] | None = None
     """One weight per reward function; None: all 1."""
+    normalize_scores: bool = False
+    """Bring each reward function's scores to mean 0 and standard deviation 1 over all its scores so far."""
+    score_scale: float = 1.0
+    """Factor on the weighted sum of the scores."""
+    score_clip: float | None = None
+    """Largest absolute value of a score after score_scale, before penalties; None: no limit."""
     missing_eos_penalty: float | None = None
-    """Subtracted from the score of a response that ran into max_new_tokens without a stop token."""
+    """Penalty for a response that ran into max_new_tokens without a stop token, on the scale of the final scores."""
+    missing_eos_mode: Literal["subtract", "replace"] = "subtract"
+    """Subtract missing_eos_penalty from the score, or replace the score by minus the penalty."""
+    length_penalty: float = 0.0
+    """Subtracted from the score for each token of a response beyond length_penalty_from."""
+    length_penalty_from: int = 0
+    """Tokens that cost no length_penalty."""
     drop_nonfinite_scores: bool = False
     """Treat a NaN or infinite score as unscorable (counted) instead of stopping."""
+    cache_rewards: bool = False
+    """Score the same response to the same prompt once a run; for rewards that depend on their own row alone."""
+    reward_chat_template: str | None = None
+    """For reward models loaded by name: a file with a Jinja chat template, or "tokenizer" for the tokenizer's own; text
+    prompts then become a user message. None: chats through the tokenizer's own, text as it is."""
+    reward_max_length: int | None = None
+    """For reward models loaded by name: most tokens of prompt and completion; None: what tokenizer and model allow."""
+    http_timeout_s: float = 60.0
+    """For rewards over HTTP: longest time in seconds for one request."""
+    http_retries: int = 3
+    """For rewards over HTTP: further attempts after a 5xx answer, a time-out or a failed connection."""
+    http_batch_size: int = 64
+    """For rewards over HTTP: most responses in one request."""
     share_reward_base: bool = False
     """Read the reward that is a sequence classifier's adapter on the policy's own base, instead of loading that base
     again; the policy must be an adapter too (peft_config)."""
@@ -170,7 +195,14 @@ class RLHFConfig(PPOConfig):
         super().__post_init__()
         if not str(self.output_dir).strip():
             raise ValueError("output_dir is empty: name a folder for the run")
-        for name in ("total_episodes", "rollout_batch_size", "num_generations", "max_new_tokens", "max_turns"):
+        for name in (
+            "total_episodes",
+            "rollout_batch_size",
+            "num_generations",
+            "max_new_tokens",
+            "max_turns",
+            "http_batch_size",
+        ):
             self._require(name, getattr(self, name) >= 1, "1 or more")
         for name in (
             "seed",
@@ -183,9 +215,12 @@ class RLHFConfig(PPOConfig):
             "learning_rate",
             "kl_coef",
             "weight_decay",
+            "length_penalty",
+            "length_penalty_from",
+            "http_retries",
         ):
             self._require(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("temperature", "kl_horizon", "max_initial_log_ratio"):
+        for name in ("temperature", "kl_horizon", "max_initial_log_ratio", "score_scale", "http_timeout_s"):
             self._require(name, getattr(self, name) > 0, "positive")
         for name in (
             "kl_target",
@@ -194,6 +229,8 @@ class RLHFConfig(PPOConfig):
             "num_threads",
             "value_learning_rate",
             "adaptive_lambda_alpha",
+            "score_clip",
+            "reward_max_length",
         ):
             self._require(name, getattr(self, name) is None or getattr(self, name) > 0, "positive or None")
         for name, known in (("kl_estimator", ("k1", "k2", "k3")), ("overlong_prompts", ("error", "truncate", "drop"))):
@@ -213,6 +250,7 @@ class RLHFConfig(PPOConfig):
         self._require_turns()
         self._check_critic()
         self._require_matching_estimator()
+        self._require_shaping()
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError(
                 f"kl_target={self.kl_target} adapts kl_coef by a factor, but kl_coef=0 stays 0: set kl_coef above 0"
@@ -271,6 +309,20 @@ class RLHFConfig(PPOConfig):
             raise ValueError(
                 f"critic_warmup_rollouts={warmup} leaves none of the {self.num_rollouts} rollouts of total_episodes="
                 f"{self.total_episodes} to train the policy on"
+            )
+
+    def _require_shaping(self) -> None:
+        self._require_known("missing_eos_mode", ("subtract", "replace"))
+        if self.missing_eos_mode == "replace" and self.missing_eos_penalty is None:
+            raise ValueError("missing_eos_mode='replace' needs a missing_eos_penalty, but missing_eos_penalty is None")
+        if self.length_penalty_from and not self.length_penalty:
+            raise ValueError(
+                f"length_penalty_from={self.length_penalty_from} changes nothing while length_penalty=0: set both"
+            )
+        if self.length_penalty and self.max_turns == 1 and self.length_penalty_from >= self.max_new_tokens:
+            raise ValueError(
+                f"length_penalty_from={self.length_penalty_from} is never passed with max_new_tokens="
+                f"{self.max_new_tokens}: lower the first or raise the second"
             )
 
     def _require_divisible(self) -> None:

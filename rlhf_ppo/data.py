@@ -225,6 +225,8 @@ class PromptSet:
         if not kept:
             raise ValueError(f"{name}: every prompt is longer than the {room} tokens that the context leaves")
         self.rows = rows.select(kept)
+        self.name = name
+        self.columns = [column for column in rows.column_names if column != "prompt"]
         self.seed = args.seed
 
     def __len__(self) -> int:
@@ -233,7 +235,7 @@ class PromptSet:
     def take(self, indices: Sequence[int]) -> PromptBatch:
         """The rows with these indices."""
         picked = [self.rows[int(i)] for i in indices]
-        columns = {c: [row[c] for row in picked] for c in self.rows.column_names if c != "prompt"}
+        columns = {c: [row[c] for row in picked] for c in self.columns}
         return PromptBatch([row["prompt"] for row in picked], columns)
 
     def batch(self, number: int, size: int) -> PromptBatch:

@@ -21,15 +21,19 @@ from rlhf_ppo.core import (
 )
 from rlhf_ppo.estimators import comparable, estimate_advantages
 from rlhf_ppo.rollout import Rollout
+from rlhf_ppo.score_shaping import ScoreStatistics, shape_scores
 
 
-def estimate(rollout: Rollout, args: RLHFConfig, *, kl_coef: float) -> tuple[Experience, dict[str, float]]:
+def estimate(
+    rollout: Rollout, args: RLHFConfig, *, kl_coef: float, score_statistics: ScoreStatistics | None = None
+) -> tuple[Experience, dict[str, float]]:
     """Rewards, advantages and returns of a rollout as the update's fixed facts, and what to log about them.
 
     Args:
         rollout: scored, with reference log-probs.
-        args: KL estimator, penalties, advantage estimator, gamma, lambdas, normalisation, importance weights.
+        args: KL estimator, score shaping, advantage estimator, gamma, lambdas, normalisation, importance weights.
         kl_coef: weight of the KL penalty now.
+        score_statistics: for ``normalize_scores``, this rollout taken in.
     Returns:
         (experience [B, T], metrics).
     Raises:
@@ -39,9 +43,9 @@ def estimate(rollout: Rollout, args: RLHFConfig, *, kl_coef: float) -> tuple[Exp
         raise ValueError("this rollout has no scores or reference log-probs; make it with trainer.rollout(prompts)")
     # A response that could not be scored is left out as though it had not been sampled.
     mask = rollout.mask & rollout.scored[:, None]
-    scores = rollout.scores - (args.missing_eos_penalty or 0.0) * (~rollout.finished).float()
+    shaped = shape_scores(rollout, mask, args, score_statistics)
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator)
-    rewards = kl_penalized_rewards(scores, kl, mask, kl_coef)
+    rewards = kl_penalized_rewards(shaped.rewards, kl, mask, kl_coef)
     # Nor does one learn from a response that has nothing to be compared with.
     mask = mask & comparable(rollout.scored, args)[:, None]
     advantages, returns = estimate_advantages(rewards, rollout.values, mask, args, turns=rollout.turns)
@@ -61,6 +65,7 @@ def estimate(rollout: Rollout, args: RLHFConfig, *, kl_coef: float) -> tuple[Exp
     reference_kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1").sum(dim=1).mean()
     metrics: dict[str, float] = {
         **score_metrics(rollout),
+        **shaped.metrics,
         "reward/mean_per_response": float(rewards.sum() / rollout.scored.sum()),
         "kl/reference_nats_per_response": float(reference_kl),
         "kl/coef": kl_coef,
@@ -74,6 +79,8 @@ def estimate(rollout: Rollout, args: RLHFConfig, *, kl_coef: float) -> tuple[Exp
         metrics["value/explained_variance"] = float(explained_variance(rollout.values, returns, mask))
         metrics["value/mean"] = float(masked_mean(rollout.values, mask))
         metrics["value/return_mean"] = float(masked_mean(returns, mask))
+    if rollout.cache_hit_fraction is not None:
+        metrics["score/cache_hit_fraction"] = rollout.cache_hit_fraction
     if rollout.decode_gap is not None:
         metrics["policy/decode_gap_max_nats"] = rollout.decode_gap
     if old.weights is not None:

@@ -13,12 +13,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.data import Prompt, is_chat, require_column
-from rlhf_ppo.rewards import scored_text
+from rlhf_ppo.reward_model import scored_text
 
 
 @dataclass(frozen=True)
 class Preference:
-    """One comparison, as texts that a reward model reads (see :func:`rlhf_ppo.rewards.scored_text`)."""
+    """One comparison, as texts that a reward model reads (see :func:`rlhf_ppo.reward_model.scored_text`)."""
 
     prompt: str
     """What both answers belong to, written out; rows with the same one are never split."""

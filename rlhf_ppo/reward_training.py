@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, get_scheduler
 from rlhf_ppo.mixing import load_mixture, require_weights
 from rlhf_ppo.models import adapter_base, context_length, find_config, load_classifier, resolve_model
 from rlhf_ppo.preferences import Preference, read_preferences, split_by_prompt
-from rlhf_ppo.rewards import text_scores
+from rlhf_ppo.reward_model import scored_ids, text_scores
 from rlhf_ppo.runtime.plots import plot_calibration
 from rlhf_ppo.runtime.precision import Precision, autocast, compute_in_bf16
 from rlhf_ppo.runtime.progress import ProgressDisplay
@@ -216,7 +216,7 @@ def encode_pairs(
     """Token ids of (chosen, rejected), cut to the tokenizer's model_max_length, and how many pairs were cut."""
 
     def encode(texts: list[str], *, truncate: bool) -> list[list[int]]:
-        return tokenizer(texts, truncation=truncate, verbose=False)["input_ids"]
+        return [scored_ids(tokenizer, text, truncation=truncate, verbose=False) for text in texts]
 
     sides = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
     whole = [encode(side, truncate=False) for side in sides]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +52,13 @@ class Rollout:
     scored: Tensor | None = None
     """[B] bool, False where a reward function had no score (None): the response is left out of training."""
     score_parts: dict[str, list[float | None]] = field(default_factory=dict)
-    """Each reward function's own scores, [B]."""
+    """Each reward function's own scores, [B]; sums where it scored tokens."""
+    token_scores: Tensor | None = None
+    """[B, T] the part of ``scores`` that belongs to single tokens, 0 outside ``mask``; None: no token was scored."""
+    token_score_parts: dict[str, Tensor] = field(default_factory=dict)
+    """The rewards [B, T] of each function that scored tokens, before its weight."""
+    cache_hit_fraction: float | None = None
+    """Share of the scores that came from the cache, under cache_rewards."""
     sampled_logprobs: Tensor | None = None
     """[B, T] log-probs as recorded while decoding, where recompute_logprobs has replaced them in ``logprobs``."""
     decode_gap: float | None = None
@@ -73,12 +78,6 @@ class Rollout:
     def real(self) -> Tensor:
         """[B, T] bool, True on every real token, an environment's included; without one, ``mask`` itself."""
         return self.mask if self.environment is None else self.mask | self.environment
-
-    def told(self, function: Callable[..., Any]) -> dict[str, list[Any]]:
-        """What else a reward function gets where a parameter asks for it by name: ``conversations``."""
-        if self.conversations is None or "conversations" not in signature(function).parameters:
-            return {}
-        return {"conversations": self.conversations}
 
     @property
     def lengths(self) -> Tensor:

@@ -30,10 +30,13 @@ from rlhf_ppo.models import (
     resolve_model,
 )
 from rlhf_ppo.quantization import check_quantization, load_quantized, to_bfloat16
-from rlhf_ppo.rewards import RewardFunction, load_reward, reward_name
+from rlhf_ppo.reward_calls import RewardFunction, require_takes, reward_name, takes
+from rlhf_ppo.reward_model import RewardModel
+from rlhf_ppo.rewards import load_reward
 from rlhf_ppo.rollout import Rollout
 from rlhf_ppo.runtime.precision import autocast, compute_in_bf16
 from rlhf_ppo.runtime.seeding import resolve_device, seed_everything
+from rlhf_ppo.score_cache import ScoreCache
 
 RewardSource = RewardFunction | str | PreTrainedModel
 Rows = Dataset | Sequence[Mapping[str, Any]]
@@ -52,6 +55,8 @@ class RunParts:
     eval_prompts: PromptSet | None
     rewards: dict[str, tuple[RewardFunction, float]]
     """Name -> reward function and its weight."""
+    score_caches: dict[str, ScoreCache]
+    """Name -> what the reward function said so far; empty without cache_rewards."""
     model: ActorCritic
     reference: Reference
     bf16: bool
@@ -111,8 +116,17 @@ def set_up(
     if respond is not None:
         _check_chat_template(tokenizer, train_prompts or eval_prompts)
     if args.share_reward_base:
-        reward_funcs = share_reward_base(reward_funcs, model, has_own_adapter=peft_config is not None)
-    rewards = _rewards(reward_funcs, args.reward_weights, device)
+        reward_funcs = share_reward_base(
+            reward_funcs,
+            model,
+            has_own_adapter=peft_config is not None,
+            chat_template=args.reward_chat_template,
+            max_length=args.reward_max_length,
+        )
+    rewards = _rewards(reward_funcs, args, device)
+    for prompts in filter(None, (train_prompts, eval_prompts)):
+        for name, (function, _) in rewards.items():
+            require_takes(function, name, prompts.columns, prompts.name, conversations=respond is not None)
 
     seed_everything(args.seed)
     policy: Any
@@ -157,6 +171,7 @@ def set_up(
         train_prompts,
         eval_prompts,
         rewards,
+        _caches(rewards) if args.cache_rewards else {},
         actor_critic,
         reference,
         bf16=bf16,
@@ -294,20 +309,43 @@ def _generation_eos(model: str | PreTrainedModel) -> int | list[int] | None:
         return None
 
 
+def _caches(rewards: dict[str, tuple[RewardFunction, float]]) -> dict[str, ScoreCache]:
+    # Who asks for conversations may know more about them than their text, such as an environment's state.
+    return {name: ScoreCache() for name, (f, _) in rewards.items() if not takes(f, "conversations")}
+
+
 def _rewards(
-    reward_funcs: RewardSource | Sequence[RewardSource], weights: tuple[float, ...] | None, device: torch.device
+    reward_funcs: RewardSource | Sequence[RewardSource], args: RLHFConfig, device: torch.device
 ) -> dict[str, tuple[RewardFunction, float]]:
     sources = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [cast(RewardSource, reward_funcs)]
     if not sources:
         raise ValueError("reward_funcs is empty: give at least one reward function or model")
-    weights = weights or (1.0,) * len(sources)
+    weights = args.reward_weights or (1.0,) * len(sources)
     if len(weights) != len(sources):
         raise ValueError(f"reward_weights has {len(weights)} weights for {len(sources)} reward functions")
     rewards: dict[str, tuple[RewardFunction, float]] = {}
+    loaded_here = False
     for source, weight in zip(sources, weights, strict=True):
-        function = load_reward(source, device=device)
+        function = load_reward(
+            source,
+            device=device,
+            chat_template=args.reward_chat_template,
+            max_length=args.reward_max_length,
+            http_timeout_s=args.http_timeout_s,
+            http_retries=args.http_retries,
+            http_batch_size=args.http_batch_size,
+        )
+        loaded_here |= isinstance(function, AdapterReward)
+        loaded_here |= isinstance(function, RewardModel) and function is not source
         name = reward_name(function)
         if name in rewards:
             name = f"{name}_{len(rewards) + 1}"
         rewards[name] = (function, weight)
+    for setting in ("reward_chat_template", "reward_max_length"):
+        value = getattr(args, setting)
+        if value is not None and not loaded_here:
+            raise ValueError(
+                f"{setting}={value!r} is for reward models loaded by name, but none of the rewards {list(rewards)} is "
+                "one: leave it out, or give it to RewardModel(...)"
+            )
     return rewards

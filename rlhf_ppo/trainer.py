@@ -34,7 +34,7 @@ from rlhf_ppo.data import Prompt, PromptSet
 from rlhf_ppo.experience import describe, estimate
 from rlhf_ppo.gradients import accumulate_gradients, clear_gradients, clip_and_step
 from rlhf_ppo.optimization import make_optimizer, only_the_critic_learns, warmup_settings
-from rlhf_ppo.rewards import RewardError
+from rlhf_ppo.reward_calls import RewardError
 from rlhf_ppo.rollout import Rollout
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.metrics import MetricAverage
@@ -44,6 +44,7 @@ from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.seeding import torch_threads
 from rlhf_ppo.runtime.timing import Stopwatch
+from rlhf_ppo.score_shaping import ScoreStatistics
 from rlhf_ppo.setup import RewardSource, Rows, set_up
 
 Callback = Callable[["PPOTrainer", dict[str, float]], object]
@@ -135,6 +136,7 @@ class PPOTrainer:
         # What controllers move during a run: the KL penalty's weight, and clip range or beta inside the objective.
         self.kl_coef = args.kl_coef
         self.objective = args
+        self.score_statistics = ScoreStatistics()
         self.iteration = self.episodes = self.optimizer_steps = self.rollouts_made = 0
 
     # The algorithm
@@ -207,6 +209,11 @@ class PPOTrainer:
                     if args.eval_every and self.iteration % args.eval_every == 0 and self.iteration < args.num_rollouts:
                         self._log_evaluation()
             return {**metrics, **self._log_evaluation()}
+        except RewardError as error:
+            if self.iteration == 0:
+                raise
+            folder = save_checkpoint(self)
+            raise RewardError(f"{error}. Go on with resume_from_checkpoint={folder}") from error.__cause__
         finally:
             # Whatever ended the run, what was learned until then stays.
             self.save_model()
@@ -219,15 +226,18 @@ class PPOTrainer:
             columns: other columns for the reward functions, one value a prompt each.
         Raises:
             ValueError: a prompt is bad; names its number.
-            RewardError: see :func:`rlhf_ppo.rewards.score`; the responses are written to failed_rollout.jsonl first.
+            RewardError: see :func:`rlhf_ppo.scoring.score_responses`; the responses are in failed_rollout.jsonl.
         """
         if isinstance(prompts, str) or not len(prompts):
             raise ValueError(f"rollout() takes a list of one or more prompts, got {prompts!r}")
-        self.rollouts_made += 1
         if (copies := self.args.num_generations) > 1:
             prompts = [prompt for prompt in prompts for _ in range(copies)]
             columns = {name: [x for x in column for _ in range(copies)] for name, column in columns.items()}
-        return self.collector.collect(prompts, columns, self._generator(_TRAIN_STREAM, self.rollouts_made))
+        number = self.rollouts_made + 1
+        rollout = self.collector.collect(prompts, columns, self._generator(_TRAIN_STREAM, number))
+        # Counted once it is there: a run that a reward ended goes on with the very rollout that failed.
+        self.rollouts_made = number
+        return rollout
 
     def step(self, rollout: Rollout) -> dict[str, float]:
         """One PPO update on a rollout; returns its metrics.
@@ -249,7 +259,10 @@ class PPOTrainer:
 
     def _update(self, rollout: Rollout) -> dict[str, float]:
         args = warmup_settings(self.args) if self.warming_up else self.args
-        old, metrics = estimate(rollout, args, kl_coef=self.kl_coef)
+        statistics = self.score_statistics if args.normalize_scores else None
+        if statistics is not None:
+            statistics.add(rollout)
+        old, metrics = estimate(rollout, args, kl_coef=self.kl_coef, score_statistics=statistics)
         metrics["policy/clip_range"] = self.objective.clip_range
         metrics["policy/penalty_beta"] = self.objective.penalty_beta
         actions, losses = MetricAverage(), MetricAverage()

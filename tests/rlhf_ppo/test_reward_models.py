@@ -98,6 +98,7 @@ def test_chats_go_through_the_reward_tokenizers_template_or_are_written_out(make
     chat = [{"role": "user", "content": "hi"}]
     assert reward._text(chat, "yo") == "user: hi\n\nassistant: yo"
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'][0] }}.{{ m['content'] }} {% endfor %}"
+    reward = RewardModel(make_classifier(), tokenizer)
     assert reward._text(chat, "yo") == "u.hi a.yo "
     assert reward._text("hi", " yo") == "hi yo"
 

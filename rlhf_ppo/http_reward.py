@@ -1,0 +1,209 @@
+"""HTTPReward: a reward served over HTTP as JSON, every answer checked before it counts."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from http.client import HTTPException
+from typing import Any
+from urllib.parse import urlsplit
+
+from rlhf_ppo.data import Completion, Prompt
+from rlhf_ppo.reward_calls import RewardError
+from rlhf_ppo.scoring import StepRewards
+
+TOKEN_VARIABLE = "RLHF_PPO_REWARD_TOKEN"
+"""Environment variable with the bearer token; a token in the settings would be written down with them."""
+
+
+class _TemporaryError(Exception):
+    """What may be better next time: the server failed, or there was no connection, or no answer in time."""
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """A redirect becomes an HTTPError: prompts and token go to no other address than the one that was named."""
+
+
+class HTTPReward:
+    """A reward function that asks a server.
+
+    Request: POST ``{"items": [{"id", "prompt", "completion", "columns"}]}``; answer: ``{"scores": [{"id", "score"}]}``
+    in any order, where a score is a number, null (cannot be scored) or ``{"steps": [[end, score], ...]}`` (see
+    :class:`rlhf_ppo.StepRewards`).
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        timeout_s: float = 60.0,
+        max_retries: int = 3,
+        batch_size: int = 64,
+        backoff_s: float = 0.5,
+        max_answer_bytes: int = 16 * 2**20,
+    ) -> None:
+        """Name the server; nothing is sent yet.
+
+        Args:
+            url: an http or https address.
+            token: sent as ``Authorization: Bearer``; None: what ``RLHF_PPO_REWARD_TOKEN`` holds, if anything.
+            timeout_s: longest time in seconds for one request, from connecting to the answer's last byte.
+            max_retries: further attempts after a 5xx answer, a time-out or a failed connection, and after nothing else.
+            batch_size: most completions in one request.
+            backoff_s: pause before the first retry in seconds; it doubles with each further one, up to 30.
+            max_answer_bytes: a longer answer is an error.
+        Raises:
+            ValueError: the address or a number will not do.
+        """
+        try:
+            parts = urlsplit(url)
+            parts.port  # noqa: B018 - looks at it, and refuses what is no port
+        except ValueError as error:
+            raise ValueError(f"reward server {url!r}: {error}") from None
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"reward server {url!r}: an address looks like http://127.0.0.1:8000 or https://host/path")
+        if parts.username is not None or parts.password is not None:
+            raise ValueError(
+                f"reward server {parts.hostname!r}: a user name or password in the address would be logged with it; "
+                f"put a token into {TOKEN_VARIABLE}"
+            )
+        for name, value, least in (("batch_size", batch_size, 1), ("max_retries", max_retries, 0)):
+            if value < least:
+                raise ValueError(f"{name} must be {least} or more, got {value}")
+        if timeout_s <= 0:
+            raise ValueError(f"timeout_s must be positive, got {timeout_s}")
+        token = (token or os.environ.get(TOKEN_VARIABLE) or "").strip()
+        if not (token.isascii() and token.isprintable()) or " " in token:
+            raise ValueError(
+                f"the token for {parts.hostname} (or {TOKEN_VARIABLE}) has characters that no header may have"
+            )
+        self.url, self.timeout_s, self.max_retries, self.batch_size = url, timeout_s, max_retries, batch_size
+        self.backoff_s, self.max_answer_bytes = backoff_s, max_answer_bytes
+        self.__name__ = f"{parts.netloc}{parts.path}".rstrip("/")
+        self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if token:
+            self._headers["Authorization"] = f"Bearer {token}"
+        local = _is_loopback(parts.hostname)
+        if token and parts.scheme == "http" and not local:
+            warnings.warn(
+                f"the token for {parts.hostname} goes over http, readable on the way: use https", stacklevel=2
+            )
+        proxies = [urllib.request.ProxyHandler({})] if local else []
+        self._opener = urllib.request.build_opener(_NoRedirects, *proxies)
+
+    def __call__(
+        self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Sequence[Any]
+    ) -> list[float | StepRewards | None]:
+        """Ask for scores, ``batch_size`` completions at a time.
+
+        Raises:
+            RewardError: no answer after all retries, a refusal, or an answer that is not one score for each id.
+        """
+        columns = {name: values for name, values in columns.items() if name != "completion_ids"}
+        scores: list[float | StepRewards | None] = []
+        for start in range(0, len(completions), self.batch_size):
+            items = [
+                {
+                    "id": str(i),
+                    "prompt": prompts[i],
+                    "completion": completions[i],
+                    "columns": {name: values[i] for name, values in columns.items()},
+                }
+                for i in range(start, min(start + self.batch_size, len(completions)))
+            ]
+            scores += self._in_order([item["id"] for item in items], self._ask(items))
+        return scores
+
+    def _ask(self, items: list[dict[str, Any]]) -> Any:
+        try:
+            body = json.dumps({"items": items}, allow_nan=False).encode()
+        except (TypeError, ValueError) as error:
+            raise self._error(f"a prompt or column cannot be sent as JSON: {error}") from error
+        attempts = self.max_retries + 1
+        for attempt in range(attempts):
+            try:
+                return self._read(self._post(body))
+            except _TemporaryError as error:
+                if attempt + 1 == attempts:
+                    raise self._error(f"no answer after {attempts} attempts, at last: {error}") from error.__cause__
+                time.sleep(min(30.0, self.backoff_s * 2**attempt))
+        raise AssertionError("the last attempt returns or raises")
+
+    def _post(self, body: bytes) -> bytes:
+        deadline = time.monotonic() + self.timeout_s
+        request = urllib.request.Request(self.url, data=body, headers=self._headers, method="POST")
+        try:
+            with self._opener.open(request, timeout=self.timeout_s) as response:
+                body = self._body(response.read1, deadline)
+                if response.length:
+                    raise _TemporaryError(f"the answer broke off {response.length} bytes before its end")
+                return body
+        except urllib.error.HTTPError as error:
+            with error:
+                if error.code >= 500:
+                    raise _TemporaryError(f"HTTP {error.code} {error.reason}") from error
+                if 300 <= error.code < 400:
+                    to = error.headers.get("Location", "nowhere")
+                    raise self._error(f"HTTP {error.code} points to {to}: redirects are not followed") from error
+                hint = f" (is {TOKEN_VARIABLE} right?)" if error.code in (401, 403) else ""
+                said = error.read(200).decode("utf-8", "replace")
+                raise self._error(f"HTTP {error.code} {error.reason}{hint}: {said!r}") from error
+        except (OSError, HTTPException) as error:  # refused, unknown host, cut, timed out, no HTTP
+            raise _TemporaryError(f"{type(error).__name__}: {error}") from error
+
+    def _body(self, read1: Callable[[int], bytes], deadline: float) -> bytes:
+        body = b""
+        while chunk := read1(65536):
+            body += chunk
+            if len(body) > self.max_answer_bytes:
+                raise self._error(f"the answer is longer than max_answer_bytes={self.max_answer_bytes}")
+            if time.monotonic() > deadline:  # the socket's own time-out starts anew with each piece
+                raise _TemporaryError(f"the answer took longer than {self.timeout_s} seconds")
+        return body
+
+    def _read(self, body: bytes) -> Any:
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise self._error(f"the answer is not JSON: {body[:200]!r}") from error
+
+    def _in_order(self, ids: Sequence[str], answer: Any) -> list[float | StepRewards | None]:
+        """Scores in the order of ``ids``, from an answer in any order."""
+        rows = answer.get("scores") if isinstance(answer, Mapping) else None
+        if not isinstance(rows, list) or not all(isinstance(row, Mapping) and "score" in row for row in rows):
+            raise self._error(f'expected {{"scores": [{{"id", "score"}}]}}, got {answer!r:.200}')
+        got = [row.get("id") for row in rows]
+        for what, wrong in (
+            ("missing", [i for i in ids if i not in got]),
+            ("unknown", [i for i in got if i not in ids]),
+            ("duplicate", [i for i in ids if got.count(i) > 1]),
+        ):
+            if wrong:
+                raise self._error(f"the answer has {what} ids: {wrong!r:.200}")
+        by_id = {row["id"]: row["score"] for row in rows}
+        return [_score(by_id[i]) for i in ids]
+
+    def _error(self, message: str) -> RewardError:
+        return RewardError(f"reward server {self.__name__}: {message}")
+
+
+def _score(value: Any) -> Any:
+    """Steps from their JSON form; anything else as it came: what is no score is refused with the other rewards'."""
+    if isinstance(value, Mapping) and set(value) == {"steps"} and isinstance(value["steps"], list):
+        return StepRewards(value["steps"])
+    return value
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

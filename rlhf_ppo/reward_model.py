@@ -1,0 +1,152 @@
+"""RewardModel: a sequence-classification model as a reward function, with a tokenizer of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_ppo.data import Completion, Prompt
+from rlhf_ppo.models import context_length, find_config, freeze, fuse_activations, load_classifier
+
+
+class RewardModel:
+    """A sequence-classification model with one label as a reward function; it reads text with its own tokenizer.
+
+    Text prompts are scored as prompt + completion; chats through the reward tokenizer's chat template. With a
+    ``chat_template`` given, a text prompt becomes a chat of one user message.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        batch_size: int = 32,
+        chat_template: str | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        """Load a hub id or folder, or wrap a model; it is frozen and put into evaluation mode.
+
+        Args:
+            model: hub id, folder or model with ``num_labels=1``.
+            tokenizer: its own, if it does not lie beside the model. It is never changed.
+            device: where to score.
+            batch_size: texts in one pass.
+            chat_template: Jinja text for chats, a file with it, or "tokenizer" for the tokenizer's own; text prompts
+                then become a user message. None: chats through the tokenizer's own template, text as it is.
+            max_length: most tokens of a text, special ones included; a longer one loses its beginning, because the
+                completion is at its end. None: the smaller of the tokenizer's and the model's limit.
+        Raises:
+            ValueError: more than one label, a bare model without a tokenizer, or no template where one is asked for.
+        """
+        source = model if isinstance(model, str) else model.config._name_or_path
+        config = find_config(model)
+        self.__name__ = Path(source).name or type(model).__name__
+        if config.num_labels != 1:
+            raise ValueError(
+                f"reward model {self.__name__!r} has num_labels={config.num_labels}, but a reward is one number; "
+                "use a model with num_labels=1, or wrap this one in a function that picks a label"
+            )
+        if tokenizer is None and not source:
+            raise ValueError(
+                "a reward model that was not loaded from a folder or hub id needs its tokenizer: "
+                "pass RewardModel(model, tokenizer) as the reward function"
+            )
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        self.read_with(tokenizer, config, chat_template=chat_template, max_length=max_length)
+        if isinstance(model, str):
+            model = load_classifier(model)
+        self.model: Any = freeze(cast(PreTrainedModel, model)).to(device)
+        fuse_activations(self.model)
+        self.batch_size = batch_size
+
+    def read_with(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: PretrainedConfig,
+        *,
+        chat_template: str | None,
+        max_length: int | None,
+    ) -> None:
+        """Settle how text becomes ids: the arguments are those of the class, ``config`` is the model's."""
+        self.tokenizer: PreTrainedTokenizerBase = copy.deepcopy(tokenizer)
+        self.tokenizer.truncation_side = "left"
+        self.text_as_chat = chat_template is not None
+        if chat_template is not None and chat_template != "tokenizer":
+            self.tokenizer.chat_template = _template(chat_template)
+        if self.text_as_chat and not self.tokenizer.chat_template:
+            raise ValueError(
+                f"reward model {self.__name__!r}: its tokenizer has no chat template; "
+                "give the template itself instead of 'tokenizer'"
+            )
+        # Some tokenizers give 1e30 for "no limit"; positions beyond the model's own would be an index error.
+        limits = (max_length, self.tokenizer.model_max_length, context_length(config))
+        self.max_length = min(limit for limit in limits if limit is not None)
+
+    def _text(self, prompt: Prompt, completion: Completion) -> str:
+        if isinstance(prompt, str) and self.text_as_chat:
+            prompt = [{"role": "user", "content": prompt}]
+        return scored_text(self.tokenizer, prompt, completion)
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Any) -> list[float]:
+        """The model's one logit for each prompt with its completion."""
+        texts = [self._text(p, c) for p, c in zip(prompts, completions, strict=True)]
+        rows = [scored_ids(self.tokenizer, text, truncation=True, max_length=self.max_length) for text in texts]
+        scores: list[float] = []
+        for start in range(0, len(rows), self.batch_size):
+            scores += self._logits(rows[start : start + self.batch_size]).tolist()
+        return scores
+
+    def _logits(self, rows: list[list[int]]) -> Tensor:
+        return text_scores(self.model, self.tokenizer, rows)
+
+
+def _template(source: str) -> str:
+    if "{" in source:
+        return source
+    if not Path(source).is_file():
+        raise ValueError(
+            f"chat template file {source} does not exist: name a file with a Jinja template, or 'tokenizer'"
+        )
+    return Path(source).read_text(encoding="utf-8")
+
+
+def scored_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Completion) -> str:
+    """What a reward model reads: prompt + completion, or a chat through its chat template (written out without one)."""
+    if isinstance(prompt, str):
+        return f"{prompt}{completion}"
+    said = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    messages = [*prompt, *said]
+    if tokenizer.chat_template:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def scored_ids(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> list[int]:
+    """Token ids of what a reward model reads, with special tokens unless a chat template wrote the first one itself."""
+    first = tokenizer.bos_token
+    written = isinstance(first, str) and text.startswith(first)
+    return cast(list[int], tokenizer(text, add_special_tokens=not written, **options)["input_ids"])
+
+
+def text_scores(model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> Tensor:
+    """A one-label classifier's logit [B] for each row of token ids, padded by length, with gradients."""
+    # Decoder classifiers pool at the last token whose id is not the pad id. With pad == eos that is one token early, so
+    # padding takes an id that occurs in no row.
+    used = {token for row in rows for token in row}
+    pad = tokenizer.pad_token_id
+    if pad is None or pad in used:
+        pad = next(i for i in range(model.config.get_text_config().vocab_size) if i not in used)
+    model.config.get_text_config().pad_token_id = pad
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=model.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
+    return model(input_ids=ids, attention_mask=mask).logits.float().squeeze(-1)

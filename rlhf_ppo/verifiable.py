@@ -1,0 +1,70 @@
+"""Verifiable rewards: a completion's number against the data set's, parsed and compared exactly, never evaluated."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from rlhf_ppo.data import Completion, Prompt
+
+_MARK = "####"
+
+# A sign counts where no number or word ends right before it: "10-7" ends in 7, "= -7" in -7. Digits inside a word (x2)
+# are no number. Every repetition is followed by something it cannot match itself, so the time is linear in the text.
+_NUMBER = re.compile(
+    r"""(?<!\w)(?<![0-9]\.)
+    (?P<sign>(?<![\w)])[-+\u2212])? [$\u20ac\u00a3]? (?P<sign2>(?<=[$\u20ac\u00a3])-)?
+    (?P<digits>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+|(?<!\.)(?=\.[0-9]))
+    (?P<decimals>\.[0-9]+)?
+    (?P<exponent>[eE][-+]?[0-9]+)?
+    (?:[ ]?/[ ]?(?P<denominator>[0-9]+))?
+    """,
+    re.VERBOSE,
+)
+
+_MAX_DIGITS = 100
+_MAX_EXPONENT = 100
+
+
+def find_number(text: str) -> Fraction | None:
+    """The answer that a text gives: the first number after its last ``####``, else its last number, or None.
+
+    Commas between thousands, a currency sign before and a percent sign after a number are read over (50% is 50);
+    decimals, fractions (3/4) and powers of ten (2.5e3) count with their exact value. Numbers of more than 100 digits or
+    powers beyond 100 are no answer, so that no text can make the comparison slow.
+    """
+    _, mark, tail = text.rpartition(_MARK)
+    numbers = _NUMBER.finditer(tail)
+    found = next(numbers, None) if mark else next(iter(deque(numbers, maxlen=1)), None)
+    return None if found is None else _value(found)
+
+
+def _value(found: re.Match[str]) -> Fraction | None:
+    digits, decimals = found["digits"].replace(",", ""), found["decimals"] or ""
+    exponent, denominator = (found["exponent"] or "e0")[1:], found["denominator"] or "1"
+    if max(len(digits), len(decimals), len(denominator)) > _MAX_DIGITS or len(exponent) > 4:
+        return None
+    if abs(int(exponent)) > _MAX_EXPONENT or int(denominator) == 0:
+        return None
+    value = Fraction(f"{digits or '0'}{decimals}e{exponent}") / int(denominator)
+    negative = found["sign"] in ("-", "\u2212") or found["sign2"] is not None
+    return -value if negative else value
+
+
+def gsm8k(
+    prompts: Sequence[Prompt], completions: Sequence[Completion], answer: Sequence[Any], **columns: Any
+) -> list[float | None]:
+    """1 where the completion's number is that of the column ``answer``, else 0; None where ``answer`` has no number.
+
+    Both are read by :func:`find_number`, so ``answer`` may be GSM8K's worked solution with ``#### 18`` at its end, or a
+    number. After several turns the last message counts.
+    """
+    return [_matches(completion, find_number(str(a))) for completion, a in zip(completions, answer, strict=True)]
+
+
+def _matches(completion: Completion, reference: Fraction | None) -> float | None:
+    text = completion if isinstance(completion, str) else completion[-1]["content"]
+    return None if reference is None else float(find_number(text) == reference)
