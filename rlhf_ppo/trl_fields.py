@@ -124,7 +124,9 @@ FIELDS: dict[str, dict[str, Row]] = {
             "token it hits finished responses; here it looks for the stop tokens.",
         ),
         "temperature": _same("temperature", "Divides the logits of policy and reference, there as here."),
-        "missing_eos_penalty": _same("missing_eos_penalty", "Subtracted from the score, there as here."),
+        "missing_eos_penalty": _same(
+            "missing_eos_penalty", "Subtracted from the score, there as here (`missing_eos_mode` can replace it)."
+        ),
         "num_ppo_epochs": _same("num_epochs"),
         "num_mini_batches": _changed(
             "num_minibatches",
@@ -140,7 +142,10 @@ FIELDS: dict[str, dict[str, Row]] = {
             "TRL prints nearly greedy responses to one batch of evaluation prompts this often; here the evaluation "
             "samples and scores all of them. Converted, unless `eval_steps` is given.",
         ),
-        "whiten_rewards": _missing("Advantages are whitened, there as here; rewards keep their scale."),
+        "whiten_rewards": _missing(
+            "Advantages are whitened, there as here. Nearest: scores brought to one scale over the run.",
+            "normalize_scores",
+        ),
         "kl_coef": _same("kl_coef", "Or adaptive: `kl_target`."),
         "kl_estimator": _same("kl_estimator", "k2 is allowed too."),
         "cliprange": _same("clip_range"),
