@@ -17,6 +17,10 @@ CHUNK_LOGITS = 2**25
 # What linear_logprobs works on at a time: 4 MiB of float32 logits, but no fewer than 256 words.
 _BLOCK_LOGITS, _BLOCK_WORDS = 2**20, 256
 
+# Words among which the largest logit is looked for before the product: the first ones (in BPE the most frequent), and
+# as many spread over the rest.
+_SAMPLE = 1024
+
 
 def token_logprobs(
     logits: Tensor, tokens: Tensor, *, temperature: float = 1.0, dtype: torch.dtype | None = None
@@ -162,10 +166,11 @@ class _LinearLogprobs(torch.autograd.Function):
         with torch.autocast(kind, enabled=False):
             for rows in _chunks(count, chunk_size):
                 states = hidden[rows].to(ctx.low).T
+                shift = _shift(states, weight)
                 chosen = torch.zeros_like(normaliser[rows])
                 for i, block in enumerate(blocks):
                     room = kept[block] if kept is not None and kept.dtype == dtype and not return_entropy else None
-                    logits = _block_logits(states, weight, bias, block, temperature, dtype, room)
+                    logits = _block_logits(states, shift, weight, bias, block, temperature, dtype, room)
                     place, inside = _places(tokens[rows], block)
                     chosen = torch.where(inside, logits.gather(0, place)[0], chosen)
                     # A block of banned tokens has no largest logit to subtract.
@@ -206,11 +211,12 @@ class _LinearLogprobs(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, None
         for rows in _chunks(hidden.shape[0], ctx.chunk_size):
             states = hidden[rows].to(ctx.low)
+            shift = _shift(states.T, weight) if kept is None else None
             upstream = grad_logprobs[rows].to(dtype) / ctx.temperature
             scale = grad_entropy[rows].to(dtype) / ctx.temperature
             for i, block in enumerate(ctx.blocks):
                 if kept is None:
-                    logits = _block_logits(states.T, weight, bias, block, ctx.temperature, dtype)
+                    logits = _block_logits(states.T, shift, weight, bias, block, ctx.temperature, dtype)
                     e = logits.sub_(maxima[i, rows]).exp_()
                 else:
                     e = kept[block].to(dtype)
@@ -255,8 +261,21 @@ def _places(tokens: Tensor, block: slice) -> tuple[Tensor, Tensor]:
     return torch.where(inside, place, 0)[None], inside
 
 
+def _shift(states: Tensor, weight: Tensor) -> Tensor | None:
+    """About the largest logit of each state [O, n] in a format below float32; None: logits need no shift.
+
+    bfloat16 keeps 8 bits: logits near 100, as GPT-2's are, would be rounded to halves. What is rounded is therefore how
+    far they lie from this number, which is small for all words that matter.
+    """
+    if states.dtype == compute_dtype(states):
+        return None
+    some = torch.cat([weight[:_SAMPLE], weight[_SAMPLE :: max(weight.shape[0] // _SAMPLE, 1)]])
+    return (some.to(states.dtype) @ states).amax(dim=0)
+
+
 def _block_logits(
     states: Tensor,
+    shift: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     block: slice,
@@ -265,7 +284,11 @@ def _block_logits(
     room: Tensor | None = None,
 ) -> Tensor:
     """Logits [block, n] in ``dtype``, written into ``room`` if given; the product is in the format of states [O, n]."""
-    logits = torch.mm(weight[block].to(states.dtype), states, out=room).to(dtype)
+    words = weight[block].to(states.dtype)
+    if shift is None:
+        logits = torch.mm(words, states, out=room).to(dtype)
+    else:  # the product is shifted before it is rounded, and back afterwards
+        logits = torch.addmm(-shift, words, states).to(dtype).add_(shift.to(dtype))
     if bias is not None:
         logits.add_(bias[block, None].to(dtype))
     return logits if temperature == 1 else logits.div_(temperature)
@@ -281,15 +304,14 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
         total.add_(a @ b)
 
 
-def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float = 1.0) -> Tensor:
-    """``(hidden @ weight.T + bias) / temperature`` as a new [N, V] tensor, in float32 or wider; without gradients."""
-    # On CPU the product is up to twice as fast with the vocabulary as rows; only the strides differ.
-    logits = (weight @ hidden.T).T if hidden.device.type == "cpu" else hidden @ weight.T
-    dtype = compute_dtype(hidden)
-    logits = logits.to(dtype)
-    if bias is not None:
-        logits = logits.add_(bias.to(dtype))
-    return logits if temperature == 1 else logits.div_(temperature)
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``hidden @ weight.T + bias`` as a new [N, V] tensor as :func:`linear_logprobs` computes it; without gradients."""
+    kind = hidden.device.type
+    low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    with torch.autocast(kind, enabled=False):
+        states = hidden.to(low).T
+        whole = slice(0, weight.shape[0])
+        return _block_logits(states, _shift(states, weight), weight, bias, whole, 1.0, compute_dtype(hidden)).T
 
 
 def entropy_from_logits(logits: Tensor, *, temperature: float = 1.0) -> Tensor:

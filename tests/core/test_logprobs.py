@@ -261,10 +261,23 @@ class TestLinearLogprobs:
             assert leaf.grad.dtype == dtype
             assert leaf.grad.device.type == device.type
 
-    def test_without_a_bias_the_softmax_is_in_float32_too(self):
-        hidden, weight, _, tokens = head(rows=40, vocabulary=300, dtype=torch.bfloat16)
-        logits = (hidden @ weight.T).float()
-        assert torch.equal(linear_logprobs(hidden, weight, tokens), token_logprobs(logits, tokens).bfloat16())
+    @pytest.mark.parametrize("autocast", [False, True])
+    def test_in_bfloat16_log_probs_keep_their_precision_however_far_the_logits_are_from_0(self, autocast):
+        # A direction that all words share puts every logit near 100, where bfloat16 knows halves only.
+        hidden, weight, _, _ = (x.detach() for x in head(rows=40, width=8, vocabulary=300, dtype=torch.bfloat16))
+        hidden[:, 0], weight[:, 0] = 10, 10
+        logits = hidden.double() @ weight.double().T
+        tokens = logits.argmax(dim=-1)
+        exact = token_logprobs(logits, tokens)
+        assert (token_logprobs((hidden @ weight.T).float(), tokens) - exact).abs().max() > 0.1
+        if autocast:
+            hidden, weight = hidden.float(), weight.float()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            got, small = linear_logprobs(hidden, weight, tokens), linear_logprobs(hidden, weight, tokens, chunk_size=3)
+        # 0.01: what is rounded lies within 4 of 0, where bfloat16 knows 1/64; the result in bfloat16 adds 1/256 of it.
+        tolerance = {"atol": 0.01, "rtol": 0.0 if autocast else 1 / 256}
+        assert_close(got.double(), exact, **tolerance)
+        assert_close(small.double(), exact, **tolerance)
 
     def test_float32_gradients_are_the_plain_way_s(self, device):
         # Backward must not slip into a lower precision than forward had.
