@@ -50,8 +50,9 @@ class RLHFConfig(PPOConfig):
     importance_weight_cap: float | None = None
     """With recompute_logprobs: weigh each action's loss by the ratio of the two, at most this (2 is usual). None: no
     weights."""
-    max_initial_log_ratio: float = 0.1
-    """Tripwire: stop when any |log-ratio| before a rollout's first optimizer step exceeds this many nats."""
+    max_initial_log_ratio: float | None = None
+    """Tripwire: stop when any |log-ratio| before a rollout's first optimizer step exceeds this many nats. None: 0.1, or
+    0.5 where bf16 rounds decoding and training differently."""
 
     # Reward
     reward_weights: tuple[float, ...] | None = None
@@ -220,13 +221,14 @@ class RLHFConfig(PPOConfig):
             "http_retries",
         ):
             self._require(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("temperature", "kl_horizon", "max_initial_log_ratio", "score_scale", "http_timeout_s"):
+        for name in ("temperature", "kl_horizon", "score_scale", "http_timeout_s"):
             self._require(name, getattr(self, name) > 0, "positive")
         for name in (
             "kl_target",
             "reward_timeout_s",
             "microbatch_tokens",
             "num_threads",
+            "max_initial_log_ratio",
             "value_learning_rate",
             "adaptive_lambda_alpha",
             "score_clip",

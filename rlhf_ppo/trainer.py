@@ -349,11 +349,12 @@ class PPOTrainer:
 
     def _check_tripwire(self, first_step: MetricAverage) -> float:
         gap = first_step.compute()["max_abs_log_ratio"]
-        if not gap <= self.args.max_initial_log_ratio:
+        bound = self.args.max_initial_log_ratio or (0.5 if self.parts.bf16 else 0.1)
+        if not gap <= bound:
             clear_gradients(self.model)
             raise RatioTripwireError(
                 f"before the first optimizer step some |log(new/old)| is {gap:.3g} nats, above max_initial_log_ratio="
-                f"{self.args.max_initial_log_ratio}: sampling and training disagree. Usual causes: weights changed "
+                f"{bound}: sampling and training disagree. Usual causes: weights changed "
                 "between rollout() and step(), dropout or another source of noise in the model, a model whose cached "
                 "decoding differs from its full forward pass (try recompute_logprobs=True), weights that are no longer "
                 "finite (lower learning_rate), or low precision (raise the bound)"

@@ -56,7 +56,6 @@ def test_a_run_in_bf16_is_near_one_in_fp32(make_trainer, make_model, wake_critic
             model=make_model(kind),
             value_model=make_model(kind, seed=7) if separate else None,
             precision=precision,
-            max_initial_log_ratio=0.5,
             max_grad_norm=1e9,
             num_epochs=1,
             num_minibatches=1,
@@ -88,7 +87,7 @@ def test_a_run_in_bf16_is_near_one_in_fp32(make_trainer, make_model, wake_critic
 
 def test_a_run_in_bf16_goes_through_and_samples_what_it_trains(make_trainer):
     """Cached decoding and one pass over the whole are rounded differently: tenths of a nat on log-probs of -20."""
-    trainer = make_trainer(precision="bf16", max_initial_log_ratio=0.5, recompute_logprobs=False)
+    trainer = make_trainer(precision="bf16", recompute_logprobs=False)
     metrics = trainer.train()
     assert trainer.parts.bf16
     assert 0 < metrics["policy/first_minibatch_max_abs_log_ratio"] < 0.5
