@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 import rlhf_ppo.rollout
 from rlhf_ppo.actor_critic import ActorCritic
@@ -157,6 +159,16 @@ def test_strings_are_found_however_tokens_split_text_and_characters():
         assert (found.index(True) if True in found else None) == first, text
 
 
+def test_a_space_that_a_token_alone_would_lose_counts():
+    """Tokenizers of the Llama kind write the space into the word, and drop it where a text begins."""
+    core = Tokenizer(models.WordLevel({"?": 0, "\u2581the": 1, "\u2581cat": 2}, unk_token="?"))
+    core.decoder = decoders.Metaspace()
+    words = PreTrainedTokenizerFast(tokenizer_object=core)
+    assert words.decode([1, 2]) == "the cat" and words.decode([2]) == "cat"
+    watch = TextStop(words, ("e c",), 1)
+    assert [bool(watch(torch.tensor([i]), torch.tensor([0]))) for i in (2, 1, 2)] == [False, False, True]
+
+
 def test_the_cost_of_a_token_does_not_grow_with_the_response(tokenizer, monkeypatch):
     watch, sizes = TextStop(tokenizer, ("zzz",), 1), []
     decode = tokenizer.decode
@@ -166,15 +178,18 @@ def test_the_cost_of_a_token_does_not_grow_with_the_response(tokenizer, monkeypa
     assert max(sizes) <= 8
 
 
-def test_bytes_that_never_make_a_character_do_not_hold_it_up():
+def test_bytes_that_never_make_a_character_do_not_hold_it_up(monkeypatch):
     from rlhf_ppo.sft import train_tokenizer
 
     pairs = train_tokenizer(["the cat"] * 50, 280, 64)
     broken = pairs("\u00e9", add_special_tokens=False)["input_ids"][0]  # the first of two bytes
     assert pairs.decode([broken]) == "\ufffd"
-    watch = TextStop(pairs, ("cat",), 1)
-    ids = [broken] * 9 + pairs(" cat", add_special_tokens=False)["input_ids"]
+    watch, sizes = TextStop(pairs, ("cat",), 1), []
+    text = watch._text
+    monkeypatch.setattr(watch, "_text", lambda ids: sizes.append(len(ids)) or text(ids))
+    ids = [broken] * 50 + pairs(" cat", add_special_tokens=False)["input_ids"]
     assert [bool(watch(torch.tensor([i]), torch.tensor([0]))) for i in ids][-1]
+    assert max(sizes) <= 8
 
 
 def test_cut_at():

@@ -30,6 +30,8 @@ class GuessTheLetter:
         observation, reward = f" no {self.steps}", float(right)
         if self.style == "gymnasium":
             return observation, reward, right, False, {}
+        if self.style == "truncating":
+            return observation, 0.5, False, self.steps == 2, {}
         if self.style == "short":
             return observation, reward, right
         return SimpleNamespace(observation={"text": observation}, reward=reward if right else None, done=right)
@@ -65,6 +67,14 @@ def test_each_conversation_has_an_environment_of_its_own(make_trainer, prompts, 
     assert len(set(rollout.scores.tolist())) == 2
     assert not games._episodes
     trainer.step(rollout)
+
+
+def test_an_episode_that_is_cut_ends_the_conversation(make_trainer, prompts):
+    games = Environments(lambda prompt: GuessTheLetter(prompt, "truncating"))
+    trainer = make_trainer(respond=games, reward_funcs=games.reward, max_turns=5)
+    with pytest.warns(UserWarning, match="every response scored"):
+        rollout = trainer.rollout(prompts)
+    assert rollout.scores.tolist() == [1.0] * 8 and (rollout.turns.amax(dim=1) == 1).all()
 
 
 def test_a_game_is_learned(make_trainer):

@@ -56,6 +56,9 @@ def test_turns_by_hand():
     # The critic before the first token of each turn; what it says further in, or at a reply, is not asked for.
     assert values.tolist() == [[0.5, 1.5], [2.0, 0.0]]
     assert taken.tolist() == [[True, True], [True, False]]
+    # A conversation that is left out took no turn.
+    nobody = torch.zeros_like(MASK)
+    assert not to_turns(REWARDS, VALUES, TURNS, nobody)[2].any()
     assert to_tokens(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), TURNS, MASK).tolist() == [[1, 1, 0, 2], [3, 3, 0, 0]]
 
 
