@@ -1,7 +1,7 @@
 """A small GPT-2 plays a text game of three questions, and learns to stay in it.
 
-Tom is asked for his pet, then for a colour, then for something to eat. An answer without one ends the game, so a
-point for the last question needs all three. What you will see: a progress bar, the points per game before and after,
+Tom is asked for his pet, then for its colour, then for its name. An answer without one ends the game, so a point for
+the last question needs all three. What you will see: a progress bar, the points per game before and after,
 and two games of each. It takes about two minutes on one CPU core with the model in the package.
 Run:  python examples/multi_turn.py
 """
@@ -17,11 +17,8 @@ OPENING = 'Tom met {name}. "What pet do you have?" {name} asked. Tom said, "I ha
 NAMES = "Lily Ben Mia Sam Anna Max Sue Tim Amy Jack Lucy Bob".split()
 QUESTIONS = [
     ("dog cat bird fish cow horse pig duck bear frog bunny lion mouse", '" "What colour is it?" Tom said, "It is'),
-    (
-        "red blue green yellow white black brown pink orange",
-        '" "What does it eat?" Tom said, "It likes to eat',
-    ),
-    ("bread fish cake milk apple apples meat grass fruit cheese food cookies corn", ""),
+    ("red blue green yellow white black brown pink orange", '" "What is its name?" Tom said, "Its name is'),
+    ("max spot tim sam ben lily lucy tom mia fluffy buddy daisy bella rex bob sue", ""),
 ]
 
 

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 import rlhf_ppo.rollout
@@ -77,6 +78,28 @@ def test_with_learning_rate_0_every_ratio_stays_1(talk, make_model, prompts, kin
     assert metrics["response/turns"] == pytest.approx(float(rollout.turns.amax(dim=1).float().mean()) + 1)
     # The reference is the untrained policy itself, so it must say the same about the same sequence.
     torch.testing.assert_close(rollout.ref_logprobs, rollout.logprobs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"recompute_logprobs": True, "importance_weight_cap": 2.0},
+        {"ratio_level": "turn", "turn_credit": "turn", "gamma_turn": 0.9},
+        {"ratio_level": "sequence", "adaptive_lambda_alpha": 0.5},
+        {"kl_loss_coef": 0.1, "kl_loss": "exact", "min_new_tokens": 2},
+        {"advantage_estimator": "rloo", "num_generations": 2},
+        {"critic": "adapter", "peft_config": LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)},
+        {"gradient_checkpointing": True, "ent_coef": 0.1, "min_new_tokens": 2},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_other_features_read_the_same_sequences(talk, prompts, settings):
+    trainer = talk(learning_rate=0.0, microbatch_tokens=40, **settings)
+    rollout = trainer.rollout(prompts)
+    metrics = trainer.step(rollout)
+    assert metrics["policy/max_abs_log_ratio"] < 1e-5 and metrics["response/turns"] > 1
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert abs(metrics["kl/reference_nats_per_response"]) < 1e-4
 
 
 @pytest.mark.parametrize("separate", [False, True])
