@@ -170,12 +170,15 @@ class Collector:
 
     def _score(self, rollout: Rollout, *, needs_scores: bool) -> Rollout:
         args = self.args
-        ids = [row[keep].tolist() for row, keep in zip(rollout.response_ids, rollout.mask, strict=True)]
+        ids, turns = (
+            None if x is None else [row[keep].tolist() for row, keep in zip(x, rollout.mask, strict=True)]
+            for x in (rollout.response_ids, rollout.turns)
+        )
         before = self._cache_use()
         try:
             parts = score_responses(
                 {name: function for name, (function, _) in self.parts.rewards.items()},
-                Responses(rollout.prompts, rollout.completions, rollout.columns, ids, rollout.conversations),
+                Responses(rollout.prompts, rollout.completions, rollout.columns, ids, rollout.conversations, turns),
                 decode=lambda tokens: str(self.parts.tokenizer.decode(tokens, skip_special_tokens=True)),
                 timeout_s=args.reward_timeout_s,
                 drop_nonfinite=args.drop_nonfinite_scores,

@@ -21,7 +21,7 @@ class _Episode:
 
 
 class Environments:
-    """One environment per conversation: answers the policy's turns, and scores a conversation by its summed rewards.
+    """One environment per conversation: answers the policy's turns, and rewards each on its last token.
 
     ``PPOTrainer(..., respond=environments, reward_funcs=environments.reward)``, with ``max_turns`` above 1. Each turn
     of the policy is one action; the observation is the reply. The prompt stands for what ``reset`` shows.
@@ -68,10 +68,21 @@ class Environments:
         return observation
 
     def reward(
-        self, prompts: Sequence[Any], completions: Sequence[Any], *, conversations: Sequence[Messages], **columns: Any
-    ) -> list[float]:
-        """The summed rewards of each conversation; ends the episodes that are still open."""
-        return [sum(self._end(messages)) for messages in conversations]
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        *,
+        conversations: Sequence[Messages],
+        completion_turns: Sequence[Sequence[int]],
+        **columns: Any,
+    ) -> list[list[float]]:
+        """A reward function: what ``step`` gave for each turn, on its last token; it ends episodes still open."""
+        scores: list[list[float]] = []
+        for messages, turns in zip(conversations, completion_turns, strict=True):
+            rewards = self._end(messages)
+            ends = [i + 1 == len(turns) or turns[i + 1] != turn for i, turn in enumerate(turns)]
+            scores.append([rewards[turn] if last else 0.0 for turn, last in zip(turns, ends, strict=True)])
+        return scores
 
     def _end(self, messages: Messages) -> list[float]:
         episode = self._episodes.pop(id(messages), None)

@@ -15,9 +15,9 @@ from typing import Any
 RewardFunction = Callable[..., Any]
 """``fn(prompts, completions, completion_ids=..., **columns)``, sync or async: one score per completion, in their order.
 ``completion_ids`` (the sampled token ids) is passed to functions that name it or take ``**`` anything; after several
-turns ``conversations`` (all messages) to those that name it."""
+turns ``conversations`` (all messages) and ``completion_turns`` (the turn of each token) to those that name them."""
 
-RESERVED = ("prompts", "completions", "completion_ids", "conversations")
+RESERVED = ("prompts", "completions", "completion_ids", "conversations", "completion_turns")
 """Names that reward functions receive anyway, so that no column of a data set may have them."""
 
 
@@ -55,7 +55,7 @@ def require_takes(
     signature = _signature(function)
     if signature is None:
         return
-    extra = ["completion_ids", "conversations"] if conversations else ["completion_ids"]
+    extra = ["completion_ids", "conversations", "completion_turns"] if conversations else ["completion_ids"]
     given: dict[str, Any] = dict.fromkeys([*columns, *(name for name in extra if takes(function, name))])
     try:
         signature.bind([], [], **given)

@@ -46,6 +46,8 @@ class Responses:
     """[B] the sampled token ids of each response, stop token included, without padding."""
     conversations: Sequence[list[dict[str, str]]] | None = None
     """[B] all messages, where the policy spoke in several turns."""
+    completion_turns: Sequence[list[int]] | None = None
+    """[B] the number of the turn of each token in ``completion_ids``, likewise."""
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -63,12 +65,13 @@ class Responses:
             {name: [values[i] for i in rows] for name, values in self.columns.items()},
             None if self.completion_ids is None else [self.completion_ids[i] for i in rows],
             None if self.conversations is None else [self.conversations[i] for i in rows],
+            None if self.completion_turns is None else [self.completion_turns[i] for i in rows],
         )
 
     def arguments(self, function: RewardFunction) -> tuple[RewardFunction, tuple[Any, ...], dict[str, Any]]:
         """The function with the arguments to call it with."""
         keywords: dict[str, Any] = dict(self.columns)
-        for name in ("completion_ids", "conversations"):
+        for name in ("completion_ids", "conversations", "completion_turns"):
             if getattr(self, name) is not None and takes(function, name):
                 keywords[name] = getattr(self, name)
         return function, (self.prompts, self.completions), keywords
