@@ -8,11 +8,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlhf_ppo.adapters import add_adapter, load_adapter, use_adapter
 from rlhf_ppo.heads import find_file, read_head
-from rlhf_ppo.models import find_config, resolve_model
+from rlhf_ppo.models import find_config, load_tokenizer, resolve_model
 from rlhf_ppo.reading import without_adapter_wrapper
 from rlhf_ppo.reward_model import RewardModel
 
@@ -25,11 +25,6 @@ def reward_adapter_config(source: Any) -> dict[str, Any] | None:
         return None
     config = json.loads(file.read_text(encoding="utf-8"))
     return config if config.get("task_type") == "SEQ_CLS" else None
-
-
-def _tokenizer(source: str, base: str) -> Any:
-    where = source if find_file(source, "tokenizer_config.json") else base
-    return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
 
 
 class AdapterReward(RewardModel):
@@ -63,9 +58,9 @@ class AdapterReward(RewardModel):
                 f"{name!r}: leave share_reward_base out, and the reward loads its own base"
             )
         self.__name__ = Path(source).name
-        self.read_with(_tokenizer(source, base), find_config(model), chat_template=chat_template, max_length=max_length)
+        self.read_with(load_tokenizer(source), find_config(model), chat_template=chat_template, max_length=max_length)
         self.batch_size = 32
-        self.source, self.config = source, config
+        self.source = source
         self.head = read_head(source, find_config(model), setting="reward")
 
     def attach(self, policy: Any) -> None:
@@ -80,6 +75,7 @@ class AdapterReward(RewardModel):
         file = find_file(self.source, "adapter_model.safetensors")
         assert file is not None  # its head was read from there
         load_adapter(policy, REWARD_ADAPTER, file)
+        policy.eval()  # a new adapter's dropout is on
         self.policy, self.trunk = policy, without_adapter_wrapper(policy).base_model
         self.head = {name: x.to(next(policy.parameters()).device) for name, x in self.head.items()}
 

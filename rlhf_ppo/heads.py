@@ -33,8 +33,7 @@ def read_head(source: str, trunk: PretrainedConfig, *, setting: str) -> dict[str
     where = f"{setting}={source!r}"
     found: dict[str, Tensor] = {}
     for name, file in _tensor_files(source, where):
-        layer = name.removeprefix("base_model.model.").rpartition(".")[0]
-        if file.name == VALUE_HEAD_FILE or layer in _HEADS:
+        if file.name == VALUE_HEAD_FILE or _layer(name) in _HEADS:
             with safe_open(file, "pt") as tensors:
                 found[name] = tensors.get_tensor(name).float()
     weights = [name for name in found if name.endswith("weight")]
@@ -60,6 +59,19 @@ def read_head(source: str, trunk: PretrainedConfig, *, setting: str) -> dict[str
     return {"weight": weight, "bias": found.get(name.removesuffix("weight") + "bias", torch.zeros(1))}
 
 
+def adapter_labels(file: Path) -> int | None:
+    """How many labels the linear head in an adapter's file has, or None if there is none."""
+    if not file.is_file():
+        return None
+    with safe_open(file, "pt") as tensors:
+        heads = [n for n in list(tensors.keys()) if _layer(n) in _HEADS and n.endswith("weight")]
+        return int(tensors.get_slice(heads[0]).get_shape()[0]) if len(heads) == 1 else None
+
+
+def _layer(name: str) -> str:
+    return name.removeprefix("base_model.model.").rpartition(".")[0]
+
+
 def _tensor_files(source: str, where: str) -> Iterator[tuple[str, Path]]:
     """(tensor name, its file) of a run's value head, else of an adapter or a model; no tensor is loaded."""
     single = (VALUE_HEAD_FILE, "adapter_model.safetensors", "model.safetensors")
@@ -67,7 +79,7 @@ def _tensor_files(source: str, where: str) -> Iterator[tuple[str, Path]]:
         files = {file}
     elif (index := find_file(source, "model.safetensors.index.json")) is not None:
         shards: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        wanted = {shard for name, shard in shards.items() if name.rpartition(".")[0] in _HEADS}
+        wanted = {shard for name, shard in shards.items() if _layer(name) in _HEADS}
         files = {file for shard in wanted if (file := find_file(source, shard)) is not None}
     elif find_file(source, "pytorch_model.bin") or find_file(source, "pytorch_model.bin.index.json"):
         raise ValueError(

@@ -21,6 +21,8 @@ from transformers import (
 from transformers.activations import NewGELUActivation
 from transformers.utils import logging
 
+from rlhf_ppo.heads import adapter_labels
+
 EMBEDDED_MODEL = str(Path(__file__).parent / "assets" / "stories-gpt2")
 """Folder of the small GPT-2 that comes with the package, by name "embedded"."""
 
@@ -42,7 +44,10 @@ def find_config(model: str | PreTrainedModel) -> PretrainedConfig:
         raise ValueError(f"a model must be a hub id, a folder or a transformers model, got {type(model).__name__}")
     base = adapter_base(model)
     if base is not None and not (Path(model) / "config.json").is_file():
-        return find_config(base)
+        config = find_config(base)
+        if (labels := adapter_labels(Path(model) / "adapter_model.safetensors")) is not None:
+            config.num_labels = labels  # the base knows nothing of the head that came with the adapter
+        return config
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -87,7 +92,7 @@ def load_config(model: str | PreTrainedModel) -> PretrainedConfig:
 
 
 def load_tokenizer(model: str | PreTrainedModel) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model.
+    """The tokenizer beside a model, or, where an adapter came without one, beside its base.
 
     Raises:
         ValueError: a model object that does not say where it came from.
@@ -95,6 +100,9 @@ def load_tokenizer(model: str | PreTrainedModel) -> PreTrainedTokenizerBase:
     name = model if isinstance(model, str) else model.config._name_or_path
     if not name:
         raise ValueError("this model was not loaded from a folder or hub id; pass its tokenizer as processing_class")
+    base = adapter_base(name)
+    if base is not None and not (Path(name) / "tokenizer_config.json").is_file():
+        name = resolve_model(base)
     return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from typing import Any, Literal, cast
 
@@ -9,7 +10,35 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from rlhf_ppo.config import RLHFConfig
+from rlhf_ppo.models import load_policy
+
 Bits = Literal["8bit", "4bit"]
+
+
+def check_precision(args: RLHFConfig, model: Any, ref_model: Any, peft_config: Any, device: torch.device) -> None:
+    """Refuse settings of memory and number format that models or device cannot follow, before any model is loaded."""
+    if args.offload_activations and device.type != "cuda":
+        raise ValueError(
+            f"offload_activations=True moves activations from a GPU to main memory, but device is {device.type!r}, "
+            "which has nothing to gain from it: leave it out (gradient_checkpointing saves memory everywhere)"
+        )
+    if args.quantization != "none":
+        if peft_config is None:
+            raise ValueError(
+                f"quantization={args.quantization!r} freezes the policy's weights, so an adapter must be trained: give "
+                "peft_config (lora_rank on the command line)"
+            )
+        check_quantization("quantization", args.quantization, model, device)
+    if args.reference_dtype != "float32":
+        if peft_config is not None:
+            raise ValueError(
+                f"reference_dtype={args.reference_dtype!r} is about a reference with weights of its own, but with "
+                "peft_config it is the policy with its adapter off and has none: drop one of them"
+            )
+        if args.reference_dtype != "bfloat16":
+            source = model if ref_model is None else ref_model
+            check_quantization("reference_dtype", args.reference_dtype, source, device)
 
 
 def check_quantization(setting: str, bits: Bits, model: Any, device: torch.device) -> None:
@@ -72,3 +101,18 @@ def to_bfloat16(model: nn.Module) -> None:
     """Round the weights to bfloat16, in place; buffers, such as the frequencies of rotary positions, stay exact."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def load_reference(model: Any, ref_model: Any, args: RLHFConfig, device: torch.device, *, bf16: bool) -> Any:
+    """A reference with weights of its own, where it is not just a copy of the policy (None)."""
+    source = model if ref_model is None else ref_model
+    match args.reference_dtype:
+        case "float32":
+            return None if ref_model is None else load_policy(ref_model)
+        case "bfloat16":
+            # A model object stays as its owner has it.
+            reference = load_policy(source) if isinstance(source, str) else copy.deepcopy(source)
+            to_bfloat16(reference)
+            return reference
+        case bits:
+            return load_quantized(source, bits, device=device, bf16=bf16)

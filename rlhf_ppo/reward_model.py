@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ppo.data import Completion, Prompt
-from rlhf_ppo.models import context_length, find_config, freeze, fuse_activations, load_classifier
+from rlhf_ppo.models import context_length, find_config, freeze, fuse_activations, load_classifier, load_tokenizer
 
 
 class RewardModel:
@@ -59,7 +59,7 @@ class RewardModel:
                 "a reward model that was not loaded from a folder or hub id needs its tokenizer: "
                 "pass RewardModel(model, tokenizer) as the reward function"
             )
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = tokenizer or load_tokenizer(source)
         self.read_with(tokenizer, config, chat_template=chat_template, max_length=max_length)
         if isinstance(model, str):
             model = load_classifier(model)

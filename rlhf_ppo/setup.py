@@ -29,7 +29,7 @@ from rlhf_ppo.models import (
     prompt_room,
     resolve_model,
 )
-from rlhf_ppo.quantization import check_quantization, load_quantized, to_bfloat16
+from rlhf_ppo.quantization import check_precision, load_quantized, load_reference
 from rlhf_ppo.reward_calls import RewardFunction, require_takes, reward_name, takes
 from rlhf_ppo.reward_model import RewardModel
 from rlhf_ppo.rewards import load_reward
@@ -98,7 +98,7 @@ def set_up(
     config = load_config(model)
     vocab_size = _vocab_size(config)
     _check_models(model, ref_model, value_model, peft_config, vocab_size)
-    _check_precision(args, model, ref_model, peft_config, device)
+    check_precision(args, model, ref_model, peft_config, device)
     adapted = peft_config is not None or hasattr(model, "peft_config")
     critic = choose_critic(args, value_model=value_model, has_adapter=adapted)
     head = None
@@ -138,7 +138,7 @@ def set_up(
     # Each part trains, or stays frozen, by itself: a model object given for two of them is copied.
     value_model = _copy_if_shared(value_model, model, ref_model)
     ref_model = _copy_if_shared(ref_model, model)
-    reference_model = _load_reference(model, ref_model, args, device, bf16=bf16)
+    reference_model = load_reference(model, ref_model, args, device, bf16=bf16)
     if adapter_off:
         from peft import get_peft_model
 
@@ -202,51 +202,12 @@ def _check_chat_template(tokenizer: PreTrainedTokenizerBase, prompts: PromptSet 
         reply_ids(tokenizer, prompt, [*prompt, {"role": "assistant", "content": ""}], "and then?", None)
 
 
-def _load_reference(model: Any, ref_model: Any, args: RLHFConfig, device: torch.device, *, bf16: bool) -> Any:
-    """A reference with weights of its own, where it is not just a copy of the policy (None)."""
-    source = model if ref_model is None else ref_model
-    match args.reference_dtype:
-        case "float32":
-            return None if ref_model is None else load_policy(ref_model)
-        case "bfloat16":
-            # A model object stays as its owner has it.
-            reference = load_policy(source) if isinstance(source, str) else copy.deepcopy(source)
-            to_bfloat16(reference)
-            return reference
-        case bits:
-            return load_quantized(source, bits, device=device, bf16=bf16)
-
-
 def _copy_if_shared(model: Any, *others: Any) -> Any:
     return copy.deepcopy(model) if any(model is other and not isinstance(model, str) for other in others) else model
 
 
 def _vocab_size(config: PretrainedConfig) -> int:
     return int(config.get_text_config().vocab_size)
-
-
-def _check_precision(args: RLHFConfig, model: Any, ref_model: Any, peft_config: Any, device: torch.device) -> None:
-    if args.offload_activations and device.type != "cuda":
-        raise ValueError(
-            f"offload_activations=True moves activations from a GPU to main memory, but device is {device.type!r}, "
-            "which has nothing to gain from it: leave it out (gradient_checkpointing saves memory everywhere)"
-        )
-    if args.quantization != "none":
-        if peft_config is None:
-            raise ValueError(
-                f"quantization={args.quantization!r} freezes the policy's weights, so an adapter must be trained: give "
-                "peft_config (lora_rank on the command line)"
-            )
-        check_quantization("quantization", args.quantization, model, device)
-    if args.reference_dtype != "float32":
-        if peft_config is not None:
-            raise ValueError(
-                f"reference_dtype={args.reference_dtype!r} is about a reference with weights of its own, but with "
-                "peft_config it is the policy with its adapter off and has none: drop one of them"
-            )
-        if args.reference_dtype != "bfloat16":
-            source = model if ref_model is None else ref_model
-            check_quantization("reference_dtype", args.reference_dtype, source, device)
 
 
 def _check_models(model: Any, ref_model: Any, value_model: Any, peft_config: Any, vocab_size: int) -> None:
