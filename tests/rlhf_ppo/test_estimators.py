@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from rlhf_ppo import RLHFConfig
+from rlhf_ppo.cli import TrainArgs
 from rlhf_ppo.estimators import adaptive_lambda, comparable, estimate_advantages
 from rlhf_ppo.experience import estimate
+from rlhf_ppo.runtime.settings import parse_settings
 from rlhf_ppo.trainer import PPOTrainer
 
 GROUPS = {"num_generations": 4, "rollout_batch_size": 8}
@@ -152,6 +154,36 @@ def test_the_kl_cost_is_part_of_what_groups_compare(make_trainer, make_model):
     totals = (rollout.scores - 0.5 * (rollout.logprobs - rollout.ref_logprobs).sum(dim=1)).view(2, 4)
     expected = totals - (totals.sum(dim=1, keepdim=True) - totals) / 3
     torch.testing.assert_close(old.advantages[:, 0], expected.flatten())
+
+
+def test_scores_per_token_are_summed_for_the_comparison(make_trainer):
+    def steps(prompts, completions, completion_ids, **_):
+        return [[float(i % 3) for i in ids] for ids in completion_ids]
+
+    trainer = make_trainer(**ESTIMATORS[1], reward_funcs=steps, kl_coef=0.0, normalize_advantages=False)
+    rollout = trainer.rollout(["once upon", "no"])
+    old, _ = estimate(rollout, trainer.args, kl_coef=0.0)
+    totals = ((rollout.response_ids % 3) * rollout.mask).sum(dim=1).view(2, 4).float()
+    expected = totals - (totals.sum(dim=1, keepdim=True) - totals) / 3
+    torch.testing.assert_close(old.advantages[:, 0], expected.flatten())
+
+
+def test_turns_of_a_conversation_reach_the_ratio(make_trainer):
+    trainer = make_trainer(
+        respond=lambda messages: " no", max_turns=3, max_new_tokens=3, ratio_level="turn", microbatch_tokens=8, **GROUPS
+    )
+    rollout = trainer.rollout(["once upon", "a"])
+    old, _ = estimate(rollout, trainer.args, kl_coef=0.05)
+    assert int(old.turns[old.mask].max()) == 2
+    assert math.isfinite(trainer.step(rollout)["policy/loss"])
+
+
+def test_settings_are_flags_too(tmp_path):
+    (tmp_path / "run.yaml").write_text("advantage_estimator: rloo\nnum_generations: 4\nkl_loss_coef: 1e-2\n")
+    flags = "--model m --reward r --dataset d --output-dir o --objective cispo --ratio-level sequence".split()
+    args = parse_settings(TrainArgs, ["--config", str(tmp_path / "run.yaml"), *flags], prog="train")
+    assert (args.advantage_estimator, args.num_generations, args.kl_loss_coef) == ("rloo", 4, 0.01)
+    assert (args.objective, args.ratio_level, args.has_critic) == ("cispo", "sequence", False)
 
 
 def test_a_rollout_that_is_no_whole_groups_is_refused():
