@@ -296,10 +296,12 @@ def _block_logits(
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     """``total += a @ b``, or ``total = a @ b`` at first; no temporary where the formats agree."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b, beta=0.0 if first else 1.0)
+    if first and a.dtype == total.dtype:
+        torch.mm(a, b, out=total)
     elif first:
         total.copy_(a @ b)
+    elif a.dtype == total.dtype:
+        total.addmm_(a, b)
     else:
         total.add_(a @ b)
 
