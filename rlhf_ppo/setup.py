@@ -272,7 +272,10 @@ def _generation_eos(model: str | PreTrainedModel) -> int | list[int] | None:
 
 def _caches(rewards: dict[str, tuple[RewardFunction, float]]) -> dict[str, ScoreCache]:
     # Who asks for conversations may know more about them than their text, such as an environment's state.
-    return {name: ScoreCache() for name, (f, _) in rewards.items() if not takes(f, "conversations")}
+    kept = [
+        name for name, (f, _) in rewards.items() if not takes(f, "conversations") and not takes(f, "completion_turns")
+    ]
+    return {name: ScoreCache() for name in kept}
 
 
 def _rewards(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rlhf_ppo.reward_model import scored_ids
 from rlhf_ppo.rewards import RewardModel, load_reward
 from rlhf_ppo.sft import train_tokenizer
 
@@ -101,6 +102,62 @@ def test_chats_go_through_the_reward_tokenizers_template_or_are_written_out(make
     reward = RewardModel(make_classifier(), tokenizer)
     assert reward._text(chat, "yo") == "u.hi a.yo "
     assert reward._text("hi", " yo") == "hi yo"
+
+
+TEMPLATE = "{% for m in messages %}{{ m['role'][0] }}.{{ m['content'] }} {% endfor %}"
+
+
+def test_a_chat_template_can_be_given_and_then_text_prompts_are_a_user_message(make_classifier, tokenizer, tmp_path):
+    model = make_classifier()
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    chat = [{"role": "user", "content": "hi"}]
+    for given in (TEMPLATE, str(tmp_path / "chat.jinja")):
+        reward = RewardModel(model, tokenizer, chat_template=given)
+        assert reward._text("hi", "yo") == reward._text(chat, "yo") == "u.hi a.yo "
+    assert tokenizer.chat_template is None  # the user's stays as it is
+    with pytest.raises(ValueError, match="its tokenizer has no chat template"):
+        RewardModel(model, tokenizer, chat_template="tokenizer")
+    with pytest.raises(ValueError, match=r"chat template file nowhere\.jinja does not exist"):
+        RewardModel(model, tokenizer, chat_template="nowhere.jinja")
+    tokenizer.chat_template = TEMPLATE
+    assert RewardModel(model, tokenizer, chat_template="tokenizer")._text("hi", "yo") == "u.hi a.yo "
+
+
+def test_reading_settings_reach_reward_models_loaded_by_name_and_no_other_reward(
+    make_trainer, make_classifier, tokenizer, tmp_path
+):
+    make_classifier().save_pretrained(tmp_path / "scorer")
+    tokenizer.save_pretrained(tmp_path / "scorer")
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    settings = {"reward_chat_template": str(tmp_path / "chat.jinja"), "reward_max_length": 9}
+    ((function, _),) = make_trainer(reward_funcs=str(tmp_path / "scorer"), **settings).parts.rewards.values()
+    assert function._text("hi", "yo") == "u.hi a.yo " and function.max_length == 9
+    for name, value in settings.items():
+        with pytest.raises(ValueError, match=f"{name}=.* is for reward models loaded by name"):
+            make_trainer(**{name: value})
+        with pytest.raises(ValueError, match=f"{name}=.* is for reward models loaded by name"):
+            make_trainer(reward_funcs=RewardModel(make_classifier(), tokenizer), **{name: value})
+
+
+def test_a_text_that_is_too_long_keeps_its_end_where_the_completion_is(make_classifier, tokenizer):
+    model = make_classifier()
+    reward = RewardModel(model, tokenizer, max_length=5)
+    assert reward(["a long prompt "], ["abc"]) == pytest.approx(one_at_a_time(model, tokenizer, ["t abc"]), abs=1e-5)
+    # Without max_length the limit is the smaller of the tokenizer's and the model's.
+    tokenizer.model_max_length = 10**30
+    assert RewardModel(model, tokenizer).max_length == 64
+    assert len(RewardModel(model, tokenizer)(["x" * 100], ["abc"])) == 1
+    assert tokenizer.truncation_side == "right"
+
+
+def test_a_start_token_that_the_template_wrote_is_not_written_again(tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    assert scored_ids(tokenizer, "ab") == [0, 3, 4]
+    assert scored_ids(tokenizer, "<|endoftext|>ab") == [0, 3, 4]
 
 
 def test_a_real_sentiment_model_prefers_praise(real_data):
