@@ -32,24 +32,31 @@ def differences(ours: Iterable[float | None], theirs: Iterable[float | None]) ->
 def win_rate(ours: Iterable[float | None], theirs: Iterable[float | None]) -> dict[str, float]:
     """Share of pairs in which ours has the higher score, ties counted half, with a 95 % interval.
 
-    The interval is Wilson's, which stays inside [0, 1] and does not shrink to a point when all pairs agree; ties make
-    it a little too wide.
+    The interval is Wilson's (see :func:`wilson`); ties make it a little too wide.
 
     Returns:
         {mean, low, high, judged, ties}.
     Raises:
         ValueError: no pair has two scores.
-    Source: Wilson, "Probable Inference, the Law of Succession, and Statistical Inference" (1927).
     """
     gaps = differences(ours, theirs)
     if not gaps:
         raise ValueError("the judge scored no pair of responses (None for one of each): there is no win rate")
     n, ties = len(gaps), sum(gap == 0 for gap in gaps)
     share = (sum(gap > 0 for gap in gaps) + 0.5 * ties) / n
+    low, high = wilson(share, n)
+    return {"mean": share, "low": low, "high": high, "judged": n, "ties": ties}
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share seen in ``n`` trials; it stays inside [0, 1] and is no point where all trials agree.
+
+    Source: Wilson, "Probable Inference, the Law of Succession, and Statistical Inference" (1927).
+    """
     z = 1.96
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return {"mean": share, "low": centre - half, "high": centre + half, "judged": n, "ties": ties}
+    return centre - half, centre + half
 
 
 def distinct(texts: Sequence[str], n: int) -> float:

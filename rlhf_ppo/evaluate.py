@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from rlhf_ppo.experience import describe
 from rlhf_ppo.models import adapter_base
 from rlhf_ppo.runtime.precision import Precision
 from rlhf_ppo.runtime.progress import ProgressDisplay
-from rlhf_ppo.runtime.run_directory import RunDirectory
+from rlhf_ppo.runtime.run_directory import RunDirectory, read_run
 from rlhf_ppo.runtime.timing import Stopwatch
 from rlhf_ppo.setup import set_up
 
@@ -116,12 +115,6 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
         run.append(file.name, {"prompt": prompt, "model": ours, "against": theirs})
     run.write_json("evaluation.json", report)
     return report
-
-
-def read_run(folder: str) -> dict[str, Any]:
-    """The settings in a run's folder (run.json), or {} if there is none."""
-    file = Path(folder) / "run.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _reference(model: str, settings: dict[str, Any]) -> str:
@@ -223,6 +216,7 @@ def print_evaluation(report: dict[str, Any], *, console: Console | None = None) 
         f"win rate {rate['mean']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}] over {rate['judged']} prompts, "
         f"{rate['ties']} ties counted half; judge: {report['judge'] or 'the sum of the rewards'}",
         markup=False,
+        soft_wrap=True,
     )
     if report["judge_was_trained_on"]:
         console.print("note: the model was trained on what judges here; --judge names one that it never saw")

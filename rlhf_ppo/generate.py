@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 
 from rlhf_ppo.actor_critic import ActorCritic
 from rlhf_ppo.data import Prompt, decode_responses, encode_prompts, load_rows, prompt_rows, tokenize_prompt
+from rlhf_ppo.limits import TextStop, cut_at
 from rlhf_ppo.models import load_config, load_policy, load_tokenizer, prompt_room, resolve_model
 from rlhf_ppo.rollout import sample_responses
+from rlhf_ppo.runtime.run_directory import read_run
 from rlhf_ppo.runtime.seeding import resolve_device
 from rlhf_ppo.setup import stop_tokens
 
@@ -43,6 +46,8 @@ class GenerateArgs:
     """Completions made at the same time."""
     max_new_tokens: int = 48
     """Longest completion in tokens."""
+    stop_strings: tuple[str, ...] | None = None
+    """Texts that end a completion and are left out of it; None: those of the run in the model's folder."""
     temperature: float = 1.0
     """Divides the logits; below 1 is safer, above 1 wilder."""
     seed: int = 0
@@ -84,6 +89,7 @@ def load_speaker(args: GenerateArgs) -> Speaker:
     model = ActorCritic(load_policy(name), critic=False).to(device)
     room = prompt_room(config, args.max_new_tokens)
     stops = stop_tokens(name, config, tokenizer)
+    strings = tuple(read_run(name).get("stop_strings", ()) if args.stop_strings is None else args.stop_strings)
     generator = torch.Generator(device).manual_seed(args.seed)
 
     def reply(prompts: Sequence[Prompt]) -> list[str]:
@@ -96,8 +102,9 @@ def load_speaker(args: GenerateArgs) -> Speaker:
             temperature=args.temperature,
             stop_token_ids=stops,
             generator=generator,
+            text_stop=partial(TextStop, tokenizer, strings) if strings else None,
         )
-        return decode_responses(tokenizer, sampled.response_ids, sampled.mask)
+        return [cut_at(text, strings) for text in decode_responses(tokenizer, sampled.response_ids, sampled.mask)]
 
     return Speaker(tokenizer, room, reply)
 

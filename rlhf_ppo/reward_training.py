@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, get_scheduler
 
+from rlhf_ppo.comparison import wilson
 from rlhf_ppo.mixing import load_mixture, require_weights
 from rlhf_ppo.models import adapter_base, context_length, find_config, load_classifier, resolve_model
 from rlhf_ppo.preferences import Preference, read_preferences, split_by_prompt
@@ -239,7 +240,7 @@ def preference_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
     }
 
 
-def calibration(gap: Tensor, bins: int = 10) -> list[dict[str, float]]:
+def calibration(gap: Tensor) -> list[dict[str, float]]:
     """How often the answer that the model prefers is the chosen one, by how sure the model says it is.
 
     A pair has no natural order, so each is asked about the answer with the higher score: predicted is sigmoid(|gap|),
@@ -247,22 +248,26 @@ def calibration(gap: Tensor, bins: int = 10) -> list[dict[str, float]]:
 
     Args:
         gap: [N] chosen - rejected score.
-        bins: equal parts of [0.5, 1]; empty ones are left out.
     Returns:
-        One row per bin: pairs, mean prediction, observed share.
+        One row per bin, from unsure to sure: pairs, mean prediction, observed share and its 95 % interval. The bins
+        hold equal numbers of pairs, 25 or more; there are at most 10.
     """
-    predicted = gap.double().abs().sigmoid()
-    right = (gap > 0).double() + 0.5 * (gap == 0).double()
-    place = ((predicted - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    return [
-        {
-            "pairs": int((place == i).sum()),
-            "predicted": float(predicted[place == i].mean()),
-            "observed": float(right[place == i].mean()),
-        }
-        for i in range(bins)
-        if bool((place == i).any())
-    ]
+    predicted, order = gap.double().abs().sigmoid().sort()
+    right = ((gap > 0).double() + 0.5 * (gap == 0).double())[order]
+    bins = min(10, max(1, len(gap) // 25))
+    rows: list[dict[str, float]] = []
+    for says, was in zip(predicted.tensor_split(bins), right.tensor_split(bins), strict=True):
+        low, high = wilson(float(was.mean()), len(was))
+        rows.append(
+            {
+                "pairs": len(was),
+                "predicted": float(says.mean()),
+                "observed": float(was.mean()),
+                "low": low,
+                "high": high,
+            }
+        )
+    return rows
 
 
 def _save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> None:

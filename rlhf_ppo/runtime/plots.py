@@ -45,7 +45,7 @@ def plot_calibration(rows: Sequence[Mapping[str, float]], path: str | Path, *, t
     """Draw observed over predicted preference and write a PNG.
 
     Args:
-        rows: bins with ``pairs``, ``predicted`` and ``observed``.
+        rows: bins with ``pairs``, ``predicted``, ``observed`` and its interval ``low``, ``high``.
         path: the PNG to write.
         title: headline.
     Returns:
@@ -59,14 +59,16 @@ def plot_calibration(rows: Sequence[Mapping[str, float]], path: str | Path, *, t
     axes = figure.add_subplot()
     axes.plot([0.5, 1], [0.5, 1], color="gray", linestyle="--", linewidth=1, label="perfectly calibrated")
     x, y = ([row[name] for row in rows] for name in ("predicted", "observed"))
-    half = [1.96 * (row["observed"] * (1 - row["observed"]) / row["pairs"]) ** 0.5 for row in rows]
-    axes.errorbar(x, y, yerr=half, marker="o", markersize=5, linewidth=1.6, capsize=3, label="observed, 95 % interval")
+    below, above = ([abs(row[name] - row["observed"]) for row in rows] for name in ("low", "high"))
+    axes.errorbar(
+        x, y, yerr=(below, above), marker="o", markersize=5, linewidth=1.6, capsize=3, label="observed, 95 % interval"
+    )
     for row in rows:
         axes.annotate(
             f"{row['pairs']:.0f}", (row["predicted"], row["observed"]), (6, -10), textcoords="offset points", fontsize=8
         )
     axes.set_xlim(0.48, 1.02)
-    axes.set_ylim(min(0.4, *y) - 0.05, 1.05)
+    axes.set_ylim(min(0.45, *(row["low"] for row in rows)) - 0.05, 1.05)
     axes.set_xlabel("P(preferred answer is the chosen one), predicted")
     axes.set_ylabel("share in which it was (numbers: pairs)")
     axes.grid(alpha=0.3)

@@ -15,6 +15,12 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """The settings in a run's folder (run.json), or {} if there is none."""
+    file = Path(folder) / "run.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
 class RunDirectory:
     """One run's folder. Starting a run where another one lies moves the old files to ``previous-<n>/`` first."""
 

@@ -42,6 +42,17 @@ def test_prompts_answer_as_before_whatever_the_batch(folder):
     assert [prompt for prompt, _ in pairs] == ["a cat", "blue"] and pairs == generate(GenerateArgs(**small))
 
 
+def test_stop_strings_are_the_runs_or_the_ones_given(folder):
+    """Every letter stops: nothing is left of a completion but what is no letter."""
+    letters = [chr(97 + i) for i in range(26)]
+    small = {"model": "model", "prompt": ("a cat",), "num_samples": 8, "max_new_tokens": 6, "device": "cpu"}
+    texts = [text for _, text in generate(GenerateArgs(**small))]
+    assert any(set(text) & set(letters) for text in texts)
+    Path("model/run.json").write_text(json.dumps({"stop_strings": letters}))
+    assert not any(set(text) & set(letters) for _, text in generate(GenerateArgs(**small)))
+    assert [text for _, text in generate(GenerateArgs(**small, stop_strings=()))] == texts
+
+
 @pytest.mark.parametrize("template", [None, TEMPLATE])
 def test_a_chat_through_a_pipe_answers_each_line_until_exit(folder, tokenizer, monkeypatch, capsys, template):
     tokenizer.chat_template = template

@@ -96,18 +96,25 @@ def test_centering_fixes_the_constant_that_the_comparison_leaves_open():
 def test_a_model_that_is_right_as_often_as_it_says_has_no_calibration_error():
     """Gap log 3 says 3/4: of four such pairs three go to the chosen answer."""
     gap = math.log(3.0)
-    assert calibration(torch.tensor([gap, gap, -gap, gap])) == [
-        {"pairs": 4, "predicted": pytest.approx(0.75), "observed": 0.75}
-    ]
+    (row,) = calibration(torch.tensor([gap, gap, -gap, gap]))
+    assert (row["pairs"], row["predicted"], row["observed"]) == (4, pytest.approx(0.75), 0.75)
+    assert row["low"] < 0.75 < row["high"]
     metrics = preference_metrics(torch.tensor([gap, gap, 0.0, gap]), torch.tensor([0.0, 0.0, gap, 0.0]))
     assert metrics["calibration_error"] == pytest.approx(0, abs=1e-6) and metrics["accuracy"] == 0.75
 
 
 def test_overconfidence_is_its_distance_from_the_truth():
-    """Two bins: sure (0.999+) and right half the time, and 1/2 with a tie: the error is half of 1/2."""
-    metrics = preference_metrics(torch.tensor([20.0, -20.0, 0.0, 0.0]), torch.zeros(4))
-    assert metrics["calibration_error"] == pytest.approx(0.25, abs=1e-3)
-    assert metrics["accuracy"] == 0.5
+    """Half of 52 pairs are sure and right half the time, off by 1/2; the others are ties and known to be: 1/4."""
+    gap = torch.tensor([20.0, 0.0, -20.0, 0.0] * 13)
+    unsure, sure = calibration(gap)
+    assert (unsure["predicted"], unsure["observed"]) == (0.5, 0.5)
+    assert (sure["pairs"], sure["predicted"], sure["observed"]) == (26, pytest.approx(1), 0.5)
+    metrics = preference_metrics(gap, torch.zeros(52))
+    assert metrics["calibration_error"] == pytest.approx(0.25, abs=1e-6) and metrics["accuracy"] == 0.5
+
+
+def test_bins_are_ten_at_most():
+    assert [row["pairs"] for row in calibration(torch.linspace(-1, 1, 1000))] == [100] * 10
 
 
 # Training
