@@ -11,6 +11,7 @@ import datasets
 import transformers
 from datasets import Dataset
 
+from rlhf_ppo.adapters import lora_config
 from rlhf_ppo.before_after import print_before_after
 from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.conversation import RespondError
@@ -58,6 +59,11 @@ class TrainArgs(RLHFConfig):
     """Trunk of a separate critic; None: a value head on the policy's own trunk."""
     lora_rank: int | None = None
     """Train a LoRA adapter of this rank instead of all weights."""
+    lora_alpha: int | None = None
+    """With lora_rank: what the adapter adds is scaled by this over the rank. None: twice the rank."""
+    lora_target_modules: tuple[str, ...] | None = None
+    """With lora_rank: names of the layers that get the adapter, or "all-linear" (all but the output layer). None: the
+    ones that PEFT chooses for the architecture."""
     merge_adapter: bool = False
     """With lora_rank: also save the merged model, in the run's folder merged/."""
 
@@ -69,6 +75,10 @@ class TrainArgs(RLHFConfig):
         require_weights(self.dataset, self.dataset_weights)
         self._require("eval_size", self.eval_size >= 0, "0 or more")
         self._require("lora_rank", self.lora_rank is None or self.lora_rank >= 1, "1 or more, or None")
+        self._require("lora_alpha", self.lora_alpha is None or self.lora_alpha >= 1, "1 or more, or None")
+        for name in ("lora_alpha", "lora_target_modules"):
+            if getattr(self, name) is not None and self.lora_rank is None:
+                raise ValueError(f"{name}={getattr(self, name)!r} is about a LoRA adapter: set lora_rank")
         if self.merge_adapter and self.lora_rank is None:
             raise ValueError("merge_adapter=True needs an adapter to merge: set lora_rank, or drop merge_adapter")
 
@@ -96,7 +106,7 @@ def train(args: TrainArgs) -> None:
         eval_dataset=eval_rows,
         ref_model=args.ref_model,
         value_model=args.value_model,
-        peft_config=_lora(args.lora_rank),
+        peft_config=_lora(args),
         respond=None if args.respond is None else load_function(args.respond, "respond"),
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
@@ -107,12 +117,10 @@ def train(args: TrainArgs) -> None:
     print_paths(trainer.run.path)
 
 
-def _lora(rank: int | None) -> Any:
-    if rank is None:
+def _lora(args: TrainArgs) -> Any:
+    if args.lora_rank is None:
         return None
-    from peft import LoraConfig
-
-    return LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM")
+    return lora_config(args.lora_rank, alpha=args.lora_alpha, target_modules=args.lora_target_modules)
 
 
 def _sft(args: SFTArgs) -> None:

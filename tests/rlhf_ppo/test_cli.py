@@ -6,6 +6,7 @@ import ast
 import inspect
 import itertools
 import json
+import re
 import textwrap
 from dataclasses import fields
 from pathlib import Path
@@ -158,6 +159,47 @@ def test_a_failing_reward_ends_with_its_traceback_and_exit_code_1(folder, capsys
 def test_lora_from_the_command_line_saves_adapter_and_merged_model(folder):
     assert main([*TRAIN, "--lora-rank", "2", "--merge-adapter", "True"]) == 0
     assert Path("run/adapter_model.safetensors").exists() and Path("run/merged/model.safetensors").exists()
+
+
+def test_one_trunk_from_yaml_and_flags(folder):
+    """Policy adapter, value adapter and the rest of what models can be told, without a line of Python."""
+    Path("one_trunk.yaml").write_text(
+        "lora_rank: 2\nlora_alpha: 6\nlora_target_modules: all-linear\ncritic: adapter\n"
+        "value_learning_rate: 1e-3\ngradient_checkpointing: true\n"
+    )
+    assert main([*TRAIN, "--config", "one_trunk.yaml", "--critic-warmup-rollouts", "1"]) == 0
+    policy, value = (json.loads(Path(p, "adapter_config.json").read_text()) for p in ("run", "run/value"))
+    assert (policy["r"], policy["lora_alpha"], policy["lora_dropout"]) == (2, 6, 0.0)
+    assert any("c_fc" in name for name in policy["target_modules"])
+    assert sorted(value["target_modules"]) == sorted(policy["target_modules"])
+    metrics = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [m["optim/value_learning_rate"] for m in metrics if "policy/loss" in m] == pytest.approx([5e-4, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--lora-alpha 4", "lora_alpha=4 is about a LoRA adapter: set lora_rank"),
+        ("--lora-target-modules c_attn", "lora_target_modules=('c_attn',) is about a LoRA adapter"),
+        ("--quantization 4bit", "quantization='4bit' freezes the policy's weights, so an adapter must be trained"),
+        ("--quantization 4bit --lora-rank 2", "needs a CUDA GPU, but device is 'cpu'"),
+        ("--reference-dtype bfloat16 --lora-rank 2", "reference_dtype='bfloat16' is about a reference with weights"),
+        ("--critic adapter", "critic='adapter' is a second adapter on the policy's base"),
+        ("--share-reward-base True", "share_reward_base=True needs a frozen base"),
+        ("--offload-activations True", "offload_activations=True moves activations from a GPU"),
+        (
+            "--value-head-from nowhere",
+            "value_head_from='nowhere': neither value_head.safetensors nor model.safetensors",
+        ),
+    ],
+)
+def test_models_that_contradict_each_other_are_one_line(folder, capsys, flags, message):
+    try:
+        code = main([*TRAIN, *flags.split()])
+    except SystemExit as ended:  # found while the flags were read
+        code = ended.code
+    assert code == 2
+    assert message.replace(" ", "") in re.sub(r"[\s│]", "", capsys.readouterr().err)
 
 
 def test_sft_continues_from_a_model(folder, capsys):

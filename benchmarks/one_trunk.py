@@ -1,0 +1,178 @@
+"""One base with adapters against separate models: what it saves in memory, and what it costs in quality.
+
+Run:  python benchmarks/one_trunk.py memory      (two minutes on two CPU cores)
+      python benchmarks/one_trunk.py quality     (three critics, three seeds, about six minutes)
+Prints Markdown tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from speed_workloads import WORKLOADS, config, make_prompts, make_tokenizer
+from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedModel
+
+from rlhf_ppo import PPOTrainer, RLHFConfig
+from rlhf_ppo.adapters import lora_config
+from rlhf_ppo.data import load_rows
+from rlhf_ppo.demo import HELD_OUT, OPENINGS
+
+WORK = WORKLOADS["M"]  # GPT-2, 6 layers x 384, vocabulary 50257, random weights
+ARRANGEMENTS = {
+    "four models, all weights trained": {"value_model": "value", "reward": "classifier"},
+    "four models, policy a LoRA adapter": {"value_model": "value", "reward": "classifier", "lora": True},
+    "shared trunk, LoRA, reward apart": {"reward": "classifier", "lora": True},
+    "one trunk: policy, value and reward adapters": {"critic": "adapter", "reward": "adapter", "lora": True},
+}
+CRITICS = {
+    "shared trunk": {"critic": "shared"},
+    "value adapter": {"critic": "adapter"},
+    "separate critic": {"value_model": "embedded", "value_learning_rate": 1e-4},
+}
+
+
+def write_models(folder: Path) -> None:
+    """The base, a separate critic's trunk, and a reward model both as a classifier and as an adapter of the base."""
+    tokenizer = make_tokenizer(WORK)
+
+    def save(model: PreTrainedModel, name: str) -> None:
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+    torch.manual_seed(0)
+    save(GPT2LMHeadModel(config(WORK)), "base")
+    save(GPT2ForSequenceClassification(config(WORK)), "value")
+    save(GPT2ForSequenceClassification(config(WORK)), "classifier")
+    classifier: Any = GPT2ForSequenceClassification.from_pretrained(folder / "base", num_labels=1)
+    get_peft_model(classifier, LoraConfig(r=8, lora_alpha=16, task_type="SEQ_CLS")).save_pretrained(folder / "adapter")
+
+
+def memory_of(name: str, folder: Path, episodes: int) -> dict[str, float]:
+    """One iteration in this process: bytes that stay, and the most that the process ever held."""
+    plan = ARRANGEMENTS[name]
+    before = _peak()
+    trainer = PPOTrainer(
+        model=str(folder / "base"),
+        reward_funcs=str(folder / plan["reward"]),
+        value_model=str(folder / plan["value_model"]) if "value_model" in plan else None,
+        peft_config=lora_config(8) if plan.get("lora") else None,
+        args=RLHFConfig(
+            output_dir=str(folder / "run"),
+            critic=plan.get("critic", "auto"),
+            share_reward_base=plan["reward"] == "adapter",
+            rollout_batch_size=episodes,
+            max_new_tokens=WORK.new_tokens,
+            num_epochs=1,
+            precision="fp32",
+            device="cpu",
+            quiet=True,
+        ),
+    )
+    trainer.step(trainer.rollout(make_prompts(WORK)[:episodes]))
+    held = {id(p): p for p in trainer.model.parameters()}
+    for model in (trainer.reference.model, *(getattr(f, "model", None) for f, _ in trainer.parts.rewards.values())):
+        held.update({} if model is None else {id(p): p for p in model.parameters()})
+    trained = sum(p.numel() * p.element_size() for p in trainer.model.trainable_parameters())
+    weights = sum(p.numel() * p.element_size() for p in held.values())
+    # A gradient and Adam's two moments beside each trained weight.
+    return {"weights": weights, "static": weights + 3 * trained, "peak": _peak(), "start": before}
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kibibytes on Linux
+
+
+def memory(episodes: int) -> None:
+    """A fresh process for each arrangement, because a process's peak never falls."""
+    print("| models | weights, MB | with gradients and optimizer, MB | peak of the process, MB |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        write_models(Path(folder))
+        for name in ARRANGEMENTS:
+            command = [sys.executable, __file__, "memory", "--only", name, "--folder", folder]
+            done = subprocess.run(
+                [*command, "--episodes", str(episodes)], capture_output=True, text=True, check=True, timeout=600
+            )
+            row = json.loads(done.stdout.splitlines()[-1])
+            megabytes = [f"{row[key] / 1e6:.0f}" for key in ("weights", "static", "peak")]
+            print(f"| {name} | " + " | ".join(megabytes) + " |", flush=True)
+            start = row["start"]
+    print(f"A process that has only imported the libraries peaks at {start / 1e6:.0f} MB.")
+
+
+def quality_of(critic: str, seed: int, episodes: int) -> dict[str, float]:
+    """Train the embedded model toward positive stories; the policy is a LoRA adapter whatever the critic is."""
+    openings = load_rows(OPENINGS)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = PPOTrainer(
+            model="embedded",
+            reward_funcs="rlhf_ppo.toy_rewards:positive_sentiment",
+            value_model=CRITICS[critic].get("value_model"),
+            peft_config=lora_config(8, target_modules=("all-linear",)),
+            args=RLHFConfig(
+                output_dir=folder,
+                critic=CRITICS[critic].get("critic", "auto"),
+                value_learning_rate=CRITICS[critic].get("value_learning_rate"),
+                total_episodes=episodes,
+                learning_rate=1e-3,
+                num_epochs=2,
+                num_threads=1,
+                precision="fp32",
+                device="cpu",
+                seed=seed,
+                quiet=True,
+            ),
+            train_dataset=openings.select(range(HELD_OUT, len(openings))),
+            eval_dataset=openings.select(range(HELD_OUT)),
+        )
+        last = trainer.train()
+        rows = [row for row in trainer.run.read() if "value/explained_variance" in row]
+        first = next(row for row in trainer.run.read() if "eval/score_mean" in row)
+    return {
+        "before": first["eval/score_mean"],
+        "score": last["eval/score_mean"],
+        "kl": last["eval/kl_nats_per_response"],
+        "explained": statistics.fmean(row["value/explained_variance"] for row in rows[-8:]),
+    }
+
+
+def quality(seeds: int, episodes: int) -> None:
+    """Mean and standard deviation over seeds."""
+    print("| critic | score before | score after | KL, nats/response | explained variance |")
+    print("|---|---|---|---|---|")
+    for critic in CRITICS:
+        runs = [quality_of(critic, seed, episodes) for seed in range(seeds)]
+        cells = []
+        for key, digits in (("before", 3), ("score", 3), ("kl", 2), ("explained", 2)):
+            values = [run[key] for run in runs]
+            cells.append(f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}")
+        print(f"| {critic} | " + " | ".join(cells) + " |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("memory", "quality"))
+    parser.add_argument("--episodes", type=int, default=None, help="responses: 16 in the one iteration, 768 in a run")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of the quality runs, 2 or more")
+    parser.add_argument("--only", default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, default=None, help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.only is not None:
+        print(json.dumps(memory_of(flags.only, flags.folder, flags.episodes)))
+    elif flags.what == "memory":
+        memory(flags.episodes or 16)
+    else:
+        quality(flags.seeds, flags.episodes or 768)
+
+
+if __name__ == "__main__":
+    main()
