@@ -1,6 +1,6 @@
 """One base with adapters against separate models: what it saves in memory, and what it costs in quality.
 
-Run:  python benchmarks/one_trunk.py memory      (two minutes on two CPU cores)
+Run:  python benchmarks/one_trunk.py memory      (Linux; two minutes on two CPU cores)
       python benchmarks/one_trunk.py quality     (three critics, three seeds, about six minutes)
 Prints Markdown tables.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from speed_workloads import WORKLOADS, config, make_prompts, make_tokenizer
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedModel
+from transformers.utils import logging
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.adapters import lora_config
@@ -29,10 +29,10 @@ from rlhf_ppo.demo import HELD_OUT, OPENINGS
 
 WORK = WORKLOADS["M"]  # GPT-2, 6 layers x 384, vocabulary 50257, random weights
 ARRANGEMENTS = {
-    "four models, all weights trained": {"value_model": "value", "reward": "classifier"},
-    "four models, policy a LoRA adapter": {"value_model": "value", "reward": "classifier", "lora": True},
-    "shared trunk, LoRA, reward apart": {"reward": "classifier", "lora": True},
-    "one trunk: policy, value and reward adapters": {"critic": "adapter", "reward": "adapter", "lora": True},
+    "four models: policy, reference, critic, reward": {"value_model": "value", "reward": "classifier"},
+    "three: LoRA policy, critic, reward": {"value_model": "value", "reward": "classifier", "lora": True},
+    "two: LoRA policy with a shared trunk, reward": {"reward": "classifier", "lora": True},
+    "one: policy, value and reward adapters": {"critic": "adapter", "reward": "adapter", "lora": True},
 }
 CRITICS = {
     "shared trunk": {"critic": "shared"},
@@ -89,7 +89,9 @@ def memory_of(name: str, folder: Path, episodes: int) -> dict[str, float]:
 
 
 def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kibibytes on Linux
+    # Not getrusage: what it calls this process's peak is its parent's where that was larger.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * float(status.partition("VmHWM:")[2].split()[0])
 
 
 def memory(episodes: int) -> None:
@@ -166,6 +168,8 @@ def main() -> None:
     parser.add_argument("--only", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, default=None, help=argparse.SUPPRESS)
     flags = parser.parse_args()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     if flags.only is not None:
         print(json.dumps(memory_of(flags.only, flags.folder, flags.episodes)))
     elif flags.what == "memory":

@@ -145,7 +145,10 @@ def load_classifier(model: str, *, new_head: bool = False) -> PreTrainedModel:
 
 
 def load_trunk(model: str | PreTrainedModel) -> PreTrainedModel:
-    """The model without its head, for a critic of its own."""
+    """The model without its head, for a critic of its own (adapters are merged)."""
+    if adapter_base(model) is not None:
+        judges = adapter_labels(Path(str(model)) / "adapter_model.safetensors") is not None
+        model = load_classifier(str(model)) if judges else load_policy(model)
     if isinstance(model, str):
         return AutoModel.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
     return cast(PreTrainedModel, model.base_model)

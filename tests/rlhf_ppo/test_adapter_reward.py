@@ -83,12 +83,12 @@ def test_policy_and_reference_are_those_of_a_run_without_it(make_trainer, base, 
     torch.testing.assert_close(apart.scores, shared.scores, atol=1e-4, rtol=1e-4)
 
 
-def test_a_critic_that_starts_as_the_reward_adapter(make_trainer, base, reward_adapter, prompts):
-    """Value adapter and head are the reward's: the value of a whole text is its score."""
+@pytest.mark.parametrize("critic", ["adapter", "separate"])
+def test_a_critic_that_starts_as_the_reward_adapter(make_trainer, base, reward_adapter, prompts, critic):
+    """Value adapter and head are the reward's, or a whole trunk and its head: the value of a text is its score."""
     folder = reward_adapter(base)
-    trainer = make_trainer(
-        model=base, reward_funcs=folder, peft_config=lora(r=3), critic="adapter", value_head_from=folder
-    )
+    kind = {"critic": critic, "value_model": folder if critic == "separate" else None}
+    trainer = make_trainer(model=base, reward_funcs=folder, peft_config=lora(r=3), value_head_from=folder, **kind)
     rollout = trainer.rollout(prompts)
     # V_t has read the response's first t tokens, as text when they are decoded.
     parts = trainer.tokenizer.batch_decode([ids[:2].tolist() for ids in rollout.response_ids])
