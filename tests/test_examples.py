@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
+import random
 from pathlib import Path
 from types import ModuleType
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -59,3 +63,61 @@ def test_embedded_model_recipe_runs_on_any_stories(tmp_path):
     assert metrics["eval/perplexity"] > 1
     openings = (tmp_path / "model" / "story-openings.jsonl").read_text().splitlines()
     assert len(openings) == 1 and json.loads(openings[0])["prompt"].startswith("Once upon a time")
+
+
+@pytest.fixture
+def judgements(tmp_path) -> Path:
+    """The two data sets of the pipeline in small: good films are fine, bad ones dull; polite answers win."""
+    draw = random.Random(0)
+    words = ["film", "plot", "cast", "music", "story", "ending"]
+    folder = tmp_path / "data" / "datasets"
+    folder.mkdir(parents=True)
+    lines = ["label,sentence"]
+    for i in range(80):
+        thing, number = draw.choice(words), draw.randint(100, 999)
+        lines.append(f'{i % 2},"{number} {thing}s later, this is {"fine" if i % 2 else "dull"}"')
+    (folder / "sst2_train.csv").write_text("\n".join(lines) + "\n")
+    with gzip.open(folder / "hh_harmless_base_test.jsonl.gz", "wt") as file:
+        for i in range(40):
+            question = f"\n\nHuman: hello\n\nAssistant: yes\n\nHuman: question {i}?\n\nAssistant: "
+            file.write(json.dumps({"chosen": f"{question}Sure, {i}.", "rejected": f"{question}No."}) + "\n")
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("preferences", ["sst2", "hh"])
+def test_preference_pipeline(tmp_path, judgements, preferences):
+    example = load("preference_pipeline.py")
+    flags = ["--data", str(judgements), "--output-dir", str(tmp_path / "run"), "--preferences", preferences]
+    report = example.main([*flags, "--total-episodes", "32", "--max-new-tokens", "6", "--epochs", "1"])
+    assert report["prompts"] >= 5 and report["judge"] == str(tmp_path / "run" / "judge")
+    assert not report["judge_was_trained_on"] and set(report["agreement"]) == {"reward", "judge"}
+    parts = example.split(example.READERS[preferences](judgements / "datasets", random.Random(0)))
+    seen = [text for name in ("reward", "judge") for row in parts[name] for text in example.texts(row)]
+    assert not any(text.startswith(row["opening"]) for row in parts["evaluation"] for text in seen)
+    assert len(parts["reward"]) > len(parts["judge"]) > 0
+
+
+def test_ppo_or_dpo(tmp_path):
+    flags = ["--pairs", "16", "--total-episodes", "32", "--dpo-epochs", "1", "--held-out", "4"]
+    curves = load("ppo_or_dpo.py").main([*flags, "--output-dir", str(tmp_path)])
+    assert (tmp_path / "ppo_or_dpo.png").exists()
+    # Both start at the same model with the same draws: no KL, the same reward.
+    (dpo_kl, dpo_reward), (ppo_kl, ppo_reward) = (curve[0] for curve in curves.values())
+    assert dpo_kl == pytest.approx(ppo_kl, abs=1e-3) == pytest.approx(0, abs=1e-3)
+    assert dpo_reward == pytest.approx(ppo_reward)
+
+
+def test_gsm8k_short(tmp_path):
+    """The embedded model with a chat template knows no arithmetic; the run is what is tested."""
+    from rlhf_ppo.models import load_policy, load_tokenizer, resolve_model
+
+    name = resolve_model("embedded")
+    tokenizer = load_tokenizer(name)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    load_policy(name).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    small = "--total-episodes 16 --max-new-tokens 4 --eval-size 4 --device cpu".split()
+    flags = ["--model", str(tmp_path / "model"), "--output-dir", str(tmp_path / "run"), "--short"]
+    assert load("gsm8k.py").main([*flags, *small]) == 0
+    row = json.loads((tmp_path / "run" / "problems.jsonl").read_text().splitlines()[0])
+    assert row["prompt"][0]["role"] == "user" and "####" in row["answer"]
