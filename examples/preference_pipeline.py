@@ -3,7 +3,7 @@
 --preferences sst2 (default): sentences of film reviews that people marked as positive or negative (SST-2); each
   comparison sets a positive one against a negative one. A small model can learn this: it is the run to look at first.
 --preferences hh: answers to provoking questions, compared by people (Anthropic's HH, "harmless"; the texts are often
-  offensive and are not printed). The small model can hardly learn from it: see docs/pipeline.md.
+  offensive and are not printed). Far harder for a small model.
 The data are split by prompt: a part for the reward model, one for a judge that PPO never asks, one for the evaluation.
 What you will see: each command with its output, ending with rewards, KL and the judge's win rate against the model
 before PPO. It takes about six minutes on two CPU cores (sst2).
