@@ -70,7 +70,6 @@ def add_adapter(policy: Any, name: str, config: Any) -> None:
         policy.add_adapter(name, config)
         policy.set_adapter(active)
     for parameter in adapter_parameters(policy, name):
-        parameter.requires_grad_(False)
         parameter.data = parameter.data.to(device)
 
 
