@@ -184,6 +184,7 @@ def convert(given: Mapping[str, Any], num_processes: int = 1) -> dict[str, Any]:
     # TRL's "constant" knows no warm-up.
     warmup = 0 if trl["lr_scheduler_type"] == "constant" else _rollouts("warmup_steps", trl, rollouts)
     ours["warmup_steps"] = warmup * ours["num_epochs"] * ours["num_minibatches"]
+    ours["weight_decay"] = trl["weight_decay"]
     ours["max_grad_norm"] = trl["max_grad_norm"] or _NO_CLIPPING
 
     # Responses

@@ -193,7 +193,7 @@ FIELDS: dict[str, dict[str, Row]] = {
         "optim": _automatic("AdamW, fused; other optimizers are not here."),
         "optim_args": _missing("AdamW as torch has it."),
         "optim_target_modules": _missing("AdamW on all trained weights."),
-        "weight_decay": _same("weight_decay", "TRL spares biases and norms, here all trained weights decay."),
+        "weight_decay": _changed("weight_decay", "TRL spares biases and norms; here all trained weights decay."),
         "adam_beta1": _missing("Fixed at 0.9, TRL's default."),
         "adam_beta2": _missing("Fixed at 0.999, TRL's default."),
         "adam_epsilon": _missing("Fixed at 1e-8, TRL's default."),

@@ -175,6 +175,7 @@ RUN = {**DATA, "total_episodes": 64, "per_device_train_batch_size": 8}
         ({"warmup_steps": 2.0, "num_mini_batches": 4, "num_ppo_epochs": 1}, {"warmup_steps": 2 * 4}),
         ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 1.0}, {"lr_scheduler_type": "constant"}),
         ({"lr_scheduler_type": "constant", "warmup_steps": 1.0}, {"lr_scheduler_type": "constant", "warmup_steps": 0}),
+        ({"weight_decay": 0.01}, {"weight_decay": 0.01}),
         ({"max_grad_norm": 0.0}, {"max_grad_norm": 1e9}),
         ({"max_grad_norm": 0.5}, {"max_grad_norm": 0.5}),
         ({"stop_token_id": 0}, {"stop_token_ids": [0]}),
@@ -182,7 +183,8 @@ RUN = {**DATA, "total_episodes": 64, "per_device_train_batch_size": 8}
         ({"bf16": False}, {"precision": "fp32"}),
         ({"dtype": "bfloat16"}, {"precision": "bf16"}),
         ({"use_cpu": True}, {"device": "cpu"}),
-        ({"use_peft": True, "lora_r": 4}, {"lora_rank": 4}),
+        ({"use_peft": True, "lora_r": 4}, {"lora_rank": 4, "lora_alpha": 32}),  # TRL's default, not twice the rank
+        ({"use_peft": True, "lora_target_modules": ["q"]}, {"lora_target_modules": ["q"]}),
         ({"use_peft": True, "load_in_4bit": True}, {"lora_rank": 16, "quantization": "4bit"}),
         ({"use_peft": True, "load_in_8bit": True}, {"quantization": "8bit"}),
         ({"reward_model_path": "r"}, {"reward": ["r"], "value_model": "r", "value_head_from": "r"}),
@@ -199,8 +201,9 @@ def test_units_and_meanings_are_converted(given, expected):
     assert {name: ours[name] for name in expected} == expected
 
 
-def test_an_evaluation_needs_rows(tmp_path):
+def test_settings_without_their_switch_are_left_out():
     assert "eval_size" not in convert({**RUN, "eval_strategy": "steps"})
+    assert not {"lora_rank", "lora_alpha", "lora_target_modules"} & set(convert({**RUN, "lora_r": 4, "lora_alpha": 8}))
 
 
 # The command
