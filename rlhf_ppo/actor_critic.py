@@ -101,17 +101,8 @@ class ActorCritic(nn.Module):
         with torch.autocast(states.device.type, enabled=False):
             return linear(states.to(head.weight.dtype), head.weight, head.bias).squeeze(-1)
 
-    def separate_values(
-        self,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        response_ids: Tensor,
-        mask: Tensor,
-        real: Tensor | None = None,
-        barred: Barred | None = None,
-    ) -> Tensor | None:
-        """[B, T] values from a critic that reads in a pass of its own, 0 outside ``mask``, or None without one."""
-        sequences = Sequences(prompt_ids, prompt_mask, response_ids, mask, real, barred)
+    def separate_values(self, sequences: Sequences) -> Tensor | None:
+        """[B, T] values from a critic that reads in a pass of its own, 0 outside the mask, or None without one."""
         if self.value_adapter is not None:
             with use_adapter(self.policy, self.value_adapter):
                 states = self.reader.hidden(sequences)
@@ -119,7 +110,7 @@ class ActorCritic(nn.Module):
             states = self.value_reader.hidden(sequences)
         else:
             return None
-        return place(self._value(states), mask)
+        return place(self._value(states), sequences.mask)
 
     def forward(
         self,
@@ -153,7 +144,7 @@ class ActorCritic(nn.Module):
         if self.shares_trunk and states is not None:
             values = place(self._value(states), mask)
         else:
-            values = self.separate_values(*sequences)
+            values = self.separate_values(sequences)
         return PolicyOutput(
             logprobs=place(logprobs, mask),
             values=values,
@@ -194,22 +185,11 @@ class Reference:
                 yield
 
     @torch.no_grad()
-    def logprobs(
-        self,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        response_ids: Tensor,
-        mask: Tensor,
-        real: Tensor | None = None,
-        barred: Barred | None = None,
-        *,
-        temperature: float,
-    ) -> Tensor:
-        """[B, T] log-probs under the reference at the policy's temperature, 0 outside ``mask``."""
-        sequences = Sequences(prompt_ids, prompt_mask, response_ids, mask, real, barred)
+    def logprobs(self, sequences: Sequences, *, temperature: float) -> Tensor:
+        """[B, T] log-probs under the reference at the policy's temperature, 0 outside the mask."""
         with self._active():
             logprobs, _, _ = self.reader.logprobs(sequences, temperature=temperature)
-        return place(logprobs, mask)
+        return place(logprobs, sequences.mask)
 
     @torch.no_grad()
     def outputs(self, sequences: Sequences) -> Outputs:

@@ -156,13 +156,13 @@ class Collector:
         for rows in self.parts.batches(rollout, range(len(rollout.prompts))):
             part = rollout.sequences(rows)
             with autocast(self.parts.bf16, self.parts.device):
-                note("ref_logprobs", self.parts.reference.logprobs(*part, temperature=temperature), rows)
+                note("ref_logprobs", self.parts.reference.logprobs(part, temperature=temperature), rows)
                 if self.args.recompute_logprobs:
                     again = model(*part, temperature=temperature, entropy=False)
                     note("logprobs", again.logprobs, rows)
                     note("values", again.values, rows)
                 elif rollout.values is None:
-                    note("values", model.separate_values(*part), rows)
+                    note("values", model.separate_values(part), rows)
         if "logprobs" not in read:
             return dataclasses.replace(rollout, **read)
         gap = float((read["logprobs"] - rollout.logprobs).abs().max())

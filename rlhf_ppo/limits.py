@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -86,15 +86,35 @@ def barred_linear_logprobs(
     A bias of -inf takes them out: log p - log(1 - sum p(barred)) without its cancellation when they hold most of p.
     """
     shut = bar(torch.zeros_like(weight[:, 0]), barred_tokens)
-    free, held = (~barred).nonzero().squeeze(-1), barred.nonzero().squeeze(-1)
-    parts = [
-        linear_logprobs(
-            hidden[rows], weight, tokens[rows], bias=offset, temperature=temperature, return_entropy=return_entropy
+
+    def of_rows(rows: Tensor, shut: Tensor | None) -> tuple[Tensor, ...]:
+        result = linear_logprobs(
+            hidden[rows],
+            weight,
+            tokens[rows],
+            bias=with_bias(bias, shut),
+            temperature=temperature,
+            return_entropy=return_entropy,
         )
-        for rows, offset in ((free, bias), (held, shut if bias is None else bias + shut))
-    ]
+        return result if isinstance(result, tuple) else (result,)
+
+    logprobs, *entropies = free_and_barred(barred, shut, of_rows)
+    return (logprobs, entropies[0]) if return_entropy else logprobs
+
+
+def free_and_barred(
+    barred: Tensor, shut: Tensor, compute: Callable[[Tensor, Tensor | None], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """``compute(rows, None)`` of the rows that are not ``barred`` [N] and ``compute(rows, shut)`` of those that are.
+
+    Returns:
+        Its results [N], in the order of all rows.
+    """
+    free, held = (~barred).nonzero().squeeze(-1), barred.nonzero().squeeze(-1)
     back = torch.cat([free, held]).argsort()
-    if return_entropy:
-        logprobs, entropies = zip(*parts, strict=True)
-        return torch.cat(logprobs)[back], torch.cat(entropies)[back]
-    return torch.cat([part for part in parts if isinstance(part, Tensor)])[back]
+    return tuple(torch.cat(parts)[back] for parts in zip(compute(free, None), compute(held, shut), strict=True))
+
+
+def with_bias(bias: Tensor | None, shut: Tensor | None) -> Tensor | None:
+    """The sum of two biases [V], where None is 0."""
+    return shut if bias is None else bias if shut is None else bias + shut

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ppo.core import kl_from_logits, linear_kl
-from rlhf_ppo.limits import bar
+from rlhf_ppo.limits import bar, free_and_barred, with_bias
 from rlhf_ppo.reading import Outputs
 
 
@@ -20,10 +20,11 @@ def exact_kl(policy: Outputs, reference: Outputs, *, temperature: float) -> Tens
         return kl_from_logits(logits, ref_logits, temperature=temperature)
     if policy.held is None:
         return _of_rows(policy, reference, slice(None), None, temperature)
-    free, held = (~policy.held).nonzero().squeeze(-1), policy.held.nonzero().squeeze(-1)
     shut = bar(torch.zeros_like(policy.head.weight[:, 0]), policy.barred)
-    parts = [_of_rows(policy, reference, *part, temperature) for part in ((free, None), (held, shut))]
-    return torch.cat(parts)[torch.cat([free, held]).argsort()]
+    (kl,) = free_and_barred(
+        policy.held, shut, lambda rows, shut: (_of_rows(policy, reference, rows, shut, temperature),)
+    )
+    return kl
 
 
 def _of_rows(
@@ -31,17 +32,12 @@ def _of_rows(
 ) -> Tensor:
     assert policy.head is not None and policy.states is not None
     assert reference.head is not None and reference.states is not None
-    biases = [head.bias if shut is None else _sum(head.bias, shut) for head in (policy.head, reference.head)]
     return linear_kl(
         policy.states[rows],
         policy.head.weight,
         reference.states[rows],
         reference.head.weight,
-        bias=biases[0],
-        ref_bias=biases[1],
+        bias=with_bias(policy.head.bias, shut),
+        ref_bias=with_bias(reference.head.bias, shut),
         temperature=temperature,
     )
-
-
-def _sum(bias: Tensor | None, shut: Tensor) -> Tensor:
-    return shut if bias is None else bias + shut

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from rlhf_ppo.core.logprobs import CHUNK_LOGITS
-from rlhf_ppo.core.types import compute_dtype, require_same_shape, result_dtype
+from rlhf_ppo.core.types import compute_dtype, require_same_shape, require_temperature, result_dtype
 
 
 def kl_from_logits(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -27,7 +27,7 @@ def kl_from_logits(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1
         ValueError: shapes differ, or temperature is not positive.
     """
     require_same_shape(logits=logits, ref_logits=ref_logits)
-    _check_temperature(temperature)
+    require_temperature(temperature)
     dtype = compute_dtype(logits)
     log_p, log_q = ((x.to(dtype) / temperature).log_softmax(dim=-1) for x in (logits, ref_logits))
     # A banned token has probability 0; what it would multiply must not be infinite, forward or backward.
@@ -82,7 +82,7 @@ def linear_kl(
         chunk_size = max(CHUNK_LOGITS // (2 * max(weight.shape[0], 1)), 1)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be 1 or more, got {chunk_size}")
-    _check_temperature(temperature)
+    require_temperature(temperature)
     ref_hidden, ref_weight = ref_hidden.detach(), ref_weight.detach()
     ref_bias = None if ref_bias is None else ref_bias.detach()
 
@@ -96,8 +96,3 @@ def linear_kl(
     starts = range(0, len(hidden), chunk_size)
     chunks = [again(of_rows, slice(i, i + chunk_size), use_reentrant=False, preserve_rng_state=False) for i in starts]
     return torch.cat(chunks).to(result_dtype(hidden))
-
-
-def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")

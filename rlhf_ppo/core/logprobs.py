@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlhf_ppo.core.types import compute_dtype, require_same_shape, result_dtype
+from rlhf_ppo.core.types import compute_dtype, require_same_shape, require_temperature, result_dtype
 
 CHUNK_LOGITS = 2**25
 """Most logits that linear_logprobs holds at once unless told otherwise: 128 MiB in float32."""
@@ -40,7 +40,7 @@ def token_logprobs(
     if logits.ndim == 0:
         raise ValueError("logits must be [*, V], got a scalar")
     require_same_shape(tokens=tokens, logits_without_vocabulary=logits[..., 0])
-    _check_temperature(temperature)
+    require_temperature(temperature)
     _check_ids(tokens, logits.shape[-1])
     apply = cast(Callable[..., Tensor], _TokenLogprobs.apply)  # torch leaves apply untyped
     return apply(logits, tokens.long(), temperature).to(dtype or result_dtype(logits))
@@ -127,7 +127,7 @@ def linear_logprobs(
         chunk_size = max(CHUNK_LOGITS // max(weight.shape[0], 1), 1)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be 1 or more, got {chunk_size}")
-    _check_temperature(temperature)
+    require_temperature(temperature)
     _check_ids(tokens, weight.shape[0])
     apply = cast(Callable[..., tuple[Tensor, Tensor]], _LinearLogprobs.apply)  # torch leaves apply untyped
     logprobs, entropy = apply(hidden, weight, bias, tokens.long(), temperature, chunk_size, return_entropy)
@@ -204,9 +204,9 @@ class _LinearLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if needs_hidden else None
         grad_weight = torch.empty(weight.shape, dtype=dtype, device=weight.device) if needs_weight else None
         grad_bias = torch.empty(weight.shape[0], dtype=dtype, device=weight.device) if needs_bias else None
-        if not hidden.shape[0]:
-            for grad in (grad_weight, grad_bias):
-                _ = grad is None or grad.zero_()
+        for grad in (grad_weight, grad_bias):
+            if grad is not None and not hidden.shape[0]:
+                grad.zero_()  # no block will write to it
         # What was kept is overwritten below, so a second backward pass (retain_graph) computes it again.
         kept, ctx.kept = ctx.kept, None
         for rows in _chunks(hidden.shape[0], ctx.chunk_size):
@@ -318,7 +318,7 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def entropy_from_logits(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Entropy in nats of ``softmax(logits / temperature)``: [*, V] -> [*]; banned tokens (-inf) add nothing."""
-    _check_temperature(temperature)
+    require_temperature(temperature)
     log_p = (logits.to(compute_dtype(logits)) / temperature).log_softmax(dim=-1)
     return _entropy(log_p).to(result_dtype(logits))
 
@@ -329,11 +329,6 @@ def _entropy(log_p: Tensor) -> Tensor:
 
 def _chunks(total: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, total, size)]
-
-
-def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
 
 
 def _check_ids(tokens: Tensor, vocabulary: int) -> None:

@@ -86,6 +86,12 @@ def require_bool(**masks: Tensor) -> None:
             raise ValueError(f"{name} must be a bool tensor, got {mask.dtype}; convert it with {name}.bool()")
 
 
+def require_temperature(temperature: float) -> None:
+    """Raise a ValueError unless the temperature is positive."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype to compute in: float32 for bf16, fp16 and integers, otherwise the tensor's own."""
     return x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32

@@ -26,6 +26,7 @@ from transformers import (
     Qwen2Config,
 )
 
+import rlhf_ppo.rollout
 from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.actor_critic import ActorCritic
 
@@ -167,6 +168,18 @@ def wake_critic():
             model.value_head.bias.fill_(0.3)
 
     return wake
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Replace the draws by written tokens: one row of the list a response."""
+
+    def use(rows: list[list[int]]) -> None:
+        # Rows leave the batch when they end; each keeps its own draws.
+        monkeypatch.setattr(rlhf_ppo.rollout, "uniforms", lambda *_: torch.tensor(rows).T)
+        monkeypatch.setattr(rlhf_ppo.rollout, "draw", lambda weights, u: u)
+
+    return use
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from rlhf_ppo import RLHFConfig
 from rlhf_ppo.actor_critic import ActorCritic
 from rlhf_ppo.adapters import VALUE_ADAPTER, adapter_parameters, use_adapter
 from rlhf_ppo.experience import estimate
+from rlhf_ppo.reading import Sequences
 
 INPUTS = ("prompt_ids", "prompt_mask", "response_ids", "mask")
 
@@ -166,12 +167,12 @@ def test_a_run_with_two_adapters_resumes_exactly(one_trunk):
 def test_the_reference_is_the_same_after_a_resume_with_adapters(one_trunk, prompts):
     trainer = one_trunk(total_episodes=32, save_every=2)
     rollout = trainer.rollout(prompts)
-    before = trainer.reference.logprobs(*inputs(rollout), temperature=1.0)
+    before = trainer.reference.logprobs(Sequences(*inputs(rollout)), temperature=1.0)
     trainer.rollouts_made = 0
     trainer.train()
     resumed = one_trunk(total_episodes=48, save_every=2)
     resumed.train(resume_from_checkpoint=trainer.run.path / "checkpoint-4")
-    assert torch.equal(resumed.reference.logprobs(*inputs(rollout), temperature=1.0), before)
+    assert torch.equal(resumed.reference.logprobs(Sequences(*inputs(rollout)), temperature=1.0), before)
 
 
 def test_dropout_of_both_adapters_is_off(one_trunk, wake_critic, prompts):

@@ -15,7 +15,7 @@ import rlhf_ppo.setup
 from rlhf_ppo.actor_critic import ActorCritic, Reference
 from rlhf_ppo.core import Experience, PolicyOutput, PPOConfig, ppo_loss, token_logprobs
 from rlhf_ppo.data import left_pad
-from rlhf_ppo.reading import Reader
+from rlhf_ppo.reading import Reader, Sequences
 from rlhf_ppo.rollout import draw, sample_responses
 
 CPU = torch.device("cpu")
@@ -284,7 +284,7 @@ def test_the_reference_is_the_model_without_its_adapter(make_model, batch, kind)
     with torch.no_grad():
         expected, moved = (model(*batch, temperature=0.7).logprobs for model in (base, adapted))
     for one in (reference, copied):
-        torch.testing.assert_close(one.logprobs(*batch, temperature=0.7), expected, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(one.logprobs(Sequences(*batch), temperature=0.7), expected, atol=2e-5, rtol=1e-5)
     assert not torch.allclose(moved, expected, atol=1e-2)
 
 

@@ -9,7 +9,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-import rlhf_ppo.rollout
 from rlhf_ppo.actor_critic import ActorCritic
 from rlhf_ppo.limits import Barred, TextStop, barred_linear_logprobs, cut_at
 
@@ -106,15 +105,6 @@ def test_the_entropy_bonus_sees_the_same_distribution(make_trainer, prompts):
 
 
 # Stop strings
-
-
-@pytest.fixture
-def script(monkeypatch):
-    def use(rows: list[list[int]]) -> None:
-        monkeypatch.setattr(rlhf_ppo.rollout, "uniforms", lambda *_: torch.tensor(rows).T)
-        monkeypatch.setattr(rlhf_ppo.rollout, "draw", lambda weights, u: u)
-
-    return use
 
 
 def test_a_stop_string_ends_a_response_and_its_text_is_cut(make_trainer, script, prompts):

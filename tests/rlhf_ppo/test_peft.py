@@ -7,6 +7,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from rlhf_ppo.reading import Sequences
+
 
 def lora(**settings) -> LoraConfig:
     return LoraConfig(
@@ -39,12 +41,12 @@ def test_the_reference_is_the_adapter_switched_off(make_trainer, make_model, pro
     assert trainer.reference.model is None
     rollout = trainer.rollout(prompts)
     inputs = (rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.mask)
-    before = trainer.reference.logprobs(*inputs, temperature=1.0)
+    before = trainer.reference.logprobs(Sequences(*inputs), temperature=1.0)
     for _ in range(2):
         metrics = trainer.step(trainer.rollout(prompts))
-    assert torch.equal(trainer.reference.logprobs(*inputs, temperature=1.0), before)
+    assert torch.equal(trainer.reference.logprobs(Sequences(*inputs), temperature=1.0), before)
     plain = make_trainer(model=make_model())
-    torch.testing.assert_close(plain.reference.logprobs(*inputs, temperature=1.0), before)
+    torch.testing.assert_close(plain.reference.logprobs(Sequences(*inputs), temperature=1.0), before)
     # Back on after the reference was read: the policy has moved away from it.
     with torch.no_grad():
         assert not torch.allclose(trainer.model(*inputs).logprobs, before)

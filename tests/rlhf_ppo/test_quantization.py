@@ -31,7 +31,7 @@ def test_a_reference_in_bfloat16_is_half_as_large_and_nearly_the_same(make_train
         # Rotary frequencies are buffers; rounded, they would turn far positions elsewhere.
         assert all(b.dtype != torch.bfloat16 for b in half.reference.model.buffers())
         rollout = full.rollout(prompts)
-        again = half.reference.logprobs(*rollout.sequences(list(range(8))), temperature=1.0)
+        again = half.reference.logprobs(rollout.sequences(list(range(8))), temperature=1.0)
         gap = (again - rollout.ref_logprobs).abs().max()
         # bfloat16 keeps 8 bits: weights of size 1 and logits of a few nats are off by hundredths.
         assert 0 < gap < 0.1

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-import rlhf_ppo.rollout
 from rlhf_ppo.actor_critic import ActorCritic
 from rlhf_ppo.rollout import sample_responses, sample_tokens
 
@@ -97,18 +96,6 @@ def test_same_generator_same_tokens():
     draws = [sample_tokens(logits, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """Replace the draws by written tokens: one row of the list a response."""
-
-    def use(rows: list[list[int]]) -> None:
-        # Rows leave the batch when they end; each keeps its own draws.
-        monkeypatch.setattr(rlhf_ppo.rollout, "uniforms", lambda *_: torch.tensor(rows).T)
-        monkeypatch.setattr(rlhf_ppo.rollout, "draw", lambda weights, u: u)
-
-    return use
 
 
 def test_eos_first_eos_at_the_limit_and_eos_never(make_trainer, script, prompts):

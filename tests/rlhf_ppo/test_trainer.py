@@ -11,6 +11,7 @@ import torch
 
 from rlhf_ppo.core import compute_gae, kl_penalized_rewards
 from rlhf_ppo.experience import estimate
+from rlhf_ppo.reading import Sequences
 from rlhf_ppo.rewards import RewardError
 from rlhf_ppo.trainer import PPOTrainer
 
@@ -204,9 +205,9 @@ def test_the_reference_says_the_same_before_and_after_training(make_trainer, pro
     trainer = make_trainer(learning_rate=0.01)
     rollout = trainer.rollout(prompts)
     inputs = (rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.mask)
-    before = trainer.reference.logprobs(*inputs, temperature=1.0)
+    before = trainer.reference.logprobs(Sequences(*inputs), temperature=1.0)
     trainer.train()
-    torch.testing.assert_close(trainer.reference.logprobs(*inputs, temperature=1.0), before, rtol=0, atol=0)
+    torch.testing.assert_close(trainer.reference.logprobs(Sequences(*inputs), temperature=1.0), before, rtol=0, atol=0)
     with torch.no_grad():
         assert not torch.allclose(trainer.model(*inputs).logprobs, before)
     assert not trainer.reference.model.training
