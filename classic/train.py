@@ -18,6 +18,7 @@ from classic.envs import Environments, Episode, to_env_actions
 from classic.evaluation import evaluate_policy
 from classic.report import draw_curve, episode_metrics, show_progress
 from classic.rollout import collect, critic_values
+from classic.update import UpdateRecord, shuffled_minibatches
 from rlhf_ppo import __version__
 from rlhf_ppo.core import (
     Experience,
@@ -30,15 +31,14 @@ from rlhf_ppo.core import (
     clipped_value_loss,
     compute_gae,
     explained_variance,
+    kl_estimate,
     masked_mean,
     masked_var,
     masked_whiten,
-    minibatch_indices,
     ppo_diagnostics,
     ppo_loss,
 )
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
-from rlhf_ppo.runtime.metrics import MetricAverage
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.seeding import torch_threads
@@ -82,9 +82,8 @@ class PPO:
             hidden_sizes=self._setting("hidden_sizes"),
             generator=self.generator,
         )
-        self.optimizer = torch.optim.Adam(
-            self.network.parameters(), lr=self._setting("learning_rate"), eps=1e-5, fused=True
-        )
+        self._parameters = list(self.network.parameters())
+        self.optimizer = torch.optim.Adam(self._parameters, lr=self._setting("learning_rate"), eps=1e-5, fused=True)
         self.counters = {"iteration": 0, "env_steps": 0, "optimizer_steps": 0, "episodes": 0}
         self._recent: deque[Episode] = deque(maxlen=100)
         self._run: RunDirectory | None = None
@@ -151,25 +150,22 @@ class PPO:
             # 3. Update, on real decisions alone: autoreset steps are gone from here on.
             observations, actions = rollout.observations[:, :-1][mask], rollout.actions[mask]
             old = Experience(rollout.logprobs[mask], values[mask], weights[mask], returns[mask], mask[mask])
-            policy, losses = MetricAverage(), MetricAverage()
-            first_gap = torch.zeros(())
+            record = UpdateRecord()
             steps = skipped = epochs = 0
             stop = False
             while epochs < self.config.num_epochs and not stop:
                 epochs += 1
-                for rows in minibatch_indices(len(actions), self.config.num_minibatches, generator=self.generator):
-                    new = self.network.evaluate(observations[rows], actions[rows])
-                    loss = self._loss(new, old[rows])
-                    diagnostics = ppo_diagnostics(new, old[rows], self.config)
-                    if steps == 0:
-                        first_gap = diagnostics["max_abs_log_ratio"]
-                    policy.add(diagnostics, weight=len(rows))
-                    limit = self.config.stopping_kl
-                    if stop := limit is not None and float(diagnostics["approx_kl"]) > limit:
+                for seen, taken, part in shuffled_minibatches(
+                    observations, actions, old, self.config.num_minibatches, self.generator
+                ):
+                    new = self.network.evaluate(seen, taken)
+                    loss = self._loss(new, part)
+                    record.saw(new, part)
+                    if stop := self._went_too_far(new, part):
                         break
                     self.optimizer.zero_grad()
                     loss.total.backward()
-                    norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)
+                    norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm)
                     steps += 1
                     if not torch.isfinite(norm):
                         skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
@@ -177,7 +173,7 @@ class PPO:
                         continue
                     skipped_in_a_row = 0
                     self.optimizer.step()
-                    losses.add({"policy": loss.policy, "value": loss.value, "grad_norm": norm}, weight=len(rows))
+                    record.stepped(loss, norm, len(taken))
             in_force = self.config
             self._adapt(observations, actions, old)
 
@@ -187,15 +183,13 @@ class PPO:
             counters["optimizer_steps"] += steps - skipped
             counters["episodes"] += len(rollout.episodes)
             self._recent.extend(rollout.episodes)
-            loss_means = losses.compute()
             metrics = {
                 "progress/iteration": counters["iteration"],
                 "progress/env_steps": counters["env_steps"],
                 "progress/optimizer_steps": counters["optimizer_steps"],
                 "episode/count": counters["episodes"],
                 **episode_metrics(self._recent),
-                **policy.compute("policy/"),
-                "policy/first_minibatch_max_abs_log_ratio": float(first_gap),
+                **record.metrics(in_force),
                 "policy/clip_range": in_force.clip_range,
                 "policy/penalty_beta": in_force.penalty_beta,
                 "value/explained_variance": float(explained_variance(values, returns, mask)),
@@ -206,10 +200,6 @@ class PPO:
                 "optim/skipped_steps": skipped,
                 "optim/epochs": epochs,
             }
-            if loss_means:
-                metrics["policy/loss"] = loss_means["policy"]
-                metrics["value/loss"] = loss_means["value"]
-                metrics["optim/grad_norm"] = loss_means["grad_norm"]
             if self._run is not None:
                 self._run.log(metrics)
             show_progress(display, min(counters["env_steps"] - first_step, total), metrics)
@@ -275,13 +265,20 @@ class PPO:
 
     def _loss(self, new: PolicyOutput, old: Experience) -> PPOLoss:
         """The core's loss; its reinforce has no critic, but here the critic closes cut rollouts and must learn that."""
-        loss = ppo_loss(new, old, self.config)
+        loss = ppo_loss(new, old, self.config, denominator=float(old.mask.sum()))
         if self.config.objective != "reinforce":
             return loss
         assert new.values is not None and old.returns is not None
         errors = clipped_value_loss(new.values, old.values, old.returns, clip_range=self.config.clip_range_vf)
         value = aggregate_loss(errors, old.mask)
         return replace(loss, total=loss.total + self.config.vf_coef * value, value=value)
+
+    def _went_too_far(self, new: PolicyOutput, old: Experience) -> bool:
+        """Whether the update ends before its step on this minibatch (target_kl)."""
+        limit = self.config.stopping_kl
+        if limit is None:
+            return False
+        return float(kl_estimate(old.logprobs, new.logprobs.detach(), "k3").mean()) > limit
 
     def _adapt(self, observations: Tensor, actions: Tensor, old: Experience) -> None:
         """Once per update: move beta or the clip range by the KL that the update brought about."""

@@ -180,8 +180,10 @@ def aggregate_loss(
         rows, lengths = values.flatten(1).sum(dim=1), mask.flatten(1).sum(dim=1)
         total = (rows / lengths.clamp(min=1)).sum() if mode == "sequence_mean" else rows.sum()
     count = loss_denominator(mask, mode) if denominator is None else denominator
-    count = torch.as_tensor(count, dtype=total.dtype, device=total.device)
-    return (total / torch.where(count == 0, torch.ones_like(count), count)).to(result_dtype(loss))
+    if isinstance(count, Tensor):
+        count = count.to(device=total.device, dtype=total.dtype)
+        count = torch.where(count == 0, torch.ones_like(count), count)
+    return (total / (1 if isinstance(count, (int, float)) and count == 0 else count)).to(result_dtype(loss))
 
 
 def loss_denominator(mask: Tensor, mode: str = "token_mean") -> Tensor:

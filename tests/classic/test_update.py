@@ -1,0 +1,59 @@
+"""An update's minibatches and numbers: every decision once, and averages over all that was read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from classic.update import UpdateRecord, shuffled_minibatches
+from rlhf_ppo.core import Experience, PolicyOutput, PPOConfig, PPOLoss, ppo_diagnostics
+
+
+def experience(size: int) -> Experience:
+    number = torch.arange(size, dtype=torch.float32)
+    return Experience(-number, number, number - size / 2, number + 1, torch.ones(size, dtype=torch.bool))
+
+
+def test_an_epoch_is_every_decision_once_with_its_own_facts():
+    old = experience(11)
+    generator = torch.Generator().manual_seed(0)
+    parts = list(shuffled_minibatches(old.values[:, None] * 10, old.values.long(), old, 3, generator))
+    assert [len(actions) for _, actions, _ in parts] == [4, 4, 3]
+    seen = torch.cat([part.values for *_, part in parts])
+    assert seen.tolist() != list(range(11)) and sorted(seen.tolist()) == list(range(11))
+    for observations, actions, part in parts:
+        assert torch.equal(observations[:, 0], part.values * 10) and torch.equal(actions, part.values.long())
+        assert torch.equal(part.logprobs, -part.values) and torch.equal(part.returns, part.values + 1)
+    again = list(shuffled_minibatches(old.values[:, None], old.values.long(), old, 3, generator))
+    assert not torch.equal(torch.cat([part.values for *_, part in again]), seen)
+
+
+def test_numbers_are_averages_over_decisions_whatever_the_minibatches():
+    old, config = experience(10), PPOConfig()
+    draw = torch.Generator().manual_seed(0)
+    new = PolicyOutput(
+        (old.logprobs + 0.3 * torch.randn(10, generator=draw)).requires_grad_(), entropy=torch.rand(10, generator=draw)
+    )
+    record = UpdateRecord()
+    for rows, loss in ((slice(0, 7), 1.0), (slice(7, 10), 2.0)):
+        record.saw(PolicyOutput(new.logprobs[rows], entropy=new.entropy[rows]), old[rows])
+        losses = [torch.tensor(loss * k) for k in (1, 1, 10, 0)]
+        record.stepped(PPOLoss(*losses), torch.tensor(5 * loss), rows.stop - rows.start)
+    metrics = record.metrics(config)
+    for name, value in ppo_diagnostics(new, old, config).items():
+        assert metrics[f"policy/{name}"] == pytest.approx(float(value))
+    # 7 decisions at 1 and 3 at 2.
+    assert metrics["policy/loss"] == pytest.approx(1.3)
+    assert metrics["value/loss"] == pytest.approx(13)
+    assert metrics["optim/grad_norm"] == pytest.approx(6.5)
+    first = (new.logprobs - old.logprobs)[:7].abs().max().item()
+    assert metrics["policy/first_minibatch_max_abs_log_ratio"] == pytest.approx(first)
+
+
+def test_an_update_without_a_step_has_no_losses():
+    old = experience(4)
+    record = UpdateRecord()
+    record.saw(PolicyOutput(old.logprobs), old)
+    metrics = record.metrics(PPOConfig())
+    assert "policy/loss" not in metrics and "policy/entropy" not in metrics
+    assert metrics["policy/approx_kl"] == 0
