@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_ppo.runtime.seeding import resolve_device, seed_everything
+from rlhf_ppo.runtime.seeding import global_rng_state, resolve_device, restore_rng_state, seed_everything
 
 
 def draws() -> tuple[float, float, float]:
@@ -23,6 +23,16 @@ def test_the_same_seed_gives_the_same_draws(seed):
     assert draws() == first
     seed_everything(seed + 1)
     assert all(a != b for a, b in zip(draws(), first, strict=True))
+
+
+def test_global_generators_go_on_where_they_were():
+    seed_everything(3)
+    random.gauss(0, 1), np.random.randn(), torch.randn(3)  # leaves a second normal draw waiting in two of them
+    state = global_rng_state()
+    following = draws(), random.gauss(0, 1), float(np.random.randn()), torch.randn(5).tolist()
+    seed_everything(4)
+    restore_rng_state({name: x.clone() for name, x in state.items()})
+    assert (draws(), random.gauss(0, 1), float(np.random.randn()), torch.randn(5).tolist()) == following
 
 
 def test_devices():

@@ -1,0 +1,57 @@
+"""Whether the run that resumes is the run that was saved: settings and fingerprints, with a diff of what changed."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from rlhf_ppo.runtime.checkpoint import Checkpoint, CheckpointError, as_json
+
+
+def require_unchanged(
+    checkpoint: Checkpoint,
+    *,
+    settings: Mapping[str, Any],
+    fingerprints: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+    free: Collection[str] = (),
+    override: bool = False,
+) -> None:
+    """Refuse to resume another run than the checkpoint's, or warn of it under ``override``.
+
+    Args:
+        checkpoint: the one to resume.
+        settings, fingerprints: of the run that resumes.
+        defaults: what settings that the checkpoint does not know were then (they came with a later version).
+        free: settings that may change from one part of a run to the next.
+        override: the user wants it so.
+    Raises:
+        CheckpointError: something else differs; shows each as old -> new.
+    """
+    pairs = [
+        ({**(defaults or {}), **checkpoint.settings}, as_json(settings)),
+        (checkpoint.fingerprints, as_json(fingerprints)),
+    ]
+    changed = [
+        f"{name}: {_short(old.get(name))} -> {_short(new.get(name))}"
+        for old, new in ((as_json(old), new) for old, new in pairs)
+        for name in sorted({*old, *new} - set(free))
+        if old.get(name) != new.get(name)
+    ]
+    if not changed:
+        return
+    listed = "\n  ".join(changed)
+    message = f"checkpoint {checkpoint.folder} is of a run with other settings or data (old -> new):\n  {listed}\n"
+    if not override:
+        raise CheckpointError(
+            f"{message}Put them back, or go on with the new ones by resume_override=True (--resume-override): the run "
+            "is then no longer the one that it would have been"
+        )
+    warnings.warn(f"{message}Going on with the new ones (resume_override)", stacklevel=3)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
