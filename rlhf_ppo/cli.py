@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import traceback
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from rlhf_ppo.reward_calls import RewardError
 from rlhf_ppo.reward_training import RewardTrainingArgs, train_reward_model
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.settings import Command, run_command
+from rlhf_ppo.runtime.signals import Interrupted
 from rlhf_ppo.sft import SFTArgs, sft
 from rlhf_ppo.trainer import PPOTrainer, RatioTripwireError
 from rlhf_ppo.user_code import load_function
@@ -171,20 +173,38 @@ COMMANDS: dict[str, Command] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 for a failed run, 2 for bad input, 130 for Ctrl-C."""
+    """Run the command line; returns the exit code.
+
+    0, 1 for a failed run, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    words = join_command_line(sys.argv[1:] if argv is None else argv)
     # The library's own progress is the one to watch; loading bars of other libraries only push it off the screen.
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
-        return run_command("rlhf-ppo", COMMANDS, join_command_line(sys.argv[1:] if argv is None else argv))
+        return run_command("rlhf-ppo", COMMANDS, words)
+    except Interrupted as stop:
+        print(f"{stop}. {_how_to_go_on(words, stop)}", file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
-        print("interrupted; what a run had learned until then is saved in its output_dir", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     except (RewardError, RespondError, RatioTripwireError, NonFiniteGradientError) as error:
         if error.__cause__ is not None and error.__cause__ is not error:
             traceback.print_exception(error.__cause__)
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _how_to_go_on(words: list[str], stop: Interrupted) -> str:
+    if words[0] != "train":
+        return "Go on from Python: PPOTrainer(...).train(resume_from_checkpoint=...)"
+    flag = "--resume-from-checkpoint"
+    # The command may itself have gone on from somewhere: that flag and its value go.
+    earlier = [word.replace("_", "-").startswith(flag) for word in words]
+    values = [old and "=" not in word for old, word in zip(earlier, words, strict=True)]
+    kept = [word for word, old, value in zip(words, earlier, [False, *values], strict=False) if not old and not value]
+    return f"Go on with: {shlex.join(['rlhf-ppo', *kept, flag, str(stop.saved)])}"
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from rlhf_ppo.reward_calls import RewardError
 from rlhf_ppo.rollout import Rollout, Sampled
 from rlhf_ppo.runtime.precision import autocast
 from rlhf_ppo.runtime.run_directory import RunDirectory
+from rlhf_ppo.runtime.signals import stop_if_asked
 from rlhf_ppo.runtime.timing import Stopwatch
 from rlhf_ppo.scoring import Responses, Score, score_responses, total
 from rlhf_ppo.setup import RunParts
@@ -154,6 +155,7 @@ class Collector:
                 whole[rows, : values.shape[1]] = values.to(whole.dtype)
 
         for rows in self.parts.batches(rollout, range(len(rollout.prompts))):
+            stop_if_asked()
             part = rollout.sequences(rows)
             with autocast(self.parts.bf16, self.parts.device):
                 note("ref_logprobs", self.parts.reference.logprobs(part, temperature=temperature), rows)

@@ -12,6 +12,8 @@ from concurrent.futures import Future
 from functools import cache
 from typing import Any
 
+from rlhf_ppo.runtime.signals import stop_if_asked
+
 RewardFunction = Callable[..., Any]
 """``fn(prompts, completions, completion_ids=..., **columns)``, sync or async: one score per completion, in their order.
 ``completion_ids`` (the sampled token ids) is passed to functions that name it or take ``**`` anything; after several
@@ -19,6 +21,9 @@ turns ``conversations`` (all messages) and ``completion_turns`` (the turn of eac
 
 RESERVED = ("prompts", "completions", "completion_ids", "conversations", "completion_turns")
 """Names that reward functions receive anyway, so that no column of a data set may have them."""
+
+_LOOK_UP_S = 0.25
+"""Seconds between two looks for a signal while a reward is waited for."""
 
 
 class RewardError(RuntimeError):
@@ -154,7 +159,7 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 
 def _result(future: Future[Any], name: str, wait_s: float | None, timeout_s: float | None) -> Any:
     # Waiting and asking are kept apart: the function may raise a TimeoutError of its own.
-    if not concurrent.futures.wait([future], timeout=wait_s).done:
+    if not _finished(future, wait_s):
         raise RewardError(f"reward function {name!r} did not return within reward_timeout_s={timeout_s}")
     try:
         return future.result()
@@ -162,3 +167,17 @@ def _result(future: Future[Any], name: str, wait_s: float | None, timeout_s: flo
         raise
     except Exception as error:
         raise RewardError(f"reward function {name!r} raised {type(error).__name__}: {error}") from error
+
+
+def _finished(future: Future[Any], wait_s: float | None) -> bool:
+    """Wait, at most ``wait_s`` seconds, looking up now and then for a signal that asks the run to stop."""
+    end = None if wait_s is None else time.monotonic() + wait_s
+    while True:
+        left = _LOOK_UP_S if end is None else min(_LOOK_UP_S, max(0.0, end - time.monotonic()))
+        done = concurrent.futures.wait([future], timeout=left).done
+        # Before the result: Ctrl-C also ends the processes that a reward has started, which looks like a failure.
+        stop_if_asked()
+        if done:
+            return True
+        if end is not None and time.monotonic() >= end:
+            return False

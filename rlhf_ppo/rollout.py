@@ -17,6 +17,7 @@ from rlhf_ppo.data import Completion, Prompt
 from rlhf_ppo.limits import Barred, TextStop, bar
 from rlhf_ppo.packing import token_batches
 from rlhf_ppo.reading import Sequences, position_ids
+from rlhf_ppo.runtime.signals import stop_if_asked
 
 
 @dataclass(frozen=True)
@@ -245,6 +246,7 @@ def sample_responses(
         early = decoding_step(model, cache, temperature, barred=sorted(stop_token_ids))
     attention = torch.cat([prompt_mask, prompt_mask.new_ones(batch, room - prompt_length)], dim=1)
     for t in range(max_new_tokens):
+        stop_if_asked()
         seen = attention if fixed else attention[:, : prompt_length + t]
         act = early if t < min_new_tokens else step if t else first
         token, logprob, spread, value = act(ids, positions, seen, u[t, rows])

@@ -43,6 +43,7 @@ from rlhf_ppo.runtime.precision import autocast
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.seeding import torch_threads
+from rlhf_ppo.runtime.signals import Interrupted, asked_to_stop, stop_if_asked, stop_on_signals
 from rlhf_ppo.runtime.timing import Stopwatch
 from rlhf_ppo.score_shaping import ScoreStatistics
 from rlhf_ppo.setup import RewardSource, Rows, set_up
@@ -138,6 +139,7 @@ class PPOTrainer:
         self.objective = args
         self.score_statistics = ScoreStatistics()
         self.iteration = self.episodes = self.optimizer_steps = self.rollouts_made = 0
+        self._checkpoint: tuple[int, Path] | None = None  # the last one: its iteration and folder
 
     # The algorithm
 
@@ -150,7 +152,8 @@ class PPOTrainer:
             The last metrics, with those of the last evaluation if there is an ``eval_dataset``.
         Raises:
             FileNotFoundError, ValueError: there is no such checkpoint, or it is another model's.
-            RewardError: a reward function failed; model and responses are saved first.
+            Interrupted: SIGINT or SIGTERM came; a checkpoint is saved first, from which the run goes on exactly.
+            RewardError: a reward function failed; likewise, and the responses are saved.
             RatioTripwireError, NonFiniteGradientError: the update cannot be trusted; the model is saved first.
         """
         args = self.args
@@ -175,9 +178,15 @@ class PPOTrainer:
             self.run.start({**self.sources, **dataclasses.asdict(args)})
         else:
             load_checkpoint(self, resume_from_checkpoint)
+            self._checkpoint = (self.iteration, Path(resume_from_checkpoint))
             self.run.rewind(self.iteration)
-        with torch_threads(args.num_threads):
-            metrics = self._train(self.train_prompts, planned)
+        with torch_threads(args.num_threads), stop_on_signals():
+            try:
+                metrics = self._train(self.train_prompts, planned)
+            except BaseException as error:
+                self._save_after(error)
+                raise
+            self.save_model()
         plot_curves(
             self.run.read(),
             self.run.path / "curve.png",
@@ -190,33 +199,45 @@ class PPOTrainer:
     def _train(self, prompts: PromptSet, planned: int) -> dict[str, float]:
         args = self.args
         metrics: dict[str, float] = {}
-        try:
-            if self.iteration == 0:
-                self._log_evaluation()
-            with ProgressDisplay("episodes", planned, quiet=args.quiet) as progress:
-                while self.iteration < args.num_rollouts:
-                    self.stopwatch.take()  # evaluations are no part of an iteration
-                    batch = prompts.batch(self.iteration, args.rollout_batch_size // args.num_generations)
-                    rollout = self.rollout(batch.prompts, **batch.columns)
-                    metrics = self.step(rollout)
-                    self.timings = self.stopwatch.take()
-                    self._report(progress, rollout, metrics)
-                    if args.save_every and self.iteration % args.save_every == 0:
-                        save_checkpoint(self)
-                    wants_stop = [callback(self, metrics) is True for callback in self.callbacks]
-                    if any(wants_stop):
-                        break
-                    if args.eval_every and self.iteration % args.eval_every == 0 and self.iteration < args.num_rollouts:
-                        self._log_evaluation()
-            return {**metrics, **self._log_evaluation()}
-        except RewardError as error:
-            if self.iteration == 0:
-                raise
-            folder = save_checkpoint(self)
-            raise RewardError(f"{error}. Go on with resume_from_checkpoint={folder}") from error.__cause__
-        finally:
-            # Whatever ended the run, what was learned until then stays.
+        with ProgressDisplay("episodes", planned, quiet=args.quiet) as progress:
+            while self.iteration < args.num_rollouts:
+                if self._evaluation_is_due():
+                    self._log_evaluation()
+                self.stopwatch.take()  # evaluations are no part of an iteration
+                batch = prompts.batch(self.iteration, args.rollout_batch_size // args.num_generations)
+                rollout = self.rollout(batch.prompts, **batch.columns)
+                metrics = self.step(rollout)
+                self.timings = self.stopwatch.take()
+                self._report(progress, rollout, metrics)
+                if args.save_every and self.iteration % args.save_every == 0:
+                    self._save_checkpoint()
+                wants_stop = [callback(self, metrics) is True for callback in self.callbacks]
+                if any(wants_stop):
+                    break
+                stop_if_asked()
+        return {**metrics, **self._log_evaluation()}
+
+    def _evaluation_is_due(self) -> bool:
+        every = self.args.eval_every
+        return self.iteration == 0 or (every > 0 and self.iteration % every == 0)
+
+    def _save_after(self, error: BaseException) -> None:
+        """Whatever ends a run, what was learned until then stays; between two updates, so that the run can go on."""
+        if asked_to_stop() and type(error) is KeyboardInterrupt:
+            return  # a second signal, maybe in the middle of an update
+        if isinstance(error, Interrupted):
+            error.saved = self._save_checkpoint()
+        elif isinstance(error, RewardError):
+            folder = self._save_checkpoint()
             self.save_model()
+            raise RewardError(f"{error}. Go on with resume_from_checkpoint={folder}") from error.__cause__
+        self.save_model()
+
+    def _save_checkpoint(self) -> Path:
+        """Save where the run is now, unless that has just been done. Not to be called in the middle of an update."""
+        if self._checkpoint is None or self._checkpoint[0] != self.iteration:
+            self._checkpoint = (self.iteration, save_checkpoint(self))
+        return self._checkpoint[1]
 
     def rollout(self, prompts: Sequence[Prompt], **columns: list[Any]) -> Rollout:
         """Generate ``num_generations`` responses to each prompt, side by side, score them, and read the reference.

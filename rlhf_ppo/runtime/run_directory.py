@@ -15,6 +15,12 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
+def _position(name: str, row: Mapping[str, Any]) -> tuple[int, bool]:
+    """Where a row of the file ``name`` belongs: its iteration, and whether it is part of the evaluation after it."""
+    evaluation = name.startswith("eval") or any(key.startswith("eval/") for key in row)
+    return row.get("progress/iteration", row.get("iteration", 0)), evaluation
+
+
 def read_run(folder: str | Path) -> dict[str, Any]:
     """The settings in a run's folder (run.json), or {} if there is none."""
     file = Path(folder) / "run.json"
@@ -51,13 +57,12 @@ class RunDirectory:
         self.write_json("run.json", settings)
 
     def rewind(self, iteration: int) -> None:
-        """Go on in this folder after ``iteration``: rows of later iterations leave its JSONL files."""
+        """Go on in this folder after ``iteration``: rows of later iterations leave its JSONL files.
+
+        So do those of an evaluation after ``iteration`` itself: it opens the next one and is made again.
+        """
         for file in self.path.glob("*.jsonl"):
-            rows = [
-                row
-                for row in self.read(file.name)
-                if row.get("progress/iteration", row.get("iteration", 0)) <= iteration
-            ]
+            rows = [row for row in self.read(file.name) if _position(file.name, row) <= (iteration, False)]
             temporary = file.with_suffix(".tmp")
             temporary.write_text("".join(_line(row) for row in rows), encoding="utf-8")
             os.replace(temporary, file)

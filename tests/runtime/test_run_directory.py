@@ -53,10 +53,18 @@ def test_rewind_forgets_what_came_after(tmp_path):
     for i in range(1, 5):
         run.log({"progress/iteration": i, "score/mean": float(i)})
         run.append("samples.jsonl", {"iteration": i, "completion": "a\u2028b"})
+        run.log({"progress/iteration": i, "eval/score_mean": float(i)})
+        run.append("eval_samples.jsonl", {"iteration": i})
     run.rewind(2)
-    assert [row["progress/iteration"] for row in run.read()] == [1, 2]
+    # The evaluation after iteration 2 opens the third, and is made again.
+    assert [(row["progress/iteration"], "eval/score_mean" in row) for row in run.read()] == [
+        (1, False),
+        (1, True),
+        (2, False),
+    ]
+    assert run.read("eval_samples.jsonl") == [{"iteration": 1}]
     assert [row["iteration"] for row in run.read("samples.jsonl")] == [1, 2]
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.jsonl", "samples.jsonl"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["eval_samples.jsonl", "metrics.jsonl", "samples.jsonl"]
 
 
 def test_a_missing_file_has_no_rows_and_a_file_is_no_folder(tmp_path):
