@@ -1,9 +1,9 @@
 """Checkpoints of any run: tensors and JSON in a folder that exists whole or not at all, and proves that it is unharmed.
 
 The commit: write into ``.tmp-<step>``, fsync every file, write the manifest (sizes, SHA-256, settings, fingerprints)
-last, rename to ``checkpoint-<step>``, fsync the parent, and only then delete older ones. A process that is killed at any
-point of it leaves the earlier checkpoints as they were. Nothing is ever unpickled: safetensors and JSON alone, and a file
-is parsed only after its checksum is right.
+last, rename to ``checkpoint-<step>``, fsync the parent, and only then delete older ones. A process that is killed at
+any point of it leaves the earlier checkpoints as they were. Nothing is ever unpickled: safetensors and JSON alone, and
+a file is parsed only after its checksum is right.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def write_checkpoint(
         raise OSError(
             getattr(error, "errno", None) or errno.EIO,
             f"checkpoint of step {step} could not be written into {root}: {getattr(error, 'strerror', None) or error}. "
-            "Earlier checkpoints are untouched; free some space, or keep fewer checkpoints, and resume from the last one",
+            "Earlier checkpoints are untouched; free some space, or keep fewer checkpoints, then resume from the last",
         ) from error
     if keep is not None:
         prune(root, keep=keep, spare=spare)

@@ -11,7 +11,13 @@ import pytest
 
 from rlhf_ppo.runtime.lock import RunLockedError, run_lock
 
-HOLD = "import sys, time; from rlhf_ppo.runtime.lock import run_lock\nwith run_lock(sys.argv[1]): print('held', flush=True); time.sleep(600)"
+HOLD = """
+import sys, time
+from rlhf_ppo.runtime.lock import run_lock
+with run_lock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
 
 
 def test_fault_29_a_second_run_is_refused_by_the_pid_of_the_first_until_that_is_killed(tmp_path):
