@@ -39,6 +39,7 @@ from rlhf_ppo.core import (
     ppo_loss,
 )
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
+from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.seeding import torch_threads
@@ -61,8 +62,10 @@ class PPO:
         """Make the environments and fresh networks.
 
         Raises:
-            ValueError: unknown environment, unsupported spaces, or settings that contradict each other.
+            ValueError: unknown environment, unsupported spaces, settings that contradict each other, or a launcher's
+                promise of several processes (WORLD_SIZE).
         """
+        require_one_process()
         self.env_id = env_id
         self.args = (args or PPOArgs()).resolve(env_id)
         self.config: PPOConfig = self.args.ppo_config()

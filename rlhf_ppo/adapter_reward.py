@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_ppo.adapters import add_adapter, load_adapter, use_adapter
-from rlhf_ppo.heads import find_file, read_head
+from rlhf_ppo.heads import read_head
 from rlhf_ppo.models import find_config, load_tokenizer, resolve_model
 from rlhf_ppo.reading import without_adapter_wrapper
 from rlhf_ppo.reward_model import RewardModel
+from rlhf_ppo.sources import find_file
 
 REWARD_ADAPTER = "reward"
 

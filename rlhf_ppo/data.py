@@ -11,10 +11,12 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.config import RLHFConfig
+from rlhf_ppo.sources import why_not
 
 Prompt = str | list[dict[str, str]]
 """A prompt is text, or chat messages: ``[{"role": "user", "content": "..."}]``."""
@@ -29,7 +31,7 @@ def load_rows(source: str, split: str = "train") -> Dataset:
 
     Raises:
         FileNotFoundError: ``source`` looks like a path and is not there.
-        ValueError: the file's ending names no known format, or the data set is empty.
+        ValueError: the file's ending names no known format, it cannot be read, or the data set is empty.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -38,16 +40,27 @@ def load_rows(source: str, split: str = "train") -> Dataset:
             raise ValueError(f"{source}: unknown ending {ending!r}; use one of {sorted(_FORMATS)} (also with .gz)")
         if path.stat().st_size == 0:
             raise ValueError(f"data set {source} has no rows")
-        rows = load_dataset(_FORMATS[ending], data_files=str(path), split="train")
+        rows = _load(source, _FORMATS[ending], data_files=str(path), split="train")
     elif path.exists():
-        rows = load_dataset(str(path), split=split)
+        rows = _load(source, str(path), split=split)
     elif path.suffix in {*_FORMATS, ".gz"} or source.startswith((".", "/", "~")):
         raise FileNotFoundError(f"data file {source} does not exist (working folder: {Path.cwd()})")
     else:
-        rows = load_dataset(source, split=split)
+        rows = _load(source, source, split=split)
     if len(rows) == 0:
         raise ValueError(f"data set {source} has no rows")
     return rows
+
+
+def _load(source: str, *args: Any, **options: Any) -> Dataset:
+    try:
+        return cast(Dataset, load_dataset(*args, **options))
+    except DatasetGenerationError as error:  # what is wrong with the file is its cause
+        raise ValueError(f"data set {source} cannot be read: {error.__cause__ or error}") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        local = Path(source).expanduser().exists() or isinstance(error, ValueError)
+        reason = (str(error).splitlines() or [""])[0] if local else why_not(source, error, kind="dataset")
+        raise ValueError(f"data set {source} cannot be read: {reason}") from error
 
 
 def require_column(rows: Dataset, column: str) -> None:

@@ -17,6 +17,7 @@ from rlhf_ppo.data import Prompt, decode_responses, encode_prompts, load_rows, p
 from rlhf_ppo.limits import TextStop, cut_at
 from rlhf_ppo.models import load_config, load_policy, load_tokenizer, prompt_room, resolve_model
 from rlhf_ppo.rollout import sample_responses
+from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.run_directory import read_run
 from rlhf_ppo.runtime.seeding import resolve_device
 from rlhf_ppo.setup import stop_tokens
@@ -83,6 +84,7 @@ class Speaker:
 
 def load_speaker(args: GenerateArgs) -> Speaker:
     """The model of ``args`` with its sampler; its draws go on from call to call."""
+    require_one_process()
     device = resolve_device(args.device)
     name = resolve_model(args.model)
     config, tokenizer = load_config(name), load_tokenizer(name)

@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.utils.hub import cached_file
+
+from rlhf_ppo.sources import find_file, pickle_message
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 
@@ -82,22 +83,9 @@ def _tensor_files(source: str, where: str) -> Iterator[tuple[str, Path]]:
         wanted = {shard for name, shard in shards.items() if _layer(name) in _HEADS}
         files = {file for shard in wanted if (file := find_file(source, shard)) is not None}
     elif find_file(source, "pytorch_model.bin") or find_file(source, "pytorch_model.bin.index.json"):
-        raise ValueError(
-            f"{where} holds pytorch_model.bin, a pickle, which can run code when it is opened and is never read here: "
-            "if you trust it, load it and save it again with model.save_pretrained(folder, safe_serialization=True)"
-        )
+        raise ValueError(pickle_message(where, "pytorch_model.bin"))
     else:
         raise ValueError(f"{where}: neither {VALUE_HEAD_FILE} nor model.safetensors is there")
     for file in sorted(files):
         with safe_open(file, "pt") as tensors:
             yield from ((name, file) for name in list(tensors.keys()))
-
-
-def find_file(source: str, name: str) -> Path | None:
-    """A file of a folder or hub id, or None where it has none of that name."""
-    if Path(source).is_dir():
-        return file if (file := Path(source) / name).is_file() else None
-    try:
-        return Path(str(cached_file(source, name)))
-    except OSError:  # no such repository or file, or the hub is out of reach
-        return None

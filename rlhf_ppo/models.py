@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -22,6 +22,7 @@ from transformers.activations import NewGELUActivation
 from transformers.utils import logging
 
 from rlhf_ppo.heads import adapter_labels
+from rlhf_ppo.sources import read_weights, refuse_pickles, why_not
 
 EMBEDDED_MODEL = str(Path(__file__).parent / "assets" / "stories-gpt2")
 """Folder of the small GPT-2 that comes with the package, by name "embedded"."""
@@ -42,6 +43,7 @@ def find_config(model: str | PreTrainedModel) -> PretrainedConfig:
         return cast(PreTrainedModel, model).config
     if not isinstance(model, str):
         raise ValueError(f"a model must be a hub id, a folder or a transformers model, got {type(model).__name__}")
+    refuse_pickles(model)
     base = adapter_base(model)
     if base is not None and not (Path(model) / "config.json").is_file():
         config = find_config(base)
@@ -51,11 +53,7 @@ def find_config(model: str | PreTrainedModel) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        if Path(model).is_dir():
-            why = f"the folder holds no model that transformers can read ({str(error).splitlines()[0]})"
-        else:
-            why = 'no such folder, and the hub has no such model or is out of reach (offline: a folder, or "embedded")'
-        raise ValueError(f"model {model!r} cannot be loaded: {why}") from error
+        raise ValueError(f"model {model!r} cannot be loaded: {why_not(model, error)}") from error
 
 
 def adapter_base(model: Any) -> str | None:
@@ -67,7 +65,10 @@ def adapter_base(model: Any) -> str | None:
     file = Path(model) / "adapter_config.json" if isinstance(model, str) else None
     if file is None or not file.is_file():
         return None
-    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} does not describe an adapter: {error}") from None
     if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
         raise ValueError(
             f"{model} holds an adapter alone, and the model it was trained on ({base}) is not there: put it back, or "
@@ -91,11 +92,11 @@ def load_config(model: str | PreTrainedModel) -> PretrainedConfig:
     return cast(PretrainedConfig, config)
 
 
-def load_tokenizer(model: str | PreTrainedModel) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model, or, where an adapter came without one, beside its base.
+def load_tokenizer(model: str | PreTrainedModel, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model, or, where an adapter came without one, beside its base; ``options`` change it.
 
     Raises:
-        ValueError: a model object that does not say where it came from.
+        ValueError: a model object that does not say where it came from, or no tokenizer there.
     """
     name = model if isinstance(model, str) else model.config._name_or_path
     if not name:
@@ -103,7 +104,14 @@ def load_tokenizer(model: str | PreTrainedModel) -> PreTrainedTokenizerBase:
     base = adapter_base(name)
     if base is not None and not (Path(name) / "tokenizer_config.json").is_file():
         name = resolve_model(base)
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    folder = Path(name)
+    if folder.is_dir() and not any(file for kind in ("tokenizer*", "vocab*", "*.model") for file in folder.glob(kind)):
+        # transformers would make an empty one for some models.
+        raise ValueError(f"the tokenizer of {name!r} cannot be loaded: the folder has none; copy the model's own there")
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the tokenizer of {name!r} cannot be loaded: {why_not(name, error)}") from error
 
 
 def load_policy(model: str | PreTrainedModel) -> PreTrainedModel:
@@ -112,15 +120,25 @@ def load_policy(model: str | PreTrainedModel) -> PreTrainedModel:
     if base is not None:
         return merge_adapter(load_policy(base), str(model))
     if isinstance(model, str):
-        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
+        return read_weights(AutoModelForCausalLM, model)
     return model
 
 
 def merge_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
-    """The model with a PEFT adapter's weights added to its own."""
+    """The model with a PEFT adapter's weights added to its own.
+
+    Raises:
+        ValueError: the weights are not there, are a pickle, or cannot be read.
+    """
     from peft import PeftModel
 
-    return cast(Any, PeftModel.from_pretrained(model, folder)).merge_and_unload()
+    refuse_pickles(folder)
+    if not (Path(folder) / "adapter_model.safetensors").is_file():
+        raise ValueError(f"{folder} holds an adapter's config, but its weights, adapter_model.safetensors, are gone")
+    try:
+        return cast(Any, PeftModel.from_pretrained(model, folder)).merge_and_unload()
+    except SafetensorError as error:
+        raise ValueError(f"{folder}: adapter_model.safetensors cannot be read ({error}): it is damaged") from error
 
 
 def load_classifier(model: str, *, new_head: bool = False) -> PreTrainedModel:
@@ -137,9 +155,7 @@ def load_classifier(model: str, *, new_head: bool = False) -> PreTrainedModel:
     if new_head:
         logging.set_verbosity_error()
     try:
-        return AutoModelForSequenceClassification.from_pretrained(
-            model, num_labels=1, dtype=torch.float32, trust_remote_code=False
-        )
+        return read_weights(AutoModelForSequenceClassification, model, num_labels=1)
     finally:
         logging.set_verbosity(verbosity)
 
@@ -150,7 +166,7 @@ def load_trunk(model: str | PreTrainedModel) -> PreTrainedModel:
         judges = adapter_labels(Path(str(model)) / "adapter_model.safetensors") is not None
         model = load_classifier(str(model)) if judges else load_policy(model)
     if isinstance(model, str):
-        return AutoModel.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
+        return read_weights(AutoModel, model)
     return cast(PreTrainedModel, model.base_model)
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.models import load_policy
+from rlhf_ppo.sources import read_weights
 
 Bits = Literal["8bit", "4bit"]
 
@@ -87,13 +88,8 @@ def quantization_config(bits: Bits, *, bf16: bool) -> BitsAndBytesConfig:
 
 def load_quantized(model: str, bits: Bits, *, device: torch.device, bf16: bool) -> PreTrainedModel:
     """A causal language model with its linear layers in 8 or 4 bits, the rest in float32; all of it frozen."""
-    loaded = AutoModelForCausalLM.from_pretrained(
-        model,
-        dtype=torch.float32,
-        quantization_config=quantization_config(bits, bf16=bf16),
-        device_map={"": device},
-        trust_remote_code=False,
-    )
+    config = quantization_config(bits, bf16=bf16)
+    loaded = read_weights(AutoModelForCausalLM, model, quantization_config=config, device_map={"": device})
     return cast(PreTrainedModel, loaded.requires_grad_(False))
 
 

@@ -13,15 +13,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from rlhf_ppo.comparison import wilson
 from rlhf_ppo.mixing import load_mixture, require_weights
-from rlhf_ppo.models import adapter_base, context_length, find_config, load_classifier, resolve_model
+from rlhf_ppo.models import adapter_base, context_length, find_config, load_classifier, load_tokenizer, resolve_model
 from rlhf_ppo.preferences import Preference, read_preferences, split_by_prompt
 from rlhf_ppo.reward_model import scored_ids, text_scores
 from rlhf_ppo.runtime.plots import plot_calibration
 from rlhf_ppo.runtime.precision import Precision, autocast, compute_in_bf16
+from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.seeding import resolve_device, seed_everything
@@ -115,6 +116,7 @@ def train_reward_model(args: RewardTrainingArgs) -> dict[str, float]:
     Raises:
         ValueError: bad settings, data or model; says which.
     """
+    require_one_process()
     device = resolve_device(args.device)
     bf16 = compute_in_bf16(args.precision, device)
     name = resolve_model(args.model)
@@ -124,9 +126,7 @@ def train_reward_model(args: RewardTrainingArgs) -> dict[str, float]:
     longest = min(args.max_length, context_length(config) or args.max_length)
     # Both settings are saved with the tokenizer, so that RewardModel cuts a text exactly as it was cut here. The end is
     # kept: answers differ there.
-    tokenizer = AutoTokenizer.from_pretrained(
-        name, trust_remote_code=False, model_max_length=longest, truncation_side="left"
-    )
+    tokenizer = load_tokenizer(name, model_max_length=longest, truncation_side="left")
     rows = load_mixture(args.dataset, args.split, weights=args.dataset_weights, seed=args.seed)
     pairs = read_preferences(
         rows,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -35,6 +34,7 @@ from rlhf_ppo.reward_model import RewardModel
 from rlhf_ppo.rewards import load_reward
 from rlhf_ppo.rollout import Rollout
 from rlhf_ppo.runtime.precision import autocast, compute_in_bf16
+from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.seeding import resolve_device, seed_everything
 from rlhf_ppo.score_cache import ScoreCache
 
@@ -87,10 +87,7 @@ def set_up(
     respond: Respond | None = None,
 ) -> RunParts:
     """Check and load the parts of a run; arguments and errors are those of :class:`rlhf_ppo.PPOTrainer`."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            "WORLD_SIZE is above 1, but training over several processes is not supported: start one process"
-        )
+    require_one_process()
     _check_respond(respond, args)
     device = resolve_device(args.device)
     bf16 = compute_in_bf16(args.precision, device)

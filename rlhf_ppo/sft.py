@@ -25,6 +25,7 @@ from rlhf_ppo.data import Prompt, require_column, tokenize_prompt
 from rlhf_ppo.mixing import load_mixture, require_weights
 from rlhf_ppo.models import context_length, load_policy, load_tokenizer, resolve_model
 from rlhf_ppo.preferences import prompt_and_answer
+from rlhf_ppo.runtime.processes import require_one_process
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -191,6 +192,7 @@ def encode_examples(
 
 def sft(args: SFTArgs) -> dict[str, float]:
     """Train, save to ``args.output_dir``, and return the held-out loss (nats per learned token) and perplexity."""
+    require_one_process()
     torch.manual_seed(args.seed)
     rows = load_mixture(args.dataset, args.split, weights=args.dataset_weights, seed=args.seed)
     if len(rows) < 2:

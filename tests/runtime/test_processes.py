@@ -1,0 +1,70 @@
+"""Processes: a launcher that promises several is refused by every command and class before any work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import classic
+import classic.cli
+from rlhf_ppo import PPOTrainer, RLHFConfig
+from rlhf_ppo.cli import main
+from rlhf_ppo.runtime.processes import require_one_process
+
+
+@pytest.mark.parametrize("alone", [None, "1", " 1 "])
+def test_one_process_is_fine(monkeypatch, alone):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if alone is not None:
+        monkeypatch.setenv("WORLD_SIZE", alone)
+    require_one_process()
+
+
+@pytest.mark.parametrize("size", ["2", "16", "0", "two", ""])
+def test_fault_31_anything_else_is_refused_with_its_value(monkeypatch, size):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(ValueError, match=f"WORLD_SIZE='{size}'.*start one process"):
+        require_one_process()
+
+
+def test_fault_31_the_trainer_refuses_before_it_looks_at_a_model(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="promises several processes"):
+        PPOTrainer("nobody/nothing", len, RLHFConfig(output_dir=str(tmp_path / "run")))
+    with pytest.raises(ValueError, match="promises several processes"):
+        classic.PPO("Nothing-v0")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --model nobody/nothing --reward no.py:f --dataset rows.jsonl --output-dir out --eval-size 0",
+        "sft --model nobody/nothing --dataset rows.jsonl --output-dir out",
+        "reward --model nobody/nothing --dataset rows.jsonl --output-dir out",
+        "generate --model nobody/nothing --prompt x",
+        "evaluate --model embedded --ref-model embedded --dataset rows.jsonl --reward no.py:f --output-dir out",
+    ],
+)
+def test_fault_31_every_command_refuses(monkeypatch, tmp_path, capsys, command):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    assert main(command.split()) == 2
+    assert "error: WORLD_SIZE='2'" in capsys.readouterr().err
+
+
+def test_fault_31_classic_refuses_too(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert classic.cli.main(["train", "CartPole-v1"]) == 2
+    assert "error: WORLD_SIZE='2'" in capsys.readouterr().err
+
+
+def test_fault_31_a_launched_process_ends_with_one_line(tmp_path):
+    """As torchrun would start it: the real command, with its variables set."""
+    command = [sys.executable, "-m", "classic.cli", "train", "CartPole-v1"]
+    environment = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "PATH": "", "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: WORLD_SIZE='2'") and done.stderr.count("\n") == 1
