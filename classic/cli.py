@@ -1,4 +1,4 @@
-"""The command line: `classic-ppo train ENV` and `classic-ppo evaluate FOLDER`."""
+"""The command line: `classic-ppo train ENV`, `evaluate FOLDER` and `compare ENV --vary name=a,b`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+from classic import comparison
 from classic.config import PPOArgs
 from classic.train import PPO
 from rlhf_ppo.runtime.run_directory import RunDirectory
-from rlhf_ppo.runtime.settings import run_command
+from rlhf_ppo.runtime.settings import Command, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +45,26 @@ class EvaluateCommand:
     """Take the most likely action; False samples from the policy."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompareCommand(PPOArgs):
+    """Train variants of one setting over several seeds and compare them; run again, it goes on where it stopped."""
+
+    env: tyro.conf.Positional[str]
+    """Environment id, such as CartPole-v1."""
+    vary: tuple[str, ...]
+    """What differs, as name=value,value: num_epochs=1,4,10 or objective=clip,a2c; several: every combination."""
+    seeds: int = 5
+    """Runs of each variant, with seeds from --seed on."""
+    eval_episodes: int = 20
+    """Episodes of the evaluation after each run."""
+
+
 def train(command: TrainCommand) -> int:
     """`classic-ppo train ENV`: learn, save, evaluate, and say where everything is; 130 after Ctrl-C."""
     if command.eval_episodes < 1:
         raise ValueError(f"eval_episodes must be 1 or more, got {command.eval_episodes}")
-    name = command.env.replace("/", "-").replace(":", "-")
-    given = {field.name: getattr(command, field.name) for field in dataclasses.fields(PPOArgs)}
-    given["output_dir"] = command.output_dir or f"runs/{name}-seed{command.seed}"
+    given = _args(command)
+    given["output_dir"] = command.output_dir or f"runs/{_file_name(command.env)}-seed{command.seed}"
     agent = PPO(command.env, PPOArgs(**given))
     start = time.perf_counter()
     try:
@@ -83,6 +98,37 @@ def evaluate(command: EvaluateCommand) -> None:
     _print(table)
 
 
+def compare(command: CompareCommand) -> int:
+    """`classic-ppo compare ENV --vary ...`: train what is not there yet, then the table and the picture."""
+    args = PPOArgs(**_args(command))
+    folder = Path(command.output_dir or f"runs/compare-{_file_name(command.env)}")
+    changes = comparison.read_variants(command.vary)
+    try:
+        variants = comparison.compare(
+            command.env, args, changes, seeds=command.seeds, episodes=command.eval_episodes, folder=folder
+        )
+    except KeyboardInterrupt:
+        print(f"interrupted; finished runs stay in {folder}, and the same command goes on from there", file=sys.stderr)
+        return 130
+    table = Table(title=f"{command.env}, {max(variant.env_steps for variant in variants):,} steps a run")
+    for column in ("variant", "seeds", "IQM of the return [95 %]", "mean +- standard error", "worst seed"):
+        table.add_column(column)
+    for row in comparison.rows(variants):
+        table.add_row(*row)
+    picture = comparison.draw(variants, folder / "comparison.png", title=command.env)
+    _print(table)
+    print(f"curves   {picture}")
+    return 0
+
+
+def _args(command: PPOArgs) -> dict[str, Any]:
+    return {field.name: getattr(command, field.name) for field in dataclasses.fields(PPOArgs)}
+
+
+def _file_name(env_id: str) -> str:
+    return env_id.replace("/", "-").replace(":", "-")
+
+
 def _result_rows(result: dict[str, float], episodes: int) -> list[tuple[str, str]]:
     return [
         (f"mean return, {episodes} episodes", f"{result['mean_return']:.1f} +- {result['std_return']:.1f}"),
@@ -96,9 +142,16 @@ def _print(table: Table) -> None:
     console.print(table, width=None if console.is_terminal else 200)
 
 
+COMMANDS: dict[str, Command] = {
+    "train": (TrainCommand, train),
+    "evaluate": (EvaluateCommand, evaluate),
+    "compare": (CompareCommand, compare),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `classic-ppo`."""
-    return run_command("classic-ppo", {"train": (TrainCommand, train), "evaluate": (EvaluateCommand, evaluate)}, argv)
+    return run_command("classic-ppo", COMMANDS, argv)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from classic.cli import EvaluateCommand, TrainCommand, main
+from classic.cli import CompareCommand, EvaluateCommand, TrainCommand, main
 
 SMALL = [
     "--num-envs",
@@ -70,7 +70,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(argv, words, capsys):
 
 
 def test_every_flag_has_a_sentence(capsys):
-    for command, cls in (("train", TrainCommand), ("evaluate", EvaluateCommand)):
+    for command, cls in (("train", TrainCommand), ("evaluate", EvaluateCommand), ("compare", CompareCommand)):
         with pytest.raises(SystemExit) as caught:
             main([command, "--help"])
         assert caught.value.code == 0
@@ -79,7 +79,7 @@ def test_every_flag_has_a_sentence(capsys):
         flags = [field.name for field in dataclasses.fields(cls) if field.name not in ("env", "folder")]
         assert len(blocks) == len(flags)
         for block in blocks:
-            name_type_and_sentence = block.split("(default")[0].replace("│", "").split()
+            name_type_and_sentence = re.split(r"\((?:default|required)", block)[0].replace("│", "").split()
             assert len(name_type_and_sentence) >= 5 and "." in name_type_and_sentence[-1], block
 
 
