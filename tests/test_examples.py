@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -43,6 +44,20 @@ def test_multi_turn(tmp_path, capsys):
 def test_cartpole(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     load("cartpole.py").main(["--total-timesteps", "2048"])
+
+
+def test_clip_and_lambda(tmp_path):
+    """Slopes by hand: gone above 1.2 for A > 0 and below 0.8 for A < 0; lambda 1 is 1 - V, lambda 0 one step's gain."""
+    example = load("clip_and_lambda.py")
+    ratio = torch.tensor([0.5, 1.0, 1.3])
+    assert example.objective(ratio, 1.0)[1].tolist() == pytest.approx([1, 1, 0])
+    assert example.objective(ratio, -1.0)[1].tolist() == pytest.approx([0, -1, -1])
+    values, advantages = example.advantages_of_one_episode()
+    torch.testing.assert_close(advantages[1.0], 1 - values)
+    torch.testing.assert_close(advantages[0.0][:-1], values.diff())
+    example.main(["--output-dir", str(tmp_path)])
+    for name in ("clip.png", "lambda.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_yaml_example_trains(tmp_path, monkeypatch):
