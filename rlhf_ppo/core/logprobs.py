@@ -137,9 +137,10 @@ def linear_logprobs(
 class _LinearLogprobs(torch.autograd.Function):
     """Goes through the vocabulary block by block, so that what a product writes is still in the cache when it is read.
 
-    Forward keeps ``exp(logit - largest of its block)`` of a single chunk of rows, and backward scales it to the
-    softmax; of several chunks only the log-normalisers stay, and backward makes the logits again. Under autocast, the
-    products and what is kept are in autocast's format and all sums in the compute dtype.
+    Forward keeps ``exp(logit - largest of its block)`` of a single chunk of rows, and the products of backward read it
+    as it is: what turns it into a gradient is one factor a row, which multiplies the smaller side of each product. Of
+    several chunks only the log-normalisers stay, and backward makes the exponentials again. Under autocast, all of
+    [block, n] is in autocast's format, and sums are in the compute dtype.
     """
 
     @staticmethod
@@ -158,32 +159,31 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx.temperature, ctx.chunk_size, ctx.return_entropy = temperature, chunk_size, return_entropy
         dtype, smallest = compute_dtype(hidden), torch.finfo(compute_dtype(hidden)).min
         blocks = _blocks(weight.shape[0], min(chunk_size, count), hidden.device)
-        logprobs = torch.empty(count, dtype=dtype, device=hidden.device)
-        entropy, normaliser = torch.empty_like(logprobs), torch.empty_like(logprobs)
-        maxima, totals, sums = (logprobs.new_empty(len(blocks), count) for _ in range(3))
+        chosen = torch.zeros(count, dtype=dtype, device=hidden.device)
+        entropy, normaliser = torch.empty_like(chosen), torch.empty_like(chosen)
+        maxima, totals, sums = (chosen.new_empty(len(blocks), count) for _ in range(3))
         keeps = count <= chunk_size and any(ctx.needs_input_grad[:3])
         kept = torch.empty(weight.shape[0], count, dtype=ctx.low, device=hidden.device) if keeps else None
         with torch.autocast(kind, enabled=False):
             for rows in _chunks(count, chunk_size):
-                states = hidden[rows].to(ctx.low).T
+                states = _states(hidden[rows], temperature, ctx.low)
                 shift = _shift(states, weight)
-                chosen = torch.zeros_like(normaliser[rows])
                 for i, block in enumerate(blocks):
-                    room = kept[block] if kept is not None and kept.dtype == dtype and not return_entropy else None
-                    logits = _block_logits(states, shift, weight, bias, block, temperature, dtype, room)
+                    room = None if kept is None else kept[block]
+                    logits = _block_logits(states, shift, weight, bias, block, temperature, room)
                     place, inside = _places(tokens[rows], block)
-                    chosen = torch.where(inside, logits.gather(0, place)[0], chosen)
+                    chosen[rows] = torch.where(inside, logits.gather(0, place)[0], chosen[rows])
                     # A block of banned tokens has no largest logit to subtract.
-                    maxima[i, rows] = logits.amax(dim=0).clamp_(min=smallest)
-                    logits.sub_(maxima[i, rows])
-                    e = logits.exp() if return_entropy else logits.exp_()
+                    largest = logits.amax(dim=0).clamp_(min=torch.finfo(ctx.low).min)
+                    maxima[i, rows] = largest.to(dtype)
+                    logits.sub_(largest)
+                    distance = logits.to(dtype, copy=True) if return_entropy else None
+                    e = logits.exp_().to(dtype)
                     totals[i, rows] = e.sum(dim=0)
-                    if return_entropy:
-                        sums[i, rows] = logits.clamp_(min=smallest).mul_(e).sum(dim=0)
-                    if kept is not None and room is None:
-                        kept[block] = e
+                    if distance is not None:
+                        sums[i, rows] = distance.clamp_(min=smallest).mul_(e).sum(dim=0)
                 normaliser[rows] = (maxima[:, rows] + totals[:, rows].log()).logsumexp(dim=0)
-                logprobs[rows] = chosen - normaliser[rows]
+        logprobs = chosen.sub_(normaliser)
         if return_entropy:
             shifts = maxima - normaliser
             entropy = -((sums + shifts * totals) * shifts.exp()).sum(dim=0)
@@ -198,46 +198,56 @@ class _LinearLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         grad_logprobs, grad_entropy = grad_outputs
         hidden, weight, bias, tokens, normaliser, entropy, maxima = ctx.saved_tensors
-        dtype = normaliser.dtype
+        dtype, device, temperature = normaliser.dtype, hidden.device, ctx.temperature
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         # Sums over blocks and chunks are kept in the compute dtype and rounded once.
-        grad_hidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if needs_hidden else None
-        grad_weight = torch.empty(weight.shape, dtype=dtype, device=weight.device) if needs_weight else None
-        grad_bias = torch.empty(weight.shape[0], dtype=dtype, device=weight.device) if needs_bias else None
-        for grad in (grad_weight, grad_bias):
-            if grad is not None and not hidden.shape[0]:
-                grad.zero_()  # no block will write to it
+        grad_hidden = torch.zeros(hidden.shape, dtype=dtype, device=device) if needs_hidden else None
+        grad_weight = torch.empty(weight.shape, dtype=dtype, device=device) if needs_weight else None
+        grad_bias = torch.zeros(weight.shape[0], dtype=dtype, device=device) if needs_bias else None
+        if grad_weight is not None and not hidden.shape[0]:
+            grad_weight.zero_()  # no block will write to it
         # What was kept is overwritten below, so a second backward pass (retain_graph) computes it again.
         kept, ctx.kept = ctx.kept, None
         for rows in _chunks(hidden.shape[0], ctx.chunk_size):
-            states = hidden[rows].to(ctx.low)
-            shift = _shift(states.T, weight) if kept is None else None
-            upstream = grad_logprobs[rows].to(dtype) / ctx.temperature
-            scale = grad_entropy[rows].to(dtype) / ctx.temperature
+            states = _states(hidden[rows], temperature, ctx.low)
+            shift = _shift(states, weight) if kept is None else None
+            upstream, scale = grad_logprobs[rows].to(dtype), grad_entropy[rows].to(dtype)
+            missing = torch.ones_like(upstream)
             for i, block in enumerate(ctx.blocks):
                 if kept is None:
-                    logits = _block_logits(states.T, shift, weight, bias, block, ctx.temperature, dtype)
-                    e = logits.sub_(maxima[i, rows]).exp_()
+                    logits = _block_logits(states, shift, weight, bias, block, temperature)
+                    e = logits.sub_(maxima[i, rows].to(ctx.low)).exp_()
                 else:
-                    e = kept[block].to(dtype)
+                    e = kept[block]
                 share = (maxima[i, rows] - normaliser[rows]).exp_()
-                # d logprob / d logit = onehot - p;   d entropy / d logit = -p * (log p + entropy)
+                # d logprob / d logit = onehot - p; d entropy / d logit = -p * (log p + entropy); p = e * share.
+                # The chosen token's 1 - p is ``missing``: apart, it loses nothing to rounding.
+                slope = None
                 if ctx.return_entropy:
-                    p = e.mul_(share)
+                    p = e.to(dtype) * share
                     # Far below the log of any p above 0, and small enough that no scale makes 0 * inf of it.
-                    finite_log_p = p.log().clamp_(min=-1e4)
-                    grad = p.mul_(-upstream - scale * (finite_log_p + entropy[rows]))
-                else:
-                    grad = e.mul_(-upstream * share)
+                    slope = p.mul_(scale * (p.log().clamp_(min=-1e4) + entropy[rows]))
                 place, inside = _places(tokens[rows], block)
-                grad.scatter_add_(0, place, torch.where(inside, upstream, 0.0)[None])
+                of_token = e.gather(0, place)
+                missing.sub_(of_token[0] * share * inside)
+                e.scatter_(0, place, of_token.masked_fill_(inside, 0))
+                factor = -upstream * share
+                if slope is not None:
+                    e, factor = slope.add_(e * -factor).to(ctx.low), torch.full_like(factor, -1.0)
                 if grad_bias is not None:
-                    grad_bias[block] = grad.sum(dim=1) + (grad_bias[block] if rows.start else 0)
-                grad = grad.to(ctx.low)
+                    grad_bias[block] += (e.to(dtype) @ factor) / temperature
                 if grad_hidden is not None:
-                    _add_product(grad_hidden[rows], grad.T, weight[block].to(ctx.low), first=i == 0)
+                    product = e.T @ weight[block].to(ctx.low)
+                    grad_hidden[rows] += product.to(dtype).mul_((factor / temperature)[:, None])
                 if grad_weight is not None:
-                    _add_product(grad_weight[block], grad, states, first=rows.start == 0)
+                    _add_product(grad_weight[block], e, (states * factor).to(ctx.low).T, first=rows.start == 0)
+            missing.mul_(upstream / temperature)
+            if grad_bias is not None:
+                grad_bias.index_put_((tokens[rows],), missing, accumulate=True)
+            if grad_hidden is not None:
+                grad_hidden[rows].addcmul_(missing[:, None], weight[tokens[rows]])
+            if grad_weight is not None:
+                grad_weight.index_put_((tokens[rows],), missing[:, None] * hidden[rows].to(dtype), accumulate=True)
         return (
             None if grad_hidden is None else grad_hidden.to(hidden.dtype),
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -273,6 +283,11 @@ def _shift(states: Tensor, weight: Tensor) -> Tensor | None:
     return (some.to(states.dtype) @ states).amax(dim=0)
 
 
+def _states(hidden: Tensor, temperature: float, low: torch.dtype) -> Tensor:
+    """[n, O] -> [O, n] in the format of the products, divided by the temperature before it is rounded."""
+    return (hidden if temperature == 1 else hidden / temperature).to(low).T
+
+
 def _block_logits(
     states: Tensor,
     shift: Tensor | None,
@@ -280,18 +295,13 @@ def _block_logits(
     bias: Tensor | None,
     block: slice,
     temperature: float,
-    dtype: torch.dtype,
     room: Tensor | None = None,
 ) -> Tensor:
-    """Logits [block, n] in ``dtype``, written into ``room`` if given; the product is in the format of states [O, n]."""
+    """Logits [block, n] less the ``shift``, in the format of states [O, n]; written into ``room`` if given."""
     words = weight[block].to(states.dtype)
-    if shift is None:
-        logits = torch.mm(words, states, out=room).to(dtype)
-    else:  # the product is shifted before it is rounded, and back afterwards
-        logits = torch.addmm(-shift, words, states).to(dtype).add_(shift.to(dtype))
-    if bias is not None:
-        logits.add_(bias[block, None].to(dtype))
-    return logits if temperature == 1 else logits.div_(temperature)
+    # addmm shifts before it rounds.
+    logits = torch.mm(words, states, out=room) if shift is None else torch.addmm(-shift, words, states, out=room)
+    return logits if bias is None else logits.add_((bias[block, None] / temperature).to(states.dtype))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
@@ -312,8 +322,9 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     with torch.autocast(kind, enabled=False):
         states = hidden.to(low).T
-        whole = slice(0, weight.shape[0])
-        return _block_logits(states, _shift(states, weight), weight, bias, whole, 1.0, compute_dtype(hidden)).T
+        shift = _shift(states, weight)
+        logits = _block_logits(states, shift, weight, bias, slice(0, weight.shape[0]), 1.0).to(compute_dtype(hidden))
+        return (logits if shift is None else logits.add_(shift)).T
 
 
 def entropy_from_logits(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
