@@ -245,31 +245,32 @@ def sample_responses(
     if min_new_tokens:
         early = decoding_step(model, cache, temperature, barred=sorted(stop_token_ids))
     attention = torch.cat([prompt_mask, prompt_mask.new_ones(batch, room - prompt_length)], dim=1)
-    for t in range(max_new_tokens):
-        stop_if_asked()
-        seen = attention if fixed else attention[:, : prompt_length + t]
-        act = early if t < min_new_tokens else step if t else first
-        token, logprob, spread, value = act(ids, positions, seen, u[t, rows])
-        alive = ~finished[rows]
-        response_ids[rows, t] = token * alive
-        mask[rows, t] = alive
-        logprobs[rows, t] = logprob * alive
-        entropy[rows, t] = spread * alive
-        if value is not None:
-            values[rows, t] = value * alive
-        if len(stops):
-            finished[rows] |= torch.isin(token, stops)
-        if text_ends is not None:
-            finished[rows] |= text_ends(token, rows)
-        ids, positions = token[:, None], positions[:, -1:] + 1
-        # On a GPU a look at what has finished stalls the queue, so it happens now and then.
-        if may_end and (device.type == "cpu" or t % 16 == 15):
-            keep = (~finished[rows]).nonzero().squeeze(-1)
-            if not len(keep):
-                break
-            if len(keep) <= len(rows) * 7 // 8 and isinstance(cache, DynamicCache) and can_shrink(cache):
-                cache.batch_select_indices(keep)
-                rows, ids, positions, attention = rows[keep], ids[keep], positions[keep], attention[keep]
+    with model.reader.decoding():
+        for t in range(max_new_tokens):
+            stop_if_asked()
+            seen = attention if fixed else attention[:, : prompt_length + t]
+            act = early if t < min_new_tokens else step if t else first
+            token, logprob, spread, value = act(ids, positions, seen, u[t, rows])
+            alive = ~finished[rows]
+            response_ids[rows, t] = token * alive
+            mask[rows, t] = alive
+            logprobs[rows, t] = logprob * alive
+            entropy[rows, t] = spread * alive
+            if value is not None:
+                values[rows, t] = value * alive
+            if len(stops):
+                finished[rows] |= torch.isin(token, stops)
+            if text_ends is not None:
+                finished[rows] |= text_ends(token, rows)
+            ids, positions = token[:, None], positions[:, -1:] + 1
+            # On a GPU a look at what has finished stalls the queue, so it happens now and then.
+            if may_end and (device.type == "cpu" or t % 16 == 15):
+                keep = (~finished[rows]).nonzero().squeeze(-1)
+                if not len(keep):
+                    break
+                if len(keep) <= len(rows) * 7 // 8 and isinstance(cache, DynamicCache) and can_shrink(cache):
+                    cache.batch_select_indices(keep)
+                    rows, ids, positions, attention = rows[keep], ids[keep], positions[keep], attention[keep]
     longest = int(mask.any(dim=0).sum())
     response_ids, mask, logprobs, entropy, values = (
         x[:, :longest] for x in (response_ids, mask, logprobs, entropy, values)

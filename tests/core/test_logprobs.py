@@ -1,5 +1,7 @@
 """Proves that both ways to log-probs agree in value and gradient, and that the lean one never holds all logits."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -286,6 +288,28 @@ class TestLinearLogprobs:
         plain = token_logprobs(hidden @ weight.T + bias, tokens)
         leaves = [hidden, weight, bias]
         for a, b in zip(*[torch.autograd.grad(x.sum(), leaves) for x in (lean, plain)], strict=True):
+            assert_close(a, b)
+
+    def test_in_bfloat16_the_gradient_of_a_confident_token_keeps_its_precision(self):
+        # Two words, p = sigmoid(8) = 0.99966: 1 - p rounded from 1 in bfloat16 would be 0 or 0.0039.
+        hidden = torch.ones(1, 1, requires_grad=True)
+        weight = torch.tensor([[8.0], [0.0]], requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            linear_logprobs(hidden, weight, torch.tensor([0])).backward()
+        rest = 1 / (1 + math.exp(8.0))
+        for got, expected in ((hidden.grad, [[8 * rest]]), (weight.grad, [[rest], [-rest]])):
+            assert_close(got, torch.tensor(expected), rtol=1 / 256, atol=0.0)
+
+    def test_a_token_200_nats_below_the_others_has_the_plain_gradient(self, monkeypatch):
+        # Its block of the vocabulary holds exp(-200) of the probability, which is 0 in float32.
+        monkeypatch.setattr(core_logprobs, "_BLOCK_LOGITS", 0)
+        monkeypatch.setattr(core_logprobs, "_BLOCK_WORDS", 2)
+        hidden = torch.ones(1, 1, requires_grad=True)
+        weight = torch.tensor([[0.0], [1.0], [-200.0], [-201.0]], requires_grad=True)
+        tokens = torch.tensor([2])
+        lean, plain = linear_logprobs(hidden, weight, tokens), token_logprobs(hidden @ weight.T, tokens)
+        assert_close(lean, plain)
+        for a, b in zip(*[torch.autograd.grad(x.sum(), [hidden, weight]) for x in (lean, plain)], strict=True):
             assert_close(a, b)
 
     def test_sums_over_chunks_are_rounded_once(self):
