@@ -3,7 +3,7 @@
 The reward parses the answer after #### and compares it with the right one; nothing a model writes is ever evaluated.
 What you will see: progress, then the share of right answers before and after on held-out problems, and samples.
   python examples/gsm8k.py --model FOLDER                  word problems of GSM8K, settings of gsm8k.yaml: for a GPU
-  python examples/gsm8k.py --model FOLDER --short          one-step sums made up here, for a CPU
+  python examples/gsm8k.py --model FOLDER --short          sums of two numbers below 20, about 15 minutes on a CPU
 GSM8K (MIT licence) is read from --data FOLDER/datasets/gsm8k_train.jsonl.gz.
 """
 
@@ -21,25 +21,23 @@ from rlhf_ppo.cli import main as rlhf_ppo
 CONFIG = Path(__file__).with_name("gsm8k.yaml")
 INSTRUCTION = "{question}\nThink briefly, then end with #### and the answer as a number."
 SHORT = (
-    "--total-episodes 256 --rollout-batch-size 16 --num-minibatches 2 --max-new-tokens 40 --eval-size 32 "
-    "--kl-coef 0.02 --learning-rate 1e-5"
+    "--total-episodes 384 --rollout-batch-size 32 --num-minibatches 4 --max-new-tokens 10 --eval-size 64 --eval-every 0 "
+    "--kl-coef 0.02 --learning-rate 1e-5 --warmup-steps 4"
 ).split()
 
 
-def one_step_problem(draw: random.Random) -> dict[str, str]:
-    """A sum or difference of numbers below 20, as a word problem."""
-    a, b = draw.randint(2, 19), draw.randint(2, 19)
-    name, thing = draw.choice(["Tom", "Lily", "Sue", "Max"]), draw.choice(["apples", "books", "coins", "shells"])
-    if draw.random() < 0.5:
-        return {"question": f"{name} has {a} {thing} and gets {b} more. How many {thing} does {name} have now?",
-                "answer": f"{a} + {b} = {a + b}\n#### {a + b}"}  # fmt: skip
-    return {"question": f"{name} has {a + b} {thing} and gives away {b}. How many {thing} are left?",
-            "answer": f"{a + b} - {b} = {a}\n#### {a}"}  # fmt: skip
+def sums() -> list[dict[str, str]]:
+    """Sums of numbers below 20 and their answers, in a fixed order that says nothing."""
+    pairs = [(a, b) for a in range(1, 20) for b in range(1, 20)]
+    random.Random(0).shuffle(pairs)
+    return [{"question": f"What is {a} + {b}? Answer with the number alone.", "answer": str(a + b)} for a, b in pairs]
 
 
 def read_problems(file: Path) -> list[dict[str, str]]:
+    """GSM8K's problems, each asked for in the form that its reward reads."""
     with gzip.open(file, "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+        rows = [json.loads(line) for line in lines]
+    return [{**row, "question": INSTRUCTION.format(question=row["question"])} for row in rows]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,12 +45,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help="folder or hub id of a model with a chat template")
     parser.add_argument("--data", default=os.environ.get("RLHF_PPO_DATA", "../shared/data"), help="folder of the data")
     parser.add_argument("--output-dir", default="runs/gsm8k", help="folder of the run")
-    parser.add_argument("--short", action="store_true", help="one-step problems and a short run, for a CPU")
+    parser.add_argument("--short", action="store_true", help="sums of two numbers and a short run, for a CPU")
     flags, more = parser.parse_known_args(argv)  # whatever else is given goes to rlhf-ppo train
 
     if flags.short:
-        draw = random.Random(0)
-        problems = [one_step_problem(draw) for _ in range(512)]
+        problems = sums()
     else:
         file = Path(flags.data) / "datasets" / "gsm8k_train.jsonl.gz"
         if not file.is_file():
@@ -62,8 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     prompts.parent.mkdir(parents=True, exist_ok=True)
     with prompts.open("w", encoding="utf-8") as out:
         for problem in problems:
-            content = INSTRUCTION.format(question=problem["question"])
-            row = {"prompt": [{"role": "user", "content": content}], "answer": problem["answer"]}
+            row = {"prompt": [{"role": "user", "content": problem["question"]}], "answer": problem["answer"]}
             out.write(json.dumps(row) + "\n")
     return rlhf_ppo(
         ["train", "--config", str(CONFIG), "--model", flags.model, "--dataset", str(prompts),

@@ -131,8 +131,8 @@ def test_gsm8k_short(tmp_path):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     load_policy(name).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    small = "--total-episodes 16 --max-new-tokens 4 --eval-size 4 --device cpu".split()
+    small = "--total-episodes 8 --rollout-batch-size 8 --max-new-tokens 4 --eval-size 4 --device cpu".split()
     flags = ["--model", str(tmp_path / "model"), "--output-dir", str(tmp_path / "run"), "--short"]
     assert load("gsm8k.py").main([*flags, *small]) == 0
     row = json.loads((tmp_path / "run" / "problems.jsonl").read_text().splitlines()[0])
-    assert row["prompt"][0]["role"] == "user" and "####" in row["answer"]
+    assert row["prompt"][0]["role"] == "user" and row["answer"].isdigit()
