@@ -21,7 +21,7 @@ from rlhf_ppo.cli import main as rlhf_ppo
 CONFIG = Path(__file__).with_name("gsm8k.yaml")
 INSTRUCTION = "{question}\nThink briefly, then end with #### and the answer as a number."
 SHORT = (
-    "--total-episodes 384 --rollout-batch-size 32 --num-minibatches 4 --max-new-tokens 10 --eval-size 64 --eval-every 0 "
+    "--total-episodes 384 --rollout-batch-size 32 --num-minibatches 4 --max-new-tokens 10 --eval-size 64 "
     "--kl-coef 0.02 --learning-rate 1e-5 --warmup-steps 4"
 ).split()
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_ppo.config import RLHFConfig
-from rlhf_ppo.conversation import Respond, converse
+from rlhf_ppo.conversation import Respond, RespondError, converse
 from rlhf_ppo.data import Completion, Prompt, decode_responses, encode_prompts
 from rlhf_ppo.limits import Barred, TextStop, cut_at
 from rlhf_ppo.reward_calls import RewardError
@@ -52,7 +53,8 @@ class Collector:
             needs_scores: refuse a rollout without any score.
         Raises:
             ValueError: a prompt is bad; names its number.
-            RewardError: a reward function failed; the responses are written to failed_rollout.jsonl first.
+            RewardError, RespondError: a reward function, or ``respond``, failed; what it failed on is written to
+                failed_rollout.jsonl first.
         """
         with self.stopwatch.phase("generate"):
             rollout = self._generate(list(prompts), columns, generator)
@@ -71,7 +73,13 @@ class Collector:
         )
         with autocast(self.parts.bf16, self.parts.device):
             if self.parts.respond is not None:
-                return self._converse(self.parts.respond, prompts, columns, prompt_ids, prompt_mask, generator)
+                try:
+                    return self._converse(self.parts.respond, prompts, columns, prompt_ids, prompt_mask, generator)
+                except RespondError as error:
+                    file = self._dump({"conversation": messages} for messages in error.conversations)
+                    raise RespondError(f"{error}. All conversations are in {file}", error.conversations) from (
+                        error.__cause__ or error
+                    )
             sampled = self._sample(prompt_ids, prompt_mask, generator)
         texts = decode_responses(self.parts.tokenizer, sampled.response_ids, sampled.mask)
         completions: list[Completion] = [cut_at(text, self.args.stop_strings) for text in texts]
@@ -123,6 +131,7 @@ class Collector:
             prompt_ids,
             prompt_mask,
             respond=respond,
+            timeout_s=self.args.respond_timeout_s,
             max_turns=self.args.max_turns,
             room=self.parts.room,
             tokenizer=self.parts.tokenizer,
@@ -190,10 +199,8 @@ class Collector:
             if needs_scores and all(None in row for row in zip(*parts.values(), strict=True)):
                 raise RewardError("no completion was scored by every reward function")
         except RewardError as error:
-            file = self.run.path / "failed_rollout.jsonl"
-            file.unlink(missing_ok=True)
-            for prompt, completion in zip(rollout.prompts, rollout.completions, strict=True):
-                self.run.append(file.name, {"prompt": prompt, "completion": completion})
+            texts = zip(rollout.prompts, rollout.completions, strict=True)
+            file = self._dump({"prompt": prompt, "completion": completion} for prompt, completion in texts)
             raise RewardError(f"{error}. The responses are in {file}") from (error.__cause__ or error)
         rollout = with_scores(rollout, parts, [weight for _, weight in self.parts.rewards.values()])
         if self.parts.score_caches:
@@ -207,6 +214,14 @@ class Collector:
                 stacklevel=4,
             )
         return rollout
+
+    def _dump(self, rows: Iterable[dict[str, Any]]) -> Path:
+        """Keep what a reward function or ``respond`` failed on."""
+        file = self.run.path / "failed_rollout.jsonl"
+        file.unlink(missing_ok=True)
+        for row in rows:
+            self.run.append(file.name, row)
+        return file
 
     def _cache_use(self) -> tuple[int, int]:
         caches = self.parts.score_caches.values()

@@ -40,6 +40,8 @@ class RLHFConfig(PPOConfig):
     """Texts that end a response, or turn, once it contains one; rewards see it cut before the text."""
     max_turns: int = 1
     """Most turns of the policy in a conversation; above 1, `respond` answers in between."""
+    respond_timeout_s: float | None = 600.0
+    """Longest time in seconds that one call of `respond` may take; None: wait for ever."""
     overlong_prompts: Literal["error", "truncate", "drop"] = "error"
     """Prompts that leave no room for max_new_tokens: stop, keep their end, or leave the row out (both are counted)."""
     generation: Literal["auto", "dynamic", "static", "continuous"] = "auto"
@@ -226,6 +228,7 @@ class RLHFConfig(PPOConfig):
         for name in (
             "kl_target",
             "reward_timeout_s",
+            "respond_timeout_s",
             "microbatch_tokens",
             "num_threads",
             "max_initial_log_ratio",
@@ -282,6 +285,11 @@ class RLHFConfig(PPOConfig):
     def _require_turns(self) -> None:
         self._require_known("turn_credit", ("token", "turn"))
         self._require("gamma_turn", 0 <= self.gamma_turn <= 1, "between 0 and 1")
+        if self.max_turns == 1 and self.respond_timeout_s != 600:
+            raise ValueError(
+                f"respond_timeout_s={self.respond_timeout_s} is about respond, which max_turns=1 never asks: raise "
+                "max_turns, or leave respond_timeout_s out"
+            )
         if self.turn_credit == "turn" and self.max_turns == 1:
             raise ValueError("turn_credit='turn' tells turns apart, but max_turns=1 allows one: raise max_turns")
         if self.turn_credit == "turn" and self.gamma != 1:

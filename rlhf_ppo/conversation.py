@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_ppo.data import Completion, Prompt, left_pad
 from rlhf_ppo.limits import cut_at
 from rlhf_ppo.rollout import Sampled
+from rlhf_ppo.waiting import has_ended, start
 
 Messages = list[dict[str, str]]
 
@@ -26,7 +28,11 @@ _SAID = "x"
 
 
 class RespondError(RuntimeError):
-    """The ``respond`` hook failed, or returned neither text nor None."""
+    """The ``respond`` hook failed, hung, or returned no text; ``conversations`` is what was said until then."""
+
+    def __init__(self, message: str, conversations: Sequence[Messages] = ()) -> None:
+        super().__init__(message)
+        self.conversations = conversations
 
 
 class Conversations(NamedTuple):
@@ -55,6 +61,7 @@ def converse(
     prompt_mask: Tensor,
     *,
     respond: Respond,
+    timeout_s: float | None = None,
     max_turns: int,
     room: int | None,
     tokenizer: PreTrainedTokenizerBase,
@@ -70,6 +77,7 @@ def converse(
         prompts: [B] text or chat messages.
         prompt_ids, prompt_mask: [B, P], left-padded.
         respond: see :data:`Respond`.
+        timeout_s: longest time in seconds for one call of ``respond``; one that takes longer is left behind.
         max_turns: most turns of the policy.
         room: most tokens that may lie before a turn; None: no limit. A reply that would pass it is not added, and the
             conversation ends.
@@ -77,7 +85,7 @@ def converse(
         stop_token_ids: those that end a turn.
         stop_strings: a turn's text is cut before the first of them.
     Raises:
-        RespondError: ``respond`` raised, or returned what is no text; shows the conversation.
+        RespondError: ``respond`` raised, ran out of time, or returned what is no text; shows the conversation.
         ValueError: the chat template does not render a conversation by adding to its end.
     """
     device = prompt_ids.device
@@ -104,7 +112,7 @@ def converse(
             pieces[i].append((ids, *recorded, torch.full_like(ids, turn), torch.arange(n, device=device)))
             text = str(tokenizer.decode(ids, skip_special_tokens=True))
             messages[i].append({"role": "assistant", "content": cut_at(text, stop_strings)})
-            reply = _ask(respond, messages[i])
+            reply = _ask(respond, messages, i, timeout_s)
             if reply is None or turn == max_turns - 1:
                 spoken[i] += cut_at(text, stop_strings)
                 continue
@@ -143,16 +151,25 @@ def converse(
     )
 
 
-def _ask(respond: Respond, messages: Messages) -> str | None:
+def _ask(respond: Respond, conversations: Sequence[Messages], i: int, timeout_s: float | None) -> str | None:
+    messages = conversations[i]
+    call = start(partial(respond, messages), timeout_s)
+    if not has_ended(call, timeout_s):
+        raise RespondError(
+            f"respond did not return within respond_timeout_s={timeout_s}, asked about {messages!r:.500}", conversations
+        )
     try:
-        reply: Any = respond(messages)
+        reply: Any = call.result()
     except Exception as error:
-        raise RespondError(f"respond raised {type(error).__name__}: {error}, asked about {messages!r:.500}") from error
+        raise RespondError(
+            f"respond raised {type(error).__name__}: {error}, asked about {messages!r:.500}", conversations
+        ) from error
     if reply is None or isinstance(reply, str):
         return reply
     raise RespondError(
         f"respond must return text, or None to end the conversation; it returned {type(reply).__name__} "
-        f"{reply!r:.80} about {messages!r:.500}"
+        f"{reply!r:.80} about {messages!r:.500}",
+        conversations,
     )
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import inspect
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
-from rlhf_ppo.runtime.signals import stop_if_asked
+from rlhf_ppo.waiting import has_ended, start
 
 RewardFunction = Callable[..., Any]
 """``fn(prompts, completions, completion_ids=..., **columns)``, sync or async: one score per completion, in their order.
@@ -21,9 +20,6 @@ turns ``conversations`` (all messages) and ``completion_turns`` (the turn of eac
 
 RESERVED = ("prompts", "completions", "completion_ids", "conversations", "completion_turns")
 """Names that reward functions receive anyway, so that no column of a data set may have them."""
-
-_LOOK_UP_S = 0.25
-"""Seconds between two looks for a signal while a reward is waited for."""
 
 
 class RewardError(RuntimeError):
@@ -97,40 +93,22 @@ def call_rewards(
     Raises:
         RewardError: a function raised (the cause, with its traceback, is chained) or ran out of time.
     """
-    start = time.monotonic()
+    began = time.monotonic()
     running = {name: _start_async(*call) for name, call in calls.items() if is_async(call[0])}
     results: dict[str, Any] = {}
     try:
         for name, (function, args, keywords) in calls.items():
             if name not in running:
-                results[name] = _result(_start(function, args, keywords, timeout_s), name, timeout_s, timeout_s)
+                results[name] = _result(
+                    start(partial(function, *args, **keywords), timeout_s), name, timeout_s, timeout_s
+                )
         for name, (future, _) in running.items():
-            left = None if timeout_s is None else max(0.0, start + timeout_s - time.monotonic())
+            left = None if timeout_s is None else max(0.0, began + timeout_s - time.monotonic())
             results[name] = _result(future, name, left, timeout_s)
     finally:
         for _, cancel in running.values():
             cancel()
     return {name: results[name] for name in calls}
-
-
-def _start(
-    function: RewardFunction, args: tuple[Any, ...], keywords: Mapping[str, Any], timeout_s: float | None
-) -> Future[Any]:
-    """Run in a daemon thread: a call that hangs is left behind and cannot keep the process from ending."""
-    future: Future[Any] = Future()
-    future.set_running_or_notify_cancel()
-
-    def run() -> None:
-        try:
-            future.set_result(function(*args, **keywords))
-        except BaseException as error:
-            future.set_exception(error)
-
-    if timeout_s is None:
-        run()
-    else:
-        threading.Thread(target=run, daemon=True).start()
-    return future
 
 
 def _start_async(
@@ -159,7 +137,7 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 
 def _result(future: Future[Any], name: str, wait_s: float | None, timeout_s: float | None) -> Any:
     # Waiting and asking are kept apart: the function may raise a TimeoutError of its own.
-    if not _finished(future, wait_s):
+    if not has_ended(future, wait_s):
         raise RewardError(f"reward function {name!r} did not return within reward_timeout_s={timeout_s}")
     try:
         return future.result()
@@ -167,17 +145,3 @@ def _result(future: Future[Any], name: str, wait_s: float | None, timeout_s: flo
         raise
     except Exception as error:
         raise RewardError(f"reward function {name!r} raised {type(error).__name__}: {error}") from error
-
-
-def _finished(future: Future[Any], wait_s: float | None) -> bool:
-    """Wait, at most ``wait_s`` seconds, looking up now and then for a signal that asks the run to stop."""
-    end = None if wait_s is None else time.monotonic() + wait_s
-    while True:
-        left = _LOOK_UP_S if end is None else min(_LOOK_UP_S, max(0.0, end - time.monotonic()))
-        done = concurrent.futures.wait([future], timeout=left).done
-        # Before the result: Ctrl-C also ends the processes that a reward has started, which looks like a failure.
-        stop_if_asked()
-        if done:
-            return True
-        if end is not None and time.monotonic() >= end:
-            return False

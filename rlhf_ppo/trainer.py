@@ -19,7 +19,7 @@ from rlhf_ppo.activations import offload_activations
 from rlhf_ppo.checkpoint import load_checkpoint, save_checkpoint
 from rlhf_ppo.collect import Collector
 from rlhf_ppo.config import RLHFConfig
-from rlhf_ppo.conversation import Respond
+from rlhf_ppo.conversation import Respond, RespondError
 from rlhf_ppo.core import (
     Experience,
     adapt_clip_range,
@@ -227,10 +227,10 @@ class PPOTrainer:
             return  # a second signal, maybe in the middle of an update
         if isinstance(error, Interrupted):
             error.saved = self._save_checkpoint()
-        elif isinstance(error, RewardError):
+        elif isinstance(error, (RewardError, RespondError)):
             folder = self._save_checkpoint()
             self.save_model()
-            raise RewardError(f"{error}. Go on with resume_from_checkpoint={folder}") from error.__cause__
+            raise type(error)(f"{error}. Go on with resume_from_checkpoint={folder}") from error.__cause__
         self.save_model()
 
     def _save_checkpoint(self) -> Path:
@@ -248,6 +248,7 @@ class PPOTrainer:
         Raises:
             ValueError: a prompt is bad; names its number.
             RewardError: see :func:`rlhf_ppo.scoring.score_responses`; the responses are in failed_rollout.jsonl.
+            RespondError: see :func:`rlhf_ppo.conversation.converse`; likewise.
         """
         if isinstance(prompts, str) or not len(prompts):
             raise ValueError(f"rollout() takes a list of one or more prompts, got {prompts!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 
 import pytest
 import torch
@@ -303,6 +304,46 @@ def test_a_hook_that_fails_is_named_with_the_conversation(talk, prompts, respond
         talk(respond=respond).rollout(prompts)
 
 
+def test_fault_14_a_hook_that_hangs_is_left_behind_and_what_was_said_is_kept(talk, prompts):
+    never = threading.Event()
+
+    def respond(messages):
+        return " and" if messages[0]["content"] != "she said" else never.wait() and None
+
+    trainer = talk(respond=respond, respond_timeout_s=0.2)
+    with pytest.raises(RespondError, match=r"within respond_timeout_s=0\.2.*she said.*failed_rollout\.jsonl"):
+        trainer.rollout(prompts)
+    rows = trainer.run.read("failed_rollout.jsonl")
+    assert [row["conversation"][0]["content"] for row in rows] == prompts
+    # The fifth was asked about; those before it have their answer, those after it have not spoken yet.
+    assert [len(row["conversation"]) for row in rows] == [3, 3, 3, 3, 2, 1, 1, 1]
+    never.set()
+
+
+def test_fault_14_a_run_that_a_hook_ended_goes_on_with_the_same_conversations(talk):
+    asked = 0
+
+    def fails(at):
+        def respond(messages):
+            nonlocal asked
+            asked += 1
+            return messages[0]["content"] if asked < at else 1 / 0
+
+        return respond
+
+    settings = {"max_turns": 2, "total_episodes": 24, "save_every": 5}
+    whole = talk(respond=fails(1000), **settings)
+    whole.train()
+    asked = 0
+    cut = talk(respond=fails(20), **settings)  # 16 answers a rollout
+    with pytest.raises(RespondError, match=r"ZeroDivisionError.*resume_from_checkpoint=.*checkpoint-1") as error:
+        cut.train()
+    assert isinstance(error.value.__cause__, ZeroDivisionError)
+    asked = 0
+    talk(respond=fails(1000), output_dir=cut.args.output_dir, **settings).train(cut.run.path / "checkpoint-1")
+    assert cut.run.read() == whole.run.read()
+
+
 @pytest.mark.parametrize(
     ("settings", "both"),
     [
@@ -316,6 +357,8 @@ def test_a_hook_that_fails_is_named_with_the_conversation(talk, prompts, respond
         ({"gamma_turn": 0.9}, ("gamma_turn=0.9", "turn_credit='token'")),
         ({"turn_credit": "word"}, ("turn_credit", "token, turn")),
         ({"max_turns": 0}, ("max_turns", "1 or more")),
+        ({"respond_timeout_s": 0.0}, ("respond_timeout_s", "positive or None")),
+        ({"max_turns": 1, "respond": None, "respond_timeout_s": 5.0}, ("respond_timeout_s=5.0", "max_turns=1")),
     ],
 )
 def test_fault_30_contradictions_name_both(talk, settings, both):
