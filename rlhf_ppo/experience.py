@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,21 +24,23 @@ from rlhf_ppo.rollout import Rollout
 from rlhf_ppo.score_shaping import ScoreStatistics, shape_scores
 
 
-def estimate(
-    rollout: Rollout, args: RLHFConfig, *, kl_coef: float, score_statistics: ScoreStatistics | None = None
-) -> tuple[Experience, dict[str, float]]:
-    """Rewards, advantages and returns of a rollout as the update's fixed facts, and what to log about them.
+class Credit(NamedTuple):
+    """What a rollout's tokens earned, and what an update is to learn from them."""
 
-    Args:
-        rollout: scored, with reference log-probs.
-        args: KL estimator, score shaping, advantage estimator, gamma, lambdas, normalisation, importance weights.
-        kl_coef: weight of the KL penalty now.
-        score_statistics: for ``normalize_scores``, this rollout taken in.
-    Returns:
-        (experience [B, T], metrics).
-    Raises:
-        ValueError: the rollout was not scored.
-    """
+    experience: Experience
+    """[B, T] the update's fixed facts."""
+    rewards: Tensor
+    """[B, T] shaped scores minus the KL cost."""
+    advantages: Tensor
+    """[B, T] before whitening."""
+    shaping: dict[str, float]
+    """Metrics of the score shaping."""
+
+
+def estimate_credit(
+    rollout: Rollout, args: RLHFConfig, *, kl_coef: float, score_statistics: ScoreStatistics | None = None
+) -> Credit:
+    """Rewards, advantages and returns of a rollout; arguments and errors are those of :func:`estimate`."""
     if rollout.scores is None or rollout.scored is None or rollout.ref_logprobs is None:
         raise ValueError("this rollout has no scores or reference log-probs; make it with trainer.rollout(prompts)")
     # A response that could not be scored is left out as though it had not been sampled.
@@ -62,10 +64,33 @@ def estimate(
         # Without an environment a response is one turn.
         turns=torch.zeros_like(mask, dtype=torch.long) if rollout.turns is None else rollout.turns,
     )
+    return Credit(old, rewards, advantages, shaped.metrics)
+
+
+def estimate(
+    rollout: Rollout, args: RLHFConfig, *, kl_coef: float, score_statistics: ScoreStatistics | None = None
+) -> tuple[Experience, dict[str, float]]:
+    """Rewards, advantages and returns of a rollout as the update's fixed facts, and what to log about them.
+
+    Args:
+        rollout: scored, with reference log-probs.
+        args: KL estimator, score shaping, advantage estimator, gamma, lambdas, normalisation, importance weights.
+        kl_coef: weight of the KL penalty now.
+        score_statistics: for ``normalize_scores``, this rollout taken in.
+    Returns:
+        (experience [B, T], metrics).
+    Raises:
+        ValueError: the rollout was not scored.
+    """
+    old, rewards, advantages, shaping = estimate_credit(
+        rollout, args, kl_coef=kl_coef, score_statistics=score_statistics
+    )
+    assert rollout.scored is not None and rollout.ref_logprobs is not None
+    mask, returns = old.mask, old.returns
     reference_kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1").sum(dim=1).mean()
     metrics: dict[str, float] = {
         **score_metrics(rollout),
-        **shaped.metrics,
+        **shaping,
         "reward/mean_per_response": float(rewards.sum() / rollout.scored.sum()),
         "kl/reference_nats_per_response": float(reference_kl),
         "kl/coef": kl_coef,

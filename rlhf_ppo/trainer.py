@@ -32,11 +32,13 @@ from rlhf_ppo.core import (
 )
 from rlhf_ppo.data import Prompt, PromptSet
 from rlhf_ppo.experience import describe, estimate
+from rlhf_ppo.explanation import explain_rollout
 from rlhf_ppo.gradients import accumulate_gradients, clear_gradients, clip_and_step
 from rlhf_ppo.optimization import make_optimizer, only_the_critic_learns, warmup_settings
 from rlhf_ppo.reward_calls import RewardError
 from rlhf_ppo.rollout import Rollout
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
+from rlhf_ppo.runtime.explain import Explanation
 from rlhf_ppo.runtime.metrics import MetricAverage
 from rlhf_ppo.runtime.plots import plot_curves
 from rlhf_ppo.runtime.precision import autocast
@@ -273,6 +275,14 @@ class PPOTrainer:
                 return self._update(rollout)
             with only_the_critic_learns(self.model):
                 return self._update(rollout)
+
+    def explain(self, rollout: Rollout) -> Explanation:
+        """What the policy's tokens of a rollout earned and taught, one row a token; nothing is trained.
+
+        Made after ``step(rollout)``, its ratios show what that update did. See ``.text()``, ``.to_dataframe()`` and
+        ``.plot(path)``.
+        """
+        return explain_rollout(self, rollout)
 
     @property
     def warming_up(self) -> bool:
