@@ -1,4 +1,4 @@
-"""Where the time of a PPO iteration goes, operator by operator: one iteration of workload M, like for like.
+"""Where the time of a PPO iteration goes, operator by operator: one iteration of workload M, both ways of ours.
 
 Run:  python benchmarks/speed_profile.py --picture profile.png        (about two minutes on two CPU cores)
 Prints seconds by kind of work and draws them; "outside operators" is Python, scheduling and waiting.
@@ -36,16 +36,11 @@ def kind_of(operator: str) -> str:
     return next((kind for kind, names in KINDS.items() if operator.startswith(names)), "other operators")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", default="M", choices=WORKLOADS)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--picture", type=Path, default=None)
-    flags = parser.parse_args()
-    torch.set_num_threads(flags.threads)
-    work = WORKLOADS[flags.workload]
+def profile_iteration(workload: str, *, like: bool) -> tuple[dict[str, float], float]:
+    """Seconds by kind of work, the longest first, and of the whole iteration."""
+    work = WORKLOADS[workload]
     with tempfile.TemporaryDirectory() as folder:
-        trainer, _ = trainer_for(work, folder, separate_critic=True, precision="fp32")
+        trainer, _ = trainer_for(work, folder, separate_critic=like, precision="fp32" if like else "auto")
         prompts = make_prompts(work)
         trainer.step(trainer.rollout(prompts))
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -56,21 +51,42 @@ def main() -> None:
     for event in profiler.key_averages():
         seconds[kind_of(event.key)] += event.self_cpu_time_total / 1e6
     seconds["outside operators"] = max(wall - sum(seconds.values()), 0.0)
-    ordered = seconds.most_common()
-    for kind, value in ordered:
-        print(f"| {kind} | {value:.2f} s | {value / wall:.0%} |")
-    if flags.picture is not None:
-        import matplotlib.pyplot as plt
+    return dict(seconds.most_common()), wall
 
-        figure, axis = plt.subplots(figsize=(7, 3.2))
-        names, values = [kind for kind, _ in ordered][::-1], [value for _, value in ordered][::-1]
-        bars = axis.barh(names, values, color="#4c72b0")
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", default="M", choices=WORKLOADS)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--picture", type=Path, default=None)
+    flags = parser.parse_args()
+    torch.set_num_threads(flags.threads)
+    sides = {
+        name: profile_iteration(flags.workload, like=name == "like for like") for name in ("like for like", "defaults")
+    }
+    for name, (seconds, wall) in sides.items():
+        for kind, value in seconds.items():
+            print(f"| {name} | {kind} | {value:.2f} s | {value / wall:.0%} |")
+    if flags.picture is not None:
+        draw(sides, flags.workload, flags.picture)
+
+
+def draw(sides: dict[str, tuple[dict[str, float], float]], workload: str, file: Path) -> None:
+    """One panel a side."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(sides), 1, figsize=(7, 3.0 * len(sides)), sharex=True)
+    longest = max(value for seconds, _ in sides.values() for value in seconds.values())
+    for axis, (name, (seconds, wall)) in zip(axes, sides.items(), strict=True):
+        kinds, values = [*seconds][::-1], [*seconds.values()][::-1]
+        bars = axis.barh(kinds, values, color="#4c72b0")
         axis.bar_label(bars, [f"{value:.2f} s, {value / wall:.0%}" for value in values], padding=4)
-        axis.set_xlim(0, max(values) * 1.25)
-        axis.set_xlabel(f"seconds of one iteration of {wall:.1f} s (workload {flags.workload}, like for like)")
+        axis.set_xlim(0, longest * 1.25)
+        axis.set_title(f"{name}: {wall:.1f} s under the profiler", loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
-        figure.tight_layout()
-        figure.savefig(flags.picture, dpi=130)
+    axes[-1].set_xlabel(f"seconds of one iteration of workload {workload}")
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
 
 
 if __name__ == "__main__":
