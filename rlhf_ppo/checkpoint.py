@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 if TYPE_CHECKING:
     from rlhf_ppo.trainer import PPOTrainer
 
-_COUNTERS = ("iteration", "episodes", "optimizer_steps", "rollouts_made")
+_COUNTERS = ("iteration", "episodes", "optimizer_steps", "rollouts_made", "skipped_in_a_row")
 
 
 def save_checkpoint(trainer: PPOTrainer) -> Path:

@@ -20,8 +20,10 @@ from rlhf_ppo.data import load_rows, prompt_rows
 from rlhf_ppo.demo import DemoArgs, demo, print_paths
 from rlhf_ppo.evaluate import EvaluateArgs, evaluate, print_evaluation
 from rlhf_ppo.generate import GenerateArgs, chat, generate
+from rlhf_ppo.guard import PolicyDriftError
 from rlhf_ppo.migrate import MigrateArgs, join_command_line, migrate
 from rlhf_ppo.mixing import load_mixture, require_weights
+from rlhf_ppo.replay import ReplayArgs, print_replay
 from rlhf_ppo.reward_calls import RewardError
 from rlhf_ppo.reward_training import RewardTrainingArgs, train_reward_model
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
@@ -169,6 +171,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": (EvaluateArgs, _evaluate),
     "generate": (GenerateArgs, _generate),
     "migrate": (MigrateArgs, _migrate),
+    "replay": (ReplayArgs, print_replay),
 }
 
 
@@ -189,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (RewardError, RespondError, RatioTripwireError, NonFiniteGradientError) as error:
+    except (RewardError, RespondError, RatioTripwireError, NonFiniteGradientError, PolicyDriftError) as error:
         if error.__cause__ is not None and error.__cause__ is not error:
             traceback.print_exception(error.__cause__)
         print(f"error: {error}", file=sys.stderr)

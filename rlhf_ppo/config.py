@@ -135,6 +135,18 @@ class RLHFConfig(PPOConfig):
     max_grad_norm: float = 1.0
     """Global gradient norm after clipping."""
 
+    # Guards
+    on_nonfinite: Literal["skip", "rollback", "stop"] = "skip"
+    """What a loss or gradient that is not finite leads to: its step is skipped, and after max_skipped_steps of them the
+    run stops (skip), or goes back to the last checkpoint and draws other responses (rollback); or it stops at the first
+    (stop)."""
+    max_skipped_steps: int = 10
+    """So many optimizer steps in a row, over rollouts too, without a finite loss and gradient are too many."""
+    max_kl_nats_per_response: float | None = None
+    """The run stops, with a checkpoint, once a rollout's KL to the reference is above this. None: no limit."""
+    min_entropy_nats_per_token: float | None = None
+    """The run stops, with a checkpoint, once a rollout's entropy is below this. None: no limit."""
+
     # Memory
     gradient_checkpointing: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, about a third more
@@ -204,6 +216,7 @@ class RLHFConfig(PPOConfig):
             "num_generations",
             "max_new_tokens",
             "max_turns",
+            "max_skipped_steps",
             "http_batch_size",
         ):
             self._require(name, getattr(self, name) >= 1, "1 or more")
@@ -236,6 +249,8 @@ class RLHFConfig(PPOConfig):
             "adaptive_lambda_alpha",
             "score_clip",
             "reward_max_length",
+            "max_kl_nats_per_response",
+            "min_entropy_nats_per_token",
         ):
             self._require(name, getattr(self, name) is None or getattr(self, name) > 0, "positive or None")
         for name, known in (("kl_estimator", ("k1", "k2", "k3")), ("overlong_prompts", ("error", "truncate", "drop"))):
@@ -245,6 +260,14 @@ class RLHFConfig(PPOConfig):
         self._require_known("generation", ("auto", "dynamic", "static", "continuous"))
         self._require_known("quantization", ("none", "8bit", "4bit"))
         self._require_known("reference_dtype", ("float32", "bfloat16", "8bit", "4bit"))
+        self._require_known("on_nonfinite", ("skip", "rollback", "stop"))
+        if self.on_nonfinite == "rollback" and self.save_every == 0:
+            raise ValueError("on_nonfinite='rollback' goes back to a checkpoint, but save_every=0 writes none: set it")
+        if self.on_nonfinite == "stop" and self.max_skipped_steps != 10:
+            raise ValueError(
+                f"on_nonfinite='stop' ends the run at the first step that is not finite, but max_skipped_steps="
+                f"{self.max_skipped_steps}: drop one of them"
+            )
         self._require_known("critic", ("auto", "shared", "separate", "adapter"))
         self._require_known("advantage_estimator", ("gae", "rloo", "grpo", "reinforce"))
         value_lambda, cap = self.gae_lambda_value, self.importance_weight_cap

@@ -43,6 +43,15 @@ def choose_critic(args: RLHFConfig, *, value_model: Any, has_adapter: bool) -> C
     return kind
 
 
+def critic_kind(model: ActorCritic) -> CriticKind:
+    """The kind of critic that a model has."""
+    if model.value_head is None:
+        return "none"
+    if model.value_adapter is not None:
+        return "adapter"
+    return "shared" if model.value_trunk is None else "separate"
+
+
 def build_actor_critic(
     policy: Any,
     kind: CriticKind,

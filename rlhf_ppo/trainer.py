@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_ppo.activations import offload_activations
+from rlhf_ppo.backward import minibatch_gradient
+from rlhf_ppo.blackbox import write_black_box
 from rlhf_ppo.checkpoint import load_checkpoint, save_checkpoint
 from rlhf_ppo.collect import Collector
 from rlhf_ppo.config import RLHFConfig
@@ -25,15 +27,13 @@ from rlhf_ppo.core import (
     adapt_clip_range,
     adapt_kl_coef,
     adapt_penalty_beta,
-    loss_denominator,
     minibatch_indices,
-    ppo_diagnostics,
-    ppo_loss,
 )
 from rlhf_ppo.data import Prompt, PromptSet
 from rlhf_ppo.experience import describe, estimate
 from rlhf_ppo.explanation import explain_rollout
-from rlhf_ppo.gradients import accumulate_gradients, clear_gradients, clip_and_step
+from rlhf_ppo.gradients import clear_gradients, clip_and_step
+from rlhf_ppo.guard import PolicyDriftError, StepWatch, nonfinite_parameters, require_no_drift, spoil_gradient
 from rlhf_ppo.optimization import make_optimizer, only_the_critic_learns, warmup_settings
 from rlhf_ppo.reward_calls import RewardError
 from rlhf_ppo.rollout import Rollout
@@ -41,7 +41,6 @@ from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.explain import Explanation
 from rlhf_ppo.runtime.metrics import MetricAverage
 from rlhf_ppo.runtime.plots import plot_curves
-from rlhf_ppo.runtime.precision import autocast
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.seeding import torch_threads
@@ -60,11 +59,18 @@ PANELS = {
     "value/explained_variance": "critic: explained variance",
 }
 
+MAX_ROLLBACKS = 3
+"""Times that a run goes back to the same checkpoint."""
+
 _TRAIN_STREAM, _SHUFFLE_STREAM, _EVAL_STREAM = range(3)
 
 
 class RatioTripwireError(RuntimeError):
     """Old and new log-probs differ before any optimizer step: sampling and training disagree."""
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _name(model: str | PreTrainedModel) -> str:
@@ -141,6 +147,9 @@ class PPOTrainer:
         self.objective = args
         self.score_statistics = ScoreStatistics()
         self.iteration = self.episodes = self.optimizer_steps = self.rollouts_made = 0
+        self.skipped_in_a_row = 0
+        self._problem: str | None = None  # what the last update found wrong
+        self._rollbacks = 0  # to the last checkpoint
         self._checkpoint: tuple[int, Path] | None = None  # the last one: its iteration and folder
 
     # The algorithm
@@ -156,7 +165,8 @@ class PPOTrainer:
             FileNotFoundError, ValueError: there is no such checkpoint, or it is another model's.
             Interrupted: SIGINT or SIGTERM came; a checkpoint is saved first, from which the run goes on exactly.
             RewardError: a reward function failed; likewise, and the responses are saved.
-            RatioTripwireError, NonFiniteGradientError: the update cannot be trusted; the model is saved first.
+            NonFiniteGradientError, PolicyDriftError: likewise, if the settings say so (``on_nonfinite``, bounds).
+            RatioTripwireError: the update cannot be trusted; the model is saved first.
         """
         args = self.args
         if self.train_prompts is None:
@@ -201,6 +211,8 @@ class PPOTrainer:
     def _train(self, prompts: PromptSet, planned: int) -> dict[str, float]:
         args = self.args
         metrics: dict[str, float] = {}
+        if args.on_nonfinite == "rollback":
+            self._save_checkpoint()  # something to go back to
         with ProgressDisplay("episodes", planned, quiet=args.quiet) as progress:
             while self.iteration < args.num_rollouts:
                 if self._evaluation_is_due():
@@ -208,9 +220,12 @@ class PPOTrainer:
                 self.stopwatch.take()  # evaluations are no part of an iteration
                 batch = prompts.batch(self.iteration, args.rollout_batch_size // args.num_generations)
                 rollout = self.rollout(batch.prompts, **batch.columns)
-                metrics = self.step(rollout)
+                metrics = self._step(rollout)
                 self.timings = self.stopwatch.take()
                 self._report(progress, rollout, metrics)
+                if not self._is_sound():
+                    continue
+                require_no_drift(metrics, args)
                 if args.save_every and self.iteration % args.save_every == 0:
                     self._save_checkpoint()
                 wants_stop = [callback(self, metrics) is True for callback in self.callbacks]
@@ -223,22 +238,43 @@ class PPOTrainer:
         every = self.args.eval_every
         return self.iteration == 0 or (every > 0 and self.iteration % every == 0)
 
+    def _is_sound(self) -> bool:
+        """Whether the update just made can stand; False: the run is back at its last checkpoint.
+
+        Raises:
+            NonFiniteGradientError: it cannot, and there is no going back.
+        """
+        if (problem := self._problem) is None:
+            return True
+        self._problem, self.skipped_in_a_row = None, 0
+        if self.args.on_nonfinite == "rollback" and self._checkpoint is not None and self._rollbacks < MAX_ROLLBACKS:
+            made, self._rollbacks = self.rollouts_made, self._rollbacks + 1
+            load_checkpoint(self, self._checkpoint[1])
+            self.rollouts_made = made  # other draws: the same would lead to the same
+            self.run.rewind(self.iteration)
+            warnings.warn(f"{problem}. Going back to {self._checkpoint[1]}, with other draws", stacklevel=3)
+            return False
+        raise NonFiniteGradientError(problem)
+
     def _save_after(self, error: BaseException) -> None:
         """Whatever ends a run, what was learned until then stays; between two updates, so that the run can go on."""
         if asked_to_stop() and type(error) is KeyboardInterrupt:
             return  # a second signal, maybe in the middle of an update
-        if isinstance(error, Interrupted):
-            error.saved = self._save_checkpoint()
-        elif isinstance(error, (RewardError, RespondError)):
+        if nonfinite_parameters(self.model):
+            return  # nothing worth saving, and nothing that should replace what there is
+        folder: Path | None = None
+        if isinstance(error, (Interrupted, RewardError, RespondError, NonFiniteGradientError, PolicyDriftError)):
             folder = self._save_checkpoint()
-            self.save_model()
-            raise type(error)(f"{error}. Go on with resume_from_checkpoint={folder}") from error.__cause__
         self.save_model()
+        if isinstance(error, Interrupted):
+            error.saved = folder
+        elif folder is not None:
+            raise type(error)(f"{error}. Go on with resume_from_checkpoint={folder}") from error.__cause__
 
     def _save_checkpoint(self) -> Path:
         """Save where the run is now, unless that has just been done. Not to be called in the middle of an update."""
         if self._checkpoint is None or self._checkpoint[0] != self.iteration:
-            self._checkpoint = (self.iteration, save_checkpoint(self))
+            self._checkpoint, self._rollbacks = (self.iteration, save_checkpoint(self)), 0
         return self._checkpoint[1]
 
     def rollout(self, prompts: Sequence[Prompt], **columns: list[Any]) -> Rollout:
@@ -268,8 +304,14 @@ class PPOTrainer:
 
         Raises:
             RatioTripwireError: old and new log-probs differ before the first optimizer step.
-            NonFiniteGradientError: not one step had a finite gradient.
+            NonFiniteGradientError: too many steps in a row were not finite (``on_nonfinite``, ``max_skipped_steps``),
+                or the weights are not.
         """
+        metrics = self._step(rollout)
+        self._is_sound()
+        return metrics
+
+    def _step(self, rollout: Rollout) -> dict[str, float]:
         with self.stopwatch.phase("update"):
             if not self.warming_up:
                 return self._update(rollout)
@@ -289,46 +331,66 @@ class PPOTrainer:
         """Whether the next update trains the critic alone (``critic_warmup_rollouts``)."""
         return self.iteration < self.args.critic_warmup_rollouts
 
+    @property
+    def objective_in_force(self) -> RLHFConfig:
+        """The settings that the next update's loss is made of."""
+        return warmup_settings(self.objective) if self.warming_up else self.objective
+
     def _update(self, rollout: Rollout) -> dict[str, float]:
         args = warmup_settings(self.args) if self.warming_up else self.args
-        statistics = self.score_statistics if args.normalize_scores else None
+        # What an update learns about scores counts only if the update does.
+        statistics = copy.deepcopy(self.score_statistics) if args.normalize_scores else None
         if statistics is not None:
             statistics.add(rollout)
         old, metrics = estimate(rollout, args, kl_coef=self.kl_coef, score_statistics=statistics)
+        not_finite = {name: value for name, value in metrics.items() if not math.isfinite(value)}
         metrics["policy/clip_range"] = self.objective.clip_range
         metrics["policy/penalty_beta"] = self.objective.penalty_beta
         actions, losses = MetricAverage(), MetricAverage()
         shuffle = self._generator(_SHUFFLE_STREAM, self.iteration, device="cpu")
-        steps = epochs = 0
-        skipped = torch.zeros((), device=self.device)
-        epoch, stop = MetricAverage(), False
+        watch = StepWatch(
+            self.skipped_in_a_row,
+            limit=1 if args.on_nonfinite == "stop" else args.max_skipped_steps,
+            on_skip=lambda skipped: write_black_box(self, rollout, old, skipped, not_finite),
+        )
+        epochs, epoch, stop = 0, MetricAverage(), False
         while epochs < args.num_epochs and not stop:
             epochs += 1
             epoch = MetricAverage()
             for minibatch in minibatch_indices(len(rollout.prompts), args.num_minibatches, generator=shuffle):
-                step, step_losses = self._accumulate_gradients(rollout, old, minibatch.tolist())
-                if steps == 0:
+                rows = minibatch.tolist()
+                step, step_losses = self._accumulate_gradients(rollout, old, rows)
+                watch.settle()
+                if watch.steps == 0:
                     metrics["policy/first_minibatch_max_abs_log_ratio"] = self._check_tripwire(step)
-                actions.merge(step)
-                epoch.merge(step)
                 limit = args.stopping_kl
-                if stop := limit is not None and step.compute()["approx_kl"] > limit:
+                if beyond := limit is not None and step.compute()["approx_kl"] > limit:
+                    actions.merge(step)
+                    epoch.merge(step)
+                if stop := beyond or watch.gave_up:
                     clear_gradients(self.model)
                     break
+                spoil_gradient(self.model.trainable_parameters(), step_losses, not_finite)
                 grad_norm, finite = clip_and_step(self.optimizer, self.model.trainable_parameters(), args.max_grad_norm)
                 self.scheduler.step()
                 clear_gradients(self.model)
+                actions.merge(step, only_if=finite)
+                epoch.merge(step, only_if=finite)
                 taken = {**step_losses, "grad_norm": grad_norm}
                 losses.add({name: torch.where(finite, x, 0.0) for name, x in taken.items()}, weight=finite)
-                skipped += ~finite
-                steps += 1
-        if steps and skipped == steps:
-            raise NonFiniteGradientError(
-                f"all {steps} optimizer steps of rollout {self.iteration + 1} had non-finite gradients and were "
-                "skipped; look for extreme rewards or values in samples.jsonl and metrics.jsonl, or lower learning_rate"
+                watch.add(finite, rows, taken)
+        watch.settle()
+        steps, self.skipped_in_a_row = watch.steps, watch.in_a_row
+        self._problem = self._find_problem(watch)
+        accepted = steps == 0 or watch.skipped < steps
+        if statistics is not None and accepted:
+            self.score_statistics = statistics
+        if accepted and not self.warming_up:
+            self._adapt(
+                metrics["kl/reference_nats_per_response"],
+                epoch.compute().get("approx_kl", math.nan),
+                len(rollout.prompts),
             )
-        if not self.warming_up:
-            self._adapt(metrics["kl/reference_nats_per_response"], epoch.compute()["approx_kl"], len(rollout.prompts))
         self.iteration += 1
         self.episodes += len(rollout.prompts)
         self.optimizer_steps += steps
@@ -347,7 +409,7 @@ class PPOTrainer:
             "value/loss": loss["value"],
             "optim/grad_norm": loss["grad_norm"],
             "optim/learning_rate": float(self.scheduler.get_last_lr()[0]),
-            "optim/skipped_steps": int(skipped),
+            "optim/skipped_steps": watch.skipped,
             "optim/epochs": epochs,
         }
 
@@ -355,32 +417,37 @@ class PPOTrainer:
         self, rollout: Rollout, old: Experience, minibatch: list[int]
     ) -> tuple[MetricAverage, dict[str, Tensor]]:
         """Backward over one minibatch in microbatches; the gradient is the same however it is split."""
-        objective = warmup_settings(self.objective) if self.warming_up else self.objective
-        denominator = loss_denominator(old.mask[minibatch], objective.loss_aggregation)
-        actions = MetricAverage()
-        losses = {name: torch.zeros((), device=self.device) for name in ("policy", "value", "kl")}
+        objective = self.objective_in_force
         exact_kl = objective.kl_loss_coef > 0 and objective.kl_loss == "exact"
-        for rows in self.parts.batches(rollout, minibatch):
-            part = rollout.sequences(rows)
-            facts = old[rows][:, : part.mask.shape[1]]
-            with accumulate_gradients(self.model):
-                with offload_activations(on=self.args.offload_activations), autocast(self.parts.bf16, self.device):
-                    new = self.model(
-                        *part,
-                        temperature=self.args.temperature,
-                        entropy=objective.ent_coef > 0,
-                        reference=self.reference.outputs(part) if exact_kl else None,
-                    )
-                loss = ppo_loss(new, facts, objective, denominator=denominator)
-                loss.total.backward()
-            actions.add(ppo_diagnostics(new, facts, objective), weight=facts.mask.sum())
-            losses["policy"] += loss.policy.detach()
-            losses["value"] += loss.value.detach()
-            losses["kl"] += loss.kl.detach()
-        return actions, losses
+        return minibatch_gradient(
+            self.model,
+            rollout,
+            old,
+            self.parts.batches(rollout, minibatch),
+            objective,
+            bf16=self.parts.bf16,
+            reference=self.reference if exact_kl else None,
+        )
+
+    def _find_problem(self, watch: StepWatch) -> str | None:
+        number = self.iteration + 1
+        if broken := nonfinite_parameters(self.model):
+            return (
+                f"after the update on rollout {number} the weights {_few(broken)} are not finite: lower learning_rate, "
+                "and go on from an earlier checkpoint"
+            )
+        if not watch.gave_up:
+            return None
+        return (
+            f"{watch.in_a_row} optimizer steps in a row, the last in the update on rollout {number}, had losses or "
+            f"gradients that were not finite and were skipped: see {self.run.path}/blackbox-* (rlhf-ppo replay FOLDER),"
+            " look for extreme rewards or values in samples.jsonl and metrics.jsonl, or lower learning_rate"
+        )
 
     def _check_tripwire(self, first_step: MetricAverage) -> float:
         gap = first_step.compute()["max_abs_log_ratio"]
+        if math.isnan(gap):
+            return gap  # the step's gradient will be NaN, too, and the guard sees to that
         bound = self.args.max_initial_log_ratio or (0.5 if self.parts.bf16 else 0.1)
         if not gap <= bound:
             clear_gradients(self.model)
@@ -459,7 +526,8 @@ class PPOTrainer:
         return metrics
 
     def _report(self, progress: ProgressDisplay, rollout: Rollout, metrics: dict[str, float]) -> None:
-        self.run.log(metrics)
+        # Where no step was finite, some averages have nothing to average.
+        self.run.log({name: value for name, value in metrics.items() if math.isfinite(value)})
         for row in describe(rollout)[: self.args.samples_per_rollout]:
             self.run.append("samples.jsonl", {"iteration": self.iteration, **row})
         tokens = int(rollout.lengths.sum())

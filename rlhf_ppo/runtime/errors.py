@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class NonFiniteGradientError(RuntimeError):
-    """Gradients were not finite and their steps were skipped, too often for the run to go on."""
+    """Losses, gradients or weights were not finite, too often for the run to go on."""

@@ -62,7 +62,7 @@ METRICS: dict[str, str] = {
     "optim/learning_rate": "Learning rate at the end of the update.",
     "optim/value_learning_rate": "The critic's learning rate at the end of the update, where it has one of its own.",
     "optim/grad_norm": "Mean global gradient norm before clipping.",
-    "optim/skipped_steps": "Optimizer steps skipped because a gradient was not finite.",
+    "optim/skipped_steps": "Optimizer steps skipped because a loss or a gradient was not finite.",
     "optim/epochs": "Epochs run on this rollout (target_kl may stop early).",
     "eval/score_mean": "Mean raw score of sampled responses to the evaluation prompts.",
     "eval/score_std": "Standard deviation of those scores.",
@@ -114,12 +114,16 @@ class MetricAverage:
                 self._sums[key] = self._sums.get(key, torch.zeros_like(value)) + value * w
                 self._weights[key] = self._weights.get(key, torch.zeros_like(value)) + w
 
-    def merge(self, other: MetricAverage) -> None:
-        """Add everything that ``other`` has seen."""
+    def merge(self, other: MetricAverage, only_if: Tensor | None = None) -> None:
+        """Add everything that ``other`` has seen, or nothing of it where ``only_if`` [] is False."""
+
+        def kept(value: Tensor) -> Tensor:
+            return value if only_if is None else torch.where(only_if, value, torch.zeros_like(value))
+
         for key, value in other._sums.items():
-            self._sums[key] = self._sums.get(key, torch.zeros_like(value)) + value
-            self._weights[key] = self._weights.get(key, torch.zeros_like(value)) + other._weights[key]
-        self.add(other._maxima, weight=1)
+            self._sums[key] = self._sums.get(key, torch.zeros_like(value)) + kept(value)
+            self._weights[key] = self._weights.get(key, torch.zeros_like(value)) + kept(other._weights[key])
+        self.add({key: kept(value) for key, value in other._maxima.items()}, weight=1)
 
     def compute(self, prefix: str = "") -> dict[str, float]:
         """The averages and maxima so far, as floats; NaN for a key that only ever had weight 0."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_ppo.cli import COMMANDS, main
+from rlhf_ppo.runtime.settings import _positional
 
 REWARD = (
     "def vowels(prompts, completions, **columns):\n    return [sum(c in 'aeiou' for c in t) for t in completions]\n"
@@ -57,6 +58,7 @@ def test_help_has_a_sentence_for_every_flag(command, capsys):
     text = capsys.readouterr().out
     names = {field.name for field in fields(COMMANDS[command][0])}
     assert names <= described(COMMANDS[command][0])
+    names -= set(_positional(COMMANDS[command][0]))  # words without a flag
     assert all(f"--{name.replace('_', '-')}" in text for name in names)
 
 

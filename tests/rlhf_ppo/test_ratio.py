@@ -99,7 +99,7 @@ def test_tripwire_stops_when_the_sampler_used_another_temperature(make_trainer, 
 
     trainer = make_trainer(temperature=0.7)
     rollout = trainer.rollout(prompts)
-    trainer.args = dataclasses.replace(trainer.args, temperature=1.0)
+    trainer.objective = dataclasses.replace(trainer.objective, temperature=1.0)
     with pytest.raises(RatioTripwireError):
         trainer.step(rollout)
 

@@ -1,0 +1,200 @@
+"""Black box: all that a minibatch was computed from, kept when its loss or gradient is not finite, to be replayed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor
+
+from rlhf_ppo.config import RLHFConfig
+from rlhf_ppo.core import Experience
+from rlhf_ppo.critics import critic_kind
+from rlhf_ppo.guard import Step
+from rlhf_ppo.limits import Barred
+from rlhf_ppo.reading import without_adapter_wrapper
+from rlhf_ppo.rollout import Rollout
+from rlhf_ppo.runtime.checkpoint import read_checkpoint, write_checkpoint
+
+if TYPE_CHECKING:
+    from rlhf_ppo.trainer import PPOTrainer
+
+MAX_BLACK_BOXES = 3
+"""Most of them in a run's folder: each holds weights and optimizer, and the first tell the most."""
+
+
+@dataclass(frozen=True)
+class BlackBox:
+    """What :func:`write_black_box` kept of one optimizer step."""
+
+    iteration: int
+    """The rollout's number, from 1."""
+    step: int
+    """The optimizer step's number within the update, from 1."""
+    numbers: dict[str, float]
+    """The minibatch's losses and its gradient's norm."""
+    estimates: dict[str, float]
+    """The rollout's metrics that were not finite."""
+    rollout: Rollout
+    old: Experience
+    passes: list[list[int]]
+    """The minibatch's rows, as they were grouped for one pass each."""
+    weights: dict[str, Tensor]
+    """Those that the optimizer moves, as they were."""
+    objective: RLHFConfig
+    """The settings in force."""
+    warming_up: bool
+    """The critic alone was trained."""
+    bf16: bool
+    device: str
+    models: dict[str, Any]
+    """Configurations and names to build the models from."""
+    versions: dict[str, str]
+
+
+def write_black_box(
+    trainer: PPOTrainer, rollout: Rollout, old: Experience, step: Step, estimates: Mapping[str, float]
+) -> Path | None:
+    """Write ``blackbox-<rollout>`` into the run's folder: it is there whole, with checksums, or not at all.
+
+    Nothing is written for a second step of the same rollout, or beside ``MAX_BLACK_BOXES`` others; a disk that is full
+    is a warning.
+
+    Args:
+        trainer: its weights are those that the step was computed with.
+        rollout, old: what was trained on.
+        step: which minibatch, and what came out.
+        estimates: what of the rollout's metrics is not finite.
+    Returns:
+        The folder, or None.
+    """
+    folder = trainer.run.path / f"blackbox-{trainer.iteration + 1}"
+    if folder.exists() or len(list(trainer.run.path.glob("blackbox-*"))) >= MAX_BLACK_BOXES:
+        return None
+    moved = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    moments = trainer.optimizer.state_dict()["state"]
+    state = {
+        "step": step.number,
+        "passes": trainer.parts.batches(rollout, step.rows),
+        "estimates": dict(estimates),
+        "numbers": {name: float(x) for name, x in step.numbers.items()},
+        "warming_up": trainer.warming_up,
+        "objective": dataclasses.asdict(trainer.objective_in_force),
+        "kl_coef": trainer.kl_coef,
+        "generators": {"seed": trainer.args.seed, "rollout": trainer.rollouts_made, "shuffle": trainer.iteration},
+        "bf16": trainer.parts.bf16,
+        "device": str(trainer.device),
+        "models": _models(trainer),
+        "versions": {name: version(name) for name in ("transformers", "peft", "safetensors")},
+        "barred_tokens": None if rollout.barred is None else list(rollout.barred.tokens),
+        "prompts": rollout.prompts,
+        "completions": rollout.completions,
+        "score_parts": rollout.score_parts,
+    }
+    scratch = trainer.run.path / ".tmp-blackbox"
+    try:
+        written = write_checkpoint(
+            scratch,
+            trainer.iteration + 1,
+            tensors={
+                "trainable": {name: p for name, p in trainer.model.named_parameters() if id(p) in moved},
+                "optimizer": {f"{i}.{key}": x for i, entry in moments.items() for key, x in entry.items()},
+                "rollout": _tensors(rollout),
+                "experience": _tensors(old),
+            },
+            state=state,
+            settings=dataclasses.asdict(trainer.args),
+        )
+        os.rename(written, folder)
+    except OSError as error:
+        warnings.warn(f"the black box of rollout {trainer.iteration + 1} could not be written: {error}", stacklevel=2)
+        return None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _tensors(record: Rollout | Experience) -> dict[str, Tensor]:
+    found = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+    if isinstance(record, Rollout) and record.barred is not None:
+        found["barred"] = record.barred.where
+    return {name: x for name, x in found.items() if isinstance(x, Tensor)}
+
+
+def _models(trainer: PPOTrainer) -> dict[str, Any]:
+    model, policy = trainer.model, cast(Any, trainer.model.policy)
+    base, adapter = without_adapter_wrapper(policy), None
+    if base is not policy:
+        with tempfile.TemporaryDirectory() as folder:
+            policy.peft_config[policy.active_adapter].save_pretrained(folder)
+            adapter = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    return {
+        **trainer.sources,
+        "policy_config": _config(base),
+        "attention": base.config._attn_implementation,
+        "adapter": adapter,
+        "critic": critic_kind(model),
+        "critic_config": None if model.value_trunk is None else _config(model.value_trunk),
+    }
+
+
+def _config(model: Any) -> dict[str, Any]:
+    return json.loads(model.config.to_json_string(use_diff=False))
+
+
+def read_black_box(folder: str | Path) -> BlackBox:
+    """Read what :func:`write_black_box` wrote, its checksums verified.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is damaged, or no black box.
+    """
+    box = read_checkpoint(folder)
+    if not {"trainable", "rollout", "experience"} <= box.tensors.keys():
+        raise ValueError(f"{folder} is no black box: name a folder blackbox-<n> of a run")
+    state, rollout = box.state, dict(box.tensors["rollout"])
+    barred = rollout.pop("barred", None)
+    return BlackBox(
+        box.step,
+        state["step"],
+        state["numbers"],
+        state["estimates"],
+        Rollout(
+            prompts=state["prompts"],
+            columns={},
+            completions=state["completions"],
+            score_parts=state["score_parts"],
+            barred=None if barred is None else Barred(barred, tuple(state["barred_tokens"])),
+            **_complete(rollout, "values"),
+        ),
+        Experience(**_complete(box.tensors["experience"], "values", "returns")),
+        state["passes"],
+        box.tensors["trainable"],
+        _settings(state["objective"]),
+        state["warming_up"],
+        state["bf16"],
+        state["device"],
+        state["models"],
+        state["versions"],
+    )
+
+
+def _complete(tensors: Mapping[str, Tensor], *optional: str) -> dict[str, Any]:
+    """Fields without a default that the record did not have are None."""
+    return {**dict.fromkeys(optional), **tensors}
+
+
+def _settings(saved: Mapping[str, Any]) -> RLHFConfig:
+    """Settings as they were before JSON made lists of their tuples, without those of the command line alone."""
+    known = {f.name for f in dataclasses.fields(RLHFConfig)}
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known}
+    return RLHFConfig(**settings)

@@ -1,0 +1,255 @@
+"""Replay: the minibatch in a black box computed again, to the number that first was not finite."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from rlhf_ppo.activations import checkpoint_layers
+from rlhf_ppo.actor_critic import ActorCritic, Reference
+from rlhf_ppo.backward import minibatch_gradient
+from rlhf_ppo.blackbox import BlackBox, read_black_box
+from rlhf_ppo.critics import build_actor_critic
+from rlhf_ppo.gradients import clear_gradients
+from rlhf_ppo.guard import nonfinite_parameters, spoil_gradient
+from rlhf_ppo.models import load_policy, resolve_model
+from rlhf_ppo.optimization import only_the_critic_learns
+from rlhf_ppo.quantization import load_quantized, load_reference
+from rlhf_ppo.runtime.seeding import resolve_device, torch_threads
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayArgs:
+    """Compute the minibatch in a black box again, and say what first is not finite."""
+
+    folder: tyro.conf.Positional[str]
+    """Folder blackbox-<n> of a run."""
+    model: str | None = None
+    """Where the policy's frozen base (or the start that an exact KL is measured from) lies. None: where it lay then."""
+    device: str | None = None
+    """cuda, mps or cpu. None: the run's."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What came out this time."""
+
+    box: BlackBox
+    numbers: dict[str, float]
+    """The minibatch's losses and its gradient's norm."""
+    findings: list[str]
+    """What was not finite, in the order in which it was computed; the first is the place to look at."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether losses, gradient and all that they were computed from are finite."""
+        return not self.findings
+
+    @property
+    def same(self) -> bool:
+        """Whether the numbers are those of the run, to the last bit."""
+        return all(x == y or (math.isnan(x) and math.isnan(y)) for x, y in _pairs(self.numbers, self.box.numbers))
+
+
+def replay(args: ReplayArgs) -> Replay:
+    """Compute the gradient of a black box's minibatch again.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder is no black box, is damaged, or its models cannot be built.
+    """
+    box = read_black_box(args.folder)
+    device = resolve_device(args.device or box.device)
+    model, reference = _build(box, args.model, device)
+    box = _moved(box, device)
+    alone = only_the_critic_learns(model) if box.warming_up else nullcontext()
+    with torch_threads(box.objective.num_threads), alone:
+        findings = [f"weight {name}" for name in nonfinite_parameters(model)] + _recorded(box)
+        findings += [f"{name} = {x} of the rollout" for name, x in box.estimates.items()]
+        with _watched(model) as seen:
+            numbers, broken = _gradient(box, model, reference, box.passes)
+        findings += seen
+        findings += [
+            f"loss {name} = {x}" for name, x in numbers.items() if not math.isfinite(x) and name != "grad_norm"
+        ]
+        findings += [f"gradient of {name}" for name in broken]
+        if not broken and not math.isfinite(numbers["grad_norm"]):
+            findings.append("the gradient's norm, though no part of it: it overflows, or the loss spoils it")
+        if findings:
+            findings += _rows_alone(box, model, reference)
+    return Replay(box, numbers, findings)
+
+
+def _gradient(
+    box: BlackBox, model: ActorCritic, reference: Reference | None, passes: list[list[int]]
+) -> tuple[dict[str, float], list[str]]:
+    """(losses and gradient norm, names of the parameters whose gradient is not finite)."""
+    clear_gradients(model)
+    _, losses = minibatch_gradient(
+        model, box.rollout, box.old, passes, box.objective, bf16=box.bf16, reference=reference
+    )
+    named = [(name, p) for name, p in model.named_parameters() if p.grad is not None and p.requires_grad]
+    broken = [name for name, p in named if not torch.isfinite(p.grad).all()]  # pyright: ignore[reportArgumentType]
+    # From here on as the update does it.
+    spoil_gradient([p for _, p in named], losses, box.estimates)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.trainable_parameters() if p.grad is not None])
+    clear_gradients(model)
+    return {name: float(x) for name, x in {**losses, "grad_norm": norm}.items()}, broken
+
+
+def _recorded(box: BlackBox) -> list[str]:
+    """Recorded tensors that are not finite: scores before what was estimated from them."""
+    findings: list[str] = []
+    for where, record, mask in (("rollout", box.rollout, box.rollout.mask), ("experience", box.old, box.old.mask)):
+        for field in dataclasses.fields(record):
+            x = getattr(record, field.name)
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                continue
+            rows = (~torch.isfinite(x) & mask).any(dim=1) if x.ndim == 2 else ~torch.isfinite(x)
+            if rows.any():
+                findings.append(f"{where}.{field.name} in {_rows(rows.nonzero().flatten().tolist())}")
+    return findings
+
+
+@contextmanager
+def _watched(model: ActorCritic) -> Iterator[list[str]]:
+    """Notes the first module whose output is not finite, and then which of the model's outputs are not."""
+    seen: list[str] = []
+    inner: list[str] = []
+
+    def look(name: str, output: Any) -> None:
+        tensors = [x for x in (output if isinstance(output, tuple) else (output,)) if isinstance(x, Tensor)]
+        if not inner and not all(torch.isfinite(x).all() for x in tensors if x.is_floating_point()):
+            inner.append(name)
+            seen.append(f"the output of {name}")
+
+    def look_outside(output: Any) -> None:
+        for name, x in vars(output).items():
+            if isinstance(x, Tensor) and not torch.isfinite(x).all() and f"the policy's {name}" not in seen:
+                seen.append(f"the policy's {name}")
+
+    def hook(name: str) -> Any:
+        return lambda module, inputs, output: look(name, output)
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
+    handles.append(model.register_forward_hook(lambda module, inputs, output: look_outside(output)))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rows_alone(box: BlackBox, model: ActorCritic, reference: Reference | None) -> list[str]:
+    """Which responses are not finite in a minibatch of their own."""
+    rows = [row for group in box.passes for row in group]
+    box = dataclasses.replace(box, estimates={})  # those are of all responses together
+    guilty = [row for row in rows if not all(map(math.isfinite, _gradient(box, model, reference, [[row]])[0].values()))]
+    if not guilty:
+        return ["no response of the minibatch by itself: only their sum"]
+    shown = [f"  response {row}: {box.rollout.prompts[row]!r} -> {box.rollout.completions[row]!r}" for row in guilty]
+    return [f"by themselves, {_rows(guilty)} of the minibatch", *shown]
+
+
+def _rows(rows: list[int]) -> str:
+    return f"response{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows))}"
+
+
+def _build(box: BlackBox, name: str | None, device: torch.device) -> tuple[ActorCritic, Reference | None]:
+    """The models as they were at that step; a policy that was trained whole needs nothing but the box."""
+    models, objective = box.models, box.objective
+    exact_kl = objective.kl_loss_coef > 0 and objective.kl_loss == "exact"
+    policy: Any
+    if models["adapter"] is None and not exact_kl:
+        config = AutoConfig.for_model(**models["policy_config"])
+        policy = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=models["attention"], trust_remote_code=False
+        )
+        reference = None
+    else:
+        name = str(resolve_model(name or models["model"]))
+        if not name:
+            raise ValueError("this black box does not name its base model: say where it lies with --model")
+        quantized = objective.quantization
+        if quantized == "none":
+            policy = load_policy(name)
+        else:
+            policy = load_quantized(name, quantized, device=device, bf16=box.bf16)
+        frozen = load_reference(name, models["ref_model"], objective, device, bf16=box.bf16)
+        if models["adapter"] is not None:
+            policy = _with_adapter(policy, models["adapter"])
+        reference = Reference(policy, frozen, adapter_off=models["adapter"] is not None) if exact_kl else None
+    if models["adapter"] is None:
+        policy.requires_grad_(True)
+    trunk = None
+    if models["critic_config"] is not None:
+        config = AutoConfig.for_model(**models["critic_config"])
+        trunk = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False).requires_grad_(True)
+    model = build_actor_critic(policy, models["critic"], trunk=trunk, head=None, head_from=None).to(device)
+    if reference is not None and reference.model is not None:
+        reference.model.to(device)
+    if objective.gradient_checkpointing:
+        checkpoint_layers(model)
+    _load(model, box.weights)
+    return model, reference
+
+
+def _with_adapter(policy: Any, config: Mapping[str, Any]) -> Any:
+    from peft import PeftConfig, get_peft_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+        return get_peft_model(policy, PeftConfig.from_pretrained(folder))
+
+
+def _load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if {n: p.shape for n, p in parameters.items()} != {n: w.shape for n, w in weights.items()}:
+        different = sorted(set(parameters) ^ set(weights))[:3] or "shapes"
+        raise ValueError(f"the black box's weights are not this model's ({different} differ): name its base by --model")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+
+
+def _moved(box: BlackBox, device: torch.device) -> BlackBox:
+    def moved(record: Any) -> Any:
+        tensors = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+        found = {name: x.to(device) for name, x in tensors.items() if isinstance(x, Tensor)}
+        if tensors.get("barred") is not None:
+            found["barred"] = tensors["barred"]._replace(where=tensors["barred"].where.to(device))
+        return dataclasses.replace(record, **found)
+
+    return dataclasses.replace(box, rollout=moved(box.rollout), old=moved(box.old))
+
+
+def _pairs(one: Mapping[str, float], two: Mapping[str, float]) -> list[tuple[float, float]]:
+    return [(one[name], two[name]) for name in one]
+
+
+def print_replay(args: ReplayArgs) -> int:
+    """The `replay` command: 0 if all is finite, 1 if not."""
+    result = replay(args)
+    box = result.box
+    print(f"optimizer step {box.step} of the update on rollout {box.iteration}")
+    for name, now in result.numbers.items():
+        print(f"  {name:<10} {now:<12.6g} in the run {box.numbers[name]:.6g}")
+    print(f"the same numbers as in the run: {'yes' if result.same else 'no (another machine or version?)'}")
+    if result.finite:
+        print("finite")
+        return 0
+    print("not finite, in the order in which it was computed:")
+    for finding in result.findings:
+        print(f"  {finding}")
+    return 1
