@@ -1,7 +1,7 @@
 """PPO on Gymnasium control tasks: the algorithm where its answer is known."""
 
 from classic.config import PPOArgs
-from classic.envs import BrokenEnvironmentError
+from classic.making import BrokenEnvironmentError
 from classic.train import PPO
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 

@@ -1,110 +1,224 @@
-"""Actor and critic: two separate tanh networks, and the distribution over actions that the actor describes."""
+"""Actor and critic: a policy over any supported action, a value, and what connects them (nothing, layers, a memory)."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import cast
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
+from classic.distributions import (
+    categorical_logprobs,
+    gaussian_entropy,
+    gaussian_logprobs,
+    sample_categorical,
+    sample_gaussian,
+    split_choices,
+    squashed_entropy,
+    squashed_logprobs,
+)
+from classic.networks import IMAGE_FEATURES, Body, Memory, image_network, mlp
+from classic.spaces import ActionLayout
 from rlhf_ppo.core import PolicyOutput
 
-LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
+LOG_STD_RANGE = (-20.0, 2.0)
+"""Where a standard deviation that depends on the observation is kept; beyond, exp() of it is of no use."""
 
 
-def mlp(sizes: Sequence[int], output_gain: float, generator: torch.Generator) -> nn.Sequential:
-    """Linear layers with tanh between them; orthogonal weights (gain sqrt 2, the last ``output_gain``), zero biases.
+@dataclass(frozen=True)
+class Decisions:
+    """Recorded decisions to ask the policy about again; ``decisions[rows]`` indexes every field on axis 0.
 
-    Source: Andrychowicz et al., "What Matters in On-Policy RL" (2021): a small last policy layer starts the policy
-    near uniform, whatever the observation.
+    Rows are single decisions [N], or with a memory whole sequences [B, T] of one environment copy each.
     """
-    layers: list[nn.Module] = []
-    for i, (inputs, outputs) in enumerate(pairwise(sizes)):
-        last = i == len(sizes) - 2
-        # skip_init: the default initialisation would draw from torch's global generator.
-        layer = cast(nn.Linear, skip_init(nn.Linear, inputs, outputs))
-        nn.init.orthogonal_(layer.weight, output_gain if last else math.sqrt(2), generator=generator)
-        nn.init.zeros_(layer.bias)
-        layers += [layer] if last else [layer, nn.Tanh()]
-    return nn.Sequential(*layers)
+
+    observations: Tensor
+    """[*, *O] what the actions were chosen on."""
+    actions: Tensor
+    """[*] or [*, choices] int64, or [*, numbers] float (before tanh when squashed)."""
+    action_masks: Tensor | None = None
+    """[*, options] bool, True where an option was allowed; None: all were."""
+    starts: Tensor | None = None
+    """[B, T] bool, True where an episode begins; with a memory alone."""
+    state: Tensor | None = None
+    """[B, K] the memory's state before the first step; with a memory alone."""
+
+    def __getitem__(self, rows: Tensor | slice) -> Decisions:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Decisions(**{name: None if x is None else x[rows] for name, x in fields.items()})
+
+    def __len__(self) -> int:
+        return len(self.actions)
 
 
 class ActorCritic(nn.Module):
-    """A policy pi(a|s) and a critic V(s) without shared weights.
+    """A policy pi(a|s) and a critic V(s).
+
+    ``policy`` and ``critic`` are the layers up to the outputs. What comes before them, if anything, is in ``bodies``:
+    one shared by both, or one each.
 
     Args:
-        num_features: O, the length of an observation.
-        num_actions: choices of a discrete action, or the length of a continuous one.
-        continuous: a diagonal Gaussian whose log standard deviation is one learned number per action dimension,
-            instead of a softmax over choices.
-        hidden_sizes: widths of the hidden layers of either network.
+        observation_shape: (O,) features or (channels, height, width) of an image.
+        actions: what an action consists of.
+        hidden_sizes: widths of the hidden layers.
         generator: source of the initial weights.
+        activation: tanh or relu, between the hidden layers.
+        shared: hidden layers, image network and memory serve both; otherwise they share no weight.
+        recurrent: none, lstm or gru: a memory before the hidden layers.
+        recurrent_size: width of the memory.
+        squash: numbers pass through tanh, which the log-probs take into account.
+        log_std_init: first log standard deviation of numbers.
+        state_dependent_std: the standard deviation is a second output of the policy instead of one learned number per
+            action dimension.
     """
 
     def __init__(
         self,
-        num_features: int,
-        num_actions: int,
+        observation_shape: tuple[int, ...],
+        actions: ActionLayout,
         *,
-        continuous: bool,
         hidden_sizes: Sequence[int],
         generator: torch.Generator,
+        activation: str = "tanh",
+        shared: bool = False,
+        recurrent: str = "none",
+        recurrent_size: int = 64,
+        squash: bool = False,
+        log_std_init: float = 0.0,
+        state_dependent_std: bool = False,
     ) -> None:
         super().__init__()
-        self.continuous = continuous
-        self.policy = mlp((num_features, *hidden_sizes, num_actions), 0.01, generator)
-        self.critic = mlp((num_features, *hidden_sizes, 1), 1.0, generator)
-        self.log_std = nn.Parameter(torch.zeros(num_actions)) if continuous else None
+        self.actions, self.squash = actions, squash
+        self.state_dependent_std = state_dependent_std
+        width, bodies = observation_shape[0], []
+        for _ in range(1 if shared else 2):
+            image = image_network(observation_shape, generator) if len(observation_shape) == 3 else None
+            width = observation_shape[0] if image is None else IMAGE_FEATURES
+            memory = None if recurrent == "none" else Memory(recurrent, width, recurrent_size, generator)
+            width = width if memory is None else recurrent_size
+            layers = mlp((width, *hidden_sizes), None, generator, activation) if shared else None
+            if image is not None or memory is not None or layers is not None:
+                bodies.append(Body(image, memory, layers))
+        self.bodies = nn.ModuleList(bodies)
+        sizes = (hidden_sizes[-1],) if shared else (width, *hidden_sizes)
+        outputs = actions.num_outputs * (2 if state_dependent_std else 1)
+        self.policy = mlp((*sizes, outputs), 0.01, generator, activation)
+        self.critic = mlp((*sizes, 1), 1.0, generator, activation)
+        self.log_std: nn.Parameter | None = None
+        if actions.numbers and not state_dependent_std:
+            self.log_std = nn.Parameter(torch.full((actions.numbers,), log_std_init))
+        elif actions.numbers:
+            nn.init.constant_(self.policy[-1].bias[actions.numbers :], log_std_init)  # pyright: ignore
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether there is a memory."""
+        return self.state_size > 0
+
+    @property
+    def state_size(self) -> int:
+        """K, the length of one copy's recurrent state; 0 without a memory."""
+        return sum(body.memory.state_size for body in self._all_bodies() if body.memory is not None)
+
+    def initial_state(self, batch: int) -> Tensor | None:
+        """The state [B, K] before anything was seen; None without a memory."""
+        return torch.zeros(batch, self.state_size) if self.recurrent else None
 
     @torch.no_grad()
-    def act(self, observations: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def act(
+        self,
+        observations: Tensor,
+        generator: torch.Generator | None,
+        *,
+        action_masks: Tensor | None = None,
+        starts: Tensor | None = None,
+        state: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Choose actions.
 
         Args:
-            observations: [B, O].
+            observations: [B, *O].
             generator: draws from the policy; None takes the most likely action.
+            action_masks: [B, options] bool, True where allowed; a masked option is never chosen.
+            starts: [B] bool, True where an episode begins; with a memory alone.
+            state: [B, K] of the memory; with a memory alone.
         Returns:
-            (actions, logprobs): [B] int64 or [B, A] float, and [B] in nats.
+            (actions, logprobs, state): [B] or [B, choices] int64, or [B, numbers] float; [B] in nats; the state after.
         """
-        output = self.policy(observations)
-        if self.log_std is not None:
-            noise = torch.zeros_like(output) if generator is None else torch.randn(output.shape, generator=generator)
-            actions = output + self.log_std.exp() * noise
-            return actions, self._gaussian_logprobs(output, actions)
-        logprobs = output.log_softmax(dim=-1)
-        scores = logprobs
-        if generator is not None:
-            # The Gumbel trick: log p minus the log of an exponential variable is largest with probability p.
-            scores = logprobs - torch.empty_like(logprobs).exponential_(generator=generator).log()
-        actions = scores.argmax(dim=-1)
-        return actions, logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+        features = observations
+        if self.bodies:
+            features, state = self._step(observations, starts, state)
+        output = self.policy(features)
+        if self.actions.numbers:
+            mean, log_std = self._gaussian(output)
+            actions = sample_gaussian(mean, log_std, generator)
+            density = squashed_logprobs if self.squash else gaussian_logprobs
+            return actions, density(mean, log_std, actions), state
+        logits = self._logits(output, action_masks)
+        actions = sample_categorical(logits, generator)
+        logprobs = logits.log_softmax(dim=-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+        return actions, logprobs if len(self.actions.choices) == 1 else logprobs.sum(dim=-1), state
 
-    def evaluate(self, observations: Tensor, actions: Tensor) -> PolicyOutput:
-        """Log-probs and entropy [N] of recorded actions and the critic's values [N], with gradients.
-
-        Args:
-            observations: [N, O].
-            actions: [N] int64 or [N, A] float.
-        """
-        output = self.policy(observations)
-        if self.log_std is not None:
-            logprobs = self._gaussian_logprobs(output, actions)
-            entropy = (self.log_std + LOG_SQRT_2PI + 0.5).sum().expand(len(output))
+    def evaluate(self, decisions: Decisions) -> PolicyOutput:
+        """Log-probs, entropy and the critic's values of recorded decisions, each [*], with gradients."""
+        features = self._features(0, decisions.observations, decisions.starts, decisions.state)
+        output = self.policy(features)
+        if self.actions.numbers:
+            mean, log_std = self._gaussian(output)
+            if self.squash:
+                logprobs = squashed_logprobs(mean, log_std, decisions.actions)
+                entropy = squashed_entropy(mean, log_std)
+            else:
+                logprobs = gaussian_logprobs(mean, log_std, decisions.actions)
+                entropy = gaussian_entropy(log_std).expand(logprobs.shape)
         else:
-            log_p = output.log_softmax(dim=-1)
-            logprobs = log_p.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-            entropy = -(log_p.exp() * log_p).sum(dim=-1)
-        return PolicyOutput(logprobs=logprobs, values=self.values(observations), entropy=entropy)
+            logits = self._logits(output, decisions.action_masks)
+            logprobs, entropy = categorical_logprobs(logits, decisions.actions)
+            if len(self.actions.choices) > 1:
+                logprobs, entropy = logprobs.sum(dim=-1), entropy.sum(dim=-1)
+        if len(self.bodies) != 1:
+            features = self._features(1, decisions.observations, decisions.starts, decisions.state)
+        return PolicyOutput(logprobs=logprobs, values=self.critic(features).squeeze(-1), entropy=entropy)
 
-    def values(self, observations: Tensor) -> Tensor:
-        """V(s): [N, O] -> [N]."""
-        return self.critic(observations).squeeze(-1)
+    def values(self, observations: Tensor, starts: Tensor | None = None, state: Tensor | None = None) -> Tensor:
+        """V(s): [N, *O] -> [N]; with a memory [B, L, *O] -> [B, L], from its state [B, K] before the first step."""
+        return self.critic(self._features(1, observations, starts, state)).squeeze(-1)
 
-    def _gaussian_logprobs(self, mean: Tensor, actions: Tensor) -> Tensor:
-        assert self.log_std is not None
-        scaled = (actions - mean) * (-self.log_std).exp()
-        return (-0.5 * scaled.square() - self.log_std - LOG_SQRT_2PI).sum(dim=-1)
+    def _features(self, head: int, observations: Tensor, starts: Tensor | None, state: Tensor | None) -> Tensor:
+        """What the policy (head 0) or the critic (head 1) reads."""
+        bodies = self._all_bodies()
+        if not bodies:
+            return observations
+        if state is not None and len(bodies) == 2:
+            state = state.tensor_split(2, dim=-1)[head]
+        return bodies[min(head, len(bodies) - 1)](observations, starts, state)
+
+    def _step(self, observations: Tensor, starts: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The policy's features of one step, and the state of both memories after it."""
+        bodies = self._all_bodies()
+        if state is None or len(bodies) == 1:
+            return bodies[0].step(observations, starts, state)
+        policy_state, critic_state = state.tensor_split(2, dim=-1)
+        features, policy_after = bodies[0].step(observations, starts, policy_state)
+        _, critic_after = bodies[1].step(observations, starts, critic_state)
+        assert policy_after is not None and critic_after is not None
+        return features, torch.cat([policy_after, critic_after], dim=-1)
+
+    def _all_bodies(self) -> list[Body]:
+        return list(self.bodies)  # pyright: ignore
+
+    def _gaussian(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation of each number, [*, A] and broadcastable to it."""
+        if self.log_std is not None:
+            return output, self.log_std
+        mean, log_std = output.tensor_split(2, dim=-1)
+        return mean, log_std.clamp(*LOG_STD_RANGE)
+
+    def _logits(self, output: Tensor, action_masks: Tensor | None) -> Tensor:
+        """[*, options] for one choice, [*, choices, options] for several; -inf where an option is not allowed."""
+        if action_masks is not None:
+            output = output.masked_fill(~action_masks, -math.inf)
+        return output if len(self.actions.choices) == 1 else split_choices(output, self.actions.choices)

@@ -6,8 +6,12 @@ import dataclasses
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from classic.actor_critic import LOG_STD_RANGE
+from classic.making import Vectorization
+from classic.networks import ACTIVATIONS
+from classic.spaces import ActionLayout
 from rlhf_ppo.core import PPOConfig
 from rlhf_ppo.core.config import Objective
 
@@ -19,6 +23,13 @@ DEFAULTS: dict[str, Any] = {
     "learning_rate": 3e-4,
     "lr_schedule": "linear",
     "hidden_sizes": (64, 64),
+    "activation": "tanh",
+    "shared_network": False,
+    "recurrent": "none",
+    "recurrent_size": 64,
+    "squash": False,
+    "log_std_init": 0.0,
+    "state_dependent_std": False,
     "objective": "clip",
     "clip_range": 0.2,
     "dual_clip": 3.0,
@@ -68,8 +79,31 @@ class PPOArgs:
     """Steps of each copy in a rollout."""
     autoreset_mode: Literal["next_step", "same_step"] | None = None
     """How copies restart after an episode; None: whatever Gymnasium's own vector environment does."""
+    vectorization: Vectorization = "auto"
+    """How copies are stepped: auto (the environment's own vector version, else one by one), sync (one by one), async (a
+    process each, for slow environments) or vector_entry_point."""
+    env_kwargs: dict[str, bool | int | float | str] | None = None
+    """Arguments of the environment, such as continuous True."""
+    wrappers: tuple[str, ...] = ()
+    """Wrappers around each copy, innermost first: names from gymnasium.wrappers, or module:Name."""
+    action_masks: bool | None = None
+    """Keep to what infos["action_mask"] or action_masks() allows; None: where the environment offers either."""
     hidden_sizes: tuple[int, ...] | None = None
-    """Widths of the tanh layers, the same for the actor and the critic, which share no weights."""
+    """Widths of the hidden layers, the same for the actor and the critic."""
+    activation: Literal["tanh", "relu"] | None = None
+    """What follows each hidden layer."""
+    shared_network: bool | None = None
+    """One body with two heads; False: the actor and the critic share no weights."""
+    recurrent: Literal["none", "lstm", "gru"] | None = None
+    """A memory before the hidden layers, cleared where episodes begin; minibatches are then whole sequences."""
+    recurrent_size: int | None = None
+    """Width of the memory."""
+    squash: bool | None = None
+    """Bring continuous actions within their bounds by tanh (counted in the log-probs) instead of clipping them."""
+    log_std_init: float | None = None
+    """Log standard deviation of continuous actions at the start."""
+    state_dependent_std: bool | None = None
+    """The standard deviation depends on the observation; False: one learned number per action dimension."""
     learning_rate: float | None = None
     """Adam's learning rate at the start."""
     lr_schedule: Literal["linear", "constant"] | None = None
@@ -114,14 +148,23 @@ class PPOArgs:
     """Show no progress."""
 
     def __post_init__(self) -> None:
-        if self.hidden_sizes is not None:  # lists come from JSON, tuples compare and hash
-            object.__setattr__(self, "hidden_sizes", tuple(self.hidden_sizes))
-        for name in ("total_timesteps", "num_envs", "num_steps", "num_threads"):
+        for name in ("hidden_sizes", "wrappers"):  # lists come from JSON, tuples compare and hash
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("total_timesteps", "num_envs", "num_steps", "num_threads", "recurrent_size"):
             self._require(name, lambda value: value >= 1, "1 or more")
         self._require("seed", lambda value: value >= 0, "0 or more")
         self._require("learning_rate", lambda value: value >= 0 and math.isfinite(value), "finite and 0 or more")
         self._require("hidden_sizes", lambda value: bool(value) and min(value) >= 1, "positive widths")
         self._require("lr_schedule", lambda value: value in ("linear", "constant"), "linear or constant")
+        self._require("activation", lambda value: value in ACTIVATIONS, " or ".join(ACTIVATIONS))
+        self._require("recurrent", lambda value: value in ("none", "lstm", "gru"), "none, lstm or gru")
+        self._require(
+            "vectorization",
+            lambda value: value in get_args(Vectorization),
+            "one of " + ", ".join(get_args(Vectorization)),
+        )
+        self._require("log_std_init", lambda value: LOG_STD_RANGE[0] <= value <= LOG_STD_RANGE[1], "between -20 and 2")
         self._require("autoreset_mode", lambda value: value in ("next_step", "same_step"), "next_step or same_step")
 
     def _require(self, name: str, ok: Any, what: str) -> None:
@@ -129,8 +172,10 @@ class PPOArgs:
         if value is not None and not ok(value):
             raise ValueError(f"{name} must be {what}, got {value!r}")
 
-    def resolve(self, env_id: str) -> PPOArgs:
+    def resolve(self, env_id: str, *, single: bool = False) -> PPOArgs:
         """These settings with every None filled in from the environment's preset.
+
+        ``single``: there can be only one copy, which takes as many steps a rollout as the preset's copies together.
 
         Warns:
             UserWarning: a2c or reinforce would use its data more than once.
@@ -140,6 +185,8 @@ class PPOArgs:
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(PPOArgs)}
         given = {name: value for name, value in given.items() if value is not None}
         preset = {**DEFAULTS, **PRESETS.get(env_id, {})}
+        if single and "num_envs" not in given:
+            preset["num_envs"], preset["num_steps"] = 1, preset["num_envs"] * preset["num_steps"]
         filled = {**preset, **given}
         objective = filled["objective"]
         for name, readers in READ_BY.items():
@@ -163,6 +210,19 @@ class PPOArgs:
                     f"{given['gae_lambda']}: remove it, or use objective='a2c'"
                 )
             filled["gae_lambda"] = 1.0
+        if filled["recurrent"] == "none":
+            if filled["recurrent_size"] != preset["recurrent_size"]:
+                raise ValueError(
+                    f"recurrent_size={filled['recurrent_size']} is read by recurrent='lstm' or 'gru' alone, but "
+                    "recurrent='none': remove one of the two"
+                )
+        elif filled["num_minibatches"] > filled["num_envs"]:
+            if "num_minibatches" in given:
+                raise ValueError(
+                    f"num_minibatches={filled['num_minibatches']} is more than num_envs={filled['num_envs']}, but with "
+                    f"recurrent={filled['recurrent']!r} minibatches are whole sequences, one a copy"
+                )
+            filled["num_minibatches"] = filled["num_envs"]
         if filled["num_minibatches"] > filled["num_envs"] * filled["num_steps"]:
             raise ValueError(
                 f"num_minibatches={filled['num_minibatches']} is more than the rollout's {filled['num_envs']} x "
@@ -178,6 +238,8 @@ class PPOArgs:
         Under NEXT_STEP every second step may be a reset in the worst case, which is episodes of one step.
         """
         assert self.num_envs and self.num_steps and self.num_minibatches
+        if self.recurrent != "none":
+            return  # whole sequences, of which there are always num_envs
         decisions = self.num_envs * (self.num_steps // 2 if next_step_autoreset else self.num_steps)
         if self.num_minibatches > decisions:
             raise ValueError(
@@ -185,6 +247,15 @@ class PPOArgs:
                 f"num_steps={self.num_steps} guarantees only {decisions} (NEXT_STEP autoreset may spend every second "
                 "step): lower num_minibatches or raise num_steps"
             )
+
+    def require_fit(self, actions: ActionLayout, env_id: str) -> None:
+        """Raise a ValueError if resolved settings are about continuous actions but these are choices."""
+        for name in ("squash", "state_dependent_std", "log_std_init"):
+            if actions.choices and getattr(self, name) != DEFAULTS[name]:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is for continuous actions, but environment {env_id!r} has choices: "
+                    "remove it"
+                )
 
     def ppo_config(self) -> PPOConfig:
         """The core's share of resolved settings, validated there."""

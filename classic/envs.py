@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import gymnasium
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Discrete
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
-MODES = {"next_step": AutoresetMode.NEXT_STEP, "same_step": AutoresetMode.SAME_STEP}
-
-
-class BrokenEnvironmentError(RuntimeError):
-    """An environment crashed or returned something that cannot be learned from; says which one, and at which step."""
+from classic.action_masks import ActionMasks
+from classic.making import BrokenEnvironmentError, EnvLike, Vectorization, env_name, make_vector_env
+from classic.spaces import action_layout, batch_of_one, observation_encoder, observation_shape, to_env_actions
 
 
 class Episode(NamedTuple):
@@ -47,120 +42,78 @@ class Step:
     final_envs: Tensor
     """[K] copies whose episode ended here and whose next observation is already the new episode's (SAME_STEP)."""
     final_observations: Tensor
-    """[K, O] the true last observations of those copies."""
+    """[K, *O] the true last observations of those copies."""
     episodes: list[Episode]
     """Episodes that ended here."""
-
-
-def make_vector_env(env_id: str, num_envs: int, autoreset_mode: str | None) -> VectorEnv:
-    """Gymnasium's vector environment with the wanted autoreset mode.
-
-    Args:
-        env_id: registered id, or ``module:id``.
-        num_envs: copies.
-        autoreset_mode: next_step or same_step; None takes what Gymnasium's default for the id does.
-    Raises:
-        ValueError: unknown id (with Gymnasium's suggestion), or an autoreset mode that is missing or not supported.
-        BrokenEnvironmentError: the environment cannot be created.
-    """
-    envs = _make(env_id, num_envs)
-    wanted = MODES[autoreset_mode] if autoreset_mode else None
-    if wanted is not None and envs.metadata.get("autoreset_mode") != wanted:
-        envs.close()
-        envs = _make(env_id, num_envs, vectorization_mode="sync", vector_kwargs={"autoreset_mode": wanted})
-    mode = envs.metadata.get("autoreset_mode")
-    if mode not in MODES.values():
-        envs.close()
-        raise ValueError(
-            f"environment {env_id!r}: metadata['autoreset_mode'] is {mode!r}, so a reset cannot be told from a step; "
-            "a vector environment must declare AutoresetMode.NEXT_STEP or SAME_STEP"
-        )
-    return envs
-
-
-def _make(env_id: str, num_envs: int, **kwargs: Any) -> VectorEnv:
-    try:
-        with warnings.catch_warnings():
-            # Missing metadata is an error of ours, which says more.
-            warnings.filterwarnings("ignore", message=".*AutoresetMode.*")
-            return gymnasium.make_vec(env_id, num_envs=num_envs, **kwargs)
-    except gymnasium.error.Error as error:
-        raise ValueError(f"cannot make environment {env_id!r}: {error}") from error
-    except ImportError:
-        raise
-    except Exception as error:
-        raise BrokenEnvironmentError(f"environment {env_id!r} failed while it was made: {_describe(error)}") from error
-
-
-def check_spaces(env_id: str, envs: VectorEnv) -> None:
-    """Raise a ValueError that names the space and the way out unless it is supported.
-
-    Supported: Box observations with one axis; Discrete actions, and Box actions with one axis.
-    """
-    observation, action = envs.single_observation_space, envs.single_action_space
-    if not isinstance(observation, Box) or len(observation.shape) != 1:
-        kind = type(observation).__name__ + (f"{observation.shape}" if isinstance(observation, Box) else "")
-        raise ValueError(
-            f"environment {env_id!r}: {kind} observations are not supported yet: wrap with FlattenObservation "
-            "(gymnasium.wrappers) to make them a Box with one axis"
-        )
-    if not isinstance(action, Discrete) and not (isinstance(action, Box) and len(action.shape) == 1):
-        kind = type(action).__name__ + (f"{action.shape}" if isinstance(action, Box) else "")
-        raise ValueError(
-            f"environment {env_id!r}: {kind} actions are not supported yet: Discrete actions and Box actions with one "
-            "axis are; wrap with TransformAction (gymnasium.wrappers) to turn one of those into yours"
-        )
 
 
 class Environments:
     """Environment copies stepped together; remembers which of them only reset at the next step.
 
-    ``observations`` [B, O] float32 is what the next action is chosen on, and ``resetting`` [B] bool is True where that
-    action will be ignored because Gymnasium's NEXT_STEP autoreset spends the step on the reset.
+    ``observations`` [B, *O] is what the next action is chosen on. Three more facts about it: ``starting`` [B] bool, it
+    begins an episode; ``resetting`` [B] bool, its action will be ignored because Gymnasium's NEXT_STEP autoreset spends
+    the step on the reset; ``action_masks`` [B, options] bool, what is allowed, or None if the environment does not say.
     """
 
-    def __init__(self, env_id: str, num_envs: int, autoreset_mode: str | None = None) -> None:
-        """Make the copies; errors are those of :func:`make_vector_env` and :func:`check_spaces`."""
-        self.env_id = env_id
-        self.envs = make_vector_env(env_id, num_envs, autoreset_mode)
+    def __init__(
+        self,
+        env: EnvLike,
+        num_envs: int,
+        autoreset_mode: str | None = None,
+        *,
+        vectorization: Vectorization = "auto",
+        env_kwargs: Mapping[str, Any] | None = None,
+        wrappers: Sequence[str] = (),
+        action_masks: bool | None = None,
+        squash: bool = False,
+    ) -> None:
+        """Make the copies.
+
+        Args:
+            env, num_envs, autoreset_mode, vectorization, env_kwargs, wrappers: see :func:`make_vector_env`.
+            action_masks: see :class:`ActionMasks`.
+            squash: numbers are brought within their bounds by tanh instead of being clipped to them.
+        Raises:
+            ValueError: unsupported spaces, and what :func:`make_vector_env` and :class:`ActionMasks` refuse.
+            BrokenEnvironmentError: the environment cannot be created.
+        """
+        self.env_id, self.num_envs, self.squash = env_name(env), num_envs, squash
+        self.envs = make_vector_env(
+            env, num_envs, autoreset_mode, vectorization=vectorization, env_kwargs=env_kwargs, wrappers=wrappers
+        )
+        self.observation_space, self.action_space = self.envs.single_observation_space, self.envs.single_action_space
+        where = f"environment {self.env_id!r}"
         try:
-            check_spaces(env_id, self.envs)
+            self.observation_shape = observation_shape(self.observation_space, where)
+            self.actions = action_layout(self.action_space, where)
+            if squash and not np.isfinite([self.action_space.low, self.action_space.high]).all():  # pyright: ignore
+                raise ValueError(f"squash=True needs finite bounds, but {where} has the actions {self.action_space}")
+            self._masks = ActionMasks(self.envs, self.actions, where, action_masks)
         except ValueError:
             self.envs.close()
             raise
-        self.num_envs = num_envs
+        self.encode = observation_encoder(self.observation_space)
         self.next_step_autoreset = self.envs.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP
-        self.action_space = self.envs.single_action_space
-        self.num_features = int(np.prod(self.envs.single_observation_space.shape or ()))
         self.steps = 0
-
-    @property
-    def continuous(self) -> bool:
-        """True for Box actions."""
-        return isinstance(self.action_space, Box)
-
-    @property
-    def num_actions(self) -> int:
-        """Choices of a Discrete action, or the length of a Box action."""
-        space = self.action_space
-        return int(space.n) if isinstance(space, Discrete) else int(np.prod(space.shape or ()))
 
     def reset(self, seed: int) -> None:
         """Begin new episodes everywhere."""
         self.steps = 0
-        observation, _ = self._guarded(lambda: self.envs.reset(seed=seed))
+        observation, info = self._guarded(lambda: self.envs.reset(seed=seed))
         self.observations = self._checked_observations(observation)
         self.resetting = torch.zeros(self.num_envs, dtype=torch.bool)
+        self.starting = torch.ones(self.num_envs, dtype=torch.bool)
         self._returns, self._lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=np.int64)
+        self.action_masks = self._read_masks(info)
 
     def step(self, actions: Tensor) -> Step:
-        """Step every copy with the policy's actions, [B] indices or [B, A] numbers (kept within the action space).
+        """Step every copy with the policy's actions, [B] or [B, choices] indices or [B, numbers].
 
         Raises:
             BrokenEnvironmentError: a crash (chained), a wrong shape, a NaN or infinity; names environment and step.
         """
         self.steps += 1
-        chosen = to_env_actions(actions, self.action_space)
+        chosen = to_env_actions(actions, self.action_space, self.squash)
         observation, reward, terminated, truncated, info = self._guarded(lambda: self.envs.step(chosen))
         mask = ~self.resetting
         observations = self._checked_observations(observation)
@@ -179,11 +132,14 @@ class Environments:
         final_envs = torch.empty(0, dtype=torch.int64)
         final_observations = observations[:0]
         if self.next_step_autoreset:
-            self.resetting = done
-        elif episodes:
-            final_envs = finished
-            final_observations = self._final_observations(info, final_envs)
+            self.starting, self.resetting = ~mask, done
+        else:
+            self.starting = done
+            if episodes:
+                final_envs = finished
+                final_observations = self._final_observations(info, final_envs)
         self.observations = observations
+        self.action_masks = self._read_masks(info)
         return Step(rewards, ended, cut, mask, final_envs, final_observations, episodes)
 
     def close(self) -> None:
@@ -202,12 +158,19 @@ class Environments:
         copy = "" if env is None else f", copy {env}"
         return BrokenEnvironmentError(f"environment {self.env_id!r}{copy}, step {self.steps}: {what}")
 
+    def _read_masks(self, info: dict[str, Any]) -> Tensor | None:
+        try:
+            return self._masks.read(info, self.resetting)
+        except ValueError as error:
+            raise self._fault(str(error)) from None
+
     def _checked_observations(self, observation: Any) -> Tensor:
-        # A copy: Gymnasium may write the next observation into the same buffer.
-        array = np.array(observation, dtype=np.float32, order="C")
-        expected = (self.num_envs, self.num_features)
-        if array.shape != expected:
-            raise self._fault(f"observations must be {expected} (copies, features), got {array.shape}")
+        try:
+            array = self.encode(observation)
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise self._fault(f"observation cannot be read: {error}") from error
+        if len(array) != self.num_envs:
+            raise self._fault(f"there must be {self.num_envs} observations, one a copy, got {len(array)}")
         self._require_finite("observation", array)
         return torch.from_numpy(array)
 
@@ -237,21 +200,14 @@ class Environments:
         for env in envs.tolist():
             if finals is None or finals[env] is None:
                 raise self._fault("SAME_STEP autoreset without infos['final_obs']: the last observation is lost", env)
-            row = np.array(finals[env], dtype=np.float32)
-            if row.shape != (self.num_features,):
-                raise self._fault(f"final observation must be ({self.num_features},), got {row.shape}", env)
+            try:
+                row = self.encode(batch_of_one(self.observation_space, finals[env]))[0]
+            except (ValueError, TypeError, KeyError, IndexError) as error:
+                raise self._fault(f"final observation cannot be read: {error}", env) from error
             if not np.isfinite(row).all():
                 raise self._fault(f"final observation is not finite: {row.tolist()}", env)
             rows.append(row)
         return torch.from_numpy(np.stack(rows))
-
-
-def to_env_actions(actions: Tensor, space: Any) -> np.ndarray:
-    """The policy's actions as the environment wants them: Discrete from its own start, Box within its bounds."""
-    array = actions.numpy()
-    if isinstance(space, Discrete):
-        return (array + space.start).astype(space.dtype)
-    return np.clip(array, space.low, space.high).astype(space.dtype)
 
 
 def _describe(error: Exception) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -12,12 +14,18 @@ MAX_COPIES = 32
 
 
 def evaluate_policy(
-    env_id: str, network: ActorCritic, episodes: int, *, deterministic: bool, seed: int
+    make_envs: Callable[[int], Environments], network: ActorCritic, episodes: int, *, deterministic: bool, seed: int
 ) -> dict[str, float]:
     """Mean and spread of the undiscounted return over ``episodes`` episodes.
 
     Each copy plays a share fixed beforehand. Taking the first episodes to finish anywhere would favour short ones.
 
+    Args:
+        make_envs: from a number of copies to that many or fewer; closed at the end.
+        network: the policy.
+        episodes: how many.
+        deterministic: take the most likely action instead of a sampled one.
+        seed: of the environments and the draws.
     Returns:
         mean_return, std_return (population) and mean_length in steps.
     Raises:
@@ -26,15 +34,17 @@ def evaluate_policy(
     """
     if episodes < 1:
         raise ValueError(f"episodes must be 1 or more, got {episodes}")
-    copies = min(episodes, MAX_COPIES)
-    left = [(episodes + i) // copies for i in range(copies)]
     generator = None if deterministic else torch.Generator().manual_seed(seed)
     returns, lengths = [], []
-    envs = Environments(env_id, copies)
+    envs = make_envs(min(episodes, MAX_COPIES))
+    left = [(episodes + i) // envs.num_envs for i in range(envs.num_envs)]
     try:
         envs.reset(seed=seed)
+        state = network.initial_state(envs.num_envs)
         while len(returns) < episodes:
-            actions, _ = network.act(envs.observations, generator)
+            actions, _, state = network.act(
+                envs.observations, generator, action_masks=envs.action_masks, starts=envs.starting, state=state
+            )
             for episode in envs.step(actions).episodes:
                 if left[episode.env]:
                     left[episode.env] -= 1

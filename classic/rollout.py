@@ -7,18 +7,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from classic.actor_critic import ActorCritic
+from classic.actor_critic import ActorCritic, Decisions
 from classic.envs import Environments, Episode
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """What happened, as recorded under the old policy. B copies, T steps, O features."""
+    """What happened, as recorded under the old policy. B copies, T steps, *O one observation."""
 
     observations: Tensor
-    """[B, T + 1, O] what each action was chosen on, and the one after the last."""
+    """[B, T + 1, *O] what each action was chosen on, and the one after the last."""
+    starts: Tensor
+    """[B, T + 1] bool, True where an observation begins an episode."""
+    state: Tensor | None
+    """[B, K] the memory's state before the first step, or None without a memory."""
+    state_after: Tensor | None
+    """[B, K] the memory's state after the last step."""
     actions: Tensor
-    """[B, T] indices or [B, T, A] numbers."""
+    """[B, T] or [B, T, choices] indices, or [B, T, numbers]."""
+    action_masks: Tensor | None
+    """[B, T, options] bool, what was allowed, or None if the environment does not say."""
     logprobs: Tensor
     """[B, T] log pi(a|s) in nats."""
     rewards: Tensor
@@ -32,29 +40,67 @@ class Rollout:
     final_index: tuple[Tensor, Tensor]
     """([K], [K]) copies and steps whose next observation in ``observations`` is already a new episode's (SAME_STEP)."""
     final_observations: Tensor
-    """[K, O] the true last observations there."""
+    """[K, *O] the true last observations there."""
+    final_state: Tensor | None
+    """[K, state] the memory's state before those, or None without a memory."""
     episodes: list[Episode]
     """Episodes that ended during the rollout."""
 
+    def decisions(self) -> Decisions:
+        """What the policy is asked about again, in the rows that :meth:`rows` makes of anything [B, T]."""
+        masks = self.action_masks
+        return Decisions(
+            self.rows(self.observations[:, :-1]),
+            self.rows(self.actions),
+            action_masks=None if masks is None else self.rows(masks),
+            starts=None if self.state is None else self.starts[:, :-1],
+            state=self.state,
+        )
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[B, T, ...] as rows for minibatches: real decisions alone [N, ...], or with a memory whole sequences."""
+        return x[self.mask] if self.state is None else x
+
 
 @torch.no_grad()
-def collect(envs: Environments, network: ActorCritic, num_steps: int, generator: torch.Generator) -> Rollout:
+def collect(
+    envs: Environments,
+    network: ActorCritic,
+    num_steps: int,
+    generator: torch.Generator,
+    state: Tensor | None = None,
+) -> Rollout:
     """Play ``num_steps`` steps of every copy; episodes go on from one rollout to the next.
 
-    Errors are those of :meth:`Environments.step`.
+    Args:
+        state: [B, K] of the network's memory, where the last rollout left it; None without a memory.
+    Raises:
+        BrokenEnvironmentError: see :meth:`Environments.step`.
     """
-    observations, actions, logprobs, steps = [], [], [], []
+    observations, starts, masks, actions, logprobs, steps, final_states = [], [], [], [], [], [], []
+    before = state
     for _ in range(num_steps):
         observation = envs.observations
-        action, logprob = network.act(observation, generator)
+        action, logprob, state = network.act(
+            observation, generator, action_masks=envs.action_masks, starts=envs.starting, state=state
+        )
         observations.append(observation)
+        starts.append(envs.starting)
+        masks.append(envs.action_masks)
         actions.append(action)
         logprobs.append(logprob)
-        steps.append(envs.step(action))
+        step = envs.step(action)
+        steps.append(step)
+        if state is not None:
+            final_states.append(state[step.final_envs])
     final_steps = [torch.full_like(step.final_envs, t) for t, step in enumerate(steps)]
     return Rollout(
         observations=torch.stack([*observations, envs.observations], dim=1),
+        starts=torch.stack([*starts, envs.starting], dim=1),
+        state=before,
+        state_after=state,
         actions=torch.stack(actions, dim=1),
+        action_masks=None if masks[0] is None else torch.stack(masks, dim=1),
         logprobs=torch.stack(logprobs, dim=1),
         rewards=torch.stack([step.rewards for step in steps], dim=1),
         terminated=torch.stack([step.terminated for step in steps], dim=1),
@@ -63,6 +109,7 @@ def collect(envs: Environments, network: ActorCritic, num_steps: int, generator:
         mask=torch.stack([step.mask for step in steps], dim=1),
         final_index=(torch.cat([step.final_envs for step in steps]), torch.cat(final_steps)),
         final_observations=torch.cat([step.final_observations for step in steps]),
+        final_state=torch.cat(final_states) if final_states else None,
         episodes=[episode for step in steps for episode in step.episodes],
     )
 
@@ -74,10 +121,16 @@ def critic_values(network: ActorCritic, rollout: Rollout) -> tuple[Tensor, Tenso
     Under NEXT_STEP the last observation of an episode is the one after its last step in ``observations``; under
     SAME_STEP that place already holds the next episode's first, so the recorded last one is evaluated instead.
     """
-    batch, length, features = rollout.observations.shape
-    everything = torch.cat([rollout.observations.reshape(-1, features), rollout.final_observations])
-    values = network.values(everything)
-    grid = values[: batch * length].reshape(batch, length)
+    grid_shape = rollout.observations.shape[:2]
+    if rollout.state is None:
+        everything = torch.cat([rollout.observations.flatten(0, 1), rollout.final_observations])
+        values = network.values(everything)
+        grid, finals = values[: grid_shape.numel()].unflatten(0, grid_shape), values[grid_shape.numel() :]
+    else:
+        grid = network.values(rollout.observations, rollout.starts, rollout.state)
+        last = rollout.final_observations.unsqueeze(1)
+        never = torch.zeros(last.shape[:2], dtype=torch.bool)
+        finals = network.values(last, never, rollout.final_state).squeeze(1) if len(last) else grid[:0, 0]
     next_values = grid[:, 1:].clone()
-    next_values[rollout.final_index] = values[batch * length :]
+    next_values[rollout.final_index] = finals
     return grid[:, :-1], next_values

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from classic.config import PPOArgs
+from classic.making import EnvLike
 from rlhf_ppo import __version__
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def save(agent: PPO, folder: str | Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "env_id": agent.env_id,
+        "made_from_id": isinstance(agent.env, str),
         "version": __version__,
         "args": asdict(agent.args),
         "spaces": _spaces(agent),
@@ -46,7 +48,7 @@ def save(agent: PPO, folder: str | Path) -> Path:
     return folder
 
 
-def load(cls: type[PPO], folder: str | Path) -> PPO:
+def load(cls: type[PPO], folder: str | Path, env: EnvLike | None = None) -> PPO:
     """Build the agent in ``folder``; errors are those of :meth:`classic.PPO.load`."""
     folder = Path(folder)
     for name in (AGENT, MODEL, OPTIMIZER):
@@ -56,7 +58,11 @@ def load(cls: type[PPO], folder: str | Path) -> PPO:
             )
     try:
         content = json.loads((folder / AGENT).read_text(encoding="utf-8"))
-        agent = cls(content["env_id"], PPOArgs(**content["args"]))
+        if env is None and not content["made_from_id"]:
+            raise ValueError(
+                f"the agent in {folder} was made from an environment object, {content['env_id']!r}: pass one as env"
+            )
+        agent = cls(content["env_id"] if env is None else env, PPOArgs(**content["args"]))
         saved_spaces, counters, in_force = content["spaces"], content["counters"], content["in_force"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / AGENT} was not written by this version ({__version__}): {error!r}") from error
@@ -75,9 +81,8 @@ def load(cls: type[PPO], folder: str | Path) -> PPO:
     return agent
 
 
-def _spaces(agent: PPO) -> dict[str, int | bool]:
-    envs = agent.envs
-    return {"num_features": envs.num_features, "num_actions": envs.num_actions, "continuous": envs.continuous}
+def _spaces(agent: PPO) -> dict[str, str]:
+    return {"observation": str(agent.envs.observation_space), "action": str(agent.envs.action_space)}
 
 
 def _optimizer_tensors(agent: PPO) -> dict[str, Tensor]:

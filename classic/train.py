@@ -7,15 +7,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
-from torch import Tensor
 
 from classic import saving
-from classic.actor_critic import ActorCritic
+from classic.actor_critic import ActorCritic, Decisions
 from classic.config import PPOArgs
-from classic.envs import Environments, Episode, to_env_actions
+from classic.envs import Environments, Episode
 from classic.evaluation import evaluate_policy
+from classic.making import EnvLike, env_name
+from classic.prediction import predict
 from classic.report import draw_curve, episode_metrics, show_progress
 from classic.rollout import collect, critic_values
 from classic.update import UpdateRecord, shuffled_minibatches
@@ -58,20 +60,25 @@ class PPO:
         agent.evaluate(episodes=20)["mean_return"]
     """
 
-    def __init__(self, env_id: str, args: PPOArgs | None = None) -> None:
+    def __init__(self, env: EnvLike, args: PPOArgs | None = None) -> None:
         """Make the environments and fresh networks.
 
+        Args:
+            env: a registered id (or ``module:id``), a function that makes an environment, or one environment, which is
+                then the only copy: evaluation plays on it too, and training begins a new episode afterwards.
+            args: settings; None: the environment's preset.
         Raises:
             ValueError: unknown environment, unsupported spaces, settings that contradict each other, or a launcher's
                 promise of several processes (WORLD_SIZE).
         """
         require_one_process()
-        self.env_id = env_id
-        self.args = (args or PPOArgs()).resolve(env_id)
+        self.env, self.env_id = env, env_name(env)
+        self.args = (args or PPOArgs()).resolve(self.env_id, single=isinstance(env, gymnasium.Env))
         self.config: PPOConfig = self.args.ppo_config()
-        self.envs = Environments(env_id, self._setting("num_envs"), self.args.autoreset_mode)
+        self.envs = self._make_envs(self._setting("num_envs"))
         try:
             self.args.require_full_minibatches(next_step_autoreset=self.envs.next_step_autoreset)
+            self.args.require_fit(self.envs.actions, self.env_id)
         except ValueError:
             self.envs.close()
             raise
@@ -79,17 +86,24 @@ class PPO:
         self.generator = torch.Generator().manual_seed(self.args.seed)
         self._predict_generator = torch.Generator().manual_seed(self.args.seed)
         self.network = ActorCritic(
-            self.envs.num_features,
-            self.envs.num_actions,
-            continuous=self.envs.continuous,
+            self.envs.observation_shape,
+            self.envs.actions,
             hidden_sizes=self._setting("hidden_sizes"),
             generator=self.generator,
+            activation=self._setting("activation"),
+            shared=self._setting("shared_network"),
+            recurrent=self._setting("recurrent"),
+            recurrent_size=self._setting("recurrent_size"),
+            squash=self._setting("squash"),
+            log_std_init=self._setting("log_std_init"),
+            state_dependent_std=self._setting("state_dependent_std"),
         )
         self._parameters = list(self.network.parameters())
         self.optimizer = torch.optim.Adam(self._parameters, lr=self._setting("learning_rate"), eps=1e-5, fused=True)
         self.counters = {"iteration": 0, "env_steps": 0, "optimizer_steps": 0, "episodes": 0}
         self._recent: deque[Episode] = deque(maxlen=100)
         self._run: RunDirectory | None = None
+        self._state = self.network.initial_state(self.envs.num_envs)
         self._started = False
 
     def learn(self, total_timesteps: int | None = None) -> PPO:
@@ -130,8 +144,8 @@ class PPO:
                 group["lr"] = learning_rate
 
             # 1. Collect.
-            rollout = collect(self.envs, self.network, self._setting("num_steps"), self.generator)
-            mask = rollout.mask
+            rollout = collect(self.envs, self.network, self._setting("num_steps"), self.generator, self._state)
+            self._state, mask = rollout.state_after, rollout.mask
 
             # 2. Estimate. Returns come before whitening: the critic must learn the true scale.
             values, next_values = critic_values(self.network, rollout)
@@ -150,18 +164,16 @@ class PPO:
                 advantages = returns
             weights = masked_whiten(advantages, mask) if self.config.normalize_advantages else advantages
 
-            # 3. Update, on real decisions alone: autoreset steps are gone from here on.
-            observations, actions = rollout.observations[:, :-1][mask], rollout.actions[mask]
-            old = Experience(rollout.logprobs[mask], values[mask], weights[mask], returns[mask], mask[mask])
+            # 3. Update, on real decisions alone: autoreset steps are gone from here on, or masked inside sequences.
+            decisions = rollout.decisions()
+            old = Experience(*map(rollout.rows, (rollout.logprobs, values, weights, returns, mask)))
             record = UpdateRecord()
             steps = skipped = epochs = 0
             stop = False
             while epochs < self.config.num_epochs and not stop:
                 epochs += 1
-                for seen, taken, part in shuffled_minibatches(
-                    observations, actions, old, self.config.num_minibatches, self.generator
-                ):
-                    new = self.network.evaluate(seen, taken)
+                for taken, part in shuffled_minibatches(decisions, old, self.config.num_minibatches, self.generator):
+                    new = self.network.evaluate(taken)
                     loss = self._loss(new, part)
                     record.saw(new, part)
                     if stop := self._went_too_far(new, part):
@@ -176,13 +188,13 @@ class PPO:
                         continue
                     skipped_in_a_row = 0
                     self.optimizer.step()
-                    record.stepped(loss, norm, len(taken))
+                    record.stepped(loss, norm, part)
             in_force = self.config
-            self._adapt(observations, actions, old)
+            self._adapt(decisions, old)
 
             # 4. Report.
             counters["iteration"] += 1
-            counters["env_steps"] += len(actions)
+            counters["env_steps"] += int(mask.sum())
             counters["optimizer_steps"] += steps - skipped
             counters["episodes"] += len(rollout.episodes)
             self._recent.extend(rollout.episodes)
@@ -218,48 +230,80 @@ class PPO:
             mean_return and std_return (undiscounted; population), mean_length in steps.
         """
         seed = self.args.seed + EVALUATION_SEED_OFFSET if seed is None else seed
+        single = isinstance(self.env, gymnasium.Env)
         with torch_threads(self.args.num_threads):
-            return evaluate_policy(self.env_id, self.network, episodes, deterministic=deterministic, seed=seed)
+            result = evaluate_policy(
+                (lambda _: self.envs) if single else self._make_envs,
+                self.network,
+                episodes,
+                deterministic=deterministic,
+                seed=seed,
+            )
+        if single:
+            self._started = False
+        return result
 
-    def predict(self, observation: Any, deterministic: bool = True) -> tuple[np.ndarray, None]:
+    def predict(
+        self,
+        observation: Any,
+        deterministic: bool = True,
+        *,
+        state: np.ndarray | None = None,
+        episode_start: Any = False,
+        action_masks: Any = None,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """Choose an action.
 
         Args:
-            observation: [O], or a batch [N, O].
+            observation: one, or a batch of N.
             deterministic: take the most likely action instead of a sampled one.
+            state: what the last call returned; None at the first, and without a memory.
+            episode_start: bool or [N], True where an episode begins and the memory is to be cleared.
+            action_masks: [options] or [N, options], True where an option is allowed; None: all are.
         Returns:
-            (action, None): what ``env.step`` takes, or N of them; the None stands for a recurrent state, as in
-            Stable-Baselines3.
+            (action, state): what ``env.step`` takes, or N of them, and the memory's state [N, K], or None without one.
         Raises:
-            ValueError: the observation has another shape, or is not finite.
+            ValueError: the observation has another shape or is not finite, or the state or the masks do not fit.
         """
-        array = np.array(observation, dtype=np.float32)
-        features = self.envs.num_features
-        if array.ndim not in (1, 2) or array.shape[-1] != features:
-            raise ValueError(
-                f"environment {self.env_id!r} has observations of shape ({features},); "
-                f"predict takes one or a batch (N, {features}), got {array.shape}"
-            )
-        if not np.isfinite(array).all():
-            raise ValueError(f"observation for environment {self.env_id!r} is not finite: {array.tolist()}")
-        batch = torch.from_numpy(array.reshape(-1, features))
-        actions, _ = self.network.act(batch, None if deterministic else self._predict_generator)
-        chosen = to_env_actions(actions, self.envs.action_space)
-        return (chosen if array.ndim == 2 else chosen[0]), None
+        return predict(
+            self.envs,
+            self.network,
+            observation,
+            None if deterministic else self._predict_generator,
+            state=state,
+            episode_start=episode_start,
+            action_masks=action_masks,
+        )
 
     def save(self, folder: str | Path) -> Path:
         """Write networks, optimizer and settings (safetensors and JSON, no pickle); returns the folder."""
         return saving.save(self, folder)
 
     @classmethod
-    def load(cls, folder: str | Path) -> PPO:
+    def load(cls, folder: str | Path, env: EnvLike | None = None) -> PPO:
         """The agent in a folder written by :meth:`save`.
 
+        Args:
+            folder: where it lies.
+            env: the environment, needed where the agent was not made from an id.
         Raises:
             FileNotFoundError: no agent there.
             ValueError: the environment or the settings do not fit what was saved.
         """
-        return saving.load(cls, folder)
+        return saving.load(cls, folder, env)
+
+    def _make_envs(self, num_envs: int) -> Environments:
+        args = self.args
+        return Environments(
+            self.env,
+            num_envs,
+            args.autoreset_mode,
+            vectorization=args.vectorization,
+            env_kwargs=args.env_kwargs,
+            wrappers=args.wrappers,
+            action_masks=args.action_masks,
+            squash=self._setting("squash"),
+        )
 
     def _setting(self, name: str) -> Any:
         value = getattr(self.args, name)
@@ -281,14 +325,15 @@ class PPO:
         limit = self.config.stopping_kl
         if limit is None:
             return False
-        return float(kl_estimate(old.logprobs, new.logprobs.detach(), "k3").mean()) > limit
+        kl = kl_estimate(old.logprobs, new.logprobs.detach(), "k3")
+        return float(masked_mean(kl, old.mask)) > limit
 
-    def _adapt(self, observations: Tensor, actions: Tensor, old: Experience) -> None:
+    def _adapt(self, decisions: Decisions, old: Experience) -> None:
         """Once per update: move beta or the clip range by the KL that the update brought about."""
         if (target := self.config.steering_kl) is None:
             return
         with torch.no_grad():
-            kl = float(ppo_diagnostics(self.network.evaluate(observations, actions), old, self.config)["approx_kl"])
+            kl = float(ppo_diagnostics(self.network.evaluate(decisions), old, self.config)["approx_kl"])
         if self.config.objective == "penalty":
             beta = adapt_penalty_beta(self.config.penalty_beta, kl, target=target)
             self.config = replace(self.config, penalty_beta=beta)

@@ -7,23 +7,24 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from classic.actor_critic import Decisions
 from rlhf_ppo.core import Experience, PolicyOutput, PPOConfig, PPOLoss, minibatch_indices, ppo_diagnostics
 
 
 def shuffled_minibatches(
-    observations: Tensor, actions: Tensor, old: Experience, num_minibatches: int, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor, Experience]]:
-    """One epoch: every decision once, in a fresh order, as parts of (observations, actions, old).
+    decisions: Decisions, old: Experience, num_minibatches: int, generator: torch.Generator
+) -> Iterator[tuple[Decisions, Experience]]:
+    """One epoch: every row once, in a fresh order, as parts of (decisions, old).
 
     The rollout is gathered as a whole; the parts are slices of that, which cost nothing.
     """
-    parts = minibatch_indices(len(actions), num_minibatches, generator=generator)
+    parts = minibatch_indices(len(decisions), num_minibatches, generator=generator)
     order = torch.cat(parts)
-    observations, actions, old = observations[order], actions[order], old[order]
+    decisions, old = decisions[order], old[order]
     start = 0
     for part in parts:
         rows = slice(start, start := start + len(part))
-        yield observations[rows], actions[rows], old[rows]
+        yield decisions[rows], old[rows]
 
 
 class UpdateRecord:
@@ -33,7 +34,7 @@ class UpdateRecord:
         self._new: list[PolicyOutput] = []
         self._old: list[Experience] = []
         self._losses: list[Tensor] = []
-        self._rows: list[int] = []
+        self._sizes: list[Tensor] = []
 
     def saw(self, new: PolicyOutput, old: Experience) -> None:
         """A minibatch was read, before the step on it."""
@@ -41,10 +42,10 @@ class UpdateRecord:
         self._new.append(PolicyOutput(new.logprobs.detach(), entropy=entropy))
         self._old.append(old)
 
-    def stepped(self, loss: PPOLoss, gradient_norm: Tensor, rows: int) -> None:
-        """A step was taken on ``rows`` decisions."""
+    def stepped(self, loss: PPOLoss, gradient_norm: Tensor, old: Experience) -> None:
+        """A step was taken on a minibatch."""
         self._losses.append(torch.stack((loss.policy.detach(), loss.value.detach(), gradient_norm)))
-        self._rows.append(rows)
+        self._sizes.append(old.mask.sum())
 
     def metrics(self, config: PPOConfig) -> dict[str, float]:
         """Averages over every decision of every minibatch read (policy/...) and of every step taken (losses, norm)."""
@@ -60,10 +61,11 @@ class UpdateRecord:
             mask=torch.cat([old.mask for old in self._old]),
         )
         metrics = {f"policy/{name}": float(value) for name, value in ppo_diagnostics(new, old, config).items()}
-        first_gap = (self._new[0].logprobs - self._old[0].logprobs).abs().max()
+        gaps = (self._new[0].logprobs - self._old[0].logprobs).abs()
+        first_gap = gaps.masked_fill(~self._old[0].mask, 0.0).max()
         metrics["policy/first_minibatch_max_abs_log_ratio"] = float(first_gap)
         if self._losses:
-            weights = torch.tensor(self._rows, dtype=torch.float32)
+            weights = torch.stack(self._sizes).float()
             means = (weights @ torch.stack(self._losses) / weights.sum()).tolist()
             metrics.update(zip(("policy/loss", "value/loss", "optim/grad_norm"), means, strict=True))
         return metrics

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gymnasium
 import numpy as np
 import pytest
-from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text, Tuple
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 import classic
@@ -110,11 +110,21 @@ class Faulty(Chain):
 
 
 class Spaces(Chain):
-    """Any spaces at all."""
+    """Any spaces at all: observations are drawn from theirs, and an action outside its own is an error."""
 
     def __init__(self, observation_space=None, action_space=None):
         self.observation_space = observation_space or Chain.observation_space
         self.action_space = action_space or Chain.action_space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), f"{action!r} is outside the space"
+        return self.observation_space.sample(), 1.0, False, False, {}
 
 
 class ReusedBuffer(VectorEnv):
@@ -149,10 +159,33 @@ _register("Match", Match)
 _register("Aim", Aim)
 for _fault in ("crash", "nan_observation", "inf_observation", "nan_reward", "wrong_shape"):
     _register(f"Faulty_{_fault}", Faulty, kwargs={"fault": _fault})
-_register("DictObservation", Spaces, kwargs={"observation_space": Dict({"x": Box(0, 1, (1,))})})
-_register("Image", Spaces, kwargs={"observation_space": Box(0, 1, (8, 8, 3))})
-_register("DiscreteObservation", Spaces, kwargs={"observation_space": Discrete(5)})
-_register("MultiDiscreteAction", Spaces, kwargs={"action_space": MultiDiscrete([2, 2])})
+OBSERVATIONS = {
+    "Matrix": Box(-1, 1, (2, 3), np.float32),
+    "Pixels": Box(0, 255, (36, 40, 3), np.uint8),
+    "Discrete": Discrete(5, start=2),
+    "MultiDiscrete": MultiDiscrete([2, 4]),
+    "MultiBinary": MultiBinary(3),
+    "Dict": Dict(
+        {"x": Box(0, 1, (2,), np.float32), "inner": Dict({"n": Discrete(3)}), "pair": Tuple([Discrete(2)] * 2)}
+    ),
+}
+ACTIONS = {
+    "MultiDiscrete": MultiDiscrete([2, 3], start=[5, 0]),
+    "MultiBinary": MultiBinary([2, 2]),
+    "Matrix": Box(-1, 1, (2, 2), np.float32),
+}
+REFUSED = {
+    "TextObservation": {"observation_space": Text(5)},
+    "ImageInDict": {"observation_space": Dict({"image": OBSERVATIONS["Pixels"]})},
+    "TupleAction": {"action_space": Tuple([Discrete(2)])},
+    "WholeNumbersAction": {"action_space": Box(0, 5, (2,), np.int64)},
+}
+for _name, _space in OBSERVATIONS.items():
+    _register(f"{_name}Observation", Spaces, kwargs={"observation_space": _space}, max_episode_steps=8)
+for _name, _space in ACTIONS.items():
+    _register(f"{_name}Action", Spaces, kwargs={"action_space": _space}, max_episode_steps=8)
+for _name, _spaces in REFUSED.items():
+    _register(_name, Spaces, kwargs=_spaces)
 _register("ReusedBuffer", None, vector_entry_point=ReusedBuffer)
 _register("NoMetadata", None, vector_entry_point=ReusedBuffer, kwargs={"mode": None})
 _register("Disabled", None, vector_entry_point=ReusedBuffer, kwargs={"mode": AutoresetMode.DISABLED})

@@ -6,12 +6,14 @@ import math
 
 import torch
 
-from classic.actor_critic import ActorCritic
+from classic.actor_critic import ActorCritic, Decisions
+from classic.spaces import ActionLayout
 
 
 def make(continuous=False, num_actions=3, hidden=(32, 16), seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return ActorCritic(4, num_actions, continuous=continuous, hidden_sizes=hidden, generator=generator)
+    layout = ActionLayout(numbers=num_actions) if continuous else ActionLayout(choices=(num_actions,))
+    return ActorCritic((4,), layout, hidden_sizes=hidden, generator=generator)
 
 
 def linears(network):
@@ -35,7 +37,7 @@ def test_actor_and_critic_share_nothing():
     network.values(observations).sum().backward()
     assert all(parameter.grad is None for parameter in network.policy.parameters())
     network.zero_grad()
-    network.evaluate(observations, torch.zeros(5, dtype=torch.int64)).logprobs.sum().backward()
+    network.evaluate(Decisions(observations, torch.zeros(5, dtype=torch.int64))).logprobs.sum().backward()
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in network.critic.parameters())
 
 
@@ -44,7 +46,7 @@ def test_discrete_logprobs_and_entropy_equal_torch_distributions():
     torch.nn.init.normal_(linears(network.policy)[-1].weight, generator=torch.Generator().manual_seed(1))
     observations = torch.randn(7, 4, generator=torch.Generator().manual_seed(2))
     actions = torch.tensor([0, 1, 2, 0, 1, 2, 0])
-    new = network.evaluate(observations, actions)
+    new = network.evaluate(Decisions(observations, actions))
     reference = torch.distributions.Categorical(logits=network.policy(observations))
     torch.testing.assert_close(new.logprobs, reference.log_prob(actions))
     torch.testing.assert_close(new.entropy, reference.entropy())
@@ -56,9 +58,9 @@ def test_gaussian_logprobs_and_entropy_equal_torch_distributions():
     assert network.log_std is not None
     network.log_std.data = torch.tensor([-0.5, 0.3])
     observations = torch.randn(7, 4, generator=torch.Generator().manual_seed(2))
-    actions, logprobs = network.act(observations, torch.Generator().manual_seed(3))
+    actions, logprobs, _ = network.act(observations, torch.Generator().manual_seed(3))
     reference = torch.distributions.Normal(network.policy(observations), network.log_std.exp())
-    new = network.evaluate(observations, actions)
+    new = network.evaluate(Decisions(observations, actions))
     torch.testing.assert_close(logprobs, reference.log_prob(actions).sum(-1).detach())
     torch.testing.assert_close(new.logprobs, reference.log_prob(actions).sum(-1))
     torch.testing.assert_close(new.entropy, reference.entropy().sum(-1))
@@ -70,7 +72,7 @@ def test_sampled_frequencies_match_the_softmax():
     torch.nn.init.zeros_(last.weight)
     last.bias.data = torch.tensor([0.0, 1.0, 2.0])
     count = 20_000
-    actions, _ = network.act(torch.zeros(count, 4), torch.Generator().manual_seed(0))
+    actions, _, _ = network.act(torch.zeros(count, 4), torch.Generator().manual_seed(0))
     expected = torch.tensor([0.0, 1.0, 2.0]).softmax(0) * count
     chi_square = ((torch.bincount(actions, minlength=3) - expected) ** 2 / expected).sum()
     assert chi_square < 13.8  # 0.999 quantile with 2 degrees of freedom

@@ -11,7 +11,15 @@ import classic
 from classic.config import DEFAULTS, PRESETS, PPOArgs
 
 # These mean "off" as None; every other None means "the preset's".
-OPTIONAL = ("clip_range_high", "clip_range_vf", "target_kl", "autoreset_mode", "output_dir")
+OPTIONAL = (
+    "clip_range_high",
+    "clip_range_vf",
+    "target_kl",
+    "autoreset_mode",
+    "output_dir",
+    "env_kwargs",
+    "action_masks",
+)
 
 
 def test_none_means_the_preset_and_a_value_wins_over_it():

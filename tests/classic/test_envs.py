@@ -17,10 +17,10 @@ def test_unknown_environment_keeps_gymnasiums_suggestion():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("DictObservation", "Dict observations are not supported yet: wrap with FlattenObservation"),
-        ("DiscreteObservation", "Discrete observations are not supported yet: wrap with FlattenObservation"),
-        ("Image", r"Box\(8, 8, 3\) observations are not supported yet: wrap with FlattenObservation"),
-        ("MultiDiscreteAction", "MultiDiscrete actions are not supported yet"),
+        ("TextObservation", "Text observations are not supported; Box, Discrete"),
+        ("ImageInDict", r"Dict observations with the image Box\(36, 40, 3\) inside are not supported: keep"),
+        ("TupleAction", "Tuple actions are not supported; Discrete, MultiDiscrete"),
+        ("WholeNumbersAction", r"Box\(2,\) actions are not supported"),
     ],
 )
 def test_unsupported_spaces_are_refused_by_name_before_training(name, words):

@@ -13,11 +13,7 @@ from rlhf_ppo.core import compute_gae, masked_whiten
 
 def network_for(envs: Environments) -> ActorCritic:
     return ActorCritic(
-        envs.num_features,
-        envs.num_actions,
-        continuous=envs.continuous,
-        hidden_sizes=(8,),
-        generator=torch.Generator().manual_seed(0),
+        envs.observation_shape, envs.actions, hidden_sizes=(8,), generator=torch.Generator().manual_seed(0)
     )
 
 
@@ -124,5 +120,5 @@ def test_episodes_count_decisions_alone():
 
 def test_recorded_logprobs_are_the_policys_own():
     _, network, (rollout,) = play("tests/Match-v0", "next_step", 12)
-    new = network.evaluate(rollout.observations[:, :-1][rollout.mask], rollout.actions[rollout.mask])
+    new = network.evaluate(rollout.decisions())
     torch.testing.assert_close(new.logprobs, rollout.logprobs[rollout.mask])

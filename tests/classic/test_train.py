@@ -86,7 +86,7 @@ def test_dummy_steps_leave_the_step_count_and_the_loss(small, tmp_path, monkeypa
     """Clock plays 4 decisions and 1 reset: of 20 columns 16 are decisions."""
     agent = classic.PPO("tests/Clock-v0", small(num_envs=1, num_steps=20, num_minibatches=1, output_dir=str(tmp_path)))
     sizes, evaluate = [], agent.network.evaluate
-    monkeypatch.setattr(agent.network, "evaluate", lambda o, a: (sizes.append(len(o)), evaluate(o, a))[1])
+    monkeypatch.setattr(agent.network, "evaluate", lambda taken: (sizes.append(len(taken)), evaluate(taken))[1])
     agent.learn(1)
     assert agent.counters["env_steps"] == 16
     assert sizes == [16, 16]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from classic.actor_critic import Decisions
 from classic.update import UpdateRecord, shuffled_minibatches
 from rlhf_ppo.core import Experience, PolicyOutput, PPOConfig, PPOLoss, ppo_diagnostics
 
@@ -17,15 +18,17 @@ def experience(size: int) -> Experience:
 def test_an_epoch_is_every_decision_once_with_its_own_facts():
     old = experience(11)
     generator = torch.Generator().manual_seed(0)
-    parts = list(shuffled_minibatches(old.values[:, None] * 10, old.values.long(), old, 3, generator))
-    assert [len(actions) for _, actions, _ in parts] == [4, 4, 3]
-    seen = torch.cat([part.values for *_, part in parts])
+    decisions = Decisions(old.values[:, None] * 10, old.values.long())
+    parts = list(shuffled_minibatches(decisions, old, 3, generator))
+    assert [len(taken) for taken, _ in parts] == [4, 4, 3]
+    seen = torch.cat([part.values for _, part in parts])
     assert seen.tolist() != list(range(11)) and sorted(seen.tolist()) == list(range(11))
-    for observations, actions, part in parts:
-        assert torch.equal(observations[:, 0], part.values * 10) and torch.equal(actions, part.values.long())
+    for taken, part in parts:
+        assert torch.equal(taken.observations[:, 0], part.values * 10)
+        assert torch.equal(taken.actions, part.values.long())
         assert torch.equal(part.logprobs, -part.values) and torch.equal(part.returns, part.values + 1)
-    again = list(shuffled_minibatches(old.values[:, None], old.values.long(), old, 3, generator))
-    assert not torch.equal(torch.cat([part.values for *_, part in again]), seen)
+    again = list(shuffled_minibatches(decisions, old, 3, generator))
+    assert not torch.equal(torch.cat([part.values for _, part in again]), seen)
 
 
 def test_numbers_are_averages_over_decisions_whatever_the_minibatches():
@@ -38,7 +41,7 @@ def test_numbers_are_averages_over_decisions_whatever_the_minibatches():
     for rows, loss in ((slice(0, 7), 1.0), (slice(7, 10), 2.0)):
         record.saw(PolicyOutput(new.logprobs[rows], entropy=new.entropy[rows]), old[rows])
         losses = [torch.tensor(loss * k) for k in (1, 1, 10, 0)]
-        record.stepped(PPOLoss(*losses), torch.tensor(5 * loss), rows.stop - rows.start)
+        record.stepped(PPOLoss(*losses), torch.tensor(5 * loss), old[rows])
     metrics = record.metrics(config)
     for name, value in ppo_diagnostics(new, old, config).items():
         assert metrics[f"policy/{name}"] == pytest.approx(float(value))

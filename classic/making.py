@@ -1,0 +1,172 @@
+"""Making environments: an id, an instance or a factory becomes a Gymnasium vector environment."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import gymnasium
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.wrappers import PassiveEnvChecker
+
+MODES = {"next_step": AutoresetMode.NEXT_STEP, "same_step": AutoresetMode.SAME_STEP}
+Vectorization = Literal["auto", "sync", "async", "vector_entry_point"]
+EnvLike = str | gymnasium.Env | Callable[[], gymnasium.Env]
+"""A registered id (or ``module:id``), one environment, or a function that makes one."""
+
+EXTRAS = {"mujoco": "mujoco", "box2d": "box2d"}
+"""Part of an environment's entry point -> the extra of this package that installs what it needs."""
+
+
+class BrokenEnvironmentError(RuntimeError):
+    """An environment crashed or returned something that cannot be learned from; says which one, and at which step."""
+
+
+def env_name(env: EnvLike) -> str:
+    """What messages, folders and presets call an environment: its id if it has one."""
+    if isinstance(env, str):
+        return env
+    if isinstance(env, gymnasium.Env):
+        return env.spec.id if env.spec is not None else type(env.unwrapped).__name__
+    return getattr(env, "__name__", type(env).__name__)
+
+
+def make_vector_env(
+    env: EnvLike,
+    num_envs: int,
+    autoreset_mode: str | None,
+    *,
+    vectorization: Vectorization = "auto",
+    env_kwargs: Mapping[str, Any] | None = None,
+    wrappers: Sequence[str] = (),
+) -> VectorEnv:
+    """Copies of an environment side by side, with the wanted autoreset mode.
+
+    Args:
+        env: id, instance (one copy alone) or factory.
+        num_envs: copies.
+        autoreset_mode: next_step or same_step; None takes what Gymnasium's default for the environment does.
+        vectorization: auto takes the environment's own vector version if it has one that fits, and otherwise steps the
+            copies one after another; async steps each in a process of its own.
+        env_kwargs: arguments of the environment; with an id alone.
+        wrappers: names of Gymnasium wrappers, or module:Name, the innermost first.
+    Raises:
+        ValueError: unknown id (with Gymnasium's suggestion), something else than an environment, a missing package, or
+            an autoreset mode that is missing or not supported.
+        BrokenEnvironmentError: the environment cannot be created.
+    """
+    name = env_name(env)
+    layers = [_wrapper(name, wrapper) for wrapper in wrappers]
+    wanted = MODES[autoreset_mode] if autoreset_mode else None
+    try:
+        with warnings.catch_warnings():
+            # Missing metadata is an error of ours, which says more.
+            warnings.filterwarnings("ignore", message=".*AutoresetMode.*")
+            if isinstance(env, str):
+                envs = _from_id(env, num_envs, wanted, vectorization, dict(env_kwargs or {}), layers)
+            else:
+                envs = _from_object(env, num_envs, wanted, vectorization, dict(env_kwargs or {}), layers)
+    except gymnasium.error.Error as error:
+        raise ValueError(f"cannot make environment {name!r}: {error}{_extra(env)}") from error
+    except (ImportError, ValueError):
+        raise
+    except Exception as error:
+        raise BrokenEnvironmentError(
+            f"environment {name!r} failed while it was made: {type(error).__name__}: {error}"
+        ) from error
+    mode = envs.metadata.get("autoreset_mode")
+    if mode not in MODES.values():
+        envs.close()
+        raise ValueError(
+            f"environment {name!r}: metadata['autoreset_mode'] is {mode!r}, so a reset cannot be told from a step; "
+            "a vector environment must declare AutoresetMode.NEXT_STEP or SAME_STEP"
+        )
+    return envs
+
+
+def _from_id(
+    env_id: str,
+    num_envs: int,
+    wanted: AutoresetMode | None,
+    vectorization: Vectorization,
+    env_kwargs: dict[str, Any],
+    layers: list[Callable[[gymnasium.Env], gymnasium.Env]],
+) -> VectorEnv:
+    mode = vectorization
+    if mode == "auto" and layers:
+        mode = "sync"  # a vector version cannot be wrapped
+    if mode in ("auto", "vector_entry_point"):
+        envs = gymnasium.make_vec(env_id, num_envs, None if mode == "auto" else mode, **env_kwargs)
+        if wanted is None or envs.metadata.get("autoreset_mode") == wanted:
+            return envs
+        envs.close()
+        if mode == "vector_entry_point":
+            raise ValueError(
+                f"autoreset_mode={_spelt(wanted)!r} but vectorization='vector_entry_point', and {env_id!r} has it "
+                "otherwise: remove one of the two"
+            )
+        mode = "sync"
+    vector_kwargs = {} if wanted is None else {"autoreset_mode": wanted}
+    return gymnasium.make_vec(env_id, num_envs, mode, vector_kwargs=vector_kwargs, wrappers=layers, **env_kwargs)
+
+
+def _from_object(
+    env: Any,
+    num_envs: int,
+    wanted: AutoresetMode | None,
+    vectorization: Vectorization,
+    env_kwargs: dict[str, Any],
+    layers: list[Callable[[gymnasium.Env], gymnasium.Env]],
+) -> VectorEnv:
+    name, single = env_name(env), isinstance(env, gymnasium.Env)
+    if not single and (not callable(env) or isinstance(env, VectorEnv)):
+        raise ValueError(
+            f"env must be an id, a gymnasium.Env or a function that makes one, got {type(env).__name__}"
+            + ("; num_envs makes the copies" if isinstance(env, VectorEnv) else "")
+        )
+    if env_kwargs:
+        raise ValueError(f"env_kwargs={env_kwargs} are for an id, but {name!r} was given as an object: remove them")
+    if single and num_envs != 1:
+        raise ValueError(f"num_envs={num_envs}, but {name!r} is one instance: pass its id or a function that makes it")
+    if vectorization == "vector_entry_point" or (single and vectorization == "async"):
+        raise ValueError(
+            f"vectorization={vectorization!r} needs an id{' or a function' if single else ''}, not {name!r}"
+        )
+
+    def make() -> gymnasium.Env:
+        made = env if single else env()
+        if not isinstance(made, gymnasium.Env):
+            raise ValueError(f"{name!r} made a {type(made).__name__}, not a gymnasium.Env")
+        # Gymnasium puts its checker around what it makes from an id; here its words are wanted too.
+        made = PassiveEnvChecker(made)
+        for layer in layers:
+            made = layer(made)
+        return made
+
+    vector = AsyncVectorEnv if vectorization == "async" else SyncVectorEnv
+    return vector([make] * num_envs, autoreset_mode=wanted or AutoresetMode.NEXT_STEP)
+
+
+def _wrapper(env: str, name: str) -> Callable[[gymnasium.Env], gymnasium.Env]:
+    module, _, attribute = name.rpartition(":")
+    try:
+        return getattr(importlib.import_module(module or "gymnasium.wrappers"), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"wrapper {name!r} of environment {env!r} cannot be loaded ({error}); name one of gymnasium.wrappers, or "
+            "module:Name"
+        ) from None
+
+
+def _extra(env: EnvLike) -> str:
+    spec = gymnasium.registry.get(env) if isinstance(env, str) else None
+    for part, extra in EXTRAS.items():
+        if spec is not None and part in str(spec.entry_point):
+            return f" (or: pip install 'rlhf-ppo[{extra}]')"
+    return ""
+
+
+def _spelt(mode: AutoresetMode) -> str:
+    return next(name for name, value in MODES.items() if value == mode)

@@ -1,0 +1,150 @@
+"""Networks: tanh layers, the convolutional eye for images, and a memory that is cleared where episodes begin."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+from torch.nn.utils.rnn import PackedSequence
+
+ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
+IMAGE_FEATURES = 512
+
+
+def layer(kind: Any, *sizes: Any, gain: float, generator: torch.Generator, **kwargs: Any) -> Any:
+    """A Linear or Conv2d layer with an orthogonal weight and a zero bias."""
+    # skip_init: the default initialisation would draw from torch's global generator.
+    made = cast(Any, skip_init(kind, *sizes, **kwargs))
+    nn.init.orthogonal_(made.weight, gain, generator=generator)
+    nn.init.zeros_(made.bias)
+    return made
+
+
+def mlp(
+    sizes: Sequence[int], output_gain: float | None, generator: torch.Generator, activation: str = "tanh"
+) -> nn.Sequential:
+    """Linear layers with an activation between them; orthogonal weights (gain sqrt 2, the last ``output_gain``).
+
+    ``output_gain`` None: the last layer is a hidden one too, and its activation follows it.
+
+    Source: Andrychowicz et al., "What Matters in On-Policy RL" (2021): a small last policy layer starts the policy
+    near uniform, whatever the observation.
+    """
+    layers: list[nn.Module] = []
+    for i, (inputs, outputs) in enumerate(pairwise(sizes)):
+        last = output_gain is not None and i == len(sizes) - 2
+        gain = cast(float, output_gain) if last else math.sqrt(2)
+        layers.append(layer(nn.Linear, inputs, outputs, gain=gain, generator=generator))
+        if not last:
+            layers.append(ACTIVATIONS[activation]())
+    return nn.Sequential(*layers)
+
+
+def image_network(shape: tuple[int, ...], generator: torch.Generator) -> nn.Sequential:
+    """Pixels [N, C, H, W] in 0..255 to features [N, 512].
+
+    Source: Mnih et al., "Human-level control through deep reinforcement learning" (2015), its three convolutions.
+    """
+    channels, height, width = shape
+    layers: list[nn.Module] = [Pixels()]
+    for filters, size, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
+        gain = math.sqrt(2)
+        layers += [
+            layer(nn.Conv2d, channels, filters, size, stride=stride, gain=gain, generator=generator),
+            nn.ReLU(),
+        ]
+        channels, height, width = filters, (height - size) // stride + 1, (width - size) // stride + 1
+    last = layer(nn.Linear, channels * height * width, IMAGE_FEATURES, gain=math.sqrt(2), generator=generator)
+    return nn.Sequential(*layers, nn.Flatten(), last, nn.ReLU())
+
+
+class Pixels(nn.Module):
+    """0..255 to 0..1."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float() / 255
+
+
+class Memory(nn.Module):
+    """An LSTM or GRU over steps; its state is one tensor [B, K], cleared before each step that starts an episode."""
+
+    def __init__(self, kind: str, num_features: int, size: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.size, self.lstm = size, kind == "lstm"
+        self.rnn = cast(Any, skip_init(nn.LSTM if self.lstm else nn.GRU, num_features, size))
+        for name, parameter in self.rnn.named_parameters():
+            if "bias" in name:
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.orthogonal_(parameter, generator=generator)
+
+    @property
+    def state_size(self) -> int:
+        """K: hidden and cell state side by side, or the hidden state alone."""
+        return 2 * self.size if self.lstm else self.size
+
+    def step(self, x: Tensor, starts: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """One step: x [B, I], starts [B] bool, state [B, K] -> (output [B, size], the state after it [B, K])."""
+        state = state.masked_fill(starts.unsqueeze(-1), 0.0)
+        output, after = self.rnn(x.unsqueeze(0), self._split(state))
+        return output[0], torch.cat(after, dim=-1)[0] if self.lstm else after[0]
+
+    def forward(self, x: Tensor, starts: Tensor, state: Tensor) -> Tensor:
+        """Whole sequences in one call.
+
+        x [B, L, I], starts [B, L] bool, state [B, K] before the first step -> outputs [B, L, size].
+        Episodes are independent, so they become sequences of their own, packed without padding and run at once.
+        """
+        batch, length = starts.shape
+        begins = starts.clone()
+        begins[:, 0] = True
+        rows, columns = begins.nonzero(as_tuple=True)
+        first = rows * length + columns
+        lengths, order = torch.diff(first, append=first.new_tensor([batch * length])).sort(descending=True, stable=True)
+        rows, columns, first = rows[order], columns[order], first[order]
+        # Packed order: all first steps, all second steps, ..., longest episodes first.
+        steps = torch.arange(int(lengths[0])).unsqueeze(-1)
+        alive = steps < lengths
+        index = (first + steps)[alive]
+        fresh = (columns > 0) | starts[rows, 0]
+        initial = self._split(state[rows].masked_fill(fresh.unsqueeze(-1), 0.0))
+        packed, _ = self.rnn(PackedSequence(x.flatten(0, 1)[index], alive.sum(dim=-1)), initial)
+        back = torch.empty_like(index)
+        back[index] = torch.arange(len(index))
+        return packed.data[back].unflatten(0, (batch, length))
+
+    def _split(self, state: Tensor) -> Tensor | tuple[Tensor, ...]:
+        state = state.unsqueeze(0).contiguous()
+        return tuple(part.contiguous() for part in state.split(self.size, dim=-1)) if self.lstm else state
+
+
+class Body(nn.Module):
+    """What comes before the heads, as far as a network has it: the image network, the memory, shared layers."""
+
+    def __init__(self, image: nn.Module | None, memory: Memory | None, layers: nn.Module | None) -> None:
+        super().__init__()
+        self.image, self.memory, self.layers = image, memory, layers
+
+    def step(self, observations: Tensor, starts: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """One step of every copy: observations [B, *O] -> (features [B, I], recurrent state [B, K] or None)."""
+        x = observations if self.image is None else self.image(observations)
+        if self.memory is not None:
+            assert starts is not None and state is not None
+            x, state = self.memory.step(x, starts, state)
+        return x if self.layers is None else self.layers(x), state
+
+    def forward(self, observations: Tensor, starts: Tensor | None = None, state: Tensor | None = None) -> Tensor:
+        """Features of observations [N, *O], or with a memory of whole sequences [B, L, *O]."""
+        if self.memory is None:
+            x = observations if self.image is None else self.image(observations)
+        else:
+            assert starts is not None and state is not None
+            flat = observations.flatten(0, 1)
+            flat = flat if self.image is None else self.image(flat)
+            x = self.memory(flat.unflatten(0, starts.shape), starts, state)
+        return x if self.layers is None else self.layers(x)

@@ -1,0 +1,190 @@
+"""Spaces: what Gymnasium hands out becomes one tensor, what the policy chose becomes what Gymnasium wants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
+from torch import Tensor
+
+MIN_IMAGE_SIDE = 36
+"""Pixels a side below which the convolutional network has nothing left to look at."""
+
+Encoder = Callable[[Any], np.ndarray]
+
+
+@dataclass(frozen=True)
+class ActionLayout:
+    """What an action consists of: several choices at once, or several numbers at once."""
+
+    choices: tuple[int, ...] = ()
+    """Options of each choice; () for numbers."""
+    numbers: int = 0
+    """Length of a continuous action; 0 for choices."""
+
+    @property
+    def num_outputs(self) -> int:
+        """Logits or means that the policy puts out."""
+        return sum(self.choices) or self.numbers
+
+
+def action_layout(space: gymnasium.Space, where: str) -> ActionLayout:
+    """Discrete, MultiDiscrete and MultiBinary (choices), Box of floats (numbers).
+
+    Raises:
+        ValueError: another space; names it and the way out. ``where`` begins the message.
+    """
+    if isinstance(space, Discrete):
+        return ActionLayout(choices=(int(space.n),))
+    if isinstance(space, MultiDiscrete):
+        return ActionLayout(choices=tuple(int(n) for n in space.nvec.flatten()))
+    if isinstance(space, MultiBinary):
+        return ActionLayout(choices=(2,) * int(np.prod(space.shape)))
+    if isinstance(space, Box) and np.issubdtype(space.dtype, np.floating) and np.prod(space.shape):
+        return ActionLayout(numbers=int(np.prod(space.shape)))
+    raise ValueError(
+        f"{where}: {_kind(space)} actions are not supported; Discrete, MultiDiscrete, MultiBinary and Box of floats "
+        "are: wrap with TransformAction (gymnasium.wrappers) to turn one of those into yours"
+    )
+
+
+def to_env_actions(actions: Tensor, space: gymnasium.Space, squash: bool = False) -> np.ndarray:
+    """The policy's actions as the environment wants them.
+
+    Args:
+        actions: [B] or [B, choices] indices, or [B, numbers].
+        space: of one action; choices begin at its own start, numbers are kept within its bounds.
+        squash: numbers are brought within the bounds by tanh instead of being clipped to them.
+    """
+    array = actions.numpy()
+    if isinstance(space, Box):
+        array = array.reshape(len(array), *space.shape)
+        if squash:
+            # The last digit of tanh may land outside, hence the clip.
+            array = space.low + (np.tanh(array) + 1) * (space.high - space.low) / 2
+        return np.clip(array, space.low, space.high).astype(space.dtype)
+    if isinstance(space, Discrete):
+        return (array + space.start).astype(space.dtype)
+    array = array.reshape(len(array), *(space.shape or ()))
+    return (array + getattr(space, "start", 0)).astype(space.dtype)
+
+
+def is_image(space: gymnasium.Space) -> bool:
+    """Whether the convolutional network reads this: uint8, three axes, large enough."""
+    if not isinstance(space, Box) or space.dtype != np.uint8 or len(space.shape) != 3:
+        return False
+    return sorted(space.shape)[1] >= MIN_IMAGE_SIDE
+
+
+def observation_shape(space: gymnasium.Space, where: str) -> tuple[int, ...]:
+    """Shape of one encoded observation: (O,) features, or (channels, height, width) of an image.
+
+    Raises:
+        ValueError: a space that no encoding is known for; ``where`` begins the message.
+    """
+    if is_image(space):
+        height, width, channels = space.shape if _channels_last(space) else (*space.shape[1:], space.shape[0])  # pyright: ignore
+        return (channels, height, width)
+    return (_num_features(space, where),)
+
+
+def observation_encoder(space: gymnasium.Space) -> Encoder:
+    """The function from a batch of observations, as vector environments return it, to one array [B, *shape].
+
+    Box: its numbers in a row. Discrete and MultiDiscrete: one-hot. MultiBinary: 0 and 1. Dict and Tuple: their parts
+    one after another, Dict's in the order of its keys. Images stay uint8, channels first.
+
+    The encoder raises a ValueError when an observation is not in the space's shape. What it returns is a copy.
+    """
+    shape = space.shape or ()
+    if is_image(space):
+        axes = (0, 3, 1, 2) if _channels_last(space) else (0, 1, 2, 3)
+        return lambda batch: np.ascontiguousarray(_shaped(batch, shape, np.uint8).transpose(axes))
+    if isinstance(space, (Dict, Tuple)):
+        named: Any = space.spaces.items() if isinstance(space, Dict) else enumerate(space.spaces)
+        parts = [(key, observation_encoder(part)) for key, part in named]
+        return lambda batch: np.concatenate([encode(batch[key]) for key, encode in parts], axis=1)
+    if isinstance(space, (Discrete, MultiDiscrete)):
+        sizes = np.array([space.n]) if isinstance(space, Discrete) else space.nvec.flatten()
+        start = np.asarray(space.start)
+
+        def one_hot(batch: Any) -> np.ndarray:
+            indices = (_shaped(batch, shape, np.int64) - start).reshape(-1, len(sizes))
+            if (indices < 0).any() or (indices >= sizes).any():
+                raise ValueError(f"an observation is outside {space}: {np.asarray(batch).tolist()}")
+            parts = [np.eye(n, dtype=np.float32)[indices[:, i]] for i, n in enumerate(sizes)]
+            return np.concatenate(parts, axis=1)
+
+        return one_hot
+    return lambda batch: _shaped(batch, shape, np.float32).reshape(len(batch), -1)
+
+
+def batch_of_one(space: gymnasium.Space, observation: Any) -> Any:
+    """A single observation as a batch that :func:`observation_encoder` reads."""
+    if isinstance(space, Dict):
+        return {key: batch_of_one(part, observation[key]) for key, part in space.spaces.items()}
+    if isinstance(space, Tuple):
+        return tuple(batch_of_one(part, x) for part, x in zip(space.spaces, observation, strict=True))
+    return np.asarray(observation)[None]
+
+
+def is_batch(space: gymnasium.Space, observation: Any) -> bool:
+    """Whether this is a batch of the space's observations rather than one.
+
+    Raises:
+        ValueError: it has the wrong number of axes for either.
+    """
+    if isinstance(space, Dict):
+        key, part = next(iter(space.spaces.items()))
+        return is_batch(part, observation[key])
+    if isinstance(space, Tuple):
+        return is_batch(space.spaces[0], observation[0])
+    axes, given = len(space.shape or ()), np.ndim(observation)
+    if given not in (axes, axes + 1):
+        raise ValueError(f"one observation has {axes} axes and a batch {axes + 1}, got {given}")
+    return given == axes + 1
+
+
+def _shaped(batch: Any, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    # A copy: Gymnasium may write the next observation into the same buffer.
+    array = np.array(batch, dtype=dtype, order="C")
+    if array.shape[1:] != shape or array.ndim != len(shape) + 1:
+        raise ValueError(f"one observation must be {shape}, got {array.shape[1:]}")
+    return array
+
+
+def _num_features(space: gymnasium.Space, where: str) -> int:
+    if isinstance(space, Box):
+        return int(np.prod(space.shape))
+    if isinstance(space, Discrete):
+        return int(space.n)
+    if isinstance(space, MultiDiscrete):
+        return int(space.nvec.sum())
+    if isinstance(space, MultiBinary):
+        return int(np.prod(space.shape))
+    if isinstance(space, (Dict, Tuple)):
+        parts = space.spaces.values() if isinstance(space, Dict) else space.spaces
+        for part in parts:
+            if is_image(part):
+                raise ValueError(
+                    f"{where}: {_kind(space)} observations with the image {_kind(part)} inside are not supported: keep "
+                    "the image alone (FilterObservation), or shrink it below "
+                    f"{MIN_IMAGE_SIDE} pixels a side (ResizeObservation) to have it flattened"
+                )
+        return sum(_num_features(part, where) for part in parts)
+    raise ValueError(
+        f"{where}: {_kind(space)} observations are not supported; Box, Discrete, MultiDiscrete, MultiBinary, and Dict "
+        "and Tuple of these are: wrap with TransformObservation (gymnasium.wrappers) to make them one of those"
+    )
+
+
+def _channels_last(space: Any) -> bool:
+    return int(np.argmin(space.shape)) == 2
+
+
+def _kind(space: gymnasium.Space) -> str:
+    return type(space).__name__ + (f"{space.shape}" if isinstance(space, Box) else "")
