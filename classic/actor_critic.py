@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +48,9 @@ class Decisions:
     """[B, K] the memory's state before the first step; with a memory alone."""
 
     def __getitem__(self, rows: Tensor | slice) -> Decisions:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Decisions(**{name: None if x is None else x[rows] for name, x in fields.items()})
+        whole = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        taken: dict[str, Any] = {name: None if x is None else x[rows] for name, x in whole.items()}
+        return Decisions(**taken)
 
     def __len__(self) -> int:
         return len(self.actions)

@@ -30,6 +30,11 @@ DEFAULTS: dict[str, Any] = {
     "squash": False,
     "log_std_init": 0.0,
     "state_dependent_std": False,
+    "normalize_observations": False,
+    "normalize_rewards": False,
+    "clip_range_schedule": "constant",
+    "ent_coef_schedule": "constant",
+    "recompute_advantages": False,
     "objective": "clip",
     "clip_range": 0.2,
     "dual_clip": 3.0,
@@ -57,11 +62,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Objectives with a clip range that stays where it is put.
+CLIPPING = ("clip", "dual_clip", "cispo")
+
 # Settings that one objective alone reads.
 READ_BY = {
     "dual_clip": ("dual_clip",),
     "penalty_beta": ("penalty",),
-    "clip_range_high": ("clip", "dual_clip", "cispo"),
+    "clip_range_high": CLIPPING,
 }
 
 
@@ -104,6 +112,10 @@ class PPOArgs:
     """Log standard deviation of continuous actions at the start."""
     state_dependent_std: bool | None = None
     """The standard deviation depends on the observation; False: one learned number per action dimension."""
+    normalize_observations: bool | None = None
+    """Scale observations to mean 0 and variance 1 by running statistics, which the agent saves."""
+    normalize_rewards: bool | None = None
+    """Divide rewards by the running spread of the discounted return; reported returns stay as they are."""
     learning_rate: float | None = None
     """Adam's learning rate at the start."""
     lr_schedule: Literal["linear", "constant"] | None = None
@@ -113,6 +125,8 @@ class PPOArgs:
     baseline)."""
     clip_range: float | None = None
     """Ratios beyond 1 +- this bring no further gain (the start value for adaptive_clip)."""
+    clip_range_schedule: Literal["linear", "constant"] | None = None
+    """linear lets the clip range fall to 0 over the total number of steps."""
     clip_range_high: float | None = None
     """Upper clip range when it differs from the lower one; None: the same."""
     clip_range_vf: float | None = None
@@ -128,6 +142,8 @@ class PPOArgs:
     """Weight of the value loss."""
     ent_coef: float | None = None
     """Weight of the entropy bonus."""
+    ent_coef_schedule: Literal["linear", "constant"] | None = None
+    """linear lets the entropy bonus fall to 0 over the total number of steps."""
     gamma: float | None = None
     """Discount per step."""
     gae_lambda: float | None = None
@@ -136,6 +152,8 @@ class PPOArgs:
     """Whiten the advantages of each rollout."""
     num_epochs: int | None = None
     """Passes over each rollout (a2c and reinforce: 1 unless set)."""
+    recompute_advantages: bool | None = None
+    """Estimate advantages and returns anew before each pass, with the critic as it is by then."""
     num_minibatches: int | None = None
     """Optimizer steps per pass."""
     max_grad_norm: float | None = None
@@ -156,7 +174,8 @@ class PPOArgs:
         self._require("seed", lambda value: value >= 0, "0 or more")
         self._require("learning_rate", lambda value: value >= 0 and math.isfinite(value), "finite and 0 or more")
         self._require("hidden_sizes", lambda value: bool(value) and min(value) >= 1, "positive widths")
-        self._require("lr_schedule", lambda value: value in ("linear", "constant"), "linear or constant")
+        for name in ("lr_schedule", "clip_range_schedule", "ent_coef_schedule"):
+            self._require(name, lambda value: value in ("linear", "constant"), "linear or constant")
         self._require("activation", lambda value: value in ACTIVATIONS, " or ".join(ACTIVATIONS))
         self._require("recurrent", lambda value: value in ("none", "lstm", "gru"), "none, lstm or gru")
         self._require(
@@ -195,6 +214,11 @@ class PPOArgs:
                     f"{name}={given[name]} is read by objective={' or '.join(map(repr, readers))} alone, "
                     f"but objective={objective!r}: remove one of the two"
                 )
+        if filled["clip_range_schedule"] != "constant" and objective not in CLIPPING:
+            raise ValueError(
+                f"clip_range_schedule={filled['clip_range_schedule']!r} needs a clip range of its own, but "
+                f"objective={objective!r}: remove one of the two"
+            )
         if objective in ("a2c", "reinforce"):
             filled["num_epochs"] = given.get("num_epochs", 1)
             if filled["num_epochs"] > 1:
@@ -248,14 +272,32 @@ class PPOArgs:
                 "step): lower num_minibatches or raise num_steps"
             )
 
-    def require_fit(self, actions: ActionLayout, env_id: str) -> None:
-        """Raise a ValueError if resolved settings are about continuous actions but these are choices."""
+    def require_fit(self, actions: ActionLayout, observation_shape: tuple[int, ...], env_id: str) -> None:
+        """Raise a ValueError unless resolved settings are about the spaces that the environment has."""
+        if self.normalize_observations and len(observation_shape) == 3:
+            raise ValueError(
+                f"normalize_observations=True, but environment {env_id!r} has images, which are scaled to 0..1 "
+                "already: remove it"
+            )
         for name in ("squash", "state_dependent_std", "log_std_init"):
             if actions.choices and getattr(self, name) != DEFAULTS[name]:
                 raise ValueError(
                     f"{name}={getattr(self, name)} is for continuous actions, but environment {env_id!r} has choices: "
                     "remove it"
                 )
+
+    def scheduled(self, config: PPOConfig, done: float) -> PPOConfig:
+        """``config`` after the share ``done`` (0 or more, below 1) of all steps."""
+        left = {}
+        if self.clip_range_schedule == "linear":
+            assert self.clip_range is not None
+            left["clip_range"] = self.clip_range * (1 - done)
+            if self.clip_range_high is not None:
+                left["clip_range_high"] = self.clip_range_high * (1 - done)
+        if self.ent_coef_schedule == "linear":
+            assert self.ent_coef is not None
+            left["ent_coef"] = self.ent_coef * (1 - done)
+        return dataclasses.replace(config, **left) if left else config
 
     def ppo_config(self) -> PPOConfig:
         """The core's share of resolved settings, validated there."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from classic.action_masks import ActionMasks
+from classic.episodes import episode_state, restore_episodes
 from classic.making import BrokenEnvironmentError, EnvLike, Vectorization, env_name, make_vector_env
 from classic.spaces import action_layout, batch_of_one, observation_encoder, observation_shape, to_env_actions
 
@@ -86,7 +90,8 @@ class Environments:
         try:
             self.observation_shape = observation_shape(self.observation_space, where)
             self.actions = action_layout(self.action_space, where)
-            if squash and not np.isfinite([self.action_space.low, self.action_space.high]).all():  # pyright: ignore
+            space = self.action_space
+            if squash and isinstance(space, Box) and not np.isfinite([space.low, space.high]).all():
                 raise ValueError(f"squash=True needs finite bounds, but {where} has the actions {self.action_space}")
             self._masks = ActionMasks(self.envs, self.actions, where, action_masks)
         except ValueError:
@@ -142,16 +147,47 @@ class Environments:
         self.action_masks = self._read_masks(info)
         return Step(rewards, ended, cut, mask, final_envs, final_observations, episodes)
 
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        """(tensors, JSON) that :meth:`restore` takes; JSON is None where running episodes cannot be saved."""
+        running = episode_state(self.envs)
+        if running is None:
+            return {}, None
+        tensors, state = running
+        own = {"observations": self.observations, "resetting": self.resetting, "starting": self.starting}
+        own |= {"returns": torch.from_numpy(self._returns), "lengths": torch.from_numpy(self._lengths)}
+        if self.action_masks is not None:
+            own["action_masks"] = self.action_masks
+        return {**{f"episodes.{name}": x for name, x in tensors.items()}, **own}, {**state, "step": self.steps}
+
+    def restore(self, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> bool:
+        """Set running episodes up again; False if the environment did not come back the same, and must be reset."""
+        inner = {n.removeprefix("episodes."): x for n, x in tensors.items() if n.startswith("episodes.")}
+        came_back = self._guarded(lambda: restore_episodes(self.envs, inner, state))
+        if came_back is None:
+            return False
+        for copy, observation in enumerate(came_back):
+            encoded = self.encode(batch_of_one(self.observation_space, observation))
+            if not np.array_equal(encoded[0], tensors["observations"][copy].numpy()):
+                return False
+        self.observations, self.action_masks = tensors["observations"], tensors.get("action_masks")
+        self.resetting, self.starting = tensors["resetting"], tensors["starting"]
+        self._returns, self._lengths = tensors["returns"].numpy().copy(), tensors["lengths"].numpy().copy()
+        self.steps = state["step"]
+        return True
+
     def close(self) -> None:
         """Release the environments."""
         self.envs.close()
 
     def _guarded(self, call: Callable[[], Any]) -> Any:
+        said: list[str] = []
         try:
-            return call()
+            # Gymnasium's checker speaks at the first calls, partly in warnings: what it says explains the crash.
+            return _overheard(call, said) if self.steps <= 1 else call()
         except Exception as error:
+            words = "".join(f"\n{line}" for line in said)
             raise BrokenEnvironmentError(
-                f"environment {self.env_id!r} failed at step {self.steps}: {_describe(error)}"
+                f"environment {self.env_id!r} failed at step {self.steps}: {type(error).__name__}: {error}{words}"
             ) from error
 
     def _fault(self, what: str, env: int | None = None) -> BrokenEnvironmentError:
@@ -210,5 +246,14 @@ class Environments:
         return torch.from_numpy(np.stack(rows))
 
 
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def _overheard(call: Callable[[], Any], said: list[str]) -> Any:
+    """Call, and note the warnings; they are given again afterwards."""
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        try:
+            result = call()
+        finally:
+            said += [re.sub(r"\x1b\[\d*m", "", str(warning.message)) for warning in heard]  # without its colours
+    for warning in heard:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return result

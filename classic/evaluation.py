@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from classic.actor_critic import ActorCritic
 from classic.envs import Environments
@@ -14,7 +15,13 @@ MAX_COPIES = 32
 
 
 def evaluate_policy(
-    make_envs: Callable[[int], Environments], network: ActorCritic, episodes: int, *, deterministic: bool, seed: int
+    make_envs: Callable[[int], Environments],
+    network: ActorCritic,
+    episodes: int,
+    *,
+    deterministic: bool,
+    seed: int,
+    view: Callable[[Tensor], Tensor],
 ) -> dict[str, float]:
     """Mean and spread of the undiscounted return over ``episodes`` episodes.
 
@@ -26,6 +33,7 @@ def evaluate_policy(
         episodes: how many.
         deterministic: take the most likely action instead of a sampled one.
         seed: of the environments and the draws.
+        view: what the network sees of observations (their normalised form, with the statistics as they are).
     Returns:
         mean_return, std_return (population) and mean_length in steps.
     Raises:
@@ -43,7 +51,7 @@ def evaluate_policy(
         state = network.initial_state(envs.num_envs)
         while len(returns) < episodes:
             actions, _, state = network.act(
-                envs.observations, generator, action_masks=envs.action_masks, starts=envs.starting, state=state
+                view(envs.observations), generator, action_masks=envs.action_masks, starts=envs.starting, state=state
             )
             for episode in envs.step(actions).episodes:
                 if left[episode.env]:

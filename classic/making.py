@@ -11,6 +11,8 @@ import gymnasium
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import PassiveEnvChecker
 
+from classic.episodes import RecordedEpisode
+
 MODES = {"next_step": AutoresetMode.NEXT_STEP, "same_step": AutoresetMode.SAME_STEP}
 Vectorization = Literal["auto", "sync", "async", "vector_entry_point"]
 EnvLike = str | gymnasium.Env | Callable[[], gymnasium.Env]
@@ -76,6 +78,8 @@ def make_vector_env(
         raise BrokenEnvironmentError(
             f"environment {name!r} failed while it was made: {type(error).__name__}: {error}"
         ) from error
+    if isinstance(envs, SyncVectorEnv):
+        envs.envs = [RecordedEpisode(copy) for copy in envs.envs]
     mode = envs.metadata.get("autoreset_mode")
     if mode not in MODES.values():
         envs.close()
@@ -92,7 +96,7 @@ def _from_id(
     wanted: AutoresetMode | None,
     vectorization: Vectorization,
     env_kwargs: dict[str, Any],
-    layers: list[Callable[[gymnasium.Env], gymnasium.Env]],
+    layers: list[Callable[[gymnasium.Env], gymnasium.Wrapper]],
 ) -> VectorEnv:
     mode = vectorization
     if mode == "auto" and layers:
@@ -118,7 +122,7 @@ def _from_object(
     wanted: AutoresetMode | None,
     vectorization: Vectorization,
     env_kwargs: dict[str, Any],
-    layers: list[Callable[[gymnasium.Env], gymnasium.Env]],
+    layers: list[Callable[[gymnasium.Env], gymnasium.Wrapper]],
 ) -> VectorEnv:
     name, single = env_name(env), isinstance(env, gymnasium.Env)
     if not single and (not callable(env) or isinstance(env, VectorEnv)):
@@ -149,7 +153,7 @@ def _from_object(
     return vector([make] * num_envs, autoreset_mode=wanted or AutoresetMode.NEXT_STEP)
 
 
-def _wrapper(env: str, name: str) -> Callable[[gymnasium.Env], gymnasium.Env]:
+def _wrapper(env: str, name: str) -> Callable[[gymnasium.Env], gymnasium.Wrapper]:
     module, _, attribute = name.rpartition(":")
     try:
         return getattr(importlib.import_module(module or "gymnasium.wrappers"), attribute)

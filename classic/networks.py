@@ -76,7 +76,8 @@ class Memory(nn.Module):
     def __init__(self, kind: str, num_features: int, size: int, generator: torch.Generator) -> None:
         super().__init__()
         self.size, self.lstm = size, kind == "lstm"
-        self.rnn = cast(Any, skip_init(nn.LSTM if self.lstm else nn.GRU, num_features, size))
+        made = (nn.LSTM if self.lstm else nn.GRU)(num_features, size, device="meta")  # no draw from torch's generator
+        self.rnn: Any = made.to_empty(device="cpu")
         for name, parameter in self.rnn.named_parameters():
             if "bias" in name:
                 nn.init.zeros_(parameter)

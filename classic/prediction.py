@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from classic.actor_critic import ActorCritic
 from classic.envs import Environments
@@ -18,11 +20,12 @@ def predict(
     observation: Any,
     generator: torch.Generator | None,
     *,
+    view: Callable[[Tensor], Tensor],
     state: np.ndarray | None,
     episode_start: Any,
     action_masks: Any,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """See :meth:`classic.PPO.predict`; ``generator`` None takes the most likely action."""
+    """See :meth:`classic.PPO.predict`; ``generator`` None: the most likely action; ``view``: what the network sees."""
     where, space = f"environment {envs.env_id!r}", envs.observation_space
     shape = f"of shape {space.shape}" if space.shape is not None else str(space)
     try:
@@ -46,7 +49,7 @@ def predict(
         if not envs.actions.choices or masks.shape[1] != envs.actions.num_outputs:
             raise ValueError(f"{where} has {envs.actions.num_outputs} options to mask, got {masks.shape[1]} entries")
     actions, _, memory = network.act(
-        torch.from_numpy(array), generator, action_masks=masks, starts=starts, state=memory
+        view(torch.from_numpy(array)), generator, action_masks=masks, starts=starts, state=memory
     )
     chosen = to_env_actions(actions, envs.action_space, envs.squash)
     return (chosen if batched else chosen[0]), None if memory is None else memory.numpy()

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from classic.actor_critic import ActorCritic, Decisions
 from classic.envs import Environments, Episode
+from classic.normalization import Normalizer
+from rlhf_ppo.core import PPOConfig, compute_gae
 
 
 @dataclass(frozen=True)
@@ -69,18 +71,22 @@ def collect(
     num_steps: int,
     generator: torch.Generator,
     state: Tensor | None = None,
+    normalizer: Normalizer | None = None,
 ) -> Rollout:
     """Play ``num_steps`` steps of every copy; episodes go on from one rollout to the next.
 
     Args:
         state: [B, K] of the network's memory, where the last rollout left it; None without a memory.
+        normalizer: moves with what it sees; the rollout holds what the network saw and is to learn from.
     Raises:
         BrokenEnvironmentError: see :meth:`Environments.step`.
     """
-    observations, starts, masks, actions, logprobs, steps, final_states = [], [], [], [], [], [], []
+    observations, starts, masks, actions, logprobs = [], [], [], [], []
+    steps, rewards, finals, final_states = [], [], [], []
     before = state
+    normalizer = normalizer or Normalizer(None, None, 1.0)
     for _ in range(num_steps):
-        observation = envs.observations
+        observation = normalizer.observe(envs.observations, ~envs.resetting)
         action, logprob, state = network.act(
             observation, generator, action_masks=envs.action_masks, starts=envs.starting, state=state
         )
@@ -91,24 +97,26 @@ def collect(
         logprobs.append(logprob)
         step = envs.step(action)
         steps.append(step)
+        rewards.append(normalizer.scale_rewards(step.rewards, step.terminated | step.truncated, step.mask))
+        finals.append(normalizer.normalize(step.final_observations))
         if state is not None:
             final_states.append(state[step.final_envs])
     final_steps = [torch.full_like(step.final_envs, t) for t, step in enumerate(steps)]
     return Rollout(
-        observations=torch.stack([*observations, envs.observations], dim=1),
+        observations=torch.stack([*observations, normalizer.normalize(envs.observations)], dim=1),
         starts=torch.stack([*starts, envs.starting], dim=1),
         state=before,
         state_after=state,
         actions=torch.stack(actions, dim=1),
         action_masks=None if masks[0] is None else torch.stack(masks, dim=1),
         logprobs=torch.stack(logprobs, dim=1),
-        rewards=torch.stack([step.rewards for step in steps], dim=1),
+        rewards=torch.stack(rewards, dim=1),
         terminated=torch.stack([step.terminated for step in steps], dim=1),
         truncated=torch.stack([step.truncated for step in steps], dim=1),
         # The reset step was never chosen by the policy, so it must not be learned from.
         mask=torch.stack([step.mask for step in steps], dim=1),
         final_index=(torch.cat([step.final_envs for step in steps]), torch.cat(final_steps)),
-        final_observations=torch.cat([step.final_observations for step in steps]),
+        final_observations=torch.cat(finals),
         final_state=torch.cat(final_states) if final_states else None,
         episodes=[episode for step in steps for episode in step.episodes],
     )
@@ -134,3 +142,22 @@ def critic_values(network: ActorCritic, rollout: Rollout) -> tuple[Tensor, Tenso
     next_values = grid[:, 1:].clone()
     next_values[rollout.final_index] = finals
     return grid[:, :-1], next_values
+
+
+def estimate_advantages(network: ActorCritic, rollout: Rollout, config: PPOConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, advantages, returns) of a rollout, each [B, T], with the critic as it is now; nothing is whitened."""
+    values, next_values = critic_values(network, rollout)
+    advantages, returns = compute_gae(
+        rollout.rewards,
+        values,
+        next_values,
+        rollout.terminated,
+        rollout.truncated,
+        gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
+        mask=rollout.mask,
+    )
+    if config.objective == "reinforce":
+        # Monte Carlo returns without a baseline; the critic closes the sums that the rollout's end cut off.
+        advantages = returns
+    return values, advantages, returns

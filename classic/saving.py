@@ -20,11 +20,16 @@ from rlhf_ppo import __version__
 if TYPE_CHECKING:
     from classic.train import PPO
 
-MODEL, OPTIMIZER, AGENT = "model.safetensors", "optimizer.safetensors", "agent.json"
+MODEL, OPTIMIZER, NORMALIZER, AGENT = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "normalizer.safetensors",
+    "agent.json",
+)
 
 
 def save(agent: PPO, folder: str | Path) -> Path:
-    """Write ``model.safetensors``, ``optimizer.safetensors`` and ``agent.json``; each file is replaced as a whole.
+    """Write model, optimizer and normalizer (safetensors) and ``agent.json``; each file is replaced as a whole.
 
     What is not saved yet: random generators and running episodes, so training goes on from here but not bit for bit.
     """
@@ -44,6 +49,7 @@ def save(agent: PPO, folder: str | Path) -> Path:
     }
     _replace(folder / MODEL, lambda path: save_file(_copies(agent.network.state_dict()), path))
     _replace(folder / OPTIMIZER, lambda path: save_file(_copies(_optimizer_tensors(agent)), path))
+    _replace(folder / NORMALIZER, lambda path: save_file(agent.normalizer.state(), path))
     _replace(folder / AGENT, lambda path: path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
     return folder
 
@@ -51,7 +57,7 @@ def save(agent: PPO, folder: str | Path) -> Path:
 def load(cls: type[PPO], folder: str | Path, env: EnvLike | None = None) -> PPO:
     """Build the agent in ``folder``; errors are those of :meth:`classic.PPO.load`."""
     folder = Path(folder)
-    for name in (AGENT, MODEL, OPTIMIZER):
+    for name in (AGENT, MODEL, OPTIMIZER, NORMALIZER):
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"no saved agent in {folder}: {name} is missing; write one with agent.save({str(folder)!r})"
@@ -74,7 +80,8 @@ def load(cls: type[PPO], folder: str | Path, env: EnvLike | None = None) -> PPO:
     try:
         agent.network.load_state_dict(load_file(folder / MODEL))
         _load_optimizer(agent, load_file(folder / OPTIMIZER))
-    except (SafetensorError, RuntimeError) as error:
+        agent.normalizer.load(load_file(folder / NORMALIZER))
+    except (SafetensorError, RuntimeError, KeyError) as error:
         raise ValueError(f"the tensors in {folder} cannot be read: {error}") from error
     agent.counters = dict(counters)
     agent.config = replace(agent.config, **in_force)

@@ -10,6 +10,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
+from torch import Tensor
 
 from classic import saving
 from classic.actor_critic import ActorCritic, Decisions
@@ -17,9 +18,10 @@ from classic.config import PPOArgs
 from classic.envs import Environments, Episode
 from classic.evaluation import evaluate_policy
 from classic.making import EnvLike, env_name
+from classic.normalization import Normalizer
 from classic.prediction import predict
 from classic.report import draw_curve, episode_metrics, show_progress
-from classic.rollout import collect, critic_values
+from classic.rollout import Rollout, collect, estimate_advantages
 from classic.update import UpdateRecord, shuffled_minibatches
 from rlhf_ppo import __version__
 from rlhf_ppo.core import (
@@ -31,7 +33,6 @@ from rlhf_ppo.core import (
     adapt_penalty_beta,
     aggregate_loss,
     clipped_value_loss,
-    compute_gae,
     explained_variance,
     kl_estimate,
     masked_mean,
@@ -78,7 +79,7 @@ class PPO:
         self.envs = self._make_envs(self._setting("num_envs"))
         try:
             self.args.require_full_minibatches(next_step_autoreset=self.envs.next_step_autoreset)
-            self.args.require_fit(self.envs.actions, self.env_id)
+            self.args.require_fit(self.envs.actions, self.envs.observation_shape, self.env_id)
         except ValueError:
             self.envs.close()
             raise
@@ -103,6 +104,11 @@ class PPO:
         self.counters = {"iteration": 0, "env_steps": 0, "optimizer_steps": 0, "episodes": 0}
         self._recent: deque[Episode] = deque(maxlen=100)
         self._run: RunDirectory | None = None
+        self.normalizer = Normalizer(
+            self.envs.observation_shape if self.args.normalize_observations else None,
+            self.envs.num_envs if self.args.normalize_rewards else None,
+            self.config.gamma,
+        )
         self._state = self.network.initial_state(self.envs.num_envs)
         self._started = False
 
@@ -142,36 +148,28 @@ class PPO:
             learning_rate = self._setting("learning_rate") * (1 - done / total if args.lr_schedule == "linear" else 1)
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
+            self.config = args.scheduled(self.config, done / total)
 
             # 1. Collect.
-            rollout = collect(self.envs, self.network, self._setting("num_steps"), self.generator, self._state)
+            rollout = collect(
+                self.envs, self.network, self._setting("num_steps"), self.generator, self._state, self.normalizer
+            )
             self._state, mask = rollout.state_after, rollout.mask
 
-            # 2. Estimate. Returns come before whitening: the critic must learn the true scale.
-            values, next_values = critic_values(self.network, rollout)
-            advantages, returns = compute_gae(
-                rollout.rewards,
-                values,
-                next_values,
-                rollout.terminated,
-                rollout.truncated,
-                gamma=self.config.gamma,
-                gae_lambda=self.config.gae_lambda,
-                mask=mask,
-            )
-            if self.config.objective == "reinforce":
-                # Monte Carlo returns without a baseline; the critic closes the sums that the rollout's end cut off.
-                advantages = returns
-            weights = masked_whiten(advantages, mask) if self.config.normalize_advantages else advantages
+            # 2. Estimate.
+            estimate = estimate_advantages(self.network, rollout, self.config)
+            values, advantages, returns = estimate
 
             # 3. Update, on real decisions alone: autoreset steps are gone from here on, or masked inside sequences.
             decisions = rollout.decisions()
-            old = Experience(*map(rollout.rows, (rollout.logprobs, values, weights, returns, mask)))
+            old = self._experience(rollout, estimate)
             record = UpdateRecord()
             steps = skipped = epochs = 0
             stop = False
             while epochs < self.config.num_epochs and not stop:
                 epochs += 1
+                if self.args.recompute_advantages and epochs > 1:
+                    old = self._experience(rollout, estimate_advantages(self.network, rollout, self.config))
                 for taken, part in shuffled_minibatches(decisions, old, self.config.num_minibatches, self.generator):
                     new = self.network.evaluate(taken)
                     loss = self._loss(new, part)
@@ -238,6 +236,7 @@ class PPO:
                 episodes,
                 deterministic=deterministic,
                 seed=seed,
+                view=self.normalizer.normalize,
             )
         if single:
             self._started = False
@@ -270,6 +269,7 @@ class PPO:
             self.network,
             observation,
             None if deterministic else self._predict_generator,
+            view=self.normalizer.normalize,
             state=state,
             episode_start=episode_start,
             action_masks=action_masks,
@@ -309,6 +309,13 @@ class PPO:
         value = getattr(self.args, name)
         assert value is not None, f"{name} is unresolved"
         return value
+
+    def _experience(self, rollout: Rollout, estimate: tuple[Tensor, Tensor, Tensor]) -> Experience:
+        """What was recorded and estimated, in rows for minibatches. Returns keep the scale that the critic learns."""
+        values, advantages, returns = estimate
+        whiten = self.config.normalize_advantages
+        weights = masked_whiten(advantages, rollout.mask) if whiten else advantages
+        return Experience(*map(rollout.rows, (rollout.logprobs, values, weights, returns, rollout.mask)))
 
     def _loss(self, new: PolicyOutput, old: Experience) -> PPOLoss:
         """The core's loss; its reinforce has no critic, but here the critic closes cut rollouts and must learn that."""

@@ -69,6 +69,19 @@ class Match(gymnasium.Env):
         return self._show(), reward, self.t == 5, False, {}
 
 
+class Far(Match):
+    """Match with numbers on bad scales: signs are +- 1e-3 around 5, rewards 1e4."""
+
+    observation_space = Box(0, 10, (1,), np.float32)
+
+    def _show(self):
+        return 5 + 1e-3 * super()._show()
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = super().step(action)
+        return observation, 1e4 * reward, terminated, truncated, info
+
+
 class Aim(gymnasium.Env):
     """Continuous: the reward is minus the squared distance to 0.5, and an action outside [-1, 1] is an error."""
 
@@ -84,6 +97,52 @@ class Aim(gymnasium.Env):
         assert self.action_space.contains(action), f"{action!r} is outside the space"
         self.t += 1
         return np.zeros(1, dtype=np.float32), -float((action[0] - 0.5) ** 2), self.t == 5, False, {}
+
+
+class Recall(gymnasium.Env):
+    """A sign is shown once and asked for three steps later: without a memory half of the reward is luck."""
+
+    observation_space = Box(-1, 1, (2,), np.float32)
+    action_space = Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.sign = 0, int(self.np_random.integers(2))
+        return np.array([2.0 * self.sign - 1, 0], dtype=np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        asked = self.t == 3
+        observation = np.array([0, float(self.t == 2)], dtype=np.float32)
+        return observation, float(asked and action == self.sign), asked, False, {}
+
+
+class Allowed(Chain):
+    """Of five options the masks allow two, which change with every step; another one is an error."""
+
+    action_space = Discrete(5)
+
+    def __init__(self, source: str = "info"):
+        self.source, self.t = source, 0
+
+    def action_masks(self):
+        mask = np.zeros(5, dtype=np.int8)
+        mask[[self.t % 5, (self.t + 2) % 5]] = 1
+        return mask * (self.source != "nothing")
+
+    def has_wrapper_attr(self, name):
+        return super().has_wrapper_attr(name) and (name != "action_masks" or self.source == "method")
+
+    def _info(self):
+        return {} if self.source == "method" else {"action_mask": self.action_masks()}
+
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=seed)[0], self._info()
+
+    def step(self, action):
+        assert self.action_masks()[action], f"{action} is not allowed now"
+        self.t += 1
+        return np.ones(1, dtype=np.float32), 1.0, self.t % 3 == 0, False, self._info()
 
 
 class Faulty(Chain):
@@ -156,7 +215,11 @@ def _register(name, entry_point, **kwargs):
 _register("Clock", Clock)
 _register("Chain", Chain, max_episode_steps=8)
 _register("Match", Match)
+_register("Far", Far)
 _register("Aim", Aim)
+_register("Recall", Recall)
+for _source in ("info", "method", "nothing"):
+    _register(f"Allowed_{_source}", Allowed, kwargs={"source": _source})
 for _fault in ("crash", "nan_observation", "inf_observation", "nan_reward", "wrong_shape"):
     _register(f"Faulty_{_fault}", Faulty, kwargs={"fault": _fault})
 OBSERVATIONS = {

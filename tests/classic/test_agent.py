@@ -91,6 +91,7 @@ def test_a_saved_folder_holds_safetensors_and_json_alone(small, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         "agent.json",
         "model.safetensors",
+        "normalizer.safetensors",
         "optimizer.safetensors",
     ]
 

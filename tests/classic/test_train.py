@@ -149,6 +149,42 @@ def test_learning_rate_schedule_spans_what_learn_was_asked_for(schedule, last, s
     assert agent.optimizer.param_groups[0]["lr"] == pytest.approx(3e-3 * last)
 
 
+def test_clip_range_and_entropy_bonus_fall_with_the_steps_when_told_to(small, tmp_path, monkeypatch):
+    """10 rollouts: the k-th begins after (k - 1) tenths."""
+    args = small(
+        clip_range_schedule="linear",
+        ent_coef_schedule="linear",
+        clip_range_high=0.4,
+        ent_coef=0.01,
+        autoreset_mode="same_step",
+        output_dir=str(tmp_path),
+    )
+    agent = classic.PPO("tests/Match-v0", args)
+    seen, loss = [], agent._loss
+    monkeypatch.setattr(agent, "_loss", lambda new, old: (seen.append(agent.config), loss(new, old))[1])
+    agent.learn(640)
+    assert [row["policy/clip_range"] for row in log_of(tmp_path)] == pytest.approx(
+        [0.2 * k / 10 for k in range(10, 0, -1)]
+    )
+    assert seen[-1].clip_range_high == pytest.approx(0.04) and seen[-1].ent_coef == pytest.approx(0.001)
+
+
+def test_recomputed_advantages_follow_the_critic_from_pass_to_pass(small, monkeypatch):
+    """Returns move with the critic between two passes over one rollout; recorded log-probs do not."""
+    for recompute in (False, True):
+        agent = classic.PPO("tests/Clock-v0", small(recompute_advantages=recompute, num_minibatches=1, num_epochs=3))
+        seen, loss = [], agent._loss
+        monkeypatch.setattr(
+            agent, "_loss", lambda new, old, seen=seen, loss=loss: (seen.append(old), loss(new, old))[1]
+        )
+        agent.learn(1)
+        sums = [float(old.returns.double().sum()) for old in seen]
+        assert (max(sums) - min(sums) > 0.01) is recompute
+        assert {round(float(old.logprobs.double().sum()), 3) for old in seen} == {
+            round(float(seen[0].logprobs.double().sum()), 3)
+        }
+
+
 def test_target_kl_ends_the_update(small, tmp_path):
     free, held = tmp_path / "free", tmp_path / "held"
     settings = {"learning_rate": 3e-2, "num_epochs": 10}

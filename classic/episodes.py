@@ -1,0 +1,90 @@
+"""Running episodes: what it takes to save them, and to set them up again in another process exactly where they were."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.vector import SyncVectorEnv, VectorEnv
+from torch import Tensor
+
+VECTOR_STATE = ("state", "steps", "prev_done")
+"""What the vector versions of Gymnasium's classic control keep between steps, beside their generator."""
+
+
+class RecordedEpisode(gymnasium.Wrapper):
+    """Remembers how the running episode began and what was done in it: done again, it leads to the same place."""
+
+    def __init__(self, env: gymnasium.Env) -> None:
+        super().__init__(env)
+        self.seed: int | None = None
+        self.generator: dict[str, Any] = {}
+        self.actions: list[Any] = []
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode; what its generator was before is remembered."""
+        self.seed, self.actions = seed, []
+        self.generator = {} if seed is not None else self.unwrapped.np_random.bit_generator.state
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Take a step; its action is remembered."""
+        self.actions.append(np.array(action))
+        return self.env.step(action)
+
+    def play_again(self, seed: int | None, generator: dict[str, Any], actions: np.ndarray) -> Any:
+        """Begin a remembered episode and repeat its actions; returns the last observation."""
+        if seed is None:
+            self.unwrapped.np_random.bit_generator.state = generator
+        observation, _ = self.reset(seed=seed)
+        for action in actions:
+            observation, *_ = self.step(action)
+        return observation
+
+
+def episode_state(envs: VectorEnv) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """(tensors, JSON) from which :func:`restore_episodes` sets the running episodes up again, or None if nothing does.
+
+    Gymnasium's classic-control vector environments say what they keep. Copies stepped one after another are described
+    by how each episode began and the actions since. Processes of their own and other vector environments keep theirs.
+    """
+    inner = envs.unwrapped
+    if isinstance(inner, SyncVectorEnv):
+        recorded: list[Any] = list(inner.envs)
+        begun = [{"seed": env.seed, "generator": env.generator} for env in recorded]
+        now = [env.unwrapped.np_random.bit_generator.state for env in recorded]
+        tensors = {
+            f"actions.{i}": torch.from_numpy(np.stack(env.actions)) for i, env in enumerate(recorded) if env.actions
+        }
+        tensors["autoreset"] = torch.from_numpy(inner._autoreset_envs.copy())
+        return tensors, {"begun": begun, "generators": now}
+    if type(inner).__module__.startswith("gymnasium.envs.classic_control"):
+        tensors = {name: torch.from_numpy(np.array(getattr(inner, name))) for name in VECTOR_STATE}
+        return tensors, {"generator": inner.np_random.bit_generator.state}
+    return None
+
+
+def restore_episodes(envs: VectorEnv, tensors: dict[str, Tensor], state: dict[str, Any]) -> list[Any] | None:
+    """Set up what :func:`episode_state` described.
+
+    Returns:
+        Each copy's observation after its actions were repeated, to be compared with the saved one ([] where nothing had
+        to be repeated). None: a generator stands elsewhere than it did, so the environment did not come back the same.
+    """
+    inner: Any = envs.unwrapped
+    if not isinstance(inner, SyncVectorEnv):
+        for name in VECTOR_STATE:
+            setattr(inner, name, tensors[name].numpy().copy())
+        inner.np_random.bit_generator.state = state["generator"]
+        return []
+    observations = []
+    for i, (env, begun, generator) in enumerate(zip(inner.envs, state["begun"], state["generators"], strict=True)):
+        recorded: Any = env
+        actions = tensors[f"actions.{i}"].numpy() if f"actions.{i}" in tensors else np.array([])
+        observations.append(recorded.play_again(begun["seed"], begun["generator"], actions))
+        if env.unwrapped.np_random.bit_generator.state != generator:
+            return None
+    inner._autoreset_envs = tensors["autoreset"].numpy().copy()
+    return observations
