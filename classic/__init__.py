@@ -1,5 +1,6 @@
 """PPO on Gymnasium control tasks: the algorithm where its answer is known."""
 
+import classic.no_velocity  # noqa: F401 - registers its environment
 from classic.config import PPOArgs
 from classic.making import BrokenEnvironmentError
 from classic.train import PPO

@@ -15,10 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from classic import comparison
+from classic.callbacks import evaluate_every, stop_at_return
 from classic.config import PPOArgs
 from classic.train import PPO
+from classic.video import record_video
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.settings import Command, run_command
+from rlhf_ppo.runtime.signals import Interrupted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,12 @@ class TrainCommand(PPOArgs):
     """Environment id, such as CartPole-v1, or module:id to import a module first."""
     eval_episodes: int = 20
     """Episodes of the evaluation at the end."""
+    eval_every: int = 0
+    """Rollouts between evaluations on the way, the best agent being kept in best/; 0: none."""
+    stop_at_return: float | None = None
+    """End training once the mean return of the last 100 episodes reaches this; None: never."""
+    resume: str | None = None
+    """Go on from a checkpoint: auto (the newest good one, a fresh start if there is none) or its folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +52,8 @@ class EvaluateCommand:
     """Seed of the environments; None: the one that training's own evaluation used."""
     deterministic: bool = True
     """Take the most likely action; False samples from the policy."""
+    video: str | None = None
+    """Also play one episode into this file, an .mp4 or a .gif; None: no video."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,18 +71,21 @@ class CompareCommand(PPOArgs):
 
 
 def train(command: TrainCommand) -> int:
-    """`classic-ppo train ENV`: learn, save, evaluate, and say where everything is; 130 after Ctrl-C."""
+    """`classic-ppo train ENV`: learn, save, evaluate, say where everything is; 130 after Ctrl-C, 143 after SIGTERM."""
     if command.eval_episodes < 1:
         raise ValueError(f"eval_episodes must be 1 or more, got {command.eval_episodes}")
     given = _args(command)
     given["output_dir"] = command.output_dir or f"runs/{_file_name(command.env)}-seed{command.seed}"
     agent = PPO(command.env, PPOArgs(**given))
+    callbacks = [evaluate_every(command.eval_every, episodes=command.eval_episodes)] if command.eval_every else []
+    callbacks += [] if command.stop_at_return is None else [stop_at_return(command.stop_at_return)]
     start = time.perf_counter()
     try:
-        agent.learn()
-    except KeyboardInterrupt:
-        print(f"interrupted; the agent as it is lies in {agent.save(given['output_dir'])}", file=sys.stderr)
-        return 130
+        agent.learn(callbacks=callbacks, resume_from_checkpoint=command.resume)
+    except Interrupted as stop:
+        folder = agent.save(given["output_dir"])
+        print(f"{stop}; the agent as it is lies in {folder}; --resume auto goes on", file=sys.stderr)
+        return stop.exit_code
     seconds = time.perf_counter() - start
     folder = agent.save(given["output_dir"])
     result = agent.evaluate(episodes=command.eval_episodes)
@@ -95,6 +109,8 @@ def evaluate(command: EvaluateCommand) -> None:
     table = Table(title=f"{agent.env_id} from {command.folder}", show_header=False)
     for row in _result_rows(result, command.episodes):
         table.add_row(*row)
+    if command.video is not None:
+        table.add_row("video", str(record_video(agent, command.video, deterministic=command.deterministic)))
     _print(table)
 
 

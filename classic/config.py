@@ -11,11 +11,13 @@ from typing import Any, Literal, get_args
 from classic.actor_critic import LOG_STD_RANGE
 from classic.making import Vectorization
 from classic.networks import ACTIVATIONS
+from classic.preset_files import preset as preset_of
 from classic.spaces import ActionLayout
 from rlhf_ppo.core import PPOConfig
 from rlhf_ppo.core.config import Objective
 
-# What an environment without a preset of its own gets: common values for low-dimensional control tasks.
+# What an environment without a preset of its own gets: common values for low-dimensional control tasks. Neither these
+# nor presets set a field whose None already means "off", so that "off" can always be asked for.
 DEFAULTS: dict[str, Any] = {
     "total_timesteps": 500_000,
     "num_envs": 8,
@@ -47,19 +49,6 @@ DEFAULTS: dict[str, Any] = {
     "num_epochs": 10,
     "num_minibatches": 32,
     "max_grad_norm": 0.5,
-}
-
-# Presets never set a field whose None already means "off", so that "off" can always be asked for.
-PRESETS: dict[str, dict[str, Any]] = {
-    "CartPole-v1": {
-        "total_timesteps": 50_000,
-        "num_envs": 32,
-        "num_steps": 32,
-        "learning_rate": 2e-3,
-        "gamma": 0.98,
-        "num_epochs": 8,
-        "num_minibatches": 4,
-    },
 }
 
 # Objectives with a clip range that stays where it is put.
@@ -162,6 +151,10 @@ class PPOArgs:
     """Torch threads while learning or evaluating; more than one slows networks this small down."""
     output_dir: str | None = None
     """Folder for metrics.jsonl, curve.png and run.json; None: nothing is written."""
+    save_every: int = 0
+    """Rollouts between checkpoints (checkpoint-<n> in output_dir), from which a run can be resumed; 0: none."""
+    save_total_limit: int | None = None
+    """Checkpoints to keep, the newest ones; None: all."""
     quiet: bool = False
     """Show no progress."""
 
@@ -172,6 +165,8 @@ class PPOArgs:
         for name in ("total_timesteps", "num_envs", "num_steps", "num_threads", "recurrent_size"):
             self._require(name, lambda value: value >= 1, "1 or more")
         self._require("seed", lambda value: value >= 0, "0 or more")
+        self._require("save_every", lambda value: value >= 0, "0 or more")
+        self._require("save_total_limit", lambda value: value >= 1, "1 or more")
         self._require("learning_rate", lambda value: value >= 0 and math.isfinite(value), "finite and 0 or more")
         self._require("hidden_sizes", lambda value: bool(value) and min(value) >= 1, "positive widths")
         for name in ("lr_schedule", "clip_range_schedule", "ent_coef_schedule"):
@@ -203,10 +198,16 @@ class PPOArgs:
         """
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(PPOArgs)}
         given = {name: value for name, value in given.items() if value is not None}
-        preset = {**DEFAULTS, **PRESETS.get(env_id, {})}
+        preset = {**DEFAULTS, **preset_of(env_id, PPOArgs)}
         if single and "num_envs" not in given:
             preset["num_envs"], preset["num_steps"] = 1, preset["num_envs"] * preset["num_steps"]
         filled = {**preset, **given}
+        for name, needed in (("save_every", "output_dir"), ("save_total_limit", "save_every")):
+            if filled.get(name) and not filled.get(needed):
+                raise ValueError(
+                    f"{name}={filled[name]} is about checkpoints, but {needed}={getattr(self, needed)}: set it, or "
+                    f"remove {name}"
+                )
         objective = filled["objective"]
         for name, readers in READ_BY.items():
             if objective not in readers and filled.get(name) != preset.get(name):

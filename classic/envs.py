@@ -162,7 +162,10 @@ class Environments:
     def restore(self, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> bool:
         """Set running episodes up again; False if the environment did not come back the same, and must be reset."""
         inner = {n.removeprefix("episodes."): x for n, x in tensors.items() if n.startswith("episodes.")}
-        came_back = self._guarded(lambda: restore_episodes(self.envs, inner, state))
+        try:
+            came_back = self._guarded(lambda: restore_episodes(self.envs, inner, state))
+        except BrokenEnvironmentError:
+            return False  # what was possible then is not now, so it is not the same episode
         if came_back is None:
             return False
         for copy, observation in enumerate(came_back):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium
@@ -20,7 +21,7 @@ class RecordedEpisode(gymnasium.Wrapper):
     def __init__(self, env: gymnasium.Env) -> None:
         super().__init__(env)
         self.seed: int | None = None
-        self.generator: dict[str, Any] = {}
+        self.generator: Mapping[str, Any] = {}
         self.actions: list[Any] = []
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -34,7 +35,7 @@ class RecordedEpisode(gymnasium.Wrapper):
         self.actions.append(np.array(action))
         return self.env.step(action)
 
-    def play_again(self, seed: int | None, generator: dict[str, Any], actions: np.ndarray) -> Any:
+    def play_again(self, seed: int | None, generator: Mapping[str, Any], actions: np.ndarray) -> Any:
         """Begin a remembered episode and repeat its actions; returns the last observation."""
         if seed is None:
             self.unwrapped.np_random.bit_generator.state = generator

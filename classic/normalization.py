@@ -91,6 +91,10 @@ class Normalizer:
         scaled = rewards.numpy() / np.sqrt(self.returns.variance + 1e-8)
         return torch.from_numpy(scaled.clip(-LIMIT, LIMIT).astype(np.float32))
 
+    def begin_episodes(self) -> None:
+        """Every copy starts anew: the sums of running episodes are dropped."""
+        self.sums = np.zeros_like(self.sums)
+
     def state(self) -> dict[str, Tensor]:
         """What :meth:`load` takes, bit for bit."""
         parts = {"observations": self.observations, "returns": self.returns}

@@ -31,7 +31,8 @@ MODEL, OPTIMIZER, NORMALIZER, AGENT = (
 def save(agent: PPO, folder: str | Path) -> Path:
     """Write model, optimizer and normalizer (safetensors) and ``agent.json``; each file is replaced as a whole.
 
-    What is not saved yet: random generators and running episodes, so training goes on from here but not bit for bit.
+    Random generators and running episodes are not part of it: training goes on from here, but not bit for bit. What a
+    run goes on from exactly is a checkpoint (:mod:`classic.checkpoints`).
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -42,13 +43,12 @@ def save(agent: PPO, folder: str | Path) -> Path:
         "made_from_id": isinstance(agent.env, str),
         "version": __version__,
         "args": asdict(agent.args),
-        "spaces": _spaces(agent),
+        "spaces": spaces(agent),
         "counters": agent.counters,
-        # Where objective=adaptive_clip and objective=penalty have moved them to.
-        "in_force": {"clip_range": agent.config.clip_range, "penalty_beta": agent.config.penalty_beta},
+        "in_force": in_force(agent),
     }
     _replace(folder / MODEL, lambda path: save_file(_copies(agent.network.state_dict()), path))
-    _replace(folder / OPTIMIZER, lambda path: save_file(_copies(_optimizer_tensors(agent)), path))
+    _replace(folder / OPTIMIZER, lambda path: save_file(_copies(optimizer_tensors(agent)), path))
     _replace(folder / NORMALIZER, lambda path: save_file(agent.normalizer.state(), path))
     _replace(folder / AGENT, lambda path: path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
     return folder
@@ -69,30 +69,37 @@ def load(cls: type[PPO], folder: str | Path, env: EnvLike | None = None) -> PPO:
                 f"the agent in {folder} was made from an environment object, {content['env_id']!r}: pass one as env"
             )
         agent = cls(content["env_id"] if env is None else env, PPOArgs(**content["args"]))
-        saved_spaces, counters, in_force = content["spaces"], content["counters"], content["in_force"]
+        saved_spaces, counters, moved = content["spaces"], content["counters"], content["in_force"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / AGENT} was not written by this version ({__version__}): {error!r}") from error
-    if saved_spaces != _spaces(agent):
+    if saved_spaces != spaces(agent):
         raise ValueError(
             f"environment {agent.env_id!r} has changed since {folder} was saved: spaces were {saved_spaces}, "
-            f"now {_spaces(agent)}"
+            f"now {spaces(agent)}"
         )
     try:
         agent.network.load_state_dict(load_file(folder / MODEL))
-        _load_optimizer(agent, load_file(folder / OPTIMIZER))
+        load_optimizer(agent, load_file(folder / OPTIMIZER))
         agent.normalizer.load(load_file(folder / NORMALIZER))
     except (SafetensorError, RuntimeError, KeyError) as error:
         raise ValueError(f"the tensors in {folder} cannot be read: {error}") from error
     agent.counters = dict(counters)
-    agent.config = replace(agent.config, **in_force)
+    agent.config = replace(agent.config, **moved)
     return agent
 
 
-def _spaces(agent: PPO) -> dict[str, str]:
+def spaces(agent: PPO) -> dict[str, str]:
+    """What an agent's environment must still look like when it is loaded."""
     return {"observation": str(agent.envs.observation_space), "action": str(agent.envs.action_space)}
 
 
-def _optimizer_tensors(agent: PPO) -> dict[str, Tensor]:
+def in_force(agent: PPO) -> dict[str, float]:
+    """Where objective=adaptive_clip and objective=penalty have moved their coefficients to."""
+    return {"clip_range": agent.config.clip_range, "penalty_beta": agent.config.penalty_beta}
+
+
+def optimizer_tensors(agent: PPO) -> dict[str, Tensor]:
+    """Adam's moments and step counts, by the parameter's name."""
     states = agent.optimizer.state
     return {
         f"{name}/{key}": tensor
@@ -101,7 +108,8 @@ def _optimizer_tensors(agent: PPO) -> dict[str, Tensor]:
     }
 
 
-def _load_optimizer(agent: PPO, tensors: dict[str, Tensor]) -> None:
+def load_optimizer(agent: PPO, tensors: dict[str, Tensor]) -> None:
+    """Give the optimizer what :func:`optimizer_tensors` said."""
     for name, parameter in agent.network.named_parameters():
         state = {key.rpartition("/")[2]: tensor for key, tensor in tensors.items() if key.rpartition("/")[0] == name}
         if state:

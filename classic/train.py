@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from torch import Tensor
 
 from classic import saving
 from classic.actor_critic import ActorCritic, Decisions
+from classic.callbacks import Callback, run_callbacks
+from classic.checkpoints import Progress, find_checkpoint, load_checkpoint, save_checkpoint
 from classic.config import PPOArgs
 from classic.envs import Environments, Episode
 from classic.evaluation import evaluate_policy
@@ -42,10 +46,12 @@ from rlhf_ppo.core import (
     ppo_loss,
 )
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
+from rlhf_ppo.runtime.lock import run_lock
 from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.seeding import torch_threads
+from rlhf_ppo.runtime.signals import asked_to_stop, stop_if_asked, stop_on_signals
 
 EVALUATION_SEED_OFFSET = 1_000_000
 MAX_SKIPPED_IN_A_ROW = 10
@@ -85,7 +91,7 @@ class PPO:
             raise
         # Own generators: a run neither disturbs nor depends on torch's global one.
         self.generator = torch.Generator().manual_seed(self.args.seed)
-        self._predict_generator = torch.Generator().manual_seed(self.args.seed)
+        self.predict_generator = torch.Generator().manual_seed(self.args.seed)
         self.network = ActorCritic(
             self.envs.observation_shape,
             self.envs.actions,
@@ -101,50 +107,104 @@ class PPO:
         )
         self._parameters = list(self.network.parameters())
         self.optimizer = torch.optim.Adam(self._parameters, lr=self._setting("learning_rate"), eps=1e-5, fused=True)
+        self.best_return: float | None = None
+        self.last_metrics: Mapping[str, float] = {}
         self.counters = {"iteration": 0, "env_steps": 0, "optimizer_steps": 0, "episodes": 0}
-        self._recent: deque[Episode] = deque(maxlen=100)
+        self.recent: deque[Episode] = deque(maxlen=100)
         self._run: RunDirectory | None = None
         self.normalizer = Normalizer(
             self.envs.observation_shape if self.args.normalize_observations else None,
             self.envs.num_envs if self.args.normalize_rewards else None,
             self.config.gamma,
         )
-        self._state = self.network.initial_state(self.envs.num_envs)
+        self.memory = self.network.initial_state(self.envs.num_envs)
         self._started = False
 
-    def learn(self, total_timesteps: int | None = None) -> PPO:
+    def learn(
+        self,
+        total_timesteps: int | None = None,
+        *,
+        callbacks: Sequence[Callback] = (),
+        resume_from_checkpoint: str | Path | None = None,
+    ) -> PPO:
         """Train for ``total_timesteps`` more environment steps (default: the setting), rounded up to whole rollouts.
 
-        The learning rate's schedule spans exactly this call. With ``output_dir``, each update appends one line to
-        ``metrics.jsonl``, and ``curve.png`` is drawn at the end.
+        Schedules span exactly this call. With ``output_dir``, each update appends one line to ``metrics.jsonl``, and
+        ``curve.png`` is drawn at the end; with ``save_every``, checkpoints are written there. The first SIGINT or
+        SIGTERM ends training after the update it came in, once a checkpoint lies in ``output_dir``.
 
+        Args:
+            total_timesteps: environment steps; a run that is resumed must be asked for as many as before.
+            callbacks: called after each update with the agent and its metrics (:mod:`classic.callbacks`).
+            resume_from_checkpoint: folder ``checkpoint-<n>`` of a run with the same settings, or "auto": the newest
+                good one in ``output_dir``, and a fresh start if there is none. For a fresh agent alone.
         Returns:
             The agent itself.
         Raises:
             BrokenEnvironmentError: the environment crashed or returned NaN; names environment, copy and step.
             NonFiniteGradientError: training diverged.
+            CheckpointError, FileNotFoundError: there is nothing good to resume from.
+            Interrupted: SIGINT or SIGTERM came.
         """
         total = self._setting("total_timesteps") if total_timesteps is None else total_timesteps
         if total < 1:
             raise ValueError(f"total_timesteps must be 1 or more, got {total}")
-        if not self._started:
-            self.envs.reset(seed=self.args.seed)
-            self._started = True
-        if self.args.output_dir is not None and self._run is None:
-            self._run = RunDirectory(self.args.output_dir)
-            self._run.start({"env_id": self.env_id, "version": __version__, "args": asdict(self.args)})
+        folder = self.args.output_dir
+        run = None if folder is None else RunDirectory(folder)
         display = ProgressDisplay(self.env_id, total, quiet=self.args.quiet)
-        with torch_threads(self.args.num_threads), display:
-            self._train(total, display)
+        lock = nullcontext() if folder is None else run_lock(folder)
+        with torch_threads(self.args.num_threads), lock, stop_on_signals():
+            progress = self._begin(run, total, resume_from_checkpoint)
+            resumed = resume_from_checkpoint is not None and self.counters["iteration"] > 0
+            # What follows an update is not in its checkpoint, so it is made again.
+            if not (resumed and run_callbacks(callbacks, self, self.last_metrics)):
+                with display:
+                    self._train(progress, display, callbacks)
         if self._run is not None:
             draw_curve(self._run, self.env_id)
         return self
 
-    def _train(self, total: int, display: ProgressDisplay) -> None:
+    def _begin(self, run: RunDirectory | None, total: int, resume: str | Path | None) -> Progress:
+        """Where training starts: afresh, where the last call ended, or where a checkpoint was."""
+        checkpoint = None if resume is None else find_checkpoint(self.args.output_dir, resume)
+        if checkpoint is not None:
+            if self._started:
+                raise ValueError(
+                    "resume_from_checkpoint is for a fresh agent, but this one has learned already: make one"
+                )
+            progress = load_checkpoint(self, checkpoint, total)
+            self._started = True
+            if run is not None:
+                run.rewind(self.counters["iteration"])
+        else:
+            progress = Progress(total, self.counters["env_steps"])
+        settings = {"env_id": self.env_id, "version": __version__, "args": asdict(self.args)}
+        if run is not None and self._run is None:
+            self._run = run
+            if checkpoint is None:
+                run.start(settings)
+            else:
+                run.write_json("run.json", settings)
+        return progress
+
+    def begin_episodes(self) -> None:
+        """Reset every copy: at the start, after evaluation on a single one, where a checkpoint has no episodes."""
+        self.envs.reset(seed=self.args.seed + self.counters["env_steps"])
+        self.memory = self.network.initial_state(self.envs.num_envs)
+        self.normalizer.begin_episodes()
+        self._started = True
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Append a line to ``metrics.jsonl`` that belongs to the last update; nothing without ``output_dir``."""
+        if self._run is not None:
+            self._run.log({"progress/iteration": self.counters["iteration"], **metrics})
+
+    def _train(self, progress: Progress, display: ProgressDisplay, callbacks: Sequence[Callback]) -> None:
         """The algorithm."""
-        args, counters = self.args, self.counters
-        first_step, skipped_in_a_row = counters["env_steps"], 0
-        while (done := counters["env_steps"] - first_step) < total:
+        args, counters, total = self.args, self.counters, progress.total
+        while (done := counters["env_steps"] - progress.first_step) < total:
+            if not self._started:
+                self.begin_episodes()
             learning_rate = self._setting("learning_rate") * (1 - done / total if args.lr_schedule == "linear" else 1)
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
@@ -152,9 +212,9 @@ class PPO:
 
             # 1. Collect.
             rollout = collect(
-                self.envs, self.network, self._setting("num_steps"), self.generator, self._state, self.normalizer
+                self.envs, self.network, self._setting("num_steps"), self.generator, self.memory, self.normalizer
             )
-            self._state, mask = rollout.state_after, rollout.mask
+            self.memory, mask = rollout.state_after, rollout.mask
 
             # 2. Estimate.
             estimate = estimate_advantages(self.network, rollout, self.config)
@@ -181,10 +241,11 @@ class PPO:
                     norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm)
                     steps += 1
                     if not torch.isfinite(norm):
-                        skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
-                        self._stop_if_diverged(skipped_in_a_row)
+                        skipped += 1
+                        progress.skipped_in_a_row += 1
+                        self._stop_if_diverged(progress.skipped_in_a_row)
                         continue
-                    skipped_in_a_row = 0
+                    progress.skipped_in_a_row = 0
                     self.optimizer.step()
                     record.stepped(loss, norm, part)
             in_force = self.config
@@ -195,13 +256,13 @@ class PPO:
             counters["env_steps"] += int(mask.sum())
             counters["optimizer_steps"] += steps - skipped
             counters["episodes"] += len(rollout.episodes)
-            self._recent.extend(rollout.episodes)
+            self.recent.extend(rollout.episodes)
             metrics = {
                 "progress/iteration": counters["iteration"],
                 "progress/env_steps": counters["env_steps"],
                 "progress/optimizer_steps": counters["optimizer_steps"],
                 "episode/count": counters["episodes"],
-                **episode_metrics(self._recent),
+                **episode_metrics(self.recent),
                 **record.metrics(in_force),
                 "policy/clip_range": in_force.clip_range,
                 "policy/penalty_beta": in_force.penalty_beta,
@@ -213,9 +274,19 @@ class PPO:
                 "optim/skipped_steps": skipped,
                 "optim/epochs": epochs,
             }
-            if self._run is not None:
-                self._run.log(metrics)
-            show_progress(display, min(counters["env_steps"] - first_step, total), metrics)
+            self.last_metrics = metrics
+            self.log(metrics)
+            show_progress(display, min(counters["env_steps"] - progress.first_step, total), metrics)
+
+            # 5. Save, and whatever else is wanted after an update.
+            interrupted = asked_to_stop()
+            if self._run is not None and (
+                interrupted or (args.save_every and counters["iteration"] % args.save_every == 0)
+            ):
+                save_checkpoint(self, self._run.path, progress)
+            stop_if_asked()
+            if run_callbacks(callbacks, self, metrics):
+                break
 
     def evaluate(self, episodes: int = 20, *, deterministic: bool = True, seed: int | None = None) -> dict[str, float]:
         """Play whole episodes on fresh environments; training is not touched.
@@ -268,7 +339,7 @@ class PPO:
             self.envs,
             self.network,
             observation,
-            None if deterministic else self._predict_generator,
+            None if deterministic else self.predict_generator,
             view=self.normalizer.normalize,
             state=state,
             episode_start=episode_start,

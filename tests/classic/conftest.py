@@ -137,7 +137,9 @@ class Allowed(Chain):
         return {} if self.source == "method" else {"action_mask": self.action_masks()}
 
     def reset(self, *, seed=None, options=None):
-        return super().reset(seed=seed)[0], self._info()
+        observation, _ = super().reset(seed=seed)
+        self.t = 0
+        return observation, self._info()
 
     def step(self, action):
         assert self.action_masks()[action], f"{action} is not allowed now"

@@ -8,7 +8,8 @@ import warnings
 import pytest
 
 import classic
-from classic.config import DEFAULTS, PRESETS, PPOArgs
+from classic.config import DEFAULTS, PPOArgs
+from classic.preset_files import preset, preset_ids
 
 # These mean "off" as None; every other None means "the preset's".
 OPTIONAL = (
@@ -19,22 +20,23 @@ OPTIONAL = (
     "output_dir",
     "env_kwargs",
     "action_masks",
+    "save_total_limit",
 )
 
 
 def test_none_means_the_preset_and_a_value_wins_over_it():
     args = PPOArgs(num_steps=64).resolve("CartPole-v1")
     assert args.num_steps == 64
-    assert args.num_envs == PRESETS["CartPole-v1"]["num_envs"]
+    assert args.num_envs == preset("CartPole-v1", PPOArgs)["num_envs"] == 32
     assert args.vf_coef == DEFAULTS["vf_coef"]
     assert PPOArgs().resolve("tests/Match-v0").num_steps == DEFAULTS["num_steps"]
 
 
 def test_every_field_is_filled_or_documented_as_off():
     names = {field.name for field in dataclasses.fields(PPOArgs)}
-    for preset in (DEFAULTS, *PRESETS.values()):
-        assert set(preset) <= names
-        assert not set(preset) & set(OPTIONAL), "a preset must not turn on what None turns off"
+    for settings in (DEFAULTS, *(preset(env_id, PPOArgs) for env_id in preset_ids())):
+        assert set(settings) <= names
+        assert not set(settings) & set(OPTIONAL), "a preset must not turn on what None turns off"
     resolved = PPOArgs().resolve("CartPole-v1")
     assert {name for name in names if getattr(resolved, name) is None} == set(OPTIONAL)
 
@@ -54,6 +56,8 @@ def test_resolving_twice_changes_nothing(objective):
         ({"objective": "clip", "penalty_beta": 3.0}, "penalty_beta=3.0", "objective='clip'"),
         ({"objective": "a2c", "clip_range_high": 0.3}, "clip_range_high=0.3", "objective='a2c'"),
         ({"clip_range_schedule": "linear", "objective": "a2c"}, "clip_range_schedule='linear'", "objective='a2c'"),
+        ({"save_every": 2}, "save_every=2", "output_dir=None"),
+        ({"save_total_limit": 2, "output_dir": "runs/x"}, "save_total_limit=2", "save_every=0"),
         ({"num_minibatches": 5000}, "num_minibatches=5000", "num_envs x num_steps"),
     ],
 )
@@ -92,6 +96,8 @@ def test_minibatches_that_reset_steps_could_empty_are_refused_before_training(sm
         {"recurrent_size": 0},
         {"log_std_init": 3.0},
         {"vectorization": "threads"},
+        {"save_every": -1},
+        {"save_total_limit": 0},
         {"gamma": 1.5},
         {"objective": "trpo"},
     ],
@@ -99,6 +105,22 @@ def test_minibatches_that_reset_steps_could_empty_are_refused_before_training(sm
 def test_values_out_of_range_name_the_setting(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         PPOArgs(**settings).resolve("CartPole-v1")
+
+
+@pytest.mark.parametrize("env_id", preset_ids())
+def test_every_preset_resolves(env_id):
+    resolved = PPOArgs().resolve(env_id)
+    assert resolved.resolve(env_id) == resolved
+    assert all(getattr(resolved, name) == value for name, value in preset(env_id, PPOArgs).items())
+
+
+def test_a_misspelt_key_in_a_preset_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("classic.preset_files.FOLDER", tmp_path)
+    (tmp_path / "tests-Odd-v0.yaml").write_text("learning_rat: 1e-3")
+    with pytest.raises(
+        ValueError, match=r"tests-Odd-v0\.yaml: unknown key 'learning_rat'; did you mean 'learning_rate'"
+    ):
+        PPOArgs().resolve("tests-Odd-v0")
 
 
 @pytest.mark.parametrize("objective", ["a2c", "reinforce"])

@@ -1,0 +1,68 @@
+"""Callbacks: functions called after each update with the agent and its metrics; one that returns True ends training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from classic.train import PPO
+
+Callback = Callable[["PPO", Mapping[str, float]], "bool | None"]
+"""Decides by the agent's counters alone, so that a resumed run calls it where the run that never stopped did."""
+
+
+def run_callbacks(callbacks: Sequence[Callback], agent: PPO, metrics: Mapping[str, float]) -> bool:
+    """Call all of them; whether any wants training to end."""
+    return any([bool(callback(agent, metrics)) for callback in callbacks])  # noqa: C419 - the others are called too
+
+
+def evaluate_every(rollouts: int, *, episodes: int = 20, keep_best: bool = True) -> Callback:
+    """Evaluate every so many rollouts: a line ``eval/...`` in metrics.jsonl, the best agent in ``<output_dir>/best``.
+
+    Raises:
+        ValueError: less than one rollout or episode.
+    """
+    for name, value in (("rollouts", rollouts), ("episodes", episodes)):
+        if value < 1:
+            raise ValueError(f"evaluate_every: {name} must be 1 or more, got {value}")
+
+    def evaluate(agent: PPO, metrics: Mapping[str, float]) -> None:
+        if agent.counters["iteration"] % rollouts:
+            return
+        result = agent.evaluate(episodes=episodes)
+        agent.log({f"eval/{name}": value for name, value in result.items()})
+        if agent.best_return is None or result["mean_return"] > agent.best_return:
+            agent.best_return = result["mean_return"]
+            if keep_best and agent.args.output_dir is not None:
+                agent.save(Path(agent.args.output_dir) / "best")
+
+    return evaluate
+
+
+def save_every(rollouts: int, folder: str | Path) -> Callback:
+    """Save the agent into ``<folder>/<iteration>`` every so many rollouts, to look at later.
+
+    What a run is resumed from is written by the setting ``save_every``.
+    """
+    if rollouts < 1:
+        raise ValueError(f"save_every: rollouts must be 1 or more, got {rollouts}")
+
+    def save(agent: PPO, metrics: Mapping[str, float]) -> None:
+        if agent.counters["iteration"] % rollouts == 0:
+            agent.save(Path(folder) / str(agent.counters["iteration"]))
+
+    return save
+
+
+def stop_at_return(threshold: float, *, episodes: int = 100) -> Callback:
+    """End training once the mean return of the last ``episodes`` (at most 100) episodes reaches a threshold."""
+    if not 1 <= episodes <= 100:
+        raise ValueError(f"stop_at_return: episodes must be between 1 and 100, got {episodes}")
+
+    def stop(agent: PPO, metrics: Mapping[str, float]) -> bool:
+        last = list(agent.recent)[-episodes:]
+        return len(last) == episodes and sum(episode.total_reward for episode in last) / episodes >= threshold
+
+    return stop

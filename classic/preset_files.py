@@ -1,0 +1,27 @@
+"""Presets: one YAML file an environment in ``presets/``, named after its id."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rlhf_ppo.runtime.settings import read_yaml
+
+FOLDER = Path(__file__).parent / "presets"
+
+
+def preset_ids() -> list[str]:
+    """The environments that have a preset."""
+    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
+
+
+@cache
+def preset(env_id: str, cls: type) -> dict[str, Any]:
+    """An environment's settings, checked against the fields of ``cls``; {} without a preset.
+
+    Raises:
+        ValueError: the file has an unknown key (with the closest known one), or a value of the wrong type.
+    """
+    file = FOLDER / f"{env_id}.yaml"
+    return read_yaml(file, cls) if env_id in preset_ids() else {}

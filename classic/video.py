@@ -1,0 +1,89 @@
+"""Videos: an agent's episodes as mp4 or gif."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gymnasium
+import numpy as np
+
+from classic.making import make_vector_env
+
+if TYPE_CHECKING:
+    from classic.train import PPO
+
+INSTALL = "pip install 'rlhf-ppo[video]'"
+
+
+def record_video(agent: PPO, file: str | Path, *, episodes: int = 1, seed: int = 0, deterministic: bool = True) -> Path:
+    """Play whole episodes in one copy and write what it looks like.
+
+    Args:
+        agent: made from an id or a function; a function must make environments with ``render_mode="rgb_array"``.
+        file: ``*.mp4`` or ``*.gif``.
+        episodes: how many, one after another.
+        seed: of the first episode; the next ones follow from it.
+        deterministic: take the most likely action instead of a sampled one.
+    Returns:
+        The file.
+    Raises:
+        ValueError: another ending, or the environment does not draw itself.
+        ModuleNotFoundError: a package for drawing or writing is missing; says how to install it.
+    """
+    file = Path(file)
+    if file.suffix not in (".mp4", ".gif"):
+        raise ValueError(f"a video is an .mp4 or a .gif, got {file}")
+    if episodes < 1:
+        raise ValueError(f"episodes must be 1 or more, got {episodes}")
+    frames, fps = _play(agent, episodes, seed, deterministic)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".gif":
+        from PIL import Image  # comes with matplotlib
+
+        images = [Image.fromarray(frame) for frame in frames]
+        images[0].save(file, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
+        return file
+    try:
+        from moviepy import ImageSequenceClip
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"writing {file.name} needs moviepy ({error}): {INSTALL}, or write a .gif") from None
+    ImageSequenceClip(frames, fps=fps).write_videofile(str(file), logger=None)
+    return file
+
+
+def _play(agent: PPO, episodes: int, seed: int, deterministic: bool) -> tuple[list[np.ndarray], float]:
+    args, env = agent.args, agent.env
+    drawn: Any = {"render_mode": "rgb_array"} if isinstance(env, str) else {}
+    envs = make_vector_env(
+        env, 1, None, vectorization="sync", env_kwargs={**(args.env_kwargs or {}), **drawn}, wrappers=args.wrappers
+    )
+    copy: gymnasium.Env = envs.unwrapped.envs[0]  # pyright: ignore
+    frames: list[np.ndarray] = []
+    try:
+        if copy.render_mode != "rgb_array":
+            raise ValueError(
+                f"environment {agent.env_id!r} has render_mode={copy.render_mode!r}: a video needs one made with "
+                "render_mode='rgb_array'"
+            )
+        for episode in range(episodes):
+            observation, info = copy.reset(seed=seed + episode)
+            state, over = None, False
+            frames.append(_frame(copy))
+            while not over:
+                action, state = agent.predict(
+                    observation, deterministic, state=state, action_masks=info.get("action_mask")
+                )
+                observation, _, terminated, truncated, info = copy.step(action)
+                frames.append(_frame(copy))
+                over = terminated or truncated
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise ModuleNotFoundError(f"environment {agent.env_id!r} cannot draw itself: {error} (or: {INSTALL})") from None
+    finally:
+        envs.close()
+    return frames, float(copy.metadata.get("render_fps", 30))
+
+
+def _frame(env: gymnasium.Env) -> np.ndarray:
+    frame: Any = env.render()
+    return np.array(frame, dtype=np.uint8)

@@ -1,0 +1,183 @@
+"""Exact resume: a run that is stopped anywhere and goes on equals the run that never stopped, byte for byte."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import classic
+from classic.callbacks import evaluate_every
+from rlhf_ppo.runtime.checkpoint import CheckpointError, list_checkpoints
+from rlhf_ppo.runtime.signals import Interrupted
+
+RUNS = {
+    "own vector version": ("CartPole-v1", {}),
+    "copies, next step": ("tests/Match-v0", {"autoreset_mode": "next_step"}),
+    "copies, same step": ("tests/Match-v0", {"autoreset_mode": "same_step"}),
+    "numbers": ("Pendulum-v1", {"normalize_rewards": True, "normalize_observations": True}),
+    "memory": ("tests/Recall-v0", {"recurrent": "lstm", "recurrent_size": 5}),
+    "masks": ("tests/Allowed_info-v0", {}),
+    "beta": ("tests/Match-v0", {"objective": "penalty", "target_kl": 0.01}),
+    "wrapped": ("CartPoleNoVel-v1", {"wrappers": ("TimeAwareObservation",), "clip_range_schedule": "linear"}),
+}
+
+
+class KilledError(Exception):
+    """Stands for a process that ends."""
+
+
+def kill_after(rollouts):
+    def callback(agent, metrics):
+        if agent.counters["iteration"] == rollouts:
+            raise KilledError
+
+    return callback
+
+
+@pytest.fixture(autouse=True)
+def no_curve(monkeypatch):
+    monkeypatch.setattr("classic.train.draw_curve", lambda *_: None)
+
+
+def settings(small, folder, extra, **more):
+    # An episode of Pendulum is longer than this whole run, so it is resumed in the middle.
+    return small(output_dir=str(folder), **{"save_every": 2, "num_steps": 13, **extra, **more})
+
+
+def files(folder):
+    return (folder / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(("name", "killed_after"), [*((name, 3) for name in RUNS), ("copies, next step", 4)])
+def test_a_killed_run_goes_on_bit_for_bit(name, killed_after, small, tmp_path):
+    """Checkpoints at 2 and 4: killed after 3, one update is made again; after 4, only its evaluation is."""
+    env_id, extra = RUNS[name]
+    whole = classic.PPO(env_id, settings(small, tmp_path / "whole", extra)).learn(
+        400, callbacks=[evaluate_every(2, episodes=2)]
+    )
+    args = settings(small, tmp_path / "parts", extra)
+    with pytest.raises(KilledError):
+        classic.PPO(env_id, args).learn(400, callbacks=[evaluate_every(2, episodes=2), kill_after(killed_after)])
+    torch.rand(5)
+    resumed = classic.PPO(env_id, args).learn(
+        400, callbacks=[evaluate_every(2, episodes=2)], resume_from_checkpoint="auto"
+    )
+    assert whole.counters["iteration"] > 5
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+    for ours, theirs in zip(whole.network.parameters(), resumed.network.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        state, other = whole.optimizer.state[ours], resumed.optimizer.state[theirs]
+        assert all(torch.equal(state[key], other[key]) for key in state)
+    assert all(torch.equal(x, resumed.normalizer.state()[key]) for key, x in whole.normalizer.state().items())
+    assert whole.best_return == resumed.best_return and whole.recent == resumed.recent
+    newest = [list_checkpoints(tmp_path / part)[-1] / "model.safetensors" for part in ("whole", "parts")]
+    assert newest[0].read_bytes() == newest[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("env_id", "extra"),
+    [("tests/Clock-v0", {}), ("tests/DiscreteObservation-v0", {}), ("CartPole-v1", {"vectorization": "async"})],
+)
+def test_where_an_environment_cannot_be_set_up_again_new_episodes_begin_and_it_is_said(env_id, extra, small, tmp_path):
+    """Clock counts its episodes, Spaces draws elsewhere than from its generator, processes keep what they have."""
+    args = settings(small, tmp_path, {"num_envs": 2, **extra})
+    with pytest.raises(KilledError):
+        classic.PPO(env_id, args).learn(200, callbacks=[kill_after(2)])
+    runs = []
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"cannot be set up where .*checkpoint-2 left it, so new episodes begin"):
+            agent = classic.PPO(env_id, args)
+            agent.learn(200, resume_from_checkpoint=tmp_path / "checkpoint-2")
+        runs.append((tmp_path / "metrics.jsonl").read_bytes())
+        agent.envs.close()
+    # Not the run that never stopped, but one that can be repeated.
+    assert runs[0] == runs[1] and agent.counters["env_steps"] >= 200
+
+
+def test_auto_starts_afresh_only_where_there_is_no_checkpoint(small, tmp_path):
+    agent = classic.PPO("tests/Match-v0", settings(small, tmp_path, {})).learn(60, resume_from_checkpoint="auto")
+    assert agent.counters["iteration"] == 2
+    for model in tmp_path.glob("checkpoint-*/model.safetensors"):
+        model.write_bytes(b"bad")
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is good"):
+        classic.PPO("tests/Match-v0", settings(small, tmp_path, {})).learn(60, resume_from_checkpoint="auto")
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-9 does not exist; there are: checkpoint-2"):
+        classic.PPO("tests/Match-v0", small()).learn(60, resume_from_checkpoint=tmp_path / "checkpoint-9")
+    with pytest.raises(ValueError, match="looks in output_dir, which is None"):
+        classic.PPO("tests/Match-v0", small()).learn(60, resume_from_checkpoint="auto")
+
+
+def test_another_run_is_not_resumed(small, tmp_path):
+    classic.PPO("tests/Match-v0", settings(small, tmp_path, {})).learn(120)
+    where = {"resume_from_checkpoint": tmp_path / "checkpoint-2"}
+    with pytest.raises(CheckpointError, match=r"learning_rate: 0\.003 -> 0\.1"):
+        classic.PPO("tests/Match-v0", settings(small, tmp_path, {}, learning_rate=0.1)).learn(120, **where)
+    with pytest.raises(CheckpointError, match="total: 120 -> 500"):
+        classic.PPO("tests/Match-v0", settings(small, tmp_path, {})).learn(500, **where)
+    with pytest.raises(CheckpointError, match="env_id"):
+        classic.PPO("tests/Far-v0", settings(small, tmp_path, {})).learn(120, **where)
+    agent = classic.PPO("tests/Match-v0", settings(small, tmp_path, {}, save_every=1)).learn(120, **where)
+    with pytest.raises(ValueError, match="for a fresh agent, but this one has learned already"):
+        agent.learn(120, **where)
+
+
+def test_only_the_newest_checkpoints_are_kept(small, tmp_path):
+    classic.PPO("tests/Match-v0", settings(small, tmp_path, {}, save_every=1, save_total_limit=2)).learn(200)
+    assert len(list_checkpoints(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_after_the_update_it_came_in(number, code, small, tmp_path):
+    args = settings(small, tmp_path / "parts", {}, save_every=0)
+    agent = classic.PPO("tests/Match-v0", args)
+    loss = agent._loss
+
+    def interrupted(new, old):
+        if agent.counters["iteration"] == 2:
+            os.kill(os.getpid(), number)
+            agent._loss = loss
+        return loss(new, old)
+
+    agent._loss = interrupted
+    with pytest.raises(Interrupted) as caught:
+        agent.learn(300)
+    assert caught.value.exit_code == code and agent.counters["iteration"] == 3
+    classic.PPO("tests/Match-v0", args).learn(300, resume_from_checkpoint="auto")
+    classic.PPO("tests/Match-v0", settings(small, tmp_path / "whole", {}, save_every=0)).learn(300)
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+def test_two_runs_do_not_write_into_one_folder(small, tmp_path):
+    def second(agent, metrics):
+        classic.PPO("tests/Match-v0", settings(small, tmp_path, {})).learn(10)
+
+    with pytest.raises(ValueError, match="is in use by another run"):
+        classic.PPO("tests/Match-v0", settings(small, tmp_path, {})).learn(100, callbacks=[second])
+
+
+def test_a_process_killed_by_the_system_goes_on_from_the_command_line(tmp_path):
+    """SIGKILL once a checkpoint is there; the same command with --resume auto finishes the run, byte for byte."""
+    words = "train CartPole-v1 --quiet --total-timesteps 5000 --save-every 1 --eval-episodes 2".split()
+    command = [sys.executable, "-m", "classic.cli", *words]
+
+    def run(folder, *more):
+        return [*command, "--output-dir", str(folder), *more]
+
+    environment = {**os.environ, "PYTHONPATH": str(Path(classic.__file__).parents[1])}
+    victim = subprocess.Popen(run(tmp_path / "parts"), env=environment, stdout=subprocess.DEVNULL)
+    while not list_checkpoints(tmp_path / "parts") and victim.poll() is None:
+        time.sleep(0.005)
+    victim.kill()
+    assert victim.wait() == -signal.SIGKILL
+    for folder, more in ((tmp_path / "parts", ("--resume", "auto")), (tmp_path / "whole", ())):
+        subprocess.run(run(folder, *more), env=environment, stdout=subprocess.DEVNULL, check=True)
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+    saved = [(tmp_path / part / "optimizer.safetensors").read_bytes() for part in ("parts", "whole")]
+    assert saved[0] == saved[1]

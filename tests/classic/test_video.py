@@ -1,0 +1,73 @@
+"""Videos: what is written, and what is said where it cannot be."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.spaces import Box, Discrete
+from PIL import Image
+
+import classic
+from classic.video import record_video
+
+
+class Drawn(gymnasium.Env):
+    """Three steps, drawn as a square that grows lighter."""
+
+    observation_space = Box(0, 3, (1,), np.float32)
+    action_space = Discrete(2)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+
+    def __init__(self, render_mode="rgb_array"):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.zeros(1, dtype=np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.zeros(1, dtype=np.float32), 1.0, self.t == 3, False, {}
+
+    def render(self):
+        return np.full((32, 32, 3), 60 * self.t, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("recurrent", ["none", "gru"])
+def test_a_gif_has_a_frame_a_step_and_one_at_the_start(recurrent, small, tmp_path):
+    agent = classic.PPO(Drawn, small(recurrent=recurrent))
+    with Image.open(record_video(agent, tmp_path / "sub" / "a.gif", episodes=2)) as gif:
+        assert gif.n_frames == 8 and gif.info["duration"] == 100 and gif.size == (32, 32)
+        gif.seek(3)
+        assert gif.convert("RGB").getpixel((5, 5))[0] == pytest.approx(180, abs=8)
+
+
+def test_an_mp4_is_written_or_what_is_missing_is_said(small, tmp_path, monkeypatch):
+    agent = classic.PPO(Drawn, small())
+    if importlib.util.find_spec("moviepy"):
+        assert b"ftyp" in record_video(agent, tmp_path / "a.mp4").read_bytes()[:16]
+    monkeypatch.setitem(sys.modules, "moviepy", None)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"a\.mp4 needs moviepy .*pip install 'rlhf-ppo\[video\]', or write a \.gif"
+    ):
+        record_video(agent, tmp_path / "a.mp4")
+
+
+def test_what_cannot_be_drawn_is_refused(small, tmp_path):
+    with pytest.raises(ValueError, match=r"an \.mp4 or a \.gif, got"):
+        record_video(classic.PPO(Drawn, small()), tmp_path / "a.avi")
+    with pytest.raises(ValueError, match=r"has render_mode=None: a video needs one made with render_mode='rgb_array'"):
+        record_video(classic.PPO(lambda: Drawn(None), small()), tmp_path / "a.gif")
+
+
+def test_a_missing_drawing_package_is_said(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pygame", None)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"'CartPole-v1' cannot draw itself: .*pip install 'rlhf-ppo\[video\]'"
+    ):
+        record_video(classic.PPO("CartPole-v1", small()), tmp_path / "a.gif")
