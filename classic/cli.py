@@ -19,7 +19,6 @@ from classic.callbacks import evaluate_every, stop_at_return
 from classic.config import PPOArgs
 from classic.train import PPO
 from classic.video import record_video
-from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.settings import Command, run_command
 from rlhf_ppo.runtime.signals import Interrupted
 
@@ -89,9 +88,8 @@ def train(command: TrainCommand) -> int:
     seconds = time.perf_counter() - start
     folder = agent.save(given["output_dir"])
     result = agent.evaluate(episodes=command.eval_episodes)
-    run = RunDirectory(folder)
     steps = agent.counters["env_steps"]
-    run.log({"progress/env_steps": steps, **{f"eval/{key}": value for key, value in result.items()}})
+    agent.log({"progress/env_steps": steps, **{f"eval/{key}": value for key, value in result.items()}})
 
     table = Table(title=f"{command.env}: {steps:,} steps in {seconds:.1f} s", show_header=False)
     for row in _result_rows(result, command.eval_episodes):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium
 import numpy as np
 
-from classic.making import make_vector_env
+from classic.making import BrokenEnvironmentError, make_vector_env
 
 if TYPE_CHECKING:
     from classic.train import PPO
@@ -55,9 +55,11 @@ def record_video(agent: PPO, file: str | Path, *, episodes: int = 1, seed: int =
 def _play(agent: PPO, episodes: int, seed: int, deterministic: bool) -> tuple[list[np.ndarray], float]:
     args, env = agent.args, agent.env
     drawn: Any = {"render_mode": "rgb_array"} if isinstance(env, str) else {}
-    envs = make_vector_env(
-        env, 1, None, vectorization="sync", env_kwargs={**(args.env_kwargs or {}), **drawn}, wrappers=args.wrappers
-    )
+    kwargs = {**(args.env_kwargs or {}), **drawn}
+    try:
+        envs = make_vector_env(env, 1, None, vectorization="sync", env_kwargs=kwargs, wrappers=args.wrappers)
+    except BrokenEnvironmentError as error:
+        raise ValueError(f"a video needs an environment made with render_mode='rgb_array', but {error}") from None
     copy: gymnasium.Env = envs.unwrapped.envs[0]  # pyright: ignore
     frames: list[np.ndarray] = []
     try:

@@ -119,6 +119,8 @@ def _positional(cls: type) -> list[str]:
 
 
 def _as_flag(key: str, value: Any) -> list[str]:
+    if isinstance(value, dict):
+        value = [word for pair in value.items() for word in pair]
     words = [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
     return [f"--{key.replace('_', '-')}", *words]
 

@@ -170,6 +170,32 @@ class Faulty(Chain):
         return observation, reward, False, False, {}
 
 
+class FaultyParts(gymnasium.Env):
+    """Dict observations and several choices; the third step's observation has a fault."""
+
+    observation_space = Dict({"x": Box(-1, 1, (2,), np.float32), "n": Discrete(3)})
+    action_space = MultiDiscrete([2, 2])
+
+    def __init__(self, fault: str = "nan"):
+        self.fault, self.t = fault, 0
+
+    def _observation(self):
+        x = np.zeros(2, dtype=np.float32)
+        if self.t == 3 and self.fault == "nan":
+            x[1] = np.nan
+        return {"x": x, "n": 7 if self.t == 3 and self.fault == "outside" else 0}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self._observation(), {}
+
+    def step(self, action):
+        self.t += 1
+        if self.t == 3 and self.fault == "crash":
+            raise ZeroDivisionError("the simulator exploded")
+        return self._observation(), 1.0, False, False, {}
+
+
 class Spaces(Chain):
     """Any spaces at all: observations are drawn from theirs, and an action outside its own is an error."""
 
@@ -219,6 +245,8 @@ _register("Chain", Chain, max_episode_steps=8)
 _register("Match", Match)
 _register("Far", Far)
 _register("Aim", Aim)
+for _fault in ("nan", "outside", "crash"):
+    _register(f"FaultyParts_{_fault}", FaultyParts, kwargs={"fault": _fault})
 _register("Recall", Recall)
 for _source in ("info", "method", "nothing"):
     _register(f"Allowed_{_source}", Allowed, kwargs={"source": _source})

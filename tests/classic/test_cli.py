@@ -55,6 +55,31 @@ def test_settings_from_yaml_and_a_positional_environment(tmp_path):
     assert main(["train", "--config", str(config), *SMALL]) == 0
 
 
+def test_arguments_of_the_environment_from_flags_and_yaml(tmp_path):
+    config, folder = tmp_path / "short.yaml", tmp_path / "run"
+    config.write_text("env_kwargs: {max_episode_steps: 7}\nwrappers: [TimeAwareObservation]\nquiet: true\n")
+    for more, steps in ((), 7), (("--env-kwargs", "max_episode_steps", "5"), 5):
+        words = ["train", "CartPole-v1", "--config", str(config), "--output-dir", str(folder), *SMALL, *more]
+        assert main(words) == 0
+        args = json.loads((folder / "run.json").read_text())["args"]
+        assert args["env_kwargs"] == {"max_episode_steps": steps} and args["wrappers"] == ["TimeAwareObservation"]
+
+
+def test_evaluations_on_the_way_resuming_and_videos(tmp_path, capsys):
+    folder = tmp_path / "run"
+    words = ["train", "tests/Match-v0", "--output-dir", str(folder), "--quiet", *SMALL]
+    more = ["--eval-every", "2", "--eval-episodes", "3", "--save-every", "2", "--stop-at-return", "6"]
+    assert main([*words, *more]) == 0
+    first = (folder / "metrics.jsonl").read_bytes()
+    assert (folder / "best" / "agent.json").is_file() and (folder / "checkpoint-2").is_dir()
+    assert main([*words, *more, "--resume", "auto"]) == 0
+    assert (folder / "metrics.jsonl").read_bytes() == first
+    assert main([*words, *more, "--resume", str(folder / "checkpoint-77")]) == 2
+    assert "checkpoint-77 does not exist; there are: checkpoint-2" in capsys.readouterr().err
+    assert main(["evaluate", str(folder), "--episodes", "2", "--video", str(tmp_path / "a.gif")]) == 2
+    assert "a video needs an environment made with render_mode='rgb_array'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

@@ -55,6 +55,22 @@ def test_faults_name_environment_and_step(fault, words, mode, small):
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("nan", r"copy 0, step 3: observation is not finite: \[.*nan.*\]"),
+        ("outside", r"step 3: observation cannot be read: an observation is outside Discrete\(3\)"),
+        ("crash", "failed at step 3: ZeroDivisionError: the simulator exploded"),
+    ],
+)
+@pytest.mark.parametrize("settings", [{}, {"recurrent": "gru"}, {"vectorization": "async"}])
+@pytest.mark.filterwarnings("ignore:.*(ERROR|closing).*")
+def test_fault_35_names_environment_and_step_for_composed_spaces_memories_and_processes(fault, words, settings, small):
+    agent = classic.PPO(f"tests/FaultyParts_{fault}-v0", small(num_envs=2, **settings))
+    with pytest.raises(classic.BrokenEnvironmentError, match=f"'tests/FaultyParts_{fault}-v0'.*{words}"):
+        agent.learn(100)
+
+
 def test_cartpole_follows_the_asked_autoreset_mode():
     for mode, next_step in ((None, True), ("next_step", True), ("same_step", False)):
         envs = Environments("CartPole-v1", 2, mode)
