@@ -130,6 +130,26 @@ def test_the_command_says_finite_and_ends_with_0(make_trainer, prompts, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "finite"
 
 
+def test_the_box_holds_the_weights_of_the_step_though_later_steps_move_them(make_trainer, prompts):
+    trainer = make_trainer(num_epochs=1, num_minibatches=4)
+    accumulate, calls = trainer._accumulate_gradients, iter(range(10))
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def poisoned(*inputs: Any) -> Any:
+        result = accumulate(*inputs)
+        if next(calls) == 1:
+            seen.append({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
+            trainer.model.trainable_parameters()[0].grad.fill_(float("nan"))
+        return result
+
+    trainer._accumulate_gradients = poisoned
+    trainer.step(trainer.rollout(prompts))
+    box = read_black_box(trainer.run.path / "blackbox-1")
+    assert box.step == 2 and len(box.passes) > 0
+    assert all(torch.equal(weight, seen[0][name]) for name, weight in box.weights.items())
+    assert any(not torch.equal(p, seen[0][name]) for name, p in trainer.model.named_parameters())
+
+
 def test_black_boxes_are_few(make_trainer, prompts):
     trainer = make_trainer(reward_funcs=one_extreme, num_epochs=1, max_skipped_steps=100)
     for _ in range(MAX_BLACK_BOXES + 1):
