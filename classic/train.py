@@ -240,7 +240,9 @@ class PPO:
                     loss.total.backward()
                     norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm)
                     steps += 1
-                    if not torch.isfinite(norm):
+                    # A loss may overflow while its gradient does not.
+                    if not torch.isfinite(norm + loss.total.detach()):
+                        record.forget()
                         skipped += 1
                         progress.skipped_in_a_row += 1
                         self._stop_if_diverged(progress.skipped_in_a_row)
@@ -422,5 +424,6 @@ class PPO:
         if skipped >= MAX_SKIPPED_IN_A_ROW:
             raise NonFiniteGradientError(
                 f"environment {self.env_id!r}, iteration {self.counters['iteration'] + 1}: {skipped} gradients in a "
-                "row were not finite and their steps skipped; lower learning_rate, or scale the rewards down"
+                "row, or their losses, were not finite and their steps skipped; lower learning_rate, or scale the "
+                "rewards down"
             )

@@ -35,12 +35,23 @@ class UpdateRecord:
         self._old: list[Experience] = []
         self._losses: list[Tensor] = []
         self._sizes: list[Tensor] = []
+        self._useless = False  # the minibatch read last
 
     def saw(self, new: PolicyOutput, old: Experience) -> None:
         """A minibatch was read, before the step on it."""
         entropy = None if new.entropy is None else new.entropy.detach()
         self._new.append(PolicyOutput(new.logprobs.detach(), entropy=entropy))
         self._old.append(old)
+        if self._useless:
+            del self._new[-2], self._old[-2]
+        self._useless = False
+
+    def forget(self) -> None:
+        """The minibatch read last was not finite: it is in no average, unless there is none but it."""
+        if len(self._new) == 1:
+            self._useless = True
+        else:
+            del self._new[-1], self._old[-1]
 
     def stepped(self, loss: PPOLoss, gradient_norm: Tensor, old: Experience) -> None:
         """A step was taken on a minibatch."""

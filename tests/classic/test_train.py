@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -210,7 +211,7 @@ def test_adaptive_coefficients_move_once_per_update(small, tmp_path):
 
 def test_reinforce_learns_from_returns_and_its_critic_learns_too(small, monkeypatch):
     """Advantages are Monte Carlo returns: Clock's are all positive, a baseline would leave both signs."""
-    agent = classic.PPO("tests/Clock-v0", small(objective="reinforce", num_epochs=1, normalize_advantages=False))
+    agent = classic.PPO("tests/Clock-v0", small(objective="reinforce", num_epochs=1))
     seen, loss = [], agent._loss
     monkeypatch.setattr(agent, "_loss", lambda new, old: (seen.append(old), loss(new, old))[1])
     before = agent.network.critic[0].weight.detach().clone()
@@ -262,6 +263,21 @@ def test_gradients_that_are_not_finite_are_skipped_and_end_the_run(small):
     with pytest.raises(classic.NonFiniteGradientError, match="'tests/Match-v0', iteration 1: 10 gradients in a row"):
         agent.learn(500)
     assert all(torch.equal(x, y) for x, y in zip(policy, agent.network.policy.parameters(), strict=True))
+
+
+def test_a_loss_that_overflows_while_its_gradient_does_not_is_skipped(small, tmp_path):
+    """An infinity that is added to a loss has no gradient."""
+    agent = classic.PPO("tests/Match-v0", small(output_dir=str(tmp_path), num_epochs=1))
+    loss, calls = agent._loss, iter(range(100))
+
+    def overflowing(new, old):
+        result = loss(new, old)
+        return dataclasses.replace(result, total=result.total + (torch.inf if next(calls) == 1 else 0.0))
+
+    agent._loss = overflowing
+    agent.learn(1)
+    assert [row["optim/skipped_steps"] for row in log_of(tmp_path)] == [1]
+    assert {int(state["step"]) for state in agent.optimizer.state.values()} == {1}
 
 
 def test_thread_count_is_scoped():

@@ -60,3 +60,17 @@ def test_an_update_without_a_step_has_no_losses():
     metrics = record.metrics(PPOConfig())
     assert "policy/loss" not in metrics and "policy/entropy" not in metrics
     assert metrics["policy/approx_kl"] == 0
+
+
+@pytest.mark.parametrize("bad", [[0], [1], [2], [0, 1], [1, 2]])
+def test_what_was_not_finite_is_in_no_average(bad):
+    old = experience(9)
+    parts = [slice(0, 3), slice(3, 6), slice(6, 9)]
+    record, sound = UpdateRecord(), UpdateRecord()
+    for i, rows in enumerate(parts):
+        record.saw(PolicyOutput(old.logprobs[rows] * (float("nan") if i in bad else 1.01)), old[rows])
+        if i in bad:
+            record.forget()
+        else:
+            sound.saw(PolicyOutput(old.logprobs[rows] * 1.01), old[rows])
+    assert record.metrics(PPOConfig()) == sound.metrics(PPOConfig())
