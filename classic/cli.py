@@ -1,4 +1,4 @@
-"""The command line: `classic-ppo train ENV`, `evaluate FOLDER` and `compare ENV --vary name=a,b`."""
+"""The command line: `classic-ppo train ENV`, `evaluate FOLDER`, `compare ENV --vary a=1,2`, `explain FOLDER`."""
 
 from __future__ import annotations
 
@@ -69,6 +69,18 @@ class CompareCommand(PPOArgs):
     """Episodes of the evaluation after each run."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExplainCommand:
+    """Make one more update in memory and explain it step by step; the folder stays as it is."""
+
+    folder: tyro.conf.Positional[str]
+    """Folder of a run, or any folder written by agent.save."""
+    max_rows: int = 60
+    """Rows to print."""
+    picture: str | None = None
+    """PNG to draw the first environment copy's steps to; None: no picture."""
+
+
 def train(command: TrainCommand) -> int:
     """`classic-ppo train ENV`: learn, save, evaluate, say where everything is; 130 after Ctrl-C, 143 after SIGTERM."""
     if command.eval_episodes < 1:
@@ -110,6 +122,16 @@ def evaluate(command: EvaluateCommand) -> None:
     if command.video is not None:
         table.add_row("video", str(record_video(agent, command.video, deterministic=command.deterministic)))
     _print(table)
+
+
+def explain(command: ExplainCommand) -> None:
+    """`classic-ppo explain FOLDER`: rewards, values, advantages and ratios of one more update."""
+    agent = PPO.load(command.folder)
+    agent.args = dataclasses.replace(agent.args, output_dir=None, save_every=0, quiet=True)
+    explanation = agent.learn(1).explain()  # one step rounds up to one rollout
+    print(explanation.text(command.max_rows))
+    if command.picture is not None:
+        print(f"picture  {explanation.plot(command.picture)}")
 
 
 def compare(command: CompareCommand) -> int:
@@ -160,6 +182,7 @@ COMMANDS: dict[str, Command] = {
     "train": (TrainCommand, train),
     "evaluate": (EvaluateCommand, evaluate),
     "compare": (CompareCommand, compare),
+    "explain": (ExplainCommand, explain),
 }
 
 

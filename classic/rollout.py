@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -144,8 +145,21 @@ def critic_values(network: ActorCritic, rollout: Rollout) -> tuple[Tensor, Tenso
     return grid[:, :-1], next_values
 
 
-def estimate_advantages(network: ActorCritic, rollout: Rollout, config: PPOConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """(values, advantages, returns) of a rollout, each [B, T], with the critic as it is now; nothing is whitened."""
+class Estimate(NamedTuple):
+    """What the critic made of a rollout, each [B, T]; nothing is whitened."""
+
+    values: Tensor
+    """V(s_t)."""
+    next_values: Tensor
+    """V of the observation that really followed."""
+    advantages: Tensor
+    """GAE, or the returns under reinforce."""
+    returns: Tensor
+    """What the critic is to learn."""
+
+
+def estimate_advantages(network: ActorCritic, rollout: Rollout, config: PPOConfig) -> Estimate:
+    """Values, advantages and returns of a rollout, with the critic as it is now."""
     values, next_values = critic_values(network, rollout)
     advantages, returns = compute_gae(
         rollout.rewards,
@@ -160,4 +174,4 @@ def estimate_advantages(network: ActorCritic, rollout: Rollout, config: PPOConfi
     if config.objective == "reinforce":
         # Monte Carlo returns without a baseline; the critic closes the sums that the rollout's end cut off.
         advantages = returns
-    return values, advantages, returns
+    return Estimate(values, next_values, advantages, returns)

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
 import torch
-from torch import Tensor
 
 from classic import saving
 from classic.actor_critic import ActorCritic, Decisions
@@ -21,11 +20,12 @@ from classic.checkpoints import Progress, find_checkpoint, load_checkpoint, save
 from classic.config import PPOArgs
 from classic.envs import Environments, Episode
 from classic.evaluation import evaluate_policy
+from classic.explanation import explain_rollout
 from classic.making import EnvLike, env_name
 from classic.normalization import Normalizer
 from classic.prediction import predict
 from classic.report import draw_curve, episode_metrics, show_progress
-from classic.rollout import Rollout, collect, estimate_advantages
+from classic.rollout import Estimate, Rollout, collect, estimate_advantages
 from classic.update import UpdateRecord, shuffled_minibatches
 from rlhf_ppo import __version__
 from rlhf_ppo.core import (
@@ -46,6 +46,7 @@ from rlhf_ppo.core import (
     ppo_loss,
 )
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
+from rlhf_ppo.runtime.explain import Explanation
 from rlhf_ppo.runtime.lock import run_lock
 from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.progress import ProgressDisplay
@@ -55,6 +56,13 @@ from rlhf_ppo.runtime.signals import asked_to_stop, stop_if_asked, stop_on_signa
 
 EVALUATION_SEED_OFFSET = 1_000_000
 MAX_SKIPPED_IN_A_ROW = 10
+
+
+class LastUpdate(NamedTuple):
+    """What the last update learned from."""
+
+    rollout: Rollout
+    estimate: Estimate
 
 
 class PPO:
@@ -109,6 +117,7 @@ class PPO:
         self.optimizer = torch.optim.Adam(self._parameters, lr=self._setting("learning_rate"), eps=1e-5, fused=True)
         self.best_return: float | None = None
         self.last_metrics: Mapping[str, float] = {}
+        self.last_update: LastUpdate | None = None
         self.counters = {"iteration": 0, "env_steps": 0, "optimizer_steps": 0, "episodes": 0}
         self.recent: deque[Episode] = deque(maxlen=100)
         self._run: RunDirectory | None = None
@@ -218,7 +227,8 @@ class PPO:
 
             # 2. Estimate.
             estimate = estimate_advantages(self.network, rollout, self.config)
-            values, advantages, returns = estimate
+            values, _, advantages, returns = estimate
+            self.last_update = LastUpdate(rollout, estimate)
 
             # 3. Update, on real decisions alone: autoreset steps are gone from here on, or masked inside sequences.
             decisions = rollout.decisions()
@@ -315,6 +325,23 @@ class PPO:
             self._started = False
         return result
 
+    def explain(self, rollout: Rollout | None = None) -> Explanation:
+        """Step by step, what a rollout earned and taught, beside what the policy as it is now makes of it.
+
+        Args:
+            rollout: default: the one that the last update learned from, with the values and advantages it took; another
+                one is estimated by the critic as it is now.
+        Returns:
+            One row a decision: ``.text()``, ``.to_dataframe()``, ``.plot(path)``.
+        Raises:
+            ValueError: nothing was given, and there was no update yet.
+        """
+        if rollout is not None:
+            return explain_rollout(self, rollout, estimate_advantages(self.network, rollout, self.config))
+        if self.last_update is None:
+            raise ValueError("there was no update yet to explain: call learn() first, or give a rollout")
+        return explain_rollout(self, *self.last_update)
+
     def predict(
         self,
         observation: Any,
@@ -383,9 +410,9 @@ class PPO:
         assert value is not None, f"{name} is unresolved"
         return value
 
-    def _experience(self, rollout: Rollout, estimate: tuple[Tensor, Tensor, Tensor]) -> Experience:
+    def _experience(self, rollout: Rollout, estimate: Estimate) -> Experience:
         """What was recorded and estimated, in rows for minibatches. Returns keep the scale that the critic learns."""
-        values, advantages, returns = estimate
+        values, _, advantages, returns = estimate
         whiten = self.config.normalize_advantages
         weights = masked_whiten(advantages, rollout.mask) if whiten else advantages
         return Experience(*map(rollout.rows, (rollout.logprobs, values, weights, returns, rollout.mask)))

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from classic.cli import CompareCommand, EvaluateCommand, TrainCommand, main
+from classic.cli import CompareCommand, EvaluateCommand, ExplainCommand, TrainCommand, main
 
 SMALL = [
     "--num-envs",
@@ -95,7 +95,12 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(argv, words, capsys):
 
 
 def test_every_flag_has_a_sentence(capsys):
-    for command, cls in (("train", TrainCommand), ("evaluate", EvaluateCommand), ("compare", CompareCommand)):
+    for command, cls in (
+        ("train", TrainCommand),
+        ("evaluate", EvaluateCommand),
+        ("compare", CompareCommand),
+        ("explain", ExplainCommand),
+    ):
         with pytest.raises(SystemExit) as caught:
             main([command, "--help"])
         assert caught.value.code == 0
