@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
+from rlhf_ppo.contradictions import refuse_contradictions
 from rlhf_ppo.core.config import PPOConfig
 from rlhf_ppo.runtime.precision import Precision
 
@@ -88,6 +89,8 @@ class RLHFConfig(PPOConfig):
     """For rewards over HTTP: further attempts after a 5xx answer, a time-out or a failed connection."""
     http_batch_size: int = 64
     """For rewards over HTTP: most responses in one request."""
+    http_concurrency: int = 4
+    """For rewards over HTTP: most requests to a server at the same time."""
     share_reward_base: bool = False
     """Read the reward that is a sequence classifier's adapter on the policy's own base, instead of loading that base
     again; the policy must be an adapter too (peft_config)."""
@@ -218,6 +221,7 @@ class RLHFConfig(PPOConfig):
             "max_turns",
             "max_skipped_steps",
             "http_batch_size",
+            "http_concurrency",
         ):
             self._require(name, getattr(self, name) >= 1, "1 or more")
         for name in (
@@ -273,126 +277,10 @@ class RLHFConfig(PPOConfig):
         value_lambda, cap = self.gae_lambda_value, self.importance_weight_cap
         self._require("gae_lambda_value", value_lambda is None or 0 <= value_lambda <= 1, "between 0 and 1, or None")
         self._require("importance_weight_cap", cap is None or cap >= 1, "1 or more, or None")
-        self._require_divisible()
-        self._require_decoding_limits()
-        self._require_turns()
-        self._check_critic()
-        self._require_matching_estimator()
-        self._require_shaping()
-        if self.kl_target is not None and self.kl_coef == 0:
-            raise ValueError(
-                f"kl_target={self.kl_target} adapts kl_coef by a factor, but kl_coef=0 stays 0: set kl_coef above 0"
-            )
-        if self.kl_target is not None and self.kl_horizon < self.rollout_batch_size:
-            raise ValueError(
-                f"kl_horizon={self.kl_horizon} must be at least rollout_batch_size={self.rollout_batch_size}, "
-                "or the controller overshoots"
-            )
-
-    def _require_decoding_limits(self) -> None:
-        if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens={self.min_new_tokens} is above max_new_tokens={self.max_new_tokens}: lower the first "
-                "or raise the second"
-            )
-        if isinstance(self.stop_strings, str) or not all(self.stop_strings):
-            raise ValueError(f"stop_strings must be a tuple of texts that are not empty, got {self.stop_strings!r}")
-        if self.generation in ("static", "continuous"):
-            for name, default in (("max_turns", 1), ("min_new_tokens", 0), ("stop_strings", ())):
-                if (value := getattr(self, name)) != default:
-                    raise ValueError(
-                        f"generation={self.generation!r} cannot do {name}={value!r}: set generation='dynamic' (or "
-                        f"'auto'), or leave {name} at {default!r}"
-                    )
-
-    def _require_turns(self) -> None:
         self._require_known("turn_credit", ("token", "turn"))
         self._require("gamma_turn", 0 <= self.gamma_turn <= 1, "between 0 and 1")
-        if self.max_turns == 1 and self.respond_timeout_s != 600:
-            raise ValueError(
-                f"respond_timeout_s={self.respond_timeout_s} is about respond, which max_turns=1 never asks: raise "
-                "max_turns, or leave respond_timeout_s out"
-            )
-        if self.turn_credit == "turn" and self.max_turns == 1:
-            raise ValueError("turn_credit='turn' tells turns apart, but max_turns=1 allows one: raise max_turns")
-        if self.turn_credit == "turn" and self.gamma != 1:
-            raise ValueError(
-                f"turn_credit='turn' discounts turns, not tokens: set gamma_turn instead of gamma={self.gamma}"
-            )
-        if self.turn_credit == "token" and self.gamma_turn != 1:
-            raise ValueError(f"gamma_turn={self.gamma_turn} has no effect under turn_credit='token': set gamma")
-
-    def _check_critic(self) -> None:
-        if not self.has_critic:
-            changed = {
-                "gae_lambda_value": None,
-                "adaptive_lambda_alpha": None,
-                "critic": "auto",
-                "value_head_from": None,
-                "value_learning_rate": None,
-                "critic_warmup_rollouts": 0,
-            }
-            for name, default in changed.items():
-                if (value := getattr(self, name)) != default:
-                    raise ValueError(f"{name}={value!r} is about a critic, but {self.critic_free} has none")
-        warmup = self.critic_warmup_rollouts
-        if warmup and self.vf_coef == 0:
-            raise ValueError(f"critic_warmup_rollouts={warmup} trains the critic, but vf_coef=0 leaves it no loss")
-        if warmup and warmup >= self.num_rollouts:
-            raise ValueError(
-                f"critic_warmup_rollouts={warmup} leaves none of the {self.num_rollouts} rollouts of total_episodes="
-                f"{self.total_episodes} to train the policy on"
-            )
-
-    def _require_shaping(self) -> None:
         self._require_known("missing_eos_mode", ("subtract", "replace"))
-        if self.missing_eos_mode == "replace" and self.missing_eos_penalty is None:
-            raise ValueError("missing_eos_mode='replace' needs a missing_eos_penalty, but missing_eos_penalty is None")
-        if self.length_penalty_from and not self.length_penalty:
-            raise ValueError(
-                f"length_penalty_from={self.length_penalty_from} changes nothing while length_penalty=0: set both"
-            )
-        if self.length_penalty and self.max_turns == 1 and self.length_penalty_from >= self.max_new_tokens:
-            raise ValueError(
-                f"length_penalty_from={self.length_penalty_from} is never passed with max_new_tokens="
-                f"{self.max_new_tokens}: lower the first or raise the second"
-            )
-
-    def _require_divisible(self) -> None:
-        batch, parts, group = self.rollout_batch_size, self.num_minibatches, self.num_generations
-        both = math.lcm(parts, group)
-        if batch % both == 0:
-            return
-        below, above = batch // both * both, math.ceil(batch / both) * both
-        sizes = " or ".join(str(size) for size in (below, above) if size)
-        if batch % group:
-            problem = f"whole groups of num_generations={group} responses"
-        else:
-            problem = f"num_minibatches={parts} whole minibatches"
-        raise ValueError(
-            f"rollout_batch_size={batch} does not divide into {problem}; "
-            f"the nearest valid rollout_batch_size is {sizes}"
-        )
-
-    def _require_matching_estimator(self) -> None:
-        estimator = f"advantage_estimator={self.advantage_estimator!r}"
-        if self.advantage_estimator in ("rloo", "grpo"):
-            if self.num_generations < 2:
-                raise ValueError(
-                    f"{estimator} compares responses to one prompt, but num_generations={self.num_generations} gives "
-                    "each only one: set num_generations to 2 or more"
-                )
-            if self.gamma != 1:
-                raise ValueError(
-                    f"{estimator} compares whole responses without a discount, but gamma={self.gamma}: set gamma to 1"
-                )
-            if self.turn_credit == "turn":
-                raise ValueError(f"{estimator} compares whole responses, but turn_credit='turn': drop one of them")
-        if self.importance_weight_cap is not None and not self.recompute_logprobs:
-            raise ValueError(
-                f"importance_weight_cap={self.importance_weight_cap} compares log-probs recorded while decoding with "
-                "recomputed ones, but recompute_logprobs=False: set recompute_logprobs"
-            )
+        refuse_contradictions(self)
 
     @property
     def critic_free(self) -> str | None:

@@ -16,7 +16,8 @@ from rich.table import Table
 from rlhf_ppo.collect import Collector
 from rlhf_ppo.comparison import differences, distinct, interval, win_rate
 from rlhf_ppo.config import RLHFConfig
-from rlhf_ppo.data import load_rows, prompt_rows
+from rlhf_ppo.conversation import Respond
+from rlhf_ppo.data import Completion, load_rows, prompt_rows
 from rlhf_ppo.experience import describe
 from rlhf_ppo.models import adapter_base
 from rlhf_ppo.runtime.precision import Precision
@@ -24,8 +25,12 @@ from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory, read_run
 from rlhf_ppo.runtime.timing import Stopwatch
 from rlhf_ppo.setup import set_up
+from rlhf_ppo.user_code import load_function
 
-_SAMPLER = ("max_new_tokens", "temperature", "stop_token_ids", "stop_strings", "min_new_tokens")
+_SAMPLER = (
+    *("max_new_tokens", "temperature", "stop_token_ids", "stop_strings", "min_new_tokens"),
+    *("max_turns", "respond_timeout_s"),
+)
 """Settings of a run that say how it sampled; an evaluation takes them over."""
 
 
@@ -36,7 +41,8 @@ class EvaluateArgs:
     model: str
     """Folder of a run, of a model or of an adapter, or a hub id."""
     reward: tuple[str, ...]
-    """One or more rewards: file.py:function, module:function, or a sequence-classification model's folder or hub id."""
+    """One or more rewards: file.py:function, module:function, a sequence-classification model's folder or hub id, or a
+    reward server's http(s) address (its token comes from the environment: RLHF_PPO_REWARD_TOKEN)."""
     dataset: str
     """Prompts that were not trained on: a hub id, a folder, or a csv, jsonl or parquet file (also .gz)."""
     split: str = "train"
@@ -57,6 +63,10 @@ class EvaluateArgs:
     """Longest response in tokens; None: as in the run (48 if the folder holds no run)."""
     temperature: float | None = None
     """Divides the logits; None: as in the run (1 if the folder holds no run)."""
+    respond: str | None = None
+    """What answers the model's turns: file.py:function or module:function. None: as in the run."""
+    max_turns: int | None = None
+    """Most turns of the model; None: as in the run (1 if the folder holds no run)."""
     batch_size: int = 32
     """Responses made at the same time."""
     seed: int = 0
@@ -69,7 +79,7 @@ class EvaluateArgs:
     """Show no progress."""
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "batch_size"):
+        for name in ("num_prompts", "batch_size", "max_turns"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
@@ -91,9 +101,10 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     rows = prompt_rows(load_rows(args.dataset, args.split), args.prompt_column)
     if args.num_prompts is not None:
         rows = rows.select(range(min(args.num_prompts, len(rows))))
-    run = RunDirectory(args.output_dir)
     config = _sampler_config(args, settings)
-    samples = [_sample(name, reference, args, config, rows, run) for name in (args.model, against)]
+    respond = _respond(args, settings, config.max_turns)
+    run = RunDirectory(args.output_dir)
+    samples = [_sample(name, reference, args, config, rows, run, respond) for name in (args.model, against)]
     measures = [_measures(part) for part in samples]
     verdicts = [[row["verdict"] for row in part] for part in samples]
     report = {
@@ -131,8 +142,11 @@ def _sampler_config(args: EvaluateArgs, settings: dict[str, Any]) -> RLHFConfig:
     fields = {field.name for field in dataclasses.fields(RLHFConfig)}
     chosen: dict[str, Any] = {name: settings[name] for name in _SAMPLER if name in settings and name in fields}
     chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()}
-    given = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
-    chosen.update({name: value for name, value in given.items() if value is not None})
+    for name in ("max_new_tokens", "temperature", "max_turns"):
+        if (value := getattr(args, name)) is not None:
+            chosen[name] = value
+    if chosen.get("max_turns", 1) == 1:
+        chosen.pop("respond_timeout_s", None)
     return RLHFConfig(
         **chosen,
         output_dir=args.output_dir,
@@ -147,8 +161,24 @@ def _sampler_config(args: EvaluateArgs, settings: dict[str, Any]) -> RLHFConfig:
     )
 
 
+def _respond(args: EvaluateArgs, settings: dict[str, Any], max_turns: int) -> Respond | None:
+    name = args.respond or (settings.get("respond") if max_turns > 1 else None)
+    if name is None and max_turns > 1:
+        raise ValueError(
+            f"max_turns={max_turns} needs respond, which answers the model's turns, and {args.model} does not name it "
+            "(it was trained from Python, or is no run): name it with respond, or set max_turns to 1"
+        )
+    return None if name is None else load_function(name, "respond")
+
+
 def _sample(
-    model: str, reference: str, args: EvaluateArgs, config: RLHFConfig, rows: Dataset, run: RunDirectory
+    model: str,
+    reference: str,
+    args: EvaluateArgs,
+    config: RLHFConfig,
+    rows: Dataset,
+    run: RunDirectory,
+    respond: Respond | None,
 ) -> list[dict[str, Any]]:
     """One row per prompt: :func:`rlhf_ppo.experience.describe`'s, each reward's own score, and the judge's verdict."""
     parts = set_up(
@@ -161,6 +191,7 @@ def _sample(
         ref_model=reference,
         value_model=None,
         peft_config=None,
+        respond=respond,
     )
     assert parts.eval_prompts is not None
     collector = Collector(parts, config, run, Stopwatch(parts.device))
@@ -185,16 +216,24 @@ def _measures(part: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
         "KL to the reference, nats per response": [row["kl_nats"] for row in part],
         "length, tokens": [float(row["tokens"]) for row in part],
         "ended by a stop token, share": [float(row["finished"]) for row in part],
+        **({"turns": [float(row["turns"]) for row in part]} if "turns" in part[0] else {}),
     }
 
 
 def _summary(name: str, part: Sequence[dict[str, Any]], measures: dict[str, list[float | None]]) -> dict[str, Any]:
-    texts = [row["completion"] for row in part]
+    texts = [_spoken(row["completion"]) for row in part]
     return {
         "name": name,
         **{measure: interval(values) for measure, values in measures.items()},
         **{f"distinct-{n}": distinct(texts, n) for n in (1, 2, 3)},
     }
+
+
+def _spoken(completion: Completion) -> str:
+    """A completion as text; of a chat's messages the model's own."""
+    if isinstance(completion, str):
+        return completion
+    return "\n".join(message["content"] for message in completion if message["role"] == "assistant")
 
 
 def print_evaluation(report: dict[str, Any], *, console: Console | None = None) -> None:

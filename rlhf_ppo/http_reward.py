@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import math
 import os
+import threading
 import time
 import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, wait
+from functools import partial
 from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,6 +21,7 @@ from urllib.parse import urlsplit
 from rlhf_ppo.data import Completion, Prompt
 from rlhf_ppo.reward_calls import RewardError
 from rlhf_ppo.scoring import StepRewards
+from rlhf_ppo.waiting import start
 
 TOKEN_VARIABLE = "RLHF_PPO_REWARD_TOKEN"
 """Environment variable with the bearer token; a token in the settings would be written down with them."""
@@ -47,6 +52,7 @@ class HTTPReward:
         timeout_s: float = 60.0,
         max_retries: int = 3,
         batch_size: int = 64,
+        concurrency: int = 4,
         backoff_s: float = 0.5,
         max_answer_bytes: int = 16 * 2**20,
     ) -> None:
@@ -58,6 +64,7 @@ class HTTPReward:
             timeout_s: longest time in seconds for one request, from connecting to the answer's last byte.
             max_retries: further attempts after a 5xx answer, a time-out or a failed connection, and after nothing else.
             batch_size: most completions in one request.
+            concurrency: most requests under way at the same time.
             backoff_s: pause before the first retry in seconds; it doubles with each further one, up to 30.
             max_answer_bytes: a longer answer is an error.
         Raises:
@@ -75,7 +82,11 @@ class HTTPReward:
                 f"reward server {parts.hostname!r}: a user name or password in the address would be logged with it; "
                 f"put a token into {TOKEN_VARIABLE}"
             )
-        for name, value, least in (("batch_size", batch_size, 1), ("max_retries", max_retries, 0)):
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("concurrency", concurrency, 1),
+            ("max_retries", max_retries, 0),
+        ):
             if value < least:
                 raise ValueError(f"{name} must be {least} or more, got {value}")
         if timeout_s <= 0:
@@ -86,7 +97,7 @@ class HTTPReward:
                 f"the token for {parts.hostname} (or {TOKEN_VARIABLE}) has characters that no header may have"
             )
         self.url, self.timeout_s, self.max_retries, self.batch_size = url, timeout_s, max_retries, batch_size
-        self.backoff_s, self.max_answer_bytes = backoff_s, max_answer_bytes
+        self.concurrency, self.backoff_s, self.max_answer_bytes = concurrency, backoff_s, max_answer_bytes
         self.__name__ = f"{parts.netloc}{parts.path}".rstrip("/")
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if token:
@@ -102,24 +113,47 @@ class HTTPReward:
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Sequence[Any]
     ) -> list[float | StepRewards | None]:
-        """Ask for scores, ``batch_size`` completions at a time.
+        """Ask for scores, ``batch_size`` completions in a request, ``concurrency`` requests at a time.
 
         Raises:
             RewardError: no answer after all retries, a refusal, or an answer that is not one score for each id.
         """
         columns = {name: values for name, values in columns.items() if name != "completion_ids"}
-        scores: list[float | StepRewards | None] = []
-        for start in range(0, len(completions), self.batch_size):
-            items = [
-                {
-                    "id": str(i),
-                    "prompt": prompts[i],
-                    "completion": completions[i],
-                    "columns": {name: values[i] for name, values in columns.items()},
-                }
-                for i in range(start, min(start + self.batch_size, len(completions)))
-            ]
-            scores += self._in_order([item["id"] for item in items], self._ask(items))
+        items = [
+            {
+                "id": str(i),
+                "prompt": prompt,
+                "completion": completion,
+                "columns": {name: values[i] for name, values in columns.items()},
+            }
+            for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+        ]
+        batches = [items[i : i + self.batch_size] for i in range(0, len(items), self.batch_size)]
+        lanes = min(self.concurrency, len(batches))
+        failed = threading.Event()
+        limit = None if lanes == 1 else math.inf  # one lane runs here, several in threads of their own
+        shares = [start(partial(self._ask_all, batches[lane::lanes], failed), limit) for lane in range(lanes)]
+        done, _ = wait(shares, return_when=FIRST_EXCEPTION)
+        for share in done:
+            share.result()  # raises what went wrong; the other lanes end with the request that they are at
+        scores: list[list[float | StepRewards | None]] = [[]] * len(batches)
+        for lane, share in enumerate(shares):
+            scores[lane::lanes] = share.result()
+        return [score for batch in scores for score in batch]
+
+    def _ask_all(
+        self, batches: Sequence[list[dict[str, Any]]], failed: threading.Event
+    ) -> list[list[float | StepRewards | None]]:
+        """One batch after another, until one fails here or beside."""
+        scores: list[list[float | StepRewards | None]] = []
+        for items in batches:
+            if failed.is_set():
+                break
+            try:
+                scores.append(self._in_order([item["id"] for item in items], self._ask(items)))
+            except BaseException:
+                failed.set()
+                raise
         return scores
 
     def _ask(self, items: list[dict[str, Any]]) -> Any:

@@ -33,6 +33,7 @@ def load_reward(
     http_timeout_s: float = 60.0,
     http_retries: int = 3,
     http_batch_size: int = 64,
+    http_concurrency: int = 4,
 ) -> RewardFunction:
     """A reward function from a callable, a model, an address or a name.
 
@@ -40,7 +41,8 @@ def load_reward(
         source: function, model, ``file.py:function``, ``module:function``, ``http(s)://...``, folder or hub id.
         device: where reward models are loaded.
         chat_template, max_length: for reward models, see :class:`rlhf_ppo.RewardModel`.
-        http_timeout_s, http_retries, http_batch_size: for addresses, see :class:`rlhf_ppo.http_reward.HTTPReward`.
+        http_timeout_s, http_retries, http_batch_size, http_concurrency: for addresses, see
+            :class:`rlhf_ppo.http_reward.HTTPReward`.
     Raises:
         ValueError: the file, module or function is not there, the model does not fit (see
             :class:`rlhf_ppo.RewardModel`), or the address is none.
@@ -48,7 +50,13 @@ def load_reward(
     if callable(source) and not isinstance(source, PreTrainedModel):
         return source
     if isinstance(source, str) and source.startswith(("http://", "https://")):
-        return HTTPReward(source, timeout_s=http_timeout_s, max_retries=http_retries, batch_size=http_batch_size)
+        return HTTPReward(
+            source,
+            timeout_s=http_timeout_s,
+            max_retries=http_retries,
+            batch_size=http_batch_size,
+            concurrency=http_concurrency,
+        )
     if isinstance(source, str) and source.endswith(".py"):
         raise ValueError(f"reward {source!r} names a file but no function: write {source}:function")
     if isinstance(source, PreTrainedModel) or (isinstance(source, str) and ":" not in source):

@@ -8,7 +8,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
@@ -28,8 +28,9 @@ Decode = Callable[[list[int]], str]
 class StepRewards:
     """A process reward: scores for the steps of one completion, each placed on the token that completes the step."""
 
-    steps: Sequence[tuple[int, float]]
-    """(end of the step as a character offset in the completion, exclusive; its score)."""
+    steps: Sequence[tuple[int, float] | tuple[int, int, float]]
+    """(end of the step as a character offset in the completion, exclusive; its score). After several turns
+    (number of the turn, from 0; end in what the policy said in it; score)."""
 
 
 @dataclass(frozen=True)
@@ -231,9 +232,8 @@ def _settle(
 ) -> Score:
     """Steps laid onto tokens, and everything finite or None."""
     if isinstance(item, StepRewards):
-        assert responses.completion_ids is not None  # coerce_scores lets no steps through without
         try:
-            item = step_rewards_per_token(item, responses.completion_ids[i], responses.completions[i], decode)
+            item = _steps_on_tokens(item, i, responses, decode)
         except ValueError as error:
             raise RewardError(f"reward function {name!r}, completion {responses.completions[i]!r}: {error}") from None
     if item is None or all(map(math.isfinite, item if isinstance(item, list) else [item])):
@@ -245,6 +245,33 @@ def _settle(
             "return None for what cannot be scored, or set drop_nonfinite_scores"
         )
     return None
+
+
+def _steps_on_tokens(rewards: StepRewards, i: int, responses: Responses, decode: Decode | None) -> list[float]:
+    """:func:`step_rewards_per_token` of response ``i``, turn by turn where there are several."""
+    assert responses.completion_ids is not None  # coerce_scores lets no steps through without
+    ids = responses.completion_ids[i]
+    if responses.completion_turns is None or responses.conversations is None:
+        return step_rewards_per_token(rewards, ids, responses.completions[i], decode)
+    turns, prompt = responses.completion_turns[i], responses.prompts[i]
+    after = responses.conversations[i][1 if isinstance(prompt, str) else len(prompt) :]
+    said = [message["content"] for message in after if message["role"] == "assistant"]
+    by_turn: list[list[tuple[int, float]]] = [[] for _ in said]
+    for step in rewards.steps:
+        try:
+            turn, end, value = step
+        except (TypeError, ValueError):
+            raise ValueError(f"after several turns a step must be (turn, end, score), got {step!r}") from None
+        if not isinstance(turn, numbers.Integral) or not 0 <= turn < len(said):
+            raise ValueError(f"a step names turn {turn!r}, but the turns are 0..{len(said) - 1}")
+        by_turn[turn].append((end, value))
+    return [
+        value
+        for turn, (text, steps) in enumerate(zip(said, by_turn, strict=True))
+        for value in step_rewards_per_token(
+            StepRewards(steps), [t for t, k in zip(ids, turns, strict=True) if k == turn], text, decode
+        )
+    ]
 
 
 def step_rewards_per_token(
@@ -265,12 +292,11 @@ def step_rewards_per_token(
     Raises:
         ValueError: a step ends outside the completion, or the completion is not the text of its ids.
     """
-    if not isinstance(completion, str):
-        raise ValueError("the steps of a conversation have no place in one text; return one number per token instead")
+    assert isinstance(completion, str)  # only after several turns it is not
     placed = [0.0] * len(ids)
     for step in rewards.steps:
         try:
-            end, value = step
+            end, value = cast(tuple[int, float], step)
         except (TypeError, ValueError):
             raise ValueError(f"a step must be a pair (end, score), got {step!r}") from None
         if not isinstance(end, numbers.Integral) or not 1 <= end <= len(completion):

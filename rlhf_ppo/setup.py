@@ -20,6 +20,7 @@ from rlhf_ppo.critics import build_actor_critic, choose_critic
 from rlhf_ppo.data import PromptSet
 from rlhf_ppo.engines import Sampler, choose_engine
 from rlhf_ppo.heads import read_head
+from rlhf_ppo.http_reward import HTTPReward
 from rlhf_ppo.models import (
     load_config,
     load_policy,
@@ -89,6 +90,10 @@ def set_up(
     """Check and load the parts of a run; arguments and errors are those of :class:`rlhf_ppo.PPOTrainer`."""
     require_one_process()
     _check_respond(respond, args)
+    if args.eval_every and eval_dataset is None:
+        raise ValueError(
+            f"eval_every={args.eval_every} has nothing to evaluate on: pass an eval_dataset, or set it to 0"
+        )
     device = resolve_device(args.device)
     bf16 = compute_in_bf16(args.precision, device)
     model, ref_model, value_model = map(resolve_model, (model, ref_model, value_model))
@@ -285,7 +290,7 @@ def _rewards(
     if len(weights) != len(sources):
         raise ValueError(f"reward_weights has {len(weights)} weights for {len(sources)} reward functions")
     rewards: dict[str, tuple[RewardFunction, float]] = {}
-    loaded_here = False
+    loaded_here = served = False
     for source, weight in zip(sources, weights, strict=True):
         function = load_reward(
             source,
@@ -295,18 +300,28 @@ def _rewards(
             http_timeout_s=args.http_timeout_s,
             http_retries=args.http_retries,
             http_batch_size=args.http_batch_size,
+            http_concurrency=args.http_concurrency,
         )
         loaded_here |= isinstance(function, AdapterReward)
         loaded_here |= isinstance(function, RewardModel) and function is not source
+        served |= isinstance(function, HTTPReward) and function is not source
         name = reward_name(function)
         if name in rewards:
             name = f"{name}_{len(rewards) + 1}"
         rewards[name] = (function, weight)
-    for setting in ("reward_chat_template", "reward_max_length"):
-        value = getattr(args, setting)
-        if value is not None and not loaded_here:
-            raise ValueError(
-                f"{setting}={value!r} is for reward models loaded by name, but none of the rewards {list(rewards)} is "
-                "one: leave it out, or give it to RewardModel(...)"
-            )
+    by_name = {
+        "reward models loaded by name": (("reward_chat_template", "reward_max_length"), loaded_here),
+        "reward servers given by address": (
+            ("http_timeout_s", "http_retries", "http_batch_size", "http_concurrency"),
+            served,
+        ),
+    }
+    for what, (settings, there) in by_name.items():
+        for setting in settings:
+            value = getattr(args, setting)
+            if value != type(args).__dataclass_fields__[setting].default and not there:
+                raise ValueError(
+                    f"{setting}={value!r} is for {what}, but none of the rewards {list(rewards)} is one: leave it out, "
+                    "or give it to RewardModel(...) or HTTPReward(...)"
+                )
     return rewards

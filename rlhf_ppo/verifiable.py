@@ -11,6 +11,13 @@ from typing import Any
 from rlhf_ppo.data import Completion, Prompt
 
 _MARK = "####"
+_BOX = "\\boxed{"
+
+# LaTeX fractions, mixed numbers among them: 3\frac{1}{2} is 7/2.
+_FRACTION = re.compile(
+    r"(?:(?<![0-9.,])(?P<whole>[0-9]{1,100})[ ]?)?\\[dt]?frac[ ]?"
+    r"(?:\{[ ]?(?P<top>-?[0-9]{1,100})[ ]?\}[ ]?\{[ ]?(?P<bottom>[0-9]{1,100})[ ]?\}|(?P<top1>[0-9])(?P<bottom1>[0-9]))"
+)
 
 # A sign counts where no number or word ends right before it: "10-7" ends in 7, "= -7" in -7. Digits inside a word (x2)
 # are no number. Every repetition is followed by something it cannot match itself, so the time is linear in the text.
@@ -30,16 +37,26 @@ _MAX_EXPONENT = 100
 
 
 def find_number(text: str) -> Fraction | None:
-    """The answer that a text gives: the first number after its last ``####``, else its last number, or None.
+    r"""The answer that a text gives: the first number after its last ``####``, else in its last ``\boxed{``, else its
+    last number, or None.
 
     Commas between thousands, a currency sign before and a percent sign after a number are read over (50% is 50);
-    decimals, fractions (3/4) and powers of ten (2.5e3) count with their exact value. Numbers of more than 100 digits or
-    powers beyond 100 are no answer, so that no text can make the comparison slow.
+    decimals, fractions (3/4, \frac{3}{4}) and powers of ten (2.5e3) count with their exact value. Numbers of more than
+    100 digits or powers beyond 100 are no answer, so that no text can make the comparison slow.
     """
+    text = _FRACTION.sub(_plain_fraction, text).replace("\\$", "$").replace("{,}", ",")
     _, mark, tail = text.rpartition(_MARK)
+    if not mark:
+        _, mark, tail = text.rpartition(_BOX)
     numbers = _NUMBER.finditer(tail)
     found = next(numbers, None) if mark else next(iter(deque(numbers, maxlen=1)), None)
     return None if found is None else _value(found)
+
+
+def _plain_fraction(found: re.Match[str]) -> str:
+    r"""``\frac{1}{2}`` as 1/2, and ``3\frac{1}{2}`` as 7/2."""
+    top, bottom = found["top"] or found["top1"], found["bottom"] or found["bottom1"]
+    return f"{int(top) + int(found['whole'] or 0) * int(bottom)}/{bottom}"
 
 
 def _value(found: re.Match[str]) -> Fraction | None:

@@ -92,6 +92,27 @@ def test_total_episodes_round_up_to_whole_rollouts():
             {"advantage_estimator": "rloo", "num_generations": 4, "max_turns": 2, "turn_credit": "turn"},
             ("advantage_estimator='rloo'", "turn_credit='turn'"),
         ),
+        *(
+            ({"advantage_estimator": "rloo", "num_generations": 4, name: value}, (f"{name}={value}", "'rloo'"))
+            for name, value in (("vf_coef", 0.5), ("clip_range_vf", None), ("gae_lambda", 1.0))
+        ),
+        ({"vf_coef": 0.0, "clip_range_vf": 0.1}, ("clip_range_vf=0.1", "vf_coef=0")),
+        ({"vf_coef": 0.0, "value_learning_rate": 0.1}, ("value_learning_rate=0.1", "vf_coef=0")),
+        (
+            {"adaptive_lambda_alpha": 0.05, "gae_lambda_value": 1.0, "gae_lambda": 0.9},
+            ("gae_lambda=0.9", "adaptive_lambda_alpha=0.05", "gae_lambda_value=1.0"),
+        ),
+        ({"objective": "penalty", "clip_range": 0.1}, ("clip_range=0.1", "objective='penalty'")),
+        ({"objective": "a2c", "clip_range_high": 0.3}, ("clip_range_high=0.3", "objective='a2c'")),
+        (
+            {"objective": "cispo", "clip_range_high": 3.0, "clip_range": 0.1},
+            ("clip_range=0.1", "objective='cispo'", "clip_range_high=3.0"),
+        ),
+        ({"dual_clip": 4.0}, ("dual_clip=4.0", "objective='clip'")),
+        ({"penalty_beta": 2.0}, ("penalty_beta=2.0", "objective='clip'")),
+        ({"kl_horizon": 100.0}, ("kl_horizon=100.0", "kl_target=None")),
+        ({"kl_coef": 0.0, "kl_estimator": "k3"}, ("kl_estimator='k3'", "kl_coef=0")),
+        ({"respond_timeout_s": 5.0}, ("respond_timeout_s=5.0", "max_turns=1")),
         ({"importance_weight_cap": 2.0}, ("importance_weight_cap=2.0", "recompute_logprobs=False")),
         ({"objective": "penalty", "ratio_level": "sequence"}, ("ratio_level='sequence'", "objective='penalty'")),
         ({"kl_loss": "exact"}, ("kl_loss='exact'", "kl_loss_coef=0")),

@@ -16,6 +16,7 @@ from rlhf_ppo.conversation import RespondError, reply_ids
 from rlhf_ppo.core import compute_gae
 from rlhf_ppo.estimators import next_decisions
 from rlhf_ppo.experience import estimate
+from rlhf_ppo.rewards import RewardError, StepRewards
 
 CHAT = (
     "{% for m in messages %}{{ '<' + m['role'][0] + '>' + m['content'] + '.' }}{% endfor %}"
@@ -272,6 +273,35 @@ def test_gae_equals_gae_on_the_sequence_without_replies(talk, wake_critic, promp
         )
         torch.testing.assert_close(old.advantages[row][keep], expected[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(old.returns[row][keep], returns[0], atol=1e-5, rtol=1e-5)
+
+
+def test_steps_of_a_conversation_land_on_the_tokens_that_complete_them(talk, prompts):
+    """(turn, end, score): the first character and the very last; a character is a token, end-of-text is none."""
+
+    def reward(prompts, completions, *, conversations, **columns):
+        said = [[m["content"] for m in messages if m["role"] == "assistant"] for messages in conversations]
+        return [StepRewards([(0, 1, 0.25), (len(turns) - 1, len(turns[-1]), 2.0)]) for turns in said]
+
+    rollout = talk(respond=echo, reward_funcs=reward, stop_token_ids=(), max_turns=3).rollout(prompts)
+    characters = rollout.mask & (rollout.response_ids != 0)
+    for row, turns, places in zip(rollout.token_scores, rollout.turns, characters, strict=True):
+        expected = torch.zeros_like(row)
+        expected[places.nonzero()[0]] = 0.25
+        expected[places.nonzero()[-1]] = 2.0
+        assert row.tolist() == expected.tolist() and turns[places][-1] == 2
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [((1, 0.5), r"\(turn, end, score\), got \(1, 0\.5\)"), ((3, 1, 1.0), "turn 3, but the turns are 0..2"),
+     ((0, 99, 1.0), "character 99, outside")],
+)  # fmt: skip
+def test_steps_that_are_nowhere_in_a_conversation_are_named(talk, prompts, step, message):
+    def reward(prompts, completions, **columns):
+        return [StepRewards([step]) for _ in completions]
+
+    with pytest.raises(RewardError, match=message):
+        talk(respond=echo, reward_funcs=reward, stop_token_ids=(), max_turns=3).rollout(prompts)
 
 
 # The hook

@@ -57,10 +57,8 @@ def test_groups_compare_the_summed_rewards_of_their_responses():
 
 def test_reinforce_is_the_discounted_return():
     rewards, mask = torch.tensor([[1.0, 0.0, 2.0]]), torch.ones(1, 3, dtype=torch.bool)
-    advantages, returns = estimate_advantages(
-        rewards, None, mask, config(advantage_estimator="reinforce", gamma=0.5, gae_lambda=0.3)
-    )
-    # 2; 0 + .5 * 2; 1 + .5 * 1. Lambda has no part in it.
+    advantages, returns = estimate_advantages(rewards, None, mask, config(advantage_estimator="reinforce", gamma=0.5))
+    # 2; 0 + .5 * 2; 1 + .5 * 1. Lambda (.95) has no part in it.
     assert advantages.tolist() == [[1.5, 1.0, 2.0]] and returns is None
 
 
@@ -88,7 +86,9 @@ def test_lambda_grows_with_the_response():
         torch.testing.assert_close(advantages[[row]], estimate_advantages(*alone, config(gae_lambda=lam))[0])
     # The critic keeps gae_lambda.
     torch.testing.assert_close(returns, estimate_advantages(rewards, values, mask, config(gae_lambda=0.6))[1])
-    own = estimate_advantages(rewards, values, mask, dataclasses.replace(settings, gae_lambda_value=1.0))
+    own = estimate_advantages(
+        rewards, values, mask, dataclasses.replace(settings, gae_lambda=0.95, gae_lambda_value=1.0)
+    )
     torch.testing.assert_close(own[1], estimate_advantages(rewards, values, mask, config(gae_lambda=1.0))[1])
 
 

@@ -165,3 +165,43 @@ def test_a_reward_that_fails_ends_with_exit_code_1(folder, capsys):
     flags = "evaluate --model first --ref-model first --reward reward.py:vowels --dataset prompts.jsonl --device cpu"
     assert main(flags.split()) == 1
     assert "vowels" in capsys.readouterr().err
+
+
+GAME = """
+def reply(messages):
+    return None if len(messages) > 4 else " and"
+
+def turns(prompts, completions, conversations, **columns):
+    return [sum(m["role"] == "assistant" for m in messages) for messages in conversations]
+"""
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_model_trained_with_turns_is_evaluated_with_them(folder, quick, tokenizer, chat):
+    """The run says how many turns and who answers; its reply ends each conversation after the third of five turns."""
+    (folder / "game.py").write_text(GAME)
+    run = {"model": "first", "max_turns": 5, "respond": "game.py:reply", "respond_timeout_s": 9.0}
+    (folder / "second" / "run.json").write_text(json.dumps(run))
+    if chat:
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ m['role'][0] + m['content'] }}{% endfor %}"
+            "{% if add_generation_prompt %}a{% endif %}"
+        )
+        for name in ("first", "second"):
+            tokenizer.save_pretrained(folder / name)
+        rows = [{"prompt": [{"role": "user", "content": f"the {word}"}]} for word in "abcdef"]
+        (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = evaluate(quick(model="second", reward=("game.py:turns",), max_new_tokens=3))
+    assert report["model"]["turns"]["mean"] == report["model"]["reward: turns"]["mean"] == 3
+    assert 0 < report["model"]["distinct-1"] <= 1
+    once = evaluate(quick(model="second", max_turns=1))
+    assert "turns" not in once["model"]
+
+
+def test_turns_without_anyone_to_answer_are_refused(folder, quick):
+    (folder / "second" / "run.json").write_text(json.dumps({"model": "first", "max_turns": 3}))
+    with pytest.raises(ValueError, match=r"max_turns=3 needs respond.*second does not name it"):
+        evaluate(quick(model="second"))
+    with pytest.raises(ValueError, match=r"respond is given, but max_turns=1"):
+        (folder / "game.py").write_text(GAME)
+        evaluate(quick(model="second", max_turns=1, respond="game.py:reply"))

@@ -332,6 +332,35 @@ def test_fault_15_a_failed_server_ends_a_run_with_model_and_checkpoint_and_the_r
 # What the client takes and gives
 
 
+def test_requests_run_side_by_side_up_to_the_limit_and_keep_their_order():
+    """Seven requests of one completion; each waits until three are there, which four at a time would never need."""
+    lock, here, most = threading.Lock(), 0, 0
+    three = threading.Barrier(3)
+
+    def answers(n, items):
+        nonlocal here, most
+        with lock:
+            here += 1
+            most = max(most, here)
+        if int(items[0]["id"]) < 6:
+            three.wait(timeout=10)
+        with lock:
+            here -= 1
+        return scores(lengths(items))
+
+    with answering(answers) as (url, seen):
+        completions = tuple("x" * n for n in range(1, 8))
+        assert asks(url, completions, batch_size=1, concurrency=3) == [1, 2, 3, 4, 5, 6, 7]
+        assert len(seen) == 7 and most == 3
+
+
+def test_a_request_that_fails_ends_all_lanes():
+    with answering(lambda n, items: (400, b"no", {})) as (url, seen):
+        with pytest.raises(RewardError, match="HTTP 400"):
+            asks(url, ("x",) * 50, batch_size=1, concurrency=2)
+        assert len(seen) <= 4
+
+
 def test_steps_come_over_http(make_trainer):
     with answering(lambda n, items: scores([{"id": i["id"], "score": {"steps": [[1, 0.5]]}} for i in items])) as (
         url,

@@ -35,7 +35,7 @@ def test_reinforce_has_no_critic(make_trainer, prompts):
 
 def test_reinforce_ignores_lambda(make_trainer, prompts):
     """Its advantage is the return: without KL cost and discount every token of a response gets the score."""
-    trainer = make_trainer(objective="reinforce", gae_lambda=0.3, kl_coef=0.0, normalize_advantages=False)
+    trainer = make_trainer(objective="reinforce", kl_coef=0.0, normalize_advantages=False)
     rollout = trainer.rollout(prompts)
     old, _ = estimate(rollout, trainer.args, kl_coef=trainer.kl_coef)
     for row, keep in enumerate(rollout.mask):
@@ -74,9 +74,9 @@ def test_dual_clip_bounds_what_clip_does_not(make_trainer, prompts):
     import dataclasses
 
     losses = {}
-    for objective in ("clip", "dual_clip"):
+    for objective, bound in (("clip", {}), ("dual_clip", {"dual_clip": 1.5})):
         trainer = make_trainer(
-            objective=objective, dual_clip=1.5, learning_rate=0.0, max_initial_log_ratio=99.0, num_minibatches=1
+            objective=objective, learning_rate=0.0, max_initial_log_ratio=99.0, num_minibatches=1, **bound
         )
         rollout = trainer.rollout(prompts)
         old_logprobs = rollout.mask * (rollout.logprobs - 3.0)  # ratio e^3 everywhere

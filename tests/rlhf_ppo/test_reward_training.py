@@ -136,9 +136,12 @@ def test_reward_model_scores_as_the_trained_model_did(quick, write, base, tokeni
     )
     chosen = reward([""] * len(held_out), [pair.chosen for pair in held_out])
     assert sum(chosen) / len(chosen) == pytest.approx(metrics["chosen_score"], abs=1e-5)
-    # The same text alone, without any padding:
-    alone = reward.model(input_ids=torch.tensor([tokenizer(held_out[0].chosen)["input_ids"]])).logits.item()
-    assert chosen[0] == pytest.approx(alone, abs=1e-5)
+    # The score head at the very last token, end-of-text, of the text alone: no pooling and no pad id has a say in it.
+    ids = torch.tensor([tokenizer(held_out[0].chosen)["input_ids"]])
+    assert ids[0, -1] == tokenizer.eos_token_id and ids[0, -2] != tokenizer.eos_token_id
+    by_token = reward.model.score(reward.model.base_model(input_ids=ids).last_hidden_state)[0, :, 0]
+    assert chosen[0] == pytest.approx(by_token[-1].item(), abs=1e-5)
+    assert abs(by_token[-1] - by_token[-2]) > 1e-3
 
 
 def test_it_learns_what_the_pairs_have_in_common_and_says_so(quick, write, tmp_path):
