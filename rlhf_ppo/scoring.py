@@ -259,7 +259,7 @@ def _steps_on_tokens(rewards: StepRewards, i: int, responses: Responses, decode:
     by_turn: list[list[tuple[int, float]]] = [[] for _ in said]
     for step in rewards.steps:
         try:
-            turn, end, value = step
+            turn, end, value = cast(tuple[int, int, float], step)
         except (TypeError, ValueError):
             raise ValueError(f"after several turns a step must be (turn, end, score), got {step!r}") from None
         if not isinstance(turn, numbers.Integral) or not 0 <= turn < len(said):
