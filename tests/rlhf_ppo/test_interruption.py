@@ -18,7 +18,7 @@ from rlhf_ppo.reward_calls import RewardError
 from rlhf_ppo.runtime.signals import Interrupted
 from rlhf_ppo.trainer import PPOTrainer
 
-SETTINGS = {"total_episodes": 32, "eval_every": 2, "normalize_scores": True, "kl_target": 1.0}
+SETTINGS = {"total_episodes": 32, "normalize_scores": True, "kl_target": 1.0}
 EVALUATION = [{"prompt": "to be"}, {"prompt": "or not"}]
 
 
@@ -82,15 +82,15 @@ def while_updating(trainer: PPOTrainer) -> None:
     ids=["decoding", "evaluating", "updating"],
 )
 def test_fault_22_a_run_stopped_anywhere_goes_on_bit_for_bit(make_trainer, plant, iteration):
-    whole = make_trainer(**SETTINGS, eval_dataset=EVALUATION)
+    whole = make_trainer(**SETTINGS, eval_every=2, eval_dataset=EVALUATION)
     whole.train()
-    cut = make_trainer(**SETTINGS, eval_dataset=EVALUATION)
+    cut = make_trainer(**SETTINGS, eval_every=2, eval_dataset=EVALUATION)
     plant(cut)
     with pytest.raises(Interrupted, match=f"stopped by SIGTERM; saved in .*checkpoint-{iteration}$") as stop:
         cut.train()
     assert stop.value.exit_code == 143 and cut.iteration == iteration
     assert (cut.run.path / "model.safetensors").is_file()
-    resumed = make_trainer(**SETTINGS, eval_dataset=EVALUATION, output_dir=str(cut.run.path))
+    resumed = make_trainer(**SETTINGS, eval_every=2, eval_dataset=EVALUATION, output_dir=str(cut.run.path))
     resumed.train(resume_from_checkpoint=stop.value.saved)
     assert_same(resumed, whole)
 
