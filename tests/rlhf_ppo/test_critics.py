@@ -221,7 +221,7 @@ def test_critics_that_contradict_the_models(make_trainer, make_model, settings, 
 )
 def test_settings_of_a_critic_without_one(setting):
     (name,) = setting
-    with pytest.raises(ValueError, match=f"{name}=.* has no effect: it is about a critic, and objective='reinforce' has none"):
+    with pytest.raises(ValueError, match=f"{name}=.* is about a critic, and objective='reinforce' has none"):
         RLHFConfig(output_dir="x", objective="reinforce", **setting)
 
 

@@ -128,3 +128,53 @@ def test_its_reward_without_its_turns_is_an_error(make_trainer, prompts):
     games = Environments(lambda prompt: GuessTheLetter(prompt))
     with pytest.raises(RewardError, match="pass them as respond, too"):
         make_trainer(respond=lambda messages: None, reward_funcs=games.reward, max_turns=2).rollout(prompts)
+
+
+def test_a_server_of_openenv_core_itself():
+    """Two games over its own client and server: "e" wins at the second turn of one, never in the other."""
+    core = pytest.importorskip("openenv.core", reason="openenv-core is not installed")
+    server_side = pytest.importorskip("openenv.core.env_server")
+    import threading
+    import time
+
+    import uvicorn
+
+    class Say(server_side.Action):
+        message: str
+
+    class Heard(server_side.Observation):
+        text: str
+
+    class Letter(server_side.Environment):
+        SUPPORTS_CONCURRENT_SESSIONS = True
+
+        def reset(self, seed=None, episode_id=None, **settings):
+            return Heard(text="guess", done=False, reward=None)
+
+        def step(self, action, timeout_s=None, **settings):
+            right = "e" in action.message
+            return Heard(text=f" no {action.message}", reward=2.0 if right else None, done=right)
+
+        @property
+        def state(self):
+            return server_side.State(episode_id="x", step_count=0)
+
+    app = server_side.create_fastapi_app(Letter, Say, Heard, max_concurrent_envs=2)
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+    threading.Thread(target=server.run, daemon=True).start()
+    while not server.started:
+        time.sleep(0.05)
+    address = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    games = Environments(
+        lambda prompt: core.GenericEnvClient(base_url=address).sync(),
+        action=lambda text: core.GenericAction(message=text),
+        text=lambda observation: observation["text"],
+    )
+    first, second = ([{"role": "user", "content": "play"}] for _ in range(2))
+    for messages, said, reply in ((first, "abc", " no abc"), (second, "xyz", " no xyz"), (first, "he", None)):
+        messages.append({"role": "assistant", "content": said})
+        assert games(messages) == reply
+        messages.append({"role": "user", "content": str(reply)})
+    scores = games.reward(["", ""], ["", ""], conversations=[first, second], completion_turns=[[0, 0, 1], [0, 0]])
+    assert scores == [[0.0, 0.0, 2.0], [0.0, 0.0]]
+    server.should_exit = True
