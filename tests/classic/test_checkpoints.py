@@ -20,6 +20,8 @@ from rlhf_ppo.runtime.signals import Interrupted
 RUNS = {
     "own vector version": ("CartPole-v1", {}),
     "copies, next step": ("tests/Match-v0", {"autoreset_mode": "next_step"}),
+    # An episode is five steps and a reset, so the first checkpoint, after 11 steps, is followed by the second reset.
+    "a reset to come": ("tests/Match-v0", {"autoreset_mode": "next_step", "num_steps": 11, "save_every": 1}),
     "copies, same step": ("tests/Match-v0", {"autoreset_mode": "same_step"}),
     "numbers": ("Pendulum-v1", {"normalize_rewards": True, "normalize_observations": True}),
     "memory": ("tests/Recall-v0", {"recurrent": "lstm", "recurrent_size": 5}),
@@ -55,7 +57,9 @@ def files(folder):
     return (folder / "metrics.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize(("name", "killed_after"), [*((name, 3) for name in RUNS), ("copies, next step", 4)])
+@pytest.mark.parametrize(
+    ("name", "killed_after"), [*((name, 3) for name in RUNS), ("copies, next step", 4), ("a reset to come", 1)]
+)
 def test_a_killed_run_goes_on_bit_for_bit(name, killed_after, small, tmp_path):
     """Checkpoints at 2 and 4: killed after 3, one update is made again; after 4, only its evaluation is."""
     env_id, extra = RUNS[name]
