@@ -12,7 +12,7 @@ MUTATION := build/mutation
 MUTATION_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HYPOTHESIS_PROFILE=mutation
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo train-cartpole test test-all check lint types docs trl-fields mutation clean
+.PHONY: help env demo train-cartpole test test-all check lint types docs trl-fields audit mutation clean
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -54,6 +54,11 @@ docs: env ## Make docs/metrics.md and the tables of docs/migrating-from-trl.md a
 trl-fields: ## Read the field list of TRL 1.12's PPO arguments again, with an interpreter that has trl: make trl-fields PEER=...
 	$(PEER) tests/rlhf_ppo/dump_trl_fields.py > build/trl-fields.json
 	mv build/trl-fields.json rlhf_ppo/assets/trl-1.12-ppo-fields.json
+
+audit: ## Known holes in the pinned versions, asked of PyPI's vulnerability service
+	test -d build/audit || $(PYTHON) -m venv build/audit
+	build/audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	build/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 mutation: ## Mutation testing of rlhf_ppo/core in a copy, about half an hour on one CPU core
 	rm -rf $(MUTATION)/tree && mkdir -p $(MUTATION)/tree/rlhf_ppo $(MUTATION)/tree/tests

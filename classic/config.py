@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -15,6 +14,8 @@ from classic.preset_files import preset as preset_of
 from classic.spaces import ActionLayout
 from rlhf_ppo.core import PPOConfig
 from rlhf_ppo.core.config import Objective
+from rlhf_ppo.core.typed import require_types
+from rlhf_ppo.runtime.trackers import check_trackers
 
 # What an environment without a preset of its own gets: common values for low-dimensional control tasks. Neither these
 # nor presets set a field whose None already means "off", so that "off" can always be asked for.
@@ -155,19 +156,23 @@ class PPOArgs:
     """Rollouts between checkpoints (checkpoint-<n> in output_dir), from which a run can be resumed; 0: none."""
     save_total_limit: int | None = None
     """Checkpoints to keep, the newest ones; None: all."""
+    report_to: tuple[str, ...] = ()
+    """Where metrics.jsonl's lines are sent as well: tensorboard (into output_dir/tensorboard), wandb, trackio."""
     quiet: bool = False
     """Show no progress."""
 
     def __post_init__(self) -> None:
-        for name in ("hidden_sizes", "wrappers"):  # lists come from JSON, tuples compare and hash
+        require_types(self)
+        for name in ("hidden_sizes", "wrappers", "report_to"):  # lists come from JSON, tuples compare and hash
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_trackers(self.report_to)
         for name in ("total_timesteps", "num_envs", "num_steps", "num_threads", "recurrent_size"):
             self._require(name, lambda value: value >= 1, "1 or more")
-        self._require("seed", lambda value: value >= 0, "0 or more")
+        self._require("seed", lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
         self._require("save_every", lambda value: value >= 0, "0 or more")
         self._require("save_total_limit", lambda value: value >= 1, "1 or more")
-        self._require("learning_rate", lambda value: value >= 0 and math.isfinite(value), "finite and 0 or more")
+        self._require("learning_rate", lambda value: value >= 0, "0 or more")
         self._require("hidden_sizes", lambda value: bool(value) and min(value) >= 1, "positive widths")
         for name in ("lr_schedule", "clip_range_schedule", "ent_coef_schedule"):
             self._require(name, lambda value: value in ("linear", "constant"), "linear or constant")
@@ -253,6 +258,8 @@ class PPOArgs:
                 f"num_minibatches={filled['num_minibatches']} is more than the rollout's {filled['num_envs']} x "
                 f"{filled['num_steps']} steps (num_envs x num_steps)"
             )
+        if self.report_to and self.output_dir is None:
+            raise ValueError(f"report_to={self.report_to!r} sends metrics.jsonl's lines on, but output_dir is None")
         args = PPOArgs(**filled)
         args.ppo_config()
         return args

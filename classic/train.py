@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,6 +53,7 @@ from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.seeding import torch_threads
 from rlhf_ppo.runtime.signals import asked_to_stop, stop_if_asked, stop_on_signals
+from rlhf_ppo.runtime.trackers import reporting, require_installed
 
 EVALUATION_SEED_OFFSET = 1_000_000
 MAX_SKIPPED_IN_A_ROW = 10
@@ -89,6 +90,7 @@ class PPO:
         require_one_process()
         self.env, self.env_id = env, env_name(env)
         self.args = (args or PPOArgs()).resolve(self.env_id, single=isinstance(env, gymnasium.Env))
+        require_installed(self.args.report_to)
         self.config: PPOConfig = self.args.ppo_config()
         self.envs = self._make_envs(self._setting("num_envs"))
         try:
@@ -167,7 +169,7 @@ class PPO:
             resumed = resume_from_checkpoint is not None and self.counters["iteration"] > 0
             # What follows an update is not in its checkpoint, so it is made again.
             if not (resumed and run_callbacks(callbacks, self, self.last_metrics)):
-                with display:
+                with display, self._trackers():
                     self._train(progress, display, callbacks)
         if self._run is not None:
             draw_curve(self._run, self.env_id)
@@ -404,6 +406,12 @@ class PPO:
             action_masks=args.action_masks,
             squash=self._setting("squash"),
         )
+
+    def _trackers(self) -> AbstractContextManager[None]:
+        if self._run is None:
+            return nullcontext()
+        settings = {"env_id": self.env_id, **asdict(self.args)}
+        return reporting(self._run, self.args.report_to, project="classic-ppo", settings=settings)
 
     def _setting(self, name: str) -> Any:
         value = getattr(self.args, name)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 from rlhf_ppo.contradictions import refuse_contradictions
 from rlhf_ppo.core.config import PPOConfig
 from rlhf_ppo.runtime.precision import Precision
+from rlhf_ppo.runtime.trackers import check_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +191,8 @@ class RLHFConfig(PPOConfig):
     """Rollouts between evaluations on eval_dataset; 0: only before and after training."""
     save_every: int = 0
     """Rollouts between checkpoints (checkpoint-<n> in output_dir), from which a run can be resumed; 0: none."""
+    report_to: tuple[str, ...] = ()
+    """Where metrics.jsonl's lines are sent as well: tensorboard (into output_dir/tensorboard), wandb, trackio."""
     samples_per_rollout: int = 2
     """Responses of each rollout written to samples.jsonl."""
     quiet: bool = False
@@ -224,8 +227,8 @@ class RLHFConfig(PPOConfig):
             "http_concurrency",
         ):
             self._require(name, getattr(self, name) >= 1, "1 or more")
+        self._require("seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
         for name in (
-            "seed",
             "min_new_tokens",
             "warmup_steps",
             "eval_every",
@@ -274,6 +277,7 @@ class RLHFConfig(PPOConfig):
             )
         self._require_known("critic", ("auto", "shared", "separate", "adapter"))
         self._require_known("advantage_estimator", ("gae", "rloo", "grpo", "reinforce"))
+        check_trackers(self.report_to)
         value_lambda, cap = self.gae_lambda_value, self.importance_weight_cap
         self._require("gae_lambda_value", value_lambda is None or 0 <= value_lambda <= 1, "between 0 and 1, or None")
         self._require("importance_weight_cap", cap is None or cap >= 1, "1 or more, or None")

@@ -18,6 +18,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from rlhf_ppo.runtime.settings import read_yaml
+from rlhf_ppo.runtime.trackers import TRACKERS
 from rlhf_ppo.trl_fields import ROWS, known_fields
 
 _TYPES = {"bool": bool, "int": int, "float": float, "str": str, "list": list[str], "dict": dict, "null": None}
@@ -204,6 +205,9 @@ def convert(given: Mapping[str, Any], num_processes: int = 1) -> dict[str, Any]:
         ours["eval_every"] = _rollouts("eval_steps", trl, rollouts)
     elif trl["num_sample_generations"] and rollouts:
         ours["eval_every"] = max(1, rollouts // trl["num_sample_generations"])
+    trackers = trl["report_to"] if isinstance(trl["report_to"], list) else [trl["report_to"]]
+    if here := [name for name in trackers if name in TRACKERS]:
+        ours["report_to"] = here
     ours["save_every"] = _rollouts("save_steps", trl, rollouts) if trl["save_strategy"] == "steps" else 0
     return ours
 

@@ -208,7 +208,7 @@ def _item(value: Any, name: str, where: str, length: int | None) -> Score | Step
     if value is None or (length is not None and isinstance(value, StepRewards)):
         return value
     if isinstance(value, (numbers.Real, np.bool_)):
-        return float(value)
+        return _number(value)
     if length is not None and isinstance(value, (list, tuple)):
         if len(value) != length:
             raise RewardError(
@@ -219,6 +219,13 @@ def _item(value: Any, name: str, where: str, length: int | None) -> Score | Step
         if all(isinstance(token, float) for token in numbers_only):
             return [float(token) for token in numbers_only if isinstance(token, float)]
     raise RewardError(f"reward function {name!r} returned {type(value).__name__} {value!r:.80} {where}")
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # a whole number or fraction beyond all floats
+        return math.inf if value > 0 else -math.inf
 
 
 def _settle(
@@ -308,7 +315,7 @@ def step_rewards_per_token(
         count = _tokens_until(completion[:end], ids, decode)
         if count > len(ids):
             raise ValueError("the completion is not the text of its token ids, so steps cannot be placed on tokens")
-        placed[count - 1] += float(value)
+        placed[count - 1] += _number(value)
     return placed
 
 

@@ -37,6 +37,7 @@ from rlhf_ppo.rollout import Rollout
 from rlhf_ppo.runtime.precision import autocast, compute_in_bf16
 from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.seeding import resolve_device, seed_everything
+from rlhf_ppo.runtime.trackers import require_installed
 from rlhf_ppo.score_cache import ScoreCache
 
 RewardSource = RewardFunction | str | PreTrainedModel
@@ -89,6 +90,7 @@ def set_up(
 ) -> RunParts:
     """Check and load the parts of a run; arguments and errors are those of :class:`rlhf_ppo.PPOTrainer`."""
     require_one_process()
+    require_installed(args.report_to)
     _check_respond(respond, args)
     if args.eval_every and eval_dataset is None:
         raise ValueError(

@@ -46,6 +46,7 @@ from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.seeding import torch_threads
 from rlhf_ppo.runtime.signals import Interrupted, asked_to_stop, stop_if_asked, stop_on_signals
 from rlhf_ppo.runtime.timing import Stopwatch
+from rlhf_ppo.runtime.trackers import reporting
 from rlhf_ppo.score_shaping import ScoreStatistics
 from rlhf_ppo.setup import RewardSource, Rows, set_up
 
@@ -186,13 +187,15 @@ class PPOTrainer:
             raise ValueError(
                 f"all {args.num_rollouts} rollouts of this run are done: raise total_episodes in a new trainer"
             )
+        settings = {**self.sources, **dataclasses.asdict(args)}
         if resume_from_checkpoint is None:
-            self.run.start({**self.sources, **dataclasses.asdict(args)})
+            self.run.start(settings)
         else:
             load_checkpoint(self, resume_from_checkpoint)
             self._checkpoint = (self.iteration, Path(resume_from_checkpoint))
             self.run.rewind(self.iteration)
-        with torch_threads(args.num_threads), stop_on_signals():
+        trackers = reporting(self.run, args.report_to, project="rlhf-ppo", settings=settings)
+        with torch_threads(args.num_threads), stop_on_signals(), trackers:
             try:
                 metrics = self._train(self.train_prompts, planned)
             except BaseException as error:

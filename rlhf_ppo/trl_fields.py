@@ -52,7 +52,7 @@ def _missing(note: str, nearest: str = "") -> Row:
 
 _COMPUTED = "TRL computes it and overwrites what was given."
 _ONE_PROCESS = "Several processes are not here yet."
-_TRACKERS = "Trackers are not here yet: metrics.jsonl holds every number of a run."
+_TRACKERS = "A tracker's run is named after the run's folder, in the project rlhf-ppo."
 _HUB = "No setting: call `PPOTrainer.push_to_hub(repo_id)` after training (private unless told otherwise)."
 _PEFT = "No setting: give `PPOTrainer` a `peft_config` in Python."
 _LOADER = "TRL's PPO builds its own data loader without it."
@@ -260,7 +260,7 @@ FIELDS: dict[str, dict[str, Row]] = {
         "log_level_replica": _inert(_TRAINER),
         "include_num_input_tokens_seen": _inert("TRL's PPO never counts them.", ""),
         "disable_tqdm": _same("quiet"),
-        "report_to": _missing(_TRACKERS),
+        "report_to": _changed("report_to", "tensorboard, wandb and trackio; other trackers are not here."),
         "run_name": _missing(_TRACKERS),
         "project": _missing(_TRACKERS),
         "trackio_space_id": _missing(_TRACKERS),

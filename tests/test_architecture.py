@@ -63,7 +63,9 @@ def test_runtime_imports_core_and_runtime_alone_of_the_project(file):
     inner = {name for name in imports(file) if name.split(".")[0] in ("rlhf_ppo", "classic")}
     allowed = ("rlhf_ppo.core", "rlhf_ppo.runtime", "rlhf_ppo.__version__")
     assert all(name == "rlhf_ppo" or name.startswith(allowed) for name in inner)
-    assert not tops(file) & {*HEAVY, "gymnasium"}
+    # Trackers come from accelerate, which is loaded where one is asked for.
+    lazy = {"accelerate"} if file.name == "trackers.py" else set()
+    assert not tops(file) & {*HEAVY, "gymnasium"} - lazy
 
 
 @pytest.mark.parametrize("file", CLASSIC, ids=ids(CLASSIC))

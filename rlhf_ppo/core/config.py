@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, get_args
+
+from rlhf_ppo.core.typed import require_types
 
 Objective = Literal["clip", "penalty", "adaptive_clip", "dual_clip", "cispo", "a2c", "reinforce"]
 RatioLevel = Literal["token", "turn", "sequence"]
@@ -64,11 +65,7 @@ class PPOConfig:
     the other objectives stop an update beyond 1.5 times it (None: never)."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            kind = str(field.type)
-            if isinstance(value, str) and "Literal" not in kind and ("float" in kind or "int" in kind):
-                raise ValueError(f"{field.name} must be a number, got the text {value!r}")
+        require_types(self)
         self._require_known("objective", OBJECTIVES)
         self._require_known("ratio_level", RATIO_LEVELS)
         self._require_known("kl_loss", KL_LOSSES)
@@ -110,7 +107,7 @@ class PPOConfig:
 
     def _require(self, name: str, ok: bool, what: str) -> None:
         value = getattr(self, name)
-        if not ok or (isinstance(value, float) and not math.isfinite(value)):
+        if not ok:
             raise ValueError(f"{name} must be {what}, got {value}")
 
     def _require_known(self, name: str, known: tuple[str, ...]) -> None:

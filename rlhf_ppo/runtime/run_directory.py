@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class RunDirectory:
             ValueError: the path is a file, or the folder cannot be made.
         """
         self.path = Path(path)
+        self.listener: Callable[[Mapping[str, float]], None] | None = None
+        """Told of each line of metrics.jsonl once it is written (see :mod:`rlhf_ppo.runtime.trackers`)."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output_dir {self.path} is a file; name a folder")
         try:
@@ -82,6 +84,8 @@ class RunDirectory:
         """Append a line to ``metrics.jsonl``; an unknown key is a KeyError."""
         require_known_metrics(metrics)
         self.append("metrics.jsonl", metrics)
+        if self.listener is not None:
+            self.listener(metrics)
 
     def read(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
         """The rows of a JSONL file; none if it does not exist."""

@@ -9,7 +9,7 @@ import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import tyro
 import yaml
@@ -33,8 +33,8 @@ def read_yaml(path: str | Path, cls: type) -> dict[str, Any]:
         raise FileNotFoundError(f"config file {path} does not exist")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    except Exception as error:  # its constructors let a KeyError, RecursionError and others through
+        raise ValueError(f"{path} is not valid YAML: {error or type(error).__name__}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold `name: value` lines, got {type(content).__name__}")
     refuse(cls, [str(key) for key in content], where=f"{path}: ")
@@ -76,6 +76,7 @@ def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, descr
     """
     flags: list[str] = []
     from_yaml: list[str] = []
+    held: dict[str, Any] = {}
     yaml_allowed = "config" not in typing.get_type_hints(cls)
     # Words before the first flag go first again: after YAML's list values they would be read as part of the list.
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
@@ -88,12 +89,16 @@ def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, descr
             for key, value in read_yaml(path, cls).items():
                 if key in _positional(cls):
                     words = words or [str(value)]
+                elif _reads_otherwise(value):
+                    held[key] = value
+                    from_yaml += _as_flag(key, "held")
                 else:
                     from_yaml += _as_flag(key, value)
         else:
             flags.append(word)
     refuse(cls, [w.removeprefix("--").partition("=")[0].replace("-", "_") for w in flags if w.startswith("--")])
-    return tyro.cli(
+    given = {word[2:].partition("=")[0].replace("-", "_") for word in flags if word.startswith("--")}
+    settings = tyro.cli(
         cls,
         args=[*words, *from_yaml, *_spelt_out(flags, cls)],
         prog=prog,
@@ -101,6 +106,8 @@ def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, descr
         + (" Settings may also come from a YAML file: --config FILE (flags win over it)." if yaml_allowed else ""),
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
     )
+    held = {key: value for key, value in held.items() if key not in given}
+    return dataclasses.replace(cast(Any, settings), **held) if held else settings
 
 
 def _spelt_out(flags: Sequence[str], cls: type) -> list[str]:
@@ -123,6 +130,12 @@ def _as_flag(key: str, value: Any) -> list[str]:
         value = [word for pair in value.items() for word in pair]
     words = [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
     return [f"--{key.replace('_', '-')}", *words]
+
+
+def _reads_otherwise(value: Any) -> bool:
+    """Whether this is text, or has some in it, that would be another thing as a word among flags."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return any(isinstance(item, str) and (item.startswith("-") or item in ("None", "")) for item in items)
 
 
 def run_command(prog: str, commands: Mapping[str, Command], argv: Sequence[str] | None = None) -> int:

@@ -62,7 +62,7 @@ lam: 0.9
 kl_estimator: k3
 bf16: false
 use_cpu: true
-report_to: [wandb, tensorboard]
+report_to: [tensorboard, mlflow]
 whiten_rewards: true
 gradient_checkpointing: true
 save_strategy: "no"
@@ -244,9 +244,10 @@ def test_a_migrated_yaml_trains(folder, capsys):
     assert main("migrate --config trl.yaml --output ours.yaml -- --vf_coef 0.3".split()) == 0
     text = Path("ours.yaml").read_text()
     ours = yaml.safe_load(text)
+    assert ours["report_to"] == ["tensorboard"]
     assert ours["vf_coef"] == 0.3 and ours["learning_rate"] == 1e-5 and ours["precision"] == "fp32"
     for reason in (
-        "report_to: [wandb, tensorboard] (not here)",
+        "report_to: [tensorboard, mlflow]",
         "whiten_rewards: true (not here)",
         "num_mini_batches: 2",
     ):

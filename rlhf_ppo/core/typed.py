@@ -1,0 +1,80 @@
+"""Settings against their annotations: a value of another kind is named before it breaks something far away."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import os
+from collections.abc import Callable
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_real(value: Any) -> bool:
+    if _is_bool(value) or not isinstance(value, numbers.Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
+
+
+# A bool is no number; a path is text.
+_KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    float: ("a number", _is_real),
+    int: ("a whole number", lambda value: isinstance(value, numbers.Integral) and not _is_bool(value)),
+    bool: ("True or False", _is_bool),
+    str: ("text", lambda value: isinstance(value, (str, os.PathLike))),
+    NoneType: ("None", lambda value: value is None),
+}
+
+
+def require_types(settings: Any) -> None:
+    """Check every field of a dataclass instance against its annotation: a number, text, a tuple of these, or None.
+
+    Numbers must be finite, and whole where the annotation is int. Lists do for tuples. A Literal takes anything here.
+
+    Raises:
+        ValueError: names the field, what it takes, and what came.
+    """
+    hints = _hints(cast("type[Any]", type(settings)))
+    for field in dataclasses.fields(settings):
+        value, hint = getattr(settings, field.name), hints[field.name]
+        if not _fits(value, hint):
+            came = f"the text {value!r:.80}" if isinstance(value, str) else f"{value!r:.80}"
+            raise ValueError(f"{field.name} must be {_words(hint)}, got {came}")
+
+
+@cache
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, kind) for kind in inner)
+    if origin is tuple:
+        items: list[Any] = list(value) if isinstance(value, (tuple, list)) else [object()]  # pyright: ignore[reportUnknownArgumentType]
+        return all(_fits(item, inner[0]) for item in items)
+    if origin is dict:
+        pairs: list[tuple[Any, Any]] = list(value.items()) if isinstance(value, dict) else [(object(), None)]  # pyright: ignore[reportUnknownArgumentType]
+        return all(_fits(key, inner[0]) and _fits(item, inner[1]) for key, item in pairs)
+    return origin is Literal or _KINDS[hint][1](value)
+
+
+def _words(hint: Any) -> str:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(_words(kind) for kind in inner)
+    if origin is tuple:
+        return f"a tuple, each item {_words(inner[0])}"
+    if origin is dict:
+        return f"a mapping from {_words(inner[0])} to {_words(inner[1])}"
+    return " or ".join(map(repr, inner)) if origin is Literal else _KINDS[hint][0]

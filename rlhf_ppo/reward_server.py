@@ -1,0 +1,186 @@
+"""RewardServer: a reward function behind HTTP, for clients that may be slow, wrong or hostile."""
+
+from __future__ import annotations
+
+import hmac
+import io
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from rlhf_ppo.reward_calls import RewardError, RewardFunction
+from rlhf_ppo.scoring import score
+
+Score = Callable[[list[Any], list[Any], dict[str, list[Any]]], list[float | None]]
+
+
+class BadRequestError(ValueError):
+    """The request is not what the protocol says."""
+
+
+def read_items(body: bytes) -> list[dict[str, Any]]:
+    """The items of a request; JSON is the only thing that is ever read from it.
+
+    Raises:
+        BadRequestError: says what was expected, never what came.
+    """
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError):
+        raise BadRequestError("the body is not JSON") from None
+    items = request.get("items") if isinstance(request, dict) else None
+    if not isinstance(items, list) or not items:
+        raise BadRequestError('expected {"items": [...]} with at least one item')
+    for item in items:
+        known = isinstance(item, dict) and {"id", "prompt", "completion"} <= set(item)
+        if not known or not isinstance(item["id"], str) or not isinstance(item.get("columns", {}), dict):
+            raise BadRequestError('an item is {"id": text, "prompt", "completion", "columns": {...}}')
+    if len({item["id"] for item in items}) < len(items):
+        raise BadRequestError("two items have the same id")
+    if len({frozenset(item.get("columns", {})) for item in items}) > 1:
+        raise BadRequestError("the items have different columns")
+    return items
+
+
+def answer(items: list[dict[str, Any]], score_all: Score) -> dict[str, Any]:
+    """The scores of a request's items."""
+    names = items[0].get("columns", {})
+    columns = {name: [item["columns"][name] for item in items] for name in names}
+    scores = score_all([item["prompt"] for item in items], [item["completion"] for item in items], columns)
+    return {"scores": [{"id": item["id"], "score": s} for item, s in zip(items, scores, strict=True)]}
+
+
+class _UntilDeadline(io.RawIOBase):
+    """What a socket receives until a point in time: a socket's own time-out would start anew with each byte."""
+
+    def __init__(self, connection: socket.socket, seconds: float) -> None:
+        self._connection, self._deadline = connection, time.monotonic() + seconds
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request took too long")
+        self._connection.settimeout(left)
+        return self._connection.recv_into(buffer)
+
+
+class RewardServer(ThreadingHTTPServer):
+    """Answers ``POST {"items": [{"id", "prompt", "completion", "columns"}]}`` with ``{"scores": [{"id", "score"}]}``.
+
+    Each connection has a thread of its own and carries one request; the reward is asked by one thread at a time, since
+    models and user code are not made for several. Call ``serve_forever()``.
+    """
+
+    daemon_threads = True
+    request_queue_size = 1024  # connections that the system holds until they are accepted; by default 5
+
+    def __init__(
+        self,
+        reward: RewardFunction,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        token: str | None = None,
+        max_bytes: int = 8 * 2**20,
+        request_s: float = 30.0,
+        max_connections: int = 2048,
+    ) -> None:
+        """Listen; nothing is answered before ``serve_forever()``.
+
+        Args:
+            reward: what scores.
+            host: address to listen on: this machine alone unless told.
+            port: 0 takes a free one.
+            token: what a client must send as ``Authorization: Bearer``; None: everyone is answered.
+            max_bytes: a longer request is refused unread.
+            request_s: longest time in seconds for a whole request to come in, and again for its answer to go out.
+            max_connections: further ones are told to come back (503).
+        """
+        self.reward, self.token, self.max_bytes, self.request_s = reward, token, max_bytes, request_s
+        self._asking = threading.Lock()
+        self._free = threading.Semaphore(max_connections)
+        super().__init__((host, port), _Handler)
+
+    def score(self, prompts: list[Any], completions: list[Any], columns: dict[str, list[Any]]) -> list[float | None]:
+        """What the reward says, asked by one thread at a time."""
+        with self._asking:
+            return score(self.reward, prompts, completions, columns, needs_scores=False)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start a thread for a connection, or refuse it."""
+        if not self._free.acquire(blocking=False):
+            request.setblocking(False)  # never wait for a client here: nobody else would be accepted meanwhile
+            request.send(b"HTTP/1.0 503 Too many connections\r\nContent-Length: 0\r\n\r\n")
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # the system has no thread left
+            self._free.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """A connection's thread."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: RewardServer  # pyright: ignore[reportIncompatibleVariableOverride]
+    server_version, sys_version = "reward", ""
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = io.BufferedReader(_UntilDeadline(self.connection, self.server.request_s))
+
+    def do_POST(self) -> None:
+        length = self.headers.get("Content-Length", "")
+        given, token = self.headers.get("Authorization", ""), self.server.token
+        # compare_digest takes the same time wherever the difference is, so nothing can be guessed from it.
+        if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+            return self._refuse(401, "wrong or missing token")
+        if self.headers.get_content_type() != "application/json":
+            # What a web page in somebody's browser cannot send to another address without being asked.
+            return self._refuse(415, "Content-Type must be application/json")
+        if not (length.isascii() and length.isdecimal()):
+            return self._refuse(411, "Content-Length is missing")
+        if len(length) > 12 or int(length) > self.server.max_bytes:
+            return self._refuse(413, f"the body is longer than {self.server.max_bytes} bytes")
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
+            return self._reply(400, {"error": "the body is shorter than Content-Length says"})
+        try:
+            return self._reply(200, answer(read_items(body), self.server.score))
+        except BadRequestError as error:
+            return self._reply(400, {"error": str(error)})
+        except RewardError as error:
+            print(f"error: {error}", flush=True)
+            return self._reply(500, {"error": "the reward function failed; the server's output says why"})
+
+    def _refuse(self, status: int, why: str) -> None:
+        """Answer without having read the body, then throw some of it away, so that a sending client sees it."""
+        self._reply(status, {"error": why})
+        self.connection.shutdown(socket.SHUT_WR)
+        left = self.server.max_bytes
+        while left > 0 and (piece := self.rfile.read1(65536)):
+            left -= len(piece)
+
+    def _reply(self, status: int, content: dict[str, Any]) -> None:
+        body = json.dumps(content, allow_nan=False).encode()
+        self.connection.settimeout(self.server.request_s)
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(body)
+        self.close_connection = True
