@@ -273,7 +273,7 @@ def place(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values.view_as(nothing), nothing)
 
 
-def _attention_for(ids: Tensor) -> AbstractContextManager[None]:
+def _attention_for(ids: Tensor) -> AbstractContextManager[Any]:
     """For one new token in bfloat16 on CPU, torch's fused attention takes twice as long as plain products."""
     plain = ids.shape[1] == 1 and ids.device.type == "cpu" and torch.is_autocast_enabled("cpu")
     return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
