@@ -12,7 +12,7 @@ MUTATION := build/mutation
 MUTATION_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HYPOTHESIS_PROFILE=mutation
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo train-cartpole test test-all check lint types docs trl-fields audit mutation clean
+.PHONY: help env demo train-cartpole test test-all soak check lint types docs trl-fields audit mutation clean
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -46,6 +46,10 @@ test: check ## Lint, types and the tests
 
 test-all: check ## The same with the long learning runs
 	$(TEST_ENV) $(BIN)/pytest -n 2
+
+soak: env ## Kill a tiny run at each of its file-system steps, then 200 times at random; about an hour on one CPU core
+	$(TEST_ENV) $(BIN)/python tests/soak.py matrix
+	$(TEST_ENV) $(BIN)/python tests/soak.py random --kills 200
 
 docs: env ## Make docs/metrics.md and the tables of docs/migrating-from-trl.md again from their sources
 	$(BIN)/python -m rlhf_ppo.runtime.metrics > docs/metrics.md

@@ -6,10 +6,11 @@ import shlex
 import sys
 import traceback
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import datasets
 import transformers
+import tyro
 from datasets import Dataset
 
 from rlhf_ppo.adapters import lora_config
@@ -26,6 +27,7 @@ from rlhf_ppo.mixing import load_mixture, require_weights
 from rlhf_ppo.replay import ReplayArgs, print_replay
 from rlhf_ppo.reward_calls import RewardError
 from rlhf_ppo.reward_training import RewardTrainingArgs, train_reward_model
+from rlhf_ppo.runtime.check import CheckArgs, check
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.settings import Command, run_command
 from rlhf_ppo.runtime.signals import Interrupted
@@ -71,8 +73,11 @@ class TrainArgs(RLHFConfig):
     merge_adapter: bool = False
     """With lora_rank: also save the merged model, in the run's folder merged/."""
 
-    resume_from_checkpoint: str | None = None
-    """Folder checkpoint-<n> of the same command's earlier run (made with save_every): go on from there."""
+    resume_from_checkpoint: Annotated[str | None, tyro.conf.arg(aliases=("--resume",))] = None
+    """Go on with the same command's earlier run (made with save_every): its folder checkpoint-<n>, or the run's folder
+    for its newest good one. "auto": the newest good one in output_dir, or a fresh start if there is none at all."""
+    resume_override: bool = False
+    """Go on although settings or data differ from those of the checkpoint (the error shows how)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,7 +118,7 @@ def train(args: TrainArgs) -> None:
         peft_config=_lora(args),
         respond=None if args.respond is None else load_function(args.respond, "respond"),
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint, resume_override=args.resume_override)
     if eval_rows is not None:
         print_before_after(trainer.run)
     if args.merge_adapter:
@@ -172,6 +177,7 @@ COMMANDS: dict[str, Command] = {
     "generate": (GenerateArgs, _generate),
     "migrate": (MigrateArgs, _migrate),
     "replay": (ReplayArgs, print_replay),
+    "check": (CheckArgs, check),
 }
 
 
@@ -192,7 +198,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (RewardError, RespondError, RatioTripwireError, NonFiniteGradientError, PolicyDriftError) as error:
+    except (
+        *(RewardError, RespondError, RatioTripwireError, NonFiniteGradientError, PolicyDriftError),
+        OSError,  # a full disk
+    ) as error:
         if error.__cause__ is not None and error.__cause__ is not error:
             traceback.print_exception(error.__cause__)
         print(f"error: {error}", file=sys.stderr)
@@ -204,7 +213,7 @@ def _how_to_go_on(words: list[str], stop: Interrupted) -> str:
         return "Go on from Python: PPOTrainer(...).train(resume_from_checkpoint=...)"
     flag = "--resume-from-checkpoint"
     # The command may itself have gone on from somewhere: that flag and its value go.
-    earlier = [word.replace("_", "-").startswith(flag) for word in words]
+    earlier = [word.partition("=")[0].replace("_", "-") in (flag, "--resume") for word in words]
     values = [old and "=" not in word for old, word in zip(earlier, words, strict=True)]
     kept = [word for word, old, value in zip(words, earlier, [False, *values], strict=False) if not old and not value]
     return f"Go on with: {shlex.join(['rlhf-ppo', *kept, flag, str(stop.saved)])}"

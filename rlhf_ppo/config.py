@@ -190,7 +190,13 @@ class RLHFConfig(PPOConfig):
     eval_every: int = 0
     """Rollouts between evaluations on eval_dataset; 0: only before and after training."""
     save_every: int = 0
-    """Rollouts between checkpoints (checkpoint-<n> in output_dir), from which a run can be resumed; 0: none."""
+    """Rollouts between checkpoints (checkpoint-<n> in output_dir), from which a run can be resumed; the last rollout
+    has one, too. 0: none."""
+    save_total_limit: int | None = None
+    """Newest checkpoints to keep; older ones are deleted once a new one is safe, but never the one of the best
+    evaluation so far. None: all."""
+    save_best: bool = False
+    """Also save a checkpoint whenever an evaluation's eval/score_mean is the best so far; needs eval_every."""
     report_to: tuple[str, ...] = ()
     """Where metrics.jsonl's lines are sent as well: tensorboard (into output_dir/tensorboard), wandb, trackio."""
     samples_per_rollout: int = 2
@@ -258,6 +264,7 @@ class RLHFConfig(PPOConfig):
             "reward_max_length",
             "max_kl_nats_per_response",
             "min_entropy_nats_per_token",
+            "save_total_limit",
         ):
             self._require(name, getattr(self, name) is None or getattr(self, name) > 0, "positive or None")
         for name, known in (("kl_estimator", ("k1", "k2", "k3")), ("overlong_prompts", ("error", "truncate", "drop"))):

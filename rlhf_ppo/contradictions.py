@@ -88,6 +88,8 @@ def _never_read(args: RLHFConfig) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("kl_horizon",), "kl_target=None keeps kl_coef fixed"
     if args.kl_coef == 0:
         yield ("kl_estimator",), "kl_coef=0 leaves no KL in the rewards"
+    if args.eval_every == 0:
+        yield ("save_best",), "it is about evaluations during training, and eval_every=0 makes none"
     if args.max_turns == 1:
         yield ("respond_timeout_s",), "it is about respond, which max_turns=1 never asks"
 

@@ -28,6 +28,14 @@ class ScoreCache:
         except (TypeError, ValueError):
             return None
 
+    def state_dict(self) -> list[tuple[str, Any]]:
+        """What a checkpoint keeps: keys in hexadecimal and answers, the least recently used first."""
+        return [(key.hex(), answer) for key, answer in self._answers.items()]
+
+    def load_state_dict(self, answers: Sequence[Sequence[Any]]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._answers = OrderedDict((bytes.fromhex(key), answer) for key, answer in answers)
+
     def to_ask(self, keys: Sequence[bytes | None]) -> list[int]:
         """Rows whose answer is not known: each key once, at its first row, and every row without a key."""
         seen: set[bytes] = set()

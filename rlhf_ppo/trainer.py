@@ -5,20 +5,23 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ppo.backward import minibatch_gradient
 from rlhf_ppo.blackbox import write_black_box
-from rlhf_ppo.checkpoint import load_checkpoint, save_checkpoint
+from rlhf_ppo.checkpoint import Boundary, load_checkpoint, save_checkpoint
 from rlhf_ppo.collect import Collector
 from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.conversation import Respond, RespondError
@@ -32,18 +35,22 @@ from rlhf_ppo.core import (
 from rlhf_ppo.data import Prompt, PromptSet
 from rlhf_ppo.experience import describe, estimate
 from rlhf_ppo.explanation import explain_rollout
+from rlhf_ppo.fingerprints import run_fingerprints
 from rlhf_ppo.gradients import clear_gradients, clip_and_step
 from rlhf_ppo.guard import PolicyDriftError, StepWatch, nonfinite_parameters, require_no_drift, spoil_gradient
 from rlhf_ppo.optimization import make_optimizer, only_the_critic_learns, warmup_settings
 from rlhf_ppo.reward_calls import RewardError
 from rlhf_ppo.rollout import Rollout
+from rlhf_ppo.runtime.checkpoint import find_checkpoint, list_checkpoints, newest_good
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.explain import Explanation
+from rlhf_ppo.runtime.files import replacing_files
+from rlhf_ppo.runtime.lock import run_lock
 from rlhf_ppo.runtime.metrics import MetricAverage
 from rlhf_ppo.runtime.plots import plot_curves
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory
-from rlhf_ppo.runtime.seeding import torch_threads
+from rlhf_ppo.runtime.seeding import global_rng_state, restore_rng_state, torch_threads
 from rlhf_ppo.runtime.signals import Interrupted, asked_to_stop, stop_if_asked, stop_on_signals
 from rlhf_ppo.runtime.timing import Stopwatch
 from rlhf_ppo.runtime.trackers import reporting
@@ -151,19 +158,34 @@ class PPOTrainer:
         self.skipped_in_a_row = 0
         self._problem: str | None = None  # what the last update found wrong
         self._rollbacks = 0  # to the last checkpoint
+        self.best: dict[str, float] | None = None
+        """The best evaluation during training so far: its iteration and eval/score_mean."""
         self._checkpoint: tuple[int, Path] | None = None  # the last one: its iteration and folder
+        self._boundary: Boundary | None = None
+
+    @cached_property
+    def fingerprints(self) -> dict[str, Any]:
+        """Which data, reference and adapter this run has; see :func:`rlhf_ppo.fingerprints.run_fingerprints`."""
+        return run_fingerprints(self.parts)
 
     # The algorithm
 
-    def train(self, resume_from_checkpoint: str | Path | None = None) -> dict[str, float]:
+    def train(
+        self, resume_from_checkpoint: str | Path | None = None, *, resume_override: bool = False
+    ) -> dict[str, float]:
         """Run to ``total_episodes`` and save the model into ``output_dir``.
 
         Args:
-            resume_from_checkpoint: folder ``checkpoint-<n>`` of a run with the same arguments (see ``save_every``).
+            resume_from_checkpoint: folder ``checkpoint-<n>`` of a run with the same arguments (see ``save_every``), or
+                that run's folder for its newest good one: the run goes on, and never starts afresh. "auto": the newest
+                good one in ``output_dir``, and a fresh start if there is none at all.
+            resume_override: resume although settings or data have changed.
         Returns:
             The last metrics, with those of the last evaluation if there is an ``eval_dataset``.
         Raises:
-            FileNotFoundError, ValueError: there is no such checkpoint, or it is another model's.
+            FileNotFoundError, ValueError: there is no such checkpoint, or it is damaged or another run's; or another
+                run is writing into ``output_dir``.
+            OSError: a checkpoint could not be written (a full disk); the earlier ones are untouched.
             Interrupted: SIGINT or SIGTERM came; a checkpoint is saved first, from which the run goes on exactly.
             RewardError: a reward function failed; likewise, and the responses are saved.
             NonFiniteGradientError, PolicyDriftError: likewise, if the settings say so (``on_nonfinite``, bounds).
@@ -188,16 +210,12 @@ class PPOTrainer:
                 f"all {args.num_rollouts} rollouts of this run are done: raise total_episodes in a new trainer"
             )
         settings = {**self.sources, **dataclasses.asdict(args)}
-        if resume_from_checkpoint is None:
-            self.run.start(settings)
-        else:
-            load_checkpoint(self, resume_from_checkpoint)
-            self._checkpoint = (self.iteration, Path(resume_from_checkpoint))
-            self.run.rewind(self.iteration)
         trackers = reporting(self.run, args.report_to, project="rlhf-ppo", settings=settings)
-        with torch_threads(args.num_threads), stop_on_signals(), trackers:
+        with run_lock(self.run.path), torch_threads(args.num_threads), stop_on_signals():
+            self._begin(resume_from_checkpoint, settings, override=resume_override)
             try:
-                metrics = self._train(self.train_prompts, planned)
+                with trackers:
+                    metrics = self._train(self.train_prompts, planned)
             except BaseException as error:
                 self._save_after(error)
                 raise
@@ -211,27 +229,56 @@ class PPOTrainer:
         )
         return metrics
 
+    def _begin(self, resume: str | Path | None, settings: dict[str, Any], *, override: bool) -> None:
+        """Start afresh, or go on from a checkpoint."""
+        run = self.run
+        checkpoint = None if resume is None else newest_good(run.path) if resume == "auto" else find_checkpoint(resume)
+        if checkpoint is None:
+            run.start(settings)
+            return
+        load_checkpoint(self, checkpoint, override=override)
+        if not self.args.quiet:
+            print(f"going on after iteration {self.iteration}, from {checkpoint}")
+        self._checkpoint = (self.iteration, checkpoint)
+        if checkpoint.parent.resolve() == run.path.resolve():
+            # What came after the checkpoint, or is damaged, is no part of this run any more.
+            run.set_aside([p for p in list_checkpoints(run.path) if int(p.name.rpartition("-")[2]) > self.iteration])
+        else:
+            run.start(settings)
+            for file in checkpoint.parent.glob("*.jsonl"):
+                shutil.copyfile(file, run.path / file.name)
+        run.rewind(self.iteration)
+        run.write_json("run.json", settings)
+
     def _train(self, prompts: PromptSet, planned: int) -> dict[str, float]:
         args = self.args
+        # A run that was killed after its last rollout still has its end to write.
         metrics: dict[str, float] = {}
+        if self.iteration >= args.num_rollouts and (lines := self.run.read()):
+            metrics = lines[-1]
         if args.on_nonfinite == "rollback":
             self._save_checkpoint()  # something to go back to
         with ProgressDisplay("episodes", planned, quiet=args.quiet) as progress:
             while self.iteration < args.num_rollouts:
+                self._boundary = Boundary.of(self)
                 if self._evaluation_is_due():
                     self._log_evaluation()
                 self.stopwatch.take()  # evaluations are no part of an iteration
                 batch = prompts.batch(self.iteration, args.rollout_batch_size // args.num_generations)
                 rollout = self.rollout(batch.prompts, **batch.columns)
                 metrics = self._step(rollout)
+                self._boundary = Boundary.of(self)
                 self.timings = self.stopwatch.take()
                 self._report(progress, rollout, metrics)
                 if not self._is_sound():
                     continue
                 require_no_drift(metrics, args)
-                if args.save_every and self.iteration % args.save_every == 0:
-                    self._save_checkpoint()
+                # Before the save, so that what they change or draw is in it: a resumed run does not call them again.
                 wants_stop = [callback(self, metrics) is True for callback in self.callbacks]
+                self._boundary = Boundary.of(self)
+                ends = any(wants_stop) or self.iteration == args.num_rollouts
+                if args.save_every and (ends or self.iteration % args.save_every == 0):
+                    self._save_checkpoint()
                 if any(wants_stop):
                     break
                 stop_if_asked()
@@ -252,7 +299,7 @@ class PPOTrainer:
         self._problem, self.skipped_in_a_row = None, 0
         if self.args.on_nonfinite == "rollback" and self._checkpoint is not None and self._rollbacks < MAX_ROLLBACKS:
             made, self._rollbacks = self.rollouts_made, self._rollbacks + 1
-            load_checkpoint(self, self._checkpoint[1])
+            load_checkpoint(self, self._checkpoint[1], override=True)
             self.rollouts_made = made  # other draws: the same would lead to the same
             self.run.rewind(self.iteration)
             warnings.warn(f"{problem}. Going back to {self._checkpoint[1]}, with other draws", stacklevel=3)
@@ -268,16 +315,24 @@ class PPOTrainer:
         folder: Path | None = None
         if isinstance(error, (Interrupted, RewardError, RespondError, NonFiniteGradientError, PolicyDriftError)):
             folder = self._save_checkpoint()
-        self.save_model()
+        self._save_model_if_possible()
         if isinstance(error, Interrupted):
             error.saved = folder
         elif folder is not None:
             raise type(error)(f"{error}. Go on with resume_from_checkpoint={folder}") from error.__cause__
 
+    def _save_model_if_possible(self) -> None:
+        """What ended the run may be in the way here, too (a full disk), and is the error to see."""
+        try:
+            self.save_model()
+        except (OSError, SafetensorError) as error:
+            warnings.warn(f"the model could not be saved into {self.run.path}: {error}", stacklevel=2)
+
     def _save_checkpoint(self) -> Path:
         """Save where the run is now, unless that has just been done. Not to be called in the middle of an update."""
         if self._checkpoint is None or self._checkpoint[0] != self.iteration:
-            self._checkpoint, self._rollbacks = (self.iteration, save_checkpoint(self)), 0
+            self._checkpoint = (self.iteration, save_checkpoint(self, self._boundary))
+            self._rollbacks = 0
         return self._checkpoint[1]
 
     def rollout(self, prompts: Sequence[Prompt], **columns: list[Any]) -> Rollout:
@@ -502,11 +557,14 @@ class PPOTrainer:
             raise ValueError("evaluate() needs an eval_dataset with a column 'prompt'")
         size = self.args.rollout_batch_size
         rows: list[dict[str, Any]] = []
+        # What rewards draw here from global generators must not shift what they draw in training.
+        generators = global_rng_state()
         for number, start in enumerate(range(0, len(self.eval_prompts), size)):
             batch = self.eval_prompts.take(range(start, min(start + size, len(self.eval_prompts))))
             generator = self._generator(_EVAL_STREAM, number)
             # A short last batch may happen to have no score; only a whole evaluation without one says nothing.
             rows += describe(self.collector.collect(batch.prompts, batch.columns, generator, needs_scores=False))
+        restore_rng_state(generators)
         scores = [row["score"] for row in rows if row["score"] is not None]
         if not scores:
             raise RewardError("the reward scored none of the responses to the evaluation prompts (None for all)")
@@ -523,6 +581,11 @@ class PPOTrainer:
         if self.eval_prompts is None:
             return {}
         metrics, rows = self._evaluate()
+        score = metrics["eval/score_mean"]
+        if self.iteration > 0 and (self.best is None or score > self.best["eval/score_mean"]):
+            self.best = {"iteration": self.iteration, "eval/score_mean": score}
+            if self.args.save_best:
+                self._save_checkpoint()
         self.run.log({"progress/iteration": self.iteration, "progress/episodes": self.episodes, **metrics})
         for row in rows:
             self.run.append("eval_samples.jsonl", {"iteration": self.iteration, **row})
@@ -553,16 +616,16 @@ class PPOTrainer:
             ValueError: merge_adapter without an adapter.
         """
         folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         policy: Any = self.model.policy
         adapted = hasattr(policy, "merge_and_unload")
         if merge_adapter:
             if not adapted:
                 raise ValueError("merge_adapter=True needs an adapter, but the run has no peft_config")
             policy, adapted = copy.deepcopy(policy).merge_and_unload(), False
-        policy.save_pretrained(folder, **({"selected_adapters": [policy.active_adapter]} if adapted else {}))
-        self.tokenizer.save_pretrained(folder)
-        self.model.save_critic(folder)
+        with replacing_files(folder) as new:
+            policy.save_pretrained(new, **({"selected_adapters": [policy.active_adapter]} if adapted else {}))
+            self.tokenizer.save_pretrained(new)
+            self.model.save_critic(new)
         return folder
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, merge_adapter: bool = False) -> str:

@@ -268,7 +268,7 @@ FIELDS: dict[str, dict[str, Row]] = {
         "trackio_static_space_id": _missing(_TRACKERS),
         "save_strategy": _changed("save_every", '"no" (and "epoch", which never comes in TRL\'s PPO): 0.'),
         "save_steps": _changed("save_every", "Rollouts, there as here; a share below 1 is converted."),
-        "save_total_limit": _missing("Every checkpoint is kept."),
+        "save_total_limit": _same("save_total_limit"),
         "save_only_model": _automatic("Checkpoints are always complete, critic and optimizer included."),
         "save_on_each_node": _automatic("One process."),
         "enable_jit_checkpoint": _inert(_TRAINER),

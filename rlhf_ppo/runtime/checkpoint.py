@@ -26,9 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf_ppo import __version__
+from rlhf_ppo.runtime.files import TEMPORARY, sync_file, sync_folder
 
 MANIFEST, STATE = "manifest.json", "state.json"
-_PREFIX, _TEMPORARY = "checkpoint-", ".tmp-"
+_PREFIX = "checkpoint-"
 _FORMAT = 1
 
 
@@ -110,7 +111,7 @@ def write_checkpoint(
     }
     root.mkdir(parents=True, exist_ok=True)
     _discard_leftovers(root)
-    temporary = root / f"{_TEMPORARY}{step}"
+    temporary = root / f"{TEMPORARY}{step}"
     try:
         _require_space(root, ready, content)
         temporary.mkdir()
@@ -124,11 +125,11 @@ def write_checkpoint(
             files[name] = _settle(temporary / name)
         (temporary / MANIFEST).write_text(_manifest_text({**header, "files": files}), encoding="utf-8")
         _settle(temporary / MANIFEST)
-        _sync_folder(temporary)
+        sync_folder(temporary)
         if folder.exists():
             shutil.rmtree(folder)  # a bad one: see above
         os.rename(temporary, folder)
-        _sync_folder(root)
+        sync_folder(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(
@@ -154,7 +155,7 @@ def prune(root: str | Path, *, keep: int, spare: Collection[int] = ()) -> list[P
     deleted = good[:-keep]
     for folder in deleted:
         # Renamed first: a process that is killed while deleting leaves no half checkpoint under that name.
-        doomed = folder.with_name(f"{_TEMPORARY}old-{folder.name}")
+        doomed = folder.with_name(f"{TEMPORARY}old-{folder.name}")
         os.rename(folder, doomed)
         shutil.rmtree(doomed)
     return deleted
@@ -162,7 +163,7 @@ def prune(root: str | Path, *, keep: int, spare: Collection[int] = ()) -> list[P
 
 def _discard_leftovers(root: Path) -> None:
     """What a killed save left; the run's lock keeps other processes from saving here."""
-    for leftover in root.glob(f"{_TEMPORARY}*"):
+    for leftover in root.glob(f"{TEMPORARY}*"):
         if leftover.is_dir():
             shutil.rmtree(leftover)
         else:
@@ -180,25 +181,13 @@ def _require_space(root: Path, tensors: Mapping[str, Mapping[str, Tensor]], cont
 
 def _settle(file: Path) -> dict[str, Any]:
     """Bring a file to the disk; returns its size and checksum."""
-    facts = _facts(file)
-    with file.open("r+b") as handle:
-        os.fsync(handle.fileno())
-    return facts
+    sync_file(file)
+    return _facts(file)
 
 
 def _facts(file: Path) -> dict[str, Any]:
     with file.open("rb") as handle:
         return {"bytes": os.fstat(handle.fileno()).st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":  # elsewhere a folder cannot be opened, and renames are the system's to order
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _manifest_text(manifest: Mapping[str, Any]) -> str:
@@ -303,6 +292,23 @@ def newest_good(root: str | Path) -> Path | None:
             f"{'. '.join(bad)}. Restore one from a copy, or name another output_dir to start anew"
         )
     return None
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that the user names: its folder, or a run's folder for the newest good one in it.
+
+    Raises:
+        FileNotFoundError: there is none. To ask for a checkpoint never starts a run afresh.
+        CheckpointError: the run has some, and none is good.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"resume_from_checkpoint={path}: there is no such folder")
+    if _step(path) is not None or (path / MANIFEST).is_file():
+        return path
+    if (newest := newest_good(path)) is None:
+        raise FileNotFoundError(f"resume_from_checkpoint={path}: this is no checkpoint, and no run with one")
+    return newest
 
 
 def as_json(value: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,8 +20,7 @@ METRICS: dict[str, str] = {
     "score/shaped_mean": "Mean score as it is learned from: normalised, scaled, clipped and penalised as the settings say.",
     "score/shaped_std": "Standard deviation of those scores.",
     "score/clipped_fraction": "Share of responses whose score met score_clip.",
-    "score/cache_hit_fraction": "cache_rewards: share of the rollout's scores that were known already (the cache starts empty "
-    "when a run is resumed).",
+    "score/cache_hit_fraction": "cache_rewards: share of the rollout's scores that were known already.",
     "score/running_mean/*": "normalize_scores: mean of one reward function's scores so far; * is the function's name.",
     "score/running_std/*": "normalize_scores: their standard deviation.",
     "reward/mean_per_response": "Mean over responses of the summed per-token rewards: score and penalties minus the KL cost.",

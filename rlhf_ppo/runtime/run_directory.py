@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_ppo.runtime.files import replace_text, sync_file
+from rlhf_ppo.runtime.lock import LOCK_FILE
 from rlhf_ppo.runtime.metrics import require_known_metrics
 
 
@@ -48,15 +49,23 @@ class RunDirectory:
 
     def start(self, settings: Mapping[str, Any]) -> None:
         """Begin a run: set an earlier run's files aside, then write ``run.json``."""
-        if (self.path / "metrics.jsonl").exists():
-            n = 1
-            while (self.path / f"previous-{n}").exists():
-                n += 1
-            old = self.path / f"previous-{n}"
-            old.mkdir()
-            for file in [entry for entry in self.path.iterdir() if not entry.name.startswith("previous-")]:
-                file.rename(old / file.name)
+        if (self.path / "metrics.jsonl").exists() or any(self.path.glob("checkpoint-*")):
+            # Checkpoints go first: if this is cut off, no later run takes what is left for its own.
+            entries = [entry for entry in self.path.iterdir() if not entry.name.startswith(("previous-", LOCK_FILE))]
+            self.set_aside(sorted(entries, key=lambda entry: not entry.name.startswith("checkpoint-")))
         self.write_json("run.json", settings)
+
+    def set_aside(self, entries: Sequence[Path]) -> None:
+        """Move files and folders of this folder into a new ``previous-<n>/``."""
+        if not entries:
+            return
+        n = 1
+        while (self.path / f"previous-{n}").exists():
+            n += 1
+        old = self.path / f"previous-{n}"
+        old.mkdir()
+        for entry in entries:
+            entry.rename(old / entry.name)
 
     def rewind(self, iteration: int) -> None:
         """Go on in this folder after ``iteration``: rows of later iterations leave its JSONL files.
@@ -65,14 +74,17 @@ class RunDirectory:
         """
         for file in self.path.glob("*.jsonl"):
             rows = [row for row in self.read(file.name) if _position(file.name, row) <= (iteration, False)]
-            temporary = file.with_suffix(".tmp")
-            temporary.write_text("".join(_line(row) for row in rows), encoding="utf-8")
-            os.replace(temporary, file)
+            replace_text(file, "".join(_line(row) for row in rows))
+
+    def sync(self) -> None:
+        """Bring the JSONL files to the disk."""
+        for file in self.path.glob("*.jsonl"):
+            sync_file(file)
 
     def write_json(self, name: str, content: Any) -> Path:
         """Write one JSON file."""
         file = self.path / name
-        file.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+        replace_text(file, json.dumps(content, indent=2, default=str) + "\n")
         return file
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
@@ -88,9 +100,10 @@ class RunDirectory:
             self.listener(metrics)
 
     def read(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-        """The rows of a JSONL file; none if it does not exist."""
+        """The rows of a JSONL file; none if it does not exist. A last line that a kill cut off is no row."""
         file = self.path / name
         if not file.exists():
             return []
         # Not splitlines(): a model may write U+2028 or U+0085, which end a line there but not in a JSON line.
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        whole, _, _ = file.read_bytes().rpartition(b"\n")
+        return [json.loads(line) for line in whole.decode().split("\n") if line]

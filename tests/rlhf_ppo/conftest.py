@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import string
+import traceback
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +183,27 @@ def script(monkeypatch):
         monkeypatch.setattr(rlhf_ppo.rollout, "draw", lambda weights, u: u)
 
     return use
+
+
+@pytest.fixture
+def in_child():
+    """``in_child(work)``: run it in a forked process; returns the exit code, negative for the signal that ended it."""
+
+    def run(work: Callable[[], object]) -> int:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # threads of libraries, idle here, do not fork
+            pid = os.fork()
+        if pid == 0:
+            try:
+                work()
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    return run
 
 
 @pytest.fixture

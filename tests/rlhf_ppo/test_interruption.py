@@ -110,11 +110,11 @@ def test_fault_22_one_state_is_saved_once(make_trainer, monkeypatch):
     saves = []
     save = rlhf_ppo.trainer.save_checkpoint
 
-    def saving(trainer):
+    def saving(trainer, boundary):
         saves.append(trainer.iteration)
         if trainer.iteration == 2:
             send(signal.SIGINT)
-        return save(trainer)
+        return save(trainer, boundary)
 
     monkeypatch.setattr(rlhf_ppo.trainer, "save_checkpoint", saving)
     trainer = make_trainer(**SETTINGS, save_every=1)
@@ -172,7 +172,7 @@ def test_fault_22_a_second_ctrl_c_is_immediate_and_saves_nothing_half_done(make_
     with pytest.raises(KeyboardInterrupt) as stop:
         trainer.train()
     assert not isinstance(stop.value, Interrupted)
-    assert {file.name for file in trainer.run.path.iterdir()} == {"run.json"}
+    assert {file.name for file in trainer.run.path.iterdir()} == {"run.json", "run.lock"}
 
 
 @pytest.mark.parametrize("rollout", [1, 3])

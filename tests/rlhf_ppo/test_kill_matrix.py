@@ -1,0 +1,31 @@
+"""A SIGKILL at any file-system step of a run loses nothing: a covering subset here, every step with ``make soak``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOAK = Path(__file__).parents[1] / "soak.py"
+
+
+def soak(*flags: str) -> str:
+    done = subprocess.run([sys.executable, str(SOAK), *flags], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs fork and /proc")
+def test_fault_21_killed_at_a_file_system_step_and_resumed_ends_bit_equal(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    assert "0 lost" in soak("matrix", "--stride", "11")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs fork and /proc")
+def test_fault_21_at_every_step(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    assert "0 lost" in soak("matrix")
