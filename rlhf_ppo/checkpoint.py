@@ -22,6 +22,7 @@ _COUNTERS = ("iteration", "episodes", "optimizer_steps", "rollouts_made", "skipp
 
 MAY_CHANGE = (
     *("output_dir", "total_episodes", "quiet", "num_threads", "microbatch_tokens"),
+    "device",  # the one that is used is among the fingerprints
     *("save_every", "save_total_limit", "save_best", "eval_every", "samples_per_rollout"),
     *("http_timeout_s", "http_retries", "http_batch_size", "reward_timeout_s"),
     *("gradient_checkpointing", "offload_activations"),

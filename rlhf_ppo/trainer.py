@@ -235,6 +235,7 @@ class PPOTrainer:
         checkpoint = None if resume is None else newest_good(run.path) if resume == "auto" else find_checkpoint(resume)
         if checkpoint is None:
             run.start(settings)
+            self._checkpoint = None
             return
         load_checkpoint(self, checkpoint, override=override)
         if not self.args.quiet:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -174,6 +175,12 @@ def differences(run: Path, whole: Path) -> list[str]:
     return wrong
 
 
+def newest(run: Path) -> int:
+    """The step of a run's newest good checkpoint, -1 if there is none."""
+    good = [folder for folder in list_checkpoints(run) if not verify_checkpoint(folder)]
+    return int(good[-1].name.rpartition("-")[2]) if good else -1
+
+
 def undisturbed(folder: Path, rollouts: int, seed: int, log: Path) -> list[str]:
     """Run without a kill; returns its file-system steps."""
     notes = folder.with_suffix(".steps")
@@ -205,8 +212,12 @@ def matrix(root: Path, stride: int, rollouts: int) -> int:
 
         code = wait(in_child(killed, log))
         assert code == -signal.SIGKILL, f"step {number} ended with {code}:\n{log.read_text()}"
+        commits = [found[1] for what in steps[: number - 1] if (found := re.fullmatch(r"os.rename \.tmp-(\d+)", what))]
+        kept = newest(run)
         code = wait(in_child(lambda run=run: train(run, rollouts, 0), log))
         wrong = [f"exit code {code}: {log.read_text()[-2000:]}"] if code else differences(run, whole)
+        if commits and kept < int(commits[-1]):
+            wrong.append(f"checkpoint-{commits[-1]} was committed, and the newest good one was {kept}")
         if wrong:
             lost += 1
             print(f"step {number}, {steps[number - 1]}: {', '.join(wrong)}")
@@ -221,8 +232,10 @@ def random_kills(root: Path, kills: int, rollouts: int, seed: int) -> int:
     done = runs = lost = 0
     while done < kills:
         whole, run = root / f"whole-{runs}", root / f"run-{runs}"
+        begun = time.monotonic()
         undisturbed(whole, rollouts, runs, log)
-        code = -signal.SIGKILL
+        length = time.monotonic() - begun
+        code, kept, fell_back = -signal.SIGKILL, -1, []
         while code == -signal.SIGKILL:
             by_time = done < kills and draw.random() < 0.5
             number = draw.randrange(1, 600) if done < kills and not by_time else 0
@@ -233,11 +246,15 @@ def random_kills(root: Path, kills: int, rollouts: int, seed: int) -> int:
 
             pid = in_child(work, log)
             if by_time:
-                time.sleep(draw.uniform(0.2, 3.0))
+                time.sleep(draw.uniform(0, length / 3))
                 os.kill(pid, signal.SIGKILL)  # a zombie, if it has ended by itself
             code = wait(pid)
             done += code == -signal.SIGKILL
+            if newest(run) < kept:
+                fell_back.append(f"checkpoint-{kept} was there and is lost")
+            kept = newest(run)
         wrong = [f"exit code {code}: {log.read_text()[-2000:]}"] if code else differences(run, whole)
+        wrong += fell_back
         lost += bool(wrong)
         runs += 1
         print(f"run {runs}: {done} kills so far, {', '.join(wrong) or 'end bit-equal'}", flush=True)

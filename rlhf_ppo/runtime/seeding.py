@@ -28,7 +28,7 @@ def global_rng_state() -> dict[str, torch.Tensor]:
         "numpy_gauss": torch.tensor([numpy_gauss], dtype=torch.float64),
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # asking would make a run on the CPU take a GPU's memory
         state |= {f"cuda.{i}": x for i, x in enumerate(torch.cuda.get_rng_state_all())}
     return state
 
@@ -40,7 +40,7 @@ def restore_rng_state(state: Mapping[str, torch.Tensor]) -> None:
     *key, position, has_gauss = state["numpy"].tolist()
     np.random.set_state(("MT19937", np.array(key, dtype=np.uint32), position, has_gauss, float(state["numpy_gauss"])))
     torch.set_rng_state(state["torch"])
-    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+    for i in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
         if (saved := state.get(f"cuda.{i}")) is not None:
             torch.cuda.set_rng_state(saved, i)
 

@@ -48,6 +48,26 @@ def test_any_text_of_a_model_is_one_line_and_reads_back(tmp_path, text):
     assert run.read("samples.jsonl") == [{"completion": text}, {"completion": "next"}]
 
 
+def test_a_line_that_a_kill_cut_off_is_no_row_and_goes_at_a_rewind(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.append("samples.jsonl", {"iteration": 1, "completion": "ż"})
+    whole = (tmp_path / "samples.jsonl").read_bytes()
+    for torn in (b'{"iteration": 2, "compl', '{"completion": "ż'.encode()[:-1], b"{"):
+        (tmp_path / "samples.jsonl").write_bytes(whole + torn)
+        assert run.read("samples.jsonl") == [{"iteration": 1, "completion": "ż"}]
+    run.rewind(1)
+    assert (tmp_path / "samples.jsonl").read_bytes() == whole
+
+
+def test_checkpoints_alone_are_an_earlier_run_and_the_lock_stays(tmp_path):
+    """A run that was set aside only half left checkpoints without metrics: they are not the new run's."""
+    for name in ("checkpoint-2", "run.lock"):
+        (tmp_path / name).mkdir()
+    RunDirectory(tmp_path).start({})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["previous-1", "run.json", "run.lock"]
+    assert [p.name for p in (tmp_path / "previous-1").iterdir()] == ["checkpoint-2"]
+
+
 def test_rewind_forgets_what_came_after(tmp_path):
     run = RunDirectory(tmp_path)
     for i in range(1, 5):
