@@ -238,7 +238,7 @@ def random_kills(root: Path, kills: int, rollouts: int, seed: int) -> int:
         code, kept, fell_back = -signal.SIGKILL, -1, []
         while code == -signal.SIGKILL:
             by_time = done < kills and draw.random() < 0.5
-            number = draw.randrange(1, 600) if done < kills and not by_time else 0
+            number = draw.randrange(1, 150) if done < kills and not by_time else 0
 
             def work(run: Path = run, number: int = number, seed: int = runs) -> None:
                 steps_in(run, kill_at(number))
@@ -246,7 +246,7 @@ def random_kills(root: Path, kills: int, rollouts: int, seed: int) -> int:
 
             pid = in_child(work, log)
             if by_time:
-                time.sleep(draw.uniform(0, length / 3))
+                time.sleep(draw.uniform(0, length / 4))
                 os.kill(pid, signal.SIGKILL)  # a zombie, if it has ended by itself
             code = wait(pid)
             done += code == -signal.SIGKILL
