@@ -26,8 +26,9 @@ MAY_CHANGE = (
     *("save_every", "save_total_limit", "save_best", "eval_every", "samples_per_rollout"),
     *("http_timeout_s", "http_retries", "http_batch_size", "reward_timeout_s"),
     *("gradient_checkpointing", "offload_activations"),
+    *("on_nonfinite", "max_skipped_steps", "max_kl_nats_per_response", "min_entropy_nats_per_token"),
 )
-"""Settings that say how long, where and how fast a run goes, not what it learns."""
+"""Settings that say how long, where and how fast a run goes, and what stops it; not what it learns."""
 
 
 @dataclass(frozen=True)
