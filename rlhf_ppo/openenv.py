@@ -111,6 +111,8 @@ def _outcome(result: Any) -> tuple[Any, float, bool]:
 
 def _synchronous(result: Any) -> Any:
     if inspect.isawaitable(result):
+        if inspect.iscoroutine(result):
+            result.close()  # nobody will await it
         raise TypeError("this environment is asynchronous: let make return its synchronous side, such as client.sync()")
     return result
 

@@ -120,7 +120,7 @@ def test_an_asynchronous_client_is_refused_with_the_remedy(make_trainer, prompts
         return None
 
     games = Environments(lambda prompt: SimpleNamespace(reset=reset))
-    with pytest.warns(RuntimeWarning, match="never awaited"), pytest.raises(RespondError, match=r"client\.sync\(\)"):
+    with pytest.raises(RespondError, match=r"client\.sync\(\)"):
         make_trainer(respond=games, reward_funcs=games.reward, max_turns=2).rollout(prompts)
 
 
