@@ -45,7 +45,7 @@ def record_video(agent: PPO, file: str | Path, *, episodes: int = 1, seed: int =
         images[0].save(file, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
         return file
     try:
-        from moviepy import ImageSequenceClip
+        from moviepy import ImageSequenceClip  # pyright: ignore[reportMissingImports] (an extra)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"writing {file.name} needs moviepy ({error}): {INSTALL}, or write a .gif") from None
     ImageSequenceClip(frames, fps=fps).write_videofile(str(file), logger=None)
