@@ -47,7 +47,7 @@ test: check ## Lint, types and the tests
 test-all: check ## The same with the long learning runs
 	$(TEST_ENV) $(BIN)/pytest -n 2
 
-soak: env ## Kill a tiny run at each of its file-system steps, then 200 times at random; about an hour on one CPU core
+soak: env ## Kill a tiny run at each of its file-system steps, then 200 times at random; a few minutes
 	$(TEST_ENV) $(BIN)/python tests/soak.py matrix
 	$(TEST_ENV) $(BIN)/python tests/soak.py random --kills 200
 

@@ -32,11 +32,16 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 import rlhf_ppo.runtime.checkpoint
+import rlhf_ppo.trainer
 from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.runtime.checkpoint import list_checkpoints, verify_checkpoint
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 KEPT = ("metrics.jsonl", "samples.jsonl", "eval_samples.jsonl")
+
+
+# The picture at a run's end, when everything is saved, takes longer than the run.
+rlhf_ppo.trainer.plot_curves = lambda *_, **__: None
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -121,6 +126,8 @@ def steps_in(folder: Path, at_step: Callable[[int, str], None]) -> None:
     def audit(event: str, args: tuple) -> None:
         if event == "open" and (args[2] & (os.O_WRONLY | os.O_RDWR) or args[1] not in ("r", "rb", None)):
             step("open", args[0])
+        elif event in ("os.remove", "os.rmdir") and args[1] >= 0:  # rmtree names files relative to their folder
+            step(event, os.path.join(os.readlink(f"/proc/self/fd/{args[1]}"), os.fsdecode(args[0])))
         elif event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"):
             step(event, *args[:2])
 
