@@ -321,7 +321,7 @@ def test_the_token_reaches_the_server_and_no_file(make_trainer, monkeypatch):
         trainer = make_trainer(reward_funcs=url, total_episodes=8, save_every=1, http_batch_size=5)
         trainer.train()
     assert {request["headers"]["Authorization"] for request in seen} == {"Bearer hush-hush"}
-    assert [len(request["items"]) for request in seen] == [5, 3]
+    assert sorted(len(request["items"]) for request in seen) == [3, 5]  # side by side
     assert f"score/part/{url.removeprefix('http://')}" in trainer.run.read()[0]
     files = [file for file in trainer.run.path.rglob("*") if file.is_file()]
     assert len(files) > 5 and not any(b"hush-hush" in file.read_bytes() for file in files)
