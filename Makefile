@@ -48,8 +48,8 @@ test-all: check ## The same with the long learning runs
 	$(TEST_ENV) $(BIN)/pytest -n 2
 
 soak: env ## Kill a tiny run at each of its file-system steps, then 200 times at random; a few minutes
-	$(TEST_ENV) $(BIN)/python tests/soak.py matrix
-	$(TEST_ENV) $(BIN)/python tests/soak.py random --kills 200
+	$(TEST_ENV) $(BIN)/python -P tests/soak.py matrix
+	$(TEST_ENV) $(BIN)/python -P tests/soak.py random --kills 200
 
 docs: env ## Make docs/metrics.md and the tables of docs/migrating-from-trl.md again from their sources
 	$(BIN)/python -m rlhf_ppo.runtime.metrics > docs/metrics.md

@@ -22,8 +22,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-# Beside this file lies a folder rlhf_ppo of tests, which is not what is imported below.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")

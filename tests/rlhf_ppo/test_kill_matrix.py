@@ -13,7 +13,8 @@ SOAK = Path(__file__).parents[1] / "soak.py"
 
 
 def soak(*flags: str) -> str:
-    done = subprocess.run([sys.executable, str(SOAK), *flags], capture_output=True, text=True, check=False)
+    # -P: beside the script lies a folder rlhf_ppo, of tests.
+    done = subprocess.run([sys.executable, "-P", str(SOAK), *flags], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
