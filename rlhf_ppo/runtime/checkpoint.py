@@ -15,7 +15,7 @@ import os
 import platform
 import shutil
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -260,7 +260,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     if not folder.is_dir():
         raise FileNotFoundError(f"checkpoint {folder} does not exist")
     if problems := verify_checkpoint(folder):
-        raise CheckpointError(f"checkpoint {folder} cannot be used: {'; '.join(problems)}")
+        raise CheckpointError(_unusable(folder, problems))
     manifest = read_manifest(folder)
     groups = [Path(name) for name in manifest["files"] if name.endswith(".safetensors")]
     return Checkpoint(
@@ -271,6 +271,10 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
         manifest["settings"],
         manifest["fingerprints"],
     )
+
+
+def _unusable(folder: Path, problems: Sequence[str]) -> str:
+    return f"checkpoint {folder} cannot be used: {'; '.join(problems)}"
 
 
 def newest_good(root: str | Path) -> Path | None:
@@ -285,7 +289,7 @@ def newest_good(root: str | Path) -> Path | None:
             for line in bad:
                 warnings.warn(f"{line}. Going on from {folder.name} instead", stacklevel=2)
             return folder
-        bad.append(f"checkpoint {folder} cannot be used: {'; '.join(problems)}")
+        bad.append(_unusable(folder, problems))
     if bad:
         raise CheckpointError(
             f"no checkpoint in {root} is good, and a run that has some never starts afresh by itself. "
