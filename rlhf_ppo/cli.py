@@ -27,6 +27,7 @@ from rlhf_ppo.mixing import load_mixture, require_weights
 from rlhf_ppo.replay import ReplayArgs, print_replay
 from rlhf_ppo.reward_calls import RewardError
 from rlhf_ppo.reward_training import RewardTrainingArgs, train_reward_model
+from rlhf_ppo.runtime.advice import AdviseArgs, print_advice
 from rlhf_ppo.runtime.check import CheckArgs, check
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.settings import Command, run_command
@@ -178,6 +179,7 @@ COMMANDS: dict[str, Command] = {
     "migrate": (MigrateArgs, _migrate),
     "replay": (ReplayArgs, print_replay),
     "check": (CheckArgs, check),
+    "advise": (AdviseArgs, print_advice),
 }
 
 

@@ -97,7 +97,8 @@ class Reader:
         if self.packs_on(sequences.mask.device):
             packed = pack(*sequences[:5])
             with packed_attention(self.config, packed.lengths):
-                return _call(self.trunk, packed.ids, packed.positions).last_hidden_state[0, packed.index]
+                states = _call(self.trunk, packed.ids, packed.positions).last_hidden_state
+            return states.squeeze(0)[packed.index]
         ids, attention = _padded(sequences)
         hidden = _call(self.trunk, ids, position_ids(attention), attention).last_hidden_state
         return select(hidden[:, -sequences.mask.shape[1] :], sequences.mask)
@@ -147,14 +148,18 @@ class Reader:
             packed = pack(*sequences[:5])
             with packed_attention(self.config, packed.lengths):
                 output = _call(self.model, packed.ids, packed.positions, logits_to_keep=packed.index, **kwargs)
-            return output.logits[0], output.hidden_states[-1][0, packed.index] if hidden else None
+            # squeeze, not [0]: the gradient of an index is copied into zeros of the logits' size.
+            states = output.hidden_states[-1].squeeze(0)[packed.index] if hidden else None
+            return output.logits.squeeze(0), states
         ids, attention = _padded(sequences)
         mask, length = sequences.mask, sequences.mask.shape[1]
         if _accepts(self.model, "logits_to_keep"):
             kwargs["logits_to_keep"] = length
         output = _call(self.model, ids, position_ids(attention), attention, **kwargs)
         states = select(output.hidden_states[-1][:, -length:], mask) if hidden else None
-        return select(output.logits[:, -length:], mask), states
+        # A slice, even of everything, has its gradient copied into zeros of the whole's size.
+        logits = output.logits if output.logits.shape[1] == length else output.logits[:, -length:]
+        return select(logits, mask), states
 
     @torch.no_grad()
     def step(

@@ -1,4 +1,4 @@
-"""The reliability page: 35 faults, and each test that it names is there."""
+"""Pages that lead to tests: the 35 faults of the reliability page, and PPO topic by topic; each test is there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ PAGE = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
 ROWS = {
     int(n): line for line in PAGE.splitlines() if (n := line.split("|")[1].strip() if "|" in line else "").isdigit()
 }
-LINKS = re.findall(r"\[(test_\w+)\]\(\.\./(tests/[\w/]+\.py)\)", PAGE)
+TOPICS = (ROOT / "docs/learning-ppo.md").read_text(encoding="utf-8")
+LINKS = sorted(set(re.findall(r"\[(test_\w+)\]\(\.\./(tests/[\w/]+\.py)\)", PAGE + TOPICS)))
 NOT_YET = {32}
 """Faults that cannot happen yet; the page says why."""
 
@@ -26,9 +27,16 @@ def names_in(file: str) -> set[str]:
 def test_every_fault_has_a_row_and_every_row_a_test():
     assert list(ROWS) == list(range(1, 36))
     assert {n for n, line in ROWS.items() if "](../tests/" not in line} == NOT_YET
-    assert len(LINKS) > 90
+    assert PAGE.count("](../tests/") > 90
+
+
+def test_every_topic_and_every_mistake_has_a_test():
+    rows = [
+        line for line in TOPICS.splitlines() if line.startswith("| ") and not line.startswith(("| topic", "| mistake"))
+    ]
+    assert len(rows) > 35 and all("](../tests/" in row for row in rows)
 
 
 @pytest.mark.parametrize(("name", "file"), LINKS, ids=[name for name, _ in LINKS])
-def test_each_test_that_the_page_names_is_there(name, file):
+def test_each_test_that_a_page_names_is_there(name, file):
     assert name in names_in(file)

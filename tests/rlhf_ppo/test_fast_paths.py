@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, GPT2LMHeadModel
 
 import rlhf_ppo.rollout
@@ -183,6 +184,35 @@ def recast(cls: type) -> Any:
         return model
 
     return change
+
+
+class Scattered(TorchDispatchMode):
+    """Counts gradients of V columns that are copied into zeros of the whole's size."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary, self.count = vocabulary, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.select_backward, torch.ops.aten.slice_backward):
+            self.count += result.shape[-1] == self.vocabulary
+        return result
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_the_gradient_of_a_users_own_logits_is_not_copied_into_zeros(make_model, batch, packs):
+    model = recast(Wrapped)(make_model("gpt2"))
+    reader = Reader(model)
+    reader.packs = packs
+    with Scattered(model.config.vocab_size) as scattered:
+        outputs = reader.outputs(Sequences(*batch))
+        assert outputs.logits is not None
+        outputs.logits.sum().backward()
+    assert scattered.count == 0
+    with Scattered(model.config.vocab_size) as scattered:  # it would be seen
+        torch.zeros(1, 2, model.config.vocab_size, requires_grad=True)[0].sum().backward()
+    assert scattered.count == 1
 
 
 @pytest.mark.parametrize("cls", [Sharpened, Wrapped])
