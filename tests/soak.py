@@ -1,9 +1,9 @@
-"""Kills a tiny run again and again, resumes it with "auto" each time, and compares its end with a run never killed.
+"""Kills tiny runs again and again, resumes each with "auto", and compares its end with a run never killed.
 
-``python tests/soak.py matrix`` kills at one file-system step of the run after another (every open, fsync, rename and
+``python tests/soak.py matrix`` kills at one file-system step of a run after another (every open, fsync, rename and
 deletion in its folder, and tensors half written); ``python tests/soak.py random`` at random times and random steps.
-Both print their figures and exit with 1 if anything was lost. The faults come from outside: an audit hook, and a
-wrapped ``os.fsync`` and ``save_file``.
+Both do so with either frontend, print their figures and exit with 1 if anything was lost. The faults come from outside:
+an audit hook, and a wrapped ``os.fsync`` and ``save_file``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import sys
@@ -22,73 +23,14 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("MPLBACKEND", "Agg")
-
 import torch
-from safetensors.torch import load_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 import rlhf_ppo.runtime.checkpoint
-import rlhf_ppo.trainer
-from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.runtime.checkpoint import list_checkpoints, verify_checkpoint
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz "
-KEPT = ("metrics.jsonl", "samples.jsonl", "eval_samples.jsonl")
-
-
-# The picture at a run's end, when everything is saved, takes longer than the run.
-rlhf_ppo.trainer.plot_curves = lambda *_, **__: None
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character."""
-    vocabulary = {character: i for i, character in enumerate(["<end>", *LETTERS])}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", model_max_length=32)
-
-
-def early_letters(prompts, completions, **columns):
-    """Letters before n, plus noise from Python's global generator, which a resumed run must go on with."""
-    return [sum("a" <= x < "n" for x in text) / 6 + 0.1 * random.random() for text in completions]
-
-
-def train(folder: Path, rollouts: int, seed: int) -> None:
-    """The run, from wherever it is."""
-    torch.manual_seed(seed)
-    sizes = {"n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 28, "eos_token_id": 0}
-    trainer = PPOTrainer(
-        AutoModelForCausalLM.from_config(GPT2Config(**sizes)),
-        early_letters,
-        RLHFConfig(
-            output_dir=str(folder),
-            total_episodes=4 * rollouts,
-            rollout_batch_size=4,
-            num_epochs=1,
-            num_minibatches=2,
-            max_new_tokens=6,
-            learning_rate=1e-3,
-            kl_target=1.0,
-            normalize_scores=True,
-            eval_every=4,
-            save_every=1,
-            save_best=True,
-            save_total_limit=1,
-            seed=seed,
-            device="cpu",
-            precision="fp32",
-            quiet=True,
-        ),
-        train_dataset=[{"prompt": text} for text in ("once", "the cat", "a", "blue moon", "no")],
-        eval_dataset=[{"prompt": text} for text in ("to be", "or")],
-        processing_class=tokenizer(),
-    )
-    trainer.train(resume_from_checkpoint="auto")
+# Not an import: beside this file lies a folder rlhf_ppo, of tests, so that its folder is no place to import from.
+FRONTENDS = runpy.run_path(str(Path(__file__).with_name("soak_runs.py")))["FRONTENDS"]
+Train = Callable[[Path, int, int], None]
 
 
 def in_child(work: Callable[[], None], log: Path) -> int:
@@ -165,20 +107,20 @@ def wait(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def kept(run: Path) -> dict[str, bytes]:
+    """What a run leaves: lines, weights, and all of its newest checkpoint but the manifest, which names the folder."""
+    files = [*run.glob("*.jsonl"), *run.glob("*.safetensors"), *run.glob("best/*.safetensors")]
+    files += list_checkpoints(run)[-1].iterdir()
+    left = [file for file in files if file.name not in ("manifest.json", "timings.jsonl")]
+    return {str(file.relative_to(run)): file.read_bytes() for file in left}
+
+
 def differences(run: Path, whole: Path) -> list[str]:
-    """How a run's end differs from that of the run never killed: weights, moments, generators, lines."""
-    wrong = [name for name in KEPT if (run / name).read_bytes() != (whole / name).read_bytes()]
-    ends = [list_checkpoints(folder)[-1] for folder in (run, whole)]
+    """How a run's end differs from that of the run never killed: weights, moments, generators, environment, lines."""
+    one, two = kept(run), kept(whole)
+    wrong = sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))
     for folder in list_checkpoints(run):
         wrong += [f"{folder.name}: {problem}" for problem in verify_checkpoint(folder)]
-    pairs = [tuple(end / name for end in ends) for name in ("trainable", "optimizer", "rng")]
-    pairs = [(a.with_suffix(".safetensors"), b.with_suffix(".safetensors")) for a, b in pairs]
-    for a, b in [*pairs, (run / "model.safetensors", whole / "model.safetensors")]:
-        one, two = load_file(a), load_file(b)
-        if one.keys() != two.keys() or not all(torch.equal(one[name], two[name]) for name in one):
-            wrong.append(a.name)
-    if (ends[0] / "state.json").read_bytes() != (ends[1] / "state.json").read_bytes():
-        wrong.append("state.json")
     return wrong
 
 
@@ -188,7 +130,7 @@ def newest(run: Path) -> int:
     return int(good[-1].name.rpartition("-")[2]) if good else -1
 
 
-def undisturbed(folder: Path, rollouts: int, seed: int, log: Path) -> list[str]:
+def undisturbed(train: Train, folder: Path, rollouts: int, seed: int, log: Path) -> list[str]:
     """Run without a kill; returns its file-system steps."""
     notes = folder.with_suffix(".steps")
 
@@ -202,12 +144,19 @@ def undisturbed(folder: Path, rollouts: int, seed: int, log: Path) -> list[str]:
     return notes.read_text().splitlines()
 
 
-def matrix(root: Path, stride: int, rollouts: int) -> int:
-    """Kill at every ``stride``-th step of the run; each time resume to the end."""
-    log = root / "log.txt"
+def one_of_each_kind(steps: list[str]) -> list[int]:
+    """Numbers of the last step of each kind in a commit and its rotation: what is done, to which kind of folder."""
+    commit = re.compile(r"(\S+).* (\.tmp-(?=\d)|\.tmp-old-|checkpoint-|\.$)")
+    found = [(commit.match(what), number) for number, what in enumerate(steps, 1)]
+    return sorted({kind.groups(): number for kind, number in found if kind}.values())
+
+
+def matrix(train: Train, root: Path, rollouts: int, seed: int, *, cover: bool) -> bool:
+    """Kill at every step of the run, or at one of each kind; each time resume to the end. Whether nothing was lost."""
+    log, started = root / "log.txt", time.monotonic()
     whole = root / "whole"
-    steps = undisturbed(whole, rollouts, 0, log)
-    chosen = range(1, len(steps) + 1, stride)
+    steps = undisturbed(train, whole, rollouts, seed, log)
+    chosen = one_of_each_kind(steps) if cover else range(1, len(steps) + 1)
     lost = 0
     for number in chosen:
         run = root / "run"
@@ -215,24 +164,27 @@ def matrix(root: Path, stride: int, rollouts: int) -> int:
 
         def killed(run: Path = run, number: int = number) -> None:
             steps_in(run, kill_at(number))
-            train(run, rollouts, 0)
+            train(run, rollouts, seed)
 
         code = wait(in_child(killed, log))
         assert code == -signal.SIGKILL, f"step {number} ended with {code}:\n{log.read_text()}"
         commits = [found[1] for what in steps[: number - 1] if (found := re.fullmatch(r"os.rename \.tmp-(\d+)", what))]
-        kept = newest(run)
-        code = wait(in_child(lambda run=run: train(run, rollouts, 0), log))
+        newest_kept = newest(run)
+        code = wait(in_child(lambda run=run: train(run, rollouts, seed), log))
         wrong = [f"exit code {code}: {log.read_text()[-2000:]}"] if code else differences(run, whole)
-        if commits and kept < int(commits[-1]):
-            wrong.append(f"checkpoint-{commits[-1]} was committed, and the newest good one was {kept}")
+        if commits and newest_kept < int(commits[-1]):
+            wrong.append(f"checkpoint-{commits[-1]} was committed, and the newest good one was {newest_kept}")
         if wrong:
             lost += 1
             print(f"step {number}, {steps[number - 1]}: {', '.join(wrong)}")
-    print(f"{len(chosen)} kills at {len(steps)} file-system steps of a run of {rollouts} rollouts: {lost} lost")
-    return min(lost, 1)
+    shutil.rmtree(whole)
+    seconds = time.monotonic() - started
+    done = f"{len(chosen)} kills at {len(steps)} file-system steps of a run of {rollouts} rollouts"
+    print(f"{done} ({seconds:.0f} s): {lost} lost")
+    return not lost
 
 
-def random_kills(root: Path, kills: int, rollouts: int, seed: int) -> int:
+def random_kills(train: Train, root: Path, kills: int, rollouts: int, seed: int) -> bool:
     """Kill ``kills`` times, half at a random time and half at a random step, over as many runs as that takes."""
     draw = random.Random(seed)
     log, started = root / "log.txt", time.monotonic()
@@ -240,9 +192,9 @@ def random_kills(root: Path, kills: int, rollouts: int, seed: int) -> int:
     while done < kills:
         whole, run = root / f"whole-{runs}", root / f"run-{runs}"
         begun = time.monotonic()
-        undisturbed(whole, rollouts, runs, log)
+        undisturbed(train, whole, rollouts, runs, log)
         length = time.monotonic() - begun
-        code, kept, fell_back = -signal.SIGKILL, -1, []
+        code, last, fell_back = -signal.SIGKILL, -1, []
         while code == -signal.SIGKILL:
             by_time = done < kills and draw.random() < 0.5
             number = draw.randrange(1, 150) if done < kills and not by_time else 0
@@ -257,9 +209,9 @@ def random_kills(root: Path, kills: int, rollouts: int, seed: int) -> int:
                 os.kill(pid, signal.SIGKILL)  # a zombie, if it has ended by itself
             code = wait(pid)
             done += code == -signal.SIGKILL
-            if newest(run) < kept:
-                fell_back.append(f"checkpoint-{kept} was there and is lost")
-            kept = newest(run)
+            if newest(run) < last:
+                fell_back.append(f"checkpoint-{last} was there and is lost")
+            last = newest(run)
         wrong = [f"exit code {code}: {log.read_text()[-2000:]}"] if code else differences(run, whole)
         wrong += fell_back
         lost += bool(wrong)
@@ -269,22 +221,29 @@ def random_kills(root: Path, kills: int, rollouts: int, seed: int) -> int:
         shutil.rmtree(run)
     minutes = (time.monotonic() - started) / 60
     print(f"{done} kills in {runs} runs of {rollouts} rollouts ({minutes:.0f} min): {lost} runs lost or different")
-    return min(lost, 1)
+    return not lost
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=("matrix", "random"))
-    parser.add_argument("--stride", type=int, default=1, help="matrix: kill at every so many-th step")
-    parser.add_argument("--kills", type=int, default=200, help="random: how many")
+    parser.add_argument("--frontend", choices=tuple(FRONTENDS), help="this one alone")
+    parser.add_argument("--cover", action="store_true", help="matrix: at one step of each kind in a commit alone")
+    parser.add_argument("--kills", type=int, default=200, help="random: how many, of each frontend")
     parser.add_argument("--rollouts", type=int, help="length of a run (matrix: 3, random: 60)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder).resolve()
-        if args.mode == "matrix":
-            return matrix(root, args.stride, args.rollouts or 3)
-        return random_kills(root, args.kills, args.rollouts or 60, args.seed)
+    good = True
+    for name in [args.frontend] if args.frontend else FRONTENDS:
+        print(f"{name}:")
+        train = FRONTENDS[name]()
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(folder).resolve()
+            if args.mode == "matrix":
+                good &= matrix(train, root, args.rollouts or 3, args.seed, cover=args.cover)
+            else:
+                good &= random_kills(train, root, args.kills, args.rollouts or 60, args.seed)
+    return int(not good)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from rlhf_ppo.checkpoint import load_checkpoint, save_checkpoint
+from rlhf_ppo.checkpoint import MAY_CHANGE, load_checkpoint, save_checkpoint
 from rlhf_ppo.runtime.checkpoint import list_checkpoints, verify_checkpoint
 from rlhf_ppo.runtime.lock import run_lock
 
@@ -70,7 +70,6 @@ VARIANTS = {
     "cispo-grpo": {"objective": "cispo", "advantage_estimator": "grpo", "num_generations": 4},
     "rloo-sequence": {"advantage_estimator": "rloo", "num_generations": 2, "ratio_level": "sequence"},
     "kl-loss": {"kl_loss_coef": 0.1, "kl_loss": "exact", "kl_coef": 0.0},
-    "lora": {"peft_config": lora},
     "two-adapters": {"peft_config": lora, "critic": "adapter", "value_learning_rate": 1e-2},
     "separate-critic": {"value_model": 1, "critic_warmup_rollouts": 3},
     "noise-cache-evaluation": {
@@ -81,6 +80,8 @@ VARIANTS = {
         "eval_dataset": [{"prompt": "to be"}, {"prompt": "a"}],
     },
 }
+OBJECTIVES = ("plain", "adaptive-clip", "penalty", "dual-clip", "a2c", "reinforce", "cispo-grpo", "kl-loss")
+VARIANTS |= {f"{name}, lora": {**VARIANTS[name], "peft_config": lora} for name in OBJECTIVES}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -200,6 +201,14 @@ def test_fault_26_another_run_is_refused_with_a_diff(finished, make_trainer, mak
     with pytest.raises(ValueError, match=rf"old -> new\):\n  {line}.*\n.*--resume-override") as error:
         again(make_trainer, finished, **change).train(resume_from_checkpoint="auto")
     assert str(error.value).count(" -> ") == 2  # the heading's and one line
+
+
+def test_the_page_names_every_setting_that_may_change():
+    page = (Path(__file__).parents[2] / "docs/checkpoints.md").read_text(encoding="utf-8")
+    listed = page[page.index("Free to change:") : page.index("## What is in one")]
+    # The device in use is compared, whatever the setting said.
+    for name in set(MAY_CHANGE) - {"device"}:
+        assert f"`{name}`" in listed or (name.startswith("save_") and "`save_*`" in listed), name
 
 
 def test_fault_26_an_override_goes_on_with_the_new_settings(finished, make_trainer):

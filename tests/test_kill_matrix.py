@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-SOAK = Path(__file__).parents[1] / "soak.py"
+SOAK = Path(__file__).parent / "soak.py"
+FRONTENDS = ("language", "classic")
 
 
 def soak(*flags: str) -> str:
@@ -20,13 +21,15 @@ def soak(*flags: str) -> str:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs fork and /proc")
-def test_fault_21_killed_at_a_file_system_step_and_resumed_ends_bit_equal(monkeypatch):
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_fault_21_killed_at_each_kind_of_step_of_a_commit_and_resumed_ends_bit_equal(monkeypatch, frontend):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    assert "0 lost" in soak("matrix", "--stride", "17")
+    assert "0 lost" in soak("matrix", "--cover", "--rollouts", "2", "--frontend", frontend)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs fork and /proc")
-def test_fault_21_at_every_step(monkeypatch):
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_fault_21_at_every_step(monkeypatch, frontend):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    assert "0 lost" in soak("matrix")
+    assert "0 lost" in soak("matrix", "--frontend", frontend)
