@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from classic.envs import Episode
 from classic.saving import in_force, load_optimizer, optimizer_tensors, spaces
-from rlhf_ppo.runtime.checkpoint import (
-    checkpoint_folder,
-    list_checkpoints,
-    newest_good,
-    read_checkpoint,
-    verify_checkpoint,
-    write_checkpoint,
-)
+from rlhf_ppo.runtime.checkpoint import Checkpoint, CheckpointError, as_json, write_checkpoint
+from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.unchanged import require_unchanged
 
 if TYPE_CHECKING:
     from classic.train import PPO
 
-FREE = ("output_dir", "quiet", "num_threads", "save_every", "save_total_limit")
+FREE = ("output_dir", "quiet", "num_threads", "save_every", "save_total_limit", "report_to")
 """Settings that may differ when a run goes on."""
+
+OF_EPISODES = ("num_envs", "autoreset_mode", "vectorization", "env_kwargs", "wrappers", "action_masks")
+"""Settings that running episodes depend on."""
 
 
 @dataclass
@@ -41,19 +40,14 @@ class Progress:
     """Gradients that were not finite, since the last one that was."""
 
 
-def save_checkpoint(agent: PPO, root: Path, progress: Progress) -> Path:
-    """Commit ``checkpoint-<iteration>`` into a run's folder.
-
-    One that is there already is this very one: the run was resumed from an earlier checkpoint, and goes the same way.
-    """
-    folder = checkpoint_folder(root, agent.counters["iteration"])
-    if folder.exists() and not verify_checkpoint(folder):
-        return folder
+def save_checkpoint(agent: PPO, run: RunDirectory, progress: Progress) -> Path:
+    """Commit ``checkpoint-<iteration>`` into a run's folder."""
+    run.sync()  # the metric lines up to here must not be younger than the checkpoint
     episodes, running = agent.envs.state()
     generators = {"training": agent.generator.get_state(), "predicting": agent.predict_generator.get_state()}
     memory = {} if agent.memory is None else {"state": agent.memory}
     return write_checkpoint(
-        root,
+        run.path,
         agent.counters["iteration"],
         tensors={
             "model": agent.network.state_dict(),
@@ -78,57 +72,58 @@ def save_checkpoint(agent: PPO, root: Path, progress: Progress) -> Path:
     )
 
 
-def find_checkpoint(root: str | Path | None, wanted: str | Path) -> Path | None:
-    """The folder that ``resume_from_checkpoint`` means; None: "auto", and there is none yet.
-
-    Raises:
-        ValueError: "auto" without a run's folder.
-        FileNotFoundError: the path is not there: it is never a reason to start afresh.
-        CheckpointError: "auto", and no checkpoint is good.
-    """
-    if wanted == "auto":
-        if root is None:
-            raise ValueError("resume_from_checkpoint='auto' looks in output_dir, which is None: set it")
-        return newest_good(root)
-    folder = Path(wanted)
-    if not folder.is_dir():
-        there = ", ".join(path.name for path in list_checkpoints(folder.parent)) or "none"
-        raise FileNotFoundError(f"checkpoint {folder} does not exist; there are: {there}")
-    return folder
-
-
-def load_checkpoint(agent: PPO, folder: Path, total: int) -> Progress:
+def load_checkpoint(agent: PPO, checkpoint: Checkpoint, total: int, *, override: bool = False) -> Progress:
     """Make a fresh agent the one that was saved.
 
+    Args:
+        agent: nothing of it is touched before everything is verified.
+        checkpoint: its state.
+        total: environment steps that the call which goes on is asked for.
+        override: go on although settings or the environment differ.
     Warns:
-        UserWarning: the running episodes could not be set up again, so new ones begin.
+        UserWarning: the running episodes could not be set up again, so new ones begin; or what ``override`` let pass.
     Raises:
-        CheckpointError: it is damaged, or of a run with other settings, steps or spaces.
+        CheckpointError: it is of a run with other settings, steps or spaces (shown as a diff), or of another network.
     """
-    checkpoint = read_checkpoint(folder)
     settings = {**asdict(agent.args), "total": total}
-    require_unchanged(checkpoint, settings=settings, fingerprints={"env_id": agent.env_id, **spaces(agent)}, free=FREE)
+    fingerprints = {"env_id": agent.env_id, **spaces(agent)}
+    require_unchanged(checkpoint, settings=settings, fingerprints=fingerprints, free=FREE, override=override)
     tensors, state = checkpoint.tensors, checkpoint.state
+    if _shapes(agent.network.state_dict()) != _shapes(tensors["model"]):
+        raise CheckpointError(f"checkpoint {checkpoint.folder} belongs to another network: its weights do not fit")
+    if missing := sorted(agent.normalizer.state().keys() - tensors["normalizer"].keys()):
+        raise CheckpointError(
+            f"checkpoint {checkpoint.folder} has no statistics {', '.join(missing)}: normalisation cannot be turned on "
+            "in the middle of a run"
+        )
     agent.network.load_state_dict(tensors["model"])
     load_optimizer(agent, tensors["optimizer"])
     agent.normalizer.load(tensors["normalizer"])
     agent.generator.set_state(tensors["generators"]["training"])
     agent.predict_generator.set_state(tensors["generators"]["predicting"])
     agent.counters = dict(state["counters"])
-    agent.config = replace(agent.config, **state["in_force"])
+    # A setting that the user changed now wins over where a controller had moved it.
+    moved = {name: x for name, x in state["in_force"].items() if settings[name] == checkpoint.settings[name]}
+    agent.config = replace(agent.config, **moved)
     agent.recent = deque((Episode(*episode) for episode in state["recent"]), maxlen=agent.recent.maxlen)
     agent.best_return, agent.last_metrics = state["best_return"], state["last_metrics"]
-    if not _restore_episodes(agent, tensors, state["running"]):
+    before, now = (as_json({name: s.get(name) for name in OF_EPISODES}) for s in (checkpoint.settings, settings))
+    same = before == now and checkpoint.fingerprints == as_json(fingerprints)
+    if not same or not _restore_episodes(agent, tensors, state["running"]):
         warnings.warn(
-            f"environment {agent.env_id!r} cannot be set up where {folder} left it, so new episodes begin: the run "
-            "goes on from here, but not bit for bit",
+            f"environment {agent.env_id!r} cannot be set up where {checkpoint.folder} left it, so new episodes begin: "
+            "the run goes on from here, but not bit for bit",
             stacklevel=3,
         )
         agent.begin_episodes()
-    return Progress(**state["progress"])
+    return replace(Progress(**state["progress"]), total=total)
 
 
-def _restore_episodes(agent: PPO, tensors: dict[str, dict[str, torch.Tensor]], running: dict[str, Any] | None) -> bool:
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: x.shape for name, x in tensors.items()}
+
+
+def _restore_episodes(agent: PPO, tensors: dict[str, dict[str, Tensor]], running: dict[str, Any] | None) -> bool:
     if running is None or not agent.envs.restore(tensors["episodes"], running):
         return False
     agent.memory = tensors["memory"].get("state")

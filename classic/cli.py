@@ -1,4 +1,4 @@
-"""The command line: `classic-ppo train ENV`, `compare ENV --vary a=1,2`; `evaluate`, `explain`, `advise` FOLDER."""
+"""The command line: `classic-ppo train ENV`, `evaluate FOLDER`, `compare ENV --vary a=1,2`, `explain FOLDER`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from classic.callbacks import evaluate_every, stop_at_return
 from classic.config import PPOArgs
 from classic.train import PPO
 from classic.video import record_video
-from rlhf_ppo.runtime.advice import AdviseArgs, print_advice
 from rlhf_ppo.runtime.settings import Command, run_command
 from rlhf_ppo.runtime.signals import Interrupted
 
@@ -37,7 +36,9 @@ class TrainCommand(PPOArgs):
     stop_at_return: float | None = None
     """End training once the mean return of the last 100 episodes reaches this; None: never."""
     resume: str | None = None
-    """Go on from a checkpoint: auto (the newest good one, a fresh start if there is none) or its folder."""
+    """Go on from a checkpoint: auto (the newest good one, a fresh start if there is none), its folder, or a run's."""
+    resume_override: bool = False
+    """Resume although settings, steps or the environment have changed; what did is shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,7 @@ def train(command: TrainCommand) -> int:
     callbacks += [] if command.stop_at_return is None else [stop_at_return(command.stop_at_return)]
     start = time.perf_counter()
     try:
-        agent.learn(callbacks=callbacks, resume_from_checkpoint=command.resume)
+        agent.learn(callbacks=callbacks, resume_from_checkpoint=command.resume, resume_override=command.resume_override)
     except Interrupted as stop:
         folder = agent.save(given["output_dir"])
         print(f"{stop}; the agent as it is lies in {folder}; --resume auto goes on", file=sys.stderr)
@@ -184,7 +185,6 @@ COMMANDS: dict[str, Command] = {
     "evaluate": (EvaluateCommand, evaluate),
     "compare": (CompareCommand, compare),
     "explain": (ExplainCommand, explain),
-    "advise": (AdviseArgs, print_advice),
 }
 
 

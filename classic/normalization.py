@@ -58,7 +58,8 @@ class Normalizer:
     def __init__(self, observation_shape: tuple[int, ...] | None, num_envs: int | None, gamma: float) -> None:
         self.observations = None if observation_shape is None else RunningStatistics(observation_shape)
         self.returns = None if num_envs is None else RunningStatistics()
-        self.sums, self.gamma = np.zeros(num_envs or 0), gamma
+        self.num_envs, self.gamma = num_envs or 0, gamma
+        self.begin_episodes()
 
     def observe(self, observations: Tensor, mask: Tensor) -> Tensor:
         """Count the rows [B, O] where mask [B] is True, then normalise all."""
@@ -93,7 +94,7 @@ class Normalizer:
 
     def begin_episodes(self) -> None:
         """Every copy starts anew: the sums of running episodes are dropped."""
-        self.sums = np.zeros_like(self.sums)
+        self.sums = np.zeros(self.num_envs)
 
     def state(self) -> dict[str, Tensor]:
         """What :meth:`load` takes, bit for bit."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +14,7 @@ from torch import Tensor
 from classic.config import PPOArgs
 from classic.making import EnvLike
 from rlhf_ppo import __version__
+from rlhf_ppo.runtime.files import replacing_files
 
 if TYPE_CHECKING:
     from classic.train import PPO
@@ -37,7 +36,6 @@ def save(agent: PPO, folder: str | Path) -> Path:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"cannot save to {folder}: it is a file; name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
     content = {
         "env_id": agent.env_id,
         "made_from_id": isinstance(agent.env, str),
@@ -47,10 +45,11 @@ def save(agent: PPO, folder: str | Path) -> Path:
         "counters": agent.counters,
         "in_force": in_force(agent),
     }
-    _replace(folder / MODEL, lambda path: save_file(_copies(agent.network.state_dict()), path))
-    _replace(folder / OPTIMIZER, lambda path: save_file(_copies(optimizer_tensors(agent)), path))
-    _replace(folder / NORMALIZER, lambda path: save_file(agent.normalizer.state(), path))
-    _replace(folder / AGENT, lambda path: path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+    with replacing_files(folder) as new:
+        save_file(_copies(agent.network.state_dict()), new / MODEL)
+        save_file(_copies(optimizer_tensors(agent)), new / OPTIMIZER)
+        save_file(agent.normalizer.state(), new / NORMALIZER)
+        (new / AGENT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return folder
 
 
@@ -118,9 +117,3 @@ def load_optimizer(agent: PPO, tensors: dict[str, Tensor]) -> None:
 
 def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".tmp-{path.name}")
-    write(temporary)
-    os.replace(temporary, path)

@@ -16,7 +16,7 @@ import torch
 from classic import saving
 from classic.actor_critic import ActorCritic, Decisions
 from classic.callbacks import Callback, run_callbacks
-from classic.checkpoints import Progress, find_checkpoint, load_checkpoint, save_checkpoint
+from classic.checkpoints import Progress, load_checkpoint, save_checkpoint
 from classic.config import PPOArgs
 from classic.envs import Environments, Episode
 from classic.evaluation import evaluate_policy
@@ -45,6 +45,7 @@ from rlhf_ppo.core import (
     ppo_diagnostics,
     ppo_loss,
 )
+from rlhf_ppo.runtime.checkpoint import find_checkpoint
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.explain import Explanation
 from rlhf_ppo.runtime.lock import run_lock
@@ -137,6 +138,7 @@ class PPO:
         *,
         callbacks: Sequence[Callback] = (),
         resume_from_checkpoint: str | Path | None = None,
+        resume_override: bool = False,
     ) -> PPO:
         """Train for ``total_timesteps`` more environment steps (default: the setting), rounded up to whole rollouts.
 
@@ -147,8 +149,10 @@ class PPO:
         Args:
             total_timesteps: environment steps; a run that is resumed must be asked for as many as before.
             callbacks: called after each update with the agent and its metrics (:mod:`classic.callbacks`).
-            resume_from_checkpoint: folder ``checkpoint-<n>`` of a run with the same settings, or "auto": the newest
-                good one in ``output_dir``, and a fresh start if there is none. For a fresh agent alone.
+            resume_from_checkpoint: folder ``checkpoint-<n>`` of a run with the same settings, or that run's folder for
+                its newest good one; or "auto": the newest good one in ``output_dir``, and a fresh start if there is
+                none. For a fresh agent alone.
+            resume_override: resume although settings, total_timesteps or the environment have changed.
         Returns:
             The agent itself.
         Raises:
@@ -165,7 +169,7 @@ class PPO:
         display = ProgressDisplay(self.env_id, total, quiet=self.args.quiet)
         lock = nullcontext() if folder is None else run_lock(folder)
         with torch_threads(self.args.num_threads), lock, stop_on_signals():
-            progress = self._begin(run, total, resume_from_checkpoint)
+            progress = self._begin(run, total, resume_from_checkpoint, override=resume_override)
             resumed = resume_from_checkpoint is not None and self.counters["iteration"] > 0
             # What follows an update is not in its checkpoint, so it is made again.
             if not (resumed and run_callbacks(callbacks, self, self.last_metrics)):
@@ -175,27 +179,24 @@ class PPO:
             draw_curve(self._run, self.env_id)
         return self
 
-    def _begin(self, run: RunDirectory | None, total: int, resume: str | Path | None) -> Progress:
+    def _begin(self, run: RunDirectory | None, total: int, resume: str | Path | None, *, override: bool) -> Progress:
         """Where training starts: afresh, where the last call ended, or where a checkpoint was."""
-        checkpoint = None if resume is None else find_checkpoint(self.args.output_dir, resume)
+        checkpoint = None if resume is None else find_checkpoint(resume, self.args.output_dir)
+        progress = Progress(total, self.counters["env_steps"])
         if checkpoint is not None:
             if self._started:
                 raise ValueError(
                     "resume_from_checkpoint is for a fresh agent, but this one has learned already: make one"
                 )
-            progress = load_checkpoint(self, checkpoint, total)
+            progress = load_checkpoint(self, checkpoint, total, override=override)
             self._started = True
-            if run is not None:
-                run.rewind(self.counters["iteration"])
-        else:
-            progress = Progress(total, self.counters["env_steps"])
         settings = {"env_id": self.env_id, "version": __version__, "args": asdict(self.args)}
         if run is not None and self._run is None:
             self._run = run
             if checkpoint is None:
                 run.start(settings)
             else:
-                run.write_json("run.json", settings)
+                run.go_on(checkpoint.folder, self.counters["iteration"], settings)
         return progress
 
     def begin_episodes(self) -> None:
@@ -297,7 +298,7 @@ class PPO:
             if self._run is not None and (
                 interrupted or (args.save_every and counters["iteration"] % args.save_every == 0)
             ):
-                save_checkpoint(self, self._run.path, progress)
+                save_checkpoint(self, self._run, progress)
             stop_if_asked()
             if run_callbacks(callbacks, self, metrics):
                 break

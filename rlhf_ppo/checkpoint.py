@@ -79,18 +79,18 @@ def save_checkpoint(trainer: PPOTrainer, boundary: Boundary | None = None) -> Pa
     )
 
 
-def load_checkpoint(trainer: PPOTrainer, folder: str | Path, *, override: bool = False) -> None:
+def load_checkpoint(trainer: PPOTrainer, source: Checkpoint | str | Path, *, override: bool = False) -> None:
     """Put a trainer that was built with the same arguments where the checkpoint's was.
 
     Args:
         trainer: nothing of it is touched before everything is verified.
-        folder: the checkpoint.
+        source: the checkpoint, or its folder.
         override: go on although settings or data differ.
     Raises:
         FileNotFoundError: the folder is not there.
         CheckpointError: it is damaged, of another model, or of a run with other settings or data (shown as a diff).
     """
-    checkpoint = read_checkpoint(folder)
+    checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
     settings = _settings(trainer.args)
     require_unchanged(
         checkpoint,

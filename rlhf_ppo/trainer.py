@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -41,7 +40,7 @@ from rlhf_ppo.guard import PolicyDriftError, StepWatch, nonfinite_parameters, re
 from rlhf_ppo.optimization import make_optimizer, only_the_critic_learns, warmup_settings
 from rlhf_ppo.reward_calls import RewardError
 from rlhf_ppo.rollout import Rollout
-from rlhf_ppo.runtime.checkpoint import find_checkpoint, list_checkpoints, newest_good
+from rlhf_ppo.runtime.checkpoint import find_checkpoint
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.explain import Explanation
 from rlhf_ppo.runtime.files import replacing_files
@@ -231,25 +230,16 @@ class PPOTrainer:
 
     def _begin(self, resume: str | Path | None, settings: dict[str, Any], *, override: bool) -> None:
         """Start afresh, or go on from a checkpoint."""
-        run = self.run
-        checkpoint = None if resume is None else newest_good(run.path) if resume == "auto" else find_checkpoint(resume)
+        checkpoint = None if resume is None else find_checkpoint(resume, self.run.path)
         if checkpoint is None:
-            run.start(settings)
+            self.run.start(settings)
             self._checkpoint = None
             return
         load_checkpoint(self, checkpoint, override=override)
         if not self.args.quiet:
-            print(f"going on after iteration {self.iteration}, from {checkpoint}")
-        self._checkpoint = (self.iteration, checkpoint)
-        if checkpoint.parent.resolve() == run.path.resolve():
-            # What came after the checkpoint, or is damaged, is no part of this run any more.
-            run.set_aside([p for p in list_checkpoints(run.path) if int(p.name.rpartition("-")[2]) > self.iteration])
-        else:
-            run.start(settings)
-            for file in checkpoint.parent.glob("*.jsonl"):
-                shutil.copyfile(file, run.path / file.name)
-        run.rewind(self.iteration)
-        run.write_json("run.json", settings)
+            print(f"going on after iteration {self.iteration}, from {checkpoint.folder}")
+        self._checkpoint = (self.iteration, checkpoint.folder)
+        self.run.go_on(checkpoint.folder, self.iteration, settings)
 
     def _train(self, prompts: PromptSet, planned: int) -> dict[str, float]:
         args = self.args

@@ -15,7 +15,7 @@ import os
 import platform
 import shutil
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,13 +202,17 @@ def _manifest_text(manifest: Mapping[str, Any]) -> str:
 
 def verify_checkpoint(folder: str | Path) -> list[str]:
     """What is wrong with a checkpoint, one sentence each that begins with the file's name; [] if it is good."""
-    folder = Path(folder)
+    return _examine(Path(folder))[1]
+
+
+def _examine(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """(manifest, what :func:`verify_checkpoint` says); reads and hashes every file."""
     if not folder.is_dir():
-        return [f"{folder.name}: there is no such folder"]
+        return {}, [f"{folder.name}: there is no such folder"]
     try:
         manifest = read_manifest(folder)
     except CheckpointError as error:
-        return [str(error)]
+        return {}, [str(error)]
     problems: list[str] = []
     for name, facts in manifest["files"].items():
         file = folder / name
@@ -220,7 +224,7 @@ def verify_checkpoint(folder: str | Path) -> list[str]:
             problems.append(f"{name}: has {size} bytes instead of {facts['bytes']}")
         elif _facts(file) != facts:
             problems.append(f"{name}: its checksum is wrong, so its content has changed since it was written")
-    return problems
+    return manifest, problems
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -259,9 +263,9 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"checkpoint {folder} does not exist")
-    if problems := verify_checkpoint(folder):
-        raise CheckpointError(_unusable(folder, problems))
-    manifest = read_manifest(folder)
+    manifest, problems = _examine(folder)
+    if problems:
+        raise CheckpointError(f"checkpoint {folder} cannot be used: {'; '.join(problems)}")
     groups = [Path(name) for name in manifest["files"] if name.endswith(".safetensors")]
     return Checkpoint(
         folder,
@@ -273,11 +277,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     )
 
 
-def _unusable(folder: Path, problems: Sequence[str]) -> str:
-    return f"checkpoint {folder} cannot be used: {'; '.join(problems)}"
-
-
-def newest_good(root: str | Path) -> Path | None:
+def newest_good(root: str | Path) -> Checkpoint | None:
     """The newest unharmed checkpoint of a run, with a warning for each newer one that is harmed; None: it has none.
 
     Raises:
@@ -285,11 +285,14 @@ def newest_good(root: str | Path) -> Path | None:
     """
     bad: list[str] = []
     for folder in reversed(list_checkpoints(root)):
-        if not (problems := verify_checkpoint(folder)):
-            for line in bad:
-                warnings.warn(f"{line}. Going on from {folder.name} instead", stacklevel=2)
-            return folder
-        bad.append(_unusable(folder, problems))
+        try:
+            checkpoint = read_checkpoint(folder)
+        except CheckpointError as error:
+            bad.append(str(error))
+            continue
+        for line in bad:
+            warnings.warn(f"{line}. Going on from {folder.name} instead", stacklevel=2)
+        return checkpoint
     if bad:
         raise CheckpointError(
             f"no checkpoint in {root} is good, and a run that has some never starts afresh by itself. "
@@ -298,18 +301,32 @@ def newest_good(root: str | Path) -> Path | None:
     return None
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that the user names: its folder, or a run's folder for the newest good one in it.
+def find_checkpoint(wanted: str | Path, root: str | Path | None) -> Checkpoint | None:
+    """What ``resume_from_checkpoint`` means, verified and read: once, however large it is.
 
+    Args:
+        wanted: a checkpoint's folder, a run's folder for the newest good one in it, or "auto": the newest good one in
+            ``root``.
+        root: the folder of the run that resumes.
+    Returns:
+        The checkpoint. None: "auto", and there is none, so that the run starts afresh. To ask for one never does.
     Raises:
-        FileNotFoundError: there is none. To ask for a checkpoint never starts a run afresh.
-        CheckpointError: the run has some, and none is good.
+        ValueError: "auto" without a root.
+        FileNotFoundError: what is asked for is not there.
+        CheckpointError: it is damaged, or the run has some and none is good.
     """
-    path = Path(path)
+    if wanted == "auto":
+        if root is None:
+            raise ValueError("resume_from_checkpoint='auto' looks in output_dir, which is None: set it")
+        return newest_good(root)
+    path = Path(wanted)
     if not path.is_dir():
-        raise FileNotFoundError(f"resume_from_checkpoint={path}: there is no such folder")
+        there = ", ".join(folder.name for folder in list_checkpoints(path.parent)) or "none"
+        raise FileNotFoundError(
+            f"resume_from_checkpoint={path}: there is no such folder; checkpoints in {path.parent}: {there}"
+        )
     if _step(path) is not None or (path / MANIFEST).is_file():
-        return path
+        return read_checkpoint(path)
     if (newest := newest_good(path)) is None:
         raise FileNotFoundError(f"resume_from_checkpoint={path}: this is no checkpoint, and no run with one")
     return newest

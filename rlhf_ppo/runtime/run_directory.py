@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_ppo.runtime.checkpoint import list_checkpoints
 from rlhf_ppo.runtime.files import replace_text, sync_file
 from rlhf_ppo.runtime.lock import LOCK_FILE
 from rlhf_ppo.runtime.metrics import require_known_metrics
@@ -66,6 +68,25 @@ class RunDirectory:
         old.mkdir()
         for entry in entries:
             entry.rename(old / entry.name)
+
+    def go_on(self, checkpoint: Path, iteration: int, settings: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint of this run, or of one in another folder, whose history comes along.
+
+        Args:
+            checkpoint: its folder, ``checkpoint-<iteration>``.
+            iteration: where the run is now.
+            settings: of the run from here on, for ``run.json``.
+        """
+        if checkpoint.parent.resolve() == self.path.resolve():
+            # What came after the checkpoint, or is damaged, is no part of this run any more.
+            later = [f for f in list_checkpoints(self.path) if int(f.name.rpartition("-")[2]) > iteration]
+            self.set_aside(later)
+        else:
+            self.start(settings)
+            for file in checkpoint.parent.glob("*.jsonl"):
+                shutil.copyfile(file, self.path / file.name)
+        self.rewind(iteration)
+        self.write_json("run.json", settings)
 
     def rewind(self, iteration: int) -> None:
         """Go on in this folder after ``iteration``: rows of later iterations leave its JSONL files.

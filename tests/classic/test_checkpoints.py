@@ -87,7 +87,7 @@ def test_a_killed_run_goes_on_bit_for_bit(name, killed_after, small, tmp_path):
 
 @pytest.mark.parametrize(
     ("env_id", "extra"),
-    [("tests/Clock-v0", {}), ("tests/DiscreteObservation-v0", {}), ("CartPole-v1", {"vectorization": "async"})],
+    [("tests/Clock-v0", {}), ("tests/MatrixObservation-v0", {}), ("CartPole-v1", {"vectorization": "async"})],
 )
 def test_where_an_environment_cannot_be_set_up_again_new_episodes_begin_and_it_is_said(env_id, extra, small, tmp_path):
     """Clock counts its episodes, Spaces draws elsewhere than from its generator, processes keep what they have."""
@@ -112,16 +112,16 @@ def test_auto_starts_afresh_only_where_there_is_no_checkpoint(small, tmp_path):
         model.write_bytes(b"bad")
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* is good"):
         classic.PPO("tests/Match-v0", settings(small, tmp_path, {})).learn(60, resume_from_checkpoint="auto")
-    with pytest.raises(FileNotFoundError, match=r"checkpoint-9 does not exist; there are: checkpoint-2"):
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-9: there is no such folder; .*: checkpoint-2"):
         classic.PPO("tests/Match-v0", small()).learn(60, resume_from_checkpoint=tmp_path / "checkpoint-9")
     with pytest.raises(ValueError, match="looks in output_dir, which is None"):
         classic.PPO("tests/Match-v0", small()).learn(60, resume_from_checkpoint="auto")
 
 
-def test_another_run_is_not_resumed(small, tmp_path):
+def test_fault_26_another_run_is_not_resumed(small, tmp_path):
     classic.PPO("tests/Match-v0", settings(small, tmp_path, {})).learn(120)
     where = {"resume_from_checkpoint": tmp_path / "checkpoint-2"}
-    with pytest.raises(CheckpointError, match=r"learning_rate: 0\.003 -> 0\.1"):
+    with pytest.raises(CheckpointError, match=r"learning_rate: 0\.003 -> 0\.1\n.*resume_override=True"):
         classic.PPO("tests/Match-v0", settings(small, tmp_path, {}, learning_rate=0.1)).learn(120, **where)
     with pytest.raises(CheckpointError, match="total: 120 -> 500"):
         classic.PPO("tests/Match-v0", settings(small, tmp_path, {})).learn(500, **where)
@@ -130,6 +130,55 @@ def test_another_run_is_not_resumed(small, tmp_path):
     agent = classic.PPO("tests/Match-v0", settings(small, tmp_path, {}, save_every=1)).learn(120, **where)
     with pytest.raises(ValueError, match="for a fresh agent, but this one has learned already"):
         agent.learn(120, **where)
+
+
+def test_fault_26_an_override_goes_on_with_the_new_settings_and_steps(small, tmp_path):
+    classic.PPO("tests/Match-v0", settings(small, tmp_path, {}, save_every=1)).learn(200)
+    left, rows = [p.name for p in list_checkpoints(tmp_path)], files(tmp_path).splitlines()
+    other = classic.PPO(
+        "tests/Match-v0", settings(small, tmp_path, {}, learning_rate=0.1, clip_range=0.3, save_every=1)
+    )
+    where = {"resume_from_checkpoint": tmp_path / "checkpoint-2", "resume_override": True}
+    with pytest.warns(
+        UserWarning, match=r"clip_range: 0\.2 -> 0\.3\n  learning_rate: 0\.003 -> 0\.1\n  total: 200 -> 150"
+    ):
+        other.learn(150, **where)
+    assert other.config.clip_range == 0.3 and 150 <= other.counters["env_steps"] < 200
+    now = files(tmp_path).splitlines()
+    assert now[:2] == rows[:2] and now[2] != rows[2]
+    # What the old settings made of the run after that checkpoint is none of its own any more.
+    assert [p.name for p in list_checkpoints(tmp_path)] == left[: len(now)] and len(now) < len(rows)
+    assert [p.name for p in list_checkpoints(tmp_path / "previous-1")] == left[2:]
+
+
+def test_fault_26_an_override_cannot_make_another_network_or_other_statistics(small, tmp_path):
+    classic.PPO("tests/Match-v0", settings(small, tmp_path, {})).learn(120)
+    where = {"resume_from_checkpoint": "auto", "resume_override": True}
+    for change, message in (
+        ({"hidden_sizes": (4,)}, "belongs to another network"),
+        ({"normalize_observations": True}, r"has no statistics observations\.count"),
+    ):
+        agent = classic.PPO("tests/Match-v0", settings(small, tmp_path, {}, **change))
+        with pytest.warns(UserWarning), pytest.raises(CheckpointError, match=message):
+            agent.learn(120, **where)
+        assert agent.counters["iteration"] == 0
+
+
+def test_an_override_with_other_copies_begins_new_episodes(small, tmp_path):
+    scaled = {"normalize_rewards": True, "num_minibatches": 1}
+    classic.PPO("tests/Match-v0", settings(small, tmp_path, scaled)).learn(120)
+    agent = classic.PPO("tests/Match-v0", settings(small, tmp_path, scaled, num_envs=3))
+    with pytest.warns(UserWarning) as said:
+        agent.learn(300, resume_from_checkpoint=tmp_path, resume_override=True)
+    assert "num_envs: 4 -> 3" in str(said[0].message) and "new episodes begin" in str(said[1].message)
+    assert agent.counters["env_steps"] >= 300
+
+
+def test_a_run_goes_on_in_another_folder_with_its_history(small, tmp_path):
+    classic.PPO("tests/Match-v0", settings(small, tmp_path / "one", {})).learn(200)
+    there = settings(small, tmp_path / "two", {})
+    classic.PPO("tests/Match-v0", there).learn(200, resume_from_checkpoint=tmp_path / "one" / "checkpoint-2")
+    assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
 def test_only_the_newest_checkpoints_are_kept(small, tmp_path):
@@ -180,8 +229,16 @@ def test_a_process_killed_by_the_system_goes_on_from_the_command_line(tmp_path):
         time.sleep(0.005)
     victim.kill()
     assert victim.wait() == -signal.SIGKILL
+    other = [*run(tmp_path / "parts", "--resume", "auto"), "--learning-rate", "0.1"]
+    refused = subprocess.run(other, env=environment, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and "learning_rate: 0.002 -> 0.1" in refused.stderr
+    assert "--resume-override" in refused.stderr
     for folder, more in ((tmp_path / "parts", ("--resume", "auto")), (tmp_path / "whole", ())):
         subprocess.run(run(folder, *more), env=environment, stdout=subprocess.DEVNULL, check=True)
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
     saved = [(tmp_path / part / "optimizer.safetensors").read_bytes() for part in ("parts", "whole")]
     assert saved[0] == saved[1]
+    overridden = subprocess.run(
+        [*other, "--resume-override"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "Going on with the new ones" in overridden.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import torch
 import rlhf_ppo.runtime.checkpoint as module
 from rlhf_ppo.runtime.checkpoint import (
     CheckpointError,
+    find_checkpoint,
     list_checkpoints,
     newest_good,
     prune,
@@ -59,7 +61,8 @@ def test_checkpoints_are_ordered_by_number_and_other_folders_are_none(tmp_path):
     (tmp_path / "checkpoint-best").mkdir()
     (tmp_path / "checkpoint-1.txt").touch()
     assert steps(tmp_path) == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
-    assert newest_good(tmp_path) == tmp_path / "checkpoint-100"
+    newest = newest_good(tmp_path)
+    assert newest is not None and newest.folder == tmp_path / "checkpoint-100"
     assert newest_good(tmp_path / "nothing") is None
 
 
@@ -102,10 +105,27 @@ def test_fault_24_the_newest_good_one_is_taken_and_each_bad_one_is_named(tmp_pat
     (tmp_path / "checkpoint-3" / "state.json").write_text("{}")
     (tmp_path / "checkpoint-2" / "manifest.json").unlink()
     with pytest.warns(UserWarning) as seen:
-        assert newest_good(tmp_path) == tmp_path / "checkpoint-1"
+        newest = newest_good(tmp_path)
+    assert newest is not None and newest.folder == tmp_path / "checkpoint-1"
     said = [str(w.message) for w in seen]
     assert len(said) == 2 and "checkpoint-3" in said[0] and "state.json: has 2 bytes" in said[0]
     assert "checkpoint-2" in said[1] and "manifest.json: is missing" in said[1] and "from checkpoint-1" in said[1]
+
+
+@pytest.mark.parametrize("wanted", ["auto", "the run", "the checkpoint"])
+def test_a_resumed_run_hashes_and_reads_each_file_once(tmp_path, monkeypatch, wanted):
+    for step in (1, 2):
+        write(tmp_path, step)
+    hashed, read = [], []
+    digest, load = hashlib.file_digest, module.load_file
+    monkeypatch.setattr(module.hashlib, "file_digest", lambda f, *rest: (hashed.append(f.name), digest(f, *rest))[1])
+    monkeypatch.setattr(module, "load_file", lambda file: (read.append(file), load(file))[1])
+    path = {"the run": tmp_path, "the checkpoint": tmp_path / "checkpoint-2"}.get(wanted, wanted)
+    found = find_checkpoint(path, tmp_path)
+    assert found is not None and (found.step, found.state) == (2, STATE)
+    files = [tmp_path / "checkpoint-2" / f"{name}.safetensors" for name in TENSORS]
+    assert sorted(read) == sorted(files)
+    assert sorted(map(Path, hashed)) == sorted([*files, tmp_path / "checkpoint-2" / "state.json"])
 
 
 def test_fault_25_a_run_whose_checkpoints_are_all_bad_is_no_fresh_run(tmp_path):
