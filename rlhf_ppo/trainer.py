@@ -212,13 +212,14 @@ class PPOTrainer:
         trackers = reporting(self.run, args.report_to, project="rlhf-ppo", settings=settings)
         with run_lock(self.run.path), torch_threads(args.num_threads), stop_on_signals():
             self._begin(resume_from_checkpoint, settings, override=resume_override)
-            try:
-                with trackers:
+            # What a tracker still has to send is waited for after everything is saved.
+            with trackers:
+                try:
                     metrics = self._train(self.train_prompts, planned)
-            except BaseException as error:
-                self._save_after(error)
-                raise
-            self.save_model()
+                except BaseException as error:
+                    self._save_after(error)
+                    raise
+                self.save_model()
         plot_curves(
             self.run.read(),
             self.run.path / "curve.png",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from rlhf_ppo.runtime.run_directory import RunDirectory
@@ -16,9 +19,10 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 """Names of trackers; each is the package that it needs, and an extra of this one."""
 
 FINISH_S = 60.0
-"""Longest time in seconds that a tracker may take over its last uploads."""
+"""Longest time in seconds that a run waits at its end for what a tracker still has to send."""
 
 _STEPS = ("progress/episodes", "progress/env_steps")
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -38,7 +42,8 @@ def require_installed(names: Sequence[str]) -> None:
 def reporting(run: RunDirectory, names: Sequence[str], *, project: str, settings: Mapping[str, Any]) -> Iterator[None]:
     """What ``run.log`` writes goes to trackers, too, until the end of the block.
 
-    A tracker that fails, at its start or later, is left out from then on with one warning.
+    Each tracker works in a thread of its own, so that the run waits for none. One that fails, at its start or later, is
+    left out from then on with one warning; one that hangs is left behind at the end.
 
     Args:
         run: the run's folder; TensorBoard's files go into its folder ``tensorboard``.
@@ -46,31 +51,66 @@ def reporting(run: RunDirectory, names: Sequence[str], *, project: str, settings
         project: under which W&B and Trackio list the run; it is named after its folder.
         settings: the run's.
     """
-    alive: dict[str, Any] = {}
-    for name in names:
-        tracker = _guarded(name, "start", lambda n=name: _start(n, run.path, project, settings))
-        if tracker is not None:
-            alive[name] = tracker
+    workers = [_Worker(name, partial(_start, name, run.path, project, settings)) for name in names]
 
     def log(metrics: Mapping[str, float]) -> None:
-        step = next((int(metrics[key]) for key in _STEPS if key in metrics), None)
-        for name, tracker in list(alive.items()):
-            if _guarded(name, "log", lambda t=tracker: (t.log(dict(metrics), step=step), True)) is None:
-                del alive[name]
+        for worker in workers:
+            worker.lines.put(dict(metrics))
+            worker.warn()
 
     run.listener = log
     try:
         yield
     finally:
         run.listener = None
-        for name, tracker in alive.items():
-            _finish(name, tracker)
+        for worker in workers:
+            worker.lines.put(None)
+        deadline = time.monotonic() + FINISH_S
+        for worker in workers:
+            worker.thread.join(max(0.0, deadline - time.monotonic()))
+            worker.warn(ended=True)
+
+
+class _Worker:
+    """A tracker in its thread: started, given each line that is put into ``lines``, and finished at None."""
+
+    def __init__(self, name: str, start: Callable[[], Any]) -> None:
+        self.name, self._start = name, start
+        self.lines: SimpleQueue[dict[str, float] | None] = SimpleQueue()
+        self._problem: str | None = None
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+
+    def _work(self) -> None:
+        doing = "start"
+        try:
+            tracker = self._start()
+            doing = "log"
+            while (metrics := self.lines.get()) is not None:
+                tracker.log(metrics, step=next((int(metrics[key]) for key in _STEPS if key in metrics), None))
+            doing = "finish"
+            tracker.finish()
+        except Exception as error:
+            self._problem = f"failed to {doing} ({type(error).__name__}: {error})"
+
+    def warn(self, *, ended: bool = False) -> None:
+        """Say once what went wrong, in the run's own thread, where a warning can be seen and made an error."""
+        if (problem := self._problem) is not None:
+            self._problem = None
+        elif ended and self.thread.is_alive():
+            problem = f"was not done within {FINISH_S:g} seconds of the run's end"
+        if problem is not None:
+            warnings.warn(
+                f"tracker {self.name!r} {problem}; the run goes on without it, and metrics.jsonl has every line",
+                stacklevel=2,
+            )
 
 
 def _start(name: str, folder: Path, project: str, settings: Mapping[str, Any]) -> Any:
     from accelerate import PartialState, tracking
 
-    PartialState()  # accelerate's own logger asks for it
+    with _ONE_AT_A_TIME:
+        PartialState()  # accelerate's own logger asks for it
     if name == "tensorboard":
         tracker: Any = tracking.TensorBoardTracker("tensorboard", logging_dir=str(folder))
     else:
@@ -80,37 +120,3 @@ def _start(name: str, folder: Path, project: str, settings: Mapping[str, Any]) -
         tracker = kind(project, name=folder.resolve().name, config=plain, **options)
     tracker.start()
     return tracker
-
-
-def _guarded(name: str, what: str, call: Callable[[], Any]) -> Any:
-    """The call's result; None, and a warning, if it raised."""
-    try:
-        return call()
-    except Exception as error:
-        _warn(name, f"failed to {what} ({type(error).__name__}: {error})")
-        return None
-
-
-def _warn(name: str, problem: str) -> None:
-    warnings.warn(
-        f"tracker {name!r} {problem}; the run goes on without it, and metrics.jsonl has every line", stacklevel=2
-    )
-
-
-def _finish(name: str, tracker: Any) -> None:
-    """Send what is left, for a bounded time: a tracker that is out of reach may try again and again."""
-    failed: list[Exception] = []
-
-    def finish() -> None:
-        try:
-            tracker.finish()
-        except Exception as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=finish, daemon=True)
-    thread.start()
-    thread.join(FINISH_S)
-    if thread.is_alive():
-        _warn(name, f"was not done within {FINISH_S:g} seconds of the run's end")
-    elif failed:
-        _warn(name, f"failed to finish ({type(failed[0]).__name__}: {failed[0]})")

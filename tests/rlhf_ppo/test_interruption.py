@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 
 from rlhf_ppo.cli import _how_to_go_on, main
 from rlhf_ppo.reward_calls import RewardError
+from rlhf_ppo.runtime.checkpoint import list_checkpoints
 from rlhf_ppo.runtime.signals import Interrupted
 from rlhf_ppo.trainer import PPOTrainer
 
@@ -93,6 +95,24 @@ def test_fault_22_a_run_stopped_anywhere_goes_on_bit_for_bit(make_trainer, plant
     resumed = make_trainer(**SETTINGS, eval_every=2, eval_dataset=EVALUATION, output_dir=str(cut.run.path))
     resumed.train(resume_from_checkpoint=stop.value.saved)
     assert_same(resumed, whole)
+
+
+def test_fault_22_trackers_are_waited_for_after_the_checkpoint_is_there(make_trainer, monkeypatch):
+    """A tracker that is out of reach takes a minute at the end; SIGKILL may follow SIGTERM sooner."""
+    trainer, there = make_trainer(**SETTINGS), []
+
+    @contextmanager
+    def slow(run, *_, **__):
+        try:
+            yield
+        finally:
+            there.extend(path.name for path in list_checkpoints(run.path))
+
+    monkeypatch.setattr("rlhf_ppo.trainer.reporting", slow)
+    while_updating(trainer)
+    with pytest.raises(Interrupted):
+        trainer.train()
+    assert there == ["checkpoint-3"]
 
 
 def test_fault_22_an_update_that_was_begun_is_finished(make_trainer):
