@@ -19,6 +19,7 @@ from torch import Tensor
 from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.core import Experience
 from rlhf_ppo.critics import critic_kind
+from rlhf_ppo.fingerprints import data_fingerprint
 from rlhf_ppo.guard import Step
 from rlhf_ppo.limits import Barred
 from rlhf_ppo.reading import without_adapter_wrapper
@@ -59,6 +60,8 @@ class BlackBox:
     models: dict[str, Any]
     """Configurations and names to build the models from."""
     versions: dict[str, str]
+    data: str | None
+    """Digest of the training data (:func:`rlhf_ppo.fingerprints.data_fingerprint`)."""
 
 
 def write_black_box(
@@ -95,6 +98,7 @@ def write_black_box(
         "device": str(trainer.device),
         "models": _models(trainer),
         "versions": {name: version(name) for name in ("transformers", "peft", "safetensors")},
+        "train_dataset": None if trainer.train_prompts is None else data_fingerprint(trainer.train_prompts),
         "barred_tokens": None if rollout.barred is None else list(rollout.barred.tokens),
         "prompts": rollout.prompts,
         "completions": rollout.completions,
@@ -185,6 +189,7 @@ def read_black_box(folder: str | Path) -> BlackBox:
         state["device"],
         state["models"],
         state["versions"],
+        state.get("train_dataset"),
     )
 
 

@@ -242,7 +242,7 @@ def print_replay(args: ReplayArgs) -> int:
     """The `replay` command: 0 if all is finite, 1 if not."""
     result = replay(args)
     box = result.box
-    print(f"optimizer step {box.step} of the update on rollout {box.iteration}")
+    print(f"optimizer step {box.step} of the update on rollout {box.iteration}; training data: {box.data or 'none'}")
     for name, now in result.numbers.items():
         print(f"  {name:<10} {now:<12.6g} in the run {box.numbers[name]:.6g}")
     print(f"the same numbers as in the run: {'yes' if result.same else 'no (another machine or version?)'}")

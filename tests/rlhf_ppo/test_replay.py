@@ -59,7 +59,10 @@ def test_a_reward_beyond_float32_is_kept_and_replayed_to_the_same_nan(make_train
         assert result.findings[-1].startswith("  response 5: 'blue' -> ")
     assert main(["replay", str(folder)]) == 1
     shown = capsys.readouterr().out
-    assert "optimizer step 1 of the update on rollout 1" in shown and "as in the run: yes" in shown
+    data = trainer.fingerprints["train_dataset"]
+    assert (
+        f"optimizer step 1 of the update on rollout 1; training data: {data}" in shown and "as in the run: yes" in shown
+    )
     assert shown.index("advantage/std = inf") < shown.index("by themselves")
 
 

@@ -35,6 +35,29 @@ def test_global_generators_go_on_where_they_were():
     assert (draws(), random.gauss(0, 1), float(np.random.randn()), torch.randn(5).tolist()) == following
 
 
+def test_the_generators_of_each_gpu_are_kept_and_those_of_gpus_that_are_here_go_on(monkeypatch):
+    """Two GPUs then, one now, both pretended: what torch is asked and told."""
+    states = [torch.full((16,), i + 1, dtype=torch.uint8) for i in range(2)]
+    told = {}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: told.update({device: state}))
+    kept = global_rng_state()
+    assert torch.equal(kept["cuda.0"], states[0]) and torch.equal(kept["cuda.1"], states[1])
+    restore_rng_state({name: x.clone() for name, x in kept.items()})
+    assert told.keys() == {0} and torch.equal(told[0], states[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_gpus_generator_goes_on_where_it_was():
+    torch.rand(3, device="cuda")
+    state = global_rng_state()
+    following = torch.rand(5, device="cuda").tolist()
+    restore_rng_state(state)
+    assert torch.rand(5, device="cuda").tolist() == following
+
+
 def test_devices():
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device().type in ("cuda", "mps", "cpu")
