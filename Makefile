@@ -51,8 +51,9 @@ soak: env ## Kill a tiny run of each frontend at each of its file-system steps, 
 	$(TEST_ENV) $(BIN)/python -P tests/soak.py matrix
 	$(TEST_ENV) $(BIN)/python -P tests/soak.py random --kills 200
 
-docs: env ## Make docs/metrics.md and the tables of docs/migrating-from-trl.md again from their sources
+docs: env ## Make docs/metrics.md, docs/tuning.md and the tables of docs/migrating-from-trl.md again from their sources
 	$(BIN)/python -m rlhf_ppo.runtime.metrics > docs/metrics.md
+	$(BIN)/python -m rlhf_ppo.runtime.advice > docs/tuning.md
 	$(BIN)/python -m rlhf_ppo.trl_fields docs/migrating-from-trl.md
 
 trl-fields: ## Read the field list of TRL 1.12's PPO arguments again, with an interpreter that has trl: make trl-fields PEER=...

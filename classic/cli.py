@@ -1,4 +1,4 @@
-"""The command line: `classic-ppo train ENV`, `evaluate FOLDER`, `compare ENV --vary a=1,2`, `explain FOLDER`."""
+"""The command line: `classic-ppo train ENV`, `compare ENV --vary a=1,2`; `evaluate`, `explain`, `advise` FOLDER."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from classic.callbacks import evaluate_every, stop_at_return
 from classic.config import PPOArgs
 from classic.train import PPO
 from classic.video import record_video
+from rlhf_ppo.runtime.advice import AdviseArgs, print_advice
 from rlhf_ppo.runtime.settings import Command, run_command
 from rlhf_ppo.runtime.signals import Interrupted
 
@@ -185,6 +186,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": (EvaluateCommand, evaluate),
     "compare": (CompareCommand, compare),
     "explain": (ExplainCommand, explain),
+    "advise": (AdviseArgs, print_advice),
 }
 
 
