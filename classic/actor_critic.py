@@ -15,6 +15,8 @@ from classic.distributions import (
     categorical_logprobs,
     gaussian_entropy,
     gaussian_logprobs,
+    gumbel_noise,
+    normal_noise,
     sample_categorical,
     sample_gaussian,
     split_choices,
@@ -150,19 +152,41 @@ class ActorCritic(nn.Module):
         Returns:
             (actions, logprobs, state): [B] or [B, choices] int64, or [B, numbers] float; [B] in nats; the state after.
         """
-        features = observations
+        output, state = self.step(observations, starts, state)
+        noise = None if generator is None else self.noise((len(observations),), generator)
+        actions = self.choose(output, noise, action_masks)
+        return actions, self.logprobs(output, actions, action_masks), state
+
+    def step(
+        self, observations: Tensor, starts: Tensor | None = None, state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The policy's outputs [B, outputs] for one step of every copy, and the state after it."""
         if self.bodies:
-            features, state = self._step(observations, starts, state)
-        output = self.policy(features)
+            observations, state = self._step(observations, starts, state)
+        return self.policy(observations), state
+
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """What :meth:`choose` needs for decisions of this shape, drawn at once."""
         if self.actions.numbers:
-            mean, log_std = self._gaussian(output)
-            actions = sample_gaussian(mean, log_std, generator)
+            return normal_noise((*shape, self.actions.numbers), generator)
+        choices = self.actions.choices
+        options = choices if len(choices) == 1 else (len(choices), max(choices))
+        return gumbel_noise((*shape, *options), generator)
+
+    def choose(self, output: Tensor, noise: Tensor | None, action_masks: Tensor | None = None) -> Tensor:
+        """Actions [*] from the policy's outputs [*, outputs]: draws, or the most likely ones without noise."""
+        if self.actions.numbers:
+            return sample_gaussian(*self._gaussian(output), noise)
+        return sample_categorical(self._logits(output, action_masks), noise)
+
+    def logprobs(self, output: Tensor, actions: Tensor, action_masks: Tensor | None = None) -> Tensor:
+        """log pi(a|s) [*] in nats, from the policy's outputs [*, outputs]."""
+        if self.actions.numbers:
             density = squashed_logprobs if self.squash else gaussian_logprobs
-            return actions, density(mean, log_std, actions), state
+            return density(*self._gaussian(output), actions)
         logits = self._logits(output, action_masks)
-        actions = sample_categorical(logits, generator)
         logprobs = logits.log_softmax(dim=-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-        return actions, logprobs if len(self.actions.choices) == 1 else logprobs.sum(dim=-1), state
+        return logprobs if len(self.actions.choices) == 1 else logprobs.sum(dim=-1)
 
     def evaluate(self, decisions: Decisions) -> PolicyOutput:
         """Log-probs, entropy and the critic's values of recorded decisions, each [*], with gradients."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -43,12 +44,24 @@ def categorical_logprobs(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tenso
     return chosen, -(log_p.exp() * finite).sum(dim=-1)
 
 
-def sample_categorical(logits: Tensor, generator: torch.Generator | None) -> Tensor:
-    """[*, C] -> [*] int64: a draw, or the most likely option without a generator."""
-    if generator is None:
-        return logits.argmax(dim=-1)
-    # The Gumbel trick: log p minus the log of an exponential variable is largest with probability p.
-    return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(dim=-1)
+def gumbel_noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Draws that make the largest of logits + noise a draw from their softmax, whatever the logits.
+
+    The uniform numbers come one after another, so that many steps' draws at once are those of step after step.
+    """
+    uniform = torch.rand(tuple(shape), generator=generator).clamp_min_(torch.finfo(torch.float32).tiny)
+    return uniform.log_().neg_().log_().neg_()
+
+
+def normal_noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Standard normal draws, one after another like :func:`gumbel_noise`'s; torch.randn's depend on the shape."""
+    uniform = torch.rand(tuple(shape), generator=generator, dtype=torch.float64)
+    return torch.special.ndtri(uniform.clamp_min_(torch.finfo(torch.float64).tiny)).float()
+
+
+def sample_categorical(logits: Tensor, noise: Tensor | None) -> Tensor:
+    """[*, C] -> [*] int64: a draw, given :func:`gumbel_noise` of that shape, or the most likely option without."""
+    return (logits if noise is None else logits + noise).argmax(dim=-1)
 
 
 def gaussian_logprobs(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
@@ -62,10 +75,9 @@ def gaussian_entropy(log_std: Tensor) -> Tensor:
     return (log_std + LOG_SQRT_2PI + 0.5).sum(dim=-1)
 
 
-def sample_gaussian(mean: Tensor, log_std: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A draw [*, A], or the mean without a generator."""
-    noise = torch.zeros_like(mean) if generator is None else torch.randn(mean.shape, generator=generator)
-    return mean + log_std.exp() * noise
+def sample_gaussian(mean: Tensor, log_std: Tensor, noise: Tensor | None) -> Tensor:
+    """A draw [*, A], given :func:`normal_noise` of that shape, or the mean without."""
+    return mean if noise is None else mean + log_std.exp() * noise
 
 
 def log_tanh_slope(x: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from classic.episodes import episode_state, restore_episodes
 from classic.making import BrokenEnvironmentError, EnvLike, Vectorization, env_name, make_vector_env
 from classic.spaces import action_layout, batch_of_one, observation_encoder, observation_shape, to_env_actions
 
+NO_ENVS = torch.empty(0, dtype=torch.int64)
+
 
 class Episode(NamedTuple):
     """A finished episode."""
@@ -120,32 +122,40 @@ class Environments:
         self.steps += 1
         chosen = to_env_actions(actions, self.action_space, self.squash)
         observation, reward, terminated, truncated, info = self._guarded(lambda: self.envs.step(chosen))
-        mask = ~self.resetting
+        mask = ~self.resetting.numpy()
         observations = self._checked_observations(observation)
         rewards = self._checked_rewards(reward, mask)
         ended = self._flags("terminated", terminated) & mask
         cut = self._flags("truncated", truncated) & mask
         done = ended | cut
 
-        self._returns += rewards.numpy()
-        self._lengths += mask.numpy()
-        finished = done.nonzero().flatten()
-        episodes = [Episode(i, float(self._returns[i]), int(self._lengths[i])) for i in finished.tolist()]
-        self._returns[done.numpy()] = 0.0
-        self._lengths[done.numpy()] = 0
-
-        final_envs = torch.empty(0, dtype=torch.int64)
-        final_observations = observations[:0]
-        if self.next_step_autoreset:
-            self.starting, self.resetting = ~mask, done
-        else:
-            self.starting = done
-            if episodes:
-                final_envs = finished
+        self._returns += rewards
+        self._lengths += mask
+        episodes, final_envs, final_observations = [], NO_ENVS, observations[:0]
+        if done.any():
+            finished = np.flatnonzero(done)
+            episodes = [Episode(i, float(self._returns[i]), int(self._lengths[i])) for i in finished.tolist()]
+            self._returns[done] = 0.0
+            self._lengths[done] = 0
+            if not self.next_step_autoreset:
+                final_envs = torch.from_numpy(finished)
                 final_observations = self._final_observations(info, final_envs)
+        over = torch.from_numpy(done)
+        if self.next_step_autoreset:
+            self.starting, self.resetting = self.resetting, over
+        else:
+            self.starting = over
         self.observations = observations
         self.action_masks = self._read_masks(info)
-        return Step(rewards, ended, cut, mask, final_envs, final_observations, episodes)
+        return Step(
+            torch.from_numpy(rewards),
+            torch.from_numpy(ended),
+            torch.from_numpy(cut),
+            torch.from_numpy(mask),
+            final_envs,
+            final_observations,
+            episodes,
+        )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         """(tensors, JSON) that :meth:`restore` takes; JSON is None where running episodes cannot be saved."""
@@ -213,13 +223,13 @@ class Environments:
         self._require_finite("observation", array)
         return torch.from_numpy(array)
 
-    def _checked_rewards(self, reward: Any, mask: Tensor) -> Tensor:
+    def _checked_rewards(self, reward: Any, mask: np.ndarray) -> np.ndarray:
         array = np.asarray(reward, dtype=np.float32)
         if array.shape != (self.num_envs,):
             raise self._fault(f"rewards must be ({self.num_envs},), got {array.shape}")
-        array = np.where(mask.numpy(), array, np.float32(0))
+        array = np.where(mask, array, np.float32(0))
         self._require_finite("reward", array)
-        return torch.from_numpy(array)
+        return array
 
     def _require_finite(self, name: str, array: np.ndarray) -> None:
         finite = np.isfinite(array)
@@ -227,11 +237,11 @@ class Environments:
             env = int(np.argwhere(~finite)[0][0])
             raise self._fault(f"{name} is not finite: {array[env].tolist()}", env)
 
-    def _flags(self, name: str, flags: Any) -> Tensor:
-        array = np.array(flags, dtype=bool)
+    def _flags(self, name: str, flags: Any) -> np.ndarray:
+        array = np.asarray(flags, dtype=bool)
         if array.shape != (self.num_envs,):
             raise self._fault(f"{name} must be ({self.num_envs},), got {array.shape}")
-        return torch.from_numpy(array)
+        return array
 
     def _final_observations(self, info: dict[str, Any], envs: Tensor) -> Tensor:
         finals = info.get("final_obs")

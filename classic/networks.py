@@ -12,7 +12,36 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from torch.nn.utils.rnn import PackedSequence
 
-ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
+
+def tanh_(x: Tensor) -> Tensor:
+    """tanh in place, without a graph: 2 * sigmoid(2 x) - 1, which torch computes four times as fast as its tanh.
+
+    The last digit differs: the error is some 1e-7 everywhere, not that part of the result.
+    """
+    return x.mul_(2).sigmoid_().mul_(2).sub_(1)
+
+
+class _Tanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = tanh_(x.clone())
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore
+        (y,) = ctx.saved_tensors
+        return torch.ops.aten.tanh_backward.default(gradient, y)
+
+
+class Tanh(nn.Module):
+    """See :func:`tanh_`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Tanh.apply(x) if torch.is_grad_enabled() else tanh_(x.clone())
+
+
+ACTIVATIONS = {"tanh": Tanh, "relu": nn.ReLU}
 IMAGE_FEATURES = 512
 
 

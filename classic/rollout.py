@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from classic.acting import acting
 from classic.actor_critic import ActorCritic, Decisions
 from classic.envs import Environments, Episode
 from classic.normalization import Normalizer
@@ -82,43 +83,55 @@ def collect(
     Raises:
         BrokenEnvironmentError: see :meth:`Environments.step`.
     """
-    observations, starts, masks, actions, logprobs = [], [], [], [], []
-    steps, rewards, finals, final_states = [], [], [], []
+    observations, starts, masks, outputs, actions, steps, rewards = [], [], [], [], [], [], []
+    final_envs, final_steps, finals, final_states = [], [], [], []
     before = state
     normalizer = normalizer or Normalizer(None, None, 1.0)
-    for _ in range(num_steps):
-        observation = normalizer.observe(envs.observations, ~envs.resetting)
-        action, logprob, state = network.act(
-            observation, generator, action_masks=envs.action_masks, starts=envs.starting, state=state
-        )
+    noise = network.noise((num_steps, envs.num_envs), generator).unbind()
+    act = acting(network, envs.num_envs)
+    for t in range(num_steps):
+        observation = envs.observations
+        if normalizer.observations is not None:
+            observation = normalizer.observe(observation, ~envs.resetting)
+        output, action, state = act(observation, noise[t], envs.action_masks, envs.starting, state)
         observations.append(observation)
         starts.append(envs.starting)
         masks.append(envs.action_masks)
+        outputs.append(output)
         actions.append(action)
-        logprobs.append(logprob)
         step = envs.step(action)
         steps.append(step)
-        rewards.append(normalizer.scale_rewards(step.rewards, step.terminated | step.truncated, step.mask))
-        finals.append(normalizer.normalize(step.final_observations))
-        if state is not None:
-            final_states.append(state[step.final_envs])
-    final_steps = [torch.full_like(step.final_envs, t) for t, step in enumerate(steps)]
+        reward = step.rewards
+        if normalizer.returns is not None:
+            reward = normalizer.scale_rewards(reward, step.terminated | step.truncated, step.mask)
+        rewards.append(reward)
+        if len(step.final_envs):
+            final_envs.append(step.final_envs)
+            final_steps.append(torch.full_like(step.final_envs, t))
+            finals.append(normalizer.normalize(step.final_observations))
+            if state is not None:
+                final_states.append(state[step.final_envs])
+    observations.append(normalizer.normalize(envs.observations))
+    starts.append(envs.starting)
+    none = torch.empty(0, dtype=torch.int64)
+    taken = torch.stack(actions, dim=1)
+    allowed = None if masks[0] is None else torch.stack(masks, dim=1)
     return Rollout(
-        observations=torch.stack([*observations, normalizer.normalize(envs.observations)], dim=1),
-        starts=torch.stack([*starts, envs.starting], dim=1),
+        observations=torch.stack(observations, dim=1),
+        starts=torch.stack(starts, dim=1),
         state=before,
         state_after=state,
-        actions=torch.stack(actions, dim=1),
-        action_masks=None if masks[0] is None else torch.stack(masks, dim=1),
-        logprobs=torch.stack(logprobs, dim=1),
+        actions=taken,
+        action_masks=allowed,
+        logprobs=network.logprobs(torch.stack(outputs, dim=1), taken, allowed),
         rewards=torch.stack(rewards, dim=1),
         terminated=torch.stack([step.terminated for step in steps], dim=1),
         truncated=torch.stack([step.truncated for step in steps], dim=1),
         # The reset step was never chosen by the policy, so it must not be learned from.
         mask=torch.stack([step.mask for step in steps], dim=1),
-        final_index=(torch.cat([step.final_envs for step in steps]), torch.cat(final_steps)),
-        final_observations=torch.cat(finals),
-        final_state=torch.cat(final_states) if final_states else None,
+        final_index=(torch.cat(final_envs), torch.cat(final_steps)) if finals else (none, none),
+        final_observations=torch.cat(finals) if finals else observations[0][:0],
+        final_state=None if state is None else torch.cat(final_states) if finals else state[:0],
         episodes=[episode for step in steps for episode in step.episodes],
     )
 

@@ -99,20 +99,12 @@ def in_force(agent: PPO) -> dict[str, float]:
 
 def optimizer_tensors(agent: PPO) -> dict[str, Tensor]:
     """Adam's moments and step counts, by the parameter's name."""
-    states = agent.optimizer.state
-    return {
-        f"{name}/{key}": tensor
-        for name, parameter in agent.network.named_parameters()
-        for key, tensor in states.get(parameter, {}).items()
-    }
+    return agent.optimizer.state()
 
 
 def load_optimizer(agent: PPO, tensors: dict[str, Tensor]) -> None:
     """Give the optimizer what :func:`optimizer_tensors` said."""
-    for name, parameter in agent.network.named_parameters():
-        state = {key.rpartition("/")[2]: tensor for key, tensor in tensors.items() if key.rpartition("/")[0] == name}
-        if state:
-            agent.optimizer.state[parameter] = state
+    agent.optimizer.load(tensors)
 
 
 def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,36 +15,29 @@ import numpy as np
 import torch
 
 from classic import saving
-from classic.actor_critic import ActorCritic, Decisions
+from classic.actor_critic import ActorCritic
 from classic.callbacks import Callback, run_callbacks
 from classic.checkpoints import Progress, load_checkpoint, save_checkpoint
 from classic.config import PPOArgs
 from classic.envs import Environments, Episode
 from classic.evaluation import evaluate_policy
 from classic.explanation import explain_rollout
+from classic.flat import FlatAdam, FlatParameters
+from classic.gradients import gradient_method
 from classic.making import EnvLike, env_name
 from classic.normalization import Normalizer
 from classic.prediction import predict
 from classic.report import draw_curve, episode_metrics, show_progress
 from classic.rollout import Estimate, Rollout, collect, estimate_advantages
-from classic.update import UpdateRecord, shuffled_minibatches
+from classic.update import UpdateRecord, adapted, shuffled_minibatches, went_too_far
 from rlhf_ppo import __version__
 from rlhf_ppo.core import (
     Experience,
-    PolicyOutput,
     PPOConfig,
-    PPOLoss,
-    adapt_clip_range,
-    adapt_penalty_beta,
-    aggregate_loss,
-    clipped_value_loss,
     explained_variance,
-    kl_estimate,
     masked_mean,
     masked_var,
     masked_whiten,
-    ppo_diagnostics,
-    ppo_loss,
 )
 from rlhf_ppo.runtime.checkpoint import find_checkpoint
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
@@ -116,8 +110,9 @@ class PPO:
             log_std_init=self._setting("log_std_init"),
             state_dependent_std=self._setting("state_dependent_std"),
         )
-        self._parameters = list(self.network.parameters())
-        self.optimizer = torch.optim.Adam(self._parameters, lr=self._setting("learning_rate"), eps=1e-5, fused=True)
+        self.weights = FlatParameters(self.network)
+        self.gradients = gradient_method(self.network, self.weights, self.config)
+        self.optimizer = FlatAdam(self.weights, lr=self._setting("learning_rate"))
         self.best_return: float | None = None
         self.last_metrics: Mapping[str, float] = {}
         self.last_update: LastUpdate | None = None
@@ -214,12 +209,12 @@ class PPO:
     def _train(self, progress: Progress, display: ProgressDisplay, callbacks: Sequence[Callback]) -> None:
         """The algorithm."""
         args, counters, total = self.args, self.counters, progress.total
+        self.weights.attach()
         while (done := counters["env_steps"] - progress.first_step) < total:
             if not self._started:
                 self.begin_episodes()
             learning_rate = self._setting("learning_rate") * (1 - done / total if args.lr_schedule == "linear" else 1)
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
+            self.optimizer.lr = learning_rate
             self.config = args.scheduled(self.config, done / total)
 
             # 1. Collect.
@@ -244,17 +239,15 @@ class PPO:
                 if self.args.recompute_advantages and epochs > 1:
                     old = self._experience(rollout, estimate_advantages(self.network, rollout, self.config))
                 for taken, part in shuffled_minibatches(decisions, old, self.config.num_minibatches, self.generator):
-                    new = self.network.evaluate(taken)
-                    loss = self._loss(new, part)
+                    new = self.gradients.evaluate(taken)
                     record.saw(new, part)
-                    if stop := self._went_too_far(new, part):
+                    if stop := went_too_far(new, part, self.config):
                         break
-                    self.optimizer.zero_grad()
-                    loss.total.backward()
-                    norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm)
+                    loss = self.gradients.differentiate(new, part, self.config)
+                    norm = self.weights.clip_gradient(self.config.max_grad_norm)
                     steps += 1
                     # A loss may overflow while its gradient does not.
-                    if not torch.isfinite(norm + loss.total.detach()):
+                    if not math.isfinite(norm + loss):
                         record.forget()
                         skipped += 1
                         progress.skipped_in_a_row += 1
@@ -262,9 +255,9 @@ class PPO:
                         continue
                     progress.skipped_in_a_row = 0
                     self.optimizer.step()
-                    record.stepped(loss, norm, part)
+                    record.stepped(norm)
             in_force = self.config
-            self._adapt(decisions, old)
+            self.config = adapted(self.config, self.network, decisions, old)
 
             # 4. Report.
             counters["iteration"] += 1
@@ -425,36 +418,6 @@ class PPO:
         whiten = self.config.normalize_advantages
         weights = masked_whiten(advantages, rollout.mask) if whiten else advantages
         return Experience(*map(rollout.rows, (rollout.logprobs, values, weights, returns, rollout.mask)))
-
-    def _loss(self, new: PolicyOutput, old: Experience) -> PPOLoss:
-        """The core's loss; its reinforce has no critic, but here the critic closes cut rollouts and must learn that."""
-        loss = ppo_loss(new, old, self.config, denominator=float(old.mask.sum()))
-        if self.config.objective != "reinforce":
-            return loss
-        assert new.values is not None and old.returns is not None
-        errors = clipped_value_loss(new.values, old.values, old.returns, clip_range=self.config.clip_range_vf)
-        value = aggregate_loss(errors, old.mask)
-        return replace(loss, total=loss.total + self.config.vf_coef * value, value=value)
-
-    def _went_too_far(self, new: PolicyOutput, old: Experience) -> bool:
-        """Whether the update ends before its step on this minibatch (target_kl)."""
-        limit = self.config.stopping_kl
-        if limit is None:
-            return False
-        kl = kl_estimate(old.logprobs, new.logprobs.detach(), "k3")
-        return float(masked_mean(kl, old.mask)) > limit
-
-    def _adapt(self, decisions: Decisions, old: Experience) -> None:
-        """Once per update: move beta or the clip range by the KL that the update brought about."""
-        if (target := self.config.steering_kl) is None:
-            return
-        with torch.no_grad():
-            kl = float(ppo_diagnostics(self.network.evaluate(decisions), old, self.config)["approx_kl"])
-        if self.config.objective == "penalty":
-            beta = adapt_penalty_beta(self.config.penalty_beta, kl, target=target)
-            self.config = replace(self.config, penalty_beta=beta)
-        else:
-            self.config = replace(self.config, clip_range=adapt_clip_range(self.config.clip_range, kl, target=target))
 
     def _stop_if_diverged(self, skipped: int) -> None:
         if skipped >= MAX_SKIPPED_IN_A_ROW:

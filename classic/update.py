@@ -1,14 +1,27 @@
-"""What the update's loop needs around it: minibatches gathered once an epoch, and numbers about all of its steps."""
+"""What the update's loop needs around it: minibatches gathered once an epoch, when to stop, what its steps did."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from classic.actor_critic import Decisions
-from rlhf_ppo.core import Experience, PolicyOutput, PPOConfig, PPOLoss, minibatch_indices, ppo_diagnostics
+from classic.actor_critic import ActorCritic, Decisions
+from classic.gradients import update_loss
+from rlhf_ppo.core import (
+    Experience,
+    PolicyOutput,
+    PPOConfig,
+    adapt_clip_range,
+    adapt_penalty_beta,
+    kl_estimate,
+    masked_mean,
+    minibatch_indices,
+    ppo_diagnostics,
+)
 
 
 def shuffled_minibatches(
@@ -27,56 +40,90 @@ def shuffled_minibatches(
         yield decisions[rows], old[rows]
 
 
+def went_too_far(new: PolicyOutput, old: Experience, config: PPOConfig) -> bool:
+    """Whether the update ends before its step on this minibatch (target_kl)."""
+    if config.stopping_kl is None:
+        return False
+    kl = kl_estimate(old.logprobs, new.logprobs.detach(), "k3")
+    return float(masked_mean(kl, old.mask)) > config.stopping_kl
+
+
+@torch.no_grad()
+def adapted(config: PPOConfig, network: ActorCritic, decisions: Decisions, old: Experience) -> PPOConfig:
+    """Once per update: beta or the clip range moved by the KL that the update brought about."""
+    if (target := config.steering_kl) is None:
+        return config
+    kl = float(ppo_diagnostics(network.evaluate(decisions), old, config)["approx_kl"])
+    if config.objective == "penalty":
+        return replace(config, penalty_beta=adapt_penalty_beta(config.penalty_beta, kl, target=target))
+    return replace(config, clip_range=adapt_clip_range(config.clip_range, kl, target=target))
+
+
 class UpdateRecord:
-    """What an update's steps did, kept as tensors; everything is computed once, after the last step."""
+    """What an update's minibatches said, kept as tensors; everything is computed once, after the last step."""
 
     def __init__(self) -> None:
-        self._new: list[PolicyOutput] = []
-        self._old: list[Experience] = []
-        self._losses: list[Tensor] = []
-        self._sizes: list[Tensor] = []
+        self._read: list[tuple[PolicyOutput, Experience]] = []
+        self._taken: list[tuple[PolicyOutput, Experience]] = []
+        self._norms: list[float] = []
         self._useless = False  # the minibatch read last
 
     def saw(self, new: PolicyOutput, old: Experience) -> None:
         """A minibatch was read, before the step on it."""
-        entropy = None if new.entropy is None else new.entropy.detach()
-        self._new.append(PolicyOutput(new.logprobs.detach(), entropy=entropy))
-        self._old.append(old)
+        self._read.append((_detached(new), old))
         if self._useless:
-            del self._new[-2], self._old[-2]
+            del self._read[-2]
         self._useless = False
 
     def forget(self) -> None:
         """The minibatch read last was not finite: it is in no average, unless there is none but it."""
-        if len(self._new) == 1:
+        if len(self._read) == 1:
             self._useless = True
         else:
-            del self._new[-1], self._old[-1]
+            del self._read[-1]
 
-    def stepped(self, loss: PPOLoss, gradient_norm: Tensor, old: Experience) -> None:
-        """A step was taken on a minibatch."""
-        self._losses.append(torch.stack((loss.policy.detach(), loss.value.detach(), gradient_norm)))
-        self._sizes.append(old.mask.sum())
+    def stepped(self, gradient_norm: float) -> None:
+        """A step was taken on the minibatch read last."""
+        self._taken.append(self._read[-1])
+        self._norms.append(gradient_norm)
 
+    @torch.no_grad()
     def metrics(self, config: PPOConfig) -> dict[str, float]:
         """Averages over every decision of every minibatch read (policy/...) and of every step taken (losses, norm)."""
-        entropies = [new.entropy for new in self._new if new.entropy is not None]
-        new = PolicyOutput(
-            torch.cat([new.logprobs for new in self._new]), entropy=torch.cat(entropies) if entropies else None
-        )
-        old = Experience(
-            logprobs=torch.cat([old.logprobs for old in self._old]),
-            values=None,
-            advantages=torch.cat([old.advantages for old in self._old]),
-            returns=None,
-            mask=torch.cat([old.mask for old in self._old]),
-        )
+        new, old = _joined(self._read)
         metrics = {f"policy/{name}": float(value) for name, value in ppo_diagnostics(new, old, config).items()}
-        gaps = (self._new[0].logprobs - self._old[0].logprobs).abs()
-        first_gap = gaps.masked_fill(~self._old[0].mask, 0.0).max()
-        metrics["policy/first_minibatch_max_abs_log_ratio"] = float(first_gap)
-        if self._losses:
-            weights = torch.stack(self._sizes).float()
-            means = (weights @ torch.stack(self._losses) / weights.sum()).tolist()
-            metrics.update(zip(("policy/loss", "value/loss", "optim/grad_norm"), means, strict=True))
+        first_new, first_old = self._read[0]
+        gaps = (first_new.logprobs - first_old.logprobs).abs()
+        metrics["policy/first_minibatch_max_abs_log_ratio"] = float(gaps.masked_fill(~first_old.mask, 0.0).max())
+        if self._taken:
+            loss = update_loss(*((new, old) if len(self._taken) == len(self._read) else _joined(self._taken)), config)
+            sizes = torch.stack([old.mask.sum() for _, old in self._taken]).tolist()
+            norm = math.fsum(size * norm for size, norm in zip(sizes, self._norms, strict=True)) / sum(sizes)
+            metrics |= {"policy/loss": float(loss.policy), "value/loss": float(loss.value), "optim/grad_norm": norm}
         return metrics
+
+
+def _detached(new: PolicyOutput) -> PolicyOutput:
+    values = None if new.values is None else new.values.detach()
+    return PolicyOutput(new.logprobs.detach(), values, None if new.entropy is None else new.entropy.detach())
+
+
+def _joined(parts: list[tuple[PolicyOutput, Experience]]) -> tuple[PolicyOutput, Experience]:
+    """Minibatches as one."""
+
+    def cat(tensors: list[Tensor | None]) -> Tensor | None:
+        given = [x for x in tensors if x is not None]
+        return torch.cat(given) if given else None
+
+    news, olds = [new for new, _ in parts], [old for _, old in parts]
+    new = PolicyOutput(
+        torch.cat([new.logprobs for new in news]), cat([new.values for new in news]), cat([new.entropy for new in news])
+    )
+    old = Experience(
+        logprobs=torch.cat([old.logprobs for old in olds]),
+        values=cat([old.values for old in olds]),
+        advantages=torch.cat([old.advantages for old in olds]),
+        returns=cat([old.returns for old in olds]),
+        mask=torch.cat([old.mask for old in olds]),
+    )
+    return new, old

@@ -57,13 +57,13 @@ def compute_gae(
     trace = keep(_per_step("gae_lambda", gae_lambda, r), mask) * discount
     v_next = keep(next_values.to(dtype), mask & ~terminated)
     delta = r + discount * v_next - v
-    trace = keep(trace, ~(terminated | truncated))
+    # A masked step hands the advantage of the step after it on unchanged: its delta is 0, its trace 1.
+    trace = torch.where(mask, keep(trace, ~(terminated | truncated)), torch.ones_like(trace))
 
     advantage = torch.zeros_like(r[:, 0]) if r.shape[1] else r.sum(dim=1)
     columns: list[Tensor] = []
-    for t in reversed(range(r.shape[1])):
-        # A masked step hands the advantage of the step after it on unchanged.
-        advantage = torch.where(mask[:, t], delta[:, t] + trace[:, t] * advantage, advantage)
+    for step_delta, step_trace in zip(reversed(delta.unbind(dim=1)), reversed(trace.unbind(dim=1)), strict=True):
+        advantage = torch.addcmul(step_delta, step_trace, advantage)
         columns.append(advantage)
     advantages = keep(torch.stack(columns[::-1], dim=1), mask) if columns else r
     return advantages.to(result_dtype(rewards)), (advantages + v).to(result_dtype(rewards))

@@ -11,7 +11,9 @@ from classic.distributions import (
     categorical_logprobs,
     gaussian_entropy,
     gaussian_logprobs,
+    gumbel_noise,
     log_tanh_slope,
+    normal_noise,
     sample_categorical,
     sample_gaussian,
     split_choices,
@@ -43,7 +45,7 @@ def test_an_option_at_minus_infinity_has_probability_zero_and_gives_no_nan():
     assert logprobs.item() == pytest.approx(-math.log(2)) and entropy.item() == pytest.approx(math.log(2))
     (logprobs.sum() + entropy.sum()).backward()
     assert logits.grad is not None and torch.isfinite(logits.grad).all() and logits.grad[0, 1] == 0
-    taken = sample_categorical(masked.detach().expand(2_000, 3), draw())
+    taken = sample_categorical(masked.detach(), gumbel_noise((2_000, 3), draw()))
     assert set(taken.tolist()) == {0, 2}
 
 
@@ -63,19 +65,29 @@ def test_choices_of_different_sizes_are_split_without_mixing_them():
     logprobs.sum().backward()
     assert logits.grad is not None and torch.isfinite(logits.grad).all()
     # The option that the first choice does not have is never drawn.
-    assert sample_categorical(split.detach().expand(500, 5, 2, 3), draw())[..., 0].max() == 1
+    assert sample_categorical(split.detach(), gumbel_noise((500, 5, 2, 3), draw()))[..., 0].max() == 1
     assert torch.equal(split_choices(logits[:, :4], (2, 2)), logits[:, :4].reshape(5, 2, 2))
 
 
 def test_gaussian_equals_torch():
     mean, log_std = torch.randn(7, 3, generator=draw()), torch.tensor([-1.0, 0.0, 0.5])
-    actions = sample_gaussian(mean, log_std, draw(1))
+    actions = sample_gaussian(mean, log_std, normal_noise((7, 3), draw(1)))
     reference = torch.distributions.Normal(mean, log_std.exp())
     torch.testing.assert_close(gaussian_logprobs(mean, log_std, actions), reference.log_prob(actions).sum(-1))
     torch.testing.assert_close(gaussian_entropy(log_std).expand(7), reference.entropy().sum(-1))
     assert torch.equal(sample_gaussian(mean, log_std, None), mean)
-    many = sample_gaussian(torch.zeros(20_000, 3), log_std, draw(2))
+    many = sample_gaussian(torch.zeros(20_000, 3), log_std, normal_noise((20_000, 3), draw(2)))
     torch.testing.assert_close(many.std(0), log_std.exp(), rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize("noise", [gumbel_noise, normal_noise])
+def test_noise_for_many_steps_is_that_of_step_after_step(noise):
+    generator = draw(3)
+    steps = torch.stack([noise((5, 2), generator) for _ in range(40)])
+    assert torch.equal(noise((40, 5, 2), draw(3)), steps) and torch.isfinite(steps).all()
+    mean, std = {gumbel_noise: (0.5772, math.pi / 6**0.5), normal_noise: (0.0, 1.0)}[noise]
+    many = noise((50_000,), draw(4))
+    assert many.mean().item() == pytest.approx(mean, abs=0.02) and many.std().item() == pytest.approx(std, rel=0.02)
 
 
 def test_squashed_density_equals_torch_and_integrates_to_one():

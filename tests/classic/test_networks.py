@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from classic.actor_critic import ActorCritic, Decisions
-from classic.networks import Memory, image_network
+from classic.networks import Memory, Tanh, image_network
 from classic.spaces import ActionLayout
 
 KINDS = ["lstm", "gru"]
@@ -127,3 +127,14 @@ def test_masked_options_have_probability_zero_in_acting_and_evaluating():
     # Weights near 0: two options of equal probability, and one alone.
     torch.testing.assert_close(new.entropy, torch.full((500,), 0.6931), atol=1e-2, rtol=0)
     assert network.act(observations, None, action_masks=masks)[0][:, 1].tolist() == [1] * 500
+
+
+def test_tanh_is_torchs_to_a_rounding_and_so_is_its_gradient():
+    for dtype, tolerance in ((torch.float32, 3e-7), (torch.float64, 1e-15)):
+        x = torch.cat([torch.linspace(-6, 6, 1001), torch.tensor([0.0, 50.0, -50.0])]).to(dtype).requires_grad_()
+        ours, theirs = Tanh()(x), torch.tanh(x)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+        slopes = [torch.autograd.grad(y.sum(), x)[0] for y in (ours, theirs)]
+        torch.testing.assert_close(*slopes, rtol=0, atol=4 * tolerance)
+        with torch.no_grad():
+            assert torch.equal(Tanh()(x), ours)

@@ -7,7 +7,7 @@ import torch
 
 from classic.actor_critic import Decisions
 from classic.update import UpdateRecord, shuffled_minibatches
-from rlhf_ppo.core import Experience, PolicyOutput, PPOConfig, PPOLoss, ppo_diagnostics
+from rlhf_ppo.core import Experience, PolicyOutput, PPOConfig, ppo_diagnostics, ppo_loss
 
 
 def experience(size: int) -> Experience:
@@ -32,25 +32,40 @@ def test_an_epoch_is_every_decision_once_with_its_own_facts():
 
 
 def test_numbers_are_averages_over_decisions_whatever_the_minibatches():
-    old, config = experience(10), PPOConfig()
+    old, config = experience(10), PPOConfig(clip_range_vf=2.0)
     draw = torch.Generator().manual_seed(0)
-    new = PolicyOutput(
-        (old.logprobs + 0.3 * torch.randn(10, generator=draw)).requires_grad_(), entropy=torch.rand(10, generator=draw)
-    )
-    record = UpdateRecord()
-    for rows, loss in ((slice(0, 7), 1.0), (slice(7, 10), 2.0)):
-        record.saw(PolicyOutput(new.logprobs[rows], entropy=new.entropy[rows]), old[rows])
-        losses = [torch.tensor(loss * k) for k in (1, 1, 10, 0)]
-        record.stepped(PPOLoss(*losses), torch.tensor(5 * loss), old[rows])
+    moved, values = 0.3 * torch.randn(10, generator=draw), old.returns + torch.randn(10, generator=draw)
+    new = PolicyOutput((old.logprobs + moved).requires_grad_(), values, torch.rand(10, generator=draw))
+    record, expected = UpdateRecord(), {"policy/loss": 0.0, "value/loss": 0.0}
+    for rows, share, norm in ((slice(0, 7), 0.7, 5.0), (slice(7, 10), 0.3, 10.0)):
+        part = PolicyOutput(new.logprobs[rows], values[rows], new.entropy[rows])
+        record.saw(part, old[rows])
+        record.stepped(norm)
+        loss = ppo_loss(part, old[rows], config)
+        expected["policy/loss"] += share * loss.policy.item()
+        expected["value/loss"] += share * loss.value.item()
     metrics = record.metrics(config)
     for name, value in ppo_diagnostics(new, old, config).items():
         assert metrics[f"policy/{name}"] == pytest.approx(float(value))
-    # 7 decisions at 1 and 3 at 2.
-    assert metrics["policy/loss"] == pytest.approx(1.3)
-    assert metrics["value/loss"] == pytest.approx(13)
-    assert metrics["optim/grad_norm"] == pytest.approx(6.5)
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    assert metrics["optim/grad_norm"] == pytest.approx(6.5)  # 7 decisions at 5 and 3 at 10
     first = (new.logprobs - old.logprobs)[:7].abs().max().item()
     assert metrics["policy/first_minibatch_max_abs_log_ratio"] == pytest.approx(first)
+
+
+def test_a_minibatch_that_ended_the_update_is_in_the_ratios_but_not_in_the_losses():
+    old = experience(6)
+    record, stepped = UpdateRecord(), UpdateRecord()
+    for rows, factor in ((slice(0, 3), 1.01), (slice(3, 6), 1.5)):
+        new = PolicyOutput(old.logprobs[rows] * factor, old.values[rows])
+        record.saw(new, old[rows])
+        if factor < 1.5:
+            stepped.saw(new, old[rows])
+            record.stepped(1.0)
+            stepped.stepped(1.0)
+    both, alone = record.metrics(PPOConfig()), stepped.metrics(PPOConfig())
+    assert both["policy/loss"] == alone["policy/loss"] and both["value/loss"] == alone["value/loss"]
+    assert both["policy/approx_kl"] > alone["policy/approx_kl"]
 
 
 def test_an_update_without_a_step_has_no_losses():

@@ -1,0 +1,89 @@
+"""One vector of weights: the network's own memory, whatever is loaded into it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from classic.actor_critic import ActorCritic
+from classic.flat import FlatAdam, FlatParameters
+from classic.spaces import ActionLayout
+
+
+def make(**settings) -> ActorCritic:
+    generator = torch.Generator().manual_seed(0)
+    return ActorCritic((3,), ActionLayout(choices=(2,)), hidden_sizes=(5, 4), generator=generator, **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"shared": True}, {"recurrent": "lstm", "recurrent_size": 6}])
+def test_the_network_stays_what_it_was_and_shares_the_vectors_memory(settings):
+    network, other = make(**settings), make(**settings)
+    weights = FlatParameters(network)
+    assert list(network.state_dict()) == list(other.state_dict())
+    assert all(torch.equal(x, y) for x, y in zip(network.parameters(), other.parameters(), strict=True))
+    assert weights.vector.numel() == sum(p.numel() for p in network.parameters())
+    weights.vector.data.zero_()
+    assert all((p == 0).all() for p in network.parameters())
+    network.load_state_dict(other.state_dict())
+    parts = weights.split(weights.vector.detach())
+    assert all(torch.equal(parts[name], p) for name, p in other.named_parameters())
+    assert torch.equal(weights.joined(parts), weights.vector)
+
+
+def test_actor_and_critic_lie_side_by_side_where_shapes_agree():
+    network = make()
+    weights = FlatParameters(network)
+    both = weights.of(weights.vector.detach(), "policy.2.weight", "critic.2.weight")
+    assert torch.equal(both, torch.stack([network.policy[2].weight, network.critic[2].weight]))
+    with pytest.raises(ValueError, match=r"policy\.4\.weight, critic\.4\.weight do not lie side by side"):
+        weights.of(weights.vector, "policy.4.weight", "critic.4.weight")
+
+
+def test_gradients_of_autograd_arrive_in_the_vector_and_are_clipped_as_one():
+    network = make()
+    weights = FlatParameters(network)
+    network.critic(torch.ones(2, 3)).sum().mul(100).backward()
+    norm = torch.stack([p.grad.norm() for p in network.critic.parameters()]).norm().item()
+    assert norm > 1 and weights.gradient.norm().item() == pytest.approx(norm)
+    assert weights.clip_gradient(0.5) == pytest.approx(norm)
+    assert weights.gradient.norm().item() == pytest.approx(0.5, rel=1e-5)
+    assert weights.clip_gradient(0.6) == pytest.approx(0.5, rel=1e-5)
+    assert weights.gradient.norm().item() == pytest.approx(0.5, rel=1e-5)
+
+
+def test_a_tensor_put_in_the_place_of_a_parameter_is_taken_over():
+    network = make()
+    weights = FlatParameters(network)
+    network.policy[0].weight.data = torch.full((5, 3), 7.0)
+    network.critic[0].weight = nn.Parameter(torch.full((5, 3), 8.0))
+    weights.attach()
+    assert (weights.of(weights.vector, "policy.0.weight") == 7).all()
+    assert (weights.of(weights.vector, "critic.0.weight") == 8).all()
+    weights.vector.data.zero_()
+    assert (network.policy[0].weight == 0).all() and (network.critic[0].weight == 0).all()
+
+
+def test_adam_is_torchs():
+    networks = [make(), make()]
+    weights = FlatParameters(networks[0])
+    ours = FlatAdam(weights, lr=1e-2)
+    theirs = torch.optim.Adam(networks[1].parameters(), lr=1e-2, eps=1e-5, fused=True)
+    assert ours.state() == {}
+    generator = torch.Generator().manual_seed(1)
+    for k in range(5):
+        ours.lr = theirs.param_groups[0]["lr"] = 1e-2 / (k + 1)
+        for mine, other in zip(*(network.parameters() for network in networks), strict=True):
+            mine.grad.copy_(torch.randn(mine.shape, generator=generator))
+            other.grad = mine.grad.clone()
+        ours.step()
+        theirs.step()
+    for mine, other in zip(*(network.parameters() for network in networks), strict=True):
+        torch.testing.assert_close(mine, other)
+    state = ours.state()
+    for name, parameter in networks[1].named_parameters():
+        for key, value in theirs.state[parameter].items():
+            torch.testing.assert_close(state[f"{name}/{key}"], value)
+    again = FlatAdam(weights, lr=1.0)
+    again.load(state)
+    assert all(torch.equal(value, state[key]) for key, value in again.state().items()) and again.steps == 5
