@@ -55,7 +55,7 @@ class EvaluateCommand:
     deterministic: bool = True
     """Take the most likely action; False samples from the policy."""
     video: str | None = None
-    """Also play one episode into this file, an .mp4 or a .gif; None: no video."""
+    """Also play one episode into this file: an .mp4, a .gif, or a .png with a few moments of it; None: no video."""
 
 
 @dataclass(frozen=True, kw_only=True)

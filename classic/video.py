@@ -1,4 +1,4 @@
-"""Videos: an agent's episodes as mp4 or gif."""
+"""Videos: an agent's episodes as mp4, gif, or a still of a few moments."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from classic.train import PPO
 
 INSTALL = "pip install 'rlhf-ppo[video]'"
+MOMENTS = 5
+"""Frames of a still."""
 
 
 def record_video(agent: PPO, file: str | Path, *, episodes: int = 1, seed: int = 0, deterministic: bool = True) -> Path:
@@ -21,7 +23,7 @@ def record_video(agent: PPO, file: str | Path, *, episodes: int = 1, seed: int =
 
     Args:
         agent: made from an id or a function; a function must make environments with ``render_mode="rgb_array"``.
-        file: ``*.mp4`` or ``*.gif``.
+        file: ``*.mp4``, ``*.gif``, or ``*.png``: a few of the frames side by side, from the first to the last.
         episodes: how many, one after another.
         seed: of the first episode; the next ones follow from it.
         deterministic: take the most likely action instead of a sampled one.
@@ -32,15 +34,19 @@ def record_video(agent: PPO, file: str | Path, *, episodes: int = 1, seed: int =
         ModuleNotFoundError: a package for drawing or writing is missing; says how to install it.
     """
     file = Path(file)
-    if file.suffix not in (".mp4", ".gif"):
-        raise ValueError(f"a video is an .mp4 or a .gif, got {file}")
+    if file.suffix not in (".mp4", ".gif", ".png"):
+        raise ValueError(f"a video is an .mp4 or a .gif, a still a .png, got {file}")
     if episodes < 1:
         raise ValueError(f"episodes must be 1 or more, got {episodes}")
     frames, fps = _play(agent, episodes, seed, deterministic)
     file.parent.mkdir(parents=True, exist_ok=True)
-    if file.suffix == ".gif":
+    if file.suffix != ".mp4":
         from PIL import Image  # comes with matplotlib
 
+        if file.suffix == ".png":
+            moments = np.linspace(0, len(frames) - 1, MOMENTS).round().astype(int)
+            Image.fromarray(np.concatenate([frames[i] for i in moments], axis=1)).save(file)
+            return file
         images = [Image.fromarray(frame) for frame in frames]
         images[0].save(file, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
         return file
@@ -73,9 +79,8 @@ def _play(agent: PPO, episodes: int, seed: int, deterministic: bool) -> tuple[li
             state, over = None, False
             frames.append(_frame(copy))
             while not over:
-                action, state = agent.predict(
-                    observation, deterministic, state=state, action_masks=info.get("action_mask")
-                )
+                masks = None if args.action_masks is False else _allowed(copy, info)
+                action, state = agent.predict(observation, deterministic, state=state, action_masks=masks)
                 observation, _, terminated, truncated, info = copy.step(action)
                 frames.append(_frame(copy))
                 over = terminated or truncated
@@ -84,6 +89,13 @@ def _play(agent: PPO, episodes: int, seed: int, deterministic: bool) -> tuple[li
     finally:
         envs.close()
     return frames, float(copy.metadata.get("render_fps", 30))
+
+
+def _allowed(env: gymnasium.Env, info: dict[str, Any]) -> Any:
+    """What the environment says is allowed, by either of its two ways, or None."""
+    if "action_mask" not in info and env.has_wrapper_attr("action_masks"):
+        return env.get_wrapper_attr("action_masks")()
+    return info.get("action_mask")
 
 
 def _frame(env: gymnasium.Env) -> np.ndarray:

@@ -168,8 +168,11 @@ def _random(run: Figures) -> str | None:
 
 
 def _blind_critic(run: Figures) -> str | None:
-    explained = run.late("value/explained_variance")
-    return f"explained variance {explained:.2f}" if explained is not None and explained < -0.05 else None
+    explained, spread = run.late("value/explained_variance"), run.late("advantage/std")
+    if explained is None or spread is None or explained >= -0.05:
+        return None
+    # Returns that are all alike leave nothing to explain.
+    return f"explained variance {explained:.2f}" if spread > 0.02 * abs(run.late("value/return_mean") or 0) else None
 
 
 def _scale(run: Figures) -> str | None:

@@ -47,6 +47,32 @@ def test_a_gif_has_a_frame_a_step_and_one_at_the_start(recurrent, small, tmp_pat
         assert gif.convert("RGB").getpixel((5, 5))[0] == pytest.approx(180, abs=8)
 
 
+def test_a_still_shows_moments_side_by_side(small, tmp_path):
+    with Image.open(record_video(classic.PPO(Drawn, small()), tmp_path / "a.png")) as still:
+        assert still.size == (5 * 32, 32)
+        shades = [still.getpixel((32 * i + 5, 5))[0] for i in range(5)]
+    assert shades[0] == 0 and shades[-1] == 180 and shades == sorted(shades)
+
+
+class Forced(Drawn):
+    """Ends the run with an error if the option that the method ``action_masks`` shuts is taken."""
+
+    shut = 0
+
+    def action_masks(self):
+        return np.arange(2) != self.shut
+
+    def step(self, action):
+        assert action != self.shut
+        self.shut = 1 - self.shut
+        return super().step(action)
+
+
+def test_masks_from_a_method_are_kept_to(small, tmp_path):
+    agent = classic.PPO(Forced, small())
+    assert record_video(agent, tmp_path / "a.gif", episodes=3, deterministic=False).is_file()
+
+
 def test_an_mp4_is_written_or_what_is_missing_is_said(small, tmp_path, monkeypatch):
     agent = classic.PPO(Drawn, small())
     if importlib.util.find_spec("moviepy"):
@@ -59,7 +85,7 @@ def test_an_mp4_is_written_or_what_is_missing_is_said(small, tmp_path, monkeypat
 
 
 def test_what_cannot_be_drawn_is_refused(small, tmp_path):
-    with pytest.raises(ValueError, match=r"an \.mp4 or a \.gif, got"):
+    with pytest.raises(ValueError, match=r"an \.mp4 or a \.gif, a still a \.png, got"):
         record_video(classic.PPO(Drawn, small()), tmp_path / "a.avi")
     with pytest.raises(ValueError, match=r"has render_mode=None: a video needs one made with render_mode='rgb_array'"):
         record_video(classic.PPO(lambda: Drawn(None), small()), tmp_path / "a.gif")

@@ -91,6 +91,11 @@ def test_changes_start_from_the_runs_own_settings(tmp_path, capsys):
     assert "clip fraction 0.50" in (out := capsys.readouterr().out) and "try learning_rate 0.0003 -> 0.0001" in out
 
 
+def test_where_all_returns_are_alike_no_critic_is_blamed(tmp_path):
+    blind = SYMPTOMS["a critic worse than a constant"]
+    assert advise(write_run(tmp_path / "run", {**blind, "value/return_mean": lambda t: 90.0})) == []
+
+
 def test_a_critics_warm_up_is_no_timid_policy(tmp_path):
     still = {"policy/clip_fraction": lambda t: 0.02 * (t > 0.5), "policy/approx_kl": lambda t: 9e-4 * (t > 0.5)}
     (found,) = advise(write_run(tmp_path / "run", {**still, "policy/clip_fraction": lambda t: 0.015 * (t > 0.5)}))
