@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -68,3 +69,12 @@ def test_fault_31_a_launched_process_ends_with_one_line(tmp_path):
     environment = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "PATH": "", "PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: WORLD_SIZE='2'") and done.stderr.count("\n") == 1
+
+
+def test_fault_32_under_a_launcher_all_processes_end_and_nothing_is_written(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "classic.cli", "train", "CartPole-v1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and "error: WORLD_SIZE='2'" in done.stderr
+    assert not any(tmp_path.iterdir())
