@@ -79,6 +79,9 @@ mutation: ## Mutation testing of rlhf_ppo/core in a copy, about half an hour on 
 	sed -i '/^    @once_differentiable$$/d' $(MUTATION)/tree/rlhf_ppo/core/logprobs.py
 	printf '\n\n_LinearLogprobs.backward = staticmethod(once_differentiable(_LinearLogprobs.backward))\n' \
 		>> $(MUTATION)/tree/rlhf_ppo/core/logprobs.py
+	sed -i '/^    @once_differentiable$$/d' $(MUTATION)/tree/rlhf_ppo/core/exact_kl.py
+	printf '\n\n_LinearKL.backward = staticmethod(once_differentiable(_LinearKL.backward))\n' \
+		>> $(MUTATION)/tree/rlhf_ppo/core/exact_kl.py
 	cd $(MUTATION)/tree && PATH=$(CURDIR)/$(MUTATION)/venv/bin:$$PATH $(MUTATION_ENV) mutmut run --max-children 1
 	cd $(MUTATION)/tree && $(CURDIR)/$(MUTATION)/venv/bin/mutmut results
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-
-from rlhf_ppo.core import linear_logprobs
 
 _LONGEST_CHARACTER = 4
 """Bytes, and so tokens, of a character in UTF-8."""
@@ -68,53 +66,3 @@ class Barred(NamedTuple):
 def bar(logits: Tensor, tokens: Sequence[int]) -> Tensor:
     """Logits [*, V] with -inf at ``tokens``, in the same memory."""
     return logits.index_fill_(-1, torch.tensor(tokens, dtype=torch.long, device=logits.device), -math.inf)
-
-
-def barred_linear_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    *,
-    barred: Tensor,
-    barred_tokens: Sequence[int],
-    bias: Tensor | None,
-    temperature: float,
-    return_entropy: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`rlhf_ppo.core.linear_logprobs` of a distribution without ``barred_tokens`` in the rows ``barred`` [N].
-
-    A bias of -inf takes them out: log p - log(1 - sum p(barred)) without its cancellation when they hold most of p.
-    """
-    shut = bar(torch.zeros_like(weight[:, 0]), barred_tokens)
-
-    def of_rows(rows: Tensor, shut: Tensor | None) -> tuple[Tensor, ...]:
-        result = linear_logprobs(
-            hidden[rows],
-            weight,
-            tokens[rows],
-            bias=with_bias(bias, shut),
-            temperature=temperature,
-            return_entropy=return_entropy,
-        )
-        return result if isinstance(result, tuple) else (result,)
-
-    logprobs, *entropies = free_and_barred(barred, shut, of_rows)
-    return (logprobs, entropies[0]) if return_entropy else logprobs
-
-
-def free_and_barred(
-    barred: Tensor, shut: Tensor, compute: Callable[[Tensor, Tensor | None], tuple[Tensor, ...]]
-) -> tuple[Tensor, ...]:
-    """``compute(rows, None)`` of the rows that are not ``barred`` [N] and ``compute(rows, shut)`` of those that are.
-
-    Returns:
-        Its results [N], in the order of all rows.
-    """
-    free, held = (~barred).nonzero().squeeze(-1), barred.nonzero().squeeze(-1)
-    back = torch.cat([free, held]).argsort()
-    return tuple(torch.cat(parts)[back] for parts in zip(compute(free, None), compute(held, shut), strict=True))
-
-
-def with_bias(bias: Tensor | None, shut: Tensor | None) -> Tensor | None:
-    """The sum of two biases [V], where None is 0."""
-    return shut if bias is None else bias if shut is None else bias + shut

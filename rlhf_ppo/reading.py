@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear
 
-from rlhf_ppo.core import entropy_from_logits, linear_logprobs, token_logprobs
+from rlhf_ppo.core import Ban, entropy_from_logits, linear_logprobs, token_logprobs
 from rlhf_ppo.core.logprobs import project
-from rlhf_ppo.limits import Barred, bar, barred_linear_logprobs
+from rlhf_ppo.limits import Barred
 from rlhf_ppo.packing import pack, packed_attention
 
 
@@ -45,9 +46,8 @@ class Outputs(NamedTuple):
     """The output layer, if the logits are nothing but that layer on the states."""
     logits: Tensor | None
     """[n, V], of a model without a plain output layer."""
-    held: Tensor | None = None
-    """[n] bool, True where ``barred`` tokens could not be drawn; None: nowhere."""
-    barred: tuple[int, ...] = ()
+    ban: Ban | None = None
+    """Where stop tokens could not be drawn, of the n; None: nowhere."""
 
     def all_logits(self) -> Tensor:
         """[n, V], -inf at what is barred."""
@@ -55,9 +55,10 @@ class Outputs(NamedTuple):
         if logits is None:
             assert self.states is not None and self.head is not None
             logits = linear(self.states, self.head.weight, self.head.bias)
-        if self.held is None:
+        if self.ban is None:
             return logits
-        return torch.where(self.held[:, None], bar(logits.clone(), self.barred), logits)
+        ids = torch.tensor(self.ban.tokens, dtype=torch.long, device=logits.device)
+        return logits.index_copy(1, ids, logits[:, ids].masked_fill(self.ban.rows[:, None], -math.inf))
 
 
 def position_ids(mask: Tensor) -> Tensor:
@@ -106,13 +107,12 @@ class Reader:
     def outputs(self, sequences: Sequences, *, hidden: bool = False) -> Outputs:
         """What determines the distributions of the response tokens, with the hidden states if asked."""
         barred = sequences.barred
-        held = None if barred is None else select(barred.where, sequences.mask)
-        tokens = () if barred is None else barred.tokens
+        ban = None if barred is None else Ban(select(barred.where, sequences.mask), barred.tokens)
         if self.head is not None:
-            return Outputs(self.hidden(sequences), self.head, None, held, tokens)
+            return Outputs(self.hidden(sequences), self.head, None, ban)
         with vocabulary_as_rows(self.output_layer):
             logits, states = self._logits(sequences, hidden=hidden)
-        return Outputs(states, None, logits, held, tokens)
+        return Outputs(states, None, logits, ban)
 
     def logprobs(
         self, sequences: Sequences, *, temperature: float, entropy: bool = False, outputs: Outputs | None = None
@@ -125,13 +125,15 @@ class Reader:
         outputs = self.outputs(sequences) if outputs is None else outputs
         states, head = outputs.states, outputs.head
         if head is not None and states is not None:
-            settings: dict[str, Any] = {"bias": head.bias, "temperature": temperature, "return_entropy": entropy}
-            if outputs.held is None:
-                result = linear_logprobs(states, head.weight, tokens, **settings)
-            else:
-                result = barred_linear_logprobs(
-                    states, head.weight, tokens, barred=outputs.held, barred_tokens=outputs.barred, **settings
-                )
+            result = linear_logprobs(
+                states,
+                head.weight,
+                tokens,
+                bias=head.bias,
+                temperature=temperature,
+                return_entropy=entropy,
+                ban=outputs.ban,
+            )
             logprobs, entropies = result if isinstance(result, tuple) else (result, None)
             return logprobs, entropies, states
         logits = outputs.all_logits()

@@ -23,8 +23,10 @@ from rlhf_ppo.core.minibatch import minibatch_indices
 from rlhf_ppo.core.preference import dpo_loss
 from rlhf_ppo.core.ratios import pool_old_logprobs, probability_ratio, truncated_importance_weights
 from rlhf_ppo.core.types import Experience, PolicyOutput, PPOLoss
+from rlhf_ppo.core.vocabulary import Ban
 
 __all__ = [
+    "Ban",
     "Experience",
     "PPOConfig",
     "PPOLoss",

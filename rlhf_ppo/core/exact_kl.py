@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
+from torch.autograd.function import once_differentiable
 
-from rlhf_ppo.core.logprobs import CHUNK_LOGITS
 from rlhf_ppo.core.types import compute_dtype, require_same_shape, require_temperature, result_dtype
+from rlhf_ppo.core.vocabulary import (
+    CHUNK_LOGITS,
+    Ban,
+    ChunkLogits,
+    HeadGradients,
+    blocks_of,
+    check_ban,
+    chunks_of,
+    product_dtype,
+)
 
 
 def kl_from_logits(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -46,6 +54,7 @@ def linear_kl(
     ref_bias: Tensor | None = None,
     temperature: float = 1.0,
     chunk_size: int | None = None,
+    ban: Ban | None = None,
 ) -> Tensor:
     """:func:`kl_from_logits` of ``hidden @ weight.T + bias`` against the reference's, without the [N, V] logits.
 
@@ -60,6 +69,7 @@ def linear_kl(
         bias, ref_bias: [V] or None.
         temperature: divides both logits.
         chunk_size: rows of logits held at once; None: as many as make 2^24 logits for each of the two.
+        ban: tokens without probability in some rows, for policy and reference.
     Returns:
         [N] nats.
     Raises:
@@ -83,16 +93,95 @@ def linear_kl(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be 1 or more, got {chunk_size}")
     require_temperature(temperature)
-    ref_hidden, ref_weight = ref_hidden.detach(), ref_weight.detach()
-    ref_bias = None if ref_bias is None else ref_bias.detach()
+    check_ban(ban, len(hidden))
+    apply = cast(Callable[..., Tensor], _LinearKL.apply)  # torch leaves apply untyped
+    return apply(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, chunk_size, ban)
 
-    def of_rows(rows: slice) -> Tensor:
-        logits, ref_logits = linear(hidden[rows], weight, bias), linear(ref_hidden[rows], ref_weight, ref_bias)
-        return kl_from_logits(logits, ref_logits, temperature=temperature)
 
-    if len(hidden) <= chunk_size:
-        return of_rows(slice(None)).to(result_dtype(hidden))
-    again = cast(Callable[..., Tensor], checkpoint)  # torch leaves it untyped
-    starts = range(0, len(hidden), chunk_size)
-    chunks = [again(of_rows, slice(i, i + chunk_size), use_reentrant=False, preserve_rng_state=False) for i in starts]
-    return torch.cat(chunks).to(result_dtype(hidden))
+class _LinearKL(torch.autograd.Function):
+    """Goes through the vocabulary block by block, as linear_logprobs does.
+
+    With gap = log p - log q, the KL is sum p gap, and its gradient by a logit p (gap - KL). Of a single chunk of rows
+    forward keeps that gradient; of several, backward computes the logits again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ref_hidden: Tensor,
+        ref_weight: Tensor,
+        ref_bias: Tensor | None,
+        temperature: float,
+        chunk_size: int,
+        ban: Ban | None,
+    ) -> Tensor:
+        count, vocabulary = len(hidden), len(weight)
+        dtype, low = compute_dtype(hidden), product_dtype(hidden)
+        ctx.low, ctx.temperature, ctx.chunk_size, ctx.ban = low, temperature, chunk_size, ban
+        ctx.blocks = blocks_of(vocabulary, min(chunk_size, count), hidden.device)
+        kl, normaliser, ref_normaliser = torch.empty(3, count, dtype=dtype, device=hidden.device)
+        kept = gaps = None
+        if count <= chunk_size and any(ctx.needs_input_grad[:3]):
+            kept, gaps = (torch.empty(vocabulary, count, dtype=low, device=hidden.device) for _ in range(2))
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in chunks_of(count, chunk_size):
+                settings: dict[str, Any] = {"temperature": temperature, "low": low, "rows": rows, "ban": ban}
+                policy = ChunkLogits(hidden, weight, bias, **settings)
+                reference = ChunkLogits(ref_hidden, ref_weight, ref_bias, **settings)
+                numbers = torch.empty(5, len(ctx.blocks), len(kl[rows]), dtype=dtype, device=hidden.device)
+                maxima, ref_maxima, totals, ref_totals, sums = numbers
+                for i, block in enumerate(ctx.blocks):
+                    gap, maxima[i] = _below_largest(policy.block(block, None if gaps is None else gaps[block]))
+                    ref, ref_maxima[i] = _below_largest(reference.block(block))
+                    e = torch.exp(gap, out=None if kept is None else kept[block])
+                    # What is banned, or as good as banned, adds nothing, whatever the reference says of it.
+                    gap.sub_(ref).masked_fill_(e == 0, 0.0)
+                    totals[i] = e.sum(dim=0, dtype=dtype)
+                    ref_totals[i] = ref.exp_().sum(dim=0, dtype=dtype)
+                    sums[i] = (e.to(dtype) * gap).sum(dim=0)
+                normaliser[rows] = (maxima + totals.log()).logsumexp(dim=0)
+                ref_normaliser[rows] = (ref_maxima + ref_totals.log()).logsumexp(dim=0)
+                # log p - log q = gap + offset in each block.
+                log_share = maxima - normaliser[rows]
+                share, offset = log_share.exp(), log_share - (ref_maxima - ref_normaliser[rows])
+                kl[rows] = (share * (sums + totals * offset)).sum(dim=0)
+                if kept is not None and gaps is not None:
+                    for i, block in enumerate(ctx.blocks):
+                        kept[block].mul_((gaps[block].to(dtype) + (offset[i] - kl)).mul_(share[i]))
+        ctx.save_for_backward(
+            hidden, weight, bias, ref_hidden, ref_weight, ref_bias, normaliser, ref_normaliser, kl, kept
+        )
+        return kl.to(result_dtype(hidden))
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (once_differentiable makes ctx positional)
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, normaliser, ref_normaliser, kl, kept = ctx.saved_tensors
+        temperature, low = ctx.temperature, ctx.low
+        gradients = HeadGradients(hidden, weight, bias, ctx.needs_input_grad[:3], temperature=temperature, low=low)
+        for rows in chunks_of(len(hidden), ctx.chunk_size):
+            settings: dict[str, Any] = {"temperature": temperature, "low": low, "rows": rows, "ban": ctx.ban}
+            policy = ChunkLogits(hidden, weight, bias, **settings)
+            reference = ChunkLogits(ref_hidden, ref_weight, ref_bias, **settings)
+            for block in ctx.blocks:
+                if kept is None:
+                    log_p = policy.block(block).to(kl.dtype).sub_(normaliser[rows])
+                    p = log_p.exp()
+                    gap = log_p.sub_(reference.block(block)).add_(ref_normaliser[rows] - kl[rows])
+                    slope = p.mul_(gap.masked_fill_(p == 0, 0.0)).to(low)
+                else:
+                    slope = kept[block]
+                gradients.add(rows, block, policy.states, slope, grad_outputs[0][rows].to(kl.dtype))
+        return *gradients.result(), None, None, None, None, None, None
+
+
+def _below_largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [block, n], in the same memory, less the largest of each column, and that."""
+    # A block of banned tokens has no largest logit to subtract.
+    largest = logits.amax(dim=0).clamp_(min=torch.finfo(logits.dtype).min)
+    return logits.sub_(largest), largest

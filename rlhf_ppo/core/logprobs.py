@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rlhf_ppo.core.types import compute_dtype, require_same_shape, require_temperature, result_dtype
-
-CHUNK_LOGITS = 2**25
-"""Most logits that linear_logprobs holds at once unless told otherwise: 128 MiB in float32."""
-
-# What linear_logprobs works on at a time: 4 MiB of float32 logits, but no fewer than 256 words.
-_BLOCK_LOGITS, _BLOCK_WORDS = 2**20, 256
-
-# Words among which the largest logit is looked for before the product: the first ones (in BPE the most frequent), and
-# as many spread over the rest.
-_SAMPLE = 1024
+from rlhf_ppo.core.vocabulary import (
+    CHUNK_LOGITS,
+    Ban,
+    ChunkLogits,
+    HeadGradients,
+    blocks_of,
+    check_ban,
+    chunks_of,
+    product_dtype,
+)
 
 
 def token_logprobs(
@@ -53,7 +53,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
         words, flat = logits.reshape(-1, logits.shape[-1]).T, tokens.flatten()  # [V, N]
         dtype = compute_dtype(logits)
-        blocks = _blocks(words.shape[0], words.shape[1], logits.device)
+        blocks = blocks_of(words.shape[0], words.shape[1], logits.device)
         maxima, totals = (torch.empty(len(blocks), len(flat), dtype=dtype, device=logits.device) for _ in range(2))
         for i, block in enumerate(blocks):
             part = _scaled(words[block], temperature, dtype)
@@ -97,6 +97,7 @@ def linear_logprobs(
     temperature: float = 1.0,
     chunk_size: int | None = None,
     return_entropy: bool = False,
+    ban: Ban | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probs of ``tokens`` under ``softmax((hidden @ weight.T + bias) / temperature)``, without the [N, V] logits.
 
@@ -112,6 +113,7 @@ def linear_logprobs(
         temperature: divides the logits.
         chunk_size: rows of logits held at once; None: as many as make 2^25 logits (128 MiB in float32).
         return_entropy: also return the entropy of each row's distribution.
+        ban: tokens without probability in some rows; the others share it.
     Returns:
         [N] log-probs in nats, or (log-probs [N], entropy [N]).
     Raises:
@@ -129,8 +131,9 @@ def linear_logprobs(
         raise ValueError(f"chunk_size must be 1 or more, got {chunk_size}")
     require_temperature(temperature)
     _check_ids(tokens, weight.shape[0])
+    check_ban(ban, len(hidden))
     apply = cast(Callable[..., tuple[Tensor, Tensor]], _LinearLogprobs.apply)  # torch leaves apply untyped
-    logprobs, entropy = apply(hidden, weight, bias, tokens.long(), temperature, chunk_size, return_entropy)
+    logprobs, entropy = apply(hidden, weight, bias, tokens.long(), temperature, chunk_size, return_entropy, ban)
     return (logprobs, entropy) if return_entropy else logprobs
 
 
@@ -153,24 +156,23 @@ class _LinearLogprobs(torch.autograd.Function):
         temperature: float,
         chunk_size: int,
         return_entropy: bool,
+        ban: Ban | None,
     ) -> tuple[Tensor, Tensor]:
         kind, count = hidden.device.type, hidden.shape[0]
-        ctx.low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        ctx.temperature, ctx.chunk_size, ctx.return_entropy = temperature, chunk_size, return_entropy
+        ctx.low = product_dtype(hidden)
+        ctx.temperature, ctx.chunk_size, ctx.return_entropy, ctx.ban = temperature, chunk_size, return_entropy, ban
         dtype, smallest = compute_dtype(hidden), torch.finfo(compute_dtype(hidden)).min
-        blocks = _blocks(weight.shape[0], min(chunk_size, count), hidden.device)
+        blocks = blocks_of(weight.shape[0], min(chunk_size, count), hidden.device)
         chosen = torch.zeros(count, dtype=dtype, device=hidden.device)
         entropy, normaliser = torch.empty_like(chosen), torch.empty_like(chosen)
         maxima, totals, sums = (chosen.new_empty(len(blocks), count) for _ in range(3))
         keeps = count <= chunk_size and any(ctx.needs_input_grad[:3])
         kept = torch.empty(weight.shape[0], count, dtype=ctx.low, device=hidden.device) if keeps else None
         with torch.autocast(kind, enabled=False):
-            for rows in _chunks(count, chunk_size):
-                states = _states(hidden[rows], temperature, ctx.low)
-                shift = _shift(states, weight)
+            for rows in chunks_of(count, chunk_size):
+                chunk = ChunkLogits(hidden, weight, bias, temperature=temperature, low=ctx.low, rows=rows, ban=ban)
                 for i, block in enumerate(blocks):
-                    room = None if kept is None else kept[block]
-                    logits = _block_logits(states, shift, weight, bias, block, temperature, room)
+                    logits = chunk.block(block, None if kept is None else kept[block])
                     place, inside = _places(tokens[rows], block)
                     chosen[rows] = torch.where(inside, logits.gather(0, place)[0], chosen[rows])
                     # A block of banned tokens has no largest logit to subtract.
@@ -198,27 +200,16 @@ class _LinearLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         grad_logprobs, grad_entropy = grad_outputs
         hidden, weight, bias, tokens, normaliser, entropy, maxima = ctx.saved_tensors
-        dtype, device, temperature = normaliser.dtype, hidden.device, ctx.temperature
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        # Sums over blocks and chunks are kept in the compute dtype and rounded once.
-        grad_hidden = torch.zeros(hidden.shape, dtype=dtype, device=device) if needs_hidden else None
-        grad_weight = torch.empty(weight.shape, dtype=dtype, device=device) if needs_weight else None
-        grad_bias = torch.zeros(weight.shape[0], dtype=dtype, device=device) if needs_bias else None
-        if grad_weight is not None and not hidden.shape[0]:
-            grad_weight.zero_()  # no block will write to it
+        dtype, temperature = normaliser.dtype, ctx.temperature
+        gradients = HeadGradients(hidden, weight, bias, ctx.needs_input_grad[:3], temperature=temperature, low=ctx.low)
         # What was kept is overwritten below, so a second backward pass (retain_graph) computes it again.
         kept, ctx.kept = ctx.kept, None
-        for rows in _chunks(hidden.shape[0], ctx.chunk_size):
-            states = _states(hidden[rows], temperature, ctx.low)
-            shift = _shift(states, weight) if kept is None else None
+        for rows in chunks_of(hidden.shape[0], ctx.chunk_size):
+            chunk = ChunkLogits(hidden, weight, bias, temperature=temperature, low=ctx.low, rows=rows, ban=ctx.ban)
             upstream, scale = grad_logprobs[rows].to(dtype), grad_entropy[rows].to(dtype)
             missing = torch.ones_like(upstream)
             for i, block in enumerate(ctx.blocks):
-                if kept is None:
-                    logits = _block_logits(states, shift, weight, bias, block, temperature)
-                    e = logits.sub_(maxima[i, rows].to(ctx.low)).exp_()
-                else:
-                    e = kept[block]
+                e = chunk.block(block).sub_(maxima[i, rows].to(ctx.low)).exp_() if kept is None else kept[block]
                 share = (maxima[i, rows] - normaliser[rows]).exp_()
                 # d logprob / d logit = onehot - p; d entropy / d logit = -p * (log p + entropy); p = e * share.
                 # The chosen token's 1 - p is ``missing``: apart, it loses nothing to rounding.
@@ -234,34 +225,16 @@ class _LinearLogprobs(torch.autograd.Function):
                 factor = -upstream * share
                 if slope is not None:
                     e, factor = slope.add_(e * -factor).to(ctx.low), torch.full_like(factor, -1.0)
-                if grad_bias is not None:
-                    grad_bias[block] += (e.to(dtype) @ factor) / temperature
-                if grad_hidden is not None:
-                    product = e.T @ weight[block].to(ctx.low)
-                    grad_hidden[rows] += product.to(dtype).mul_((factor / temperature)[:, None])
-                if grad_weight is not None:
-                    _add_product(grad_weight[block], e, (states * factor).to(ctx.low).T, first=rows.start == 0)
+                gradients.add(rows, block, chunk.states, e, factor)
             missing.mul_(upstream / temperature)
-            if grad_bias is not None:
-                grad_bias.index_put_((tokens[rows],), missing, accumulate=True)
-            if grad_hidden is not None:
-                grad_hidden[rows].addcmul_(missing[:, None], weight[tokens[rows]])
-            if grad_weight is not None:
-                grad_weight.index_put_((tokens[rows],), missing[:, None] * hidden[rows].to(dtype), accumulate=True)
-        return (
-            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-            None,
-        )
-
-
-def _blocks(vocabulary: int, rows: int, device: torch.device) -> list[slice]:
-    """Blocks of the vocabulary whose logits for ``rows`` states stay in a CPU's cache; elsewhere one block."""
-    return _chunks(vocabulary, max(_BLOCK_LOGITS // max(rows, 1), _BLOCK_WORDS) if device.type == "cpu" else vocabulary)
+            if gradients.bias is not None:
+                gradients.bias.index_put_((tokens[rows],), missing, accumulate=True)
+            if gradients.hidden is not None:
+                gradients.hidden[rows].addcmul_(missing[:, None], weight[tokens[rows]])
+            if gradients.weight is not None:
+                of_tokens = missing[:, None] * hidden[rows].to(dtype)
+                gradients.weight.index_put_((tokens[rows],), of_tokens, accumulate=True)
+        return *gradients.result(), None, None, None, None, None
 
 
 def _places(tokens: Tensor, block: slice) -> tuple[Tensor, Tensor]:
@@ -271,60 +244,13 @@ def _places(tokens: Tensor, block: slice) -> tuple[Tensor, Tensor]:
     return torch.where(inside, place, 0)[None], inside
 
 
-def _shift(states: Tensor, weight: Tensor) -> Tensor | None:
-    """About the largest logit of each state [O, n] in a format below float32; None: logits need no shift.
-
-    bfloat16 keeps 8 bits: logits near 100, as GPT-2's are, would be rounded to halves. What is rounded is therefore how
-    far they lie from this number, which is small for all words that matter.
-    """
-    if states.dtype == compute_dtype(states):
-        return None
-    some = torch.cat([weight[:_SAMPLE], weight[_SAMPLE :: max(weight.shape[0] // _SAMPLE, 1)]])
-    return (some.to(states.dtype) @ states).amax(dim=0)
-
-
-def _states(hidden: Tensor, temperature: float, low: torch.dtype) -> Tensor:
-    """[n, O] -> [O, n] in the format of the products, divided by the temperature before it is rounded."""
-    return (hidden if temperature == 1 else hidden / temperature).to(low).T
-
-
-def _block_logits(
-    states: Tensor,
-    shift: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    block: slice,
-    temperature: float,
-    room: Tensor | None = None,
-) -> Tensor:
-    """Logits [block, n] less the ``shift``, in the format of states [O, n]; written into ``room`` if given."""
-    words = weight[block].to(states.dtype)
-    # addmm shifts before it rounds.
-    logits = torch.mm(words, states, out=room) if shift is None else torch.addmm(-shift, words, states, out=room)
-    return logits if bias is None else logits.add_((bias[block, None] / temperature).to(states.dtype))
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """``total += a @ b``, or ``total = a @ b`` at first; no temporary where the formats agree."""
-    if first and a.dtype == total.dtype:
-        torch.mm(a, b, out=total)
-    elif first:
-        total.copy_(a @ b)
-    elif a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total.add_(a @ b)
-
-
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``hidden @ weight.T + bias`` as a new [N, V] tensor as :func:`linear_logprobs` computes it; without gradients."""
-    kind = hidden.device.type
-    low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    with torch.autocast(kind, enabled=False):
-        states = hidden.to(low).T
-        shift = _shift(states, weight)
-        logits = _block_logits(states, shift, weight, bias, slice(0, weight.shape[0]), 1.0).to(compute_dtype(hidden))
-        return (logits if shift is None else logits.add_(shift)).T
+    low = product_dtype(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        chunk = ChunkLogits(hidden, weight, bias, low=low)
+        logits = chunk.block(slice(0, weight.shape[0])).to(compute_dtype(hidden))
+        return (logits if chunk.shift is None else logits.add_(chunk.shift)).T
 
 
 def entropy_from_logits(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -336,10 +262,6 @@ def entropy_from_logits(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
 
 def _entropy(log_p: Tensor) -> Tensor:
     return -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(dim=-1)
-
-
-def _chunks(total: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, total, size)]
 
 
 def _check_ids(tokens: Tensor, vocabulary: int) -> None:

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rlhf_ppo.core import entropy_from_logits, linear_logprobs, token_logprobs
+from rlhf_ppo.core import entropy_from_logits, linear_logprobs, token_logprobs, vocabulary
 from rlhf_ppo.core import logprobs as core_logprobs
 
 seeds = st.integers(0, 10_000)
@@ -118,12 +118,12 @@ class TestEntropy:
         assert logits.grad[0, 2] == 0
 
 
-@pytest.fixture(scope="class", params=[core_logprobs._BLOCK_WORDS, 2], ids=["one block", "blocks of 2 words"])
+@pytest.fixture(scope="class", params=[vocabulary.BLOCK_WORDS, 2], ids=["one block", "blocks of 2 words"])
 def block_words(request):
     """The size of a block of the vocabulary: all of it at once here, or many blocks with a short last one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(core_logprobs, "_BLOCK_WORDS", request.param)
-        patch.setattr(core_logprobs, "_BLOCK_LOGITS", 0)
+        patch.setattr(vocabulary, "BLOCK_WORDS", request.param)
+        patch.setattr(vocabulary, "BLOCK_LOGITS", 0)
         yield
 
 
@@ -302,8 +302,8 @@ class TestLinearLogprobs:
 
     def test_a_token_200_nats_below_the_others_has_the_plain_gradient(self, monkeypatch):
         # Its block of the vocabulary holds exp(-200) of the probability, which is 0 in float32.
-        monkeypatch.setattr(core_logprobs, "_BLOCK_LOGITS", 0)
-        monkeypatch.setattr(core_logprobs, "_BLOCK_WORDS", 2)
+        monkeypatch.setattr(vocabulary, "BLOCK_LOGITS", 0)
+        monkeypatch.setattr(vocabulary, "BLOCK_WORDS", 2)
         hidden = torch.ones(1, 1, requires_grad=True)
         weight = torch.tensor([[0.0], [1.0], [-200.0], [-201.0]], requires_grad=True)
         tokens = torch.tensor([2])
@@ -429,7 +429,7 @@ class TestMemory:
 
     @pytest.mark.parametrize("wanted", [0, 1])
     def test_what_is_frozen_costs_no_gradient(self, wanted, monkeypatch):
-        monkeypatch.setattr(core_logprobs, "_BLOCK_LOGITS", 0)  # smaller blocks: none has the weight's shape
+        monkeypatch.setattr(vocabulary, "BLOCK_LOGITS", 0)  # smaller blocks: none has the weight's shape
         hidden, weight, _, tokens = head(rows=self.rows, width=self.width, vocabulary=300)
         inputs = [x.detach().requires_grad_(i == wanted) for i, x in enumerate((hidden, weight))]
         loss = linear_logprobs(*inputs, tokens, chunk_size=8).sum()

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_ppo.actor_critic import ActorCritic
-from rlhf_ppo.limits import Barred, TextStop, barred_linear_logprobs, cut_at
+from rlhf_ppo.core import Ban, linear_logprobs
+from rlhf_ppo.limits import Barred, TextStop, cut_at
 
 STOPS = (0, 12, 16)
 
@@ -37,7 +38,8 @@ def test_with_learning_rate_0_every_ratio_stays_1(make_trainer, make_model, prom
     torch.testing.assert_close(plain[:, 3:], rollout.logprobs[:, 3:], atol=1e-5, rtol=1e-5)
 
 
-def test_the_renormalised_log_probs_and_their_gradients_are_exact():
+@pytest.mark.parametrize("chunk_size", [2, 5])
+def test_the_renormalised_log_probs_and_their_gradients_are_exact(chunk_size):
     """log p - log(1 - sum p(stop)), written out over the whole vocabulary in float64; entropy over what is left."""
     torch.manual_seed(0)
     hidden = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
@@ -46,8 +48,9 @@ def test_the_renormalised_log_probs_and_their_gradients_are_exact():
     tokens, barred = torch.tensor([0, 1, 2, 3, 6]), torch.tensor([True, False, True, False, True])
 
     def ours(hidden, weight, bias):
-        return barred_linear_logprobs(
-            hidden, weight, tokens, barred=barred, barred_tokens=(4, 5), bias=bias, temperature=0.7, return_entropy=True
+        ban = Ban(barred, (4, 5))
+        return linear_logprobs(
+            hidden, weight, tokens, bias=bias, temperature=0.7, return_entropy=True, chunk_size=chunk_size, ban=ban
         )
 
     def written_out(hidden, weight, bias):
@@ -72,16 +75,7 @@ def test_the_renormalised_log_probs_and_their_gradients_are_exact():
 def test_a_stop_token_with_nearly_all_probability_is_no_cancellation():
     """p(stop) rounds to 1 in float32, yet the other two tokens share what is left as 1 to e."""
     hidden, weight = torch.ones(1, 1), torch.tensor([[60.0], [0.0], [1.0]])
-    logprobs = barred_linear_logprobs(
-        hidden,
-        weight,
-        torch.tensor([2]),
-        barred=torch.tensor([True]),
-        barred_tokens=(0,),
-        bias=None,
-        temperature=1.0,
-        return_entropy=False,
-    )
+    logprobs = linear_logprobs(hidden, weight, torch.tensor([2]), ban=Ban(torch.tensor([True]), (0,)))
     assert float(logprobs[0]) == pytest.approx(-math.log(1 + math.exp(-1)), abs=1e-6)
 
 

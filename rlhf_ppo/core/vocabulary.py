@@ -1,0 +1,177 @@
+"""The output layer, block by block of the vocabulary: what a product writes is read while it is in the cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_ppo.core.types import compute_dtype
+
+CHUNK_LOGITS = 2**25
+"""Most logits held at once unless told otherwise: 128 MiB in float32."""
+
+BLOCK_LOGITS, BLOCK_WORDS = 2**20, 256
+"""What is worked on at a time: 4 MiB of float32 logits, but no fewer than 256 words."""
+
+_SAMPLE = 1024
+"""Words among which the largest logit is looked for before the product: the first ones (in BPE the most frequent), and
+as many spread over the rest."""
+
+
+class Ban(NamedTuple):
+    """Tokens that have no probability in some rows; the others share it."""
+
+    rows: Tensor
+    """[N] bool."""
+    tokens: tuple[int, ...]
+
+
+def check_ban(ban: Ban | None, rows: int) -> None:
+    """Refuse a ban of another number of rows."""
+    if ban is not None and ban.rows.shape != (rows,):
+        raise ValueError(f"ban.rows {tuple(ban.rows.shape)} must be [N] for N = {rows} hidden states")
+
+
+def blocks_of(vocabulary: int, rows: int, device: torch.device) -> list[slice]:
+    """Blocks of the vocabulary whose logits for ``rows`` states stay in a CPU's cache; elsewhere one block."""
+    return chunks_of(vocabulary, max(BLOCK_LOGITS // max(rows, 1), BLOCK_WORDS) if device.type == "cpu" else vocabulary)
+
+
+def chunks_of(total: int, size: int) -> list[slice]:
+    """``total`` in slices of ``size``; the last may be shorter."""
+    return [slice(start, start + size) for start in range(0, total, size)]
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The format of the products: autocast's where it is on, else the tensor's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class ChunkLogits:
+    """Logits of a chunk of rows, made a block of the vocabulary at a time."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        low: torch.dtype,
+        rows: slice = slice(None),
+        ban: Ban | None = None,
+    ) -> None:
+        """Take the states of some rows.
+
+        Args:
+            hidden, weight, bias: [N, O], [V, O] and [V] or None.
+            temperature: divides the logits.
+            low: format of the products.
+            rows: the chunk's, of N.
+            ban: of all N rows.
+        """
+        states = hidden[rows]
+        # Divided by the temperature before it is rounded.
+        self.states = (states if temperature == 1 else states / temperature).to(low).T
+        """[O, n] in the format of the products."""
+        self._weight, self._bias, self._temperature = weight, bias, temperature
+        self._ban = None if ban is None else Ban(ban.rows[rows], ban.tokens)
+
+    @cached_property
+    def shift(self) -> Tensor | None:
+        """About the largest logit of each state in a format below float32; None: logits need no shift.
+
+        bfloat16 keeps 8 bits: logits near 100, as GPT-2's are, would be rounded to halves. What is rounded is therefore
+        how far they lie from this number, which is small for all words that matter.
+        """
+        states, weight = self.states, self._weight
+        if states.dtype == compute_dtype(states):
+            return None
+        some = torch.cat([weight[:_SAMPLE], weight[_SAMPLE :: max(weight.shape[0] // _SAMPLE, 1)]])
+        return (some.to(states.dtype) @ states).amax(dim=0)
+
+    def block(self, block: slice, room: Tensor | None = None) -> Tensor:
+        """Logits [block, n] less the ``shift``, in the format of the states; written into ``room`` if given."""
+        words, shift = self._weight[block].to(self.states.dtype), self.shift
+        if shift is None:
+            logits = torch.mm(words, self.states, out=room)
+        else:
+            logits = torch.addmm(-shift, words, self.states, out=room)  # shifts before it rounds
+        if self._bias is not None:
+            logits.add_((self._bias[block, None] / self._temperature).to(logits.dtype))
+        if self._ban is not None:
+            for token in self._ban.tokens:
+                if block.start <= token < block.stop:
+                    logits[token - block.start].masked_fill_(self._ban.rows, -math.inf)
+        return logits
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """``total += a @ b``, or ``total = a @ b`` at first; no temporary where the formats agree."""
+    if first and a.dtype == total.dtype:
+        torch.mm(a, b, out=total)
+    elif first:
+        total.copy_(a @ b)
+    elif a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)
+
+
+class HeadGradients:
+    """What reaches hidden, weight and bias: summed over blocks and chunks in the compute dtype, and rounded once."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        needed: Sequence[bool],
+        *,
+        temperature: float,
+        low: torch.dtype,
+    ) -> None:
+        """Start at 0.
+
+        Args:
+            hidden, weight, bias: [N, O], [V, O] and [V] or None, as in forward.
+            needed: whether each of the three needs a gradient; of the others nothing is computed.
+            temperature: divided the logits.
+            low: format of the products.
+        """
+        self._inputs, self._temperature, self._low = (hidden, weight, bias), temperature, low
+        dtype, device = compute_dtype(hidden), hidden.device
+        self.hidden = torch.zeros(hidden.shape, dtype=dtype, device=device) if needed[0] else None
+        self.weight = torch.empty(weight.shape, dtype=dtype, device=device) if needed[1] else None
+        self.bias = torch.zeros(weight.shape[0], dtype=dtype, device=device) if needed[2] else None
+        if self.weight is not None and not len(hidden):
+            self.weight.zero_()  # no block will write to it
+
+    def add(self, rows: slice, block: slice, states: Tensor, slope: Tensor, factor: Tensor) -> None:
+        """Add the part of a block of logits for a chunk of rows.
+
+        Args:
+            rows, block: which; rows from the first chunk to the last.
+            states: [O, n] of :class:`ChunkLogits`.
+            slope: [block, n] in the format of the products; times ``factor`` the gradient of logits / temperature.
+            factor: [n] in the compute dtype.
+        """
+        dtype, weight = factor.dtype, self._inputs[1]
+        if self.bias is not None:
+            self.bias[block] += (slope.to(dtype) @ factor) / self._temperature
+        if self.hidden is not None:
+            product = slope.T @ weight[block].to(self._low)
+            self.hidden[rows] += product.to(dtype).mul_((factor / self._temperature)[:, None])
+        if self.weight is not None:
+            _add_product(self.weight[block], slope, (states * factor).to(self._low).T, first=rows.start == 0)
+
+    def result(self) -> tuple[Tensor | None, ...]:
+        """The three gradients in the inputs' formats, None for what needs none."""
+        pairs = zip((self.hidden, self.weight, self.bias), self._inputs, strict=True)
+        return tuple(None if total is None or x is None else total.to(x.dtype) for total, x in pairs)
