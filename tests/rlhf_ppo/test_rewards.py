@@ -11,6 +11,7 @@ from rlhf_ppo import experience
 from rlhf_ppo.estimators import next_decisions
 from rlhf_ppo.rollout import Rollout
 from rlhf_ppo.trainer import PPOTrainer
+from rlhf_ppo.update import adapt
 
 
 def written_rollout(**changes) -> Rollout:
@@ -182,7 +183,7 @@ def test_an_unscored_part_leaves_the_response_out(make_trainer, prompts):
 def test_the_kl_coefficient_adapts_to_nats_per_response(estimate, make_trainer, prompts):
     """Target 1 nat a response, 1.5 seen: the error is clipped to 0.2, and 2 responses of 20 make it 0.02."""
     trainer = make_trainer(kl_coef=0.5, kl_target=1.0, kl_horizon=20.0, learning_rate=0.0, max_initial_log_ratio=99.0)
-    trainer._adapt(1.5, 0.0, 2)
+    adapt(trainer, reference_kl=1.5, update_kl=0.0, num_samples=2)
     assert trainer.kl_coef == pytest.approx(0.5 * 1.02)
     _, metrics = experience.estimate(written_rollout(), trainer.args, kl_coef=trainer.kl_coef)
     assert metrics["kl/coef"] == pytest.approx(0.51)
@@ -190,7 +191,7 @@ def test_the_kl_coefficient_adapts_to_nats_per_response(estimate, make_trainer, 
     trainer.step(trainer.rollout(prompts))
     assert trainer.kl_coef == pytest.approx(0.51 * 0.92)
     fixed = make_trainer(kl_coef=0.5)
-    fixed._adapt(100.0, 0.0, 2)
+    adapt(fixed, reference_kl=100.0, update_kl=0.0, num_samples=2)
     assert fixed.kl_coef == 0.5
 
 
