@@ -56,6 +56,8 @@ class TrainArgs(RLHFConfig):
     """Column with the prompts; the other columns reach the reward functions."""
     eval_dataset: str | None = None
     """Held-out prompts of the same form; None: eval_size rows of the data set are set aside."""
+    eval_split: str | None = None
+    """Split of eval_dataset; None: split."""
     eval_size: int = 64
     """Rows set aside for the evaluation before and after training when there is no eval_dataset; 0: no evaluation."""
     respond: str | None = None
@@ -84,6 +86,15 @@ class TrainArgs(RLHFConfig):
         super().__post_init__()
         require_weights(self.dataset, self.dataset_weights)
         self._require("eval_size", self.eval_size >= 0, "0 or more")
+        if self.eval_dataset is None and self.eval_split is not None:
+            raise ValueError(f"eval_split={self.eval_split!r} is a split of eval_dataset, which is not given: name it")
+        if self.eval_dataset is not None and self.eval_size != 64:
+            raise ValueError(
+                f"eval_size={self.eval_size} sets rows of dataset aside, but the evaluation reads eval_dataset="
+                f"{self.eval_dataset!r}: drop one of them"
+            )
+        if self.resume_override and self.resume_from_checkpoint is None:
+            raise ValueError("resume_override=True is about a checkpoint to go on from: set resume_from_checkpoint")
         self._require("lora_rank", self.lora_rank is None or self.lora_rank >= 1, "1 or more, or None")
         self._require("lora_alpha", self.lora_alpha is None or self.lora_alpha >= 1, "1 or more, or None")
         for name in ("lora_alpha", "lora_target_modules"):
@@ -99,7 +110,7 @@ def train(args: TrainArgs) -> None:
     train_rows = prompt_rows(mixture, args.prompt_column)
     eval_rows: Dataset | None = None
     if args.eval_dataset is not None:
-        eval_rows = prompt_rows(load_rows(args.eval_dataset, args.split), args.prompt_column)
+        eval_rows = prompt_rows(load_rows(args.eval_dataset, args.eval_split or args.split), args.prompt_column)
     elif args.eval_size:
         if args.eval_size >= len(train_rows):
             raise ValueError(

@@ -56,12 +56,17 @@ class Collector:
             RewardError, RespondError: a reward function, or ``respond``, failed; what it failed on is written to
                 failed_rollout.jsonl first.
         """
-        with self.stopwatch.phase("generate"):
-            rollout = self._generate(list(prompts), columns, generator)
-        with self.stopwatch.phase("reference"):
-            rollout = self._read(rollout)
-        with self.stopwatch.phase("score"):
-            return self._score(rollout, needs_scores=needs_scores)
+        try:
+            with self.stopwatch.phase("generate"):
+                rollout = self._generate(list(prompts), columns, generator)
+            with self.stopwatch.phase("reference"):
+                rollout = self._read(rollout)
+            with self.stopwatch.phase("score"):
+                return self._score(rollout, needs_scores=needs_scores)
+        finally:
+            # Rewards have read them; what is open now, after a failure above all, nobody else would close.
+            if (close := getattr(self.parts.respond, "close_episodes", None)) is not None:
+                close()
 
     def _generate(self, prompts: list[Prompt], columns: dict[str, list[Any]], generator: torch.Generator) -> Rollout:
         prompt_ids, prompt_mask = encode_prompts(

@@ -72,7 +72,12 @@ def _never_read(args: RLHFConfig) -> Iterator[tuple[tuple[str, ...], str]]:
     if not args.has_critic:
         yield _CRITICS, f"it is about a critic, and {args.critic_free} has none"
     elif args.vf_coef == 0:
-        yield ("clip_range_vf", "value_learning_rate"), "vf_coef=0 leaves the critic no loss"
+        yield ("clip_range_vf", "value_learning_rate", "gae_lambda_value"), "vf_coef=0 leaves the critic no loss"
+        if args.value_head_from is None:
+            yield ("critic",), "under vf_coef=0 its values stay 0, wherever they come from"
+        if args.adaptive_lambda_alpha is not None:
+            both = f"adaptive_lambda_alpha={args.adaptive_lambda_alpha} stands in for it in the policy's part"
+            yield ("gae_lambda",), f"{both}, and vf_coef=0 leaves the critic no loss"
     if args.adaptive_lambda_alpha is not None and args.gae_lambda_value is not None:
         both = f"adaptive_lambda_alpha={args.adaptive_lambda_alpha} and gae_lambda_value={args.gae_lambda_value}"
         yield ("gae_lambda",), f"{both} stand in for it in the policy's and in the critic's part"

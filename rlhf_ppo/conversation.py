@@ -22,7 +22,8 @@ Respond = Callable[[Messages], str | None]
 """``respond(messages)``, called after each turn of the policy with the whole conversation: the prompt's messages, then
 assistant and user by turns (a text prompt is one user message). Text is the next message; None ends the conversation.
 What it says after the last turn of all (max_turns, or a full context) is not used. One conversation is one list that
-grows from call to call; it must not be changed."""
+grows from call to call; it must not be changed. If ``respond`` has a method ``close_episodes()``, it is called when a
+rollout is over, or has failed."""
 
 _SAID = "x"
 

@@ -25,6 +25,8 @@ def choose_critic(args: RLHFConfig, *, value_model: Any, has_adapter: bool) -> C
         if value_model is not None:
             raise ValueError(f"{args.critic_free} has no critic, but a value_model is given: drop one of them")
         return "none"
+    if value_model is not None and args.vf_coef == 0 and args.value_head_from is None:
+        raise ValueError("a value_model is given, but under vf_coef=0 its values stay 0: drop one of them")
     kind = args.critic
     if kind == "auto":
         kind = "shared" if value_model is None else "separate"

@@ -29,9 +29,12 @@ _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parqu
 def load_rows(source: str, split: str = "train") -> Dataset:
     """One split of a data set: a csv, json(l) or parquet file (``.gz`` too), a folder of these, or a hub id.
 
+    A single file is all of split "train"; a part of one is named as ``datasets`` does, such as "train[:100]".
+
     Raises:
         FileNotFoundError: ``source`` looks like a path and is not there.
-        ValueError: the file's ending names no known format, it cannot be read, or the data set is empty.
+        ValueError: the file's ending names no known format, it has no such split, it cannot be read, or the data set is
+            empty.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -40,7 +43,12 @@ def load_rows(source: str, split: str = "train") -> Dataset:
             raise ValueError(f"{source}: unknown ending {ending!r}; use one of {sorted(_FORMATS)} (also with .gz)")
         if path.stat().st_size == 0:
             raise ValueError(f"data set {source} has no rows")
-        rows = _load(source, _FORMATS[ending], data_files=str(path), split="train")
+        if any(part.split("[")[0].strip() != "train" for part in split.split("+")):
+            raise ValueError(
+                f"split={split!r}: {source} is a single file, which has no splits: leave split out, or name the file "
+                "that holds these rows"
+            )
+        rows = _load(source, _FORMATS[ending], data_files=str(path), split=split)
     elif path.exists():
         rows = _load(source, str(path), split=split)
     elif path.suffix in {*_FORMATS, ".gz"} or source.startswith((".", "/", "~")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass
@@ -74,5 +75,14 @@ def print_paths(folder: Path) -> None:
     print(f"curve    {folder / 'curve.png'}")
     print(f"metrics  {folder / 'metrics.jsonl'}")
     print(f"model    {folder}")
-    command = "rlhf-ppo" if shutil.which("rlhf-ppo") else sys.argv[0]
-    print(f'try it   {command} generate --model {folder} --prompt "One day"')
+    print(f'try it   {_command()} generate --model {folder} --prompt "One day"')
+
+
+def _command() -> str:
+    """How `rlhf-ppo` is called from here; examples and tests come by other programs."""
+    if shutil.which("rlhf-ppo"):
+        return "rlhf-ppo"
+    script = Path(sys.executable).with_name("rlhf-ppo")
+    if not script.is_file():
+        return f"{shlex.quote(sys.executable)} -m rlhf_ppo.cli"
+    return shlex.quote(str(script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script))

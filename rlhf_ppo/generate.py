@@ -69,6 +69,14 @@ class GenerateArgs:
             raise ValueError(f"dataset and output go together, got dataset={self.dataset!r} and output={self.output!r}")
         if self.chat and self.num_samples > 1:
             raise ValueError(f"chat has one reply a turn, got num_samples={self.num_samples}")
+        for name, unread in (
+            ("split", self.dataset is None),
+            ("prompt_column", self.dataset is None),
+            ("batch_size", self.chat),
+        ):
+            value = getattr(self, name)
+            if unread and value != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"{name}={value!r} has no effect on {given[0]}: leave it out")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,6 @@ class _Episode:
     environment: Any
     rewards: list[float] = field(default_factory=list)
     """One per turn."""
-    done: bool = False
 
 
 class Environments:
@@ -53,10 +53,10 @@ class Environments:
         if episode is None:
             episode = self._episodes[id(messages)] = _Episode(messages, self.make(messages[:-1]))
             _synchronous(episode.environment.reset())
-        observation, reward, episode.done = _outcome(episode.environment.step(self.action(messages[-1]["content"])))
+        observation, reward, done = _outcome(episode.environment.step(self.action(messages[-1]["content"])))
         episode.rewards.append(reward)
-        if episode.done:
-            _close(episode.environment)
+        if done:
+            _close(episode)
             return None
         if self.text is not None:
             return self.text(observation)
@@ -76,7 +76,7 @@ class Environments:
         completion_turns: Sequence[Sequence[int]],
         **columns: Any,
     ) -> list[list[float]]:
-        """A reward function: what ``step`` gave for each turn, on its last token; it ends episodes still open."""
+        """A reward function: what ``step`` gave for each turn, on its last token."""
         scores: list[list[float]] = []
         for messages, turns in zip(conversations, completion_turns, strict=True):
             rewards = self._end(messages)
@@ -84,12 +84,20 @@ class Environments:
             scores.append([rewards[turn] if last else 0.0 for turn, last in zip(turns, ends, strict=True)])
         return scores
 
+    def close_episodes(self) -> None:
+        """End the episodes still open; called when a rollout is over, or has failed."""
+        episodes, self._episodes = list(self._episodes.values()), {}
+        for episode in episodes:
+            try:
+                _close(episode)
+            except Exception as error:  # the others are to be closed all the same
+                warnings.warn(f"an environment could not be closed: {type(error).__name__}: {error}", stacklevel=2)
+
     def _end(self, messages: Messages) -> list[float]:
         episode = self._episodes.pop(id(messages), None)
         if episode is None:
             raise LookupError("this conversation was not led by these Environments: pass them as respond, too")
-        if not episode.done:
-            _close(episode.environment)
+        _close(episode)
         return episode.rewards
 
 
@@ -117,6 +125,7 @@ def _synchronous(result: Any) -> Any:
     return result
 
 
-def _close(environment: Any) -> None:
+def _close(episode: _Episode) -> None:
+    environment, episode.environment = episode.environment, None
     if hasattr(environment, "close"):
         environment.close()

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from transformers import PreTrainedModel
 
+from rlhf_ppo.adapter_reward import AdapterReward
+from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.http_reward import HTTPReward
-from rlhf_ppo.reward_calls import RewardError, RewardFunction, reward_name
+from rlhf_ppo.reward_calls import RewardError, RewardFunction, reward_name, takes
 from rlhf_ppo.reward_model import RewardModel
+from rlhf_ppo.score_cache import ScoreCache
 from rlhf_ppo.scoring import StepRewards, coerce_scores, score
 from rlhf_ppo.user_code import load_function
 
@@ -16,16 +22,21 @@ __all__ = [
     "RewardError",
     "RewardFunction",
     "RewardModel",
+    "RewardSource",
     "StepRewards",
     "coerce_scores",
     "load_reward",
+    "load_rewards",
+    "make_caches",
     "reward_name",
     "score",
 ]
 
+RewardSource = RewardFunction | str | PreTrainedModel
+
 
 def load_reward(
-    source: RewardFunction | str | PreTrainedModel,
+    source: RewardSource,
     *,
     device: torch.device | str,
     chat_template: str | None = None,
@@ -66,3 +77,69 @@ def load_reward(
             f"a reward must be a function, a model, a folder, a hub id or an address, got {type(source).__name__}"
         )
     return load_function(source, "reward")
+
+
+def make_caches(rewards: dict[str, tuple[RewardFunction, float]]) -> dict[str, ScoreCache]:
+    """A cache for each reward function whose answer may be kept (``cache_rewards``); ValueError: there is none."""
+    # Who asks for conversations may know more about them than their text, such as an environment's state.
+    kept = [
+        name for name, (f, _) in rewards.items() if not takes(f, "conversations") and not takes(f, "completion_turns")
+    ]
+    if not kept:
+        raise ValueError(
+            f"cache_rewards=True has no effect: all of the rewards {list(rewards)} ask for conversations or "
+            "completion_turns, about which they may know more than their text says. Leave it out"
+        )
+    return {name: ScoreCache() for name in kept}
+
+
+def load_rewards(
+    reward_funcs: RewardSource | Sequence[RewardSource], args: RLHFConfig, device: torch.device
+) -> dict[str, tuple[RewardFunction, float]]:
+    """Name -> reward function and its weight, of one source or several.
+
+    Raises:
+        ValueError: see :func:`load_reward`; weights that do not fit, or settings that none of the rewards reads.
+    """
+    sources = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [cast(RewardSource, reward_funcs)]
+    if not sources:
+        raise ValueError("reward_funcs is empty: give at least one reward function or model")
+    weights = args.reward_weights or (1.0,) * len(sources)
+    if len(weights) != len(sources):
+        raise ValueError(f"reward_weights has {len(weights)} weights for {len(sources)} reward functions")
+    rewards: dict[str, tuple[RewardFunction, float]] = {}
+    loaded_here = served = False
+    for source, weight in zip(sources, weights, strict=True):
+        function = load_reward(
+            source,
+            device=device,
+            chat_template=args.reward_chat_template,
+            max_length=args.reward_max_length,
+            http_timeout_s=args.http_timeout_s,
+            http_retries=args.http_retries,
+            http_batch_size=args.http_batch_size,
+            http_concurrency=args.http_concurrency,
+        )
+        loaded_here |= isinstance(function, AdapterReward)
+        loaded_here |= isinstance(function, RewardModel) and function is not source
+        served |= isinstance(function, HTTPReward) and function is not source
+        name = reward_name(function)
+        if name in rewards:
+            name = f"{name}_{len(rewards) + 1}"
+        rewards[name] = (function, weight)
+    by_name = {
+        "reward models loaded by name": (("reward_chat_template", "reward_max_length"), loaded_here),
+        "reward servers given by address": (
+            ("http_timeout_s", "http_retries", "http_batch_size", "http_concurrency"),
+            served,
+        ),
+    }
+    for what, (settings, there) in by_name.items():
+        for setting in settings:
+            value = getattr(args, setting)
+            if value != type(args).__dataclass_fields__[setting].default and not there:
+                raise ValueError(
+                    f"{setting}={value!r} is for {what}, but none of the rewards {list(rewards)} is one: leave it out, "
+                    "or give it to RewardModel(...) or HTTPReward(...)"
+                )
+    return rewards

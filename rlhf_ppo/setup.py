@@ -20,7 +20,6 @@ from rlhf_ppo.critics import build_actor_critic, choose_critic
 from rlhf_ppo.data import PromptSet
 from rlhf_ppo.engines import Sampler, choose_engine
 from rlhf_ppo.heads import read_head
-from rlhf_ppo.http_reward import HTTPReward
 from rlhf_ppo.models import (
     load_config,
     load_policy,
@@ -30,9 +29,8 @@ from rlhf_ppo.models import (
     resolve_model,
 )
 from rlhf_ppo.quantization import check_precision, load_quantized, load_reference
-from rlhf_ppo.reward_calls import RewardFunction, require_takes, reward_name, takes
-from rlhf_ppo.reward_model import RewardModel
-from rlhf_ppo.rewards import load_reward
+from rlhf_ppo.reward_calls import RewardFunction, require_takes
+from rlhf_ppo.rewards import RewardSource, load_rewards, make_caches
 from rlhf_ppo.rollout import Rollout
 from rlhf_ppo.runtime.precision import autocast, compute_in_bf16
 from rlhf_ppo.runtime.processes import require_one_process
@@ -40,7 +38,6 @@ from rlhf_ppo.runtime.seeding import resolve_device, seed_everything
 from rlhf_ppo.runtime.trackers import require_installed
 from rlhf_ppo.score_cache import ScoreCache
 
-RewardSource = RewardFunction | str | PreTrainedModel
 Rows = Dataset | Sequence[Mapping[str, Any]]
 
 
@@ -127,11 +124,11 @@ def set_up(
             chat_template=args.reward_chat_template,
             max_length=args.reward_max_length,
         )
-    rewards = _rewards(reward_funcs, args, device)
+    rewards = load_rewards(reward_funcs, args, device)
     for prompts in filter(None, (train_prompts, eval_prompts)):
         for name, (function, _) in rewards.items():
             require_takes(function, name, prompts.columns, prompts.name, conversations=respond is not None)
-
+    caches = make_caches(rewards) if args.cache_rewards else {}
     seed_everything(args.seed)
     policy: Any
     if args.quantization == "none":
@@ -175,7 +172,7 @@ def set_up(
         train_prompts,
         eval_prompts,
         rewards,
-        _caches(rewards) if args.cache_rewards else {},
+        caches,
         actor_critic,
         reference,
         bf16=bf16,
@@ -272,58 +269,3 @@ def _generation_eos(model: str | PreTrainedModel) -> int | list[int] | None:
         return GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:  # a model need not bring a generation config
         return None
-
-
-def _caches(rewards: dict[str, tuple[RewardFunction, float]]) -> dict[str, ScoreCache]:
-    # Who asks for conversations may know more about them than their text, such as an environment's state.
-    kept = [
-        name for name, (f, _) in rewards.items() if not takes(f, "conversations") and not takes(f, "completion_turns")
-    ]
-    return {name: ScoreCache() for name in kept}
-
-
-def _rewards(
-    reward_funcs: RewardSource | Sequence[RewardSource], args: RLHFConfig, device: torch.device
-) -> dict[str, tuple[RewardFunction, float]]:
-    sources = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [cast(RewardSource, reward_funcs)]
-    if not sources:
-        raise ValueError("reward_funcs is empty: give at least one reward function or model")
-    weights = args.reward_weights or (1.0,) * len(sources)
-    if len(weights) != len(sources):
-        raise ValueError(f"reward_weights has {len(weights)} weights for {len(sources)} reward functions")
-    rewards: dict[str, tuple[RewardFunction, float]] = {}
-    loaded_here = served = False
-    for source, weight in zip(sources, weights, strict=True):
-        function = load_reward(
-            source,
-            device=device,
-            chat_template=args.reward_chat_template,
-            max_length=args.reward_max_length,
-            http_timeout_s=args.http_timeout_s,
-            http_retries=args.http_retries,
-            http_batch_size=args.http_batch_size,
-            http_concurrency=args.http_concurrency,
-        )
-        loaded_here |= isinstance(function, AdapterReward)
-        loaded_here |= isinstance(function, RewardModel) and function is not source
-        served |= isinstance(function, HTTPReward) and function is not source
-        name = reward_name(function)
-        if name in rewards:
-            name = f"{name}_{len(rewards) + 1}"
-        rewards[name] = (function, weight)
-    by_name = {
-        "reward models loaded by name": (("reward_chat_template", "reward_max_length"), loaded_here),
-        "reward servers given by address": (
-            ("http_timeout_s", "http_retries", "http_batch_size", "http_concurrency"),
-            served,
-        ),
-    }
-    for what, (settings, there) in by_name.items():
-        for setting in settings:
-            value = getattr(args, setting)
-            if value != type(args).__dataclass_fields__[setting].default and not there:
-                raise ValueError(
-                    f"{setting}={value!r} is for {what}, but none of the rewards {list(rewards)} is one: leave it out, "
-                    "or give it to RewardModel(...) or HTTPReward(...)"
-                )
-    return rewards

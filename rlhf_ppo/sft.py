@@ -85,6 +85,19 @@ class SFTArgs:
             )
         if not 0 < self.eval_fraction < 1:
             raise ValueError(f"eval_fraction must lie between 0 and 1, got {self.eval_fraction}")
+        for name in ("max_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("learning_rate", "warmup_steps", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if not self.num_epochs > 0:
+            raise ValueError(f"num_epochs must be positive, got {self.num_epochs}")
+        if self.completion_column is not None and self.text_column != "text":
+            raise ValueError(
+                f"text_column={self.text_column!r} has no effect beside completion_column={self.completion_column!r}: "
+                "drop one of them"
+            )
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:

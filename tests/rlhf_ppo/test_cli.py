@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_ppo.cli import COMMANDS, main
+from rlhf_ppo.demo import print_paths
 from rlhf_ppo.runtime.settings import _positional
 
 REWARD = (
@@ -181,6 +182,30 @@ def test_one_trunk_from_yaml_and_flags(folder):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ("--split test", "split='test': prompts.jsonl is a single file, which has no splits: leave split out"),
+        ("--eval-split test", "eval_split='test' is a split of eval_dataset, which is not given"),
+        (
+            "--eval-dataset prompts.jsonl",
+            "eval_size=2 sets rows of dataset aside, but the evaluation reads",
+        ),
+        ("--resume-override True", "resume_override=True is about a checkpoint to go on from"),
+    ],
+)
+def test_flags_that_would_change_nothing_are_one_line(folder, capsys, flags, message):
+    assert exit_code([*TRAIN, *flags.split()]) == 2
+    assert message.replace(" ", "") in re.sub(r"[\s│]", "", capsys.readouterr().err)
+
+
+def exit_code(words: list[str]) -> int:
+    try:
+        return main(words)
+    except SystemExit as ended:  # found while the flags were read
+        return int(ended.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
         ("--lora-alpha 4", "lora_alpha=4 is about a LoRA adapter: set lora_rank"),
         ("--lora-target-modules c_attn", "lora_target_modules=('c_attn',) is about a LoRA adapter"),
         ("--quantization 4bit", "quantization='4bit' freezes the policy's weights, so an adapter must be trained"),
@@ -196,11 +221,7 @@ def test_one_trunk_from_yaml_and_flags(folder):
     ],
 )
 def test_models_that_contradict_each_other_are_one_line(folder, capsys, flags, message):
-    try:
-        code = main([*TRAIN, *flags.split()])
-    except SystemExit as ended:  # found while the flags were read
-        code = ended.code
-    assert code == 2
+    assert exit_code([*TRAIN, *flags.split()]) == 2
     assert message.replace(" ", "") in re.sub(r"[\s│]", "", capsys.readouterr().err)
 
 
@@ -227,3 +248,37 @@ def test_ctrl_c_saves_the_model_and_says_so(folder, capsys):
     )
     assert main(TRAIN) == 130
     assert "interrupted" in capsys.readouterr().err and Path("run/model.safetensors").exists()
+
+
+def test_an_evaluation_may_read_another_split(folder, capsys):
+    (folder / "data").mkdir()
+    for split in ("train", "test"):
+        (folder / f"data/{split}.jsonl").write_text(json.dumps({"question": f"a {split}"}) + "\n")
+    flags = list(TRAIN)
+    place = flags.index("--eval-size")
+    del flags[place : place + 2]
+    flags[flags.index("prompts.jsonl")] = "data"
+    assert main([*flags, "--eval-dataset", "data", "--eval-split", "test"]) == 0
+    rows = [json.loads(line) for line in Path("run/eval_samples.jsonl").read_text().splitlines()]
+    assert {row["prompt"] for row in rows} == {"a test"}
+
+
+@pytest.mark.parametrize("on_path", [True, False])
+def test_the_hint_names_the_command_whatever_program_asks(monkeypatch, tmp_path, capsys, on_path):
+    """An example is no command: what it prints at its end must be."""
+    monkeypatch.setattr("sys.argv", ["examples/toy_reward.py"])
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/rlhf-ppo" if on_path else None)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "my env/bin/python"))
+    monkeypatch.chdir(tmp_path)
+
+    def hint() -> str:
+        print_paths(Path("run"))
+        return capsys.readouterr().out.splitlines()[-1].removeprefix("try it   ").removesuffix('--prompt "One day"')
+
+    if on_path:
+        assert hint() == "rlhf-ppo generate --model run "
+        return
+    assert hint() == f"'{tmp_path}/my env/bin/python' -m rlhf_ppo.cli generate --model run "
+    (tmp_path / "my env/bin").mkdir(parents=True)
+    (tmp_path / "my env/bin/rlhf-ppo").touch()
+    assert hint() == "'my env/bin/rlhf-ppo' generate --model run "

@@ -98,6 +98,12 @@ def test_total_episodes_round_up_to_whole_rollouts():
         ),
         ({"vf_coef": 0.0, "clip_range_vf": 0.1}, ("clip_range_vf=0.1", "vf_coef=0")),
         ({"vf_coef": 0.0, "value_learning_rate": 0.1}, ("value_learning_rate=0.1", "vf_coef=0")),
+        ({"vf_coef": 0.0, "gae_lambda_value": 1.0}, ("gae_lambda_value=1.0", "vf_coef=0")),
+        ({"vf_coef": 0.0, "critic": "separate"}, ("critic='separate'", "vf_coef=0")),
+        (
+            {"vf_coef": 0.0, "adaptive_lambda_alpha": 0.5, "gae_lambda": 0.9},
+            ("gae_lambda=0.9", "adaptive_lambda_alpha=0.5", "vf_coef=0"),
+        ),
         (
             {"adaptive_lambda_alpha": 0.05, "gae_lambda_value": 1.0, "gae_lambda": 0.9},
             ("gae_lambda=0.9", "adaptive_lambda_alpha=0.05", "gae_lambda_value=1.0"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import warnings
 
 import pytest
@@ -172,6 +173,11 @@ def test_rows_from_files(tmp_path):
         assert load_rows(str(tmp_path / name)).to_list() == rows
     with pytest.raises(FileNotFoundError, match=r"missing\.csv does not exist"):
         load_rows(str(tmp_path / "missing.csv"))
+    assert load_rows(str(tmp_path / "d.jsonl"), "train[1:]").to_list() == rows[1:]
+    assert load_rows(str(tmp_path / "d.jsonl"), "train[1:]+train[:1]").to_list() == rows[::-1]
+    for split in ("test", "train+test", "trains"):
+        with pytest.raises(ValueError, match=rf"split='{re.escape(split)}': .*d.jsonl is a single file"):
+            load_rows(str(tmp_path / "d.jsonl"), split)
     (tmp_path / "notes.txt").write_text("a")
     with pytest.raises(ValueError, match=r"unknown ending '.txt'"):
         load_rows(str(tmp_path / "notes.txt"))

@@ -111,6 +111,9 @@ def test_what_no_longer_fits_is_forgotten_oldest_first(tokenizer):
         ({"prompt": ("a",), "output": "x"}, "dataset and output go together"),
         ({"chat": True, "num_samples": 2}, "chat has one reply a turn"),
         ({"prompt": ("a",), "batch_size": 0}, "batch_size must be 1 or more"),
+        ({"prompt": ("a",), "split": "test"}, "split='test' has no effect on prompt"),
+        ({"chat": True, "prompt_column": "q"}, "prompt_column='q' has no effect on chat"),
+        ({"chat": True, "batch_size": 8}, "batch_size=8 has no effect on chat"),
     ],
 )
 def test_contradicting_settings_are_named(settings, message):

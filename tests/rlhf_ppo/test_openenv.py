@@ -178,3 +178,35 @@ def test_a_server_of_openenv_core_itself():
     scores = games.reward(["", ""], ["", ""], conversations=[first, second], completion_turns=[[0, 0, 1], [0, 0]])
     assert scores == [[0.0, 0.0, 2.0], [0.0, 0.0]]
     server.should_exit = True
+
+
+@pytest.mark.parametrize("fails", ["reward", "step", "other reward"])
+def test_no_episode_stays_open(make_trainer, prompts, fails):
+    """A rollout that fails, or whose rewards never ask, leaves no environment open; each is closed once."""
+    games = Environments(lambda prompt: GuessTheLetter(prompt))
+    reward = {"reward": lambda *_, **__: 1 / 0, "step": games.reward}.get(fails, lambda p, c, **_: [0.0, 1.0] * 4)
+    trainer = make_trainer(respond=games, reward_funcs=reward, max_turns=3, max_new_tokens=2, stop_token_ids=())
+    if fails == "step":
+        step, calls = games.action, iter(range(100))
+        games.action = lambda text: step(text) if next(calls) < 10 else 1 / 0
+    if fails == "other reward":
+        trainer.rollout(prompts)
+    else:
+        with pytest.raises((RewardError, RespondError), match="ZeroDivisionError"):
+            trainer.rollout(prompts)
+    assert len(GuessTheLetter.made) == 8 and all(game.closed == 1 for game in GuessTheLetter.made)
+    assert not games._episodes
+
+
+def test_an_environment_that_cannot_be_closed_keeps_no_other_open(recwarn):
+    closed = []
+
+    def close():
+        closed.append(1)
+        raise OSError("gone")
+
+    games = Environments(lambda _: SimpleNamespace(reset=lambda: None, step=lambda _: ("x", 0, False), close=close))
+    for _ in range(2):
+        games([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    games.close_episodes()
+    assert len(closed) == 2 and "OSError: gone" in str(recwarn[0].message)

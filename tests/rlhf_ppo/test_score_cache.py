@@ -131,7 +131,7 @@ def test_a_run_uses_it_and_logs_the_share(make_trainer):
 
 
 def test_a_reward_that_looks_at_conversations_is_never_cached():
-    from rlhf_ppo.setup import _caches
+    from rlhf_ppo.rewards import make_caches
 
     def judge(prompts, completions, conversations=None):
         return [0.0]
@@ -140,4 +140,12 @@ def test_a_reward_that_looks_at_conversations_is_never_cached():
         return [0.0]
 
     functions = {"judge": judge, "by_turn": by_turn, "counting": Counting()}
-    assert list(_caches({name: (function, 1.0) for name, function in functions.items()})) == ["counting"]
+    assert list(make_caches({name: (function, 1.0) for name, function in functions.items()})) == ["counting"]
+
+
+def test_a_cache_that_would_keep_nothing_is_refused(make_trainer):
+    def judge(prompts, completions, conversations=None):
+        return [0.0] * len(completions)
+
+    with pytest.raises(ValueError, match=r"cache_rewards=True has no effect: all of the rewards \['judge'\]"):
+        make_trainer(reward_funcs=judge, cache_rewards=True, max_turns=2, respond=lambda messages: "x")

@@ -92,6 +92,17 @@ def test_bad_settings_are_named(quick, data, architecture):
         quick(dataset=data, model="m", architecture=architecture)
     with pytest.raises(ValueError, match=r"eval_fraction must lie between 0 and 1, got 1\.5"):
         quick(dataset=data, model="m", eval_fraction=1.5)
+    for name, value in (
+        ("max_length", 0),
+        ("batch_size", 0),
+        ("num_epochs", 0.0),
+        ("learning_rate", -1.0),
+        ("learning_rate", float("nan")),
+        ("warmup_steps", -1),
+        ("weight_decay", -0.1),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} must be .*, got {value}"):
+            quick(dataset=data, model="m", **{name: value})
 
 
 def test_a_missing_text_column_names_the_closest_before_anything_is_trained(quick, data, architecture):
@@ -179,6 +190,8 @@ def test_bad_prompt_and_completion_settings_are_named(quick, data, tokenizer):
         quick(dataset=data, model="m", prompt_column="text")
     with pytest.raises(ValueError, match="dataset_weights has 2 weights for 1 data sets"):
         quick(dataset=data, model="m", dataset_weights=(1.0, 1.0))
+    with pytest.raises(ValueError, match="text_column='story' has no effect beside completion_column='chosen'"):
+        quick(dataset=data, model="m", prompt_column="prompt", completion_column="chosen", text_column="story")
     rows = Dataset.from_list([{"prompt": "a", "completion": ""}])
     args = quick(dataset=data, model="m", prompt_column="prompt", completion_column="completion")
     with pytest.raises(ValueError, match="row 0, completion: the answer is empty"):
