@@ -55,7 +55,7 @@ class Decisions:
         return Decisions(**taken)
 
     def __len__(self) -> int:
-        return len(self.actions)
+        return self.actions.shape[0]
 
 
 class ActorCritic(nn.Module):

@@ -110,7 +110,7 @@ class ClosedForm:
         """What the policy and the critic say about a minibatch; remembered for :meth:`differentiate`."""
         self.decisions = decisions
         (weight, bias), *deeper = self.hidden
-        networks, count = len(weight), len(decisions)
+        networks, count = weight.shape[0], len(decisions)
         x = torch.addmm(bias.view(-1, 1), weight.view(-1, weight.shape[-1]), decisions.observations.T)
         self.layers = [self.activate(x).view(networks, -1, count)]
         for weight, bias in deeper:
@@ -139,7 +139,7 @@ class ClosedForm:
     def differentiate(self, new: PolicyOutput, old: Experience, config: PPOConfig) -> float:
         """See :meth:`Autograd.differentiate`."""
         assert new.values is not None and old.returns is not None
-        count = len(new.logprobs)
+        count = new.logprobs.shape[0]
         slope = clipped_policy_slope(
             new.logprobs,
             old.logprobs,
@@ -161,7 +161,7 @@ class ClosedForm:
             result = self.p * -slope
             result.scatter_add_(0, self.decisions.actions.unsqueeze(0), slope.unsqueeze(0))
             if ent_coef:
-                result.add_(self.p * (self.log_p + self.entropy), alpha=ent_coef / len(slope))
+                result.add_(self.p * (self.log_p + self.entropy), alpha=ent_coef / slope.shape[0])
             return result
         assert self.log_std_gradient is not None
         # d log p / d mean = scaled / std, d log p / d log std = scaled^2 - 1, and d entropy / d log std = 1.
@@ -177,7 +177,7 @@ class ClosedForm:
             torch.mm(slope, x.T, out=weight)
             torch.sum(slope, dim=1, out=bias)
         below = torch.empty_like(top)
-        if len(top) == 2:
+        if top.shape[0] == 2:
             torch.mm(policy_weight.T, policy, out=below[0])
             torch.mm(value_weight.T, values, out=below[1])
         else:

@@ -105,7 +105,7 @@ def collect(
         if normalizer.returns is not None:
             reward = normalizer.scale_rewards(reward, step.terminated | step.truncated, step.mask)
         rewards.append(reward)
-        if len(step.final_envs):
+        if step.final_envs.shape[0]:
             final_envs.append(step.final_envs)
             final_steps.append(torch.full_like(step.final_envs, t))
             finals.append(normalizer.normalize(step.final_observations))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,12 +34,16 @@ def shuffled_minibatches(
     The rollout is gathered as a whole; the parts are slices of that, which cost nothing.
     """
     parts = minibatch_indices(len(decisions), num_minibatches, generator=generator)
-    order = torch.cat(parts)
-    decisions, old = decisions[order], old[order]
-    start = 0
-    for part in parts:
-        rows = slice(start, start := start + len(part))
-        yield decisions[rows], old[rows]
+    order, sizes = torch.cat(parts), [part.shape[0] for part in parts]
+    yield from zip(_parts(decisions[order], sizes), _parts(old[order], sizes), strict=True)
+
+
+def _parts(record: Any, sizes: list[int]) -> Iterator[Any]:
+    """A record of tensors (some None) as one record for each size, along axis 0."""
+    fields = vars(record)
+    columns = [repeat(None) if x is None else x.split(sizes) for x in fields.values()]
+    for _, *row in zip(sizes, *columns, strict=False):
+        yield type(record)(**dict(zip(fields, row, strict=True)))
 
 
 def went_too_far(new: PolicyOutput, old: Experience, config: PPOConfig) -> bool:

@@ -35,8 +35,8 @@ def clipped_policy_slope(
     gain = advantages > 0
     lowest = math.log(1 - clip_range) if clip_range < 1 else -MAX_LOG_RATIO
     highest = MAX_LOG_RATIO if dual_clip is None else min(math.log(dual_clip), MAX_LOG_RATIO)
-    low = torch.full_like(advantages, max(lowest, -MAX_LOG_RATIO)).masked_fill_(gain, -MAX_LOG_RATIO)
-    up = torch.full_like(advantages, highest).masked_fill_(gain, min(math.log1p(high), MAX_LOG_RATIO))
+    low = torch.where(gain, -MAX_LOG_RATIO, max(lowest, -MAX_LOG_RATIO))
+    up = torch.where(gain, min(math.log1p(high), MAX_LOG_RATIO), highest)
     log_ratio = logprobs - old_logprobs
     bounded = torch.clamp(log_ratio, low, up)
     alive = bounded == log_ratio
