@@ -27,7 +27,7 @@ OPTIONAL = (
 def test_none_means_the_preset_and_a_value_wins_over_it():
     args = PPOArgs(num_steps=64).resolve("CartPole-v1")
     assert args.num_steps == 64
-    assert args.num_envs == preset("CartPole-v1", PPOArgs)["num_envs"] == 16
+    assert args.num_envs == preset("CartPole-v1", PPOArgs)["num_envs"] == 32
     assert args.vf_coef == DEFAULTS["vf_coef"]
     assert PPOArgs().resolve("tests/Match-v0").num_steps == DEFAULTS["num_steps"]
 
