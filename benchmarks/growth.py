@@ -24,6 +24,7 @@ BATCHES = (16, 32, 64, 128)
 LENGTHS = (12, 24, 48, 96)
 VOCABULARIES = (4096, 16384, 32768, 65536, 131072)
 ROWS, WIDTH = 2048, 128
+HEADS = ("linear_logprobs", "all logits", "linear_kl", "KL of all logits")
 
 
 def seconds(work: Workload) -> float:
@@ -47,19 +48,25 @@ def head_memory(vocabulary: int, kind: str) -> float:
 
 def measure_head(vocabulary: int, kind: str) -> float:
     """What ``head_memory`` prints."""
-    from rlhf_ppo.core import linear_logprobs, token_logprobs
+    from rlhf_ppo.core import kl_from_logits, linear_kl, linear_logprobs, token_logprobs
 
     weight = torch.randn(vocabulary, WIDTH, requires_grad=True)
     hidden = torch.randn(ROWS, WIDTH, requires_grad=True)
     tokens = torch.randint(0, vocabulary, (ROWS,))
+    reference = (hidden.detach().clone(), weight.detach().clone())
     (torch.ones(8, 8, requires_grad=True) @ torch.ones(8, 8)).sum().backward()  # threads and libraries are there
     before = resident_bytes()
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far, which a process inherits, is forgotten
     if kind == "linear_logprobs":
         result = linear_logprobs(hidden, weight, tokens)
         assert isinstance(result, torch.Tensor)
-    else:
+    elif kind == "linear_kl":
+        result = linear_kl(hidden, weight, *reference)
+    elif kind == "all logits":
         result = token_logprobs(torch.nn.functional.linear(hidden, weight), tokens)
+    else:
+        logits, ref_logits = (torch.nn.functional.linear(*pair) for pair in ((hidden, weight), reference))
+        result = kl_from_logits(logits, ref_logits)
     result.sum().backward()
     status = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
@@ -83,7 +90,7 @@ def main() -> None:
         "new tokens": [(n, seconds(replace(base, new_tokens=n))) for n in LENGTHS],
         "vocabulary": [(n, seconds(replace(base, vocabulary=n))) for n in VOCABULARIES],
     }
-    memory = {kind: [(n, head_memory(n, kind)) for n in VOCABULARIES] for kind in ("linear_logprobs", "all logits")}
+    memory = {kind: [(n, head_memory(n, kind)) for n in VOCABULARIES] for kind in HEADS}
     for name, points in curves.items():
         print(f"| {name} | " + " | ".join(f"{n}: {value:.2f} s" for n, value in points) + " |")
     for name, points in memory.items():
@@ -102,7 +109,8 @@ def draw(curves: dict[str, list[tuple[int, float]]], memory: dict[str, list[tupl
         axis.set_xlabel(name)
         axis.set_ylim(bottom=0)
     axes[0].set_ylabel("seconds per iteration")
-    for name, points in memory.items():
+    for name in HEADS[:2]:
+        points = memory[name]
         axes[3].plot(*zip(*points, strict=True), marker="o", label=name)
     axes[3].set_xlabel("vocabulary")
     axes[3].set_ylabel("MiB beyond weights and gradients")
