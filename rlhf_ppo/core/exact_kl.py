@@ -19,6 +19,7 @@ from rlhf_ppo.core.vocabulary import (
     check_ban,
     chunks_of,
     product_dtype,
+    without_autocast,
 )
 
 
@@ -126,7 +127,7 @@ class _LinearKL(torch.autograd.Function):
         kept = gaps = None
         if count <= chunk_size and any(ctx.needs_input_grad[:3]):
             kept, gaps = (torch.empty(vocabulary, count, dtype=low, device=hidden.device) for _ in range(2))
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden):
             for rows in chunks_of(count, chunk_size):
                 settings: dict[str, Any] = {"temperature": temperature, "low": low, "rows": rows, "ban": ban}
                 policy = ChunkLogits(hidden, weight, bias, **settings)

@@ -19,6 +19,7 @@ from rlhf_ppo.core.vocabulary import (
     check_ban,
     chunks_of,
     product_dtype,
+    without_autocast,
 )
 
 
@@ -158,7 +159,7 @@ class _LinearLogprobs(torch.autograd.Function):
         return_entropy: bool,
         ban: Ban | None,
     ) -> tuple[Tensor, Tensor]:
-        kind, count = hidden.device.type, hidden.shape[0]
+        count = hidden.shape[0]
         ctx.low = product_dtype(hidden)
         ctx.temperature, ctx.chunk_size, ctx.return_entropy, ctx.ban = temperature, chunk_size, return_entropy, ban
         dtype, smallest = compute_dtype(hidden), torch.finfo(compute_dtype(hidden)).min
@@ -168,7 +169,7 @@ class _LinearLogprobs(torch.autograd.Function):
         maxima, totals, sums = (chosen.new_empty(len(blocks), count) for _ in range(3))
         keeps = count <= chunk_size and any(ctx.needs_input_grad[:3])
         kept = torch.empty(weight.shape[0], count, dtype=ctx.low, device=hidden.device) if keeps else None
-        with torch.autocast(kind, enabled=False):
+        with without_autocast(hidden):
             for rows in chunks_of(count, chunk_size):
                 chunk = ChunkLogits(hidden, weight, bias, temperature=temperature, low=ctx.low, rows=rows, ban=ban)
                 for i, block in enumerate(blocks):
@@ -247,7 +248,7 @@ def _places(tokens: Tensor, block: slice) -> tuple[Tensor, Tensor]:
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``hidden @ weight.T + bias`` as a new [N, V] tensor as :func:`linear_logprobs` computes it; without gradients."""
     low = product_dtype(hidden)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         chunk = ChunkLogits(hidden, weight, bias, low=low)
         logits = chunk.block(slice(0, weight.shape[0])).to(compute_dtype(hidden))
         return (logits if chunk.shift is None else logits.add_(chunk.shift)).T

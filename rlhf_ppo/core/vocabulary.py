@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,7 +51,14 @@ def chunks_of(total: int, size: int) -> list[slice]:
 def product_dtype(x: Tensor) -> torch.dtype:
     """The format of the products: autocast's where it is on, else the tensor's own."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else x.dtype
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """While this lasts, products on the tensor's device are in the formats of what they multiply."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 class ChunkLogits:

@@ -18,6 +18,7 @@ from rlhf_ppo.core import (
     kl_penalized_rewards,
     leave_one_out_advantages,
     linear_kl,
+    linear_logprobs,
     masked_whiten,
     pool_old_logprobs,
     ppo_diagnostics,
@@ -33,7 +34,6 @@ OLD = Experience(X, X, X, X, MASK)
 CONFIG = PPOConfig(ent_coef=0.1, clip_range_vf=0.2)
 
 
-# linear_logprobs is missing: it asks for the device's autocast, which meta has not.
 TURNS = torch.zeros(4, 6, device="meta", dtype=torch.long)
 EVERYTHING = Experience(X, X, X, X, MASK, weights=X, ref_logprobs=X, turns=TURNS)
 SWITCHED = PPOConfig(objective="cispo", ratio_level="turn", kl_loss_coef=0.1)
@@ -42,6 +42,7 @@ CALLS = {
     "dpo_loss": lambda: [dpo_loss(X, X, X, X)],
     "kl_from_logits": lambda: [kl_from_logits(X, X)],
     "linear_kl": lambda: [linear_kl(X, X, X, X)],
+    "linear_logprobs": lambda: linear_logprobs(X, X, TOKENS, return_entropy=True),
     "pool_old_logprobs": lambda: [pool_old_logprobs(X, X, MASK, level="sequence")],
     "truncated_importance_weights": lambda: [truncated_importance_weights(X, X, cap=2.0)],
     "leave_one_out, masked": lambda: [leave_one_out_advantages(X[:, 0], 2, mask=MASK[:, 0])],

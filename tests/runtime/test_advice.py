@@ -119,17 +119,13 @@ def test_every_setting_that_a_rule_names_exists():
     assert {move.setting for rule in RULES for move in rule.moves} <= known
 
 
-@pytest.mark.parametrize(
-    ("learning_rate", "symptom"), [("0.05", "a deterministic policy, early"), ("1e-7", "updates too small")]
-)
-def test_a_real_run_with_a_wrong_learning_rate_is_told_so(tmp_path, capsys, learning_rate, symptom):
+@pytest.mark.parametrize("learning_rate", [0.05, 1e-7])
+def test_a_real_run_with_a_wrong_learning_rate_is_told_to_move_it(tmp_path, learning_rate):
     small = ["--num-envs", "4", "--num-steps", "16", "--num-minibatches", "4", "--total-timesteps", "640", "--quiet"]
-    folder = str(tmp_path / "run")
-    assert classic_main(["train", "CartPole-v1", "--learning-rate", learning_rate, "--output-dir", folder, *small]) == 0
-    capsys.readouterr()
-    assert classic_main(["advise", folder]) == 0
-    out = capsys.readouterr().out
-    assert symptom in out and f"try learning_rate {float(learning_rate)} -> " in out
+    words = ["train", "CartPole-v1", "--learning-rate", str(learning_rate), "--output-dir", str(tmp_path / "run")]
+    assert classic_main([*words, *small]) == 0
+    moves = [found.changes["learning_rate"] for found in advise(tmp_path / "run") if "learning_rate" in found.changes]
+    assert moves and all(now == learning_rate and (better < now) == (now > 1e-3) for now, better in moves)
 
 
 def test_what_is_no_run_is_refused(tmp_path, capsys):
