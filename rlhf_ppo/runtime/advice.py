@@ -287,7 +287,6 @@ RULES = (
         _blind_critic,
         "Its values add noise to the advantages. A gae_lambda nearer to 1 relies on them less.",
         (
-            becomes("value_learning_rate", 1e-4),
             becomes("critic_warmup_rollouts", 5),
             times("vf_coef", 2),
             Move("gae_lambda", "`gae_lambda` 0.99, if it is lower", lambda now: 0.99 if now and now < 0.99 else None),
