@@ -24,8 +24,7 @@ MAX_PRODUCT = 2**18
 def acting(network: ActorCritic, rows: int) -> Act:
     """How the network is asked for actions, ``rows`` at a time; valid until its weights change."""
     bodies = list(network.bodies)
-    plain = all(body.image is None and body.memory is None for body in bodies)  # pyright: ignore
-    layers: list[nn.Module] = [*(bodies[0].layers if bodies else ()), *network.policy] if plain else []  # pyright: ignore
+    layers: list[nn.Module] = [*(bodies[0].layers if bodies else ()), *network.policy] if network.plain else []  # pyright: ignore
     widest = max((layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear)), default=MAX_PRODUCT)
     one_choice = len(network.actions.choices) == 1
     if rows * widest > MAX_PRODUCT or not (one_choice or (network.log_std is not None)):

@@ -123,6 +123,11 @@ class ActorCritic(nn.Module):
         return self.state_size > 0
 
     @property
+    def plain(self) -> bool:
+        """Whether there is nothing but linear layers and activations: no image network, no memory."""
+        return all(body.image is None and body.memory is None for body in self._all_bodies())
+
+    @property
     def state_size(self) -> int:
         """K, the length of one copy's recurrent state; 0 without a memory."""
         return sum(body.memory.state_size for body in self._all_bodies() if body.memory is not None)

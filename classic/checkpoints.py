@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from classic.envs import Episode
-from classic.saving import in_force, load_optimizer, optimizer_tensors, spaces
+from classic.saving import in_force, spaces
 from rlhf_ppo.runtime.checkpoint import Checkpoint, CheckpointError, as_json, write_checkpoint
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.unchanged import require_unchanged
@@ -51,7 +51,7 @@ def save_checkpoint(agent: PPO, run: RunDirectory, progress: Progress) -> Path:
         agent.counters["iteration"],
         tensors={
             "model": agent.network.state_dict(),
-            "optimizer": optimizer_tensors(agent),
+            "optimizer": agent.optimizer.state(),
             "normalizer": agent.normalizer.state(),
             "episodes": episodes,
             "generators": generators,
@@ -97,7 +97,7 @@ def load_checkpoint(agent: PPO, checkpoint: Checkpoint, total: int, *, override:
             "in the middle of a run"
         )
     agent.network.load_state_dict(tensors["model"])
-    load_optimizer(agent, tensors["optimizer"])
+    agent.optimizer.load(tensors["optimizer"])
     agent.normalizer.load(tensors["normalizer"])
     agent.generator.set_state(tensors["generators"]["training"])
     agent.predict_generator.set_state(tensors["generators"]["predicting"])

@@ -77,10 +77,9 @@ class ClosedForm:
     @staticmethod
     def fits(network: ActorCritic, config: PPOConfig) -> bool:
         """Whether this is the gradient that autograd would find."""
-        plain = all(body.image is None and body.memory is None for body in network.bodies)
         head = len(network.actions.choices) == 1 or (network.log_std is not None and not network.squash)
         clipped = config.objective in ("clip", "adaptive_clip", "dual_clip") and config.kl_loss_coef == 0
-        return plain and head and clipped
+        return network.plain and head and clipped
 
     def __init__(self, network: ActorCritic, weights: FlatParameters) -> None:
         self.network, self.weights = network, weights

@@ -47,7 +47,7 @@ def save(agent: PPO, folder: str | Path) -> Path:
     }
     with replacing_files(folder) as new:
         save_file(_copies(agent.network.state_dict()), new / MODEL)
-        save_file(_copies(optimizer_tensors(agent)), new / OPTIMIZER)
+        save_file(agent.optimizer.state(), new / OPTIMIZER)
         save_file(agent.normalizer.state(), new / NORMALIZER)
         (new / AGENT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return folder
@@ -78,7 +78,7 @@ def load(cls: type[PPO], folder: str | Path, env: EnvLike | None = None) -> PPO:
         )
     try:
         agent.network.load_state_dict(load_file(folder / MODEL))
-        load_optimizer(agent, load_file(folder / OPTIMIZER))
+        agent.optimizer.load(load_file(folder / OPTIMIZER))
         agent.normalizer.load(load_file(folder / NORMALIZER))
     except (SafetensorError, RuntimeError, KeyError) as error:
         raise ValueError(f"the tensors in {folder} cannot be read: {error}") from error
@@ -95,16 +95,6 @@ def spaces(agent: PPO) -> dict[str, str]:
 def in_force(agent: PPO) -> dict[str, float]:
     """Where objective=adaptive_clip and objective=penalty have moved their coefficients to."""
     return {"clip_range": agent.config.clip_range, "penalty_beta": agent.config.penalty_beta}
-
-
-def optimizer_tensors(agent: PPO) -> dict[str, Tensor]:
-    """Adam's moments and step counts, by the parameter's name."""
-    return agent.optimizer.state()
-
-
-def load_optimizer(agent: PPO, tensors: dict[str, Tensor]) -> None:
-    """Give the optimizer what :func:`optimizer_tensors` said."""
-    agent.optimizer.load(tensors)
 
 
 def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -72,21 +72,15 @@ class UpdateRecord:
         self._read: list[tuple[PolicyOutput, Experience]] = []
         self._taken: list[tuple[PolicyOutput, Experience]] = []
         self._norms: list[float] = []
-        self._useless = False  # the minibatch read last
+        self._forgotten: list[tuple[PolicyOutput, Experience]] = []
 
     def saw(self, new: PolicyOutput, old: Experience) -> None:
         """A minibatch was read, before the step on it."""
         self._read.append((_detached(new), old))
-        if self._useless:
-            del self._read[-2]
-        self._useless = False
 
     def forget(self) -> None:
         """The minibatch read last was not finite: it is in no average, unless there is none but it."""
-        if len(self._read) == 1:
-            self._useless = True
-        else:
-            del self._read[-1]
+        self._forgotten = [self._read.pop()]
 
     def stepped(self, gradient_norm: float) -> None:
         """A step was taken on the minibatch read last."""
@@ -96,13 +90,14 @@ class UpdateRecord:
     @torch.no_grad()
     def metrics(self, config: PPOConfig) -> dict[str, float]:
         """Averages over every decision of every minibatch read (policy/...) and of every step taken (losses, norm)."""
-        new, old = _joined(self._read)
+        read = self._read or self._forgotten
+        new, old = _joined(read)
         metrics = {f"policy/{name}": float(value) for name, value in ppo_diagnostics(new, old, config).items()}
-        first_new, first_old = self._read[0]
+        first_new, first_old = read[0]
         gaps = (first_new.logprobs - first_old.logprobs).abs()
         metrics["policy/first_minibatch_max_abs_log_ratio"] = float(gaps.masked_fill(~first_old.mask, 0.0).max())
         if self._taken:
-            loss = update_loss(*((new, old) if len(self._taken) == len(self._read) else _joined(self._taken)), config)
+            loss = update_loss(*((new, old) if len(self._taken) == len(read) else _joined(self._taken)), config)
             sizes = torch.stack([old.mask.sum() for _, old in self._taken]).tolist()
             norm = math.fsum(size * norm for size, norm in zip(sizes, self._norms, strict=True)) / sum(sizes)
             metrics |= {"policy/loss": float(loss.policy), "value/loss": float(loss.value), "optim/grad_norm": norm}

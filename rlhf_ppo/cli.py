@@ -17,6 +17,7 @@ from rlhf_ppo.adapters import lora_config
 from rlhf_ppo.before_after import print_before_after
 from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.conversation import RespondError
+from rlhf_ppo.core.typed import is_changed
 from rlhf_ppo.data import load_rows, prompt_rows
 from rlhf_ppo.demo import DemoArgs, demo, print_paths
 from rlhf_ppo.evaluate import EvaluateArgs, evaluate, print_evaluation
@@ -88,7 +89,7 @@ class TrainArgs(RLHFConfig):
         self._require("eval_size", self.eval_size >= 0, "0 or more")
         if self.eval_dataset is None and self.eval_split is not None:
             raise ValueError(f"eval_split={self.eval_split!r} is a split of eval_dataset, which is not given: name it")
-        if self.eval_dataset is not None and self.eval_size != 64:
+        if self.eval_dataset is not None and is_changed(self, "eval_size"):
             raise ValueError(
                 f"eval_size={self.eval_size} sets rows of dataset aside, but the evaluation reads eval_dataset="
                 f"{self.eval_dataset!r}: drop one of them"

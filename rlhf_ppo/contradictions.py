@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from rlhf_ppo.core.typed import is_changed
+
 if TYPE_CHECKING:
     from rlhf_ppo.config import RLHFConfig
 
@@ -61,8 +63,8 @@ def _unread(args: RLHFConfig) -> None:
     """A setting that was changed must be read."""
     for names, why in _never_read(args):
         for name in names:
-            value = getattr(args, name)
-            if value != type(args).__dataclass_fields__[name].default:
+            if is_changed(args, name):
+                value = getattr(args, name)
                 raise ValueError(f"{name}={value!r} has no effect: {why}. Leave it out, or change the other")
 
 

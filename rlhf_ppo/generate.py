@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from rlhf_ppo.actor_critic import ActorCritic
+from rlhf_ppo.core.typed import is_changed
 from rlhf_ppo.data import Prompt, decode_responses, encode_prompts, load_rows, prompt_rows, tokenize_prompt
 from rlhf_ppo.limits import TextStop, cut_at
 from rlhf_ppo.models import load_config, load_policy, load_tokenizer, prompt_room, resolve_model
@@ -74,9 +75,8 @@ class GenerateArgs:
             ("prompt_column", self.dataset is None),
             ("batch_size", self.chat),
         ):
-            value = getattr(self, name)
-            if unread and value != type(self).__dataclass_fields__[name].default:
-                raise ValueError(f"{name}={value!r} has no effect on {given[0]}: leave it out")
+            if unread and is_changed(self, name):
+                raise ValueError(f"{name}={getattr(self, name)!r} has no effect on {given[0]}: leave it out")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from rlhf_ppo.adapter_reward import AdapterReward
 from rlhf_ppo.config import RLHFConfig
+from rlhf_ppo.core.typed import is_changed
 from rlhf_ppo.http_reward import HTTPReward
 from rlhf_ppo.reward_calls import RewardError, RewardFunction, reward_name, takes
 from rlhf_ppo.reward_model import RewardModel
@@ -136,10 +137,9 @@ def load_rewards(
     }
     for what, (settings, there) in by_name.items():
         for setting in settings:
-            value = getattr(args, setting)
-            if value != type(args).__dataclass_fields__[setting].default and not there:
+            if not there and is_changed(args, setting):
                 raise ValueError(
-                    f"{setting}={value!r} is for {what}, but none of the rewards {list(rewards)} is one: leave it out, "
-                    "or give it to RewardModel(...) or HTTPReward(...)"
+                    f"{setting}={getattr(args, setting)!r} is for {what}, but none of the rewards {list(rewards)} is "
+                    "one: leave it out, or give it to RewardModel(...) or HTTPReward(...)"
                 )
     return rewards

@@ -15,6 +15,7 @@ from rlhf_ppo.core.vocabulary import (
     Ban,
     ChunkLogits,
     HeadGradients,
+    below_largest,
     blocks_of,
     check_ban,
     chunks_of,
@@ -135,8 +136,8 @@ class _LinearKL(torch.autograd.Function):
                 numbers = torch.empty(5, len(ctx.blocks), len(kl[rows]), dtype=dtype, device=hidden.device)
                 maxima, ref_maxima, totals, ref_totals, sums = numbers
                 for i, block in enumerate(ctx.blocks):
-                    gap, maxima[i] = _below_largest(policy.block(block, None if gaps is None else gaps[block]))
-                    ref, ref_maxima[i] = _below_largest(reference.block(block))
+                    gap, maxima[i] = below_largest(policy.block(block, None if gaps is None else gaps[block]))
+                    ref, ref_maxima[i] = below_largest(reference.block(block))
                     e = torch.exp(gap, out=None if kept is None else kept[block])
                     # What is banned, or as good as banned, adds nothing, whatever the reference says of it.
                     gap.sub_(ref).masked_fill_(e == 0, 0.0)
@@ -179,10 +180,3 @@ class _LinearKL(torch.autograd.Function):
                     slope = kept[block]
                 gradients.add(rows, block, policy.states, slope, grad_outputs[0][rows].to(kl.dtype))
         return *gradients.result(), None, None, None, None, None, None
-
-
-def _below_largest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [block, n], in the same memory, less the largest of each column, and that."""
-    # A block of banned tokens has no largest logit to subtract.
-    largest = logits.amax(dim=0).clamp_(min=torch.finfo(logits.dtype).min)
-    return logits.sub_(largest), largest

@@ -15,6 +15,7 @@ from rlhf_ppo.core.vocabulary import (
     Ban,
     ChunkLogits,
     HeadGradients,
+    below_largest,
     blocks_of,
     check_ban,
     chunks_of,
@@ -57,10 +58,8 @@ class _TokenLogprobs(torch.autograd.Function):
         blocks = blocks_of(words.shape[0], words.shape[1], logits.device)
         maxima, totals = (torch.empty(len(blocks), len(flat), dtype=dtype, device=logits.device) for _ in range(2))
         for i, block in enumerate(blocks):
-            part = _scaled(words[block], temperature, dtype)
-            # A block of banned tokens has no largest logit to subtract.
-            maxima[i] = part.amax(dim=0).clamp_(min=torch.finfo(dtype).min)
-            totals[i] = part.sub_(maxima[i]).exp_().sum(dim=0)
+            part, maxima[i] = below_largest(_scaled(words[block], temperature, dtype))
+            totals[i] = part.exp_().sum(dim=0)
         normaliser = (maxima + totals.log()).logsumexp(dim=0)
         chosen = _scaled(words.gather(0, flat[None])[0], temperature, dtype)
         ctx.temperature, ctx.blocks = temperature, blocks
@@ -176,10 +175,7 @@ class _LinearLogprobs(torch.autograd.Function):
                     logits = chunk.block(block, None if kept is None else kept[block])
                     place, inside = _places(tokens[rows], block)
                     chosen[rows] = torch.where(inside, logits.gather(0, place)[0], chosen[rows])
-                    # A block of banned tokens has no largest logit to subtract.
-                    largest = logits.amax(dim=0).clamp_(min=torch.finfo(ctx.low).min)
-                    maxima[i, rows] = largest.to(dtype)
-                    logits.sub_(largest)
+                    logits, maxima[i, rows] = below_largest(logits)
                     distance = logits.to(dtype, copy=True) if return_entropy else None
                     e = logits.exp_().to(dtype)
                     totals[i, rows] = e.sum(dim=0)

@@ -1,4 +1,4 @@
-"""Settings against their annotations: a value of another kind is named before it breaks something far away."""
+"""Settings against their fields: a value of another kind is named before it breaks something far away."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     str: ("text", lambda value: isinstance(value, (str, os.PathLike))),
     NoneType: ("None", lambda value: value is None),
 }
+
+
+def is_changed(settings: Any, name: str) -> bool:
+    """Whether a field of a dataclass instance has another value than its default."""
+    return any(getattr(settings, name) != field.default for field in dataclasses.fields(settings) if field.name == name)
 
 
 def require_types(settings: Any) -> None:

@@ -61,6 +61,13 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
+def below_largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [block, n], in the same memory, less the largest of each column, and that [n]."""
+    # A block of banned tokens has no largest logit to subtract.
+    largest = logits.amax(dim=0).clamp_(min=torch.finfo(logits.dtype).min)
+    return logits.sub_(largest), largest
+
+
 class ChunkLogits:
     """Logits of a chunk of rows, made a block of the vocabulary at a time."""
 

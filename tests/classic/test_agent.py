@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import classic
-from classic.saving import optimizer_tensors
 
 
 @pytest.mark.parametrize("env_id", ["tests/Match-v0", "tests/Aim-v0"])
@@ -70,7 +69,7 @@ def test_save_and_load_give_identical_predictions_and_optimizer(env_id, small, t
     assert np.array_equal(agent.predict(observations.numpy())[0], loaded.predict(observations.numpy())[0])
     assert torch.equal(agent.network.values(observations), loaded.network.values(observations))
     assert loaded.args == agent.args and loaded.counters == agent.counters
-    state, saved = optimizer_tensors(agent), optimizer_tensors(loaded)
+    state, saved = agent.optimizer.state(), loaded.optimizer.state()
     names = [name for name, _ in agent.network.named_parameters()]
     assert set(state) == set(saved) == {f"{n}/{key}" for n in names for key in ("step", "exp_avg", "exp_avg_sq")}
     assert all(torch.equal(state[key], saved[key]) for key in state)

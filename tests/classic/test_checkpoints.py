@@ -14,7 +14,6 @@ import torch
 
 import classic
 from classic.callbacks import evaluate_every
-from classic.saving import optimizer_tensors
 from rlhf_ppo.runtime.checkpoint import CheckpointError, list_checkpoints
 from rlhf_ppo.runtime.signals import Interrupted
 
@@ -78,7 +77,7 @@ def test_a_killed_run_goes_on_bit_for_bit(name, killed_after, small, tmp_path):
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
     for ours, theirs in zip(whole.network.parameters(), resumed.network.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    state, other = optimizer_tensors(whole), optimizer_tensors(resumed)
+    state, other = whole.optimizer.state(), resumed.optimizer.state()
     assert set(state) == set(other) and all(torch.equal(state[key], other[key]) for key in state)
     assert all(torch.equal(x, resumed.normalizer.state()[key]) for key, x in whole.normalizer.state().items())
     assert whole.best_return == resumed.best_return and whole.recent == resumed.recent

@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf_ppo.core import kl_from_logits, linear_kl, vocabulary
+from rlhf_ppo.core import kl_from_logits, linear_kl
 
 seeds = st.integers(0, 10_000)
 
@@ -68,15 +68,6 @@ class TestFromLogits:
 
     def test_what_the_reference_alone_bans_is_infinite(self):
         assert kl_from_logits(f64([1.0, 2]), f64([1.0, -math.inf])) == math.inf
-
-
-@pytest.fixture(scope="class", params=[vocabulary.BLOCK_WORDS, 2], ids=["one block", "blocks of 2 words"])
-def block_words(request):
-    """The size of a block of the vocabulary: all of it at once here, or many blocks with a short last one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vocabulary, "BLOCK_WORDS", request.param)
-        patch.setattr(vocabulary, "BLOCK_LOGITS", 0)
-        yield
 
 
 @pytest.mark.usefixtures("block_words")

@@ -118,15 +118,6 @@ class TestEntropy:
         assert logits.grad[0, 2] == 0
 
 
-@pytest.fixture(scope="class", params=[vocabulary.BLOCK_WORDS, 2], ids=["one block", "blocks of 2 words"])
-def block_words(request):
-    """The size of a block of the vocabulary: all of it at once here, or many blocks with a short last one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vocabulary, "BLOCK_WORDS", request.param)
-        patch.setattr(vocabulary, "BLOCK_LOGITS", 0)
-        yield
-
-
 @pytest.mark.usefixtures("block_words")
 class TestLinearLogprobs:
     @given(seeds, st.integers(1, 9), st.integers(1, 12), st.sampled_from([0.5, 1.0, 2.0]), st.booleans())

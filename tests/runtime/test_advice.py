@@ -12,7 +12,8 @@ import classic
 from classic.cli import main as classic_main
 from rlhf_ppo import RLHFConfig
 from rlhf_ppo.cli import main
-from rlhf_ppo.runtime.advice import RULES, advise, tuning_page
+from rlhf_ppo.runtime.advice import advise, tuning_page
+from rlhf_ppo.runtime.tuning_rules import RULES
 
 UPDATES = 40
 SETTINGS = {"num_epochs": 4, "max_grad_norm": 0.5, "ent_coef": 0.01, "kl_coef": 0.1, "learning_rate": 3e-4}

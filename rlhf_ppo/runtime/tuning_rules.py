@@ -1,0 +1,278 @@
+"""The tuning guide as rules: what can be wrong with a run, how it shows, and which settings to move where."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_ppo.runtime.figures import Figures
+
+
+@dataclass(frozen=True)
+class Move:
+    """One setting, moved."""
+
+    setting: str
+    how: str
+    """As a reader would say it."""
+    change: Callable[[Any], Any]
+    """From its value to the better one; None where there is nothing to move."""
+
+
+def times(setting: str, factor: float) -> Move:
+    """A number multiplied (whole numbers stay whole, and 1 or more)."""
+
+    def change(value: Any) -> Any:
+        if not value:
+            return None
+        return max(round(value * factor), 1) if isinstance(value, int) else float(f"{value * factor:.2g}")
+
+    return Move(setting, f"`{setting}` x {factor:.2g}" if factor > 1 else f"`{setting}` / {1 / factor:.2g}", change)
+
+
+def becomes(setting: str, value: Any) -> Move:
+    """A setting that is off (None, False or 0) switched on."""
+    return Move(setting, f"`{setting}` {value}, if it is off", lambda now: None if now else value)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One thing that can be wrong with a run."""
+
+    name: str
+    healthy: str
+    """What a healthy run shows instead."""
+    seen: Callable[[Figures], str | None]
+    """The figures that show it, or None."""
+    meaning: str
+    moves: tuple[Move, ...]
+
+
+def _above(figure: float | None, limit: float) -> bool:
+    return figure is not None and figure > limit
+
+
+def _skipped(run: Figures) -> str | None:
+    total = sum(run.values("optim/skipped_steps"))
+    return f"{total:.0f} optimizer steps were skipped" if total else None
+
+
+def _disagree(run: Figures) -> str | None:
+    gap = max(run.values("policy/first_minibatch_max_abs_log_ratio"), default=0.0)
+    return f"log-ratios of up to {gap:.2g} nats before any step" if gap > 0.1 else None
+
+
+def _no_signal(run: Figures) -> str | None:
+    spread = run.late("score/std")
+    return f"scores differ by {spread:.2g} within a rollout" if spread is not None and spread < 1e-6 else None
+
+
+def _too_fast(run: Figures) -> str | None:
+    clipped, kl = run.late("policy/clip_fraction"), run.late("policy/approx_kl")
+    if not _above(clipped, 0.3) and not _above(kl, 0.05):
+        return None
+    return f"clip fraction {clipped or 0:.2f}, KL(old || new) {kl or 0:.3f} nats per action"
+
+
+def _too_timid(run: Figures) -> str | None:
+    clipped, kl = run.whole("policy/clip_fraction"), run.whole("policy/approx_kl")
+    if clipped is None or kl is None or clipped >= 0.01 or kl >= 1e-3:
+        return None
+    return f"clip fraction {clipped:.4f}, KL(old || new) {kl:.1e} nats per action"
+
+
+def _cut_short(run: Figures) -> str | None:
+    epochs, asked = run.late("optim/epochs"), run.settings.get("num_epochs")
+    if epochs is None or not asked or epochs >= 0.75 * asked:
+        return None
+    return f"target_kl ends updates after {epochs:.1f} of {asked} epochs"
+
+
+def _deterministic(run: Figures) -> str | None:
+    values, ends = run.values("policy/entropy"), run.ends("policy/entropy")
+    if ends is None:
+        return None
+    middle = statistics.median(values[: len(values) // 2][-3:])
+    if ends[0] <= 0 or middle >= 0.1 * ends[0]:
+        return None
+    return f"entropy from {ends[0]:.3g} to {middle:.3g} nats per action by the middle of the run"
+
+
+def _random(run: Figures) -> str | None:
+    ends = run.ends("policy/entropy")
+    if ends is None or ends[1] < 0.95 * ends[0] or run.rises() or not run.settings.get("ent_coef"):
+        return None
+    return f"entropy still {ends[1] / ends[0]:.0%} of its start, and no better score"
+
+
+def _blind_critic(run: Figures) -> str | None:
+    explained, spread = run.late("value/explained_variance"), run.late("advantage/std")
+    if explained is None or spread is None or explained >= -0.05:
+        return None
+    # Returns that are all alike leave nothing to explain.
+    return f"explained variance {explained:.2f}" if spread > 0.02 * abs(run.late("value/return_mean") or 0) else None
+
+
+def _scale(run: Figures) -> str | None:
+    level, spread = run.late("value/return_mean"), run.late("advantage/std")
+    if not _above(abs(level or 0.0), 100) and not _above(spread, 100):
+        return None
+    return f"returns around {level or 0:.3g}, advantages of {spread or 0:.3g}"
+
+
+def _gradient(run: Figures) -> str | None:
+    norm, limit = run.late("optim/grad_norm"), run.settings.get("max_grad_norm")
+    if norm is None or not limit or norm <= 50 * limit:
+        return None
+    return f"gradient norm {norm:.3g}, cut to {limit:g}"
+
+
+def _drift(run: Figures) -> str | None:
+    kl, length = run.ends("kl/reference_nats_per_response"), run.ends("response/length_tokens")
+    if kl is None or length is None or kl[1] <= 0.5 * length[1]:
+        return None
+    return f"{kl[1]:.1f} nats from the reference in {length[1]:.0f} tokens"
+
+
+def _held_back(run: Figures) -> str | None:
+    kl = run.ends("kl/reference_nats_per_response")
+    if kl is None or kl[1] > 0.1 or run.rises() or not run.settings.get("kl_coef"):
+        return None
+    return f"{kl[1]:.2f} nats from the reference, and no better score"
+
+
+def _never_stops(run: Figures) -> str | None:
+    ends = run.ends("response/eos_fraction")
+    if ends is None or ends[0] < 0.2 or ends[1] > 0.5 * ends[0]:
+        return None
+    return f"responses that end by themselves fell from {ends[0]:.0%} to {ends[1]:.0%}"
+
+
+def _unfinished(run: Figures) -> str | None:
+    return "the score rose until the end" if run.rises(within=0.3) else None
+
+
+CLIPPING = ("clip", "adaptive_clip", "dual_clip", "cispo")
+"""Objectives that read clip_range."""
+
+_SCALED = (becomes("normalize_rewards", True), becomes("normalize_scores", True))
+
+RULES = (
+    Rule(
+        "numbers that are not finite",
+        "no skipped step",
+        _skipped,
+        "Losses or gradients overflowed.",
+        (times("learning_rate", 1 / 3), *_SCALED),
+    ),
+    Rule(
+        "sampling and training disagree",
+        "ratios of 1 before the first step",
+        _disagree,
+        "Log-probs recorded while decoding are not those of a full forward pass, so clipping works on noise.",
+        (becomes("recompute_logprobs", True),),
+    ),
+    Rule(
+        "no signal",
+        "scores that differ within a rollout",
+        _no_signal,
+        "The reward says the same of every response, so no advantage is left: look at samples.jsonl and at the reward.",
+        (),
+    ),
+    Rule(
+        "updates outrun their data",
+        "clip fraction below 0.3, KL(old || new) below 0.05 nats per action",
+        _too_fast,
+        "The policy moves further than the rollout it learns from can tell. A larger max_grad_norm would add to it.",
+        (
+            times("learning_rate", 1 / 3),
+            times("num_epochs", 1 / 2),
+            times("clip_range", 1 / 2),
+            becomes("target_kl", 0.02),
+        ),
+    ),
+    Rule(
+        "updates too small",
+        "clip fraction above 0.01, or KL(old || new) above 0.001 nats per action",
+        _too_timid,
+        "A rollout could teach more than it does. Clipping is rare because steps are small, not because all is well.",
+        (times("learning_rate", 3), times("num_epochs", 2)),
+    ),
+    Rule(
+        "updates cut short",
+        "three quarters of the epochs, or more",
+        _cut_short,
+        "The first passes use up what target_kl allows, and later ones never come.",
+        (times("learning_rate", 1 / 2), times("num_epochs", 1 / 2)),
+    ),
+    Rule(
+        "a deterministic policy, early",
+        "a tenth of the first entropy or more, half-way",
+        _deterministic,
+        "What has not been tried by now will not be. If the task is solved, this is as it should be.",
+        (becomes("ent_coef", 0.01), times("ent_coef", 3), times("learning_rate", 1 / 2), times("kl_coef", 2)),
+    ),
+    Rule(
+        "a policy that stays random",
+        "an entropy that falls as the score rises",
+        _random,
+        "The entropy bonus outweighs what is there to learn.",
+        (times("ent_coef", 1 / 3), times("learning_rate", 2)),
+    ),
+    Rule(
+        "a critic worse than a constant",
+        "explained variance above 0",
+        _blind_critic,
+        "Its values add noise to the advantages. A gae_lambda nearer to 1 relies on them less.",
+        (
+            becomes("critic_warmup_rollouts", 5),
+            times("vf_coef", 2),
+            Move("gae_lambda", "`gae_lambda` 0.99, if it is lower", lambda now: 0.99 if now and now < 0.99 else None),
+            becomes("normalize_rewards", True),
+        ),
+    ),
+    Rule(
+        "large returns",
+        "returns and advantages below 100",
+        _scale,
+        "The value loss grows with their square and takes the gradient from the policy wherever they share it.",
+        _SCALED,
+    ),
+    Rule(
+        "every gradient is cut",
+        "a gradient norm below fifty times max_grad_norm",
+        _gradient,
+        "Steps keep their direction alone, mostly the value loss's. A larger max_grad_norm would undo the protection.",
+        (*_SCALED, times("vf_coef", 1 / 5)),
+    ),
+    Rule(
+        "drift from the reference",
+        "KL to the reference below half a nat per token",
+        _drift,
+        "The policy leaves the language it came from, often for what fools the reward: read samples.jsonl.",
+        (becomes("kl_coef", 0.05), times("kl_coef", 3)),
+    ),
+    Rule(
+        "held back by the reference",
+        "some KL to the reference, or a better score",
+        _held_back,
+        "The KL penalty costs more than the reward brings.",
+        (times("kl_coef", 1 / 3), times("learning_rate", 3)),
+    ),
+    Rule(
+        "responses that no longer end",
+        "as many ends as at the start",
+        _never_stops,
+        "The reward pays for length, or for not ending.",
+        (becomes("missing_eos_penalty", 1.0),),
+    ),
+    Rule(
+        "not finished",
+        "a level score over the last third",
+        _unfinished,
+        "It was still getting better when it ended.",
+        (times("total_timesteps", 2), times("total_episodes", 2)),
+    ),
+)
