@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,20 +93,29 @@ def train(command: TrainCommand) -> int:
     agent = PPO(command.env, PPOArgs(**given))
     callbacks = [evaluate_every(command.eval_every, episodes=command.eval_episodes)] if command.eval_every else []
     callbacks += [] if command.stop_at_return is None else [stop_at_return(command.stop_at_return)]
-    start = time.perf_counter()
+    start, seconds, result = time.perf_counter(), 0.0, {}
+
+    def save_and_evaluate(agent: PPO, metrics: Mapping[str, float]) -> None:
+        nonlocal seconds, result
+        seconds = time.perf_counter() - start
+        agent.save(given["output_dir"])
+        result = agent.evaluate(episodes=command.eval_episodes)
+        evaluation = {f"eval/{key}": value for key, value in result.items()}
+        agent.log({"progress/env_steps": agent.counters["env_steps"], **evaluation})
+
     try:
-        agent.learn(callbacks=callbacks, resume_from_checkpoint=command.resume, resume_override=command.resume_override)
+        agent.learn(
+            callbacks=callbacks,
+            at_end=save_and_evaluate,
+            resume_from_checkpoint=command.resume,
+            resume_override=command.resume_override,
+        )
     except Interrupted as stop:
         folder = agent.save(given["output_dir"])
         print(f"{stop}; the agent as it is lies in {folder}; --resume auto goes on", file=sys.stderr)
         return stop.exit_code
-    seconds = time.perf_counter() - start
-    folder = agent.save(given["output_dir"])
-    result = agent.evaluate(episodes=command.eval_episodes)
-    steps = agent.counters["env_steps"]
-    agent.log({"progress/env_steps": steps, **{f"eval/{key}": value for key, value in result.items()}})
-
-    table = Table(title=f"{command.env}: {steps:,} steps in {seconds:.1f} s", show_header=False)
+    folder = given["output_dir"]
+    table = Table(title=f"{command.env}: {agent.counters['env_steps']:,} steps in {seconds:.1f} s", show_header=False)
     for row in _result_rows(result, command.eval_episodes):
         table.add_row(*row)
     for what, file in (("model", "model.safetensors"), ("metrics", "metrics.jsonl"), ("curve", "curve.png")):

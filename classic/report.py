@@ -1,11 +1,15 @@
-"""Reporting: the live numbers, the learning curve, and the thread count that small networks want."""
+"""Reporting: a line of metrics an update, the live numbers, the learning curve."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from classic.envs import Episode
+from classic.rollout import Estimate
+from rlhf_ppo.core import explained_variance, masked_mean, masked_var
 from rlhf_ppo.runtime.plots import plot_curves
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory
@@ -19,13 +23,28 @@ PANELS = {
 }
 
 
-def episode_metrics(recent: Collection[Episode]) -> dict[str, float]:
-    """Means over the last finished episodes; nothing before the first has finished."""
-    if not recent:
-        return {}
+def run_metrics(counters: Mapping[str, int], recent: Collection[Episode]) -> dict[str, float]:
+    """How far a run is, and means over its last finished episodes; without those before the first has finished."""
+    metrics: dict[str, float] = {
+        "progress/iteration": counters["iteration"],
+        "progress/env_steps": counters["env_steps"],
+        "progress/optimizer_steps": counters["optimizer_steps"],
+        "episode/count": counters["episodes"],
+    }
+    if recent:
+        metrics["episode/return_mean"] = sum(episode.total_reward for episode in recent) / len(recent)
+        metrics["episode/length_mean"] = sum(episode.length for episode in recent) / len(recent)
+    return metrics
+
+
+def estimate_metrics(estimate: Estimate, mask: Tensor) -> dict[str, float]:
+    """What the critic made of a rollout, over its real decisions (mask [B, T])."""
+    values, _, advantages, returns = estimate
     return {
-        "episode/return_mean": sum(episode.total_reward for episode in recent) / len(recent),
-        "episode/length_mean": sum(episode.length for episode in recent) / len(recent),
+        "value/explained_variance": float(explained_variance(values, returns, mask)),
+        "value/mean": float(masked_mean(values, mask)),
+        "value/return_mean": float(masked_mean(returns, mask)),
+        "advantage/std": float(masked_var(advantages, mask).sqrt()),
     }
 
 

@@ -27,16 +27,13 @@ from classic.gradients import gradient_method
 from classic.making import EnvLike, env_name
 from classic.normalization import Normalizer
 from classic.prediction import predict
-from classic.report import draw_curve, episode_metrics, show_progress
+from classic.report import draw_curve, estimate_metrics, run_metrics, show_progress
 from classic.rollout import Estimate, Rollout, collect, estimate_advantages
 from classic.update import UpdateRecord, adapted, shuffled_minibatches, went_too_far
 from rlhf_ppo import __version__
 from rlhf_ppo.core import (
     Experience,
     PPOConfig,
-    explained_variance,
-    masked_mean,
-    masked_var,
     masked_whiten,
 )
 from rlhf_ppo.runtime.checkpoint import find_checkpoint
@@ -132,6 +129,7 @@ class PPO:
         total_timesteps: int | None = None,
         *,
         callbacks: Sequence[Callback] = (),
+        at_end: Callback | None = None,
         resume_from_checkpoint: str | Path | None = None,
         resume_override: bool = False,
     ) -> PPO:
@@ -144,6 +142,7 @@ class PPO:
         Args:
             total_timesteps: environment steps; a run that is resumed must be asked for as many as before.
             callbacks: called after each update with the agent and its metrics (:mod:`classic.callbacks`).
+            at_end: called likewise after the last one, when trackers still listen.
             resume_from_checkpoint: folder ``checkpoint-<n>`` of a run with the same settings, or that run's folder for
                 its newest good one; or "auto": the newest good one in ``output_dir``, and a fresh start if there is
                 none. For a fresh agent alone.
@@ -166,10 +165,14 @@ class PPO:
         with torch_threads(self.args.num_threads), lock, stop_on_signals():
             progress = self._begin(run, total, resume_from_checkpoint, override=resume_override)
             resumed = resume_from_checkpoint is not None and self.counters["iteration"] > 0
-            # What follows an update is not in its checkpoint, so it is made again.
-            if not (resumed and run_callbacks(callbacks, self, self.last_metrics)):
-                with display, self._trackers():
-                    self._train(progress, display, callbacks)
+            with self._trackers():
+                # What follows an update is not in its checkpoint, so it is made again.
+                if not (resumed and run_callbacks(callbacks, self, self.last_metrics)):
+                    with display:
+                        self._train(progress, display, callbacks)
+                if at_end is not None:
+                    at_end(self, self.last_metrics)
+                    stop_if_asked()
         if self._run is not None:
             draw_curve(self._run, self.env_id)
         return self
@@ -225,7 +228,6 @@ class PPO:
 
             # 2. Estimate.
             estimate = estimate_advantages(self.network, rollout, self.config)
-            values, _, advantages, returns = estimate
             self.last_update = LastUpdate(rollout, estimate)
 
             # 3. Update, on real decisions alone: autoreset steps are gone from here on, or masked inside sequences.
@@ -266,18 +268,11 @@ class PPO:
             counters["episodes"] += len(rollout.episodes)
             self.recent.extend(rollout.episodes)
             metrics = {
-                "progress/iteration": counters["iteration"],
-                "progress/env_steps": counters["env_steps"],
-                "progress/optimizer_steps": counters["optimizer_steps"],
-                "episode/count": counters["episodes"],
-                **episode_metrics(self.recent),
+                **run_metrics(counters, self.recent),
                 **record.metrics(in_force),
+                **estimate_metrics(estimate, mask),
                 "policy/clip_range": in_force.clip_range,
                 "policy/penalty_beta": in_force.penalty_beta,
-                "value/explained_variance": float(explained_variance(values, returns, mask)),
-                "value/mean": float(masked_mean(values, mask)),
-                "value/return_mean": float(masked_mean(returns, mask)),
-                "advantage/std": float(masked_var(advantages, mask).sqrt()),
                 "optim/learning_rate": learning_rate,
                 "optim/skipped_steps": skipped,
                 "optim/epochs": epochs,

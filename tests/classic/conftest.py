@@ -69,6 +69,18 @@ class Match(gymnasium.Env):
         return self._show(), reward, self.t == 5, False, {}
 
 
+class Side(Match):
+    """Match whose sign is the bright half of an image."""
+
+    observation_space = Box(0, 255, (36, 36, 1), np.uint8)
+
+    def _show(self):
+        image = np.zeros((36, 36, 1), dtype=np.uint8)
+        image[:, 18:] = 100 * (super()._show() + 1)
+        image[:, :18] = 200 - image[:, 18:]
+        return image
+
+
 class Far(Match):
     """Match with numbers on bad scales: signs are +- 1e-3 around 5, rewards 1e4."""
 
@@ -243,6 +255,7 @@ def _register(name, entry_point, **kwargs):
 _register("Clock", Clock)
 _register("Chain", Chain, max_episode_steps=8)
 _register("Match", Match)
+_register("Side", Side)
 _register("Far", Far)
 _register("Aim", Aim)
 for _fault in ("nan", "outside", "crash"):

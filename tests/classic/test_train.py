@@ -67,6 +67,12 @@ def test_every_objective_learns_to_match(objective, small):
     assert after > 4.3
 
 
+def test_a_policy_learns_from_pixels(small):
+    """A random policy earns 2.5 of 5."""
+    agent = classic.PPO("tests/Side-v0", small(num_steps=32, learning_rate=5e-4)).learn(400)
+    assert agent.evaluate(episodes=10)["mean_return"] > 4.5
+
+
 def test_continuous_actions_learn_to_aim(small):
     """A policy at 0 with standard deviation 1 earns about -4; the best action is 0.5."""
     agent = classic.PPO("tests/Aim-v0", small(gamma=0.5, learning_rate=2e-2)).learn(5_000)

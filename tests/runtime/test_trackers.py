@@ -139,6 +139,15 @@ def test_fault_34_a_run_ends_as_it_would_have_without_its_tracker(tmp_path, fake
     assert plain == reported and plain.count("\n") == 3
 
 
+def test_the_evaluation_after_a_control_run_is_reported_too(tmp_path, fakes):
+    from classic.cli import main
+
+    flags = "--num-envs 2 --num-steps 16 --num-minibatches 2 --total-timesteps 64 --eval-episodes 2 --quiet"
+    assert main(["train", "CartPole-v1", *flags.split(), "--output-dir", str(tmp_path), "--report-to", "wandb"]) == 0
+    (tracker,) = fakes
+    assert "eval/mean_return" in tracker.lines[-1][1] and tracker.ended
+
+
 def test_a_tracker_ends_with_a_run_that_raises(tmp_path, fakes):
     run = RunDirectory(tmp_path)
     with pytest.raises(ZeroDivisionError), reporting(run, ("wandb",), project="p", settings={}):
