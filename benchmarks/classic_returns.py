@@ -1,6 +1,7 @@
 """What each preset reaches, over seeds, beside the published results. Resumable: finished runs are read, not repeated.
 
-python benchmarks/classic_returns.py [--envs Acrobot-v1 Pendulum-v1] [--seeds 5] [--minutes 40] [--folder runs/returns]
+python benchmarks/classic_returns.py [--envs Acrobot-v1 Pendulum-v1] [--seeds 5] [--sb3-seeds 1] [--minutes 40]
+    [--folder runs/returns] [--picture docs/images/returns.png]
 
 Every run trains with its preset and is evaluated at the end, by its final policy with deterministic actions. Seed by
 seed over all environments, so that stopping it early, or --minutes, leaves a table of what there is.
@@ -9,14 +10,18 @@ seed over all environments, so that stopping it early, or --minutes, leaves a ta
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from classic_speed import peer_python
 
 import classic
-from classic.comparison import Variant, compare
+from classic.comparison import Variant, compare, learning_curve
 from classic.statistics import bootstrap_iqm
 
 # Published results (mean +- spread as given there), with their source.
@@ -36,22 +41,64 @@ PUBLISHED = {
 }
 
 
-def row(env_id: str, variant: Variant) -> str:
+# Where the published results are of another version of the environment, Stable-Baselines3 can run beside ours.
+OTHER_VERSIONS = ("LunarLander-v3", "LunarLanderContinuous-v3", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
+
+
+def row(env_id: str, variant: Variant, sb3: list[float]) -> str:
     """One line of the table."""
-    n = len(variant.returns)
     middle, low, high = bootstrap_iqm([variant.returns])
-    error = f" +- {variant.returns.std(ddof=1) / np.sqrt(n):.1f}" if n > 1 else ""
-    worst_best = f"{variant.returns.min():.1f} to {variant.returns.max():.1f}"
     cells = [
         env_id,
         f"{variant.env_steps:,}",
-        str(n),
-        f"{variant.returns.mean():.1f}{error}",
+        str(len(variant.returns)),
+        mean_and_error(variant.returns),
         f"{middle:.1f} [{low:.1f}, {high:.1f}]",
-        worst_best,
+        f"{variant.returns.min():.1f} to {variant.returns.max():.1f}",
+        f"{mean_and_error(np.array(sb3))} ({len(sb3)})" if sb3 else "",
         PUBLISHED[env_id],
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def mean_and_error(returns: np.ndarray) -> str:
+    """Mean and standard error over seeds."""
+    error = f" +- {returns.std(ddof=1) / np.sqrt(len(returns)):.1f}" if len(returns) > 1 else ""
+    return f"{returns.mean():.1f}{error}"
+
+
+def sb3_return(env_id: str, seed: int, episodes: int, folder: Path) -> float:
+    """Stable-Baselines3 with the RL Zoo's preset, in its own environment; read where it is finished."""
+    result = folder / f"sb3-{env_id}-seed{seed}.json"
+    if not result.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        worker = Path(__file__).with_name("sb3_returns.py")
+        command = [peer_python(), worker, env_id, str(seed), str(episodes), result]
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""})
+    return json.loads(result.read_text(encoding="utf-8"))["mean_return"]
+
+
+def draw_all(variants: dict[str, Variant], path: Path) -> None:
+    """Learning curves, one panel an environment: the IQM of the training return and its 95 % bootstrap band."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = -(-len(variants) // 4)
+    figure = Figure(figsize=(13, 2.9 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (env_id, variant) in zip(figure.subplots(rows, 4, squeeze=False).flat, variants.items(), strict=False):
+        if (curve := learning_curve(variant)) is not None:
+            steps, middle, low, high = curve
+            axes.plot(steps, middle, linewidth=1.6)
+            axes.fill_between(steps, low, high, alpha=0.2, linewidth=0)
+        axes.plot([variant.env_steps] * len(variant.returns), variant.returns, "|", color="C1", markersize=10)
+        axes.set_title(f"{env_id}, {len(variant.returns)} seeds", fontsize=10)
+        axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 4))
+        axes.grid(alpha=0.3)
+    figure.suptitle(
+        "Return of the last 100 episodes while training (IQM, 95 %); dashes: the final policies", fontsize=11
+    )
+    figure.savefig(path, dpi=110)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,20 +106,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--envs", nargs="+", default=list(PUBLISHED), choices=list(PUBLISHED))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--sb3-seeds", type=int, default=0, help="also Stable-Baselines3, where versions differ")
     parser.add_argument("--episodes", type=int, default=100, help="episodes of each evaluation")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this")
     parser.add_argument("--folder", type=Path, default=Path("runs/returns"))
+    parser.add_argument("--picture", type=Path, default=None, help="draw the learning curves to this PNG")
     flags = parser.parse_args(argv)
     start, variants = time.monotonic(), {}
-    for seeds in range(1, flags.seeds + 1):
+    sb3: dict[str, list[float]] = {env_id: [] for env_id in flags.envs}
+    for seeds in range(1, max(flags.seeds, flags.sb3_seeds) + 1):
         for env_id in flags.envs:
             if time.monotonic() - start > 60 * flags.minutes:
                 break
-            args = classic.PPOArgs(quiet=True)
-            (variants[env_id],) = compare(
-                env_id, args, [{}], seeds=seeds, episodes=flags.episodes, folder=flags.folder / env_id
-            )
-            print(row(env_id, variants[env_id]), flush=True)
+            if seeds <= flags.seeds:
+                args = classic.PPOArgs(quiet=True)
+                (variants[env_id],) = compare(
+                    env_id, args, [{}], seeds=seeds, episodes=flags.episodes, folder=flags.folder / env_id
+                )
+            if seeds <= flags.sb3_seeds and env_id in OTHER_VERSIONS:
+                sb3[env_id].append(sb3_return(env_id, seeds - 1, flags.episodes, flags.folder))
+            if env_id in variants:
+                print(row(env_id, variants[env_id], sb3[env_id]), flush=True)
     head = [
         "environment",
         "env steps",
@@ -80,11 +134,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "mean +- standard error",
         "IQM [95 %]",
         "worst to best seed",
+        "Stable-Baselines3 here (seeds)",
         "published",
     ]
     print("\n".join(["", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]))
     for env_id, variant in variants.items():
-        print(row(env_id, variant))
+        print(row(env_id, variant, sb3[env_id]))
+    if flags.picture is not None:
+        draw_all(variants, flags.picture)
     return 0
 
 

@@ -190,7 +190,7 @@ def draw(variants: Sequence[Variant], path: str | Path, *, title: str) -> Path:
     curves, finals = figure.subplots(1, 2, width_ratios=(2, 1))
     for i, variant in enumerate(variants):
         color = f"C{i % 10}"
-        if (curve := _curve(variant)) is not None:
+        if (curve := learning_curve(variant)) is not None:
             steps, middle, low, high = curve
             curves.plot(steps, middle, linewidth=1.8, color=color)
             curves.fill_between(steps, low, high, alpha=0.18, color=color, linewidth=0)
@@ -209,7 +209,7 @@ def draw(variants: Sequence[Variant], path: str | Path, *, title: str) -> Path:
     return Path(path)
 
 
-def _curve(variant: Variant) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+def learning_curve(variant: Variant) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
     """(steps, iqm, low, high), each [CURVE_POINTS], where every seed has a value; None where that is nowhere."""
     runs = []
     for folder in variant.folders:

@@ -30,10 +30,12 @@ def sequences(batch=4, length=9):
     return observations, starts
 
 
+@pytest.mark.parametrize("length", [9, 70])
 @pytest.mark.parametrize("kind", KINDS)
-def test_whole_sequences_equal_steps_one_by_one_with_gradients(kind):
+def test_whole_sequences_equal_steps_one_by_one_with_gradients(kind, length):
     memory = Memory(kind, 3, 5, draw())
-    x, starts = sequences()
+    x, starts = sequences(length=length)
+    starts[3, 20:] = False
     state = torch.randn(4, memory.state_size, generator=draw(3))
     x.requires_grad_()
     whole = memory(x, starts, state)
@@ -49,7 +51,7 @@ def test_whole_sequences_equal_steps_one_by_one_with_gradients(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_whole_sequence_is_one_call(kind, monkeypatch):
+def test_whole_sequences_of_about_one_length_are_one_call(kind, monkeypatch):
     memory = Memory(kind, 3, 5, draw())
     calls, forward = [], memory.rnn.forward
     monkeypatch.setattr(memory.rnn, "forward", lambda *a: (calls.append(1), forward(*a))[1])
