@@ -86,9 +86,8 @@ def compare(
         raise ValueError(f"seeds and episodes must be 1 or more, got seeds={seeds} and episodes={episodes}")
     wanted = []
     for change in changes:
-        variant = dataclasses.replace(args, **change)
-        variant.resolve(env_id)
-        wanted.append((_name(change), variant))
+        # With the preset's values, so that a run finished under another preset is not taken for one under this.
+        wanted.append((_name(change), dataclasses.replace(args, **change).resolve(env_id)))
     variants = []
     # Seed by seed, so that a comparison stopped early is still one.
     results: dict[str, list[dict[str, Any]]] = {name: [] for name, _ in wanted}

@@ -77,7 +77,15 @@ def test_compare_trains_every_variant_and_seed_once_and_goes_on_where_it_stopped
 
     trained.clear()
     assert main([*command, "--gamma", "0.5"]) == 2
-    assert "finished with gamma=None, now it is 0.5" in capsys.readouterr().err and not trained
+    assert "finished with gamma=0.99, now it is 0.5" in capsys.readouterr().err and not trained
+
+
+def test_a_run_under_another_preset_is_not_taken_for_this_one(trained, tmp_path, capsys, monkeypatch):
+    command = ["compare", "tests/Match-v0", "--vary", "num_epochs=1", "--seeds", "1", *SMALL]
+    assert main([*command, "--output-dir", str(tmp_path)]) == 0
+    monkeypatch.setattr("classic.config.preset_of", lambda *_: {"gamma": 0.9})
+    assert main([*command, "--output-dir", str(tmp_path)]) == 2
+    assert "finished with gamma=0.99, now it is 0.9" in capsys.readouterr().err
 
 
 def test_contradicting_variants_are_refused_before_any_training(trained, tmp_path, capsys):
