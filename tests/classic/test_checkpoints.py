@@ -231,7 +231,7 @@ def test_a_process_killed_by_the_system_goes_on_from_the_command_line(tmp_path):
     assert victim.wait() == -signal.SIGKILL
     other = [*run(tmp_path / "parts", "--resume", "auto"), "--learning-rate", "0.1"]
     refused = subprocess.run(other, env=environment, capture_output=True, text=True, check=False)
-    assert refused.returncode == 2 and "learning_rate: 0.003 -> 0.1" in refused.stderr
+    assert refused.returncode == 2 and "learning_rate: 0.004 -> 0.1" in refused.stderr
     assert "--resume-override" in refused.stderr
     for folder, more in ((tmp_path / "parts", ("--resume", "auto")), (tmp_path / "whole", ())):
         subprocess.run(run(folder, *more), env=environment, stdout=subprocess.DEVNULL, check=True)
