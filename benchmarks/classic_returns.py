@@ -86,18 +86,20 @@ def draw_all(variants: dict[str, Variant], path: Path) -> None:
     rows = -(-len(variants) // 4)
     figure = Figure(figsize=(13, 2.9 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (env_id, variant) in zip(figure.subplots(rows, 4, squeeze=False).flat, variants.items(), strict=False):
+    panels = list(figure.subplots(rows, 4, squeeze=False).flat)
+    for axes, (env_id, variant) in zip(panels, variants.items(), strict=False):
         if (curve := learning_curve(variant)) is not None:
             steps, middle, low, high = curve
             axes.plot(steps, middle, linewidth=1.6)
             axes.fill_between(steps, low, high, alpha=0.2, linewidth=0)
-        axes.plot([variant.env_steps] * len(variant.returns), variant.returns, "|", color="C1", markersize=10)
-        axes.set_title(f"{env_id}, {len(variant.returns)} seeds", fontsize=10)
+        axes.plot([variant.env_steps] * len(variant.returns), variant.returns, "o", color="C1", markersize=4)
+        seeds = len(variant.returns)
+        axes.set_title(f"{env_id}, {seeds} seed{'s' if seeds > 1 else ''}", fontsize=10)
         axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 4))
         axes.grid(alpha=0.3)
-    figure.suptitle(
-        "Return of the last 100 episodes while training (IQM, 95 %); dashes: the final policies", fontsize=11
-    )
+    for axes in panels[len(variants) :]:
+        axes.remove()
+    figure.suptitle("Return of the last 100 episodes while training (IQM, 95 %); dots: the final policies", fontsize=11)
     figure.savefig(path, dpi=110)
 
 

@@ -35,13 +35,13 @@ def shuffled_minibatches(
     """
     parts = minibatch_indices(len(decisions), num_minibatches, generator=generator)
     order, sizes = torch.cat(parts), [part.shape[0] for part in parts]
-    yield from zip(_parts(decisions[order], sizes), _parts(old[order], sizes), strict=True)
+    yield from zip(_parts(decisions, order, sizes), _parts(old, order, sizes), strict=True)
 
 
-def _parts(record: Any, sizes: list[int]) -> Iterator[Any]:
-    """A record of tensors (some None) as one record for each size, along axis 0."""
+def _parts(record: Any, order: Tensor, sizes: list[int]) -> Iterator[Any]:
+    """The rows of a record of tensors (some None) in an order, as one record for each size."""
     fields = vars(record)
-    columns = [repeat(None) if x is None else x.split(sizes) for x in fields.values()]
+    columns = [repeat(None) if x is None else x.index_select(0, order).split(sizes) for x in fields.values()]
     for _, *row in zip(sizes, *columns, strict=False):
         yield type(record)(**dict(zip(fields, row, strict=True)))
 
