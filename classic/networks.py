@@ -127,7 +127,7 @@ class Memory(nn.Module):
         return output[0], torch.cat(after, dim=-1)[0] if self.lstm else after[0]
 
     def forward(self, x: Tensor, starts: Tensor, state: Tensor) -> Tensor:
-        """Whole sequences in one call.
+        """Whole sequences at once.
 
         x [B, L, I], starts [B, L] bool, state [B, K] before the first step -> outputs [B, L, size].
         Episodes are independent, so they become sequences of their own, each in one call with others.

@@ -31,11 +31,7 @@ from classic.report import draw_curve, estimate_metrics, run_metrics, show_progr
 from classic.rollout import Estimate, Rollout, collect, estimate_advantages
 from classic.update import UpdateRecord, adapted, shuffled_minibatches, went_too_far
 from rlhf_ppo import __version__
-from rlhf_ppo.core import (
-    Experience,
-    PPOConfig,
-    masked_whiten,
-)
+from rlhf_ppo.core import Experience, PPOConfig, masked_whiten
 from rlhf_ppo.runtime.checkpoint import find_checkpoint
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.explain import Explanation
