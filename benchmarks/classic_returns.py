@@ -21,7 +21,7 @@ import numpy as np
 from classic_speed import peer_python
 
 import classic
-from classic.comparison import Variant, compare, learning_curve
+from classic.comparison import Variant, compare, draw_learning_curve
 from classic.statistics import bootstrap_iqm
 
 # Published results (mean +- spread as given there), with their source.
@@ -88,10 +88,7 @@ def draw_all(variants: dict[str, Variant], path: Path) -> None:
     FigureCanvasAgg(figure)
     panels = list(figure.subplots(rows, 4, squeeze=False).flat)
     for axes, (env_id, variant) in zip(panels, variants.items(), strict=False):
-        if (curve := learning_curve(variant)) is not None:
-            steps, middle, low, high = curve
-            axes.plot(steps, middle, linewidth=1.6)
-            axes.fill_between(steps, low, high, alpha=0.2, linewidth=0)
+        draw_learning_curve(axes, variant, "C0")
         axes.plot([variant.env_steps] * len(variant.returns), variant.returns, "o", color="C1", markersize=4)
         seeds = len(variant.returns)
         axes.set_title(f"{env_id}, {seeds} seed{'s' if seeds > 1 else ''}", fontsize=10)

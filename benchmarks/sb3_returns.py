@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from classic_speed_worker import ZOO
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -18,15 +19,6 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 STEPS = 1_000_000
 
-LANDER: dict[str, Any] = {
-    "n_envs": 16,
-    "n_steps": 1024,
-    "batch_size": 64,
-    "gae_lambda": 0.98,
-    "gamma": 0.999,
-    "n_epochs": 4,
-    "ent_coef": 0.01,
-}
 MUJOCO: dict[str, Any] = {
     "normalize": True,
     "n_steps": 512,
@@ -39,9 +31,9 @@ MUJOCO: dict[str, Any] = {
     },
 }
 # The RL Zoo's presets, for the versions of these environments before these.
-ZOO: dict[str, dict[str, Any]] = {
-    "LunarLander-v3": LANDER,
-    "LunarLanderContinuous-v3": LANDER,
+PRESETS: dict[str, dict[str, Any]] = {
+    "LunarLander-v3": ZOO["LunarLander-v3"],
+    "LunarLanderContinuous-v3": ZOO["LunarLander-v3"],
     "HalfCheetah-v5": {
         **MUJOCO,
         "gamma": 0.98,
@@ -83,19 +75,20 @@ ZOO: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("env", choices=list(ZOO))
+    parser.add_argument("env", choices=list(PRESETS))
     parser.add_argument("seed", type=int)
     parser.add_argument("episodes", type=int)
     parser.add_argument("result", type=Path)
     flags = parser.parse_args()
     torch.set_num_threads(1)
-    settings = dict(ZOO[flags.env])
+    settings = dict(PRESETS[flags.env])
     copies, normalize = settings.pop("n_envs", 1), settings.pop("normalize", False)
+    steps = settings.pop("total", STEPS)
     envs = make_vec_env(flags.env, n_envs=copies, seed=flags.seed)
     test = make_vec_env(flags.env, seed=1_000_000 + flags.seed)
     if normalize:
         envs = VecNormalize(envs, gamma=settings["gamma"])
-    model = PPO("MlpPolicy", envs, seed=flags.seed, device="cpu", **settings).learn(STEPS)
+    model = PPO("MlpPolicy", envs, seed=flags.seed, device="cpu", **settings).learn(steps)
     if normalize:
         test = VecNormalize(test, training=False, norm_reward=False)
         test.obs_rms = envs.obs_rms

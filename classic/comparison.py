@@ -189,10 +189,7 @@ def draw(variants: Sequence[Variant], path: str | Path, *, title: str) -> Path:
     curves, finals = figure.subplots(1, 2, width_ratios=(2, 1))
     for i, variant in enumerate(variants):
         color = f"C{i % 10}"
-        if (curve := learning_curve(variant)) is not None:
-            steps, middle, low, high = curve
-            curves.plot(steps, middle, linewidth=1.8, color=color)
-            curves.fill_between(steps, low, high, alpha=0.18, color=color, linewidth=0)
+        draw_learning_curve(curves, variant, color)
         middle, low, high = bootstrap_iqm([variant.returns])
         y = len(variants) - 1 - i
         finals.plot([low, high], [y, y], linewidth=7, alpha=0.3, color=color, solid_capstyle="butt")
@@ -208,7 +205,15 @@ def draw(variants: Sequence[Variant], path: str | Path, *, title: str) -> Path:
     return Path(path)
 
 
-def learning_curve(variant: Variant) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+def draw_learning_curve(axes: Any, variant: Variant, color: str) -> None:
+    """The IQM over seeds of the training return, and its 95 % bootstrap band; nothing where no step is in all."""
+    if (curve := _curve(variant)) is not None:
+        steps, middle, low, high = curve
+        axes.plot(steps, middle, linewidth=1.8, color=color)
+        axes.fill_between(steps, low, high, alpha=0.18, color=color, linewidth=0)
+
+
+def _curve(variant: Variant) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
     """(steps, iqm, low, high), each [CURVE_POINTS], where every seed has a value; None where that is nowhere."""
     runs = []
     for folder in variant.folders:

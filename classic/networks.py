@@ -153,8 +153,8 @@ class Memory(nn.Module):
         equal lengths, and several times as fast as what it does with others.
         """
         outputs, places = [], []
-        shorter, longest = 0, SHORTEST_PADDED
-        while shorter < int(lengths.max()):
+        shorter, longest, last = 0, SHORTEST_PADDED, int(lengths.max())
+        while shorter < last:
             alike = (lengths > shorter) & (lengths <= longest)
             if alike.any():
                 steps = torch.arange(longest)
