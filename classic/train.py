@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -27,13 +26,12 @@ from classic.gradients import gradient_method
 from classic.making import EnvLike, env_name
 from classic.normalization import Normalizer
 from classic.prediction import predict
-from classic.report import draw_curve, estimate_metrics, run_metrics, show_progress
+from classic.report import draw_curve, run_metrics, show_progress
 from classic.rollout import Estimate, Rollout, collect, estimate_advantages
-from classic.update import UpdateRecord, adapted, shuffled_minibatches, went_too_far
+from classic.update import update
 from rlhf_ppo import __version__
-from rlhf_ppo.core import Experience, PPOConfig, masked_whiten
+from rlhf_ppo.core import PPOConfig
 from rlhf_ppo.runtime.checkpoint import find_checkpoint
-from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.explain import Explanation
 from rlhf_ppo.runtime.lock import run_lock
 from rlhf_ppo.runtime.processes import require_one_process
@@ -44,7 +42,6 @@ from rlhf_ppo.runtime.signals import asked_to_stop, stop_if_asked, stop_on_signa
 from rlhf_ppo.runtime.trackers import reporting, require_installed
 
 EVALUATION_SEED_OFFSET = 1_000_000
-MAX_SKIPPED_IN_A_ROW = 10
 
 
 class LastUpdate(NamedTuple):
@@ -226,53 +223,15 @@ class PPO:
             estimate = estimate_advantages(self.network, rollout, self.config)
             self.last_update = LastUpdate(rollout, estimate)
 
-            # 3. Update, on real decisions alone: autoreset steps are gone from here on, or masked inside sequences.
-            decisions = rollout.decisions()
-            old = self._experience(rollout, estimate)
-            record = UpdateRecord()
-            steps = skipped = epochs = 0
-            stop = False
-            while epochs < self.config.num_epochs and not stop:
-                epochs += 1
-                if self.args.recompute_advantages and epochs > 1:
-                    old = self._experience(rollout, estimate_advantages(self.network, rollout, self.config))
-                for taken, part in shuffled_minibatches(decisions, old, self.config.num_minibatches, self.generator):
-                    new = self.gradients.evaluate(taken)
-                    record.saw(new, part)
-                    if stop := went_too_far(new, part, self.config):
-                        break
-                    loss = self.gradients.differentiate(new, part, self.config)
-                    norm = self.weights.clip_gradient(self.config.max_grad_norm)
-                    steps += 1
-                    # A loss may overflow while its gradient does not.
-                    if not math.isfinite(norm + loss):
-                        record.forget()
-                        skipped += 1
-                        progress.skipped_in_a_row += 1
-                        self._stop_if_diverged(progress.skipped_in_a_row)
-                        continue
-                    progress.skipped_in_a_row = 0
-                    self.optimizer.step()
-                    record.stepped(norm)
-            in_force = self.config
-            self.config = adapted(self.config, self.network, decisions, old)
+            # 3. Update.
+            learned = update(self, rollout, estimate, progress)
 
             # 4. Report.
             counters["iteration"] += 1
             counters["env_steps"] += int(mask.sum())
-            counters["optimizer_steps"] += steps - skipped
             counters["episodes"] += len(rollout.episodes)
             self.recent.extend(rollout.episodes)
-            metrics = {
-                **run_metrics(counters, self.recent),
-                **record.metrics(in_force),
-                **estimate_metrics(estimate, mask),
-                "policy/clip_range": in_force.clip_range,
-                "policy/penalty_beta": in_force.penalty_beta,
-                "optim/learning_rate": learning_rate,
-                "optim/skipped_steps": skipped,
-                "optim/epochs": epochs,
-            }
+            metrics = {**run_metrics(counters, self.recent), **learned}
             self.last_metrics = metrics
             self.log(metrics)
             show_progress(display, min(counters["env_steps"] - progress.first_step, total), metrics)
@@ -402,18 +361,3 @@ class PPO:
         value = getattr(self.args, name)
         assert value is not None, f"{name} is unresolved"
         return value
-
-    def _experience(self, rollout: Rollout, estimate: Estimate) -> Experience:
-        """What was recorded and estimated, in rows for minibatches. Returns keep the scale that the critic learns."""
-        values, _, advantages, returns = estimate
-        whiten = self.config.normalize_advantages
-        weights = masked_whiten(advantages, rollout.mask) if whiten else advantages
-        return Experience(*map(rollout.rows, (rollout.logprobs, values, weights, returns, rollout.mask)))
-
-    def _stop_if_diverged(self, skipped: int) -> None:
-        if skipped >= MAX_SKIPPED_IN_A_ROW:
-            raise NonFiniteGradientError(
-                f"environment {self.env_id!r}, iteration {self.counters['iteration'] + 1}: {skipped} gradients in a "
-                "row, or their losses, were not finite and their steps skipped; lower learning_rate, or scale the "
-                "rewards down"
-            )

@@ -1,4 +1,4 @@
-"""What the update's loop needs around it: minibatches gathered once an epoch, when to stop, what its steps did."""
+"""One PPO update on a rollout: epochs of minibatches, when to stop, and controllers that move after it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import repeat
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from classic.actor_critic import ActorCritic, Decisions
-from classic.gradients import update_loss
+from classic.checkpoints import Progress
+from classic.record import UpdateRecord
+from classic.report import estimate_metrics
+from classic.rollout import Estimate, Rollout, estimate_advantages
 from rlhf_ppo.core import (
     Experience,
     PolicyOutput,
@@ -21,9 +24,77 @@ from rlhf_ppo.core import (
     adapt_penalty_beta,
     kl_estimate,
     masked_mean,
+    masked_whiten,
     minibatch_indices,
     ppo_diagnostics,
 )
+from rlhf_ppo.runtime.errors import NonFiniteGradientError
+
+if TYPE_CHECKING:
+    from classic.train import PPO
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+def update(agent: PPO, rollout: Rollout, estimate: Estimate, progress: Progress) -> dict[str, float]:
+    """Train on a rollout.
+
+    Args:
+        agent: its weights, optimizer, controllers and count of optimizer steps move.
+        rollout: what was collected; only its real decisions are learned from, since autoreset steps are gone from its
+            rows, or masked inside sequences.
+        estimate: its values and advantages.
+        progress: counts skipped steps from one update to the next.
+    Returns:
+        The update's metrics.
+    Raises:
+        NonFiniteGradientError: ten steps in a row had to be skipped.
+    """
+    args, config = agent.args, agent.config
+    decisions, old = rollout.decisions(), _experience(rollout, estimate, config)
+    record = UpdateRecord()
+    steps = skipped = epochs = 0
+    stop = False
+    while epochs < config.num_epochs and not stop:
+        epochs += 1
+        if args.recompute_advantages and epochs > 1:
+            old = _experience(rollout, estimate_advantages(agent.network, rollout, config), config)
+        for taken, part in shuffled_minibatches(decisions, old, config.num_minibatches, agent.generator):
+            new = agent.gradients.evaluate(taken)
+            record.saw(new, part)
+            if stop := went_too_far(new, part, config):
+                break
+            loss = agent.gradients.differentiate(new, part, config)
+            norm = agent.weights.clip_gradient(config.max_grad_norm)
+            steps += 1
+            # A loss may overflow while its gradient does not.
+            if not math.isfinite(norm + loss):
+                record.forget()
+                skipped += 1
+                progress.skipped_in_a_row += 1
+                _stop_if_diverged(agent, progress.skipped_in_a_row)
+                continue
+            progress.skipped_in_a_row = 0
+            agent.optimizer.step()
+            record.stepped(norm)
+    agent.counters["optimizer_steps"] += steps - skipped
+    agent.config = adapted(config, agent.network, decisions, old)
+    return {
+        **record.metrics(config),
+        **estimate_metrics(estimate, rollout.mask),
+        "policy/clip_range": config.clip_range,
+        "policy/penalty_beta": config.penalty_beta,
+        "optim/learning_rate": agent.optimizer.lr,
+        "optim/skipped_steps": skipped,
+        "optim/epochs": epochs,
+    }
+
+
+def _experience(rollout: Rollout, estimate: Estimate, config: PPOConfig) -> Experience:
+    """What was recorded and estimated, in rows for minibatches. Returns keep the scale that the critic learns."""
+    values, _, advantages, returns = estimate
+    weights = masked_whiten(advantages, rollout.mask) if config.normalize_advantages else advantages
+    return Experience(*map(rollout.rows, (rollout.logprobs, values, weights, returns, rollout.mask)))
 
 
 def shuffled_minibatches(
@@ -65,66 +136,10 @@ def adapted(config: PPOConfig, network: ActorCritic, decisions: Decisions, old: 
     return replace(config, clip_range=adapt_clip_range(config.clip_range, kl, target=target))
 
 
-class UpdateRecord:
-    """What an update's minibatches said, kept as tensors; everything is computed once, after the last step."""
-
-    def __init__(self) -> None:
-        self._read: list[tuple[PolicyOutput, Experience]] = []
-        self._taken: list[tuple[PolicyOutput, Experience]] = []
-        self._norms: list[float] = []
-        self._forgotten: list[tuple[PolicyOutput, Experience]] = []
-
-    def saw(self, new: PolicyOutput, old: Experience) -> None:
-        """A minibatch was read, before the step on it."""
-        self._read.append((_detached(new), old))
-
-    def forget(self) -> None:
-        """The minibatch read last was not finite: it is in no average, unless there is none but it."""
-        self._forgotten = [self._read.pop()]
-
-    def stepped(self, gradient_norm: float) -> None:
-        """A step was taken on the minibatch read last."""
-        self._taken.append(self._read[-1])
-        self._norms.append(gradient_norm)
-
-    @torch.no_grad()
-    def metrics(self, config: PPOConfig) -> dict[str, float]:
-        """Averages over every decision of every minibatch read (policy/...) and of every step taken (losses, norm)."""
-        read = self._read or self._forgotten
-        new, old = _joined(read)
-        metrics = {f"policy/{name}": float(value) for name, value in ppo_diagnostics(new, old, config).items()}
-        first_new, first_old = read[0]
-        gaps = (first_new.logprobs - first_old.logprobs).abs()
-        metrics["policy/first_minibatch_max_abs_log_ratio"] = float(gaps.masked_fill(~first_old.mask, 0.0).max())
-        if self._taken:
-            loss = update_loss(*((new, old) if len(self._taken) == len(read) else _joined(self._taken)), config)
-            sizes = torch.stack([old.mask.sum() for _, old in self._taken]).tolist()
-            norm = math.fsum(size * norm for size, norm in zip(sizes, self._norms, strict=True)) / sum(sizes)
-            metrics |= {"policy/loss": float(loss.policy), "value/loss": float(loss.value), "optim/grad_norm": norm}
-        return metrics
-
-
-def _detached(new: PolicyOutput) -> PolicyOutput:
-    values = None if new.values is None else new.values.detach()
-    return PolicyOutput(new.logprobs.detach(), values, None if new.entropy is None else new.entropy.detach())
-
-
-def _joined(parts: list[tuple[PolicyOutput, Experience]]) -> tuple[PolicyOutput, Experience]:
-    """Minibatches as one."""
-
-    def cat(tensors: list[Tensor | None]) -> Tensor | None:
-        given = [x for x in tensors if x is not None]
-        return torch.cat(given) if given else None
-
-    news, olds = [new for new, _ in parts], [old for _, old in parts]
-    new = PolicyOutput(
-        torch.cat([new.logprobs for new in news]), cat([new.values for new in news]), cat([new.entropy for new in news])
-    )
-    old = Experience(
-        logprobs=torch.cat([old.logprobs for old in olds]),
-        values=cat([old.values for old in olds]),
-        advantages=torch.cat([old.advantages for old in olds]),
-        returns=cat([old.returns for old in olds]),
-        mask=torch.cat([old.mask for old in olds]),
-    )
-    return new, old
+def _stop_if_diverged(agent: PPO, skipped: int) -> None:
+    if skipped >= MAX_SKIPPED_IN_A_ROW:
+        raise NonFiniteGradientError(
+            f"environment {agent.env_id!r}, iteration {agent.counters['iteration'] + 1}: {skipped} gradients in a "
+            "row, or their losses, were not finite and their steps skipped; lower learning_rate, or scale the "
+            "rewards down"
+        )

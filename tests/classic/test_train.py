@@ -27,14 +27,14 @@ def log_of(folder):
 @pytest.fixture
 def minibatches(monkeypatch):
     """Every minibatch that is learned from, as (decisions, old)."""
-    seen, shuffled = [], classic.train.shuffled_minibatches
+    seen, shuffled = [], classic.update.shuffled_minibatches
 
     def watched(*args):
         for taken, part in shuffled(*args):
             seen.append((taken, part))
             yield taken, part
 
-    monkeypatch.setattr("classic.train.shuffled_minibatches", watched)
+    monkeypatch.setattr("classic.update.shuffled_minibatches", watched)
     return seen
 
 
@@ -288,13 +288,13 @@ def test_a_loss_that_overflows_while_its_gradient_does_not_is_skipped(objective,
     """Returns of 1e20 are within float32, and so is V - R times a small weight; its square is not."""
     args = small(objective=objective, vf_coef=1e-6, output_dir=str(tmp_path), num_epochs=1)
     agent = classic.PPO("tests/Match-v0", args)
-    shuffled = classic.train.shuffled_minibatches
+    shuffled = classic.update.shuffled_minibatches
 
     def overflowing(*args):
         for i, (taken, part) in enumerate(shuffled(*args)):
             yield taken, dataclasses.replace(part, returns=part.returns + (1e20 if i == 1 else 0.0))
 
-    monkeypatch.setattr("classic.train.shuffled_minibatches", overflowing)
+    monkeypatch.setattr("classic.update.shuffled_minibatches", overflowing)
     agent.learn(1)
     assert [row["optim/skipped_steps"] for row in log_of(tmp_path)] == [1]
     assert agent.optimizer.steps == 1
