@@ -22,7 +22,7 @@ from classic_speed import peer_python
 
 import classic
 from classic.comparison import Variant, compare, draw_learning_curve
-from classic.statistics import bootstrap_iqm
+from classic.statistics import bootstrap_iqm, mean_and_error
 
 # Published results (mean +- spread as given there), with their source.
 PUBLISHED = {
@@ -59,12 +59,6 @@ def row(env_id: str, variant: Variant, sb3: list[float]) -> str:
         PUBLISHED[env_id],
     ]
     return "| " + " | ".join(cells) + " |"
-
-
-def mean_and_error(returns: np.ndarray) -> str:
-    """Mean and standard error over seeds."""
-    error = f" +- {returns.std(ddof=1) / np.sqrt(len(returns)):.1f}" if len(returns) > 1 else ""
-    return f"{returns.mean():.1f}{error}"
 
 
 def sb3_return(env_id: str, seed: int, episodes: int, folder: Path) -> float:

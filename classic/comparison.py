@@ -15,7 +15,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from classic.config import PPOArgs
-from classic.statistics import bootstrap_iqm
+from classic.statistics import bootstrap_iqm, mean_and_error
 from classic.train import PPO
 from rlhf_ppo.runtime.run_directory import RunDirectory
 
@@ -161,14 +161,12 @@ def rows(variants: Sequence[Variant]) -> list[tuple[str, str, str, str, str]]:
     lines = []
     for variant in variants:
         middle, low, high = bootstrap_iqm([variant.returns])
-        n = len(variant.returns)
-        error = variant.returns.std(ddof=1) / np.sqrt(n) if n > 1 else float("nan")
         lines.append(
             (
                 variant.name,
-                str(n),
+                str(len(variant.returns)),
                 f"{middle:.1f} [{low:.1f}, {high:.1f}]",
-                f"{variant.returns.mean():.1f} +- {error:.1f}",
+                mean_and_error(variant.returns),
                 f"{variant.returns.min():.1f}",
             )
         )

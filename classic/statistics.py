@@ -49,3 +49,14 @@ def bootstrap_iqm(
     means = iqm(np.concatenate(resampled, axis=-1))
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=-1)
     return iqm(np.concatenate(list(strata), axis=-1)), low, high
+
+
+def mean_and_error(scores: np.ndarray) -> str:
+    """Mean and standard error over runs, for a table; the mean alone where there is one run.
+
+    Args:
+        scores: [n] one value a run.
+    """
+    n = len(scores)
+    error = f" +- {scores.std(ddof=1) / np.sqrt(n):.1f}" if n > 1 else ""
+    return f"{scores.mean():.1f}{error}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from classic.statistics import bootstrap_iqm, iqm
+from classic.statistics import bootstrap_iqm, iqm, mean_and_error
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,9 @@ def test_the_same_seed_gives_the_same_interval_and_one_run_says_nothing():
     assert bootstrap_iqm(scores) == bootstrap_iqm(scores)
     assert bootstrap_iqm(scores, seed=1)[1:] != bootstrap_iqm(scores, seed=2)[1:]
     assert bootstrap_iqm([np.array([4.0])]) == (4.0, 4.0, 4.0)
+
+
+def test_mean_and_standard_error_by_hand():
+    """Deviations 1, 0, -1: a variance of 1 with n - 1, over three runs."""
+    assert mean_and_error(np.array([1.0, 2.0, 3.0])) == "2.0 +- 0.6"
+    assert mean_and_error(np.array([4.0])) == "4.0"
