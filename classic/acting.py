@@ -23,11 +23,12 @@ MAX_PRODUCT = 2**18
 
 def acting(network: ActorCritic, rows: int) -> Act:
     """How the network is asked for actions, ``rows`` at a time; valid until its weights change."""
-    bodies = list(network.bodies)
-    layers: list[nn.Module] = [*(bodies[0].layers if bodies else ()), *network.policy] if network.plain else []  # pyright: ignore
-    widest = max((layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear)), default=MAX_PRODUCT)
     one_choice = len(network.actions.choices) == 1
-    if rows * widest > MAX_PRODUCT or not (one_choice or (network.log_std is not None)):
+    if not network.plain or not (one_choice or (network.log_std is not None)):
+        return _with_torch(network)
+    bodies = list(network.bodies)
+    layers: list[nn.Module] = [*(bodies[0].layers if bodies else ()), *network.policy]  # pyright: ignore
+    if rows * max(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear)) > MAX_PRODUCT:
         return _with_torch(network)
     forward = numpy_forward(layers)
     std = None if network.log_std is None else network.log_std.detach().exp().numpy()

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from classic.spaces import ActionLayout
 
+REMEDY = "give one at the reset and at every step, or set action_masks=False"
+
 
 class ActionMasks:
     """Reads masks from ``info["action_mask"]``, or from an environment's method ``action_masks()``.
@@ -34,20 +36,22 @@ class ActionMasks:
         if wanted and not actions.choices:
             raise ValueError(f"{where}: action_masks=True, but its actions are numbers, which cannot be masked")
         self.envs, self.actions, self.where, self.wanted = envs, actions, where, wanted
-        self._offsets = np.cumsum([0, *actions.choices[:-1]])
         self._method = bool(actions.choices) and wanted is not False and _has_method(envs)
 
-    def read(self, info: dict[str, Any], resetting: Tensor) -> Tensor | None:
+    def read(self, info: dict[str, Any], resetting: Tensor, *, expected: bool | None) -> Tensor | None:
         """Masks [B, options] for the next action, or None if there are none.
 
         Args:
             info: what reset or step returned.
             resetting: [B] bool, copies whose next action is ignored: everything is allowed there.
+            expected: whether there were masks before; None: nothing was asked before.
         Raises:
-            ValueError: a mask is missing, has the wrong length, or allows nothing.
+            ValueError: a mask is missing, or there although there was none before; it has the wrong length, or allows
+                nothing.
         """
         if self.wanted is False or not self.actions.choices:
             return None
+        options, ignored = self.actions.num_outputs, resetting.numpy()
         if "action_mask" in info:
             given = np.asarray(info["action_mask"], dtype=object if info["action_mask"].dtype == object else bool)
             present = np.asarray(info.get("_action_mask", np.ones(len(given), dtype=bool)))
@@ -56,25 +60,33 @@ class ActionMasks:
             present = np.ones(len(given), dtype=bool)
         elif self.wanted:
             raise ValueError("action_masks=True, but there is neither infos['action_mask'] nor a method action_masks()")
+        elif expected:
+            given, present = (), np.zeros(len(ignored), dtype=bool)
         else:
             return None
-        ignored = resetting.numpy()
-        options = self.actions.num_outputs
+        if expected is False:
+            raise ValueError(f"there is an action mask, but there was none at the steps before: {REMEDY}")
         masks = np.ones((len(ignored), options), dtype=bool)
         for copy in np.flatnonzero(~ignored):
-            row = np.concatenate([np.ravel(part) for part in _parts(given[copy])]).astype(bool) if present[copy] else ()
-            if len(row) != options:
-                raise ValueError(f"the action mask of copy {copy} must have {options} entries, got {len(row)}")
-            masks[copy] = row
-        empty = ~np.logical_or.reduceat(masks, self._offsets, axis=1).all(axis=1)
-        if empty.any():
-            raise ValueError(f"the action mask of copy {np.flatnonzero(empty)[0]} allows nothing")
+            if not present[copy]:
+                raise ValueError(f"the action mask of copy {copy} is missing: {REMEDY}")
+            masks[copy] = mask_row(given[copy], self.actions, f"the action mask of copy {copy}")
         return torch.from_numpy(masks)
 
 
-def _parts(mask: Any) -> list[Any]:
-    """A mask of several choices may come as one row or as one array a choice."""
-    return list(mask) if isinstance(mask, (list, tuple)) else [mask]
+def mask_row(mask: Any, actions: ActionLayout, name: str) -> np.ndarray:
+    """[options] bool from one mask: a row, or one array a choice.
+
+    Raises:
+        ValueError: the wrong length, or a choice without an allowed option; ``name`` begins the message.
+    """
+    parts = list(mask) if isinstance(mask, (list, tuple)) else [mask]
+    row = np.concatenate([np.ravel(part) for part in parts]).astype(bool)
+    if len(row) != actions.num_outputs:
+        raise ValueError(f"{name} must have {actions.num_outputs} entries, got {len(row)}")
+    if not np.logical_or.reduceat(row, np.cumsum([0, *actions.choices[:-1]])).all():
+        raise ValueError(f"{name} allows nothing")
+    return row
 
 
 def _has_method(envs: VectorEnv) -> bool:

@@ -17,9 +17,12 @@ from rich.table import Table
 from classic import comparison
 from classic.callbacks import evaluate_every, stop_at_return
 from classic.config import PPOArgs
+from classic.making import BrokenEnvironmentError
 from classic.train import PPO
 from classic.video import record_video
 from rlhf_ppo.runtime.advice import AdviseArgs, print_advice
+from rlhf_ppo.runtime.checkpoint import list_checkpoints
+from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.settings import Command, run_command
 from rlhf_ppo.runtime.signals import Interrupted
 
@@ -30,6 +33,8 @@ class TrainCommand(PPOArgs):
 
     env: tyro.conf.Positional[str]
     """Environment id, such as CartPole-v1, or module:id to import a module first."""
+    output_dir: str | None = None
+    """Where the run goes; None: runs/<env>-seed<seed>."""
     eval_episodes: int = 20
     """Episodes of the evaluation at the end."""
     eval_every: int = 0
@@ -64,6 +69,8 @@ class CompareCommand(PPOArgs):
 
     env: tyro.conf.Positional[str]
     """Environment id, such as CartPole-v1."""
+    output_dir: str | None = None
+    """Where the runs go, in <variant>/seed<k>/; None: runs/compare-<env>."""
     vary: tuple[str, ...]
     """What differs, as name=value,value: num_epochs=1,4,10 or objective=clip,a2c; several: every combination."""
     seeds: int = 5
@@ -74,12 +81,12 @@ class CompareCommand(PPOArgs):
 
 @dataclass(frozen=True, kw_only=True)
 class ExplainCommand:
-    """Make one more update in memory and explain it step by step; the folder stays as it is."""
+    """Make one more update in memory, schedules at their start, and explain it; the folder stays as it is."""
 
     folder: tyro.conf.Positional[str]
     """Folder of a run, or any folder written by agent.save."""
     max_rows: int = 60
-    """Rows to print."""
+    """Rows to print, 1 or more."""
     picture: str | None = None
     """PNG to draw the first environment copy's steps to; None: no picture."""
 
@@ -112,7 +119,8 @@ def train(command: TrainCommand) -> int:
         )
     except Interrupted as stop:
         folder = agent.save(given["output_dir"])
-        print(f"{stop}; the agent as it is lies in {folder}; --resume auto goes on", file=sys.stderr)
+        goes_on = "; --resume auto goes on" if list_checkpoints(folder) else ""  # none after the last update
+        print(f"{stop}; the agent as it is lies in {folder}{goes_on}", file=sys.stderr)
         return stop.exit_code
     folder = given["output_dir"]
     table = Table(title=f"{command.env}: {agent.counters['env_steps']:,} steps in {seconds:.1f} s", show_header=False)
@@ -132,12 +140,15 @@ def evaluate(command: EvaluateCommand) -> None:
     for row in _result_rows(result, command.episodes):
         table.add_row(*row)
     if command.video is not None:
-        table.add_row("video", str(record_video(agent, command.video, deterministic=command.deterministic)))
+        seed = 0 if command.seed is None else command.seed
+        table.add_row("video", str(record_video(agent, command.video, seed=seed, deterministic=command.deterministic)))
     _print(table)
 
 
 def explain(command: ExplainCommand) -> None:
     """`classic-ppo explain FOLDER`: rewards, values, advantages and ratios of one more update."""
+    if command.max_rows < 1:
+        raise ValueError(f"max_rows must be 1 or more, got {command.max_rows}")
     agent = PPO.load(command.folder)
     agent.args = dataclasses.replace(agent.args, output_dir=None, save_every=0, quiet=True)
     explanation = agent.learn(1).explain()  # one step rounds up to one rollout
@@ -155,9 +166,9 @@ def compare(command: CompareCommand) -> int:
         variants = comparison.compare(
             command.env, args, changes, seeds=command.seeds, episodes=command.eval_episodes, folder=folder
         )
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"interrupted; finished runs stay in {folder}, and the same command goes on from there", file=sys.stderr)
-        return 130
+        return stop.exit_code if isinstance(stop, Interrupted) else 130
     table = Table(title=f"{command.env}, {max(variant.env_steps for variant in variants):,} steps a run")
     for column in ("variant", "seeds", "IQM of the return [95 %]", "mean +- standard error", "worst seed"):
         table.add_column(column)
@@ -187,7 +198,7 @@ def _result_rows(result: dict[str, float], episodes: int) -> list[tuple[str, str
 def _print(table: Table) -> None:
     console = Console()
     # A pipe or a log has no width: a path must not be wrapped there.
-    console.print(table, width=None if console.is_terminal else 200)
+    (console if console.is_terminal else Console(width=200)).print(table)
 
 
 COMMANDS: dict[str, Command] = {
@@ -201,7 +212,13 @@ COMMANDS: dict[str, Command] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `classic-ppo`."""
-    return run_command("classic-ppo", COMMANDS, argv)
+    try:
+        return run_command("classic-ppo", COMMANDS, argv)
+    except (BrokenEnvironmentError, NonFiniteGradientError) as error:
+        if error.__cause__ is not None:
+            raise  # a crash of the environment's own: the traceback says where
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ def read_variants(words: Sequence[str]) -> list[dict[str, Any]]:
             raise ValueError(f"--vary names {name} twice; give all of its values at once")
         try:
             values = yaml.safe_load(f"[{text}]")
+            values = [None if value == "None" else value for value in values]  # as flags and tables spell it
             lists[name] = [TypeAdapter(types[name]).validate_python(value) for value in values]
         except (yaml.YAMLError, ValidationError) as error:
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "not a list of values"
@@ -80,14 +81,19 @@ def compare(
         episodes: length of the evaluation after each run.
         folder: ``<folder>/<variant>/seed<k>/`` is one run.
     Raises:
-        ValueError: settings contradict each other (before any training), or a finished run has other settings.
+        ValueError: settings contradict each other, or two variants are the same (both before any training), or a
+            finished run has other settings.
     """
     if seeds < 1 or episodes < 1:
         raise ValueError(f"seeds and episodes must be 1 or more, got seeds={seeds} and episodes={episodes}")
     wanted = []
     for change in changes:
         # With the preset's values, so that a run finished under another preset is not taken for one under this.
-        wanted.append((_name(change), dataclasses.replace(args, **change).resolve(env_id)))
+        name = _name(change)
+        if name in dict(wanted):
+            raise ValueError(f"two variants are {name}: name each value once")
+        variant = dataclasses.replace(args, **change, output_dir=str(Path(folder) / name))
+        wanted.append((name, variant.resolve(env_id)))
     variants = []
     # Seed by seed, so that a comparison stopped early is still one.
     results: dict[str, list[dict[str, Any]]] = {name: [] for name, _ in wanted}

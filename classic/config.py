@@ -270,8 +270,13 @@ class PPOArgs:
         Under NEXT_STEP every second step may be a reset in the worst case, which is episodes of one step.
         """
         assert self.num_envs and self.num_steps and self.num_minibatches
-        if self.recurrent != "none":
-            return  # whole sequences, of which there are always num_envs
+        if self.recurrent != "none":  # whole sequences, of which there are always num_envs
+            if next_step_autoreset and self.num_steps < 2:
+                raise ValueError(
+                    f"num_steps={self.num_steps} may hold no decision at all with recurrent={self.recurrent!r} "
+                    "(NEXT_STEP autoreset may spend it): raise num_steps to 2 or more"
+                )
+            return
         decisions = self.num_envs * (self.num_steps // 2 if next_step_autoreset else self.num_steps)
         if self.num_minibatches > decisions:
             raise ValueError(

@@ -111,7 +111,7 @@ class Environments:
         self.resetting = torch.zeros(self.num_envs, dtype=torch.bool)
         self.starting = torch.ones(self.num_envs, dtype=torch.bool)
         self._returns, self._lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=np.int64)
-        self.action_masks = self._read_masks(info)
+        self.action_masks = self._read_masks(info, expected=None)
 
     def step(self, actions: Tensor) -> Step:
         """Step every copy with the policy's actions, [B] or [B, choices] indices or [B, numbers].
@@ -146,7 +146,7 @@ class Environments:
         else:
             self.starting = over
         self.observations = observations
-        self.action_masks = self._read_masks(info)
+        self.action_masks = self._read_masks(info, expected=self.action_masks is not None)
         return Step(
             torch.from_numpy(rewards),
             torch.from_numpy(ended),
@@ -178,9 +178,13 @@ class Environments:
             return False  # what was possible then is not now, so it is not the same episode
         if came_back is None:
             return False
-        for copy, observation in enumerate(came_back):
+        for copy, (observation, rewards) in enumerate(came_back):
             encoded = self.encode(batch_of_one(self.observation_space, observation))
             if not np.array_equal(encoded[0], tensors["observations"][copy].numpy()):
+                return False
+            total = np.sum(np.array(rewards, dtype=np.float32), dtype=np.float64)
+            # Of an episode that is over and waits for its reset, the sum is no longer kept.
+            if not tensors["resetting"][copy] and not np.isclose(total, tensors["returns"][copy].item(), rtol=1e-9):
                 return False
         self.observations, self.action_masks = tensors["observations"], tensors.get("action_masks")
         self.resetting, self.starting = tensors["resetting"], tensors["starting"]
@@ -207,9 +211,9 @@ class Environments:
         copy = "" if env is None else f", copy {env}"
         return BrokenEnvironmentError(f"environment {self.env_id!r}{copy}, step {self.steps}: {what}")
 
-    def _read_masks(self, info: dict[str, Any]) -> Tensor | None:
+    def _read_masks(self, info: dict[str, Any], *, expected: bool | None) -> Tensor | None:
         try:
-            return self._masks.read(info, self.resetting)
+            return self._masks.read(info, self.resetting, expected=expected)
         except ValueError as error:
             raise self._fault(str(error)) from None
 

@@ -27,7 +27,7 @@ class RecordedEpisode(gymnasium.Wrapper):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin an episode; what its generator was before is remembered."""
         self.seed, self.actions = seed, []
-        self.generator = {} if seed is not None else self.unwrapped.np_random.bit_generator.state
+        self.generator = {} if seed is not None else _generator_state(self)
         return self.env.reset(seed=seed, options=options)
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
@@ -35,14 +35,21 @@ class RecordedEpisode(gymnasium.Wrapper):
         self.actions.append(np.array(action))
         return self.env.step(action)
 
-    def play_again(self, seed: int | None, generator: Mapping[str, Any], actions: np.ndarray) -> Any:
-        """Begin a remembered episode and repeat its actions; returns the last observation."""
-        if seed is None:
+    def play_again(self, seed: int | None, generator: Mapping[str, Any], actions: np.ndarray) -> tuple[Any, list[Any]]:
+        """Begin a remembered episode and repeat its actions; returns the last observation and every reward."""
+        if seed is None and generator:
             self.unwrapped.np_random.bit_generator.state = generator
         observation, _ = self.reset(seed=seed)
+        rewards = []
         for action in actions:
-            observation, *_ = self.step(action)
-        return observation
+            observation, reward, *_ = self.step(action)
+            rewards.append(reward)
+        return observation, rewards
+
+
+def _generator_state(env: gymnasium.Env) -> Mapping[str, Any]:
+    """Where an environment's generator stands; {} of one that is not numpy's."""
+    return getattr(getattr(env.unwrapped.np_random, "bit_generator", None), "state", {})
 
 
 def episode_state(envs: VectorEnv) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -55,7 +62,7 @@ def episode_state(envs: VectorEnv) -> tuple[dict[str, Tensor], dict[str, Any]] |
     if isinstance(inner, SyncVectorEnv):
         recorded: list[Any] = list(inner.envs)
         begun = [{"seed": env.seed, "generator": env.generator} for env in recorded]
-        now = [env.unwrapped.np_random.bit_generator.state for env in recorded]
+        now = [_generator_state(env) for env in recorded]
         tensors = {
             f"actions.{i}": torch.from_numpy(np.stack(env.actions)) for i, env in enumerate(recorded) if env.actions
         }
@@ -67,12 +74,15 @@ def episode_state(envs: VectorEnv) -> tuple[dict[str, Tensor], dict[str, Any]] |
     return None
 
 
-def restore_episodes(envs: VectorEnv, tensors: dict[str, Tensor], state: dict[str, Any]) -> list[Any] | None:
+def restore_episodes(
+    envs: VectorEnv, tensors: dict[str, Tensor], state: dict[str, Any]
+) -> list[tuple[Any, list[Any]]] | None:
     """Set up what :func:`episode_state` described.
 
     Returns:
-        Each copy's observation after its actions were repeated, to be compared with the saved one ([] where nothing had
-        to be repeated). None: a generator stands elsewhere than it did, so the environment did not come back the same.
+        Each copy's observation after its actions were repeated, and the rewards on the way, to be compared with what
+        was saved ([] where nothing had to be repeated). None: a generator stands elsewhere than it did, so the
+        environment did not come back the same.
     """
     inner: Any = envs.unwrapped
     if not isinstance(inner, SyncVectorEnv):
@@ -80,12 +90,12 @@ def restore_episodes(envs: VectorEnv, tensors: dict[str, Tensor], state: dict[st
             setattr(inner, name, tensors[name].numpy().copy())
         inner.np_random.bit_generator.state = state["generator"]
         return []
-    observations = []
+    came_back = []
     for i, (env, begun, generator) in enumerate(zip(inner.envs, state["begun"], state["generators"], strict=True)):
         recorded: Any = env
         actions = tensors[f"actions.{i}"].numpy() if f"actions.{i}" in tensors else np.array([])
-        observations.append(recorded.play_again(begun["seed"], begun["generator"], actions))
-        if env.unwrapped.np_random.bit_generator.state != generator:
+        came_back.append(recorded.play_again(begun["seed"], begun["generator"], actions))
+        if _generator_state(env) != generator:
             return None
     inner._autoreset_envs = tensors["autoreset"].numpy().copy()
-    return observations
+    return came_back

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ MAX_COPIES = 32
 
 
 def evaluate_policy(
-    make_envs: Callable[[int], Environments],
+    make_envs: Callable[[int], AbstractContextManager[Environments]],
     network: ActorCritic,
     episodes: int,
     *,
@@ -28,7 +29,7 @@ def evaluate_policy(
     Each copy plays a share fixed beforehand. Taking the first episodes to finish anywhere would favour short ones.
 
     Args:
-        make_envs: from a number of copies to that many or fewer; closed at the end.
+        make_envs: from a number of copies to that many or fewer, and what becomes of them at the end.
         network: the policy.
         episodes: how many.
         deterministic: take the most likely action instead of a sampled one.
@@ -44,9 +45,8 @@ def evaluate_policy(
         raise ValueError(f"episodes must be 1 or more, got {episodes}")
     generator = None if deterministic else torch.Generator().manual_seed(seed)
     returns, lengths = [], []
-    envs = make_envs(min(episodes, MAX_COPIES))
-    left = [(episodes + i) // envs.num_envs for i in range(envs.num_envs)]
-    try:
+    with make_envs(min(episodes, MAX_COPIES)) as envs:
+        left = [(episodes + i) // envs.num_envs for i in range(envs.num_envs)]
         envs.reset(seed=seed)
         state = network.initial_state(envs.num_envs)
         while len(returns) < episodes:
@@ -58,8 +58,6 @@ def evaluate_policy(
                     left[episode.env] -= 1
                     returns.append(episode.total_reward)
                     lengths.append(episode.length)
-    finally:
-        envs.close()
     return {
         "mean_return": float(np.mean(returns)),
         "std_return": float(np.std(returns)),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from classic.rollout import Estimate, Rollout
-from rlhf_ppo.core import Experience, masked_whiten
+from rlhf_ppo.core import Experience, PPOConfig, masked_whiten
 from rlhf_ppo.runtime.explain import Explanation, explain_actions
 
 if TYPE_CHECKING:
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def explain_rollout(agent: PPO, rollout: Rollout, estimate: Estimate) -> Explanation:
-    """Every decision of a rollout, with the estimates that an update took from it and the policy as it is now."""
-    mask, config = rollout.mask, agent.config
+def explain_rollout(agent: PPO, rollout: Rollout, estimate: Estimate, config: PPOConfig) -> Explanation:
+    """Every decision of a rollout, with the estimates and the settings of its update, and the policy as it is now."""
+    mask = rollout.mask
     advantages = estimate.advantages
     whitened = masked_whiten(advantages, mask) if config.normalize_advantages else advantages
     now = agent.network.evaluate(rollout.decisions()).logprobs

@@ -74,11 +74,18 @@ def make_vector_env(
         raise ValueError(f"cannot make environment {name!r}: {error}{_extra(env)}") from error
     except (ImportError, ValueError):
         raise
+    except TypeError as error:
+        if not env_kwargs and not wrappers:
+            raise BrokenEnvironmentError(f"environment {name!r} failed while it was made: {error}") from error
+        given = f"env_kwargs={dict(env_kwargs or {})}, wrappers={list(wrappers)}"
+        raise ValueError(f"cannot make environment {name!r} with {given}: {error}") from error
     except Exception as error:
         raise BrokenEnvironmentError(
             f"environment {name!r} failed while it was made: {type(error).__name__}: {error}"
         ) from error
     if isinstance(envs, SyncVectorEnv):
+        if len({id(copy.unwrapped) for copy in envs.envs}) < num_envs:
+            raise ValueError(f"{name!r} made one environment twice: a function must make a new one at each call")
         envs.envs = [RecordedEpisode(copy) for copy in envs.envs]
     mode = envs.metadata.get("autoreset_mode")
     if mode not in MODES.values():

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from classic.action_masks import mask_row
 from classic.actor_critic import ActorCritic
 from classic.envs import Environments
 from classic.spaces import batch_of_one, is_batch, to_env_actions
@@ -38,16 +39,20 @@ def predict(
     count = len(array)
     memory = network.initial_state(count)
     if state is not None:
+        state = np.asarray(state, dtype=np.float32)
         if memory is None or state.shape != memory.shape:
             expected = "no state: there is no memory" if memory is None else f"a state {tuple(memory.shape)}"
             raise ValueError(f"predict for {where} takes {expected}, got {state.shape}")
-        memory = torch.from_numpy(np.array(state, dtype=np.float32))
+        memory = torch.from_numpy(state.copy())
     starts = torch.from_numpy(np.array(np.broadcast_to(np.asarray(episode_start, dtype=bool), (count,))))
     masks = None
     if action_masks is not None:
-        masks = torch.from_numpy(np.array(action_masks, dtype=bool).reshape(count, -1))
-        if not envs.actions.choices or masks.shape[1] != envs.actions.num_outputs:
-            raise ValueError(f"{where} has {envs.actions.num_outputs} options to mask, got {masks.shape[1]} entries")
+        if not envs.actions.choices:
+            raise ValueError(f"{where} has actions that are numbers, which cannot be masked")
+        given = action_masks if batched else [action_masks]
+        if len(given) != count:
+            raise ValueError(f"{where}: {count} observations need as many action masks, got {len(given)}")
+        masks = torch.from_numpy(np.stack([mask_row(row, envs.actions, f"{where}: an action mask") for row in given]))
     actions, _, memory = network.act(
         view(torch.from_numpy(array)), generator, action_masks=masks, starts=starts, state=memory
     )

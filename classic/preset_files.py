@@ -23,5 +23,5 @@ def preset(env_id: str, cls: type) -> dict[str, Any]:
     Raises:
         ValueError: the file has an unknown key (with the closest known one), or a value of the wrong type.
     """
-    file = FOLDER / f"{env_id}.yaml"
-    return read_yaml(file, cls) if env_id in preset_ids() else {}
+    name = env_id.rpartition(":")[2]  # module:id is the environment id, too
+    return read_yaml(FOLDER / f"{name}.yaml", cls) if name in preset_ids() else {}

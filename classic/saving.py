@@ -14,6 +14,7 @@ from torch import Tensor
 from classic.config import PPOArgs
 from classic.making import EnvLike
 from rlhf_ppo import __version__
+from rlhf_ppo.runtime.checkpoint import list_checkpoints
 from rlhf_ppo.runtime.files import replacing_files
 
 if TYPE_CHECKING:
@@ -56,6 +57,11 @@ def save(agent: PPO, folder: str | Path) -> Path:
 def load(cls: type[PPO], folder: str | Path, env: EnvLike | None = None) -> PPO:
     """Build the agent in ``folder``; errors are those of :meth:`classic.PPO.load`."""
     folder = Path(folder)
+    if folder in list_checkpoints(folder.parent):
+        raise FileNotFoundError(
+            f"{folder} is a checkpoint, which --resume goes on from; the saved agent lies in {folder.parent} once the "
+            "run has ended"
+        )
     for name in (AGENT, MODEL, OPTIMIZER, NORMALIZER):
         if not (folder / name).is_file():
             raise FileNotFoundError(
@@ -67,7 +73,10 @@ def load(cls: type[PPO], folder: str | Path, env: EnvLike | None = None) -> PPO:
             raise ValueError(
                 f"the agent in {folder} was made from an environment object, {content['env_id']!r}: pass one as env"
             )
-        agent = cls(content["env_id"] if env is None else env, PPOArgs(**content["args"]))
+        saved = PPOArgs(**content["args"])
+        # To use an agent takes no tracker; where training goes on, one that is not there is a warning.
+        agent = cls(content["env_id"] if env is None else env, replace(saved, report_to=()))
+        agent.args = replace(agent.args, report_to=saved.report_to)
         saved_spaces, counters, moved = content["spaces"], content["counters"], content["in_force"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / AGENT} was not written by this version ({__version__}): {error!r}") from error

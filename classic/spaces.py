@@ -77,7 +77,8 @@ def is_image(space: gymnasium.Space) -> bool:
     """Whether the convolutional network reads this: uint8, three axes, large enough."""
     if not isinstance(space, Box) or space.dtype != np.uint8 or len(space.shape) != 3:
         return False
-    return sorted(space.shape)[1] >= MIN_IMAGE_SIDE
+    channels = min(space.shape[0], space.shape[2])
+    return channels <= space.shape[1] and sorted(space.shape)[1] >= MIN_IMAGE_SIDE
 
 
 def observation_shape(space: gymnasium.Space, where: str) -> tuple[int, ...]:
@@ -89,7 +90,10 @@ def observation_shape(space: gymnasium.Space, where: str) -> tuple[int, ...]:
     if is_image(space):
         height, width, channels = space.shape if _channels_last(space) else (*space.shape[1:], space.shape[0])  # pyright: ignore
         return (channels, height, width)
-    return (_num_features(space, where),)
+    features = _num_features(space, where)
+    if features < 1:
+        raise ValueError(f"{where}: its observations {space} hold nothing to decide on")
+    return (features,)
 
 
 def observation_encoder(space: gymnasium.Space) -> Encoder:
@@ -110,14 +114,15 @@ def observation_encoder(space: gymnasium.Space) -> Encoder:
         return lambda batch: np.concatenate([encode(batch[key]) for key, encode in parts], axis=1)
     if isinstance(space, (Discrete, MultiDiscrete)):
         sizes = np.array([space.n]) if isinstance(space, Discrete) else space.nvec.flatten()
-        start = np.asarray(space.start)
+        start, offsets = np.asarray(space.start), np.cumsum([0, *sizes[:-1]])
 
         def one_hot(batch: Any) -> np.ndarray:
             indices = (_shaped(batch, shape, np.int64) - start).reshape(-1, len(sizes))
             if (indices < 0).any() or (indices >= sizes).any():
                 raise ValueError(f"an observation is outside {space}: {np.asarray(batch).tolist()}")
-            parts = [np.eye(n, dtype=np.float32)[indices[:, i]] for i, n in enumerate(sizes)]
-            return np.concatenate(parts, axis=1)
+            ones = np.zeros((len(indices), sizes.sum()), dtype=np.float32)
+            np.put_along_axis(ones, indices + offsets, 1.0, axis=1)
+            return ones
 
         return one_hot
     return lambda batch: _shaped(batch, shape, np.float32).reshape(len(batch), -1)

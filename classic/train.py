@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +49,8 @@ class LastUpdate(NamedTuple):
 
     rollout: Rollout
     estimate: Estimate
+    config: PPOConfig
+    """The core's settings as they were in force."""
 
 
 class PPO:
@@ -197,6 +199,10 @@ class PPO:
         self.normalizer.begin_episodes()
         self._started = True
 
+    def end_episodes(self) -> None:
+        """Training begins new episodes next time: something else has played on its environments."""
+        self._started = False
+
     def log(self, metrics: Mapping[str, float]) -> None:
         """Append a line to ``metrics.jsonl`` that belongs to the last update; nothing without ``output_dir``."""
         if self._run is not None:
@@ -221,7 +227,7 @@ class PPO:
 
             # 2. Estimate.
             estimate = estimate_advantages(self.network, rollout, self.config)
-            self.last_update = LastUpdate(rollout, estimate)
+            self.last_update = LastUpdate(rollout, estimate, self.config)
 
             # 3. Update.
             learned = update(self, rollout, estimate, progress)
@@ -260,7 +266,7 @@ class PPO:
         single = isinstance(self.env, gymnasium.Env)
         with torch_threads(self.args.num_threads):
             result = evaluate_policy(
-                (lambda _: self.envs) if single else self._make_envs,
+                lambda copies: nullcontext(self.envs) if single else closing(self._make_envs(copies)),
                 self.network,
                 episodes,
                 deterministic=deterministic,
@@ -268,7 +274,7 @@ class PPO:
                 view=self.normalizer.normalize,
             )
         if single:
-            self._started = False
+            self.end_episodes()
         return result
 
     def explain(self, rollout: Rollout | None = None) -> Explanation:
@@ -283,7 +289,7 @@ class PPO:
             ValueError: nothing was given, and there was no update yet.
         """
         if rollout is not None:
-            return explain_rollout(self, rollout, estimate_advantages(self.network, rollout, self.config))
+            return explain_rollout(self, rollout, estimate_advantages(self.network, rollout, self.config), self.config)
         if self.last_update is None:
             raise ValueError("there was no update yet to explain: call learn() first, or give a rollout")
         return explain_rollout(self, *self.last_update)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,8 @@ def record_video(agent: PPO, file: str | Path, *, episodes: int = 1, seed: int =
     """Play whole episodes in one copy and write what it looks like.
 
     Args:
-        agent: made from an id or a function; a function must make environments with ``render_mode="rgb_array"``.
+        agent: made from an id, or from an environment or a function that has ``render_mode="rgb_array"``. On one
+            environment this plays instead of training, which begins a new episode afterwards.
         file: ``*.mp4``, ``*.gif``, or ``*.png``: a few of the frames side by side, from the first to the last.
         episodes: how many, one after another.
         seed: of the first episode; the next ones follow from it.
@@ -59,36 +62,51 @@ def record_video(agent: PPO, file: str | Path, *, episodes: int = 1, seed: int =
 
 
 def _play(agent: PPO, episodes: int, seed: int, deterministic: bool) -> tuple[list[np.ndarray], float]:
+    frames: list[np.ndarray] = []
+    with _stage(agent) as env:
+        for episode in range(episodes):
+            observation, info = env.reset(seed=seed + episode)
+            state, over = None, False
+            frames.append(_frame(env))
+            while not over:
+                masks = None if agent.args.action_masks is False else _allowed(env, info)
+                action, state = agent.predict(observation, deterministic, state=state, action_masks=masks)
+                observation, _, terminated, truncated, info = env.step(action)
+                frames.append(_frame(env))
+                over = terminated or truncated
+    return frames, float(env.metadata.get("render_fps", 30))
+
+
+@contextmanager
+def _stage(agent: PPO) -> Iterator[gymnasium.Env]:
+    """A copy to play on: a new one, or the only one, where training then begins a new episode."""
     args, env = agent.args, agent.env
+    single = isinstance(env, gymnasium.Env)
     drawn: Any = {"render_mode": "rgb_array"} if isinstance(env, str) else {}
     kwargs = {**(args.env_kwargs or {}), **drawn}
     try:
-        envs = make_vector_env(env, 1, None, vectorization="sync", env_kwargs=kwargs, wrappers=args.wrappers)
-    except BrokenEnvironmentError as error:
+        made = (
+            None
+            if single
+            else make_vector_env(env, 1, None, vectorization="sync", env_kwargs=kwargs, wrappers=args.wrappers)
+        )
+    except (BrokenEnvironmentError, ValueError) as error:
         raise ValueError(f"a video needs an environment made with render_mode='rgb_array', but {error}") from None
-    copy: gymnasium.Env = envs.unwrapped.envs[0]  # pyright: ignore
-    frames: list[np.ndarray] = []
+    copy: gymnasium.Env = (made or agent.envs.envs).unwrapped.envs[0]  # pyright: ignore
     try:
         if copy.render_mode != "rgb_array":
             raise ValueError(
                 f"environment {agent.env_id!r} has render_mode={copy.render_mode!r}: a video needs one made with "
                 "render_mode='rgb_array'"
             )
-        for episode in range(episodes):
-            observation, info = copy.reset(seed=seed + episode)
-            state, over = None, False
-            frames.append(_frame(copy))
-            while not over:
-                masks = None if args.action_masks is False else _allowed(copy, info)
-                action, state = agent.predict(observation, deterministic, state=state, action_masks=masks)
-                observation, _, terminated, truncated, info = copy.step(action)
-                frames.append(_frame(copy))
-                over = terminated or truncated
+        yield copy
     except gymnasium.error.DependencyNotInstalled as error:
         raise ModuleNotFoundError(f"environment {agent.env_id!r} cannot draw itself: {error} (or: {INSTALL})") from None
     finally:
-        envs.close()
-    return frames, float(copy.metadata.get("render_fps", 30))
+        if made is None:
+            agent.end_episodes()
+        else:
+            made.close()
 
 
 def _allowed(env: gymnasium.Env, info: dict[str, Any]) -> Any:

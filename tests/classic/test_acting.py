@@ -52,6 +52,7 @@ def test_masked_options_are_never_taken():
     ("actions", "settings", "rows"),
     [
         (CHOICE, {"recurrent": "gru", "recurrent_size": 5}, 3),
+        (CHOICE, {"recurrent": "lstm", "recurrent_size": 5}, 1),  # however few rows
         (NUMBERS, {"state_dependent_std": True}, 3),
         (ActionLayout(choices=(2, 3)), {}, 3),
         (CHOICE, {}, 10_000),  # large products are torch's, which keeps to the threads it was given

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gymnasium
 import numpy as np
 import pytest
+from gymnasium.spaces import Box, Discrete, MultiDiscrete
 
 import classic
 from classic.envs import Environments
@@ -55,5 +57,78 @@ def test_predict_takes_masks(small):
     assert agent.predict([1.0], action_masks=[0, 0, 0, 1, 0])[0] == 3
     many = agent.predict([[1.0], [1.0]], False, action_masks=[[0, 1, 0, 0, 0], [0, 0, 0, 0, 1]])[0]
     assert many.tolist() == [1, 4]
-    with pytest.raises(ValueError, match="5 options to mask, got 2"):
+    with pytest.raises(ValueError, match="an action mask must have 5 entries, got 2"):
         agent.predict([1.0], action_masks=[1, 1])
+    with pytest.raises(ValueError, match="2 observations need as many action masks, got 5"):
+        agent.predict([[1.0], [1.0]], action_masks=[0, 0, 0, 1, 0])
+    with pytest.raises(ValueError, match="an action mask allows nothing"):
+        agent.predict([1.0], action_masks=[0, 0, 0, 0, 0])
+
+
+class Sometimes(gymnasium.Env):
+    """Five steps; gives its mask, which shuts nothing, at the times of an episode that it is told."""
+
+    observation_space = Box(0, 5, (1,), np.float32)
+    action_space = Discrete(2)
+
+    def __init__(self, times):
+        self.times = times
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self._seen()
+
+    def step(self, action):
+        self.t += 1
+        observation, info = self._seen()
+        return observation, 1.0, self.t == 5, False, info
+
+    def _seen(self):
+        info = {"action_mask": np.ones(2, dtype=np.int8)} if self.t in self.times else {}
+        return np.full(1, self.t, dtype=np.float32), info
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_mask_is_not_needed_where_an_episode_is_over(copies, small):
+    args = small(num_envs=copies, autoreset_mode="next_step")
+    agent = classic.PPO(lambda: Sometimes(range(5)), args).learn(100)
+    assert agent.last_update.rollout.action_masks.all()
+
+
+@pytest.mark.parametrize(
+    ("times", "words"),
+    [
+        ([0], "step 1: the action mask of copy 0 is missing"),
+        ([0, 1, 3, 4], "step 2: the action mask of copy 0 is missing"),
+        (range(1, 6), "step 1: there is an action mask, but there was none"),
+    ],
+)
+def test_masks_that_come_and_go_are_refused(times, words, small):
+    with pytest.raises(classic.BrokenEnvironmentError, match=f"{words}.*: give one at the reset and at every step"):
+        classic.PPO(lambda: Sometimes(times), small(num_envs=1)).learn(100)
+    classic.PPO(lambda: Sometimes(times), small(num_envs=1, action_masks=False)).learn(20)
+
+
+class TwoChoices(gymnasium.Env):
+    """Its mask comes as one array a choice."""
+
+    observation_space = Box(0, 1, (1,), np.float32)
+    action_space = MultiDiscrete([2, 3])
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.ones(1, dtype=np.float32), {"action_mask": (np.array([1, 0]), np.array([0, 1, 1]))}
+
+    def step(self, action):
+        assert action[0] == 0 and action[1] > 0, f"{action} is not allowed"
+        observation, info = self.reset()
+        return observation, 1.0, False, True, info
+
+
+def test_a_mask_may_be_one_array_a_choice_everywhere(small):
+    agent = classic.PPO(TwoChoices, small()).learn(60)
+    agent.evaluate(episodes=2)
+    mask = ([1, 0], [0, 0, 1])
+    assert agent.predict([1.0], action_masks=mask)[0].tolist() == [0, 2]
+    assert agent.predict([[1.0]], action_masks=[mask])[0].tolist() == [[0, 2]]

@@ -124,3 +124,14 @@ def test_a_second_run_in_one_folder_sets_the_first_aside(small, tmp_path):
     for _ in range(2):
         classic.PPO("tests/Match-v0", small(output_dir=str(tmp_path))).learn(60)
     assert (tmp_path / "previous-1" / "metrics.jsonl").read_bytes() == (tmp_path / "metrics.jsonl").read_bytes()
+
+
+def test_an_agent_is_used_without_the_tracker_it_was_trained_with(small, tmp_path, monkeypatch):
+    args = small(output_dir=str(tmp_path), report_to=("tensorboard",))
+    monkeypatch.setattr("rlhf_ppo.runtime.trackers.find_spec", lambda name: True)
+    agent = classic.PPO("tests/Match-v0", args)
+    agent.save(tmp_path / "agent")
+    monkeypatch.setattr("rlhf_ppo.runtime.trackers.find_spec", lambda name: None)
+    loaded = classic.PPO.load(tmp_path / "agent")
+    assert loaded.evaluate(episodes=2) == agent.evaluate(episodes=2)
+    assert loaded.args == agent.args

@@ -9,8 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box, Discrete
 
 import classic
 from classic.callbacks import evaluate_every
@@ -242,3 +245,57 @@ def test_a_process_killed_by_the_system_goes_on_from_the_command_line(tmp_path):
         [*other, "--resume-override"], env=environment, capture_output=True, text=True, check=True
     )
     assert "Going on with the new ones" in overridden.stderr
+
+
+class Still(gymnasium.Env):
+    """Five steps that all look alike."""
+
+    observation_space = Box(0, 1, (1,), np.float32)
+    action_space = Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.ones(1, dtype=np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.ones(1, dtype=np.float32), 1.0, self.t == 5, False, {}
+
+
+class Lucky(Still):
+    """Its reward is drawn from elsewhere than ``np_random``; the observation does not show it."""
+
+    generator = np.random.default_rng(0)
+
+    def step(self, action):
+        observation, _, *rest = super().step(action)
+        return observation, self.generator.random(), *rest
+
+
+@pytest.mark.parametrize(("env", "more"), [(Lucky, {}), ("tests/Match-v0", {"wrappers": ("NormalizeReward",)})])
+def test_episodes_whose_rewards_do_not_come_back_begin_anew_with_a_warning(env, more, small, tmp_path):
+    args = settings(small, tmp_path, {}, num_steps=7, **more)
+    classic.PPO(env, args).learn(60)
+    with pytest.warns(UserWarning, match="new episodes begin"):
+        classic.PPO(env, args).learn(60, resume_from_checkpoint=list_checkpoints(tmp_path)[0])
+
+
+def test_a_checkpoint_is_not_taken_for_a_saved_agent(small, tmp_path):
+    classic.PPO("tests/Match-v0", settings(small, tmp_path, {})).learn(120)
+    with pytest.raises(FileNotFoundError, match="checkpoint-2 is a checkpoint, which --resume goes on from"):
+        classic.PPO.load(tmp_path / "checkpoint-2")
+
+
+class OldGenerator(Still):
+    """Keeps numpy's older kind of generator."""
+
+    def reset(self, *, seed=None, options=None):
+        observation, info = super().reset(seed=seed)
+        self._np_random = np.random.RandomState(seed)
+        return observation, info
+
+
+def test_an_environment_with_another_generator_trains(small, tmp_path):
+    agent = classic.PPO(OldGenerator, settings(small, tmp_path, {})).learn(200)
+    assert agent.counters["episodes"] > 10

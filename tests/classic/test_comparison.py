@@ -99,3 +99,28 @@ def test_rows_of_the_table(tmp_path):
     (row,) = comparison.rows([Variant("a=1", [], np.array([0.0, 10.0, 20.0, 90.0]), 100)])
     assert row[0] == "a=1" and row[1] == "4" and row[2].startswith("15.0 [")
     assert row[3] == f"30.0 +- {np.std([0, 10, 20, 90], ddof=1) / 2:.1f}" and row[4] == "0.0"
+
+
+def test_one_variant_twice_is_refused_before_any_training(trained, tmp_path, capsys):
+    for words in ("num_epochs=1,1", "learning_rate=3e-4,0.0003"):
+        assert main(["compare", "tests/Match-v0", "--vary", words, *SMALL, "--output-dir", str(tmp_path)]) == 2
+        assert "two variants are" in capsys.readouterr().err and not trained
+
+
+def test_settings_about_the_folder_go_with_the_default_one(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = [
+        "compare",
+        "tests/Match-v0",
+        "--vary",
+        "target_kl=None,0.01",
+        "--seeds",
+        "1",
+        "--save-every",
+        "1",
+        *SMALL,
+    ]
+    assert main(command) == 0
+    assert list((tmp_path / "runs/compare-tests-Match-v0/target_kl=None/seed0").glob("checkpoint-*"))
+    # Nor is a name cut where there is no terminal.
+    assert "target_kl=0.01" in capsys.readouterr().out

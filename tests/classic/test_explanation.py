@@ -52,3 +52,18 @@ def test_the_command_explains_one_more_update_and_leaves_the_folder_alone(small,
     assert "gradient_alive" in out and "more rows" in out and picture.exists()
     assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
     assert json.loads((tmp_path / "run" / "agent.json").read_text())["counters"] == agent.counters
+
+
+def test_the_clip_range_is_the_one_that_was_in_force(small):
+    """The controller moves it after the update; the update did not know."""
+    args = small(objective="adaptive_clip", learning_rate=0.01, target_kl=1.0, num_steps=64, num_epochs=6)
+    agent = classic.PPO("tests/Match-v0", args).learn(64)
+    used = agent.last_metrics["policy/clip_range"]
+    assert agent.config.clip_range > 1.2 * used
+    between = [row for row in agent.explain().rows if 1 + used < row["ratio"] < 1 + agent.config.clip_range]
+    assert between and all(row["clipped"] == "above" for row in between)
+
+
+def test_rows_to_print_are_one_or_more(capsys):
+    assert main(["explain", "anywhere", "--max-rows", "0"]) == 2
+    assert "max_rows must be 1 or more, got 0" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from gymnasium.wrappers import TimeLimit
 
 import classic
 from classic.making import env_name, make_vector_env
+from classic.video import record_video
 
 
 class Walk(gymnasium.Env):
@@ -147,3 +148,58 @@ def test_a_missing_package_says_which_extra_installs_it():
                 ValueError, match=rf"cannot make environment '{env_id}'.*pip install 'rlhf-ppo\[{extra}\]'"
             ):
                 make_vector_env(env_id, 1, None)
+
+
+class Once(Walk):
+    """Cannot be used any more once it is closed; counts where a new episode begins."""
+
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
+
+    def __init__(self):
+        self.closed, self.began = False, 0
+        self.render_mode = "rgb_array"
+
+    def close(self):
+        self.closed = True
+
+    def render(self):
+        return np.zeros((8, 8, 3), dtype=np.uint8)
+
+    def reset(self, *, seed=None, options=None):
+        assert not self.closed
+        self.began += 1
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        assert self.t < 3, "this episode is over"
+        return super().step(action)
+
+
+@pytest.mark.parametrize("play", ["evaluate", "video"])
+def test_training_goes_on_with_an_instance_after_something_else_played_on_it(play, tmp_path):
+    env = Once()
+    args = classic.PPOArgs(quiet=True, num_steps=4, num_minibatches=1, num_epochs=1, hidden_sizes=(8,))
+    agent = classic.PPO(env, args).learn(4)
+    if play == "evaluate":
+        agent.evaluate(episodes=2)
+    else:
+        record_video(agent, tmp_path / "a.gif")
+    before = env.began
+    agent.learn(2)
+    assert env.began > before and not env.closed
+
+
+def test_a_function_that_makes_one_environment_twice_is_refused(small):
+    env = Walk()
+    with pytest.raises(ValueError, match="made one environment twice: a function must make a new one at each call"):
+        classic.PPO(lambda: env, small())
+
+
+def test_arguments_that_an_environment_does_not_take_are_named(small):
+    for wrong in ({"env_kwargs": {"nope": 3}}, {"wrappers": ("TimeLimit",)}):
+        with pytest.raises(ValueError, match=r"cannot make .*'CartPole-v1' with env_kwargs=.*(nope|max_episode)"):
+            classic.PPO("CartPole-v1", small(**wrong))
+
+
+def test_the_preset_is_found_by_module_and_id_too():
+    assert classic.PPOArgs().resolve("gymnasium:CartPole-v1") == classic.PPOArgs().resolve("CartPole-v1")

@@ -112,3 +112,17 @@ def test_minibatches_of_a_recurrent_policy_are_at_most_one_a_copy(small):
     assert classic.PPOArgs(recurrent="lstm", num_envs=4).resolve("tests/Recall-v0").num_minibatches == 4
     with pytest.raises(ValueError, match="recurrent_size=7 is read by recurrent='lstm' or 'gru' alone"):
         classic.PPOArgs(recurrent_size=7).resolve("tests/Recall-v0")
+
+
+@pytest.mark.parametrize("recurrent", ["lstm", "gru"])
+def test_one_copy_has_a_memory_too(recurrent, small):
+    agent = classic.PPO("tests/Recall-v0", small(recurrent=recurrent, num_envs=1, num_minibatches=1)).learn(40)
+    assert agent.memory is not None and agent.last_metrics["policy/first_minibatch_max_abs_log_ratio"] < 1e-5
+
+
+def test_a_rollout_of_a_memory_holds_a_decision_of_every_copy(small):
+    """Under NEXT_STEP one step may be the reset alone."""
+    with pytest.raises(ValueError, match="num_steps=1 may hold no decision at all with recurrent='lstm'"):
+        classic.PPO("tests/Recall-v0", small(recurrent="lstm", num_steps=1))
+    classic.PPO("tests/Recall-v0", small(recurrent="lstm", num_steps=1, autoreset_mode="same_step")).learn(8)
+    classic.PPO("tests/Recall-v0", small(recurrent="lstm", num_steps=2)).learn(8)

@@ -159,3 +159,22 @@ def test_squashed_and_state_dependent_policies_learn_to_aim(settings, small):
     """A policy at 0 with standard deviation 1 earns about -4 clipped, -3 squashed; the best action is 0.5."""
     agent = classic.PPO("tests/Aim-v0", small(gamma=0.5, learning_rate=2e-2, **settings)).learn(5_000)
     assert agent.predict([0.0])[0][0] == pytest.approx(0.5, abs=0.1)
+
+
+def test_one_hot_of_a_large_space_holds_its_rows_alone():
+    """An identity matrix of this size would take 4 TB."""
+    encode = observation_encoder(Discrete(1_000_000))
+    encoded = encode(np.array([7, 999_999]))
+    assert encoded.shape == (2, 1_000_000) and encoded.sum() == 2 and encoded[0, 7] == encoded[1, 999_999] == 1
+    parts = observation_encoder(MultiDiscrete([2, 3], start=[1, 5]))(np.array([[2, 5], [1, 7]]))
+    assert parts.tolist() == [[0, 1, 1, 0, 0], [1, 0, 0, 0, 1]]
+
+
+def test_three_axes_with_channels_in_the_middle_are_no_image():
+    assert not is_image(Box(0, 255, (40, 3, 44), np.uint8))
+    assert is_image(Box(0, 255, (40, 44, 3), np.uint8)) and is_image(Box(0, 255, (3, 40, 44), np.uint8))
+
+
+def test_an_observation_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="hold nothing to decide on"):
+        observation_shape(Box(0, 1, (0,)), "environment 'Empty'")
