@@ -68,7 +68,7 @@ class PPO:
 
         Args:
             env: a registered id (or ``module:id``), a function that makes an environment, or one environment, which is
-                then the only copy: evaluation plays on it too, and training begins a new episode afterwards.
+                then the only copy: evaluation and videos play on it too, and training begins a new episode afterwards.
             args: settings; None: the environment's preset.
         Raises:
             ValueError: unknown environment, unsupported spaces, settings that contradict each other, or a launcher's
