@@ -13,9 +13,9 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 if TYPE_CHECKING:
     from rlhf_ppo.config import RLHFConfig
     from rlhf_ppo.http_reward import HTTPReward
+    from rlhf_ppo.reward_calls import StepRewards
     from rlhf_ppo.reward_model import RewardModel
     from rlhf_ppo.rollout import Rollout
-    from rlhf_ppo.scoring import StepRewards
     from rlhf_ppo.trainer import PPOTrainer
 
 __version__ = "0.1.0"

@@ -33,6 +33,9 @@ _SAMPLER = (
 )
 """Settings of a run that say how it sampled; an evaluation takes them over."""
 
+_READING = ("reward_chat_template", "reward_max_length")
+"""Settings of a run that say how its reward models read text."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArgs:
@@ -43,6 +46,10 @@ class EvaluateArgs:
     reward: tuple[str, ...]
     """One or more rewards: file.py:function, module:function, a sequence-classification model's folder or hub id, or a
     reward server's http(s) address (its token comes from the environment: RLHF_PPO_REWARD_TOKEN)."""
+    reward_chat_template: str | None = None
+    """Chat template for reward models: see train. None: as in the run, if one of the models above judged it."""
+    reward_max_length: int | None = None
+    """Most tokens that reward models read. None: as in the run, if one of the models above judged it."""
     dataset: str
     """Prompts that were not trained on: a hub id, a folder, or a csv, jsonl or parquet file (also .gz)."""
     split: str = "train"
@@ -111,7 +118,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
         "prompts": len(rows),
         "reference": reference,
         "judge": args.judge,
-        "judge_was_trained_on": args.judge is None or args.judge in settings.get("reward", ()),
+        "judge_was_trained_on": _trained_on(args, settings),
         "interval": "95 %: 1.96 standard errors over prompts; win rate: Wilson's",
         "model": _summary(args.model, samples[0], measures[0]),
         "against": _summary(against, samples[1], measures[1]),
@@ -138,6 +145,27 @@ def _reference(model: str, settings: dict[str, Any]) -> str:
     return str(found)
 
 
+def _trained_on(args: EvaluateArgs, settings: dict[str, Any]) -> bool:
+    """Whether a reward that judges here was one of the run's; of a model that does not say, the rewards may be."""
+    if args.judge is None and "reward" not in settings:
+        return True
+    judges = args.reward if args.judge is None else (args.judge,)
+    return not set(judges).isdisjoint(settings.get("reward", ()))
+
+
+def _scoring(args: EvaluateArgs, settings: dict[str, Any]) -> dict[str, Any]:
+    """How the run's own rewards were read and weighted, where they are asked again."""
+    again = [name for name in args.reward if name in settings.get("reward", ()) and ":" not in name]
+    chosen = {name: settings[name] for name in _READING if again and settings.get(name) is not None}
+    chosen |= {name: value for name in _READING if (value := getattr(args, name)) is not None}
+    same = list(args.reward) == list(settings.get("reward", ()))
+    weights = settings.get("reward_weights") if same else None
+    if args.judge is not None:
+        # The judge is asked like a reward, and counts for nothing in their sum.
+        weights = (*(weights or [1.0] * len(args.reward)), 0.0)
+    return {**chosen, "reward_weights": None if weights is None else tuple(weights)}
+
+
 def _sampler_config(args: EvaluateArgs, settings: dict[str, Any]) -> RLHFConfig:
     fields = {field.name for field in dataclasses.fields(RLHFConfig)}
     chosen: dict[str, Any] = {name: settings[name] for name in _SAMPLER if name in settings and name in fields}
@@ -149,12 +177,11 @@ def _sampler_config(args: EvaluateArgs, settings: dict[str, Any]) -> RLHFConfig:
         chosen.pop("respond_timeout_s", None)
     return RLHFConfig(
         **chosen,
+        **_scoring(args, settings),
         output_dir=args.output_dir,
         objective="reinforce",  # no critic is read
         rollout_batch_size=args.batch_size,
         num_minibatches=1,
-        # The judge is asked like a reward, and counts for nothing in their sum.
-        reward_weights=None if args.judge is None else (*[1.0] * len(args.reward), 0.0),
         seed=args.seed,
         device=args.device,
         precision=args.precision,

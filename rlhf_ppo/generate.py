@@ -98,8 +98,11 @@ def load_speaker(args: GenerateArgs) -> Speaker:
     config, tokenizer = load_config(name), load_tokenizer(name)
     model = ActorCritic(load_policy(name), critic=False).to(device)
     room = prompt_room(config, args.max_new_tokens)
-    stops = stop_tokens(name, config, tokenizer)
-    strings = tuple(read_run(name).get("stop_strings", ()) if args.stop_strings is None else args.stop_strings)
+    run = read_run(name)
+    given = run.get("stop_token_ids")
+    stops = stop_tokens(name, config, tokenizer) if given is None else tuple(given)
+    strings = tuple(run.get("stop_strings", ()) if args.stop_strings is None else args.stop_strings)
+    least = min(run.get("min_new_tokens", 0), args.max_new_tokens)
     generator = torch.Generator(device).manual_seed(args.seed)
 
     def reply(prompts: Sequence[Prompt]) -> list[str]:
@@ -109,6 +112,7 @@ def load_speaker(args: GenerateArgs) -> Speaker:
             prompt_ids,
             prompt_mask,
             max_new_tokens=args.max_new_tokens,
+            min_new_tokens=least,
             temperature=args.temperature,
             stop_token_ids=stops,
             generator=generator,

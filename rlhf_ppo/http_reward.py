@@ -19,8 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rlhf_ppo.data import Completion, Prompt
-from rlhf_ppo.reward_calls import RewardError
-from rlhf_ppo.scoring import StepRewards
+from rlhf_ppo.reward_calls import RewardError, StepRewards
 from rlhf_ppo.waiting import start
 
 TOKEN_VARIABLE = "RLHF_PPO_REWARD_TOKEN"

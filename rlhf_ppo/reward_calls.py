@@ -6,8 +6,9 @@ import asyncio
 import inspect
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -24,6 +25,15 @@ RESERVED = ("prompts", "completions", "completion_ids", "conversations", "comple
 
 class RewardError(RuntimeError):
     """A reward function failed, hung, or returned what is no list of scores."""
+
+
+@dataclass(frozen=True)
+class StepRewards:
+    """A process reward: scores for the steps of one completion, each placed on the token that completes the step."""
+
+    steps: Sequence[tuple[int, float] | tuple[int, int, float]]
+    """(end of the step as a character offset in the completion, exclusive; its score). After several turns
+    (number of the turn, from 0; end in what the policy said in it; score)."""
 
 
 def reward_name(function: RewardFunction) -> str:

@@ -14,6 +14,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from rlhf_ppo.data import Completion, Prompt
 from rlhf_ppo.models import context_length, find_config, freeze, fuse_activations, load_classifier, load_tokenizer
 
+NO_LIMIT = 2**31
+"""Some tokenizers give 1e30 for "no limit"."""
+
 
 class RewardModel:
     """A sequence-classification model with one label as a reward function; it reads text with its own tokenizer.
@@ -86,9 +89,9 @@ class RewardModel:
                 f"reward model {self.__name__!r}: its tokenizer has no chat template; "
                 "give the template itself instead of 'tokenizer'"
             )
-        # Some tokenizers give 1e30 for "no limit"; positions beyond the model's own would be an index error.
+        # Positions beyond the model's own would be an index error.
         limits = (max_length, self.tokenizer.model_max_length, context_length(config))
-        self.max_length = min(limit for limit in limits if limit is not None)
+        self.max_length = min((limit for limit in limits if limit is not None and limit < NO_LIMIT), default=None)
 
     def _text(self, prompt: Prompt, completion: Completion) -> str:
         if isinstance(prompt, str) and self.text_as_chat:
@@ -99,7 +102,8 @@ class RewardModel:
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Any) -> list[float]:
         """The model's one logit for each prompt with its completion."""
         texts = [self._text(p, c) for p, c in zip(prompts, completions, strict=True)]
-        rows = [scored_ids(self.tokenizer, text, truncation=True, max_length=self.max_length) for text in texts]
+        cut = {} if self.max_length is None else {"truncation": True, "max_length": self.max_length}
+        rows = [scored_ids(self.tokenizer, text, **cut) for text in texts]
         scores: list[float] = []
         for start in range(0, len(rows), self.batch_size):
             scores += self._logits(rows[start : start + self.batch_size]).tolist()

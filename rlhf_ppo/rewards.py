@@ -12,10 +12,10 @@ from rlhf_ppo.adapter_reward import AdapterReward
 from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.core.typed import is_changed
 from rlhf_ppo.http_reward import HTTPReward
-from rlhf_ppo.reward_calls import RewardError, RewardFunction, reward_name, takes
+from rlhf_ppo.reward_calls import RewardError, RewardFunction, StepRewards, reward_name, takes
 from rlhf_ppo.reward_model import RewardModel
 from rlhf_ppo.score_cache import ScoreCache
-from rlhf_ppo.scoring import StepRewards, coerce_scores, score
+from rlhf_ppo.scoring import coerce_scores, score
 from rlhf_ppo.user_code import load_function
 
 __all__ = [

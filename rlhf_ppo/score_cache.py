@@ -8,6 +8,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf_ppo.reward_calls import StepRewards
+
 
 class ScoreCache:
     """Answers of one reward function whose scores depend on their own row alone; the least recently used leave first.
@@ -30,11 +32,11 @@ class ScoreCache:
 
     def state_dict(self) -> list[tuple[str, Any]]:
         """What a checkpoint keeps: keys in hexadecimal and answers, the least recently used first."""
-        return [(key.hex(), answer) for key, answer in self._answers.items()]
+        return [(key.hex(), _encoded(answer)) for key, answer in self._answers.items()]
 
     def load_state_dict(self, answers: Sequence[Sequence[Any]]) -> None:
         """Go on from :meth:`state_dict`."""
-        self._answers = OrderedDict((bytes.fromhex(key), answer) for key, answer in answers)
+        self._answers = OrderedDict((bytes.fromhex(key), _decoded(answer)) for key, answer in answers)
 
     def to_ask(self, keys: Sequence[bytes | None]) -> list[int]:
         """Rows whose answer is not known: each key once, at its first row, and every row without a key."""
@@ -64,3 +66,16 @@ class ScoreCache:
         while len(self._answers) > self.size:
             self._answers.popitem(last=False)
         return whole
+
+
+def _encoded(answer: Any) -> Any:
+    """An answer as JSON holds it; NumPy's numbers may stand in steps."""
+    if isinstance(answer, StepRewards):
+        return {"steps": [[*map(int, places), float(value)] for *places, value in answer.steps]}
+    return answer
+
+
+def _decoded(answer: Any) -> Any:
+    if isinstance(answer, dict):
+        return StepRewards([(*places, value) for *places, value in answer["steps"]])  # pyright: ignore
+    return answer

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from rlhf_ppo.data import Completion, Prompt
-from rlhf_ppo.reward_calls import RewardError, RewardFunction, call_rewards, reward_name, takes
+from rlhf_ppo.reward_calls import RewardError, RewardFunction, StepRewards, call_rewards, reward_name, takes
 from rlhf_ppo.score_cache import ScoreCache
 
 Score = float | list[float] | None
@@ -22,15 +22,6 @@ Score = float | list[float] | None
 
 Decode = Callable[[list[int]], str]
 """Token ids -> text, as the completions were made."""
-
-
-@dataclass(frozen=True)
-class StepRewards:
-    """A process reward: scores for the steps of one completion, each placed on the token that completes the step."""
-
-    steps: Sequence[tuple[int, float] | tuple[int, int, float]]
-    """(end of the step as a character offset in the completion, exclusive; its score). After several turns
-    (number of the turn, from 0; end in what the policy said in it; score)."""
 
 
 @dataclass(frozen=True)

@@ -127,8 +127,15 @@ def _load(args: SFTArgs, texts: list[str]) -> tuple[PreTrainedModel, PreTrainedT
     if args.model is not None:
         name = resolve_model(args.model)
         return load_policy(name), load_tokenizer(name)
+    if str(args.architecture).endswith(".json") and not Path(str(args.architecture)).is_file():
+        raise FileNotFoundError(f"architecture {args.architecture}: there is no such file")
     config = AutoConfig.from_pretrained(str(args.architecture), trust_remote_code=False)
     tokenizer = train_tokenizer(texts, config.vocab_size, config.max_position_embeddings)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"architecture {args.architecture} has vocab_size={config.vocab_size}, but every byte and end of text make "
+            f"{len(tokenizer)} tokens: raise it"
+        )
     config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
     return AutoModelForCausalLM.from_config(config), tokenizer
 
@@ -176,31 +183,50 @@ def read_examples(rows: Dataset, args: SFTArgs) -> list[tuple[Prompt, str]]:
 def encode_examples(
     examples: list[tuple[Prompt, str]], tokenizer: PreTrainedTokenizerBase, longest: int, name: str
 ) -> Dataset:
-    """Token ids and labels (-100 on the prompt) of each example, cut to ``longest``.
+    """Token ids and labels (-100 on the prompt and on the first token of all) of each example, cut to ``longest``.
 
-    Prompt and completion become ids each by itself, as they do under PPO, and the completion ends with end of text.
+    Prompt and completion become ids each by itself, as they do under PPO, and the completion ends with end of text. The
+    first token of a sequence is predicted from nothing, so it must not count as learned; an empty text is left out.
 
     Raises:
         ValueError: no example has room for its completion.
     """
     encoded: list[dict[str, Any]] = []
+    filled = 0
     for i, (prompt, completion) in enumerate(examples):
         start = tokenize_prompt(prompt, tokenizer, f"row {i}") if prompt else []
         # A text that begins the sequence gets whatever the tokenizer puts in front; one in its middle does not.
         answer = tokenizer(completion, add_special_tokens=not prompt)["input_ids"]
         ids = [*start, *answer, tokenizer.eos_token_id][:longest]
-        if len(ids) > len(start):
-            labels = [-100] * len(start) + ids[len(start) :]
+        given = max(1, len(start))
+        filled += len(start) >= longest
+        if len(ids) > given:
+            labels = [-100] * given + ids[given:]
             encoded.append({"input_ids": ids, "labels": labels, "length": len(ids)})
     if not encoded:
-        raise ValueError(f"{name}: every prompt fills max_length={longest} and leaves no room for its completion")
-    if len(encoded) < len(examples):
+        raise ValueError(
+            f"{name}: there is nothing to learn: every prompt fills max_length={longest} and leaves no room for its "
+            "completion, or every text is empty"
+        )
+    if filled:
         warnings.warn(
-            f"{name}: left out {len(examples) - len(encoded)} of {len(examples)} rows whose prompt fills the "
-            f"{longest} tokens",
+            f"{name}: left out {filled} of {len(examples)} rows whose prompt fills the {longest} tokens",
             stacklevel=3,
         )
     return Dataset.from_list(encoded)
+
+
+@torch.no_grad()
+def nats_per_token(model: PreTrainedModel, rows: Dataset, batch_size: int) -> float:
+    """-log-likelihood of all learned tokens of :func:`encode_examples` over their number, whatever the batches."""
+    model.eval()
+    total, count = 0.0, 0
+    for start in range(0, len(rows), batch_size):
+        batch = _collate([dict(rows[i]) for i in range(start, min(start + batch_size, len(rows)))])
+        learned = int((batch["labels"] != -100).sum())
+        mean = model(**{name: x.to(model.device) for name, x in batch.items()}).loss
+        total, count = total + float(mean) * learned, count + learned
+    return total / count
 
 
 def sft(args: SFTArgs) -> dict[str, float]:
@@ -223,7 +249,6 @@ def sft(args: SFTArgs) -> dict[str, float]:
             output_dir=args.output_dir,
             num_train_epochs=args.num_epochs,
             per_device_train_batch_size=args.batch_size,
-            per_device_eval_batch_size=args.batch_size,
             learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=args.warmup_steps,
@@ -235,11 +260,10 @@ def sft(args: SFTArgs) -> dict[str, float]:
             seed=args.seed,
         ),
         train_dataset=encoded["train"],
-        eval_dataset=encoded["test"],
         data_collator=_collate,
     )
     trainer.train()
-    loss = trainer.evaluate()["eval_loss"]
+    loss = nats_per_token(model, encoded["test"], args.batch_size)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     model.config.use_cache = True  # the Trainer turns it off and leaves it so
     model.to(getattr(torch, args.save_dtype)).save_pretrained(args.output_dir)

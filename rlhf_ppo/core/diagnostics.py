@@ -20,7 +20,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor | None = No
         returns: [*] what came.
         mask: [*] bool; default: everything counts.
     Returns:
-        [] the share; 0 when the returns do not vary.
+        [] the share; 0 when the returns do not vary, or by no more than rounding.
     Raises:
         ValueError: shapes differ, or the mask is not bool.
     """
@@ -29,8 +29,9 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor | None = No
     dtype = compute_dtype(values)
     v, r = values.to(dtype), returns.to(dtype)
     spread = masked_var(r, mask)
-    share = 1 - masked_var(r - v, mask) / torch.where(spread > 0, spread, torch.ones_like(spread))
-    return torch.where(spread > 0, share, torch.zeros_like(share)).to(result_dtype(values))
+    varies = spread > (4 * torch.finfo(dtype).eps * masked_mean(r.abs(), mask)) ** 2
+    share = 1 - masked_var(r - v, mask) / torch.where(varies, spread, torch.ones_like(spread))
+    return torch.where(varies, share, torch.zeros_like(share)).to(result_dtype(values))
 
 
 @torch.no_grad()

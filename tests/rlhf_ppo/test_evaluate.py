@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_ppo import RewardModel
 from rlhf_ppo.cli import main
 from rlhf_ppo.evaluate import EvaluateArgs, evaluate
 
@@ -94,6 +95,38 @@ def test_the_reference_and_the_sampler_are_the_runs_own(folder, quick):
     # With a judge named in run.json, the win rate says that it was trained on.
     (folder / "second" / "run.json").write_text(json.dumps({"model": "first", "reward": ["reward.py:length"]}))
     assert evaluate(quick(model="second", judge="reward.py:length"))["judge_was_trained_on"]
+
+
+def test_the_runs_own_reward_reads_and_weighs_as_it_did_in_training(folder, quick, make_classifier, tokenizer):
+    """Its template made of every text a chat; a reward that the run did not have is read as it is."""
+    make_classifier().save_pretrained("judge")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'][0] }}.{{ m['content'] }} {% endfor %}"
+    tokenizer.save_pretrained("judge")
+
+    def score(**settings):
+        asked = {"model": "second", "reward": ("judge", "reward.py:length"), **settings}
+        report = evaluate(quick(**asked))
+        rows = [json.loads(line)["model"] for line in Path("e/evaluation_samples.jsonl").read_text().splitlines()]
+        return report, [row["rewards"]["judge"] for row in rows], [row["score"] for row in rows]
+
+    settings = {"model": "first", "reward": ["judge", "reward.py:length"], "reward_weights": [1.0, 0.5]}
+    Path("second/run.json").write_text(json.dumps({**settings, "reward_chat_template": "tokenizer"}))
+    report, as_trained, sums = score()
+    rows = [json.loads(line) for line in Path("e/evaluation_samples.jsonl").read_text().splitlines()]
+    texts = [(row["prompt"], row["model"]["completion"]) for row in rows]
+    chat = RewardModel("judge", chat_template="tokenizer")(*map(list, zip(*texts, strict=True)))
+    assert as_trained == pytest.approx(chat, abs=1e-5) and report["judge_was_trained_on"]
+    lengths = [len(completion) for _, completion in texts]
+    assert sums == pytest.approx([a + 0.5 * b for a, b in zip(chat, lengths, strict=True)], abs=1e-5)
+
+    # Beside another reward nothing says how the sum was weighed; where only others judge, it was not trained on them.
+    _, again, sums = score(reward=("judge", "reward.py:vowels"))
+    assert again == as_trained
+    assert not score(judge="reward.py:odd")[0]["judge_was_trained_on"]
+    Path("second/run.json").write_text(json.dumps({"model": "first", "reward": ["reward.py:odd"]}))
+    report, as_text, _ = score()
+    assert not report["judge_was_trained_on"] and as_text != pytest.approx(chat, abs=1e-3)
+    assert score(reward_chat_template="tokenizer")[1] == pytest.approx(chat, abs=1e-5)
 
 
 def test_another_opponent_keeps_the_reference(quick):

@@ -53,6 +53,18 @@ def test_stop_strings_are_the_runs_or_the_ones_given(folder):
     assert [text for _, text in generate(GenerateArgs(**small, stop_strings=()))] == texts
 
 
+def test_stop_tokens_and_the_least_length_are_the_runs(folder, tokenizer):
+    """All but one token stop: one token is all there is, or two where the run wanted two."""
+    small = {"model": "model", "prompt": ("a cat",), "num_samples": 8, "max_new_tokens": 6, "device": "cpu"}
+    stops = list(range(1, len(tokenizer)))
+    for least in (0, 2):
+        Path("model/run.json").write_text(json.dumps({"stop_token_ids": stops, "min_new_tokens": least}))
+        texts = [text for _, text in generate(GenerateArgs(**small))]
+        assert max(map(len, texts)) <= (1 if least == 0 else 3)
+    Path("model/run.json").write_text(json.dumps({"stop_token_ids": None}))
+    assert max(len(text) for _, text in generate(GenerateArgs(**small))) > 3
+
+
 @pytest.mark.parametrize("template", [None, TEMPLATE])
 def test_a_chat_through_a_pipe_answers_each_line_until_exit(folder, tokenizer, monkeypatch, capsys, template):
     tokenizer.chat_template = template

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rlhf_ppo import StepRewards
@@ -149,3 +151,19 @@ def test_a_cache_that_would_keep_nothing_is_refused(make_trainer):
 
     with pytest.raises(ValueError, match=r"cache_rewards=True has no effect: all of the rewards \['judge'\]"):
         make_trainer(reward_funcs=judge, cache_rewards=True, max_turns=2, respond=lambda messages: "x")
+
+
+def test_steps_survive_a_checkpoint():
+    """NumPy's numbers are no JSON."""
+    cache = ScoreCache()
+    steps = [StepRewards([(2, np.float32(0.5)), (np.int64(4), 1.0)]), StepRewards([(0, 2, 1.0), (1, 3, 0.25)]), 2.0]
+    keys = [ScoreCache.key(i) for i in range(3)]
+    cache.complete(keys, [0, 1, 2], steps)
+    again = ScoreCache()
+    again.load_state_dict(json.loads(json.dumps(cache.state_dict())))
+    assert again.to_ask(keys) == []
+    assert again.complete(keys, [], []) == [
+        StepRewards([(2, 0.5), (4, 1.0)]),
+        StepRewards([(0, 2, 1.0), (1, 3, 0.25)]),
+        2.0,
+    ]

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
-from rlhf_ppo.sft import SFTArgs, _collate, encode_examples, read_examples, sft, train_tokenizer
+from rlhf_ppo.sft import SFTArgs, _collate, encode_examples, nats_per_token, read_examples, sft, train_tokenizer
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "a cat and a dog"] * 20
 
@@ -199,3 +199,28 @@ def test_bad_prompt_and_completion_settings_are_named(quick, data, tokenizer):
     chat = [("", "a"), ([{"role": "user", "content": "hi"}], "yo")]
     with pytest.raises(ValueError, match="row 1: the prompt is a chat, but the tokenizer has no chat template"):
         encode_examples(chat, tokenizer, 64, "train")
+
+
+def test_the_held_out_loss_is_the_mean_over_tokens_whatever_the_batches(make_model, tokenizer):
+    """Rows of very different length: means of batches, weighted by rows, would depend on the batches."""
+    model = make_model().eval()
+    texts = ["a", "the cat sat on the mat", "", "a cat and a dog", "on"]
+    rows = encode_examples([("", text) for text in texts], tokenizer, 64, "test")
+    assert len(rows) == 4  # an empty text is an end of text alone, which nothing predicts
+    total, count = 0.0, 0
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            logprobs = model(ids).logits[0, :-1].log_softmax(-1)
+        total -= logprobs.gather(1, ids[0, 1:, None]).sum().item()
+        count += ids.shape[1] - 1
+    for batch_size in (1, 3, 64):
+        assert nats_per_token(model, rows, batch_size) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_shapes_that_cannot_be_are_named(quick, data, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nope\.json: there is no such file"):
+        sft(quick(dataset=data, architecture=str(tmp_path / "nope.json")))
+    GPT2Config(vocab_size=30, n_positions=32, n_embd=16, n_layer=1, n_head=2).save_pretrained(tmp_path / "few")
+    with pytest.raises(ValueError, match=r"vocab_size=30, but every byte and end of text make 257 tokens: raise it"):
+        sft(quick(dataset=data, architecture=str(tmp_path / "few" / "config.json")))
