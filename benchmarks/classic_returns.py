@@ -21,7 +21,7 @@ import numpy as np
 from classic_speed import peer_python
 
 import classic
-from classic.comparison import Variant, compare, draw_learning_curve
+from classic.comparison import RESULT, Variant, compare, draw_learning_curve
 from classic.statistics import bootstrap_iqm, mean_and_error
 
 # Published results (mean +- spread as given there), with their source.
@@ -61,11 +61,15 @@ def row(env_id: str, variant: Variant, sb3: list[float]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def sb3_return(env_id: str, seed: int, episodes: int, folder: Path) -> float:
+def missing(folder: Path, seeds: int) -> bool:
+    """Whether a run of the first ``seeds`` is not finished."""
+    return not all((folder / f"seed{seed}" / RESULT).is_file() for seed in range(seeds))
+
+
+def sb3_return(env_id: str, seed: int, episodes: int, result: Path) -> float:
     """Stable-Baselines3 with the RL Zoo's preset, in its own environment; read where it is finished."""
-    result = folder / f"sb3-{env_id}-seed{seed}.json"
     if not result.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        result.parent.mkdir(parents=True, exist_ok=True)
         worker = Path(__file__).with_name("sb3_returns.py")
         command = [peer_python(), worker, env_id, str(seed), str(episodes), result]
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""})
@@ -101,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--sb3-seeds", type=int, default=0, help="also Stable-Baselines3, where versions differ")
     parser.add_argument("--episodes", type=int, default=100, help="episodes of each evaluation")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this; 0: read alone")
     parser.add_argument("--folder", type=Path, default=Path("runs/returns"))
     parser.add_argument("--picture", type=Path, default=None, help="draw the learning curves to this PNG")
     flags = parser.parse_args(argv)
@@ -109,15 +113,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     sb3: dict[str, list[float]] = {env_id: [] for env_id in flags.envs}
     for seeds in range(1, max(flags.seeds, flags.sb3_seeds) + 1):
         for env_id in flags.envs:
-            if time.monotonic() - start > 60 * flags.minutes:
-                break
-            if seeds <= flags.seeds:
+            late = time.monotonic() - start > 60 * flags.minutes
+            if seeds <= flags.seeds and not (late and missing(flags.folder / env_id / "as it is", seeds)):
                 args = classic.PPOArgs(quiet=True)
                 (variants[env_id],) = compare(
                     env_id, args, [{}], seeds=seeds, episodes=flags.episodes, folder=flags.folder / env_id
                 )
-            if seeds <= flags.sb3_seeds and env_id in OTHER_VERSIONS:
-                sb3[env_id].append(sb3_return(env_id, seeds - 1, flags.episodes, flags.folder))
+            theirs = flags.folder / f"sb3-{env_id}-seed{seeds - 1}.json"
+            if seeds <= flags.sb3_seeds and env_id in OTHER_VERSIONS and (theirs.exists() or not late):
+                sb3[env_id].append(sb3_return(env_id, seeds - 1, flags.episodes, theirs))
             if env_id in variants:
                 print(row(env_id, variants[env_id], sb3[env_id]), flush=True)
     head = [
