@@ -58,10 +58,10 @@ class ActionMasks:
         elif self._method:
             given = self.envs.call("action_masks")  # pyright: ignore
             present = np.ones(len(given), dtype=bool)
-        elif self.wanted:
-            raise ValueError("action_masks=True, but there is neither infos['action_mask'] nor a method action_masks()")
         elif expected:
             given, present = (), np.zeros(len(ignored), dtype=bool)
+        elif self.wanted:
+            raise ValueError("action_masks=True, but there is neither infos['action_mask'] nor a method action_masks()")
         else:
             return None
         if expected is False:

@@ -89,9 +89,10 @@ class Sometimes(gymnasium.Env):
         return np.full(1, self.t, dtype=np.float32), info
 
 
+@pytest.mark.parametrize("wanted", [None, True])
 @pytest.mark.parametrize("copies", [1, 2])
-def test_a_mask_is_not_needed_where_an_episode_is_over(copies, small):
-    args = small(num_envs=copies, autoreset_mode="next_step")
+def test_a_mask_is_not_needed_where_an_episode_is_over(copies, wanted, small):
+    args = small(num_envs=copies, autoreset_mode="next_step", action_masks=wanted)
     agent = classic.PPO(lambda: Sometimes(range(5)), args).learn(100)
     assert agent.last_update.rollout.action_masks.all()
 
