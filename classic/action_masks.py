@@ -84,7 +84,7 @@ def mask_row(mask: Any, actions: ActionLayout, name: str) -> np.ndarray:
     row = np.concatenate([np.ravel(part) for part in parts]).astype(bool)
     if len(row) != actions.num_outputs:
         raise ValueError(f"{name} must have {actions.num_outputs} entries, got {len(row)}")
-    if not np.logical_or.reduceat(row, np.cumsum([0, *actions.choices[:-1]])).all():
+    if not np.logical_or.reduceat(row, actions.offsets).all():
         raise ValueError(f"{name} allows nothing")
     return row
 

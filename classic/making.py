@@ -74,12 +74,10 @@ def make_vector_env(
         raise ValueError(f"cannot make environment {name!r}: {error}{_extra(env)}") from error
     except (ImportError, ValueError):
         raise
-    except TypeError as error:
-        if not env_kwargs and not wrappers:
-            raise BrokenEnvironmentError(f"environment {name!r} failed while it was made: {error}") from error
-        given = f"env_kwargs={dict(env_kwargs or {})}, wrappers={list(wrappers)}"
-        raise ValueError(f"cannot make environment {name!r} with {given}: {error}") from error
     except Exception as error:
+        if isinstance(error, TypeError) and (env_kwargs or wrappers):
+            given = f"env_kwargs={dict(env_kwargs or {})}, wrappers={list(wrappers)}"
+            raise ValueError(f"cannot make environment {name!r} with {given}: {error}") from error
         raise BrokenEnvironmentError(
             f"environment {name!r} failed while it was made: {type(error).__name__}: {error}"
         ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import gymnasium
@@ -30,6 +31,11 @@ class ActionLayout:
     def num_outputs(self) -> int:
         """Logits or means that the policy puts out."""
         return sum(self.choices) or self.numbers
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """[choices] where the options of each choice begin in a row of all of them."""
+        return np.cumsum([0, *self.choices[:-1]])
 
 
 def action_layout(space: gymnasium.Space, where: str) -> ActionLayout:

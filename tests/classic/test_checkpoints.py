@@ -13,7 +13,6 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Discrete
 
 import classic
 from classic.callbacks import evaluate_every
@@ -247,33 +246,20 @@ def test_a_process_killed_by_the_system_goes_on_from_the_command_line(tmp_path):
     assert "Going on with the new ones" in overridden.stderr
 
 
-class Still(gymnasium.Env):
-    """Five steps that all look alike."""
-
-    observation_space = Box(0, 1, (1,), np.float32)
-    action_space = Discrete(2)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.t = 0
-        return np.ones(1, dtype=np.float32), {}
-
-    def step(self, action):
-        self.t += 1
-        return np.ones(1, dtype=np.float32), 1.0, self.t == 5, False, {}
-
-
-class Lucky(Still):
+class Lucky(gymnasium.RewardWrapper):
     """Its reward is drawn from elsewhere than ``np_random``; the observation does not show it."""
 
     generator = np.random.default_rng(0)
 
-    def step(self, action):
-        observation, _, *rest = super().step(action)
-        return observation, self.generator.random(), *rest
+    def reward(self, reward):
+        return self.generator.random()
 
 
-@pytest.mark.parametrize(("env", "more"), [(Lucky, {}), ("tests/Match-v0", {"wrappers": ("NormalizeReward",)})])
+def lucky():
+    return Lucky(gymnasium.make("tests/Chain-v0"))
+
+
+@pytest.mark.parametrize(("env", "more"), [(lucky, {}), ("tests/Match-v0", {"wrappers": ("NormalizeReward",)})])
 def test_episodes_whose_rewards_do_not_come_back_begin_anew_with_a_warning(env, more, small, tmp_path):
     args = settings(small, tmp_path, {}, num_steps=7, **more)
     classic.PPO(env, args).learn(60)
@@ -287,15 +273,17 @@ def test_a_checkpoint_is_not_taken_for_a_saved_agent(small, tmp_path):
         classic.PPO.load(tmp_path / "checkpoint-2")
 
 
-class OldGenerator(Still):
+class OldGenerator(gymnasium.Wrapper):
     """Keeps numpy's older kind of generator."""
 
     def reset(self, *, seed=None, options=None):
-        observation, info = super().reset(seed=seed)
-        self._np_random = np.random.RandomState(seed)
-        return observation, info
+        began = super().reset(seed=seed)
+        self.unwrapped.np_random = np.random.RandomState(seed)
+        return began
 
 
 def test_an_environment_with_another_generator_trains(small, tmp_path):
-    agent = classic.PPO(OldGenerator, settings(small, tmp_path, {})).learn(200)
+    agent = classic.PPO(lambda: OldGenerator(gymnasium.make("tests/Chain-v0")), settings(small, tmp_path, {})).learn(
+        200
+    )
     assert agent.counters["episodes"] > 10

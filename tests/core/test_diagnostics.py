@@ -213,6 +213,6 @@ def test_returns_equal_up_to_rounding_do_not_vary():
     """Without a floor under their spread the share was -2e17."""
     returns = torch.tensor([0.1, 0.1 + 1e-8, 0.1 - 1e-8, 0.1]) * 3
     returns[0] = torch.nextafter(returns[0], torch.tensor(1.0))
-    assert returns.var() > 0 and explained_variance(torch.zeros(4) + torch.arange(4), returns) == 0
+    assert returns.var() > 0 and explained_variance(torch.arange(4.0), returns) == 0
     small = 1e-3 * torch.tensor([1.0, 2.0, 4.0])
-    assert explained_variance(small, small + 100 * 0) == 1
+    assert explained_variance(small, small) == 1
