@@ -26,7 +26,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $(READY)
 
-demo: env ## Fine-tune the embedded GPT-2 toward a toy reward, about three minutes on two CPU cores
+demo: env ## Fine-tune the embedded GPT-2 toward a toy reward, about two minutes on two CPU cores
 	@$(BIN)/rlhf-ppo demo
 
 train-cartpole: env ## Solve CartPole-v1 with the classic frontend
@@ -51,9 +51,11 @@ soak: env ## Kill a tiny run of each frontend at each of its file-system steps, 
 	$(TEST_ENV) $(BIN)/python -P tests/soak.py matrix
 	$(TEST_ENV) $(BIN)/python -P tests/soak.py random --kills 200
 
-docs: env ## Make docs/metrics.md, docs/tuning.md and the tables of docs/migrating-from-trl.md again from their sources
+docs: env ## Make the pages of metrics, tuning and settings, and the tables of docs/migrating-from-trl.md, from their sources
 	$(BIN)/python -m rlhf_ppo.runtime.metrics > docs/metrics.md
 	$(BIN)/python -m rlhf_ppo.runtime.advice > docs/tuning.md
+	$(BIN)/python -m rlhf_ppo.settings_page > docs/settings.md
+	$(BIN)/python -m classic.settings_page > docs/classic-settings.md
 	$(BIN)/python -m rlhf_ppo.trl_fields docs/migrating-from-trl.md
 
 trl-fields: ## Read the field list of TRL 1.12's PPO arguments again, with an interpreter that has trl: make trl-fields PEER=...

@@ -3,7 +3,7 @@
 The reward parses the answer after #### and compares it with the right one; nothing a model writes is ever evaluated.
 What you will see: progress, then the share of right answers before and after on held-out problems, and samples.
   python examples/gsm8k.py --model FOLDER                  word problems of GSM8K, settings of gsm8k.yaml: for a GPU
-  python examples/gsm8k.py --model FOLDER --short          sums of two numbers below 20, about 15 minutes on a CPU
+  python examples/gsm8k.py --model FOLDER --short          sums of two numbers below 20, 5 to 15 minutes on a CPU
 GSM8K (MIT licence) is read from --data FOLDER/datasets/gsm8k_train.jsonl.gz.
 """
 

@@ -66,9 +66,9 @@ FIELDS: dict[str, dict[str, Row]] = {
         "dataset_config": _missing("Save the configuration's rows to a file and name the file."),
         "dataset_train_split": _same("split"),
         "dataset_test_split": _changed(
-            "eval_dataset eval_size",
-            "One `split` holds for both data sets here, so evaluation rows are set aside from the training split; "
-            "or save the test split to a file and name it as `eval_dataset`.",
+            "eval_dataset eval_split",
+            "Name the data set again as `eval_dataset`, with this split as `eval_split`. Left out: `eval_size` rows of "
+            "the training split are set aside.",
         ),
         "dataset_streaming": _missing("Data sets are read whole."),
         "ignore_bias_buffers": _inert("Not read by TRL's PPO scripts."),

@@ -38,7 +38,7 @@ METRICS: dict[str, str] = {
     "policy/approx_kl": "KL(old || new) per action in nats, estimated by k3: (r - 1) - log r.",
     "policy/clip_fraction": "Share of actions whose gradient the clip killed: A > 0 with r > 1 + eps_high, or A < 0 with r < 1 - eps "
     "(cispo: whose weight r was capped). "
-    "Often 0.02 to 0.3; near 0 the steps are small (or the learning rate is), far above it the update outruns its data.",
+    "Often 0.01 to 0.3; near 0 the steps are small (or the learning rate is), far above it the update outruns its data.",
     "policy/out_of_range_fraction": "Share of actions with the ratio outside the clip range, whatever the sign of A.",
     "policy/ratio_mean": "Mean probability ratio new/old; stays close to 1.",
     "policy/max_abs_log_ratio": "Largest |log(new/old)| of any action, in nats.",

@@ -7,10 +7,12 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from classic.cli import CompareCommand, EvaluateCommand, ExplainCommand, TrainCommand, main
+from classic.settings_page import settings_page
 
 SMALL = [
     "--num-envs",
@@ -123,3 +125,9 @@ def test_importing_classic_loads_no_language_model_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_page_of_settings_is_made_from_the_commands_and_presets():
+    page = (Path(__file__).parents[2] / "docs" / "classic-settings.md").read_text(encoding="utf-8")
+    assert page == settings_page(), "run `make docs`"
+    assert "| `num_epochs` | `10` | " in page and "| CartPole-v1 | `total_timesteps=" in page

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import itertools
 import json
 import re
-import textwrap
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,6 +12,8 @@ import pytest
 from rlhf_ppo.cli import COMMANDS, main
 from rlhf_ppo.demo import print_paths
 from rlhf_ppo.runtime.settings import _positional
+from rlhf_ppo.runtime.settings_page import sentences
+from rlhf_ppo.settings_page import settings_page
 
 REWARD = (
     "def vowels(prompts, completions, **columns):\n    return [sum(c in 'aeiou' for c in t) for t in completions]\n"
@@ -40,17 +38,6 @@ TRAIN = (
 ).split()
 
 
-def described(cls: type) -> set[str]:
-    """Fields of a class and its bases with a docstring under them, which the command line shows as help."""
-    names: set[str] = set()
-    for base in cls.__mro__[:-1]:
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
-        for field, text in itertools.pairwise(body):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                names.add(field.target.id)
-    return names
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_a_sentence_for_every_flag(command, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -58,7 +45,7 @@ def test_help_has_a_sentence_for_every_flag(command, capsys):
     assert ended.value.code == 0
     text = capsys.readouterr().out
     names = {field.name for field in fields(COMMANDS[command][0])}
-    assert names <= described(COMMANDS[command][0])
+    assert names <= set(sentences(COMMANDS[command][0]))
     names -= set(_positional(COMMANDS[command][0]))  # words without a flag
     assert all(f"--{name.replace('_', '-')}" in text for name in names)
 
@@ -282,3 +269,9 @@ def test_the_hint_names_the_command_whatever_program_asks(monkeypatch, tmp_path,
     (tmp_path / "my env/bin").mkdir(parents=True)
     (tmp_path / "my env/bin/rlhf-ppo").touch()
     assert hint() == "'my env/bin/rlhf-ppo' generate --model run "
+
+
+def test_the_page_of_settings_is_made_from_the_commands():
+    page = Path(__file__).parents[2] / "docs" / "settings.md"
+    assert page.read_text(encoding="utf-8") == settings_page(), "run `make docs`"
+    assert "| `kl_coef` | `0.05` | " in page.read_text(encoding="utf-8")

@@ -1,0 +1,25 @@
+"""The documentation page of every setting of `rlhf-ppo`: python -m rlhf_ppo.settings_page > docs/settings.md."""
+
+from __future__ import annotations
+
+from rlhf_ppo.cli import COMMANDS
+from rlhf_ppo.runtime.settings_page import command_sections
+
+HEAD = """\
+# Settings of `rlhf-ppo`
+
+Every setting of every command: in Python a field, in a YAML file (`--config FILE`) a key, on the command line a flag
+(`kl_coef` is `--kl-coef`; a flag wins over the file). `RLHFConfig` has those of `train` up to `model`, from which on
+they are the command's own. This page is generated: `make docs`. Those of `classic-ppo`:
+[classic-settings.md](classic-settings.md).
+
+"""
+
+
+def settings_page() -> str:
+    """`docs/settings.md`, made from the commands' dataclasses."""
+    return HEAD + command_sections("rlhf-ppo", COMMANDS)
+
+
+if __name__ == "__main__":
+    print(settings_page(), end="")
