@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rlhf_ppo.runtime.run_directory import RunDirectory
 
@@ -59,7 +60,7 @@ def print_before_after(run: RunDirectory, *, samples: int = 4, console: Console 
     for heading in ("prompt", "before", "after"):
         pictures.add_column(heading, ratio=1 if heading == "prompt" else 2)
     for a, b in spread_by_improvement(before, after, samples):
-        pictures.add_row(str(a["prompt"]), _sample(a), _sample(b))
+        pictures.add_row(*map(Text, (str(a["prompt"]), _sample(a), _sample(b))))  # as it is: [/INST] is no markup
     console.print(pictures)
 
 

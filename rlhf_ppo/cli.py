@@ -132,10 +132,11 @@ def train(args: TrainArgs) -> None:
         respond=None if args.respond is None else load_function(args.respond, "respond"),
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint, resume_override=args.resume_override)
+    merged = trainer.save_model(trainer.run.path / "merged", merge_adapter=True) if args.merge_adapter else None
     if eval_rows is not None:
         print_before_after(trainer.run)
-    if args.merge_adapter:
-        print(f"merged   {trainer.save_model(trainer.run.path / 'merged', merge_adapter=True)}")
+    if merged is not None:
+        print(f"merged   {merged}")
     print_paths(trainer.run.path)
 
 
@@ -216,7 +217,8 @@ def main(argv: list[str] | None = None) -> int:
         *(RewardError, RespondError, RatioTripwireError, NonFiniteGradientError, PolicyDriftError),
         OSError,  # a full disk
     ) as error:
-        if error.__cause__ is not None and error.__cause__ is not error:
+        # The user's own code failed there; what was merely a bad answer is in the message.
+        if error.__cause__ is not None and not isinstance(error.__cause__, (RewardError, RespondError)):
             traceback.print_exception(error.__cause__)
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_ppo.data import Completion, Prompt, left_pad
 from rlhf_ppo.limits import cut_at
 from rlhf_ppo.rollout import Sampled
-from rlhf_ppo.waiting import has_ended, start
+from rlhf_ppo.waiting import FAILURES, has_ended, start
 
 Messages = list[dict[str, str]]
 
@@ -161,7 +161,7 @@ def _ask(respond: Respond, conversations: Sequence[Messages], i: int, timeout_s:
         )
     try:
         reply: Any = call.result()
-    except Exception as error:
+    except FAILURES as error:
         raise RespondError(
             f"respond raised {type(error).__name__}: {error}, asked about {messages!r:.500}", conversations
         ) from error

@@ -209,6 +209,8 @@ def convert(given: Mapping[str, Any], num_processes: int = 1) -> dict[str, Any]:
     if here := [name for name in trackers if name in TRACKERS]:
         ours["report_to"] = here
     ours["save_every"] = _rollouts("save_steps", trl, rollouts) if trl["save_strategy"] == "steps" else 0
+    if not ours["save_every"]:
+        ours.pop("save_total_limit", None)
     return ours
 
 

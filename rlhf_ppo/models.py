@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -115,13 +116,30 @@ def load_tokenizer(model: str | PreTrainedModel, **options: Any) -> PreTrainedTo
 
 
 def load_policy(model: str | PreTrainedModel) -> PreTrainedModel:
-    """A causal language model in float32, from a hub id or folder (adapters are merged), or the given one."""
+    """A causal language model in float32, from a hub id or folder (adapters are merged), or the given one as it is."""
     base = adapter_base(model)
     if base is not None:
         return merge_adapter(load_policy(base), str(model))
     if isinstance(model, str):
         return read_weights(AutoModelForCausalLM, model)
     return model
+
+
+def in_float32(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with weights of half precision widened in place, with a warning; quantised ones stay as they are.
+
+    A step of PPO is smaller than what separates two neighbours in half precision: it would be lost, or overflow. And
+    transformers loads a model in whatever precision it was saved in.
+    """
+    halves = {str(p.dtype).removeprefix("torch.") for p in model.parameters()} & {"float16", "bfloat16"}
+    if not halves or getattr(model, "is_quantized", False):
+        return model
+    warnings.warn(
+        f"the given {type(model).__name__} has weights in {' and '.join(sorted(halves))}; they are converted to "
+        "float32. Load it with dtype=torch.float32 (what products are computed in is the setting `precision`)",
+        stacklevel=4,
+    )
+    return model.float()
 
 
 def merge_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
@@ -167,7 +185,7 @@ def load_trunk(model: str | PreTrainedModel) -> PreTrainedModel:
         model = load_classifier(str(model)) if judges else load_policy(model)
     if isinstance(model, str):
         return read_weights(AutoModel, model)
-    return cast(PreTrainedModel, model.base_model)
+    return in_float32(cast(PreTrainedModel, model.base_model))
 
 
 def text_config(model: PreTrainedModel) -> PretrainedConfig:

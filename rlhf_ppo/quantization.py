@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from rlhf_ppo.config import RLHFConfig
-from rlhf_ppo.models import load_policy
+from rlhf_ppo.models import in_float32, load_policy
 from rlhf_ppo.sources import read_weights
 
 Bits = Literal["8bit", "4bit"]
@@ -104,7 +104,7 @@ def load_reference(model: Any, ref_model: Any, args: RLHFConfig, device: torch.d
     source = model if ref_model is None else ref_model
     match args.reference_dtype:
         case "float32":
-            return None if ref_model is None else load_policy(ref_model)
+            return None if ref_model is None else in_float32(load_policy(ref_model))
         case "bfloat16":
             # A model object stays as its owner has it.
             reference = load_policy(source) if isinstance(source, str) else copy.deepcopy(source)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-from rlhf_ppo.waiting import has_ended, start
+from rlhf_ppo.waiting import FAILURES, has_ended, start
 
 RewardFunction = Callable[..., Any]
 """``fn(prompts, completions, completion_ids=..., **columns)``, sync or async: one score per completion, in their order.
@@ -153,5 +153,5 @@ def _result(future: Future[Any], name: str, wait_s: float | None, timeout_s: flo
         return future.result()
     except RewardError:
         raise
-    except Exception as error:
+    except FAILURES as error:
         raise RewardError(f"reward function {name!r} raised {type(error).__name__}: {error}") from error

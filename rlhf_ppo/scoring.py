@@ -212,11 +212,14 @@ def _item(value: Any, name: str, where: str, length: int | None) -> Score | Step
     raise RewardError(f"reward function {name!r} returned {type(value).__name__} {value!r:.80} {where}")
 
 
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
 def _number(value: Any) -> float:
-    try:
-        return float(value)
-    except OverflowError:  # a whole number or fraction beyond all floats
+    """As a float; infinite beyond float32, which is what a run computes in."""
+    if abs(value) > _FLOAT32_MAX:  # also a whole number beyond all floats
         return math.inf if value > 0 else -math.inf
+    return float(value)
 
 
 def _settle(

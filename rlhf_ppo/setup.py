@@ -21,6 +21,7 @@ from rlhf_ppo.data import PromptSet
 from rlhf_ppo.engines import Sampler, choose_engine
 from rlhf_ppo.heads import read_head
 from rlhf_ppo.models import (
+    in_float32,
     load_config,
     load_policy,
     load_tokenizer,
@@ -87,6 +88,8 @@ def set_up(
 ) -> RunParts:
     """Check and load the parts of a run; arguments and errors are those of :class:`rlhf_ppo.PPOTrainer`."""
     require_one_process()
+    if not isinstance(args, RLHFConfig):
+        raise TypeError(f"args must be an RLHFConfig, got {type(args).__name__}: write RLHFConfig(output_dir=..., ...)")
     require_installed(args.report_to)
     _check_respond(respond, args)
     if args.eval_every and eval_dataset is None:
@@ -133,6 +136,8 @@ def set_up(
     policy: Any
     if args.quantization == "none":
         policy = load_policy(model)
+        if not adapted:  # an adapter is trained in float32 whatever its base is in
+            policy = in_float32(policy)
     else:
         policy = load_quantized(cast(str, model), args.quantization, device=device, bf16=bf16)
     adapter_off = peft_config is not None

@@ -237,12 +237,17 @@ class PPOTrainer:
             prompts: text or chat messages; B = their number times num_generations.
             columns: other columns for the reward functions, one value a prompt each.
         Raises:
-            ValueError: a prompt is bad; names its number.
+            ValueError: a prompt is bad (names its number), or a column has another length.
             RewardError: see :func:`rlhf_ppo.scoring.score_responses`; the responses are in failed_rollout.jsonl.
             RespondError: see :func:`rlhf_ppo.conversation.converse`; likewise.
         """
         if isinstance(prompts, str) or not len(prompts):
             raise ValueError(f"rollout() takes a list of one or more prompts, got {prompts!r}")
+        for name, column in columns.items():
+            if len(column) != len(prompts):
+                raise ValueError(
+                    f"column {name!r} has {len(column)} values for {len(prompts)} prompts: one each is needed"
+                )
         if (copies := self.args.num_generations) > 1:
             prompts = [prompt for prompt in prompts for _ in range(copies)]
             columns = {name: [x for x in column for _ in range(copies)] for name, column in columns.items()}
@@ -342,12 +347,18 @@ class PPOTrainer:
             self.model.save_critic(new)
         return folder
 
-    def push_to_hub(self, repo_id: str, *, private: bool = True, merge_adapter: bool = False) -> str:
-        """Upload what :meth:`save_model` writes to the Hugging Face hub; returns the commit's address."""
+    def push_to_hub(self, repo_id: str | None = None, *, private: bool = True, merge_adapter: bool = False) -> str:
+        """Upload what :meth:`save_model` writes to the Hugging Face hub; returns the commit's address.
+
+        Args:
+            repo_id: "user/name" or a name among yours; None: the name of ``output_dir``.
+            private: of a repository that is new.
+            merge_adapter: see :meth:`save_model`.
+        """
         from huggingface_hub import HfApi
 
         api = HfApi()
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        repo_id = api.create_repo(repo_id or self.run.path.resolve().name, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_model(folder, merge_adapter=merge_adapter)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder))

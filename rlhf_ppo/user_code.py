@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import traceback
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from rlhf_ppo.waiting import FAILURES
 
 
 def load_function(source: str, what: str) -> Callable[..., Any]:
@@ -17,7 +20,7 @@ def load_function(source: str, what: str) -> Callable[..., Any]:
         source: ``file.py:function`` or ``module:function``.
         what: what to call it in messages, such as "reward".
     Raises:
-        ValueError: the file, module or function is not there.
+        ValueError: the file, module or function is not there, or running it failed.
     """
     module_name, _, name = source.rpartition(":")
     if not module_name:
@@ -27,17 +30,28 @@ def load_function(source: str, what: str) -> Callable[..., Any]:
             raise ValueError(f"{what} file {module_name} does not exist (working folder: {Path.cwd()})")
         try:
             module = _run(Path(module_name).resolve(), Path(module_name).stat().st_mtime_ns)
-        except SyntaxError as error:
-            raise ValueError(f"{what} file {module_name}, line {error.lineno}: {error.msg}") from None
+        except FAILURES as error:
+            raise ValueError(f"{what} file {module_name}{_where(error)}") from error
     else:
         try:
             module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"{what} module {module_name!r} cannot be imported: {error}") from None
+        except FAILURES as error:
+            raise ValueError(f"{what} module {module_name!r} cannot be imported{_where(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"{what} {source!r}: {module_name} has no function {name!r}")
     return function
+
+
+def _where(error: BaseException) -> str:
+    """What went wrong while a module was run, and in which line."""
+    if isinstance(error, SyntaxError):
+        return f", line {error.lineno}: {error.msg}"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    place = (
+        "" if last.filename.startswith("<frozen importlib") else f" ({Path(last.filename).name}, line {last.lineno})"
+    )
+    return f": {type(error).__name__}: {error}{place}"
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import threading
 import time
@@ -10,6 +11,9 @@ from concurrent.futures import Future
 from typing import Any
 
 from rlhf_ppo.runtime.signals import stop_if_asked
+
+FAILURES = (Exception, SystemExit, asyncio.CancelledError)
+"""What code of the user's own may raise and fail with: sys.exit() in it must not end a run as if it had succeeded."""
 
 _LOOK_UP_S = 0.25
 """Seconds between two looks for a signal while a call is waited for."""

@@ -30,7 +30,7 @@ def adapt_kl_coef(coef: float, observed_kl: float, *, target: float, horizon: fl
     if not math.isfinite(observed_kl):
         return coef
     error = min(max(observed_kl / target - 1, -0.2), 0.2)
-    return coef * (1 + error * num_samples / horizon)
+    return float(coef * (1 + error * num_samples / horizon))
 
 
 def adapt_penalty_beta(beta: float, observed_kl: float, *, target: float) -> float:

@@ -50,6 +50,16 @@ def test_report_compares_the_first_with_the_last_evaluation(tmp_path):
     assert "one at 0" in shown and "one at 7" in shown and "at 3" not in shown and "two" not in shown
 
 
+def test_prompts_and_completions_are_shown_as_they_are(tmp_path):
+    """Brackets are markup to rich: those of a chat model would vanish, or end the program."""
+    run = RunDirectory(tmp_path)
+    for iteration in (0, 1):
+        run.append("eval_samples.jsonl", row(iteration, "[INST] tell [/INST]", 0.5))
+    text = io.StringIO()
+    print_before_after(run, console=Console(file=text, width=200))
+    assert "[INST] tell [/INST] at 1" in text.getvalue()
+
+
 def test_samples_are_spread_evenly_over_the_improvements():
     # Changes 0, 10, ..., 90 in a shuffled order; four even quantiles of ten rows are ranks 1, 3, 6 and 8.
     order = [3, 7, 0, 9, 4, 1, 8, 2, 6, 5]

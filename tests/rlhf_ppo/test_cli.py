@@ -146,6 +146,14 @@ def test_a_failing_reward_ends_with_its_traceback_and_exit_code_1(folder, capsys
     assert Path("run/model.safetensors").exists()
 
 
+@pytest.mark.parametrize("answer", ["[0.0]", "['1'] * len(prompts)", "[float('nan')] * len(prompts)"])
+def test_a_reward_that_answers_wrongly_ends_with_what_it_said_alone(folder, capsys, answer):
+    Path("reward.py").write_text(f"def vowels(prompts, completions, **columns):\n    return {answer}\n")
+    assert main(TRAIN) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and error.count("reward function 'vowels'") == 1 and "failed_rollout.jsonl" in error
+
+
 def test_lora_from_the_command_line_saves_adapter_and_merged_model(folder):
     assert main([*TRAIN, "--lora-rank", "2", "--merge-adapter", "True"]) == 0
     assert Path("run/adapter_model.safetensors").exists() and Path("run/merged/model.safetensors").exists()

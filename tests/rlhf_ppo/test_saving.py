@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,6 +55,7 @@ def test_push_to_hub_uploads_what_save_model_writes(make_trainer, monkeypatch):
     class FakeHub:
         def create_repo(self, repo_id, **options):
             calls["created"] = (repo_id, options)
+            return SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"me/{repo_id}")
 
         def upload_folder(self, *, repo_id, folder_path):
             calls["files"] = sorted(file.name for file in Path(folder_path).iterdir())
@@ -63,6 +65,7 @@ def test_push_to_hub_uploads_what_save_model_writes(make_trainer, monkeypatch):
     trainer = make_trainer()
     assert trainer.push_to_hub("me/model") == "hub:me/model"
     assert calls["created"] == ("me/model", {"private": True, "exist_ok": True})  # private unless asked otherwise
+    assert trainer.push_to_hub() == f"hub:me/{trainer.run.path.name}"  # among the user's own
     written = sorted(file.name for file in trainer.save_model().iterdir())
     assert calls["files"] == written
     assert {"model.safetensors", "config.json", "tokenizer.json", "value_head.safetensors"} <= set(written)

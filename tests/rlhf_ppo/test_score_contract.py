@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import threading
@@ -71,12 +72,15 @@ def test_fault_12_none_for_all():
         score(lambda prompts, completions: [None, None], ["p", "q"], ["x", "y"], {})
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_fault_13_a_non_finite_score_shows_its_sample_or_is_dropped(value):
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf"), (1e39, "inf"), (-(10**400), "-inf")],  # of float32
+)
+def test_fault_13_a_non_finite_score_shows_its_sample_or_is_dropped(value, shown):
     def fn(prompts, completions):
         return [1.0, value]
 
-    with pytest.raises(RewardError, match=f"'fn' scored {value} for prompt 'q' with completion 'y'") as error:
+    with pytest.raises(RewardError, match=f"'fn' scored {shown} for prompt 'q' with completion 'y'") as error:
         score(fn, ["p", "q"], ["x", "y"], {})
     assert "drop_nonfinite_scores" in str(error.value)
     assert score(fn, ["p", "q"], ["x", "y"], {}, drop_nonfinite=True) == [1.0, None]
@@ -105,6 +109,20 @@ def test_fault_14_the_traceback_of_a_reward_that_raises_is_kept(timeout):
         frames.append(trace.tb_frame.f_code.co_name)
         trace = trace.tb_next
     assert frames[-1] == "broken"
+
+
+@pytest.mark.parametrize("timeout", [None, 5.0])
+@pytest.mark.parametrize("end", [SystemExit(0), asyncio.CancelledError()])
+def test_fault_14_a_reward_that_ends_the_program_is_a_reward_that_failed(end, timeout):
+    def leaves(prompts, completions):
+        raise end
+
+    async def leaves_later(prompts, completions):
+        raise end
+
+    for function in (leaves, leaves_later):
+        with pytest.raises(RewardError, match=rf"'{function.__name__}' raised {type(end).__name__}"):
+            score(function, ["p"], ["x"], {}, timeout_s=timeout)
 
 
 def test_fault_14_a_failing_reward_ends_the_run_with_responses_and_model_saved(make_trainer):

@@ -32,6 +32,31 @@ def test_an_encoder_decoder_is_refused_by_name(make_trainer, tmp_path, no_loadin
         make_trainer(ref_model=str(tmp_path))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_given_in_half_precision_is_trained_in_float32(make_trainer, make_model, prompts, dtype):
+    """transformers loads what was saved; steps of PPO are lost in half precision, or overflow."""
+
+    def trained(model, **others):
+        trainer = make_trainer(model=model, **others)
+        metrics = [trainer.step(trainer.rollout(prompts)) for _ in range(2)]
+        assert {p.dtype for p in [*trainer.model.parameters(), *trainer.reference.model.parameters()]} == {
+            torch.float32
+        }
+        return metrics
+
+    def given(seed):
+        return make_model(seed=seed).to(dtype)
+
+    with pytest.warns(UserWarning, match=f"weights in {str(dtype)[6:]}; they are converted to float32. Load"):
+        halves = trained(given(0), ref_model=given(1), value_model=given(2))
+    assert halves == trained(given(0).float(), ref_model=given(1).float(), value_model=given(2).float())
+
+
+def test_settings_of_another_kind_are_refused_at_once(make_trainer, tokenizer, no_loading):
+    with pytest.raises(TypeError, match="args must be an RLHFConfig, got dict"):
+        PPOTrainer(model="embedded", reward_funcs=len, args={"output_dir": "run"})
+
+
 def test_fault_3_a_missing_pad_token_stays_missing(make_trainer, tokenizer, prompts, tmp_path):
     """Masks do the work, so the user's tokenizer is neither given a pad token nor turned round, nor saved so."""
     tokenizer.padding_side = "right"

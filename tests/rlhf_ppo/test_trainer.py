@@ -71,6 +71,11 @@ def test_global_randomness_in_between_changes_nothing(make_trainer):
     assert same(weights(runs[0]), weights(runs[1]))
 
 
+def test_a_rollout_by_hand_needs_a_value_of_each_column_for_each_prompt(make_trainer):
+    with pytest.raises(ValueError, match="column 'answer' has 1 values for 2 prompts"):
+        make_trainer().rollout(["a", "b"], answer=[1])
+
+
 def test_rollout_and_step_by_hand_equal_train(make_trainer):
     automatic, by_hand = make_trainer(), make_trainer()
     automatic.train()
