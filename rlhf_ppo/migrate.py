@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import shlex
 import tempfile
 import textwrap
@@ -34,15 +35,15 @@ class MigrateArgs:
     """TRL's YAML file."""
     command_line: str | None = None
     """TRL's flags, or the whole command, as one text; easier: write them at the end, after `--`."""
-    num_processes: int = 1
-    """Processes of the TRL run (accelerate launch --num_processes): its batch sizes were per process."""
+    num_processes: int | None = None
+    """Processes of the TRL run, whose batch sizes were per process; None: what the command's launcher says, else 1."""
     output: str | None = None
     """File to write, which must not exist; None: print."""
 
     def __post_init__(self) -> None:
         if self.config is None and self.command_line is None:
             raise ValueError("nothing to migrate: give --config FILE, or TRL's flags after --, or both")
-        if self.num_processes < 1:
+        if self.num_processes is not None and self.num_processes < 1:
             raise ValueError(f"num_processes must be 1 or more, got {self.num_processes}")
 
 
@@ -96,6 +97,13 @@ def read_trl_flags(text: str) -> dict[str, Any]:
             flags[name].append(word)
     from_file = read_trl_yaml(_one("config", flags.pop("config"))) if "config" in flags else {}
     return from_file | dict(_flag(name, values) for name, values in flags.items())
+
+
+def launched_processes(text: str) -> int:
+    """``--num_processes`` of the launcher before the script; 1 where it does not say (a file of its own may)."""
+    launcher, script, _ = text.partition(".py")
+    said = re.findall(r"--num[-_]processes[= ]+(\d+)", launcher) if script else []
+    return int(said[-1]) if said else 1
 
 
 def _flag(name: str, values: list[str]) -> tuple[str, Any]:
@@ -288,7 +296,8 @@ def migrate(args: MigrateArgs, settings: type) -> str:
     given |= read_trl_flags(args.command_line) if args.command_line is not None else {}
     source = " and ".join(filter(None, (args.config, "command line" if args.command_line is not None else None)))
     defaults = {field.name: field.default for field in fields(settings) if field.default is not MISSING}
-    text = as_yaml(given, convert(given, args.num_processes), defaults, source)
+    processes = args.num_processes or launched_processes(args.command_line or "")
+    text = as_yaml(given, convert(given, processes), defaults, source)
     with tempfile.TemporaryDirectory() as folder:
         checked = Path(folder) / "settings.yaml"
         checked.write_text(text, encoding="utf-8")

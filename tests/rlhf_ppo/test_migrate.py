@@ -209,6 +209,21 @@ def test_settings_without_their_switch_are_left_out():
 # The command
 
 
+@pytest.mark.parametrize(
+    ("launcher", "ours", "batch"),
+    [
+        ("accelerate launch --num_processes 8 ppo.py", [], 512),
+        ("accelerate launch --num-processes=8 ppo.py", [], 512),
+        ("accelerate launch --num_processes 8 ppo.py", ["--num-processes", "2"], 128),
+        ("accelerate launch --config_file 8.yaml ppo.py", [], 64),
+    ],
+)
+def test_batches_grow_with_the_processes_that_the_launcher_names(launcher, ours, batch, capsys):
+    _, flags = TLDR.replace("\\\n", " ").split(".py", 1)
+    assert main(["migrate", *ours, "--", *launcher.split(), *flags.split()]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["rollout_batch_size"] == batch
+
+
 def test_the_tldr_command_becomes_our_yaml(tmp_path, capsys):
     assert main(["migrate", "--num-processes", "8", "--", *TLDR.replace("\\\n", " ").split()]) == 0
     text = capsys.readouterr().out
