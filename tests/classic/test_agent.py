@@ -52,12 +52,14 @@ def test_evaluate_plays_exactly_that_many_whole_episodes(episodes, small):
     assert result["mean_length"] == 4
 
 
-def test_evaluate_is_repeatable_and_refuses_no_episodes(small):
+def test_evaluate_is_repeatable_and_refuses_no_episodes_and_negative_seeds(small):
     agent = classic.PPO("CartPole-v1", small())
     assert agent.evaluate(episodes=5) == agent.evaluate(episodes=5)
     assert agent.evaluate(episodes=5, seed=1) != agent.evaluate(episodes=5, seed=2)
     with pytest.raises(ValueError, match="episodes must be 1 or more, got 0"):
         agent.evaluate(episodes=0)
+    with pytest.raises(ValueError, match="seed must be 0 or more, got -1"):
+        agent.evaluate(episodes=1, seed=-1)
 
 
 @pytest.mark.parametrize("env_id", ["tests/Match-v0", "tests/Aim-v0"])
