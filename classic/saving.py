@@ -33,6 +33,10 @@ def save(agent: PPO, folder: str | Path) -> Path:
 
     Random generators and running episodes are not part of it: training goes on from here, but not bit for bit. What a
     run goes on from exactly is a checkpoint (:mod:`classic.checkpoints`).
+
+    Raises:
+        ValueError: the folder is a file.
+        OSError: it could not be written (a full disk, mostly); an agent that lies there already stays.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -46,11 +50,14 @@ def save(agent: PPO, folder: str | Path) -> Path:
         "counters": agent.counters,
         "in_force": in_force(agent),
     }
-    with replacing_files(folder) as new:
-        save_file(_copies(agent.network.state_dict()), new / MODEL)
-        save_file(agent.optimizer.state(), new / OPTIMIZER)
-        save_file(agent.normalizer.state(), new / NORMALIZER)
-        (new / AGENT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    try:
+        with replacing_files(folder) as new:
+            save_file(_copies(agent.network.state_dict()), new / MODEL)
+            save_file(agent.optimizer.state(), new / OPTIMIZER)
+            save_file(agent.normalizer.state(), new / NORMALIZER)
+            (new / AGENT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except SafetensorError as error:  # so safetensors calls a full disk
+        raise OSError(f"the agent could not be written into {folder}: {error}") from error
     return folder
 
 
