@@ -227,9 +227,10 @@ def _result_rows(result: dict[str, float], episodes: int) -> list[tuple[str, str
 
 
 def _print(table: Table) -> None:
-    console = Console()
+    plain: dict[str, Any] = {"markup": False, "emoji": False}  # a name may hold [/x] or :x:
+    console = Console(**plain)
     # A pipe or a log has no width: a path must not be wrapped there.
-    (console if console.is_terminal else Console(width=200)).print(table)
+    (console if console.is_terminal else Console(width=200, **plain)).print(table)
 
 
 COMMANDS: dict[str, Command] = {

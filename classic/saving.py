@@ -57,7 +57,7 @@ def save(agent: PPO, folder: str | Path) -> Path:
             save_file(agent.normalizer.state(), new / NORMALIZER)
             (new / AGENT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except SafetensorError as error:  # so safetensors calls a full disk
-        raise OSError(f"the agent could not be written into {folder}: {error}") from error
+        raise OSError(f"{folder} cannot be written: {error}") from error
     return folder
 
 

@@ -86,6 +86,14 @@ def test_evaluations_on_the_way_resuming_and_videos(tmp_path, capsys):
     assert "a video needs an environment made with render_mode='rgb_array'" in capsys.readouterr().err
 
 
+def test_a_folders_name_is_shown_as_it_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "tests/Match-v0", "--output-dir", "x[/y]/[bold]:dog:", "--quiet", *SMALL]) == 0
+    assert "x[/y]/[bold]:dog:/metrics.jsonl" in capsys.readouterr().out
+    assert main(["evaluate", "x[/y]/[bold]:dog:", "--episodes", "1"]) == 0
+    assert "tests/Match-v0 from x[/y]/[bold]:dog:" in capsys.readouterr().out
+
+
 def _iteration(folder):
     return classic.PPO.load(folder).counters["iteration"]
 
