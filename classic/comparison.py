@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from classic.config import PPOArgs
 from classic.statistics import bootstrap_iqm, mean_and_error
 from classic.train import PPO
+from rlhf_ppo.runtime.files import read_json
 from rlhf_ppo.runtime.run_directory import RunDirectory
 
 RESULT = "result.json"
@@ -133,7 +134,10 @@ def _settings(args: PPOArgs) -> dict[str, Any]:
 def _finished(path: Path, env_id: str, args: PPOArgs, episodes: int) -> dict[str, Any] | None:
     if not (path / RESULT).is_file():
         return None
-    result = json.loads((path / RESULT).read_text(encoding="utf-8"))
+    remedy = "remove it, and the run is made again"
+    result = read_json(path / RESULT, remedy)
+    if missing := [name for name in ("env_id", "episodes", "settings", "env_steps", "mean_return") if name not in result]:
+        raise ValueError(f"{path / RESULT} is damaged (it has no {', '.join(missing)}): {remedy}")
     now = {"env_id": env_id, "episodes": episodes, **_settings(args)}
     then = {"env_id": result["env_id"], "episodes": result["episodes"], **result["settings"]}
     for key in sorted({*now, *then}):

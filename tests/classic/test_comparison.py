@@ -80,6 +80,18 @@ def test_compare_trains_every_variant_and_seed_once_and_goes_on_where_it_stopped
     assert "finished with gamma=0.99, now it is 0.5" in capsys.readouterr().err and not trained
 
 
+def test_a_damaged_result_is_named_with_what_to_do(trained, tmp_path, capsys):
+    command = ["compare", "tests/Match-v0", "--vary", "num_epochs=1", "--seeds", "1", *SMALL]
+    command += ["--output-dir", str(tmp_path)]
+    result = tmp_path / "num_epochs=1" / "seed0" / "result.json"
+    result.parent.mkdir(parents=True)
+    for text, why in (("{", "Expecting property name"), ("{}", "it has no env_id, episodes, settings")):
+        result.write_text(text)
+        assert main(command) == 2
+        err = capsys.readouterr().err
+        assert f"{result} is damaged ({why}" in err and "remove it, and the run is made again" in err
+
+
 def test_a_run_under_another_preset_is_not_taken_for_this_one(trained, tmp_path, capsys, monkeypatch):
     command = ["compare", "tests/Match-v0", "--vary", "num_epochs=1", "--seeds", "1", *SMALL]
     assert main([*command, "--output-dir", str(tmp_path)]) == 0
