@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from classic.config import PPOArgs
 from classic.statistics import bootstrap_iqm, mean_and_error
 from classic.train import PPO
 from rlhf_ppo.runtime.files import read_json
 from rlhf_ppo.runtime.run_directory import RunDirectory
+from rlhf_ppo.runtime.settings import as_type
 
 RESULT = "result.json"
 CURVE_POINTS = 100
@@ -60,9 +60,9 @@ def read_variants(words: Sequence[str]) -> list[dict[str, Any]]:
         try:
             values = yaml.safe_load(f"[{text}]")
             values = [None if value == "None" else value for value in values]  # as flags and tables spell it
-            lists[name] = [TypeAdapter(types[name]).validate_python(value) for value in values]
-        except (yaml.YAMLError, ValidationError) as error:
-            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "not a list of values"
+            lists[name] = [as_type(value, types[name]) for value in values]
+        except (yaml.YAMLError, ValueError) as error:
+            reason = "not a list of values" if isinstance(error, yaml.YAMLError) else error
             raise ValueError(f"--vary {word}: {reason}") from None
         if not values:
             raise ValueError(f"--vary {word}: no value")

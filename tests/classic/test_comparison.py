@@ -47,6 +47,7 @@ def test_variants_are_read_as_values_of_the_settings():
         (["seed=1,2"], "name of a setting"),
         (["num_epochs="], "no value"),
         (["num_epochs=one,two"], "num_epochs=one,two: Input should be a valid integer"),
+        (["num_epochs=2,true"], "num_epochs=2,true: Input should be a number, not true or false"),
         (["objective=clip,trpo"], "objective=clip,trpo: "),
         (["hidden_sizes=[1"], "not a list of values"),
         (["num_epochs=1", "num_epochs=2"], "num_epochs twice"),
