@@ -21,6 +21,7 @@ from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.settings import as_type
 
 RESULT = "result.json"
+NEEDED = ("env_id", "episodes", "settings", "env_steps", "mean_return")
 CURVE_POINTS = 100
 
 # What may differ between a finished run and the same run asked for again.
@@ -136,7 +137,7 @@ def _finished(path: Path, env_id: str, args: PPOArgs, episodes: int) -> dict[str
         return None
     remedy = "remove it, and the run is made again"
     result = read_json(path / RESULT, remedy)
-    if missing := [name for name in ("env_id", "episodes", "settings", "env_steps", "mean_return") if name not in result]:
+    if missing := [name for name in NEEDED if name not in result]:
         raise ValueError(f"{path / RESULT} is damaged (it has no {', '.join(missing)}): {remedy}")
     now = {"env_id": env_id, "episodes": episodes, **_settings(args)}
     then = {"env_id": result["env_id"], "episodes": result["episodes"], **result["settings"]}
