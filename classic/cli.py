@@ -102,6 +102,8 @@ def train(command: TrainCommand) -> int:
     """
     if command.eval_episodes < 1:
         raise ValueError(f"eval_episodes must be 1 or more, got {command.eval_episodes}")
+    if command.resume_override and command.resume is None:
+        raise ValueError("resume_override=True is about a checkpoint to go on from: set resume")
     given = _args(command)
     given["output_dir"] = command.output_dir or f"runs/{_file_name(command.env)}-seed{command.seed}"
     agent = PPO(command.env, PPOArgs(**given))

@@ -106,6 +106,13 @@ def test_load_says_what_is_missing(small, tmp_path):
         classic.PPO.load(tmp_path)
 
 
+def test_what_a_preset_set_for_nothing_does_not_keep_an_agent_from_loading_under_another(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("classic.config.preset_of", lambda *_: {"clip_range": 0.1, "recurrent_size": 8})
+    classic.PPO("tests/Match-v0", small(objective="a2c", num_epochs=1)).save(tmp_path)
+    monkeypatch.undo()
+    assert classic.PPO.load(tmp_path).args.objective == "a2c"
+
+
 def test_load_refuses_a_broken_file_and_changed_spaces(small, tmp_path):
     agent = classic.PPO("tests/Match-v0", small())
     agent.save(tmp_path)

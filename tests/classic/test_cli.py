@@ -182,6 +182,7 @@ def test_a_signal_outside_training_leaves_no_traceback(stop, words, code, capsys
     [
         (["train", "CartPol-v1"], "Did you mean: `CartPole`"),
         (["train", "CartPole-v1", "--dual-clip", "2"], "dual_clip=2.0"),
+        (["train", "CartPole-v1", "--resume-override"], "resume_override=True is about a checkpoint to go on from"),
         (["evaluate", "no-such-folder"], "no saved agent in no-such-folder"),
         (["trian"], "did you mean 'train'"),
     ],
