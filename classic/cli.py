@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ from rlhf_ppo.runtime.checkpoint import list_checkpoints
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.settings import Command, run_command
 from rlhf_ppo.runtime.signals import Interrupted
+
+FAILURES = (BrokenEnvironmentError, NonFiniteGradientError, OSError)
+"""What ends a run although its input was good; an OSError is a full disk, mostly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +96,14 @@ class ExplainCommand:
 
 
 def train(command: TrainCommand) -> int:
-    """`classic-ppo train ENV`: learn, save, evaluate, say where everything is; 130 after Ctrl-C, 143 after SIGTERM."""
+    """`classic-ppo train ENV`: learn, save, evaluate, say where everything is.
+
+    1 for a run that failed, 130 after Ctrl-C, 143 after SIGTERM; the agent is saved as it is then.
+    """
     if command.eval_episodes < 1:
         raise ValueError(f"eval_episodes must be 1 or more, got {command.eval_episodes}")
+    if command.resume_override and command.resume is None:
+        raise ValueError("resume_override=True is about a checkpoint to go on from: set resume")
     given = _args(command)
     given["output_dir"] = command.output_dir or f"runs/{_file_name(command.env)}-seed{command.seed}"
     agent = PPO(command.env, PPOArgs(**given))
@@ -118,10 +127,14 @@ def train(command: TrainCommand) -> int:
             resume_override=command.resume_override,
         )
     except Interrupted as stop:
-        folder = agent.save(given["output_dir"])
-        goes_on = "; --resume auto goes on" if list_checkpoints(folder) else ""  # none after the last update
-        print(f"{stop}; the agent as it is lies in {folder}{goes_on}", file=sys.stderr)
+        print(f"{stop}; {_rescued(agent, given['output_dir'])}", file=sys.stderr)
         return stop.exit_code
+    except FAILURES as error:
+        if agent.counters["iteration"] == 0:
+            raise  # nothing was learned, or it was not even begun
+        code = _failed(error)
+        print(_rescued(agent, given["output_dir"]), file=sys.stderr)
+        return code
     folder = given["output_dir"]
     table = Table(title=f"{command.env}: {agent.counters['env_steps']:,} steps in {seconds:.1f} s", show_header=False)
     for row in _result_rows(result, command.eval_episodes):
@@ -180,6 +193,26 @@ def compare(command: CompareCommand) -> int:
     return 0
 
 
+def _rescued(agent: PPO, folder: str) -> str:
+    """Save the agent of a run that ended early, and say where it lies and how the run goes on."""
+    if not agent.weights.vector.isfinite().all():
+        said = "the agent was not saved: its weights are not finite"
+    else:
+        try:
+            said = f"the agent as it is lies in {agent.save(folder)}"
+        except OSError as error:  # most likely the full disk that ended the run
+            said = f"the agent could not be saved: {error}"
+    return said + ("; --resume auto goes on" if list_checkpoints(folder) else "")  # none after the last update
+
+
+def _failed(error: Exception) -> int:
+    """Say why a run failed; a crash of the environment's own comes with its traceback."""
+    if error.__cause__ is not None and not isinstance(error, OSError):
+        traceback.print_exception(error.__cause__)
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+
+
 def _args(command: PPOArgs) -> dict[str, Any]:
     return {field.name: getattr(command, field.name) for field in dataclasses.fields(PPOArgs)}
 
@@ -196,9 +229,10 @@ def _result_rows(result: dict[str, float], episodes: int) -> list[tuple[str, str
 
 
 def _print(table: Table) -> None:
-    console = Console()
+    plain: dict[str, Any] = {"markup": False, "emoji": False}  # a name may hold [/x] or :x:
+    console = Console(**plain)
     # A pipe or a log has no width: a path must not be wrapped there.
-    (console if console.is_terminal else Console(width=200)).print(table)
+    (console if console.is_terminal else Console(width=200, **plain)).print(table)
 
 
 COMMANDS: dict[str, Command] = {
@@ -211,14 +245,20 @@ COMMANDS: dict[str, Command] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `classic-ppo`."""
+    """Entry point of `classic-ppo`; returns the exit code.
+
+    0, 1 for a failed run, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
+    """
     try:
         return run_command("classic-ppo", COMMANDS, argv)
-    except (BrokenEnvironmentError, NonFiniteGradientError) as error:
-        if error.__cause__ is not None:
-            raise  # a crash of the environment's own: the traceback says where
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except FAILURES as error:
+        return _failed(error)
 
 
 if __name__ == "__main__":

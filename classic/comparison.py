@@ -12,14 +12,16 @@ from typing import Any
 
 import numpy as np
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from classic.config import PPOArgs
 from classic.statistics import bootstrap_iqm, mean_and_error
 from classic.train import PPO
+from rlhf_ppo.runtime.files import read_json
 from rlhf_ppo.runtime.run_directory import RunDirectory
+from rlhf_ppo.runtime.settings import as_type
 
 RESULT = "result.json"
+NEEDED = ("env_id", "episodes", "settings", "env_steps", "mean_return")
 CURVE_POINTS = 100
 
 # What may differ between a finished run and the same run asked for again.
@@ -59,9 +61,9 @@ def read_variants(words: Sequence[str]) -> list[dict[str, Any]]:
         try:
             values = yaml.safe_load(f"[{text}]")
             values = [None if value == "None" else value for value in values]  # as flags and tables spell it
-            lists[name] = [TypeAdapter(types[name]).validate_python(value) for value in values]
-        except (yaml.YAMLError, ValidationError) as error:
-            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "not a list of values"
+            lists[name] = [as_type(value, types[name]) for value in values]
+        except (yaml.YAMLError, ValueError) as error:
+            reason = "not a list of values" if isinstance(error, yaml.YAMLError) else error
             raise ValueError(f"--vary {word}: {reason}") from None
         if not values:
             raise ValueError(f"--vary {word}: no value")
@@ -133,7 +135,10 @@ def _settings(args: PPOArgs) -> dict[str, Any]:
 def _finished(path: Path, env_id: str, args: PPOArgs, episodes: int) -> dict[str, Any] | None:
     if not (path / RESULT).is_file():
         return None
-    result = json.loads((path / RESULT).read_text(encoding="utf-8"))
+    remedy = "remove it, and the run is made again"
+    result = read_json(path / RESULT, remedy)
+    if missing := [name for name in NEEDED if name not in result]:
+        raise ValueError(f"{path / RESULT} is damaged (it has no {', '.join(missing)}): {remedy}")
     now = {"env_id": env_id, "episodes": episodes, **_settings(args)}
     then = {"env_id": result["env_id"], "episodes": result["episodes"], **result["settings"]}
     for key in sorted({*now, *then}):

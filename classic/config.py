@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -55,12 +56,27 @@ DEFAULTS: dict[str, Any] = {
 # Objectives with a clip range that stays where it is put.
 CLIPPING = ("clip", "dual_clip", "cispo")
 
-# Settings that one objective alone reads.
+# Settings that some objectives alone read.
 READ_BY = {
     "dual_clip": ("dual_clip",),
     "penalty_beta": ("penalty",),
+    "clip_range": (*CLIPPING, "adaptive_clip"),
     "clip_range_high": CLIPPING,
 }
+
+
+def never_read(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Names of settings that the others leave without effect, and why."""
+    objective = f"objective={settings['objective']!r}"
+    for name, readers in READ_BY.items():
+        if settings["objective"] not in readers:
+            yield name, f"is read by objective={' or '.join(map(repr, readers))} alone, but {objective}"
+    if settings["objective"] == "cispo" and (high := settings.get("clip_range_high")) is not None:
+        yield "clip_range", f"has no effect, since {objective} reads clip_range_high={high} alone"
+    if settings["vf_coef"] == 0:
+        yield "clip_range_vf", "is about the value loss, but vf_coef=0 leaves none"
+    if settings["recurrent"] == "none":
+        yield "recurrent_size", "is read by recurrent='lstm' or 'gru' alone, but recurrent='none'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,12 +230,9 @@ class PPOArgs:
                     f"remove {name}"
                 )
         objective = filled["objective"]
-        for name, readers in READ_BY.items():
-            if objective not in readers and filled.get(name) != preset.get(name):
-                raise ValueError(
-                    f"{name}={given[name]} is read by objective={' or '.join(map(repr, readers))} alone, "
-                    f"but objective={objective!r}: remove one of the two"
-                )
+        for name, why in never_read(filled):
+            if filled.get(name) != preset.get(name):
+                raise ValueError(f"{name}={given[name]} {why}: remove one of the two")
         if filled["clip_range_schedule"] != "constant" and objective not in CLIPPING:
             raise ValueError(
                 f"clip_range_schedule={filled['clip_range_schedule']!r} needs a clip range of its own, but "
@@ -240,13 +253,7 @@ class PPOArgs:
                     f"{given['gae_lambda']}: remove it, or use objective='a2c'"
                 )
             filled["gae_lambda"] = 1.0
-        if filled["recurrent"] == "none":
-            if filled["recurrent_size"] != preset["recurrent_size"]:
-                raise ValueError(
-                    f"recurrent_size={filled['recurrent_size']} is read by recurrent='lstm' or 'gru' alone, but "
-                    "recurrent='none': remove one of the two"
-                )
-        elif filled["num_minibatches"] > filled["num_envs"]:
+        if filled["recurrent"] != "none" and filled["num_minibatches"] > filled["num_envs"]:
             if "num_minibatches" in given:
                 raise ValueError(
                     f"num_minibatches={filled['num_minibatches']} is more than num_envs={filled['num_envs']}, but with "

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from classic.action_masks import ActionMasks
 from classic.episodes import episode_state, restore_episodes
-from classic.making import BrokenEnvironmentError, EnvLike, Vectorization, env_name, make_vector_env
+from classic.making import CRASHES, BrokenEnvironmentError, EnvLike, Vectorization, env_name, make_vector_env
 from classic.spaces import action_layout, batch_of_one, observation_encoder, observation_shape, to_env_actions
 
 NO_ENVS = torch.empty(0, dtype=torch.int64)
@@ -201,11 +201,14 @@ class Environments:
         try:
             # Gymnasium's checker speaks at the first calls, partly in warnings: what it says explains the crash.
             return _overheard(call, said) if self.steps <= 1 else call()
-        except Exception as error:
-            words = "".join(f"\n{line}" for line in said)
-            raise BrokenEnvironmentError(
-                f"environment {self.env_id!r} failed at step {self.steps}: {type(error).__name__}: {error}{words}"
-            ) from error
+        except CRASHES as error:
+            raise self._crash(error, said) from error
+
+    def _crash(self, error: BaseException, said: Sequence[str] = ()) -> BrokenEnvironmentError:
+        words = "".join(f"\n{line}" for line in said)
+        return BrokenEnvironmentError(
+            f"environment {self.env_id!r} failed at step {self.steps}: {type(error).__name__}: {error}{words}"
+        )
 
     def _fault(self, what: str, env: int | None = None) -> BrokenEnvironmentError:
         copy = "" if env is None else f", copy {env}"
@@ -216,6 +219,8 @@ class Environments:
             return self._masks.read(info, self.resetting, expected=expected)
         except ValueError as error:
             raise self._fault(str(error)) from None
+        except CRASHES as error:  # of its action_masks()
+            raise self._crash(error) from error
 
     def _checked_observations(self, observation: Any) -> Tensor:
         try:

@@ -38,11 +38,13 @@ def evaluate_policy(
     Returns:
         mean_return, std_return (population) and mean_length in steps.
     Raises:
-        ValueError: episodes is below 1.
+        ValueError: episodes is below 1, or the seed is negative.
         BrokenEnvironmentError: see :class:`Environments`.
     """
     if episodes < 1:
         raise ValueError(f"episodes must be 1 or more, got {episodes}")
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more, got {seed}")
     generator = None if deterministic else torch.Generator().manual_seed(seed)
     returns, lengths = [], []
     with make_envs(min(episodes, MAX_COPIES)) as envs:

@@ -22,6 +22,10 @@ EXTRAS = {"mujoco": "mujoco", "box2d": "box2d"}
 """Part of an environment's entry point -> the extra of this package that installs what it needs."""
 
 
+CRASHES = (Exception, SystemExit)
+"""What a crashing environment raises: sys.exit() in one must not end a run as if it had gone well."""
+
+
 class BrokenEnvironmentError(RuntimeError):
     """An environment crashed or returned something that cannot be learned from; says which one, and at which step."""
 
@@ -74,7 +78,7 @@ def make_vector_env(
         raise ValueError(f"cannot make environment {name!r}: {error}{_extra(env)}") from error
     except (ImportError, ValueError):
         raise
-    except Exception as error:
+    except CRASHES as error:
         if isinstance(error, TypeError) and (env_kwargs or wrappers):
             given = f"env_kwargs={dict(env_kwargs or {})}, wrappers={list(wrappers)}"
             raise ValueError(f"cannot make environment {name!r} with {given}: {error}") from error
@@ -162,7 +166,7 @@ def _wrapper(env: str, name: str) -> Callable[[gymnasium.Env], gymnasium.Wrapper
     module, _, attribute = name.rpartition(":")
     try:
         return getattr(importlib.import_module(module or "gymnasium.wrappers"), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SystemExit) as error:
         raise ValueError(
             f"wrapper {name!r} of environment {env!r} cannot be loaded ({error}); name one of gymnasium.wrappers, or "
             "module:Name"

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from classic.config import PPOArgs
+from classic.config import PPOArgs, never_read
 from classic.making import EnvLike
 from rlhf_ppo import __version__
 from rlhf_ppo.runtime.checkpoint import list_checkpoints
@@ -33,6 +33,10 @@ def save(agent: PPO, folder: str | Path) -> Path:
 
     Random generators and running episodes are not part of it: training goes on from here, but not bit for bit. What a
     run goes on from exactly is a checkpoint (:mod:`classic.checkpoints`).
+
+    Raises:
+        ValueError: the folder is a file.
+        OSError: it could not be written (a full disk, mostly); an agent that lies there already stays.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -46,11 +50,14 @@ def save(agent: PPO, folder: str | Path) -> Path:
         "counters": agent.counters,
         "in_force": in_force(agent),
     }
-    with replacing_files(folder) as new:
-        save_file(_copies(agent.network.state_dict()), new / MODEL)
-        save_file(agent.optimizer.state(), new / OPTIMIZER)
-        save_file(agent.normalizer.state(), new / NORMALIZER)
-        (new / AGENT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    try:
+        with replacing_files(folder) as new:
+            save_file(_copies(agent.network.state_dict()), new / MODEL)
+            save_file(agent.optimizer.state(), new / OPTIMIZER)
+            save_file(agent.normalizer.state(), new / NORMALIZER)
+            (new / AGENT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except SafetensorError as error:  # so safetensors calls a full disk
+        raise OSError(f"{folder} cannot be written: {error}") from error
     return folder
 
 
@@ -74,8 +81,10 @@ def load(cls: type[PPO], folder: str | Path, env: EnvLike | None = None) -> PPO:
                 f"the agent in {folder} was made from an environment object, {content['env_id']!r}: pass one as env"
             )
         saved = PPOArgs(**content["args"])
+        # What the preset had filled in although nothing reads it would contradict the rest under another preset.
+        read = replace(saved, **{name: None for name, _ in never_read(vars(saved))})
         # To use an agent takes no tracker; where training goes on, one that is not there is a warning.
-        agent = cls(content["env_id"] if env is None else env, replace(saved, report_to=()))
+        agent = cls(content["env_id"] if env is None else env, replace(read, report_to=()))
         agent.args = replace(agent.args, report_to=saved.report_to)
         saved_spaces, counters, moved = content["spaces"], content["counters"], content["in_force"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:

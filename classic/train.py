@@ -151,7 +151,7 @@ class PPO:
             Interrupted: SIGINT or SIGTERM came.
         """
         total = self._setting("total_timesteps") if total_timesteps is None else total_timesteps
-        if total < 1:
+        if not total >= 1:  # NaN, too
             raise ValueError(f"total_timesteps must be 1 or more, got {total}")
         folder = self.args.output_dir
         run = None if folder is None else RunDirectory(folder)

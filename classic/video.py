@@ -33,7 +33,7 @@ def record_video(agent: PPO, file: str | Path, *, episodes: int = 1, seed: int =
     Returns:
         The file.
     Raises:
-        ValueError: another ending, or the environment does not draw itself.
+        ValueError: another ending, a negative seed, or the environment does not draw itself.
         ModuleNotFoundError: a package for drawing or writing is missing; says how to install it.
     """
     file = Path(file)
@@ -41,6 +41,8 @@ def record_video(agent: PPO, file: str | Path, *, episodes: int = 1, seed: int =
         raise ValueError(f"a video is an .mp4 or a .gif, a still a .png, got {file}")
     if episodes < 1:
         raise ValueError(f"episodes must be 1 or more, got {episodes}")
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more, got {seed}")
     frames, fps = _play(agent, episodes, seed, deterministic)
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix != ".mp4":
@@ -102,6 +104,10 @@ def _stage(agent: PPO) -> Iterator[gymnasium.Env]:
         yield copy
     except gymnasium.error.DependencyNotInstalled as error:
         raise ModuleNotFoundError(f"environment {agent.env_id!r} cannot draw itself: {error} (or: {INSTALL})") from None
+    except SystemExit as error:
+        raise BrokenEnvironmentError(
+            f"environment {agent.env_id!r} failed while it was filmed: SystemExit: {error}"
+        ) from error
     finally:
         if made is None:
             agent.end_episodes()

@@ -46,7 +46,7 @@ def check(args: CheckArgs) -> int:
         if not problems:
             good.append(folder)
         table.add_row(folder.name, "BAD" if problems else "good", *_facts(folder), "\n".join(problems))
-    console = Console()
+    console = Console(markup=False, emoji=False)  # a folder's name may hold [/x] or :x:
     console.print(table)
     if good:
         console.print(f"a resumed run goes on from {good[-1].name}", highlight=False)

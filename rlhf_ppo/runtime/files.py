@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 TEMPORARY = ".tmp-"
 """What every unfinished file or folder's name begins with."""
@@ -40,6 +42,21 @@ def replace_text(file: Path, text: str) -> None:
     temporary = file.with_name(f"{TEMPORARY}{file.name}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)
+
+
+def read_json(file: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: it is damaged; names the file, and ends with ``remedy``.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): {remedy}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is damaged (it holds a {type(content).__name__}, not an object): {remedy}")
+    return content
 
 
 def sync_file(file: Path) -> None:

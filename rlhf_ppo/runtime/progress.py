@@ -25,7 +25,7 @@ class ProgressDisplay:
         self.console = Console(file=sys.stderr)
         self._last_line = float("-inf")
         self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),  # a name may hold [/x]
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

@@ -9,13 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ppo.runtime.checkpoint import list_checkpoints
-from rlhf_ppo.runtime.files import replace_text, sync_file
+from rlhf_ppo.runtime.files import read_json, replace_text, sync_file
 from rlhf_ppo.runtime.lock import LOCK_FILE
 from rlhf_ppo.runtime.metrics import require_known_metrics
 
 
 def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _row(file: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        return json.loads(line.decode())
+    except ValueError as error:
+        raise ValueError(f"{file}, line {number}, is damaged ({error}): mend or remove that line") from None
 
 
 def _position(name: str, row: Mapping[str, Any]) -> tuple[int, bool]:
@@ -25,9 +32,13 @@ def _position(name: str, row: Mapping[str, Any]) -> tuple[int, bool]:
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
-    """The settings in a run's folder (run.json), or {} if there is none."""
+    """The settings in a run's folder (run.json), or {} if there is none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     file = Path(folder) / "run.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_json(file, "put the run's settings back, or remove it") if file.is_file() else {}
 
 
 class RunDirectory:
@@ -121,10 +132,14 @@ class RunDirectory:
             self.listener(metrics)
 
     def read(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-        """The rows of a JSONL file; none if it does not exist. A last line that a kill cut off is no row."""
+        """The rows of a JSONL file; none if it does not exist. A last line that a kill cut off is no row.
+
+        Raises:
+            ValueError: another line is damaged.
+        """
         file = self.path / name
         if not file.exists():
             return []
         # Not splitlines(): a model may write U+2028 or U+0085, which end a line there but not in a JSON line.
         whole, _, _ = file.read_bytes().rpartition(b"\n")
-        return [json.loads(line) for line in whole.decode().split("\n") if line]
+        return [_row(file, number, line) for number, line in enumerate(whole.split(b"\n"), start=1) if line]

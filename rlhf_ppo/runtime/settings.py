@@ -59,9 +59,26 @@ def _checked(path: Path, key: Any, value: Any, known: list[str], types: Mapping[
     if isinstance(value, str) and "tuple" in str(types[key]):
         value = [value]  # one word needs no brackets
     try:
-        return TypeAdapter(types[key]).validate_python(value)
+        return as_type(value, types[key])
+    except ValueError as error:
+        raise ValueError(f"{path}: {key}: {error}, got {value!r}") from None
+
+
+def as_type(value: Any, hint: Any) -> Any:
+    """What YAML made of a setting, as the setting's type: text that is a number does for one, true and false do not.
+
+    Raises:
+        ValueError: it does not fit; says why.
+    """
+    try:
+        typed = TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
-        raise ValueError(f"{path}: {key}: {error.errors()[0]['msg']}, got {value!r}") from None
+        raise ValueError(error.errors()[0]["msg"]) from None
+    items = value if isinstance(value, (list, tuple)) else [value]
+    # Pydantic takes true for 1.
+    if "bool" not in str(hint) and any(isinstance(item, bool) for item in items):
+        raise ValueError("Input should be a number, not true or false")
+    return typed
 
 
 def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, description: str | None = None) -> Settings:

@@ -160,15 +160,15 @@ class Allowed(Chain):
 
 
 class Faulty(Chain):
-    """Breaks at its third step in the way it is told to."""
+    """Breaks at its third step, or another one, in the way it is told to."""
 
-    def __init__(self, fault: str = "crash"):
-        self.fault, self.t = fault, 0
+    def __init__(self, fault: str = "crash", at: int = 3):
+        self.fault, self.at, self.t = fault, at, 0
 
     def step(self, action):
         self.t += 1
         observation, reward = np.ones(1, dtype=np.float32), 1.0
-        if self.t == 3:
+        if self.t == self.at:
             if self.fault == "crash":
                 raise ZeroDivisionError("the simulator exploded")
             if self.fault == "nan_observation":

@@ -52,12 +52,14 @@ def test_evaluate_plays_exactly_that_many_whole_episodes(episodes, small):
     assert result["mean_length"] == 4
 
 
-def test_evaluate_is_repeatable_and_refuses_no_episodes(small):
+def test_evaluate_is_repeatable_and_refuses_no_episodes_and_negative_seeds(small):
     agent = classic.PPO("CartPole-v1", small())
     assert agent.evaluate(episodes=5) == agent.evaluate(episodes=5)
     assert agent.evaluate(episodes=5, seed=1) != agent.evaluate(episodes=5, seed=2)
     with pytest.raises(ValueError, match="episodes must be 1 or more, got 0"):
         agent.evaluate(episodes=0)
+    with pytest.raises(ValueError, match="seed must be 0 or more, got -1"):
+        agent.evaluate(episodes=1, seed=-1)
 
 
 @pytest.mark.parametrize("env_id", ["tests/Match-v0", "tests/Aim-v0"])
@@ -102,6 +104,13 @@ def test_load_says_what_is_missing(small, tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing"):
         classic.PPO.load(tmp_path)
+
+
+def test_what_a_preset_set_for_nothing_does_not_keep_an_agent_from_loading_under_another(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("classic.config.preset_of", lambda *_: {"clip_range": 0.1, "recurrent_size": 8})
+    classic.PPO("tests/Match-v0", small(objective="a2c", num_epochs=1)).save(tmp_path)
+    monkeypatch.undo()
+    assert classic.PPO.load(tmp_path).args.objective == "a2c"
 
 
 def test_load_refuses_a_broken_file_and_changed_spaces(small, tmp_path):

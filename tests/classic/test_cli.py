@@ -10,9 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
+import classic
 from classic.cli import CompareCommand, EvaluateCommand, ExplainCommand, TrainCommand, main
 from classic.settings_page import settings_page
+from rlhf_ppo.runtime.run_directory import RunDirectory
+from rlhf_ppo.runtime.signals import Interrupted
 
 SMALL = [
     "--num-envs",
@@ -82,11 +86,103 @@ def test_evaluations_on_the_way_resuming_and_videos(tmp_path, capsys):
     assert "a video needs an environment made with render_mode='rgb_array'" in capsys.readouterr().err
 
 
+def test_a_folders_name_is_shown_as_it_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "tests/Match-v0", "--output-dir", "x[/y]/[bold]:dog:", "--quiet", *SMALL]) == 0
+    assert "x[/y]/[bold]:dog:/metrics.jsonl" in capsys.readouterr().out
+    assert main(["evaluate", "x[/y]/[bold]:dog:", "--episodes", "1"]) == 0
+    assert "tests/Match-v0 from x[/y]/[bold]:dog:" in capsys.readouterr().out
+
+
+def _iteration(folder):
+    return classic.PPO.load(folder).counters["iteration"]
+
+
+@pytest.mark.parametrize("fault", ["crash", "nan_reward"])
+def test_an_environment_that_breaks_late_loses_nothing_learned(fault, tmp_path, capsys):
+    folder = tmp_path / "run"
+    words = ["train", f"tests/Faulty_{fault}-v0", "--output-dir", str(folder), "--quiet", *SMALL]
+    # 16 steps a rollout: the third one breaks.
+    assert main([*words, "--env-kwargs", "at", "40", "--save-every", "1"]) == 1
+    err = capsys.readouterr().err
+    where = rf"error: environment 'tests/Faulty_{fault}-v0'.* step 40: .*\n"
+    assert re.search(where + rf"the agent as it is lies in {re.escape(str(folder))}; --resume auto goes on\n$", err)
+    assert _iteration(folder) == 2
+    # The user's own traceback, and not ours around it.
+    assert ("ZeroDivisionError: the simulator exploded" in err) == ("Traceback" in err) == (fault == "crash")
+    assert "direct cause" not in err
+
+    assert main([*words, "--env-kwargs", "at", "3", "--output-dir", str(tmp_path / "early")]) == 1
+    assert not (tmp_path / "early" / "agent.json").exists() and "lies in" not in capsys.readouterr().err
+
+
+def test_an_agent_that_diverged_is_saved_while_its_weights_are_finite(tmp_path, capsys, monkeypatch):
+    words = ["train", "tests/Match-v0", "--quiet", *SMALL]
+
+    def diverge(weight):
+        def learn(self, **options):
+            self.counters["iteration"] = 5
+            self.weights.vector.data[0] = weight
+            raise classic.NonFiniteGradientError("10 gradients in a row")
+
+        monkeypatch.setattr(classic.PPO, "learn", learn)
+
+    diverge(0.5)
+    assert main([*words, "--output-dir", str(tmp_path / "finite")]) == 1
+    assert capsys.readouterr().err == (
+        f"error: 10 gradients in a row\nthe agent as it is lies in {tmp_path / 'finite'}\n"
+    )
+    assert _iteration(tmp_path / "finite") == 5
+    diverge(float("nan"))
+    assert main([*words, "--output-dir", str(tmp_path / "nan")]) == 1
+    assert capsys.readouterr().err.endswith("the agent was not saved: its weights are not finite\n")
+    assert not (tmp_path / "nan" / "agent.json").exists()
+
+
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "metrics", "agent"])
+def test_a_full_disk_is_one_line_and_the_agent_is_saved_where_it_can_be(what, tmp_path, capsys, monkeypatch):
+    def full(*args, **options):
+        raise SafetensorError(str(FULL)) if what == "agent" else FULL
+
+    place = {
+        "checkpoint": ("classic.train.save_checkpoint", full),
+        "metrics": (f"{RunDirectory.__module__}.RunDirectory.append", full),
+        "agent": ("classic.saving.save_file", full),
+    }[what]
+    monkeypatch.setattr(*place)
+    words = ["train", "tests/Match-v0", "--output-dir", str(tmp_path), "--quiet", "--save-every", "1", *SMALL]
+    assert main(words) == 1
+    error, rescued = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and "No space left on device" in error
+    if what == "agent":
+        assert rescued.startswith("the agent could not be saved: ") and rescued.endswith("; --resume auto goes on")
+        assert not (tmp_path / "agent.json").exists()
+    else:
+        assert rescued == f"the agent as it is lies in {tmp_path}" and _iteration(tmp_path) == 1
+
+
+@pytest.mark.parametrize(
+    ("stop", "words", "code"),
+    [(KeyboardInterrupt(), "interrupted\n", 130), (Interrupted(15), "stopped by SIGTERM\n", 143)],
+)
+def test_a_signal_outside_training_leaves_no_traceback(stop, words, code, capsys, monkeypatch):
+    def load(folder):
+        raise stop
+
+    monkeypatch.setattr(classic.PPO, "load", load)
+    assert main(["evaluate", "anywhere"]) == code
+    assert capsys.readouterr().err == words
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
         (["train", "CartPol-v1"], "Did you mean: `CartPole`"),
         (["train", "CartPole-v1", "--dual-clip", "2"], "dual_clip=2.0"),
+        (["train", "CartPole-v1", "--resume-override"], "resume_override=True is about a checkpoint to go on from"),
         (["evaluate", "no-such-folder"], "no saved agent in no-such-folder"),
         (["trian"], "did you mean 'train'"),
     ],

@@ -47,6 +47,7 @@ def test_variants_are_read_as_values_of_the_settings():
         (["seed=1,2"], "name of a setting"),
         (["num_epochs="], "no value"),
         (["num_epochs=one,two"], "num_epochs=one,two: Input should be a valid integer"),
+        (["num_epochs=2,true"], "num_epochs=2,true: Input should be a number, not true or false"),
         (["objective=clip,trpo"], "objective=clip,trpo: "),
         (["hidden_sizes=[1"], "not a list of values"),
         (["num_epochs=1", "num_epochs=2"], "num_epochs twice"),
@@ -78,6 +79,18 @@ def test_compare_trains_every_variant_and_seed_once_and_goes_on_where_it_stopped
     trained.clear()
     assert main([*command, "--gamma", "0.5"]) == 2
     assert "finished with gamma=0.99, now it is 0.5" in capsys.readouterr().err and not trained
+
+
+def test_a_damaged_result_is_named_with_what_to_do(trained, tmp_path, capsys):
+    command = ["compare", "tests/Match-v0", "--vary", "num_epochs=1", "--seeds", "1", *SMALL]
+    command += ["--output-dir", str(tmp_path)]
+    result = tmp_path / "num_epochs=1" / "seed0" / "result.json"
+    result.parent.mkdir(parents=True)
+    for text, why in (("{", "Expecting property name"), ("{}", "it has no env_id, episodes, settings")):
+        result.write_text(text)
+        assert main(command) == 2
+        err = capsys.readouterr().err
+        assert f"{result} is damaged ({why}" in err and "remove it, and the run is made again" in err
 
 
 def test_a_run_under_another_preset_is_not_taken_for_this_one(trained, tmp_path, capsys, monkeypatch):

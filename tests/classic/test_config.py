@@ -54,6 +54,11 @@ def test_resolving_twice_changes_nothing(objective):
         ({"objective": "adaptive_clip", "target_kl": 0.1, "clip_range_high": 0.3}, "objective", "clip_range_high"),
         ({"dual_clip": 2.0}, "dual_clip=2.0", "objective='clip'"),
         ({"objective": "clip", "penalty_beta": 3.0}, "penalty_beta=3.0", "objective='clip'"),
+        ({"objective": "a2c", "clip_range": 0.1}, "clip_range=0.1", "objective='a2c'"),
+        ({"objective": "reinforce", "clip_range": 0.1}, "clip_range=0.1", "objective='reinforce'"),
+        ({"objective": "penalty", "clip_range": 0.1}, "clip_range=0.1", "objective='penalty'"),
+        ({"objective": "cispo", "clip_range": 0.1, "clip_range_high": 3.0}, "clip_range=0.1", "clip_range_high=3.0"),
+        ({"vf_coef": 0.0, "clip_range_vf": 0.2}, "clip_range_vf=0.2", "vf_coef=0"),
         ({"objective": "a2c", "clip_range_high": 0.3}, "clip_range_high=0.3", "objective='a2c'"),
         ({"clip_range_schedule": "linear", "objective": "a2c"}, "clip_range_schedule='linear'", "objective='a2c'"),
         ({"save_every": 2}, "save_every=2", "output_dir=None"),
@@ -65,6 +70,10 @@ def test_contradictions_name_both_settings(settings, first, second):
     with pytest.raises(ValueError) as caught:
         classic.PPO("CartPole-v1", PPOArgs(**settings))
     assert first in str(caught.value) and second in str(caught.value)
+
+
+def test_what_a_preset_sets_for_its_own_objective_is_not_refused_under_another():
+    assert PPOArgs(objective="a2c").resolve("HalfCheetah-v5").clip_range == 0.1
 
 
 def test_minibatches_that_reset_steps_could_empty_are_refused_before_training(small):

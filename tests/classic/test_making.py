@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import gymnasium
 import numpy as np
 import pytest
@@ -85,6 +87,44 @@ def test_an_environment_that_breaks_the_api_gets_the_checkers_words(small):
     words = r"'NoTuple' failed at step 0: ValueError: not enough values(.|\n)*`env.reset\(\)` was not a tuple"
     with pytest.raises(classic.BrokenEnvironmentError, match=words):
         classic.PPO(NoTuple, small()).learn(10)
+
+
+class Leaves(Walk):
+    """Calls sys.exit() where it is told to."""
+
+    def __init__(self, where):
+        self.where = where
+        self._at("__init__")
+
+    def _at(self, place):
+        if place == self.where:
+            sys.exit()
+
+    def reset(self, *, seed=None, options=None):
+        self._at("reset")
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        self._at("step")
+        return super().step(action)
+
+    def action_masks(self):
+        self._at("action_masks")
+        return np.ones(2, dtype=bool)
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("__init__", "failed while it was made"),
+        ("reset", "failed at step 0"),
+        ("step", "failed at step 1"),
+        ("action_masks", "failed at step 0"),
+    ],
+)
+def test_an_environment_that_exits_has_crashed(where, words, small):
+    with pytest.raises(classic.BrokenEnvironmentError, match=f"environment '<lambda>' {words}: SystemExit"):
+        classic.PPO(lambda: Leaves(where), small()).learn(100)
 
 
 @pytest.mark.parametrize("autoreset", ["next_step", "same_step"])

@@ -300,6 +300,11 @@ def test_a_loss_that_overflows_while_its_gradient_does_not_is_skipped(objective,
     assert agent.optimizer.steps == 1
 
 
+def test_a_number_of_steps_that_is_no_number_is_refused(small):
+    with pytest.raises(ValueError, match="total_timesteps must be 1 or more, got nan"):
+        classic.PPO("tests/Match-v0", small()).learn(float("nan"))
+
+
 def test_thread_count_is_scoped():
     before = torch.get_num_threads()
     with pytest.raises(KeyError), torch_threads(before + 1):

@@ -68,6 +68,18 @@ class Forced(Drawn):
         return super().step(action)
 
 
+class Leaves(Drawn):
+    """Calls sys.exit() at its second step."""
+
+    def step(self, action):
+        return sys.exit() if self.t == 1 else super().step(action)
+
+
+def test_an_environment_that_exits_does_not_end_the_program_as_if_all_were_well(small, tmp_path):
+    with pytest.raises(classic.BrokenEnvironmentError, match="'Leaves' failed while it was filmed: SystemExit"):
+        record_video(classic.PPO(Leaves, small()), tmp_path / "a.gif")
+
+
 def test_masks_from_a_method_are_kept_to(small, tmp_path):
     agent = classic.PPO(Forced, small())
     assert record_video(agent, tmp_path / "a.gif", episodes=3, deterministic=False).is_file()
@@ -87,6 +99,8 @@ def test_an_mp4_is_written_or_what_is_missing_is_said(small, tmp_path, monkeypat
 def test_what_cannot_be_drawn_is_refused(small, tmp_path):
     with pytest.raises(ValueError, match=r"an \.mp4 or a \.gif, a still a \.png, got"):
         record_video(classic.PPO(Drawn, small()), tmp_path / "a.avi")
+    with pytest.raises(ValueError, match="seed must be 0 or more, got -1"):
+        record_video(classic.PPO(Drawn, small()), tmp_path / "a.gif", seed=-1)
     with pytest.raises(ValueError, match=r"has render_mode=None: a video needs one made with render_mode='rgb_array'"):
         record_video(classic.PPO(lambda: Drawn(None), small()), tmp_path / "a.gif")
 

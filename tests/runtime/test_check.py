@@ -26,6 +26,13 @@ def test_check_says_which_is_bad_why_and_which_would_be_resumed(tmp_path, capsys
     assert main(["check", str(run / "checkpoint-3")]) == 1
 
 
+def test_a_folders_name_is_shown_as_it_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint("x[/y]:dog:", 1, tensors={"model": {"a": torch.ones(3)}}, state={"x": 1})
+    assert main(["check", "x[/y]:dog:"]) == 0
+    assert "checkpoints of x[/y]:dog:" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["nowhere", "."])
 def test_check_of_something_else_is_one_line(tmp_path, capsys, monkeypatch, name):
     monkeypatch.chdir(tmp_path)

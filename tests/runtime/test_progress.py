@@ -19,6 +19,16 @@ def test_plain_lines_without_a_terminal(capsys):
     assert err.splitlines() == ["episodes 10/30  score 0.123  kl nats 1.23e+04", "episodes 30/30  score 1"]
 
 
+def test_a_name_is_shown_as_it_is():
+    progress = ProgressDisplay("x[/y]", 4)
+    screen = io.StringIO()
+    progress.console = Console(file=screen, force_terminal=True, width=100)
+    progress._bar.live.console = progress.console
+    with progress:
+        progress.update(4)
+    assert "x[/y]" in screen.getvalue()
+
+
 def test_quiet_shows_nothing(capsys):
     with ProgressDisplay("episodes", 2, quiet=True) as progress:
         progress.update(2, score=1.0)

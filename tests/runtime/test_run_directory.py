@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from rlhf_ppo.runtime.run_directory import RunDirectory
+from rlhf_ppo.runtime.run_directory import RunDirectory, read_run
 
 
 def test_a_second_run_moves_the_first_aside(tmp_path):
@@ -57,6 +57,24 @@ def test_a_line_that_a_kill_cut_off_is_no_row_and_goes_at_a_rewind(tmp_path):
         assert run.read("samples.jsonl") == [{"iteration": 1, "completion": "ż"}]
     run.rewind(1)
     assert (tmp_path / "samples.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize("bad", [b"{bad", b'{"completion": "\xff"}'])
+def test_a_damaged_line_is_named(tmp_path, bad):
+    run = RunDirectory(tmp_path)
+    run.append("samples.jsonl", {"completion": "a\u2028b"})
+    with (tmp_path / "samples.jsonl").open("ab") as file:
+        file.write(bad + b"\n")
+    with pytest.raises(ValueError, match=r"samples\.jsonl, line 2, is damaged \(.*\): mend or remove that line"):
+        run.read("samples.jsonl")
+
+
+@pytest.mark.parametrize("text", ["{bad", "[]", ""])
+def test_damaged_settings_of_a_run_are_named(tmp_path, text):
+    assert read_run(tmp_path) == {}
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run\.json is damaged \(.*\): put the run's settings back, or remove it"):
+        read_run(tmp_path)
 
 
 def test_checkpoints_alone_are_an_earlier_run_and_the_lock_stays(tmp_path):
