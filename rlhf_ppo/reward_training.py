@@ -20,6 +20,7 @@ from rlhf_ppo.mixing import load_mixture, require_weights
 from rlhf_ppo.models import adapter_base, context_length, find_config, load_classifier, load_tokenizer, resolve_model
 from rlhf_ppo.preferences import Preference, read_preferences, split_by_prompt
 from rlhf_ppo.reward_model import scored_ids, text_scores
+from rlhf_ppo.runtime.lock import run_lock
 from rlhf_ppo.runtime.plots import plot_calibration
 from rlhf_ppo.runtime.precision import Precision, autocast, compute_in_bf16
 from rlhf_ppo.runtime.processes import require_one_process
@@ -114,9 +115,15 @@ def train_reward_model(args: RewardTrainingArgs) -> dict[str, float]:
     Returns:
         Held-out accuracy, loss, calibration error and scores, and what was counted.
     Raises:
-        ValueError: bad settings, data or model; says which.
+        ValueError: bad settings, data or model, or another run is writing into ``output_dir``; says which.
     """
     require_one_process()
+    run = RunDirectory(args.output_dir)
+    with run_lock(run.path):
+        return _train(args, run)
+
+
+def _train(args: RewardTrainingArgs, run: RunDirectory) -> dict[str, float]:
     device = resolve_device(args.device)
     bf16 = compute_in_bf16(args.precision, device)
     name = resolve_model(args.model)
@@ -168,7 +175,6 @@ def train_reward_model(args: RewardTrainingArgs) -> dict[str, float]:
     scheduler = get_scheduler("cosine", optimizer, args.warmup_steps, steps)
     margins = torch.tensor([pair.margin for pair in train_pairs], device=device)
     shuffle = torch.Generator().manual_seed(args.seed)
-    run = RunDirectory(args.output_dir)
     run.start(dataclasses.asdict(args))
     model.train()
     with ProgressDisplay("pairs", args.num_epochs * len(train_ids), quiet=args.quiet) as progress:
@@ -207,7 +213,7 @@ def train_reward_model(args: RewardTrainingArgs) -> dict[str, float]:
     }
     run.write_json("reward_metrics.json", {**metrics, "calibration": bins})
     plot_calibration(bins, run.path / "calibration.png", title=f"{len(eval_pairs)} held-out pairs")
-    _save(model, tokenizer, Path(args.output_dir), getattr(torch, args.save_dtype))
+    _save(model, tokenizer, run.path, getattr(torch, args.save_dtype))
     return metrics
 
 

@@ -25,7 +25,9 @@ from rlhf_ppo.data import Prompt, require_column, tokenize_prompt
 from rlhf_ppo.mixing import load_mixture, require_weights
 from rlhf_ppo.models import context_length, load_policy, load_tokenizer, resolve_model
 from rlhf_ppo.preferences import prompt_and_answer
+from rlhf_ppo.runtime.lock import run_lock
 from rlhf_ppo.runtime.processes import require_one_process
+from rlhf_ppo.runtime.run_directory import RunDirectory
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -232,6 +234,11 @@ def nats_per_token(model: PreTrainedModel, rows: Dataset, batch_size: int) -> fl
 def sft(args: SFTArgs) -> dict[str, float]:
     """Train, save to ``args.output_dir``, and return the held-out loss (nats per learned token) and perplexity."""
     require_one_process()
+    with run_lock(RunDirectory(args.output_dir).path):
+        return _train(args)
+
+
+def _train(args: SFTArgs) -> dict[str, float]:
     torch.manual_seed(args.seed)
     rows = load_mixture(args.dataset, args.split, weights=args.dataset_weights, seed=args.seed)
     if len(rows) < 2:
@@ -264,7 +271,6 @@ def sft(args: SFTArgs) -> dict[str, float]:
     )
     trainer.train()
     loss = nats_per_token(model, encoded["test"], args.batch_size)
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     model.config.use_cache = True  # the Trainer turns it off and leaves it so
     model.to(getattr(torch, args.save_dtype)).save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)

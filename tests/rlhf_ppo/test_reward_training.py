@@ -20,6 +20,7 @@ from rlhf_ppo.reward_training import (
     preference_metrics,
     train_reward_model,
 )
+from rlhf_ppo.runtime.lock import LOCK_FILE, RunLockedError, run_lock
 
 
 @pytest.fixture
@@ -177,6 +178,18 @@ def test_lora_saves_an_adapter_that_scores_as_it_was_trained(quick, write, tmp_p
     texts = [pair.chosen for pair in split_by_prompt(rows, 0.1, 0)[1]]
     scores = reward([""] * len(texts), texts)
     assert sum(scores) / len(texts) == pytest.approx(metrics["chosen_score"], abs=1e-5)
+
+
+def test_a_folder_in_use_and_a_file_are_refused_before_anything_moves(quick, write, tmp_path):
+    """With metrics.jsonl the folder is another run's, whose files would be set aside."""
+    (tmp_path / "rm").mkdir()
+    (tmp_path / "rm" / "metrics.jsonl").touch()
+    with run_lock(tmp_path / "rm"), pytest.raises(RunLockedError, match="in use by another run"):
+        train_reward_model(quick(write(pairs(20)), model="nowhere"))
+    assert {file.name for file in (tmp_path / "rm").iterdir()} == {"metrics.jsonl", LOCK_FILE}
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file; name a folder"):
+        train_reward_model(quick(write(pairs(20)), model="nowhere", output_dir=str(tmp_path / "file")))
 
 
 def test_same_seed_same_weights(quick, write, tmp_path):

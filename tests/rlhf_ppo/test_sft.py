@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
+from rlhf_ppo.runtime.lock import RunLockedError, run_lock
 from rlhf_ppo.sft import SFTArgs, _collate, encode_examples, nats_per_token, read_examples, sft, train_tokenizer
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "a cat and a dog"] * 20
@@ -115,6 +116,15 @@ def test_one_row_cannot_be_split(quick, architecture, tmp_path):
     file.write_text('{"text": "a"}\n')
     with pytest.raises(ValueError, match="has 1 row; at least 2 are needed"):
         sft(quick(dataset=str(file), architecture=architecture))
+
+
+def test_a_folder_in_use_and_a_file_are_refused_before_any_model_work(quick, data, tmp_path):
+    (tmp_path / "out").mkdir()
+    with run_lock(tmp_path / "out"), pytest.raises(RunLockedError, match="in use by another run"):
+        sft(quick(dataset=data, model="nowhere"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file; name a folder"):
+        sft(quick(dataset=data, model="nowhere", output_dir=str(tmp_path / "file")))
 
 
 def test_a_model_whose_tokenizer_has_no_end_of_text_is_refused(quick, data, make_model, tokenizer, tmp_path):
