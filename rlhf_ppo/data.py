@@ -119,6 +119,15 @@ def tokenize_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, where: str)
     return cast(list[int], ids)
 
 
+def require_vocabulary(ids: Sequence[int], vocab_size: int, where: str) -> None:
+    """Raise a ValueError that names ``where`` if the model has no embedding for one of the ids."""
+    if max(ids, default=0) >= vocab_size:
+        raise ValueError(
+            f"{where}: token id {max(ids)} is not in the model's vocabulary of {vocab_size}; "
+            "the tokenizer belongs to another model"
+        )
+
+
 def is_chat(prompt: Any) -> bool:
     """Whether this is a list of messages with role and content."""
     return (
@@ -228,11 +237,7 @@ class PromptSet:
         prompts = rows["prompt"]
         for i, prompt in enumerate(prompts):
             ids = tokenize_prompt(prompt, tokenizer, f"{name} row {i}")
-            if max(ids) >= vocab_size:
-                raise ValueError(
-                    f"{name} row {i}: token id {max(ids)} is not in the model's vocabulary of {vocab_size}; "
-                    "the tokenizer belongs to another model"
-                )
+            require_vocabulary(ids, vocab_size, f"{name} row {i}")
             fitted = fit_prompt(ids, room, args.overlong_prompts, f"{name} row {i}")
             if fitted is not None:
                 truncated += len(fitted) < len(ids)
