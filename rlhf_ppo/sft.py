@@ -22,9 +22,11 @@ from transformers import (
 )
 
 from rlhf_ppo.data import Prompt, require_column, tokenize_prompt
+from rlhf_ppo.guard import nonfinite_parameters
 from rlhf_ppo.mixing import load_mixture, require_weights
 from rlhf_ppo.models import context_length, load_policy, load_tokenizer, resolve_model
 from rlhf_ppo.preferences import prompt_and_answer
+from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.lock import run_lock
 from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.run_directory import RunDirectory
@@ -91,10 +93,10 @@ class SFTArgs:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         for name in ("learning_rate", "warmup_steps", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        if not self.num_epochs > 0:
-            raise ValueError(f"num_epochs must be positive, got {self.num_epochs}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more and finite, got {getattr(self, name)}")
+        if not 0 < self.num_epochs < math.inf:
+            raise ValueError(f"num_epochs must be positive and finite, got {self.num_epochs}")
         if self.completion_column is not None and self.text_column != "text":
             raise ValueError(
                 f"text_column={self.text_column!r} has no effect beside completion_column={self.completion_column!r}: "
@@ -231,8 +233,27 @@ def nats_per_token(model: PreTrainedModel, rows: Dataset, batch_size: int) -> fl
     return total / count
 
 
+class _Trainer(Trainer):
+    """transformers' own, which would leave a loss that is not finite out of its average and go on."""
+
+    def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **options)
+        _require_finite(float(loss), f"step {self.state.global_step + 1}")
+        return loss
+
+
+def _require_finite(loss: float, where: str) -> None:
+    if not math.isfinite(loss):
+        raise NonFiniteGradientError(f"{where}: the loss is {loss}, so nothing was saved; lower learning_rate")
+
+
 def sft(args: SFTArgs) -> dict[str, float]:
-    """Train, save to ``args.output_dir``, and return the held-out loss (nats per learned token) and perplexity."""
+    """Train, save to ``args.output_dir``, and return the held-out loss (nats per learned token) and perplexity.
+
+    Raises:
+        ValueError: bad settings, data or model, or another run is writing into ``output_dir``; says which.
+        NonFiniteGradientError: a loss or a weight is not finite; nothing is saved.
+    """
     require_one_process()
     with run_lock(RunDirectory(args.output_dir).path):
         return _train(args)
@@ -250,7 +271,7 @@ def _train(args: SFTArgs) -> dict[str, float]:
         raise ValueError(f"the tokenizer of {args.model} names no end-of-text token, which ends every row: give it one")
     longest = min(args.max_length, context_length(model.config) or args.max_length)
     encoded = {name: encode_examples(part, tokenizer, longest, name) for name, part in parts.items()}
-    trainer = Trainer(
+    trainer = _Trainer(
         model=model,
         args=TrainingArguments(
             output_dir=args.output_dir,
@@ -270,8 +291,16 @@ def _train(args: SFTArgs) -> dict[str, float]:
         data_collator=_collate,
     )
     trainer.train()
+    steps = trainer.state.global_step
     loss = nats_per_token(model, encoded["test"], args.batch_size)
+    _require_finite(loss, f"after the last step ({steps}), on the held-out rows")
     model.config.use_cache = True  # the Trainer turns it off and leaves it so
-    model.to(getattr(torch, args.save_dtype)).save_pretrained(args.output_dir)
+    model.to(getattr(torch, args.save_dtype))
+    if broken := nonfinite_parameters(model):
+        raise NonFiniteGradientError(
+            f"after the last step ({steps}) {broken[0]} is not finite in {args.save_dtype}, so nothing was saved; "
+            "lower learning_rate"
+        )
+    model.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
-    return {"eval/loss_nats_per_token": loss, "eval/perplexity": math.exp(loss)}
+    return {"eval/loss_nats_per_token": loss, "eval/perplexity": math.exp(loss) if loss < 700 else math.inf}

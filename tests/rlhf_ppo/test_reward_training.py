@@ -20,6 +20,7 @@ from rlhf_ppo.reward_training import (
     preference_metrics,
     train_reward_model,
 )
+from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.lock import LOCK_FILE, RunLockedError, run_lock
 
 
@@ -190,6 +191,21 @@ def test_a_folder_in_use_and_a_file_are_refused_before_anything_moves(quick, wri
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file is a file; name a folder"):
         train_reward_model(quick(write(pairs(20)), model="nowhere", output_dir=str(tmp_path / "file")))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": 1e30}, r"the gradient is not finite after 16 pairs .*lower learning_rate"),
+        ({"learning_rate": 1e30, "batch_size": 200}, r"after all 90 pairs a held-out score is not finite"),
+        ({"learning_rate": 1e6, "batch_size": 200, "save_dtype": "float16"}, r"after all 90 pairs \S+ is not finite"),
+    ],
+)
+def test_a_run_that_diverges_says_where_and_saves_nothing(quick, write, tmp_path, settings, message):
+    """In one batch of all pairs there is no next step to notice; weights of about 1e6 are beyond float16."""
+    with pytest.raises(NonFiniteGradientError, match=message):
+        train_reward_model(quick(write(pairs(100)), warmup_steps=0, **settings))
+    assert [file.name for file in (tmp_path / "rm").iterdir()] == [LOCK_FILE]
 
 
 def test_same_seed_same_weights(quick, write, tmp_path):

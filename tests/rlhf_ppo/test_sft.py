@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
+from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.lock import RunLockedError, run_lock
 from rlhf_ppo.sft import SFTArgs, _collate, encode_examples, nats_per_token, read_examples, sft, train_tokenizer
 
@@ -86,6 +87,33 @@ def test_same_seed_same_weights(quick, data, architecture, tmp_path):
     assert files[0] == files[1]
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"step 2: the loss is nan, so nothing was saved; lower learning_rate"),
+        # One step, and no next one to notice.
+        ({"num_epochs": 0.01}, r"after the last step \(1\), on the held-out rows: the loss is nan"),
+        # Weights of about 1e5 keep the loss finite, and are beyond float16.
+        ({"learning_rate": 1e5, "num_epochs": 0.01, "save_dtype": "float16"}, r"is not finite in float16"),
+    ],
+)
+def test_a_run_that_diverges_says_where_and_saves_nothing(
+    quick, data, make_model, tokenizer, tmp_path, settings, message
+):
+    make_model().save_pretrained(tmp_path / "out")
+    tokenizer.save_pretrained(tmp_path / "out")
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    with pytest.raises(NonFiniteGradientError, match=message):
+        sft(quick(dataset=data, model=str(tmp_path / "out"), **{"learning_rate": 1e30, **settings}))
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+def test_the_perplexity_of_a_loss_beyond_all_floats_is_infinite(quick, data, architecture, monkeypatch):
+    """e^710 is the first that a float cannot hold."""
+    monkeypatch.setattr("rlhf_ppo.sft.nats_per_token", lambda *_: 710.0)
+    assert sft(quick(dataset=data, architecture=architecture, num_epochs=0.1))["eval/perplexity"] == math.inf
+
+
 def test_bad_settings_are_named(quick, data, architecture):
     with pytest.raises(ValueError, match=r"exactly one of model .* and architecture"):
         quick(dataset=data)
@@ -97,8 +125,10 @@ def test_bad_settings_are_named(quick, data, architecture):
         ("max_length", 0),
         ("batch_size", 0),
         ("num_epochs", 0.0),
+        ("num_epochs", float("inf")),
         ("learning_rate", -1.0),
         ("learning_rate", float("nan")),
+        ("learning_rate", float("inf")),
         ("warmup_steps", -1),
         ("weight_decay", -0.1),
     ):
