@@ -23,6 +23,9 @@ Prompt = str | list[dict[str, str]]
 Completion = str | list[dict[str, str]]
 """What followed a prompt: text, or after several turns with a chat prompt the messages after it."""
 
+ROW_NAME = "__row_name__"
+"""Column that says which row this is, "prompts.jsonl row 3", whatever was mixed, shuffled or set aside since."""
+
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -71,13 +74,21 @@ def _load(source: str, *args: Any, **options: Any) -> Dataset:
         raise ValueError(f"data set {source} cannot be read: {reason}") from error
 
 
+def row_names(rows: Dataset, where: str = "") -> list[str]:
+    """What messages call each row: what its column ROW_NAME says, or else ``where`` and its number."""
+    if ROW_NAME in rows.column_names:
+        return list(rows[ROW_NAME])
+    return [f"{where}row {i}" for i in range(len(rows))]
+
+
 def require_column(rows: Dataset, column: str) -> None:
     """Raise a ValueError that lists the columns and the closest match unless ``column`` is there."""
     if column in rows.column_names:
         return
-    close = difflib.get_close_matches(column, rows.column_names, n=1, cutoff=0.5)
+    columns = [name for name in rows.column_names if name != ROW_NAME]
+    close = difflib.get_close_matches(column, columns, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"the data set has no column {column!r}, its columns are {rows.column_names}{hint}")
+    raise ValueError(f"the data set has no column {column!r}, its columns are {columns}{hint}")
 
 
 def prompt_rows(rows: Dataset, column: str) -> Dataset:
@@ -234,11 +245,10 @@ class PromptSet:
             raise ValueError(f"max_new_tokens={args.max_new_tokens} leaves no room for a prompt in the model's context")
         kept: list[int] = []
         truncated = 0
-        prompts = rows["prompt"]
-        for i, prompt in enumerate(prompts):
-            ids = tokenize_prompt(prompt, tokenizer, f"{name} row {i}")
-            require_vocabulary(ids, vocab_size, f"{name} row {i}")
-            fitted = fit_prompt(ids, room, args.overlong_prompts, f"{name} row {i}")
+        for i, (prompt, where) in enumerate(zip(rows["prompt"], row_names(rows, f"{name} "), strict=True)):
+            ids = tokenize_prompt(prompt, tokenizer, where)
+            require_vocabulary(ids, vocab_size, where)
+            fitted = fit_prompt(ids, room, args.overlong_prompts, where)
             if fitted is not None:
                 truncated += len(fitted) < len(ids)
                 kept.append(i)
@@ -250,9 +260,9 @@ class PromptSet:
             )
         if not kept:
             raise ValueError(f"{name}: every prompt is longer than the {room} tokens that the context leaves")
-        self.rows = rows.select(kept)
         self.name = name
-        self.columns = [column for column in rows.column_names if column != "prompt"]
+        self.columns = [column for column in rows.column_names if column not in ("prompt", ROW_NAME)]
+        self.rows = rows.select(kept).select_columns(["prompt", *self.columns])
         self.seed = args.seed
 
     def __len__(self) -> int:

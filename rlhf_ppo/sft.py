@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from datasets import Dataset, DatasetDict
@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from rlhf_ppo.data import Prompt, require_column, tokenize_prompt
+from rlhf_ppo.data import Prompt, require_column, row_names, tokenize_prompt
 from rlhf_ppo.guard import nonfinite_parameters
 from rlhf_ppo.mixing import load_mixture, require_weights
 from rlhf_ppo.models import context_length, load_policy, load_tokenizer, resolve_model
@@ -32,6 +32,15 @@ from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.run_directory import RunDirectory
 
 END_OF_TEXT = "<|endoftext|>"
+
+
+class Example(NamedTuple):
+    """What one row teaches."""
+
+    prompt: Prompt
+    completion: str
+    where: str
+    """The row's name in messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +173,8 @@ def hold_out(rows: Dataset, args: SFTArgs) -> DatasetDict:
     return rows.train_test_split(max(1, round(args.eval_fraction * len(rows))), seed=args.seed)
 
 
-def read_examples(rows: Dataset, args: SFTArgs) -> list[tuple[Prompt, str]]:
-    """(prompt, completion) of each row; a plain text is a completion of nothing, so all of it is learned.
+def read_examples(rows: Dataset, args: SFTArgs) -> list[Example]:
+    """The example of each row; a plain text is a completion of nothing, so all of it is learned.
 
     Raises:
         ValueError: a missing column, or a row that is neither text nor a conversation; names the row.
@@ -177,15 +186,16 @@ def read_examples(rows: Dataset, args: SFTArgs) -> list[tuple[Prompt, str]]:
     else:
         require_column(rows, args.prompt_column)
         prompts = rows[args.prompt_column]
-    examples: list[tuple[Prompt, str]] = []
-    for i, (prompt, answer) in enumerate(zip(prompts, rows[column], strict=True)):
+    examples: list[Example] = []
+    for where, prompt, answer in zip(row_names(rows), prompts, rows[column], strict=True):
         plain = prompt is None and isinstance(answer, str)  # may be empty: text collections have such rows
-        examples.append(("", answer) if plain else prompt_and_answer(prompt, answer, f"row {i}, {column}"))
+        pair = ("", answer) if plain else prompt_and_answer(prompt, answer, f"{where}, {column}")
+        examples.append(Example(*pair, where))
     return examples
 
 
 def encode_examples(
-    examples: list[tuple[Prompt, str]], tokenizer: PreTrainedTokenizerBase, longest: int, name: str
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, longest: int, name: str
 ) -> Dataset:
     """Token ids and labels (-100 on the prompt and on the first token of all) of each example, cut to ``longest``.
 
@@ -193,12 +203,12 @@ def encode_examples(
     first token of a sequence is predicted from nothing, so it must not count as learned; an empty text is left out.
 
     Raises:
-        ValueError: no example has room for its completion.
+        ValueError: a prompt that cannot be read (names the row), or none leaves room for its completion.
     """
     encoded: list[dict[str, Any]] = []
     filled = 0
-    for i, (prompt, completion) in enumerate(examples):
-        start = tokenize_prompt(prompt, tokenizer, f"row {i}") if prompt else []
+    for prompt, completion, where in examples:
+        start = tokenize_prompt(prompt, tokenizer, where) if prompt else []
         # A text that begins the sequence gets whatever the tokenizer puts in front; one in its middle does not.
         answer = tokenizer(completion, add_special_tokens=not prompt)["input_ids"]
         ids = [*start, *answer, tokenizer.eos_token_id][:longest]
@@ -265,7 +275,7 @@ def _train(args: SFTArgs) -> dict[str, float]:
     if len(rows) < 2:
         raise ValueError(f"{args.dataset} has {len(rows)} row; at least 2 are needed, one of them held out")
     parts = {str(name): read_examples(part, args) for name, part in hold_out(rows, args).items()}
-    texts = [prompt + answer for prompt, answer in parts["train"] if isinstance(prompt, str)]
+    texts = [prompt + answer for prompt, answer, _ in parts["train"] if isinstance(prompt, str)]
     model, tokenizer = _load(args, texts)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {args.model} names no end-of-text token, which ends every row: give it one")

@@ -59,7 +59,8 @@ def pairs(count: int = 120) -> list[dict]:
 def quick(tmp_path, base):
     def args(dataset, **settings) -> RewardTrainingArgs:
         small = {"output_dir": str(tmp_path / "rm"), "model": base, "learning_rate": 1e-2, "device": "cpu"}
-        return RewardTrainingArgs(dataset=(dataset,), **{**small, "precision": "fp32", "quiet": True, **settings})
+        files = (dataset,) if isinstance(dataset, str) else dataset
+        return RewardTrainingArgs(dataset=files, **{**small, "precision": "fp32", "quiet": True, **settings})
 
     return args
 
@@ -286,6 +287,12 @@ def test_an_empty_file_and_contradicting_settings(write, quick, capsys, tmp_path
     ):
         with pytest.raises(ValueError, match=message):
             quick("x.jsonl", **wrong)
+
+
+def test_a_bad_row_of_a_mixture_is_named_with_its_data_set(quick, write):
+    files = write(pairs(4)), write([*pairs(2), {**pairs(1)[0], "chosen": ""}], "others.jsonl")
+    with pytest.raises(ValueError, match=r"others\.jsonl row 2, chosen: the answer is empty"):
+        train_reward_model(quick(files))
 
 
 def test_identical_answers_are_left_out_with_a_count(quick, write):

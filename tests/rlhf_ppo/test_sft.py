@@ -207,10 +207,10 @@ def test_conversations_learn_the_last_answer_after_the_generation_prompt(tokeniz
 
 def test_a_prompt_that_fills_the_length_is_left_out_with_a_count(tokenizer):
     with pytest.warns(UserWarning, match="train: left out 1 of 2 rows whose prompt fills the 4 tokens"):
-        rows = encode_examples([("abcde", "f"), ("a", "b")], tokenizer, 4, "train")
+        rows = encode_examples([("abcde", "f", "row 0"), ("a", "b", "row 1")], tokenizer, 4, "train")
     assert len(rows) == 1
     with pytest.raises(ValueError, match="every prompt fills max_length=4"):
-        encode_examples([("abcde", "f")], tokenizer, 4, "train")
+        encode_examples([("abcde", "f", "row 0")], tokenizer, 4, "train")
 
 
 def test_completions_are_learned_end_to_end(quick, make_model, tokenizer, tmp_path):
@@ -236,16 +236,27 @@ def test_bad_prompt_and_completion_settings_are_named(quick, data, tokenizer):
     args = quick(dataset=data, model="m", prompt_column="prompt", completion_column="completion")
     with pytest.raises(ValueError, match="row 0, completion: the answer is empty"):
         read_examples(rows, args)
-    chat = [("", "a"), ([{"role": "user", "content": "hi"}], "yo")]
+    chat = [("", "a", "row 0"), ([{"role": "user", "content": "hi"}], "yo", "row 1")]
     with pytest.raises(ValueError, match="row 1: the prompt is a chat, but the tokenizer has no chat template"):
         encode_examples(chat, tokenizer, 64, "train")
+
+
+def test_a_bad_row_has_its_number_in_the_file_whatever_is_held_out(quick, make_model, tokenizer, tmp_path):
+    make_model().save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    rows = [{"prompt": f"p{i}", "completion": "" if i == 7 else "a"} for i in range(10)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"prompt_column": "prompt", "completion_column": "completion", "eval_fraction": 0.5}
+    for seed in (0, 1):  # the row is in the one part or in the other
+        with pytest.raises(ValueError, match=r"d\.jsonl row 7, completion: the answer is empty"):
+            sft(quick(dataset=(str(tmp_path / "d.jsonl"),), model=str(tmp_path / "m"), seed=seed, **columns))
 
 
 def test_the_held_out_loss_is_the_mean_over_tokens_whatever_the_batches(make_model, tokenizer):
     """Rows of very different length: means of batches, weighted by rows, would depend on the batches."""
     model = make_model().eval()
     texts = ["a", "the cat sat on the mat", "", "a cat and a dog", "on"]
-    rows = encode_examples([("", text) for text in texts], tokenizer, 64, "test")
+    rows = encode_examples([("", text, "a row") for text in texts], tokenizer, 64, "test")
     assert len(rows) == 4  # an empty text is an end of text alone, which nothing predicts
     total, count = 0.0, 0
     for row in rows:
