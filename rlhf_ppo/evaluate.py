@@ -19,7 +19,7 @@ from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.conversation import Respond
 from rlhf_ppo.data import Completion, load_rows, prompt_rows
 from rlhf_ppo.experience import describe
-from rlhf_ppo.models import adapter_base
+from rlhf_ppo.models import adapter_base, load_config, resolve_model
 from rlhf_ppo.runtime.precision import Precision
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory, read_run
@@ -102,9 +102,11 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
         ValueError: bad settings, data or models, no reference to be found, or a judge that scores nothing.
         RewardError: a reward function failed.
     """
+    _vocabulary(args.model)  # that it is there comes before what it says of itself
     settings = read_run(args.model)
     reference = args.ref_model or _reference(args.model, settings)
     against = args.against or reference
+    _require_one_vocabulary(model=args.model, reference=reference, against=against)
     rows = prompt_rows(load_rows(args.dataset, args.split), args.prompt_column)
     if args.num_prompts is not None:
         rows = rows.select(range(min(args.num_prompts, len(rows))))
@@ -133,6 +135,18 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
         run.append(file.name, {"prompt": prompt, "model": ours, "against": theirs})
     run.write_json("evaluation.json", report)
     return report
+
+
+def _vocabulary(model: str) -> int:
+    return int(load_config(resolve_model(model)).get_text_config().vocab_size)
+
+
+def _require_one_vocabulary(**models: str) -> None:
+    """Each is compared with the reference token by token; said before one of them has sampled every prompt."""
+    sizes = {name: _vocabulary(model) for name, model in models.items()}
+    if len(set(sizes.values())) > 1:
+        found = ", ".join(f"{name} ({models[name]}) {size}" for name, size in sizes.items())
+        raise ValueError(f"vocabularies differ, in tokens: {found}; use models of one tokenizer")
 
 
 def _reference(model: str, settings: dict[str, Any]) -> str:

@@ -161,9 +161,24 @@ def test_runs_from_python_say_what_they_started_from(make_trainer, tmp_path, mak
 
 
 @pytest.mark.parametrize(
+    ("against", "message"),
+    [
+        ("nowhere", "model 'nowhere' cannot be loaded"),
+        ("other", r"vocabularies differ, in tokens: model \(first\) 30, reference \(first\) 30, against \(other\) 31"),
+    ],
+)
+def test_the_opponent_is_checked_before_any_prompt_is_sampled(quick, make_model, monkeypatch, against, message):
+    make_model(vocab_size=31).save_pretrained("other")
+    monkeypatch.setattr("rlhf_ppo.evaluate._sample", lambda *_: pytest.fail("sampled"))
+    with pytest.raises(ValueError, match=message):
+        evaluate(quick(model="first", ref_model="first", against=against))
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("--model nowhere", "does not say what it was trained from"),
+        ("--model nowhere", "model 'nowhere' cannot be loaded"),
+        ("--model second", "does not say what it was trained from"),
         ("--model nowhere --ref-model first", "model 'nowhere' cannot be loaded"),
         ("--prompt-column promt --ref-model first", "did you mean 'prompt'"),
         ("--dataset none.jsonl --ref-model first", "none.jsonl does not exist"),
