@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rlhf_ppo.collect import Collector
 from rlhf_ppo.comparison import differences, distinct, interval, win_rate
@@ -282,10 +283,11 @@ def print_evaluation(report: dict[str, Any], *, console: Console | None = None) 
     table = Table(title=f"{report['prompts']} prompts, 95 % intervals", title_justify="left")
     table.add_column("")
     for side in ("model", "against"):
-        table.add_column(report[side]["name"], justify="right")
+        table.add_column(Text(report[side]["name"]), justify="right")  # as it is: a folder t[/y] is no markup
     table.add_column("difference, paired", justify="right")
     for name, difference in report["difference"].items():
-        table.add_row(name, *(_number(report[side][name]) for side in ("model", "against")), _number(difference, "+"))
+        numbers = [_number(report[side][name]) for side in ("model", "against")]
+        table.add_row(Text(name), *numbers, _number(difference, "+"))
     for n in (1, 2, 3):
         ours, theirs = (report[side][f"distinct-{n}"] for side in ("model", "against"))
         table.add_row(f"distinct-{n}, share of word {n}-grams", f"{ours:.3f}", f"{theirs:.3f}", f"{ours - theirs:+.3f}")

@@ -7,10 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from rlhf_ppo import RewardModel
 from rlhf_ppo.cli import main
-from rlhf_ppo.evaluate import EvaluateArgs, evaluate
+from rlhf_ppo.evaluate import EvaluateArgs, evaluate, print_evaluation
 
 REWARDS = """
 def vowels(prompts, completions, **columns):
@@ -150,6 +151,17 @@ def test_a_trained_run_and_an_adapter_evaluate_and_generate(folder, capsys):
         assert "trained on what judges here" in " ".join(shown.split())
         assert main(["generate", "--model", "run", "--prompt", "a cat", "--max-new-tokens", "3"]) == 0
         assert "a cat|" in capsys.readouterr().out
+
+
+def test_names_with_brackets_are_shown_as_they_are(capsys):
+    figure = {"mean": 1.0, "half_width": None}
+    side = {"reward: r[/x]": figure, "distinct-1": 0.1, "distinct-2": 0.1, "distinct-3": 0.1}
+    rate = {"mean": 0.5, "low": 0.4, "high": 0.6, "judged": 2, "ties": 0}
+    report = {"prompts": 2, "judge": None, "judge_was_trained_on": False, "win_rate": rate}
+    report |= {"model": {"name": "m/t[/y]", **side}, "against": {"name": "[bold]", **side}}
+    print_evaluation({**report, "difference": {"reward: r[/x]": figure}}, console=Console(width=200))
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("reward: r[/x]", "m/t[/y]", "[bold]"))
 
 
 def test_runs_from_python_say_what_they_started_from(make_trainer, tmp_path, make_model, tokenizer):
