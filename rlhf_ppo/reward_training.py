@@ -16,6 +16,7 @@ from torch.nn.functional import logsigmoid
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from rlhf_ppo.comparison import wilson
+from rlhf_ppo.data import require_vocabulary
 from rlhf_ppo.guard import nonfinite_parameters
 from rlhf_ppo.mixing import load_mixture, require_weights
 from rlhf_ppo.models import adapter_base, context_length, find_config, load_classifier, load_tokenizer, resolve_model
@@ -147,8 +148,9 @@ def _train(args: RewardTrainingArgs, run: RunDirectory) -> dict[str, float]:
         margin_column=args.margin_column,
     )
     train_pairs, eval_pairs = split_by_prompt(pairs, args.eval_fraction, args.seed)
-    train_ids, cut = encode_pairs(train_pairs, tokenizer)
-    eval_ids, eval_cut = encode_pairs(eval_pairs, tokenizer)
+    vocab_size = config.get_text_config().vocab_size
+    train_ids, cut = encode_pairs(train_pairs, tokenizer, vocab_size)
+    eval_ids, eval_cut = encode_pairs(eval_pairs, tokenizer, vocab_size)
     if cut + eval_cut:
         warnings.warn(
             f"{cut + eval_cut} of {len(pairs)} pairs have a text longer than {longest} tokens and keep its end only",
@@ -228,15 +230,21 @@ def _train(args: RewardTrainingArgs, run: RunDirectory) -> dict[str, float]:
 
 
 def encode_pairs(
-    pairs: Sequence[Preference], tokenizer: PreTrainedTokenizerBase
+    pairs: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> tuple[list[tuple[list[int], list[int]]], int]:
-    """Token ids of (chosen, rejected), cut to the tokenizer's model_max_length, and how many pairs were cut."""
+    """Token ids of (chosen, rejected), cut to the tokenizer's model_max_length, and how many pairs were cut.
+
+    Raises:
+        ValueError: an id is not below ``vocab_size``; names the row.
+    """
 
     def encode(texts: list[str], *, truncate: bool) -> list[list[int]]:
         return [scored_ids(tokenizer, text, truncation=truncate, verbose=False) for text in texts]
 
     sides = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
     whole = [encode(side, truncate=False) for side in sides]
+    for pair, chosen, rejected in zip(pairs, *whole, strict=True):
+        require_vocabulary(chosen + rejected, vocab_size, pair.where)
     limit = tokenizer.model_max_length
     cut = sum(max(len(a), len(b)) > limit for a, b in zip(*whole, strict=True))
     kept = [encode(side, truncate=True) for side in sides] if cut else whole

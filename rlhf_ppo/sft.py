@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from rlhf_ppo.data import Prompt, require_column, row_names, tokenize_prompt
+from rlhf_ppo.data import Prompt, require_column, require_vocabulary, row_names, tokenize_prompt
 from rlhf_ppo.guard import nonfinite_parameters
 from rlhf_ppo.mixing import load_mixture, require_weights
 from rlhf_ppo.models import context_length, load_policy, load_tokenizer, resolve_model
@@ -195,7 +195,7 @@ def read_examples(rows: Dataset, args: SFTArgs) -> list[Example]:
 
 
 def encode_examples(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, longest: int, name: str
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, longest: int, name: str, *, vocab_size: int
 ) -> Dataset:
     """Token ids and labels (-100 on the prompt and on the first token of all) of each example, cut to ``longest``.
 
@@ -203,7 +203,8 @@ def encode_examples(
     first token of a sequence is predicted from nothing, so it must not count as learned; an empty text is left out.
 
     Raises:
-        ValueError: a prompt that cannot be read (names the row), or none leaves room for its completion.
+        ValueError: a prompt that cannot be read or a token id that is not below ``vocab_size`` (names the row), or no
+            prompt leaves room for its completion.
     """
     encoded: list[dict[str, Any]] = []
     filled = 0
@@ -212,6 +213,7 @@ def encode_examples(
         # A text that begins the sequence gets whatever the tokenizer puts in front; one in its middle does not.
         answer = tokenizer(completion, add_special_tokens=not prompt)["input_ids"]
         ids = [*start, *answer, tokenizer.eos_token_id][:longest]
+        require_vocabulary(ids, vocab_size, where)
         given = max(1, len(start))
         filled += len(start) >= longest
         if len(ids) > given:
@@ -280,7 +282,10 @@ def _train(args: SFTArgs) -> dict[str, float]:
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {args.model} names no end-of-text token, which ends every row: give it one")
     longest = min(args.max_length, context_length(model.config) or args.max_length)
-    encoded = {name: encode_examples(part, tokenizer, longest, name) for name, part in parts.items()}
+    vocab_size = model.config.get_text_config().vocab_size
+    encoded = {
+        name: encode_examples(part, tokenizer, longest, name, vocab_size=vocab_size) for name, part in parts.items()
+    }
     trainer = _Trainer(
         model=model,
         args=TrainingArguments(

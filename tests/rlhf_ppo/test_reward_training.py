@@ -295,6 +295,13 @@ def test_a_bad_row_of_a_mixture_is_named_with_its_data_set(quick, write):
         train_reward_model(quick(files))
 
 
+def test_a_token_id_beyond_the_vocabulary_is_named_with_its_row(quick, write, make_model, base):
+    """x is id 26, y 27, z 28."""
+    make_model(vocab_size=28).save_pretrained(base)
+    with pytest.raises(ValueError, match=r"pairs\.jsonl row 4: token id 28 is not in the model's vocabulary of 28"):
+        train_reward_model(quick(write([*pairs(4), {"prompt": "a", "chosen": "z", "rejected": "y"}])))
+
+
 def test_identical_answers_are_left_out_with_a_count(quick, write):
     rows = pairs(20)
     rows[3]["rejected"] = rows[3]["chosen"]

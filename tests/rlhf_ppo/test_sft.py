@@ -185,7 +185,7 @@ def test_only_the_completion_and_its_end_are_learned(tokenizer):
     """One token a character: "the " is read, "cat" and end of text (id 0) are targets, as PPO would sample them."""
     rows = Dataset.from_list([{"prompt": "the ", "chosen": "cat"}])
     args = SFTArgs(dataset=("x",), output_dir="o", model="m", prompt_column="prompt", completion_column="chosen")
-    (row,) = encode_examples(read_examples(rows, args), tokenizer, 64, "train")
+    (row,) = encode_examples(read_examples(rows, args), tokenizer, 64, "train", vocab_size=30)
     assert row["input_ids"] == [*tokenizer("the cat")["input_ids"], 0]
     assert row["labels"] == [-100] * 4 + [*tokenizer("cat")["input_ids"], 0]
 
@@ -197,7 +197,7 @@ def test_conversations_learn_the_last_answer_after_the_generation_prompt(tokeniz
     split = SFTArgs(dataset=("x",), output_dir="o", model="m", prompt_column="prompt", completion_column="completion")
     (whole,) = read_examples(Dataset.from_list([{"messages": chat}]), args)
     assert whole == read_examples(Dataset.from_list([{"prompt": chat[:1], "completion": chat[1:]}]), split)[0]
-    (row,) = encode_examples([whole], tokenizer, 64, "train")
+    (row,) = encode_examples([whole], tokenizer, 64, "train", vocab_size=30)
     assert tokenizer.decode(row["input_ids"][:-1]) == "u.hi a.yo"
     assert [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100] == [
         *tokenizer("yo")["input_ids"],
@@ -207,10 +207,16 @@ def test_conversations_learn_the_last_answer_after_the_generation_prompt(tokeniz
 
 def test_a_prompt_that_fills_the_length_is_left_out_with_a_count(tokenizer):
     with pytest.warns(UserWarning, match="train: left out 1 of 2 rows whose prompt fills the 4 tokens"):
-        rows = encode_examples([("abcde", "f", "row 0"), ("a", "b", "row 1")], tokenizer, 4, "train")
+        rows = encode_examples([("abcde", "f", "row 0"), ("a", "b", "row 1")], tokenizer, 4, "train", vocab_size=30)
     assert len(rows) == 1
     with pytest.raises(ValueError, match="every prompt fills max_length=4"):
-        encode_examples([("abcde", "f", "row 0")], tokenizer, 4, "train")
+        encode_examples([("abcde", "f", "row 0")], tokenizer, 4, "train", vocab_size=30)
+
+
+def test_a_token_id_beyond_the_vocabulary_is_named_with_its_row(tokenizer):
+    """z is id 28."""
+    with pytest.raises(ValueError, match="row 1: token id 28 is not in the model's vocabulary of 28"):
+        encode_examples([("a", "y", "row 0"), ("a", "z", "row 1")], tokenizer, 64, "train", vocab_size=28)
 
 
 def test_completions_are_learned_end_to_end(quick, make_model, tokenizer, tmp_path):
@@ -238,7 +244,7 @@ def test_bad_prompt_and_completion_settings_are_named(quick, data, tokenizer):
         read_examples(rows, args)
     chat = [("", "a", "row 0"), ([{"role": "user", "content": "hi"}], "yo", "row 1")]
     with pytest.raises(ValueError, match="row 1: the prompt is a chat, but the tokenizer has no chat template"):
-        encode_examples(chat, tokenizer, 64, "train")
+        encode_examples(chat, tokenizer, 64, "train", vocab_size=30)
 
 
 def test_a_bad_row_has_its_number_in_the_file_whatever_is_held_out(quick, make_model, tokenizer, tmp_path):
@@ -256,7 +262,7 @@ def test_the_held_out_loss_is_the_mean_over_tokens_whatever_the_batches(make_mod
     """Rows of very different length: means of batches, weighted by rows, would depend on the batches."""
     model = make_model().eval()
     texts = ["a", "the cat sat on the mat", "", "a cat and a dog", "on"]
-    rows = encode_examples([("", text, "a row") for text in texts], tokenizer, 64, "test")
+    rows = encode_examples([("", text, "a row") for text in texts], tokenizer, 64, "test", vocab_size=30)
     assert len(rows) == 4  # an empty text is an end of text alone, which nothing predicts
     total, count = 0.0, 0
     for row in rows:
