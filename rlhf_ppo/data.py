@@ -69,6 +69,8 @@ def _load(source: str, *args: Any, **options: Any) -> Dataset:
     except DatasetGenerationError as error:  # what is wrong with the file is its cause
         raise ValueError(f"data set {source} cannot be read: {error.__cause__ or error}") from error
     except (OSError, RuntimeError, ValueError) as error:
+        if "corresponds to no data" in str(error):  # a csv that holds its header alone
+            raise ValueError(f"data set {source} has no rows") from None
         local = Path(source).expanduser().exists() or isinstance(error, ValueError)
         reason = (str(error).splitlines() or [""])[0] if local else why_not(source, error, kind="dataset")
         raise ValueError(f"data set {source} cannot be read: {reason}") from error
@@ -119,7 +121,7 @@ def tokenize_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, where: str)
         if not tokenizer.chat_template:
             raise ValueError(
                 f"{where}: the prompt is a chat, but the tokenizer has no chat template; "
-                "pass a tokenizer with one as processing_class, or write prompts as text"
+                "take a model whose tokenizer has one (in Python pass it as processing_class), or write prompts as text"
             )
         text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(str(text), add_special_tokens=False)["input_ids"]
@@ -155,7 +157,8 @@ def fit_prompt(ids: list[int], room: int | None, policy: str, where: str) -> lis
     if policy == "error":
         raise ValueError(
             f"{where}: the prompt has {len(ids)} tokens, but the model's context leaves room for {max(room, 0)} beside "
-            "max_new_tokens; shorten it, lower max_new_tokens, or set overlong_prompts to 'truncate' or 'drop'"
+            "max_new_tokens; shorten it, lower max_new_tokens, or, in training, set overlong_prompts to 'truncate' or "
+            "'drop'"
         )
     return ids[-room:] if policy == "truncate" else None
 

@@ -65,6 +65,8 @@ class EvaluateArgs:
     """Model to compare with; None: the reference."""
     judge: str | None = None
     """Reward that decides who wins, best one held out from training; None: the sum of the rewards above."""
+    drop_nonfinite_scores: bool = False
+    """Treat a NaN or infinite score as unscorable instead of stopping."""
     output_dir: str = "runs/evaluation"
     """Folder for evaluation.json and evaluation_samples.jsonl."""
     max_new_tokens: int | None = None
@@ -194,6 +196,7 @@ def _sampler_config(args: EvaluateArgs, settings: dict[str, Any]) -> RLHFConfig:
         **chosen,
         **_scoring(args, settings),
         output_dir=args.output_dir,
+        drop_nonfinite_scores=args.drop_nonfinite_scores,
         objective="reinforce",  # no critic is read
         rollout_batch_size=args.batch_size,
         num_minibatches=1,

@@ -131,6 +131,9 @@ def test_fault_8_an_empty_data_set(prompt_set, tmp_path):
     file.touch()
     with pytest.raises(ValueError, match=r"empty\.jsonl has no rows"):
         load_rows(str(file))
+    (tmp_path / "header.csv").write_text("prompt,n\n")
+    with pytest.raises(ValueError, match=r"header\.csv has no rows"):
+        load_rows(str(tmp_path / "header.csv"))
 
 
 def test_fault_8_a_data_set_smaller_than_a_batch_cycles_with_a_warning(make_trainer):

@@ -12,6 +12,7 @@ from rich.console import Console
 from rlhf_ppo import RewardModel
 from rlhf_ppo.cli import main
 from rlhf_ppo.evaluate import EvaluateArgs, evaluate, print_evaluation
+from rlhf_ppo.reward_calls import RewardError
 
 REWARDS = """
 def vowels(prompts, completions, **columns):
@@ -84,6 +85,15 @@ def test_the_judge_decides_and_counts_for_no_reward(quick):
     assert not report["judge_was_trained_on"]
     rows = [json.loads(line) for line in Path("e/evaluation_samples.jsonl").read_text().splitlines()]
     assert rows[0]["model"]["score"] == rows[0]["model"]["rewards"]["vowels"]
+
+
+def test_a_score_that_is_not_finite_is_left_out_where_the_error_says_so(quick):
+    """On odd numbers it is NaN."""
+    Path("reward.py").write_text(REWARDS.replace("None if n % 2", "float('nan') if n % 2"))
+    asked = {"model": "second", "ref_model": "first", "reward": ("reward.py:odd",)}
+    with pytest.raises(RewardError, match="set drop_nonfinite_scores"):
+        evaluate(quick(**asked))
+    assert evaluate(quick(**asked, drop_nonfinite_scores=True))["win_rate"]["judged"] == 5
 
 
 def test_the_reference_and_the_sampler_are_the_runs_own(folder, quick):
