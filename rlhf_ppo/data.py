@@ -23,6 +23,9 @@ Prompt = str | list[dict[str, str]]
 Completion = str | list[dict[str, str]]
 """What followed a prompt: text, or after several turns with a chat prompt the messages after it."""
 
+ROW_NAME = "__row_name__"
+"""Column that says which row this is, "prompts.jsonl row 3", whatever was mixed, shuffled or set aside since."""
+
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -66,18 +69,28 @@ def _load(source: str, *args: Any, **options: Any) -> Dataset:
     except DatasetGenerationError as error:  # what is wrong with the file is its cause
         raise ValueError(f"data set {source} cannot be read: {error.__cause__ or error}") from error
     except (OSError, RuntimeError, ValueError) as error:
+        if "corresponds to no data" in str(error):  # a csv that holds its header alone
+            raise ValueError(f"data set {source} has no rows") from None
         local = Path(source).expanduser().exists() or isinstance(error, ValueError)
         reason = (str(error).splitlines() or [""])[0] if local else why_not(source, error, kind="dataset")
         raise ValueError(f"data set {source} cannot be read: {reason}") from error
+
+
+def row_names(rows: Dataset, where: str = "") -> list[str]:
+    """What messages call each row: what its column ROW_NAME says, or else ``where`` and its number."""
+    if ROW_NAME in rows.column_names:
+        return list(rows[ROW_NAME])
+    return [f"{where}row {i}" for i in range(len(rows))]
 
 
 def require_column(rows: Dataset, column: str) -> None:
     """Raise a ValueError that lists the columns and the closest match unless ``column`` is there."""
     if column in rows.column_names:
         return
-    close = difflib.get_close_matches(column, rows.column_names, n=1, cutoff=0.5)
+    columns = [name for name in rows.column_names if name != ROW_NAME]
+    close = difflib.get_close_matches(column, columns, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"the data set has no column {column!r}, its columns are {rows.column_names}{hint}")
+    raise ValueError(f"the data set has no column {column!r}, its columns are {columns}{hint}")
 
 
 def prompt_rows(rows: Dataset, column: str) -> Dataset:
@@ -108,7 +121,7 @@ def tokenize_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, where: str)
         if not tokenizer.chat_template:
             raise ValueError(
                 f"{where}: the prompt is a chat, but the tokenizer has no chat template; "
-                "pass a tokenizer with one as processing_class, or write prompts as text"
+                "take a model whose tokenizer has one (in Python pass it as processing_class), or write prompts as text"
             )
         text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(str(text), add_special_tokens=False)["input_ids"]
@@ -117,6 +130,15 @@ def tokenize_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, where: str)
     if not ids:
         raise ValueError(f"{where}: the prompt {prompt!r} has no tokens; remove the row or give it text")
     return cast(list[int], ids)
+
+
+def require_vocabulary(ids: Sequence[int], vocab_size: int, where: str) -> None:
+    """Raise a ValueError that names ``where`` if the model has no embedding for one of the ids."""
+    if max(ids, default=0) >= vocab_size:
+        raise ValueError(
+            f"{where}: token id {max(ids)} is not in the model's vocabulary of {vocab_size}; "
+            "the tokenizer belongs to another model"
+        )
 
 
 def is_chat(prompt: Any) -> bool:
@@ -135,7 +157,8 @@ def fit_prompt(ids: list[int], room: int | None, policy: str, where: str) -> lis
     if policy == "error":
         raise ValueError(
             f"{where}: the prompt has {len(ids)} tokens, but the model's context leaves room for {max(room, 0)} beside "
-            "max_new_tokens; shorten it, lower max_new_tokens, or set overlong_prompts to 'truncate' or 'drop'"
+            "max_new_tokens; shorten it, lower max_new_tokens, or, in training, set overlong_prompts to 'truncate' or "
+            "'drop'"
         )
     return ids[-room:] if policy == "truncate" else None
 
@@ -225,15 +248,10 @@ class PromptSet:
             raise ValueError(f"max_new_tokens={args.max_new_tokens} leaves no room for a prompt in the model's context")
         kept: list[int] = []
         truncated = 0
-        prompts = rows["prompt"]
-        for i, prompt in enumerate(prompts):
-            ids = tokenize_prompt(prompt, tokenizer, f"{name} row {i}")
-            if max(ids) >= vocab_size:
-                raise ValueError(
-                    f"{name} row {i}: token id {max(ids)} is not in the model's vocabulary of {vocab_size}; "
-                    "the tokenizer belongs to another model"
-                )
-            fitted = fit_prompt(ids, room, args.overlong_prompts, f"{name} row {i}")
+        for i, (prompt, where) in enumerate(zip(rows["prompt"], row_names(rows, f"{name} "), strict=True)):
+            ids = tokenize_prompt(prompt, tokenizer, where)
+            require_vocabulary(ids, vocab_size, where)
+            fitted = fit_prompt(ids, room, args.overlong_prompts, where)
             if fitted is not None:
                 truncated += len(fitted) < len(ids)
                 kept.append(i)
@@ -245,9 +263,9 @@ class PromptSet:
             )
         if not kept:
             raise ValueError(f"{name}: every prompt is longer than the {room} tokens that the context leaves")
-        self.rows = rows.select(kept)
         self.name = name
-        self.columns = [column for column in rows.column_names if column != "prompt"]
+        self.columns = [column for column in rows.column_names if column not in ("prompt", ROW_NAME)]
+        self.rows = rows.select(kept).select_columns(["prompt", *self.columns])
         self.seed = args.seed
 
     def __len__(self) -> int:

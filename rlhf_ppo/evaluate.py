@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rlhf_ppo.collect import Collector
 from rlhf_ppo.comparison import differences, distinct, interval, win_rate
@@ -19,7 +20,7 @@ from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.conversation import Respond
 from rlhf_ppo.data import Completion, load_rows, prompt_rows
 from rlhf_ppo.experience import describe
-from rlhf_ppo.models import adapter_base
+from rlhf_ppo.models import adapter_base, load_config, resolve_model
 from rlhf_ppo.runtime.precision import Precision
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory, read_run
@@ -64,6 +65,8 @@ class EvaluateArgs:
     """Model to compare with; None: the reference."""
     judge: str | None = None
     """Reward that decides who wins, best one held out from training; None: the sum of the rewards above."""
+    drop_nonfinite_scores: bool = False
+    """Treat a NaN or infinite score as unscorable instead of stopping."""
     output_dir: str = "runs/evaluation"
     """Folder for evaluation.json and evaluation_samples.jsonl."""
     max_new_tokens: int | None = None
@@ -102,9 +105,11 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
         ValueError: bad settings, data or models, no reference to be found, or a judge that scores nothing.
         RewardError: a reward function failed.
     """
+    _vocabulary(args.model)  # that it is there comes before what it says of itself
     settings = read_run(args.model)
     reference = args.ref_model or _reference(args.model, settings)
     against = args.against or reference
+    _require_one_vocabulary(model=args.model, reference=reference, against=against)
     rows = prompt_rows(load_rows(args.dataset, args.split), args.prompt_column)
     if args.num_prompts is not None:
         rows = rows.select(range(min(args.num_prompts, len(rows))))
@@ -133,6 +138,18 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
         run.append(file.name, {"prompt": prompt, "model": ours, "against": theirs})
     run.write_json("evaluation.json", report)
     return report
+
+
+def _vocabulary(model: str) -> int:
+    return int(load_config(resolve_model(model)).get_text_config().vocab_size)
+
+
+def _require_one_vocabulary(**models: str) -> None:
+    """Each is compared with the reference token by token; said before one of them has sampled every prompt."""
+    sizes = {name: _vocabulary(model) for name, model in models.items()}
+    if len(set(sizes.values())) > 1:
+        found = ", ".join(f"{name} ({models[name]}) {size}" for name, size in sizes.items())
+        raise ValueError(f"vocabularies differ, in tokens: {found}; use models of one tokenizer")
 
 
 def _reference(model: str, settings: dict[str, Any]) -> str:
@@ -179,6 +196,7 @@ def _sampler_config(args: EvaluateArgs, settings: dict[str, Any]) -> RLHFConfig:
         **chosen,
         **_scoring(args, settings),
         output_dir=args.output_dir,
+        drop_nonfinite_scores=args.drop_nonfinite_scores,
         objective="reinforce",  # no critic is read
         rollout_batch_size=args.batch_size,
         num_minibatches=1,
@@ -268,10 +286,11 @@ def print_evaluation(report: dict[str, Any], *, console: Console | None = None) 
     table = Table(title=f"{report['prompts']} prompts, 95 % intervals", title_justify="left")
     table.add_column("")
     for side in ("model", "against"):
-        table.add_column(report[side]["name"], justify="right")
+        table.add_column(Text(report[side]["name"]), justify="right")  # as it is: a folder t[/y] is no markup
     table.add_column("difference, paired", justify="right")
     for name, difference in report["difference"].items():
-        table.add_row(name, *(_number(report[side][name]) for side in ("model", "against")), _number(difference, "+"))
+        numbers = [_number(report[side][name]) for side in ("model", "against")]
+        table.add_row(Text(name), *numbers, _number(difference, "+"))
     for n in (1, 2, 3):
         ours, theirs = (report[side][f"distinct-{n}"] for side in ("model", "against"))
         table.add_row(f"distinct-{n}, share of word {n}-grams", f"{ours:.3f}", f"{theirs:.3f}", f"{ours - theirs:+.3f}")

@@ -5,16 +5,26 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TextIO
 
 import torch
 
 from rlhf_ppo.actor_critic import ActorCritic
 from rlhf_ppo.core.typed import is_changed
-from rlhf_ppo.data import Prompt, decode_responses, encode_prompts, load_rows, prompt_rows, tokenize_prompt
+from rlhf_ppo.data import (
+    Prompt,
+    decode_responses,
+    encode_prompts,
+    fit_prompt,
+    load_rows,
+    prompt_rows,
+    require_vocabulary,
+    tokenize_prompt,
+)
 from rlhf_ppo.limits import TextStop, cut_at
 from rlhf_ppo.models import load_config, load_policy, load_tokenizer, prompt_room, resolve_model
 from rlhf_ppo.rollout import sample_responses
@@ -126,25 +136,52 @@ def load_speaker(args: GenerateArgs) -> Speaker:
 def generate(args: GenerateArgs) -> list[tuple[Prompt, str]]:
     """(prompt, completion) pairs, ``num_samples`` per prompt; those of a data set are also written to ``output``.
 
+    Every prompt is checked, and ``output`` opened, before the model is loaded. Completions are written batch by batch,
+    so that what was made is there if something fails later.
+
     Raises:
-        ValueError: a bad model, data set or prompt; names the row.
+        ValueError: a bad model, data set or prompt (names the row), or ``output`` cannot be written.
     """
     rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in args.prompt]
     if args.dataset is not None:
         rows = [dict(row) for row in prompt_rows(load_rows(args.dataset, args.split), args.prompt_column)]
-    speaker = load_speaker(args)
+    require_prompts([row["prompt"] for row in rows], args)
     rows = [row for row in rows for _ in range(args.num_samples)]
     pairs: list[tuple[Prompt, str]] = []
-    for start in range(0, len(rows), args.batch_size):
-        prompts = [row["prompt"] for row in rows[start : start + args.batch_size]]
-        pairs += zip(prompts, speaker.reply(prompts), strict=True)
     if args.output is not None:
-        file = Path(args.output)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        written = [{**row, "completion": completion} for row, (_, completion) in zip(rows, pairs, strict=True)]
-        lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in written]
-        file.write_text("".join(lines), encoding="utf-8")
+        _open(args.output, "a").close()  # an earlier run's completions stay until there are others to replace them
+    speaker = load_speaker(args)
+    with nullcontext() if args.output is None else _open(args.output, "w") as file:
+        for start in range(0, len(rows), args.batch_size):
+            batch = rows[start : start + args.batch_size]
+            completions = speaker.reply([row["prompt"] for row in batch])
+            pairs += zip([row["prompt"] for row in batch], completions, strict=True)
+            if file is not None:
+                written = [{**row, "completion": text} for row, text in zip(batch, completions, strict=True)]
+                file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in written)
+                file.flush()
     return pairs
+
+
+def require_prompts(prompts: Sequence[Prompt], args: GenerateArgs) -> None:
+    """Raise a ValueError that names the first prompt that the model cannot read; its weights are not needed."""
+    name = resolve_model(args.model)
+    config, tokenizer = load_config(name), load_tokenizer(name)
+    room = prompt_room(config, args.max_new_tokens)
+    for i, prompt in enumerate(prompts):
+        where = f"prompt {i}" if args.dataset is None else f"{args.dataset} row {i}"
+        ids = tokenize_prompt(prompt, tokenizer, where)
+        require_vocabulary(ids, config.get_text_config().vocab_size, where)
+        fit_prompt(ids, room, "error", where)
+
+
+def _open(output: str, mode: Literal["a", "w"]) -> TextIO:
+    file = Path(output)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return file.open(mode, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"output {output} cannot be written ({error.strerror}): name another file") from None
 
 
 def chat(args: GenerateArgs, lines: Iterable[str] | None = None) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from datasets import Dataset, concatenate_datasets, interleave_datasets
 
-from rlhf_ppo.data import load_rows
+from rlhf_ppo.data import ROW_NAME, load_rows, row_names
 
 
 def load_mixture(
@@ -16,7 +16,8 @@ def load_mixture(
 
     Without weights the data sets follow one another whole. With weights each row is drawn from data set i with
     probability weights[i] / sum, without repetition, until one of them has no row left: the proportions hold
-    throughout, no row is there twice, and what is left of the others is not used.
+    throughout, no row is there twice, and what is left of the others is not used. Each row's name, by data set and
+    number, comes along in the column ROW_NAME.
 
     Raises:
         FileNotFoundError, ValueError: see :func:`rlhf_ppo.data.load_rows`; weights that do not fit; other columns.
@@ -26,6 +27,8 @@ def load_mixture(
     parts = [load_rows(source, split) for source in sources]
     for source, part in zip(sources[1:], parts[1:], strict=True):
         _require_same_columns(sources[0], parts[0], source, part)
+    names = [source if split == "train" else f"{source}, {split}," for source in sources]
+    parts = [part.add_column(ROW_NAME, row_names(part, f"{name} ")) for name, part in zip(names, parts, strict=True)]
     if len(parts) == 1:
         return parts[0]
     if weights is None:

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ppo.data import Prompt, is_chat, require_column
+from rlhf_ppo.data import Prompt, is_chat, require_column, row_names
 from rlhf_ppo.reward_model import scored_text
 
 
@@ -26,6 +26,8 @@ class Preference:
     rejected: str
     margin: float
     """By how much the chosen score should at least exceed the rejected one."""
+    where: str = ""
+    """The row's name in messages."""
 
 
 def read_preferences(
@@ -49,18 +51,18 @@ def read_preferences(
         if column is not None:
             require_column(rows, column)
     found: list[Preference] = []
-    for i, row in enumerate(rows):
+    for where, row in zip(row_names(rows), rows, strict=True):
         assert isinstance(row, dict)
         prompt = None if prompt_column is None else row[prompt_column]
         margin = 0.0 if margin_column is None else row[margin_column]
         if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not abs(margin) < float("inf"):
-            raise ValueError(f"row {i}: {margin_column} must be a finite number, got {margin!r}")
-        sides = [prompt_and_answer(prompt, row[c], f"row {i}, {c}") for c in (chosen_column, rejected_column)]
+            raise ValueError(f"{where}: {margin_column} must be a finite number, got {margin!r}")
+        sides = [prompt_and_answer(prompt, row[c], f"{where}, {c}") for c in (chosen_column, rejected_column)]
         texts = [scored_text(tokenizer, *side) for side in sides]
         key = sides[0][0] if prompt is not None or sides[0][0] == sides[1][0] else ""
         # Whole texts without a prompt share nothing that could leak: each row is a group of its own.
-        group = json.dumps(key) if key else f"row {i}"
-        found.append(Preference(group, *texts, margin=float(margin)))
+        group = json.dumps(key) if key else where
+        found.append(Preference(group, *texts, margin=float(margin), where=where))
     kept = [pair for pair in found if pair.chosen != pair.rejected]
     if not kept:
         raise ValueError(

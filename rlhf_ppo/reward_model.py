@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_ppo.data import Completion, Prompt
+from rlhf_ppo.data import Completion, Prompt, require_vocabulary
 from rlhf_ppo.models import context_length, find_config, freeze, fuse_activations, load_classifier, load_tokenizer
 
 NO_LIMIT = 2**31
@@ -81,6 +81,7 @@ class RewardModel:
         """Settle how text becomes ids: the arguments are those of the class, ``config`` is the model's."""
         self.tokenizer: PreTrainedTokenizerBase = copy.deepcopy(tokenizer)
         self.tokenizer.truncation_side = "left"
+        self.vocab_size = int(config.get_text_config().vocab_size)
         self.text_as_chat = chat_template is not None
         if chat_template is not None and chat_template != "tokenizer":
             self.tokenizer.chat_template = _template(chat_template)
@@ -104,6 +105,8 @@ class RewardModel:
         texts = [self._text(p, c) for p, c in zip(prompts, completions, strict=True)]
         cut = {} if self.max_length is None else {"truncation": True, "max_length": self.max_length}
         rows = [scored_ids(self.tokenizer, text, **cut) for text in texts]
+        for i, ids in enumerate(rows):
+            require_vocabulary(ids, self.vocab_size, f"reward model {self.__name__!r}, completion {i}")
         scores: list[float] = []
         for start in range(0, len(rows), self.batch_size):
             scores += self._logits(rows[start : start + self.batch_size]).tolist()

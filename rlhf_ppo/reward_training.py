@@ -16,10 +16,14 @@ from torch.nn.functional import logsigmoid
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from rlhf_ppo.comparison import wilson
+from rlhf_ppo.data import require_vocabulary
+from rlhf_ppo.guard import nonfinite_parameters
 from rlhf_ppo.mixing import load_mixture, require_weights
 from rlhf_ppo.models import adapter_base, context_length, find_config, load_classifier, load_tokenizer, resolve_model
 from rlhf_ppo.preferences import Preference, read_preferences, split_by_prompt
 from rlhf_ppo.reward_model import scored_ids, text_scores
+from rlhf_ppo.runtime.errors import NonFiniteGradientError
+from rlhf_ppo.runtime.lock import run_lock
 from rlhf_ppo.runtime.plots import plot_calibration
 from rlhf_ppo.runtime.precision import Precision, autocast, compute_in_bf16
 from rlhf_ppo.runtime.processes import require_one_process
@@ -89,8 +93,8 @@ class RewardTrainingArgs:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         for name in ("centering", "weight_decay", "warmup_steps", "learning_rate"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more and finite, got {getattr(self, name)}")
         if not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive, got {self.max_grad_norm}")
         if self.lora_rank is not None and self.lora_rank < 1:
@@ -114,9 +118,16 @@ def train_reward_model(args: RewardTrainingArgs) -> dict[str, float]:
     Returns:
         Held-out accuracy, loss, calibration error and scores, and what was counted.
     Raises:
-        ValueError: bad settings, data or model; says which.
+        ValueError: bad settings, data or model, or another run is writing into ``output_dir``; says which.
+        NonFiniteGradientError: a gradient, a score or a weight is not finite; nothing is saved.
     """
     require_one_process()
+    run = RunDirectory(args.output_dir)
+    with run_lock(run.path):
+        return _train(args, run)
+
+
+def _train(args: RewardTrainingArgs, run: RunDirectory) -> dict[str, float]:
     device = resolve_device(args.device)
     bf16 = compute_in_bf16(args.precision, device)
     name = resolve_model(args.model)
@@ -137,8 +148,9 @@ def train_reward_model(args: RewardTrainingArgs) -> dict[str, float]:
         margin_column=args.margin_column,
     )
     train_pairs, eval_pairs = split_by_prompt(pairs, args.eval_fraction, args.seed)
-    train_ids, cut = encode_pairs(train_pairs, tokenizer)
-    eval_ids, eval_cut = encode_pairs(eval_pairs, tokenizer)
+    vocab_size = config.get_text_config().vocab_size
+    train_ids, cut = encode_pairs(train_pairs, tokenizer, vocab_size)
+    eval_ids, eval_cut = encode_pairs(eval_pairs, tokenizer, vocab_size)
     if cut + eval_cut:
         warnings.warn(
             f"{cut + eval_cut} of {len(pairs)} pairs have a text longer than {longest} tokens and keep its end only",
@@ -168,8 +180,6 @@ def train_reward_model(args: RewardTrainingArgs) -> dict[str, float]:
     scheduler = get_scheduler("cosine", optimizer, args.warmup_steps, steps)
     margins = torch.tensor([pair.margin for pair in train_pairs], device=device)
     shuffle = torch.Generator().manual_seed(args.seed)
-    run = RunDirectory(args.output_dir)
-    run.start(dataclasses.asdict(args))
     model.train()
     with ProgressDisplay("pairs", args.num_epochs * len(train_ids), quiet=args.quiet) as progress:
         done = 0
@@ -183,9 +193,9 @@ def train_reward_model(args: RewardTrainingArgs) -> dict[str, float]:
                 loss = loss.detach()
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 if not torch.isfinite(norm):
-                    raise ValueError(
-                        f"the gradient is not finite after {done} pairs (loss {float(loss):.3g}): lower learning_rate, "
-                        "or use --precision fp32"
+                    raise NonFiniteGradientError(
+                        f"the gradient is not finite after {done} pairs (loss {float(loss):.3g}), so nothing was "
+                        "saved; lower learning_rate, or use --precision fp32"
                     )
                 optimizer.step()
                 scheduler.step()
@@ -197,6 +207,13 @@ def train_reward_model(args: RewardTrainingArgs) -> dict[str, float]:
     with torch.no_grad():
         parts = [scores(eval_ids[i : i + args.batch_size]) for i in range(0, len(eval_ids), args.batch_size)]
     chosen, rejected = (torch.cat(side) for side in zip(*parts, strict=True))
+    model.to(getattr(torch, args.save_dtype))
+    broken = nonfinite_parameters(model)
+    if broken or not torch.isfinite(chosen - rejected).all():
+        raise NonFiniteGradientError(
+            f"after all {done} pairs {broken[0] if broken else 'a held-out score'} is not finite "
+            f"(save_dtype={args.save_dtype}), so nothing was saved; lower learning_rate"
+        )
     bins = calibration(chosen - rejected)
     metrics = {
         **preference_metrics(chosen, rejected),
@@ -205,22 +222,29 @@ def train_reward_model(args: RewardTrainingArgs) -> dict[str, float]:
         "eval_prompts": len({pair.prompt for pair in eval_pairs}),
         "cut_pairs": cut + eval_cut,
     }
+    run.start(dataclasses.asdict(args))
     run.write_json("reward_metrics.json", {**metrics, "calibration": bins})
     plot_calibration(bins, run.path / "calibration.png", title=f"{len(eval_pairs)} held-out pairs")
-    _save(model, tokenizer, Path(args.output_dir), getattr(torch, args.save_dtype))
+    _save(model, tokenizer, run.path)
     return metrics
 
 
 def encode_pairs(
-    pairs: Sequence[Preference], tokenizer: PreTrainedTokenizerBase
+    pairs: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> tuple[list[tuple[list[int], list[int]]], int]:
-    """Token ids of (chosen, rejected), cut to the tokenizer's model_max_length, and how many pairs were cut."""
+    """Token ids of (chosen, rejected), cut to the tokenizer's model_max_length, and how many pairs were cut.
+
+    Raises:
+        ValueError: an id is not below ``vocab_size``; names the row.
+    """
 
     def encode(texts: list[str], *, truncate: bool) -> list[list[int]]:
         return [scored_ids(tokenizer, text, truncation=truncate, verbose=False) for text in texts]
 
     sides = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
     whole = [encode(side, truncate=False) for side in sides]
+    for pair, chosen, rejected in zip(pairs, *whole, strict=True):
+        require_vocabulary(chosen + rejected, vocab_size, pair.where)
     limit = tokenizer.model_max_length
     cut = sum(max(len(a), len(b)) > limit for a, b in zip(*whole, strict=True))
     kept = [encode(side, truncate=True) for side in sides] if cut else whole
@@ -270,12 +294,12 @@ def calibration(gap: Tensor) -> list[dict[str, float]]:
     return rows
 
 
-def _save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> None:
+def _save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     config = model.config
     # RewardModel pads by length whatever stands here; other readers need some pad token to score a batch.
     config.get_text_config().pad_token_id = (
         tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     )
-    model.to(dtype).save_pretrained(folder)
+    model.save_pretrained(folder)
     config.save_pretrained(folder)  # beside an adapter it says that there is one label
     tokenizer.save_pretrained(folder)

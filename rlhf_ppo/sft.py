@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from datasets import Dataset, DatasetDict
@@ -21,13 +21,26 @@ from transformers import (
     TrainingArguments,
 )
 
-from rlhf_ppo.data import Prompt, require_column, tokenize_prompt
+from rlhf_ppo.data import Prompt, require_column, require_vocabulary, row_names, tokenize_prompt
+from rlhf_ppo.guard import nonfinite_parameters
 from rlhf_ppo.mixing import load_mixture, require_weights
 from rlhf_ppo.models import context_length, load_policy, load_tokenizer, resolve_model
 from rlhf_ppo.preferences import prompt_and_answer
+from rlhf_ppo.runtime.errors import NonFiniteGradientError
+from rlhf_ppo.runtime.lock import run_lock
 from rlhf_ppo.runtime.processes import require_one_process
+from rlhf_ppo.runtime.run_directory import RunDirectory
 
 END_OF_TEXT = "<|endoftext|>"
+
+
+class Example(NamedTuple):
+    """What one row teaches."""
+
+    prompt: Prompt
+    completion: str
+    where: str
+    """The row's name in messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +102,10 @@ class SFTArgs:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         for name in ("learning_rate", "warmup_steps", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        if not self.num_epochs > 0:
-            raise ValueError(f"num_epochs must be positive, got {self.num_epochs}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more and finite, got {getattr(self, name)}")
+        if not 0 < self.num_epochs < math.inf:
+            raise ValueError(f"num_epochs must be positive and finite, got {self.num_epochs}")
         if self.completion_column is not None and self.text_column != "text":
             raise ValueError(
                 f"text_column={self.text_column!r} has no effect beside completion_column={self.completion_column!r}: "
@@ -160,8 +173,8 @@ def hold_out(rows: Dataset, args: SFTArgs) -> DatasetDict:
     return rows.train_test_split(max(1, round(args.eval_fraction * len(rows))), seed=args.seed)
 
 
-def read_examples(rows: Dataset, args: SFTArgs) -> list[tuple[Prompt, str]]:
-    """(prompt, completion) of each row; a plain text is a completion of nothing, so all of it is learned.
+def read_examples(rows: Dataset, args: SFTArgs) -> list[Example]:
+    """The example of each row; a plain text is a completion of nothing, so all of it is learned.
 
     Raises:
         ValueError: a missing column, or a row that is neither text nor a conversation; names the row.
@@ -173,15 +186,16 @@ def read_examples(rows: Dataset, args: SFTArgs) -> list[tuple[Prompt, str]]:
     else:
         require_column(rows, args.prompt_column)
         prompts = rows[args.prompt_column]
-    examples: list[tuple[Prompt, str]] = []
-    for i, (prompt, answer) in enumerate(zip(prompts, rows[column], strict=True)):
+    examples: list[Example] = []
+    for where, prompt, answer in zip(row_names(rows), prompts, rows[column], strict=True):
         plain = prompt is None and isinstance(answer, str)  # may be empty: text collections have such rows
-        examples.append(("", answer) if plain else prompt_and_answer(prompt, answer, f"row {i}, {column}"))
+        pair = ("", answer) if plain else prompt_and_answer(prompt, answer, f"{where}, {column}")
+        examples.append(Example(*pair, where))
     return examples
 
 
 def encode_examples(
-    examples: list[tuple[Prompt, str]], tokenizer: PreTrainedTokenizerBase, longest: int, name: str
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, longest: int, name: str, *, vocab_size: int
 ) -> Dataset:
     """Token ids and labels (-100 on the prompt and on the first token of all) of each example, cut to ``longest``.
 
@@ -189,15 +203,17 @@ def encode_examples(
     first token of a sequence is predicted from nothing, so it must not count as learned; an empty text is left out.
 
     Raises:
-        ValueError: no example has room for its completion.
+        ValueError: a prompt that cannot be read or a token id that is not below ``vocab_size`` (names the row), or no
+            prompt leaves room for its completion.
     """
     encoded: list[dict[str, Any]] = []
     filled = 0
-    for i, (prompt, completion) in enumerate(examples):
-        start = tokenize_prompt(prompt, tokenizer, f"row {i}") if prompt else []
+    for prompt, completion, where in examples:
+        start = tokenize_prompt(prompt, tokenizer, where) if prompt else []
         # A text that begins the sequence gets whatever the tokenizer puts in front; one in its middle does not.
         answer = tokenizer(completion, add_special_tokens=not prompt)["input_ids"]
         ids = [*start, *answer, tokenizer.eos_token_id][:longest]
+        require_vocabulary(ids, vocab_size, where)
         given = max(1, len(start))
         filled += len(start) >= longest
         if len(ids) > given:
@@ -229,21 +245,48 @@ def nats_per_token(model: PreTrainedModel, rows: Dataset, batch_size: int) -> fl
     return total / count
 
 
+class _Trainer(Trainer):
+    """transformers' own, which would leave a loss that is not finite out of its average and go on."""
+
+    def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **options)
+        _require_finite(float(loss), f"step {self.state.global_step + 1}")
+        return loss
+
+
+def _require_finite(loss: float, where: str) -> None:
+    if not math.isfinite(loss):
+        raise NonFiniteGradientError(f"{where}: the loss is {loss}, so nothing was saved; lower learning_rate")
+
+
 def sft(args: SFTArgs) -> dict[str, float]:
-    """Train, save to ``args.output_dir``, and return the held-out loss (nats per learned token) and perplexity."""
+    """Train, save to ``args.output_dir``, and return the held-out loss (nats per learned token) and perplexity.
+
+    Raises:
+        ValueError: bad settings, data or model, or another run is writing into ``output_dir``; says which.
+        NonFiniteGradientError: a loss or a weight is not finite; nothing is saved.
+    """
     require_one_process()
+    with run_lock(RunDirectory(args.output_dir).path):
+        return _train(args)
+
+
+def _train(args: SFTArgs) -> dict[str, float]:
     torch.manual_seed(args.seed)
     rows = load_mixture(args.dataset, args.split, weights=args.dataset_weights, seed=args.seed)
     if len(rows) < 2:
         raise ValueError(f"{args.dataset} has {len(rows)} row; at least 2 are needed, one of them held out")
     parts = {str(name): read_examples(part, args) for name, part in hold_out(rows, args).items()}
-    texts = [prompt + answer for prompt, answer in parts["train"] if isinstance(prompt, str)]
+    texts = [prompt + answer for prompt, answer, _ in parts["train"] if isinstance(prompt, str)]
     model, tokenizer = _load(args, texts)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {args.model} names no end-of-text token, which ends every row: give it one")
     longest = min(args.max_length, context_length(model.config) or args.max_length)
-    encoded = {name: encode_examples(part, tokenizer, longest, name) for name, part in parts.items()}
-    trainer = Trainer(
+    vocab_size = model.config.get_text_config().vocab_size
+    encoded = {
+        name: encode_examples(part, tokenizer, longest, name, vocab_size=vocab_size) for name, part in parts.items()
+    }
+    trainer = _Trainer(
         model=model,
         args=TrainingArguments(
             output_dir=args.output_dir,
@@ -263,9 +306,16 @@ def sft(args: SFTArgs) -> dict[str, float]:
         data_collator=_collate,
     )
     trainer.train()
+    steps = trainer.state.global_step
     loss = nats_per_token(model, encoded["test"], args.batch_size)
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    _require_finite(loss, f"after the last step ({steps}), on the held-out rows")
     model.config.use_cache = True  # the Trainer turns it off and leaves it so
-    model.to(getattr(torch, args.save_dtype)).save_pretrained(args.output_dir)
+    model.to(getattr(torch, args.save_dtype))
+    if broken := nonfinite_parameters(model):
+        raise NonFiniteGradientError(
+            f"after the last step ({steps}) {broken[0]} is not finite in {args.save_dtype}, so nothing was saved; "
+            "lower learning_rate"
+        )
+    model.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
-    return {"eval/loss_nats_per_token": loss, "eval/perplexity": math.exp(loss)}
+    return {"eval/loss_nats_per_token": loss, "eval/perplexity": math.exp(loss) if loss < 700 else math.inf}

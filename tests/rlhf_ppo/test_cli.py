@@ -123,6 +123,13 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(folder, capsys, change, mes
     assert "error:" in error and message in error and "Traceback" not in error
 
 
+def test_a_bad_prompt_has_its_number_in_the_file_whatever_is_set_aside(folder, capsys):
+    Path("prompts.jsonl").write_text("".join(json.dumps({"question": "" if i == 3 else "a"}) + "\n" for i in range(8)))
+    for seed in ("0", "1", "2"):
+        assert main([*TRAIN, "--seed", seed]) == 2
+        assert "prompts.jsonl row 3: the prompt is empty" in capsys.readouterr().err
+
+
 def test_contradicting_flags_name_both(folder, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*TRAIN, "--merge-adapter", "True"])

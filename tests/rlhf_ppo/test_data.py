@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from rlhf_ppo import RLHFConfig
-from rlhf_ppo.data import PromptSet, load_rows, tokenize_prompt
+from rlhf_ppo.data import ROW_NAME, PromptSet, load_rows, tokenize_prompt
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}. {% endfor %}"
@@ -48,6 +48,16 @@ def test_fault_1_a_prompt_that_is_no_text(prompt_set, tokenizer):
 def test_fault_1_a_rollout_by_hand_names_the_prompts_number(make_trainer):
     with pytest.raises(ValueError, match="prompt 1: the prompt is empty"):
         make_trainer().rollout(["a", ""])
+
+
+def test_a_row_that_has_a_name_is_called_by_it_and_no_reward_sees_the_name(prompt_set):
+    rows = [{"prompt": prompt, "n": i, ROW_NAME: f"d.jsonl row {i + 5}"} for i, prompt in enumerate(("a", "b", ""))]
+    with pytest.raises(ValueError, match=r"^d\.jsonl row 7: the prompt is empty"):
+        prompt_set(rows)
+    prompts = prompt_set(rows[:2])
+    assert prompts.columns == ["n"] and prompts.rows.to_list() == [{"prompt": "a", "n": 0}, {"prompt": "b", "n": 1}]
+    with pytest.raises(ValueError, match=r"its columns are \['promt'\]; did you mean 'promt'"):
+        prompt_set([{"promt": "a", ROW_NAME: "d.jsonl row 0"}])
 
 
 def test_fault_2_a_prompt_longer_than_the_context_is_an_error(prompt_set):
@@ -121,6 +131,9 @@ def test_fault_8_an_empty_data_set(prompt_set, tmp_path):
     file.touch()
     with pytest.raises(ValueError, match=r"empty\.jsonl has no rows"):
         load_rows(str(file))
+    (tmp_path / "header.csv").write_text("prompt,n\n")
+    with pytest.raises(ValueError, match=r"header\.csv has no rows"):
+        load_rows(str(tmp_path / "header.csv"))
 
 
 def test_fault_8_a_data_set_smaller_than_a_batch_cycles_with_a_warning(make_trainer):

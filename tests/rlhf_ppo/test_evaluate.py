@@ -7,10 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from rlhf_ppo import RewardModel
 from rlhf_ppo.cli import main
-from rlhf_ppo.evaluate import EvaluateArgs, evaluate
+from rlhf_ppo.evaluate import EvaluateArgs, evaluate, print_evaluation
+from rlhf_ppo.reward_calls import RewardError
 
 REWARDS = """
 def vowels(prompts, completions, **columns):
@@ -85,6 +87,15 @@ def test_the_judge_decides_and_counts_for_no_reward(quick):
     assert rows[0]["model"]["score"] == rows[0]["model"]["rewards"]["vowels"]
 
 
+def test_a_score_that_is_not_finite_is_left_out_where_the_error_says_so(quick):
+    """On odd numbers it is NaN."""
+    Path("reward.py").write_text(REWARDS.replace("None if n % 2", "float('nan') if n % 2"))
+    asked = {"model": "second", "ref_model": "first", "reward": ("reward.py:odd",)}
+    with pytest.raises(RewardError, match="set drop_nonfinite_scores"):
+        evaluate(quick(**asked))
+    assert evaluate(quick(**asked, drop_nonfinite_scores=True))["win_rate"]["judged"] == 5
+
+
 def test_the_reference_and_the_sampler_are_the_runs_own(folder, quick):
     (folder / "second" / "run.json").write_text(
         json.dumps({"model": "first", "ref_model": None, "temperature": 0.5, "max_new_tokens": 3, "reward": ["a:b"]})
@@ -152,6 +163,17 @@ def test_a_trained_run_and_an_adapter_evaluate_and_generate(folder, capsys):
         assert "a cat|" in capsys.readouterr().out
 
 
+def test_names_with_brackets_are_shown_as_they_are(capsys):
+    figure = {"mean": 1.0, "half_width": None}
+    side = {"reward: r[/x]": figure, "distinct-1": 0.1, "distinct-2": 0.1, "distinct-3": 0.1}
+    rate = {"mean": 0.5, "low": 0.4, "high": 0.6, "judged": 2, "ties": 0}
+    report = {"prompts": 2, "judge": None, "judge_was_trained_on": False, "win_rate": rate}
+    report |= {"model": {"name": "m/t[/y]", **side}, "against": {"name": "[bold]", **side}}
+    print_evaluation({**report, "difference": {"reward: r[/x]": figure}}, console=Console(width=200))
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("reward: r[/x]", "m/t[/y]", "[bold]"))
+
+
 def test_runs_from_python_say_what_they_started_from(make_trainer, tmp_path, make_model, tokenizer):
     make_model().save_pretrained(tmp_path / "start")
     tokenizer.save_pretrained(tmp_path / "start")
@@ -161,9 +183,24 @@ def test_runs_from_python_say_what_they_started_from(make_trainer, tmp_path, mak
 
 
 @pytest.mark.parametrize(
+    ("against", "message"),
+    [
+        ("nowhere", "model 'nowhere' cannot be loaded"),
+        ("other", r"vocabularies differ, in tokens: model \(first\) 30, reference \(first\) 30, against \(other\) 31"),
+    ],
+)
+def test_the_opponent_is_checked_before_any_prompt_is_sampled(quick, make_model, monkeypatch, against, message):
+    make_model(vocab_size=31).save_pretrained("other")
+    monkeypatch.setattr("rlhf_ppo.evaluate._sample", lambda *_: pytest.fail("sampled"))
+    with pytest.raises(ValueError, match=message):
+        evaluate(quick(model="first", ref_model="first", against=against))
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("--model nowhere", "does not say what it was trained from"),
+        ("--model nowhere", "model 'nowhere' cannot be loaded"),
+        ("--model second", "does not say what it was trained from"),
         ("--model nowhere --ref-model first", "model 'nowhere' cannot be loaded"),
         ("--prompt-column promt --ref-model first", "did you mean 'prompt'"),
         ("--dataset none.jsonl --ref-model first", "none.jsonl does not exist"),

@@ -36,6 +36,48 @@ def test_a_data_set_becomes_a_file_with_its_other_columns(folder, capsys):
     assert all(isinstance(row["completion"], str) for row in rows) and "6 completions" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["a", "b", ""], r"p\.jsonl row 2: the prompt is empty"),
+        (["a", "b" * 62], r"p\.jsonl row 1: the prompt has 62 tokens"),
+        (["a", "z"], r"p\.jsonl row 1: token id 28 is not in the model's vocabulary of 28"),
+    ],
+)
+def test_every_row_is_checked_before_the_model_is_loaded(folder, make_model, monkeypatch, rows, message):
+    make_model(vocab_size=28).save_pretrained("model")
+    monkeypatch.setattr("rlhf_ppo.generate.load_speaker", lambda args: pytest.fail("the model was loaded"))
+    Path("p.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in rows))
+    with pytest.raises(ValueError, match=message):
+        generate(GenerateArgs(model="model", dataset="p.jsonl", output="o.jsonl", max_new_tokens=3))
+
+
+@pytest.mark.parametrize("output", ["model", "prompts.jsonl/o.jsonl"])
+def test_an_output_that_cannot_be_written_is_one_line_before_the_model_is_loaded(folder, monkeypatch, capsys, output):
+    monkeypatch.setattr("rlhf_ppo.generate.load_speaker", lambda args: pytest.fail("the model was loaded"))
+    flags = f"generate --model model --dataset prompts.jsonl --prompt-column question --output {output}"
+    assert main(flags.split()) == 2
+    assert f"output {output} cannot be written" in capsys.readouterr().err
+
+
+def test_a_failure_midway_keeps_the_completions_before_it_in_place_of_an_earlier_runs(folder, tokenizer, monkeypatch):
+    def reply(prompts):
+        if "the cow" in prompts:
+            raise RuntimeError("out of memory")
+        return ["ok"] * len(prompts)
+
+    Path("o.jsonl").write_text("old\n")
+    monkeypatch.setattr("rlhf_ppo.generate.load_speaker", lambda args: Speaker(tokenizer, None, reply))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        generate(
+            GenerateArgs(
+                model="model", dataset="prompts.jsonl", prompt_column="question", output="o.jsonl", batch_size=1
+            )
+        )
+    rows = [json.loads(line) for line in Path("o.jsonl").read_text().splitlines()]
+    assert [(row["prompt"], row["completion"]) for row in rows] == [("the cat", "ok"), ("the dog", "ok")]
+
+
 def test_prompts_answer_as_before_whatever_the_batch(folder):
     small = {"model": "model", "prompt": ("a cat", "blue"), "max_new_tokens": 4, "device": "cpu"}
     pairs = generate(GenerateArgs(**small))

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from rlhf_ppo.data import row_names
 from rlhf_ppo.mixing import load_mixture
 
 
@@ -39,6 +40,13 @@ def test_weights_are_proportions_from_the_start_and_no_row_is_there_twice(two):
     for part in (prompts, prompts[: len(prompts) // 2]):
         assert sum(p.startswith("a") for p in part) / len(part) == pytest.approx(0.75, abs=0.08)
     assert {f"a{i}" for i in range(300)} <= set(prompts)
+
+
+@pytest.mark.parametrize("weights", [None, (0.5, 0.5)])
+def test_each_row_keeps_the_name_of_its_data_set_and_its_number_there(two, weights):
+    rows = load_mixture(two, weights=weights).train_test_split(0.5, seed=0)["test"]
+    assert row_names(rows) == [f"{two[row['prompt'][0] == 'b']} row {row['n']}" for row in rows]
+    assert row_names(load_mixture(two[0], "train[5:]"))[0] == f"{two[0]}, train[5:], row 0"
 
 
 def test_the_order_depends_on_the_seed_alone(two):

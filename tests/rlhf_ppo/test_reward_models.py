@@ -150,6 +150,13 @@ def test_a_text_that_is_too_long_keeps_its_end_where_the_completion_is(make_clas
     assert tokenizer.truncation_side == "right"
 
 
+def test_a_token_id_beyond_the_vocabulary_is_named_with_its_completion(make_classifier, tokenizer):
+    """z is id 28."""
+    reward = RewardModel(make_classifier(vocab_size=28), tokenizer)
+    with pytest.raises(ValueError, match=r"completion 1: token id 28 is not in the model's vocabulary of 28"):
+        reward(["a", "a"], ["y", "z"])
+
+
 def test_a_start_token_that_the_template_wrote_is_not_written_again(tokenizer):
     from tokenizers.processors import TemplateProcessing
 

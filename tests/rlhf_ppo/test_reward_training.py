@@ -20,6 +20,8 @@ from rlhf_ppo.reward_training import (
     preference_metrics,
     train_reward_model,
 )
+from rlhf_ppo.runtime.errors import NonFiniteGradientError
+from rlhf_ppo.runtime.lock import LOCK_FILE, RunLockedError, run_lock
 
 
 @pytest.fixture
@@ -57,7 +59,8 @@ def pairs(count: int = 120) -> list[dict]:
 def quick(tmp_path, base):
     def args(dataset, **settings) -> RewardTrainingArgs:
         small = {"output_dir": str(tmp_path / "rm"), "model": base, "learning_rate": 1e-2, "device": "cpu"}
-        return RewardTrainingArgs(dataset=(dataset,), **{**small, "precision": "fp32", "quiet": True, **settings})
+        files = (dataset,) if isinstance(dataset, str) else dataset
+        return RewardTrainingArgs(dataset=files, **{**small, "precision": "fp32", "quiet": True, **settings})
 
     return args
 
@@ -179,6 +182,33 @@ def test_lora_saves_an_adapter_that_scores_as_it_was_trained(quick, write, tmp_p
     assert sum(scores) / len(texts) == pytest.approx(metrics["chosen_score"], abs=1e-5)
 
 
+def test_a_folder_in_use_and_a_file_are_refused_before_anything_moves(quick, write, tmp_path):
+    """With metrics.jsonl the folder is another run's, whose files would be set aside."""
+    (tmp_path / "rm").mkdir()
+    (tmp_path / "rm" / "metrics.jsonl").touch()
+    with run_lock(tmp_path / "rm"), pytest.raises(RunLockedError, match="in use by another run"):
+        train_reward_model(quick(write(pairs(20)), model="nowhere"))
+    assert {file.name for file in (tmp_path / "rm").iterdir()} == {"metrics.jsonl", LOCK_FILE}
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file; name a folder"):
+        train_reward_model(quick(write(pairs(20)), model="nowhere", output_dir=str(tmp_path / "file")))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": 1e30}, r"the gradient is not finite after 16 pairs .*lower learning_rate"),
+        ({"learning_rate": 1e30, "batch_size": 200}, r"after all 90 pairs a held-out score is not finite"),
+        ({"learning_rate": 1e6, "batch_size": 200, "save_dtype": "float16"}, r"after all 90 pairs \S+ is not finite"),
+    ],
+)
+def test_a_run_that_diverges_says_where_and_saves_nothing(quick, write, tmp_path, settings, message):
+    """In one batch of all pairs there is no next step to notice; weights of about 1e6 are beyond float16."""
+    with pytest.raises(NonFiniteGradientError, match=message):
+        train_reward_model(quick(write(pairs(100)), warmup_steps=0, **settings))
+    assert [file.name for file in (tmp_path / "rm").iterdir()] == [LOCK_FILE]
+
+
 def test_same_seed_same_weights(quick, write, tmp_path):
     file = write(pairs(40))
     results = [train_reward_model(quick(file, output_dir=str(tmp_path / str(i)), seed=3)) for i in range(2)]
@@ -257,6 +287,19 @@ def test_an_empty_file_and_contradicting_settings(write, quick, capsys, tmp_path
     ):
         with pytest.raises(ValueError, match=message):
             quick("x.jsonl", **wrong)
+
+
+def test_a_bad_row_of_a_mixture_is_named_with_its_data_set(quick, write):
+    files = write(pairs(4)), write([*pairs(2), {**pairs(1)[0], "chosen": ""}], "others.jsonl")
+    with pytest.raises(ValueError, match=r"others\.jsonl row 2, chosen: the answer is empty"):
+        train_reward_model(quick(files))
+
+
+def test_a_token_id_beyond_the_vocabulary_is_named_with_its_row(quick, write, make_model, base):
+    """x is id 26, y 27, z 28."""
+    make_model(vocab_size=28).save_pretrained(base)
+    with pytest.raises(ValueError, match=r"pairs\.jsonl row 4: token id 28 is not in the model's vocabulary of 28"):
+        train_reward_model(quick(write([*pairs(4), {"prompt": "a", "chosen": "z", "rejected": "y"}])))
 
 
 def test_identical_answers_are_left_out_with_a_count(quick, write):

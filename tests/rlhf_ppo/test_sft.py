@@ -10,6 +10,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
+from rlhf_ppo.runtime.errors import NonFiniteGradientError
+from rlhf_ppo.runtime.lock import RunLockedError, run_lock
 from rlhf_ppo.sft import SFTArgs, _collate, encode_examples, nats_per_token, read_examples, sft, train_tokenizer
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "a cat and a dog"] * 20
@@ -85,6 +87,33 @@ def test_same_seed_same_weights(quick, data, architecture, tmp_path):
     assert files[0] == files[1]
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"step 2: the loss is nan, so nothing was saved; lower learning_rate"),
+        # One step, and no next one to notice.
+        ({"num_epochs": 0.01}, r"after the last step \(1\), on the held-out rows: the loss is nan"),
+        # Weights of about 1e5 keep the loss finite, and are beyond float16.
+        ({"learning_rate": 1e5, "num_epochs": 0.01, "save_dtype": "float16"}, r"is not finite in float16"),
+    ],
+)
+def test_a_run_that_diverges_says_where_and_saves_nothing(
+    quick, data, make_model, tokenizer, tmp_path, settings, message
+):
+    make_model().save_pretrained(tmp_path / "out")
+    tokenizer.save_pretrained(tmp_path / "out")
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    with pytest.raises(NonFiniteGradientError, match=message):
+        sft(quick(dataset=data, model=str(tmp_path / "out"), **{"learning_rate": 1e30, **settings}))
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+def test_the_perplexity_of_a_loss_beyond_all_floats_is_infinite(quick, data, architecture, monkeypatch):
+    """e^710 is the first that a float cannot hold."""
+    monkeypatch.setattr("rlhf_ppo.sft.nats_per_token", lambda *_: 710.0)
+    assert sft(quick(dataset=data, architecture=architecture, num_epochs=0.1))["eval/perplexity"] == math.inf
+
+
 def test_bad_settings_are_named(quick, data, architecture):
     with pytest.raises(ValueError, match=r"exactly one of model .* and architecture"):
         quick(dataset=data)
@@ -96,8 +125,10 @@ def test_bad_settings_are_named(quick, data, architecture):
         ("max_length", 0),
         ("batch_size", 0),
         ("num_epochs", 0.0),
+        ("num_epochs", float("inf")),
         ("learning_rate", -1.0),
         ("learning_rate", float("nan")),
+        ("learning_rate", float("inf")),
         ("warmup_steps", -1),
         ("weight_decay", -0.1),
     ):
@@ -115,6 +146,15 @@ def test_one_row_cannot_be_split(quick, architecture, tmp_path):
     file.write_text('{"text": "a"}\n')
     with pytest.raises(ValueError, match="has 1 row; at least 2 are needed"):
         sft(quick(dataset=str(file), architecture=architecture))
+
+
+def test_a_folder_in_use_and_a_file_are_refused_before_any_model_work(quick, data, tmp_path):
+    (tmp_path / "out").mkdir()
+    with run_lock(tmp_path / "out"), pytest.raises(RunLockedError, match="in use by another run"):
+        sft(quick(dataset=data, model="nowhere"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file; name a folder"):
+        sft(quick(dataset=data, model="nowhere", output_dir=str(tmp_path / "file")))
 
 
 def test_a_model_whose_tokenizer_has_no_end_of_text_is_refused(quick, data, make_model, tokenizer, tmp_path):
@@ -145,7 +185,7 @@ def test_only_the_completion_and_its_end_are_learned(tokenizer):
     """One token a character: "the " is read, "cat" and end of text (id 0) are targets, as PPO would sample them."""
     rows = Dataset.from_list([{"prompt": "the ", "chosen": "cat"}])
     args = SFTArgs(dataset=("x",), output_dir="o", model="m", prompt_column="prompt", completion_column="chosen")
-    (row,) = encode_examples(read_examples(rows, args), tokenizer, 64, "train")
+    (row,) = encode_examples(read_examples(rows, args), tokenizer, 64, "train", vocab_size=30)
     assert row["input_ids"] == [*tokenizer("the cat")["input_ids"], 0]
     assert row["labels"] == [-100] * 4 + [*tokenizer("cat")["input_ids"], 0]
 
@@ -157,7 +197,7 @@ def test_conversations_learn_the_last_answer_after_the_generation_prompt(tokeniz
     split = SFTArgs(dataset=("x",), output_dir="o", model="m", prompt_column="prompt", completion_column="completion")
     (whole,) = read_examples(Dataset.from_list([{"messages": chat}]), args)
     assert whole == read_examples(Dataset.from_list([{"prompt": chat[:1], "completion": chat[1:]}]), split)[0]
-    (row,) = encode_examples([whole], tokenizer, 64, "train")
+    (row,) = encode_examples([whole], tokenizer, 64, "train", vocab_size=30)
     assert tokenizer.decode(row["input_ids"][:-1]) == "u.hi a.yo"
     assert [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100] == [
         *tokenizer("yo")["input_ids"],
@@ -167,10 +207,16 @@ def test_conversations_learn_the_last_answer_after_the_generation_prompt(tokeniz
 
 def test_a_prompt_that_fills_the_length_is_left_out_with_a_count(tokenizer):
     with pytest.warns(UserWarning, match="train: left out 1 of 2 rows whose prompt fills the 4 tokens"):
-        rows = encode_examples([("abcde", "f"), ("a", "b")], tokenizer, 4, "train")
+        rows = encode_examples([("abcde", "f", "row 0"), ("a", "b", "row 1")], tokenizer, 4, "train", vocab_size=30)
     assert len(rows) == 1
     with pytest.raises(ValueError, match="every prompt fills max_length=4"):
-        encode_examples([("abcde", "f")], tokenizer, 4, "train")
+        encode_examples([("abcde", "f", "row 0")], tokenizer, 4, "train", vocab_size=30)
+
+
+def test_a_token_id_beyond_the_vocabulary_is_named_with_its_row(tokenizer):
+    """z is id 28."""
+    with pytest.raises(ValueError, match="row 1: token id 28 is not in the model's vocabulary of 28"):
+        encode_examples([("a", "y", "row 0"), ("a", "z", "row 1")], tokenizer, 64, "train", vocab_size=28)
 
 
 def test_completions_are_learned_end_to_end(quick, make_model, tokenizer, tmp_path):
@@ -196,16 +242,27 @@ def test_bad_prompt_and_completion_settings_are_named(quick, data, tokenizer):
     args = quick(dataset=data, model="m", prompt_column="prompt", completion_column="completion")
     with pytest.raises(ValueError, match="row 0, completion: the answer is empty"):
         read_examples(rows, args)
-    chat = [("", "a"), ([{"role": "user", "content": "hi"}], "yo")]
+    chat = [("", "a", "row 0"), ([{"role": "user", "content": "hi"}], "yo", "row 1")]
     with pytest.raises(ValueError, match="row 1: the prompt is a chat, but the tokenizer has no chat template"):
-        encode_examples(chat, tokenizer, 64, "train")
+        encode_examples(chat, tokenizer, 64, "train", vocab_size=30)
+
+
+def test_a_bad_row_has_its_number_in_the_file_whatever_is_held_out(quick, make_model, tokenizer, tmp_path):
+    make_model().save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    rows = [{"prompt": f"p{i}", "completion": "" if i == 7 else "a"} for i in range(10)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"prompt_column": "prompt", "completion_column": "completion", "eval_fraction": 0.5}
+    for seed in (0, 1):  # the row is in the one part or in the other
+        with pytest.raises(ValueError, match=r"d\.jsonl row 7, completion: the answer is empty"):
+            sft(quick(dataset=(str(tmp_path / "d.jsonl"),), model=str(tmp_path / "m"), seed=seed, **columns))
 
 
 def test_the_held_out_loss_is_the_mean_over_tokens_whatever_the_batches(make_model, tokenizer):
     """Rows of very different length: means of batches, weighted by rows, would depend on the batches."""
     model = make_model().eval()
     texts = ["a", "the cat sat on the mat", "", "a cat and a dog", "on"]
-    rows = encode_examples([("", text) for text in texts], tokenizer, 64, "test")
+    rows = encode_examples([("", text, "a row") for text in texts], tokenizer, 64, "test", vocab_size=30)
     assert len(rows) == 4  # an empty text is an end of text alone, which nothing predicts
     total, count = 0.0, 0
     for row in rows:
