@@ -22,6 +22,7 @@ from rlhf_ppo.data import Completion, load_rows, prompt_rows
 from rlhf_ppo.experience import describe
 from rlhf_ppo.models import adapter_base, load_config, resolve_model
 from rlhf_ppo.runtime.precision import Precision
+from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory, read_run
 from rlhf_ppo.runtime.timing import Stopwatch
@@ -105,6 +106,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
         ValueError: bad settings, data or models, no reference to be found, or a judge that scores nothing.
         RewardError: a reward function failed.
     """
+    require_one_process()
     _vocabulary(args.model)  # that it is there comes before what it says of itself
     settings = read_run(args.model)
     reference = args.ref_model or _reference(args.model, settings)

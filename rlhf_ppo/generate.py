@@ -142,6 +142,7 @@ def generate(args: GenerateArgs) -> list[tuple[Prompt, str]]:
     Raises:
         ValueError: a bad model, data set or prompt (names the row), or ``output`` cannot be written.
     """
+    require_one_process()
     rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in args.prompt]
     if args.dataset is not None:
         rows = [dict(row) for row in prompt_rows(load_rows(args.dataset, args.split), args.prompt_column)]
