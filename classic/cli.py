@@ -202,7 +202,8 @@ def _rescued(agent: PPO, folder: str) -> str:
             said = f"the agent as it is lies in {agent.save(folder)}"
         except OSError as error:  # most likely the full disk that ended the run
             said = f"the agent could not be saved: {error}"
-    return said + ("; --resume auto goes on" if list_checkpoints(folder) else "")  # none after the last update
+    # Without save_every there are checkpoints only if a signal came.
+    return said + ("; --resume auto goes on" if list_checkpoints(folder) else "")
 
 
 def _failed(error: Exception) -> int:

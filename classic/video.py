@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium
 import numpy as np
 
-from classic.making import BrokenEnvironmentError, make_vector_env
+from classic.making import CRASHES, BrokenEnvironmentError, make_vector_env
 
 if TYPE_CHECKING:
     from classic.train import PPO
@@ -104,9 +104,11 @@ def _stage(agent: PPO) -> Iterator[gymnasium.Env]:
         yield copy
     except gymnasium.error.DependencyNotInstalled as error:
         raise ModuleNotFoundError(f"environment {agent.env_id!r} cannot draw itself: {error} (or: {INSTALL})") from None
-    except SystemExit as error:
+    except (BrokenEnvironmentError, ModuleNotFoundError, ValueError):
+        raise
+    except CRASHES as error:
         raise BrokenEnvironmentError(
-            f"environment {agent.env_id!r} failed while it was filmed: SystemExit: {error}"
+            f"environment {agent.env_id!r} failed while it was filmed: {type(error).__name__}: {error}"
         ) from error
     finally:
         if made is None:

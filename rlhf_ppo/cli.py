@@ -18,7 +18,7 @@ from rlhf_ppo.before_after import print_before_after
 from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.conversation import RespondError
 from rlhf_ppo.core.typed import is_changed
-from rlhf_ppo.data import load_rows, prompt_rows
+from rlhf_ppo.data import prompt_rows
 from rlhf_ppo.demo import DemoArgs, demo, print_paths
 from rlhf_ppo.evaluate import EvaluateArgs, evaluate, print_evaluation
 from rlhf_ppo.generate import GenerateArgs, chat, generate
@@ -111,7 +111,7 @@ def train(args: TrainArgs) -> None:
     train_rows = prompt_rows(mixture, args.prompt_column)
     eval_rows: Dataset | None = None
     if args.eval_dataset is not None:
-        eval_rows = prompt_rows(load_rows(args.eval_dataset, args.eval_split or args.split), args.prompt_column)
+        eval_rows = prompt_rows(load_mixture(args.eval_dataset, args.eval_split or args.split), args.prompt_column)
     elif args.eval_size:
         if args.eval_size >= len(train_rows):
             raise ValueError(
@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
         OSError,  # a full disk
     ) as error:
         # The user's own code failed there; what was merely a bad answer is in the message.
-        if error.__cause__ is not None and not isinstance(error.__cause__, (RewardError, RespondError)):
+        if error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -82,9 +82,8 @@ class Collector:
                     return self._converse(self.parts.respond, prompts, columns, prompt_ids, prompt_mask, generator)
                 except RespondError as error:
                     file = self._dump({"conversation": messages} for messages in error.conversations)
-                    raise RespondError(f"{error}. All conversations are in {file}", error.conversations) from (
-                        error.__cause__ or error
-                    )
+                    message = f"{error}. All conversations are in {file}"
+                    raise RespondError(message, error.conversations) from error.__cause__
             sampled = self._sample(prompt_ids, prompt_mask, generator)
         texts = decode_responses(self.parts.tokenizer, sampled.response_ids, sampled.mask)
         completions: list[Completion] = [cut_at(text, self.args.stop_strings) for text in texts]
@@ -206,7 +205,7 @@ class Collector:
         except RewardError as error:
             texts = zip(rollout.prompts, rollout.completions, strict=True)
             file = self._dump({"prompt": prompt, "completion": completion} for prompt, completion in texts)
-            raise RewardError(f"{error}. The responses are in {file}") from (error.__cause__ or error)
+            raise RewardError(f"{error}. The responses are in {file}") from error.__cause__
         rollout = with_scores(rollout, parts, [weight for _, weight in self.parts.rewards.values()])
         if self.parts.score_caches:
             hits, lookups = (now - then for now, then in zip(self._cache_use(), before, strict=True))

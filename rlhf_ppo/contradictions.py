@@ -97,8 +97,6 @@ def _never_read(args: RLHFConfig) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("kl_estimator",), "kl_coef=0 leaves no KL in the rewards"
     if args.eval_every == 0:
         yield ("save_best",), "it is about evaluations during training, and eval_every=0 makes none"
-    if args.save_every == 0 and not args.save_best:
-        yield ("save_total_limit",), "save_every=0 writes no checkpoints that would have to go"
     if args.max_turns == 1:
         yield ("respond_timeout_s",), "it is about respond, which max_turns=1 never asks"
 

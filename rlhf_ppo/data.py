@@ -70,7 +70,7 @@ def _load(source: str, *args: Any, **options: Any) -> Dataset:
         raise ValueError(f"data set {source} cannot be read: {error.__cause__ or error}") from error
     except (OSError, RuntimeError, ValueError) as error:
         if "corresponds to no data" in str(error):  # a csv that holds its header alone
-            raise ValueError(f"data set {source} has no rows") from None
+            raise ValueError(f"data set {source} has no rows in split {options.get('split')!r}") from None
         local = Path(source).expanduser().exists() or isinstance(error, ValueError)
         reason = (str(error).splitlines() or [""])[0] if local else why_not(source, error, kind="dataset")
         raise ValueError(f"data set {source} cannot be read: {reason}") from error

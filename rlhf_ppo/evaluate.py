@@ -18,8 +18,9 @@ from rlhf_ppo.collect import Collector
 from rlhf_ppo.comparison import differences, distinct, interval, win_rate
 from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.conversation import Respond
-from rlhf_ppo.data import Completion, load_rows, prompt_rows
+from rlhf_ppo.data import Completion, prompt_rows
 from rlhf_ppo.experience import describe
+from rlhf_ppo.mixing import load_mixture
 from rlhf_ppo.models import adapter_base, load_config, resolve_model
 from rlhf_ppo.runtime.precision import Precision
 from rlhf_ppo.runtime.processes import require_one_process
@@ -112,7 +113,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     reference = args.ref_model or _reference(args.model, settings)
     against = args.against or reference
     _require_one_vocabulary(model=args.model, reference=reference, against=against)
-    rows = prompt_rows(load_rows(args.dataset, args.split), args.prompt_column)
+    rows = prompt_rows(load_mixture(args.dataset, args.split), args.prompt_column)
     if args.num_prompts is not None:
         rows = rows.select(range(min(args.num_prompts, len(rows))))
     config = _sampler_config(args, settings)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -150,17 +149,17 @@ def generate(args: GenerateArgs) -> list[tuple[Prompt, str]]:
     rows = [row for row in rows for _ in range(args.num_samples)]
     pairs: list[tuple[Prompt, str]] = []
     if args.output is not None:
-        _open(args.output, "a").close()  # an earlier run's completions stay until there are others to replace them
+        _open(args.output, "a").close()
     speaker = load_speaker(args)
-    with nullcontext() if args.output is None else _open(args.output, "w") as file:
-        for start in range(0, len(rows), args.batch_size):
-            batch = rows[start : start + args.batch_size]
-            completions = speaker.reply([row["prompt"] for row in batch])
-            pairs += zip([row["prompt"] for row in batch], completions, strict=True)
-            if file is not None:
-                written = [{**row, "completion": text} for row, text in zip(batch, completions, strict=True)]
+    for start in range(0, len(rows), args.batch_size):
+        batch = rows[start : start + args.batch_size]
+        completions = speaker.reply([row["prompt"] for row in batch])
+        pairs += zip([row["prompt"] for row in batch], completions, strict=True)
+        if args.output is not None:
+            written = [{**row, "completion": text} for row, text in zip(batch, completions, strict=True)]
+            # An earlier run's completions stay until there are others to replace them.
+            with _open(args.output, "a" if start else "w") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in written)
-                file.flush()
     return pairs
 
 
@@ -170,7 +169,8 @@ def require_prompts(prompts: Sequence[Prompt], args: GenerateArgs) -> None:
     config, tokenizer = load_config(name), load_tokenizer(name)
     room = prompt_room(config, args.max_new_tokens)
     for i, prompt in enumerate(prompts):
-        where = f"prompt {i}" if args.dataset is None else f"{args.dataset} row {i}"
+        part = "" if args.split == "train" else f", {args.split},"
+        where = f"prompt {i}" if args.dataset is None else f"{args.dataset}{part} row {i}"
         ids = tokenize_prompt(prompt, tokenizer, where)
         require_vocabulary(ids, config.get_text_config().vocab_size, where)
         fit_prompt(ids, room, "error", where)

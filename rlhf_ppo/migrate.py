@@ -82,9 +82,7 @@ def read_trl_flags(text: str) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: see :func:`read_trl_yaml`; a ``--config`` among the flags is read too.
     """
-    words = shlex.split(text.replace("\\\n", " "))
-    script = max((i for i, word in enumerate(words) if word.endswith(".py")), default=-1)
-    words = words[script + 1 :]
+    _, words = _launcher_and_flags(text)
     if words and not words[0].startswith("--"):
         raise ValueError(f"TRL's flags begin with --, got {words[0]!r}")
     flags: dict[str, list[str]] = {}
@@ -99,10 +97,17 @@ def read_trl_flags(text: str) -> dict[str, Any]:
     return from_file | dict(_flag(name, values) for name, values in flags.items())
 
 
+def _launcher_and_flags(text: str) -> tuple[list[str], list[str]]:
+    """The words of a command line up to its script, and those after it."""
+    words = shlex.split(text.replace("\\\n", " "))
+    after = 1 + max((i for i, word in enumerate(words) if word.endswith(".py")), default=-1)
+    return words[:after], words[after:]
+
+
 def launched_processes(text: str) -> int:
-    """``--num_processes`` of the launcher before the script; 1 where it does not say (a file of its own may)."""
-    launcher, script, _ = text.partition(".py")
-    said = re.findall(r"--num[-_]processes[= ]+(\d+)", launcher) if script else []
+    """How many processes the launcher before the script starts; 1 where it does not say (a file of its own may)."""
+    launcher = " ".join(_launcher_and_flags(text)[0])
+    said = re.findall(r"--(?:num[-_]processes|nproc[-_]per[-_]node)[= ](\d+)", launcher)
     return int(said[-1]) if said else 1
 
 
@@ -217,8 +222,6 @@ def convert(given: Mapping[str, Any], num_processes: int = 1) -> dict[str, Any]:
     if here := [name for name in trackers if name in TRACKERS]:
         ours["report_to"] = here
     ours["save_every"] = _rollouts("save_steps", trl, rollouts) if trl["save_strategy"] == "steps" else 0
-    if not ours["save_every"]:
-        ours.pop("save_total_limit", None)
     return ours
 
 

@@ -125,13 +125,16 @@ def load_policy(model: str | PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def in_float32(model: PreTrainedModel) -> PreTrainedModel:
+def in_float32(model: PreTrainedModel, *, frozen: bool = True) -> PreTrainedModel:
     """The model with weights of half precision widened in place, with a warning; quantised ones stay as they are.
+
+    Without ``frozen``, that is done only for the sake of weights that are trained.
 
     A step of PPO is smaller than what separates two neighbours in half precision: it would be lost, or overflow. And
     transformers loads a model in whatever precision it was saved in.
     """
-    halves = {str(p.dtype).removeprefix("torch.") for p in model.parameters()} & {"float16", "bfloat16"}
+    types = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if frozen or p.requires_grad}
+    halves = types & {"float16", "bfloat16"}
     if not halves or getattr(model, "is_quantized", False):
         return model
     warnings.warn(
@@ -185,7 +188,7 @@ def load_trunk(model: str | PreTrainedModel) -> PreTrainedModel:
         model = load_classifier(str(model)) if judges else load_policy(model)
     if isinstance(model, str):
         return read_weights(AutoModel, model)
-    return in_float32(cast(PreTrainedModel, model.base_model))
+    return cast(PreTrainedModel, in_float32(model).base_model)
 
 
 def text_config(model: PreTrainedModel) -> PretrainedConfig:

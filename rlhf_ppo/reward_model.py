@@ -81,7 +81,7 @@ class RewardModel:
         """Settle how text becomes ids: the arguments are those of the class, ``config`` is the model's."""
         self.tokenizer: PreTrainedTokenizerBase = copy.deepcopy(tokenizer)
         self.tokenizer.truncation_side = "left"
-        self.vocab_size = int(config.get_text_config().vocab_size)
+        self.vocab_size = int(getattr(config.get_text_config(), "vocab_size", NO_LIMIT))  # CANINE reads characters
         self.text_as_chat = chat_template is not None
         if chat_template is not None and chat_template != "tokenizer":
             self.tokenizer.chat_template = _template(chat_template)

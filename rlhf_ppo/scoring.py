@@ -217,9 +217,11 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 def _number(value: Any) -> float:
     """As a float; infinite beyond float32, which is what a run computes in."""
-    if abs(value) > _FLOAT32_MAX:  # also a whole number beyond all floats
-        return math.inf if value > 0 else -math.inf
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number or fraction beyond all floats
+        number = math.inf if value > 0 else -math.inf
+    return math.copysign(math.inf, number) if abs(number) > _FLOAT32_MAX else number
 
 
 def _settle(

@@ -136,13 +136,12 @@ def set_up(
     policy: Any
     if args.quantization == "none":
         policy = load_policy(model)
-        if not adapted:  # an adapter is trained in float32 whatever its base is in
-            policy = in_float32(policy)
     else:
         policy = load_quantized(cast(str, model), args.quantization, device=device, bf16=bf16)
     adapter_off = peft_config is not None
     # Each part trains, or stays frozen, by itself: a model object given for two of them is copied.
-    value_model = _copy_if_shared(value_model, model, ref_model)
+    judges = (getattr(function, "model", None) for function, _ in rewards.values())
+    value_model = _copy_if_shared(value_model, model, ref_model, *judges)
     ref_model = _copy_if_shared(ref_model, model)
     reference_model = load_reference(model, ref_model, args, device, bf16=bf16)
     if adapter_off:
@@ -151,6 +150,7 @@ def set_up(
         policy = get_peft_model(policy, peft_config)
     elif not hasattr(policy, "peft_config"):
         policy.requires_grad_(True)
+    policy = in_float32(policy, frozen=False)
     trunk = None if value_model is None else load_trunk(value_model).requires_grad_(True)
     if not any(p.requires_grad for p in policy.parameters()):
         raise ValueError("the model has no trainable parameter; load its adapter with is_trainable=True")

@@ -67,8 +67,7 @@ FIELDS: dict[str, dict[str, Row]] = {
         "dataset_train_split": _same("split"),
         "dataset_test_split": _changed(
             "eval_dataset eval_split",
-            "Name the data set again as `eval_dataset`, with this split as `eval_split`. Left out: `eval_size` rows of "
-            "the training split are set aside.",
+            "Name the data set again as `eval_dataset`, with this split as `eval_split`, in place of `eval_size`.",
         ),
         "dataset_streaming": _missing("Data sets are read whole."),
         "ignore_bias_buffers": _inert("Not read by TRL's PPO scripts."),

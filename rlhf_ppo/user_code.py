@@ -45,8 +45,8 @@ def load_function(source: str, what: str) -> Callable[..., Any]:
 
 def _where(error: BaseException) -> str:
     """What went wrong while a module was run, and in which line."""
-    if isinstance(error, SyntaxError):
-        return f", line {error.lineno}: {error.msg}"
+    if isinstance(error, SyntaxError) and error.filename is not None:
+        return f": {error.msg} ({Path(error.filename).name}, line {error.lineno})"
     last = traceback.extract_tb(error.__traceback__)[-1]
     place = (
         "" if last.filename.startswith("<frozen importlib") else f" ({Path(last.filename).name}, line {last.lineno})"

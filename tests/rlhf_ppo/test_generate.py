@@ -60,22 +60,29 @@ def test_an_output_that_cannot_be_written_is_one_line_before_the_model_is_loaded
     assert f"output {output} cannot be written" in capsys.readouterr().err
 
 
-def test_a_failure_midway_keeps_the_completions_before_it_in_place_of_an_earlier_runs(folder, tokenizer, monkeypatch):
+@pytest.mark.parametrize(("batch_size", "kept"), [(1, ["the cat", "the dog"]), (3, ["earlier"])])
+def test_a_failure_keeps_what_was_made_before_it_or_else_the_earlier_run(
+    folder, tokenizer, monkeypatch, batch_size, kept
+):
     def reply(prompts):
         if "the cow" in prompts:
             raise RuntimeError("out of memory")
         return ["ok"] * len(prompts)
 
-    Path("o.jsonl").write_text("old\n")
+    Path("o.jsonl").write_text('{"prompt": "earlier"}\n')
     monkeypatch.setattr("rlhf_ppo.generate.load_speaker", lambda args: Speaker(tokenizer, None, reply))
     with pytest.raises(RuntimeError, match="out of memory"):
         generate(
             GenerateArgs(
-                model="model", dataset="prompts.jsonl", prompt_column="question", output="o.jsonl", batch_size=1
+                model="model",
+                dataset="prompts.jsonl",
+                prompt_column="question",
+                output="o.jsonl",
+                batch_size=batch_size,
             )
         )
     rows = [json.loads(line) for line in Path("o.jsonl").read_text().splitlines()]
-    assert [(row["prompt"], row["completion"]) for row in rows] == [("the cat", "ok"), ("the dog", "ok")]
+    assert [row["prompt"] for row in rows] == kept
 
 
 def test_prompts_answer_as_before_whatever_the_batch(folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 from dataclasses import fields
 from pathlib import Path
@@ -215,12 +216,14 @@ def test_settings_without_their_switch_are_left_out():
         ("accelerate launch --num_processes 8 ppo.py", [], 512),
         ("accelerate launch --num-processes=8 ppo.py", [], 512),
         ("accelerate launch --num_processes 8 ppo.py", ["--num-processes", "2"], 128),
+        ("/.pyenv/bin/accelerate launch --config_file a.py.yaml --num_processes '8' ppo.py", [], 512),
+        ("torchrun --nproc_per_node 8 ppo.py", [], 512),
         ("accelerate launch --config_file 8.yaml ppo.py", [], 64),
     ],
 )
 def test_batches_grow_with_the_processes_that_the_launcher_names(launcher, ours, batch, capsys):
     _, flags = TLDR.replace("\\\n", " ").split(".py", 1)
-    assert main(["migrate", *ours, "--", *launcher.split(), *flags.split()]) == 0
+    assert main(["migrate", *ours, "--", *shlex.split(launcher), *flags.split()]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["rollout_batch_size"] == batch
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import T5Config, T5ForConditionalGeneration
 
-from rlhf_ppo import PPOTrainer, RLHFConfig
+from rlhf_ppo import PPOTrainer, RewardModel, RLHFConfig
 
 
 @pytest.fixture
@@ -50,6 +50,27 @@ def test_a_model_given_in_half_precision_is_trained_in_float32(make_trainer, mak
     with pytest.warns(UserWarning, match=f"weights in {str(dtype)[6:]}; they are converted to float32. Load"):
         halves = trained(given(0), ref_model=given(1), value_model=given(2))
     assert halves == trained(given(0).float(), ref_model=given(1).float(), value_model=given(2).float())
+
+
+def test_a_model_given_as_reward_and_as_critic_becomes_two(make_trainer, make_classifier, tokenizer, prompts):
+    judge = make_classifier().to(torch.bfloat16)
+    reward = RewardModel(judge, tokenizer)
+    trainer = make_trainer(reward_funcs=reward, value_model=judge)
+    before = {name: value.clone() for name, value in judge.state_dict().items()}
+    trainer.step(trainer.rollout(prompts))
+    assert all(torch.equal(before[name], value) for name, value in judge.state_dict().items())
+    assert {p.dtype for p in judge.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in trainer.model.value_trunk.parameters()} == {torch.float32}
+
+
+def test_an_adapter_in_half_precision_is_trained_in_float32(make_trainer, make_model):
+    halves = get_peft_model(make_model(), LoraConfig(r=2)).to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="PeftModel.* has weights in bfloat16"):
+        trainer = make_trainer(model=halves)
+    assert {p.dtype for p in trainer.model.trainable_parameters()} == {torch.float32}
+    frozen = make_trainer(model=make_model().to(torch.bfloat16), peft_config=LoraConfig(r=2)).model
+    assert {p.dtype for p in frozen.trainable_parameters()} == {torch.float32}
+    assert torch.bfloat16 in {p.dtype for p in frozen.parameters()}
 
 
 def test_settings_of_another_kind_are_refused_at_once(make_trainer, tokenizer, no_loading):
@@ -199,7 +220,7 @@ def test_arguments_of_the_wrong_kind_are_named(make_trainer, arguments, message)
 
 def test_a_reward_file_with_a_syntax_error_names_file_and_line(make_trainer, tmp_path):
     (tmp_path / "bad.py").write_text("x = 1\ndef broken(:\n")
-    with pytest.raises(ValueError, match=r"bad\.py, line 2: "):
+    with pytest.raises(ValueError, match=r"bad\.py: .* \(bad\.py, line 2\)"):
         make_trainer(reward_funcs=f"{tmp_path / 'bad.py'}:broken")
 
 

@@ -20,7 +20,7 @@ def test_functions_of_files_and_modules(tmp_path):
     [
         ("reply", "respond 'reply' names no function"),
         ("{folder}/nowhere.py:reply", r"respond file .*nowhere\.py does not exist"),
-        ("{folder}/broken.py:reply", r"broken\.py, line 1: "),
+        ("{folder}/broken.py:reply", r"broken\.py: .* \(broken\.py, line 1\)"),
         ("{folder}/mine.py:gone", "no function 'gone'"),
         ("no_such_module:reply", "respond module 'no_such_module' cannot be imported: ModuleNotFoundError"),
         ("{folder}/raises.py:reply", r"raises\.py: ZeroDivisionError: division by zero \(raises\.py, line 2\)"),
