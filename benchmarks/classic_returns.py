@@ -37,7 +37,7 @@ PUBLISHED = {
     "HalfCheetah-v5": "5819 +- 664 (RL Zoo, v3); 5784 +- 1244 (Tianshou); 1443 +- 46 (CleanRL, v4)",
     "Hopper-v5": "2410 +- 10 (RL Zoo, v3); 2609 +- 701 (Tianshou); 2383 +- 272 (CleanRL, v4)",
     "Walker2d-v5": "3479 +- 822 (RL Zoo, v3); 3589 +- 757 (Tianshou); 2288 +- 572 (CleanRL, v4)",
-    "BipedalWalker-v3": "",
+    "BipedalWalker-v3": "213 +- 129 (RL Zoo, 5M)",
 }
 
 
