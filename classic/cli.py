@@ -27,7 +27,7 @@ from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.settings import Command, run_command
 from rlhf_ppo.runtime.signals import Interrupted
 
-FAILURES = (BrokenEnvironmentError, NonFiniteGradientError, OSError)
+RUN_ENDERS = (BrokenEnvironmentError, NonFiniteGradientError, OSError)
 """What ends a run although its input was good; an OSError is a full disk, mostly."""
 
 
@@ -129,7 +129,7 @@ def train(command: TrainCommand) -> int:
     except Interrupted as stop:
         print(f"{stop}; {_rescued(agent, given['output_dir'])}", file=sys.stderr)
         return stop.exit_code
-    except FAILURES as error:
+    except RUN_ENDERS as error:
         if agent.counters["iteration"] == 0:
             raise  # nothing was learned, or it was not even begun
         code = _failed(error)
@@ -258,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except FAILURES as error:
+    except RUN_ENDERS as error:
         return _failed(error)
 
 

@@ -21,7 +21,7 @@ from rlhf_ppo.conversation import Respond
 from rlhf_ppo.data import Completion, prompt_rows
 from rlhf_ppo.experience import describe
 from rlhf_ppo.mixing import load_mixture
-from rlhf_ppo.models import adapter_base, load_config, resolve_model
+from rlhf_ppo.models import adapter_base, load_config, resolve_model, vocabulary_size
 from rlhf_ppo.runtime.precision import Precision
 from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.progress import ProgressDisplay
@@ -108,7 +108,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
         RewardError: a reward function failed.
     """
     require_one_process()
-    _vocabulary(args.model)  # that it is there comes before what it says of itself
+    load_config(resolve_model(args.model))  # that it is there comes before what it says of itself
     settings = read_run(args.model)
     reference = args.ref_model or _reference(args.model, settings)
     against = args.against or reference
@@ -143,13 +143,9 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     return report
 
 
-def _vocabulary(model: str) -> int:
-    return int(load_config(resolve_model(model)).get_text_config().vocab_size)
-
-
 def _require_one_vocabulary(**models: str) -> None:
     """Each is compared with the reference token by token; said before one of them has sampled every prompt."""
-    sizes = {name: _vocabulary(model) for name, model in models.items()}
+    sizes = {name: vocabulary_size(load_config(resolve_model(model))) for name, model in models.items()}
     if len(set(sizes.values())) > 1:
         found = ", ".join(f"{name} ({models[name]}) {size}" for name, size in sizes.items())
         raise ValueError(f"vocabularies differ, in tokens: {found}; use models of one tokenizer")

@@ -15,17 +15,19 @@ import torch
 from rlhf_ppo.actor_critic import ActorCritic
 from rlhf_ppo.core.typed import is_changed
 from rlhf_ppo.data import (
+    ROW_NAME,
     Prompt,
     decode_responses,
     encode_prompts,
     fit_prompt,
-    load_rows,
     prompt_rows,
     require_vocabulary,
+    row_names,
     tokenize_prompt,
 )
 from rlhf_ppo.limits import TextStop, cut_at
-from rlhf_ppo.models import load_config, load_policy, load_tokenizer, prompt_room, resolve_model
+from rlhf_ppo.mixing import load_mixture
+from rlhf_ppo.models import load_config, load_policy, load_tokenizer, prompt_room, resolve_model, vocabulary_size
 from rlhf_ppo.rollout import sample_responses
 from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.run_directory import read_run
@@ -143,9 +145,11 @@ def generate(args: GenerateArgs) -> list[tuple[Prompt, str]]:
     """
     require_one_process()
     rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in args.prompt]
+    names = [f"prompt {i}" for i in range(len(rows))]
     if args.dataset is not None:
-        rows = [dict(row) for row in prompt_rows(load_rows(args.dataset, args.split), args.prompt_column)]
-    require_prompts([row["prompt"] for row in rows], args)
+        data = prompt_rows(load_mixture(args.dataset, args.split), args.prompt_column)
+        names, rows = row_names(data), [dict(row) for row in data.remove_columns(ROW_NAME)]
+    _require_prompts([row["prompt"] for row in rows], names, args)
     rows = [row for row in rows for _ in range(args.num_samples)]
     pairs: list[tuple[Prompt, str]] = []
     if args.output is not None:
@@ -163,16 +167,14 @@ def generate(args: GenerateArgs) -> list[tuple[Prompt, str]]:
     return pairs
 
 
-def require_prompts(prompts: Sequence[Prompt], args: GenerateArgs) -> None:
+def _require_prompts(prompts: Sequence[Prompt], names: Sequence[str], args: GenerateArgs) -> None:
     """Raise a ValueError that names the first prompt that the model cannot read; its weights are not needed."""
     name = resolve_model(args.model)
     config, tokenizer = load_config(name), load_tokenizer(name)
     room = prompt_room(config, args.max_new_tokens)
-    for i, prompt in enumerate(prompts):
-        part = "" if args.split == "train" else f", {args.split},"
-        where = f"prompt {i}" if args.dataset is None else f"{args.dataset}{part} row {i}"
+    for prompt, where in zip(prompts, names, strict=True):
         ids = tokenize_prompt(prompt, tokenizer, where)
-        require_vocabulary(ids, config.get_text_config().vocab_size, where)
+        require_vocabulary(ids, vocabulary_size(config), where)
         fit_prompt(ids, room, "error", where)
 
 

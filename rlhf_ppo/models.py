@@ -196,6 +196,11 @@ def text_config(model: PreTrainedModel) -> PretrainedConfig:
     return model.config.get_text_config()
 
 
+def vocabulary_size(config: PretrainedConfig) -> int:
+    """Tokens that the model has embeddings for."""
+    return int(config.get_text_config().vocab_size)
+
+
 def context_length(config: PretrainedConfig) -> int | None:
     """Most tokens the model can read, or None where its config sets no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)

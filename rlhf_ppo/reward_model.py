@@ -12,7 +12,15 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ppo.data import Completion, Prompt, require_vocabulary
-from rlhf_ppo.models import context_length, find_config, freeze, fuse_activations, load_classifier, load_tokenizer
+from rlhf_ppo.models import (
+    context_length,
+    find_config,
+    freeze,
+    fuse_activations,
+    load_classifier,
+    load_tokenizer,
+    vocabulary_size,
+)
 
 NO_LIMIT = 2**31
 """Some tokenizers give 1e30 for "no limit"."""
@@ -151,7 +159,7 @@ def text_scores(model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[list[
     used = {token for row in rows for token in row}
     pad = tokenizer.pad_token_id
     if pad is None or pad in used:
-        pad = next(i for i in range(model.config.get_text_config().vocab_size) if i not in used)
+        pad = next(i for i in range(vocabulary_size(model.config)) if i not in used)
     model.config.get_text_config().pad_token_id = pad
     width = max(len(row) for row in rows)
     ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=model.device)

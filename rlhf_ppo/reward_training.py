@@ -19,7 +19,15 @@ from rlhf_ppo.comparison import wilson
 from rlhf_ppo.data import require_vocabulary
 from rlhf_ppo.guard import nonfinite_parameters
 from rlhf_ppo.mixing import load_mixture, require_weights
-from rlhf_ppo.models import adapter_base, context_length, find_config, load_classifier, load_tokenizer, resolve_model
+from rlhf_ppo.models import (
+    adapter_base,
+    context_length,
+    find_config,
+    load_classifier,
+    load_tokenizer,
+    resolve_model,
+    vocabulary_size,
+)
 from rlhf_ppo.preferences import Preference, read_preferences, split_by_prompt
 from rlhf_ppo.reward_model import scored_ids, text_scores
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
@@ -148,7 +156,7 @@ def _train(args: RewardTrainingArgs, run: RunDirectory) -> dict[str, float]:
         margin_column=args.margin_column,
     )
     train_pairs, eval_pairs = split_by_prompt(pairs, args.eval_fraction, args.seed)
-    vocab_size = config.get_text_config().vocab_size
+    vocab_size = vocabulary_size(config)
     train_ids, cut = encode_pairs(train_pairs, tokenizer, vocab_size)
     eval_ids, eval_cut = encode_pairs(eval_pairs, tokenizer, vocab_size)
     if cut + eval_cut:

@@ -28,6 +28,7 @@ from rlhf_ppo.models import (
     load_trunk,
     prompt_room,
     resolve_model,
+    vocabulary_size,
 )
 from rlhf_ppo.quantization import check_precision, load_quantized, load_reference
 from rlhf_ppo.reward_calls import RewardFunction, require_takes
@@ -100,7 +101,7 @@ def set_up(
     bf16 = compute_in_bf16(args.precision, device)
     model, ref_model, value_model = map(resolve_model, (model, ref_model, value_model))
     config = load_config(model)
-    vocab_size = _vocab_size(config)
+    vocab_size = vocabulary_size(config)
     _check_models(model, ref_model, value_model, peft_config, vocab_size)
     check_precision(args, model, ref_model, peft_config, device)
     adapted = peft_config is not None or hasattr(model, "peft_config")
@@ -212,10 +213,6 @@ def _copy_if_shared(model: Any, *others: Any) -> Any:
     return copy.deepcopy(model) if any(model is other and not isinstance(model, str) for other in others) else model
 
 
-def _vocab_size(config: PretrainedConfig) -> int:
-    return int(config.get_text_config().vocab_size)
-
-
 def _check_models(model: Any, ref_model: Any, value_model: Any, peft_config: Any, vocab_size: int) -> None:
     if peft_config is not None and ref_model is not None:
         raise ValueError(
@@ -228,7 +225,7 @@ def _check_models(model: Any, ref_model: Any, value_model: Any, peft_config: Any
             "model.merge_and_unload(), or drop peft_config to train the adapter that is there"
         )
     for name, other in (("ref_model", ref_model), ("value_model", value_model)):
-        if other is not None and (size := _vocab_size(load_config(other))) != vocab_size:
+        if other is not None and (size := vocabulary_size(load_config(other))) != vocab_size:
             raise ValueError(
                 f"{name} has a vocabulary of {size} tokens and model one of {vocab_size}; they must read the same "
                 "token ids, so use models of one tokenizer"

@@ -24,7 +24,7 @@ from transformers import (
 from rlhf_ppo.data import Prompt, require_column, require_vocabulary, row_names, tokenize_prompt
 from rlhf_ppo.guard import nonfinite_parameters
 from rlhf_ppo.mixing import load_mixture, require_weights
-from rlhf_ppo.models import context_length, load_policy, load_tokenizer, resolve_model
+from rlhf_ppo.models import context_length, load_policy, load_tokenizer, resolve_model, vocabulary_size
 from rlhf_ppo.preferences import prompt_and_answer
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.lock import run_lock
@@ -282,7 +282,7 @@ def _train(args: SFTArgs) -> dict[str, float]:
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {args.model} names no end-of-text token, which ends every row: give it one")
     longest = min(args.max_length, context_length(model.config) or args.max_length)
-    vocab_size = model.config.get_text_config().vocab_size
+    vocab_size = vocabulary_size(model.config)
     encoded = {
         name: encode_examples(part, tokenizer, longest, name, vocab_size=vocab_size) for name, part in parts.items()
     }
