@@ -26,6 +26,7 @@ def refuse_contradictions(args: RLHFConfig) -> None:
     _estimator(args)
     _shaping(args)
     _controller(args)
+    _schedule(args)
 
 
 def _decoding(args: RLHFConfig) -> None:
@@ -183,4 +184,13 @@ def _controller(args: RLHFConfig) -> None:
         raise ValueError(
             f"kl_horizon={args.kl_horizon} must be at least rollout_batch_size={args.rollout_batch_size}, "
             "or the controller overshoots"
+        )
+
+
+def _schedule(args: RLHFConfig) -> None:
+    if args.warmup_steps > args.num_optimizer_steps:
+        raise ValueError(
+            f"warmup_steps={args.warmup_steps} is longer than the run: total_episodes={args.total_episodes} makes "
+            f"{args.num_optimizer_steps} optimizer steps, so learning_rate would never be reached. Lower the first or "
+            "raise the second"
         )

@@ -93,6 +93,12 @@ def load_config(model: str | PreTrainedModel) -> PretrainedConfig:
     return cast(PretrainedConfig, config)
 
 
+def refuse_encoder_decoder(config: PretrainedConfig, what: str, instead: str) -> None:
+    """Raise a ValueError that says ``instead`` if a model has two stacks (T5, BART): texts are read in one here."""
+    if config.is_encoder_decoder:
+        raise ValueError(f"{what} is an encoder-decoder model ({config.model_type}), which is not supported: {instead}")
+
+
 def load_tokenizer(model: str | PreTrainedModel, **options: Any) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model, or, where an adapter came without one, beside its base; ``options`` change it.
 

@@ -49,6 +49,18 @@ def _factor(step: int, *, args: RLHFConfig, waiting: int) -> float:
             return max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
 
 
+def fit_warmup(warmup_steps: int, steps: int, *, quiet: bool = False) -> int:
+    """A warm-up that the run is long enough for: one longer than the run becomes a tenth of it, and a line says so.
+
+    Otherwise the whole run would pass at a small share of its learning rate.
+    """
+    if warmup_steps <= steps:
+        return warmup_steps
+    if not quiet:
+        print(f"warmup_steps={warmup_steps} is more than the run's {steps} optimizer steps: shortened to {steps // 10}")
+    return steps // 10
+
+
 def warmup_settings(args: RLHFConfig) -> RLHFConfig:
     """The settings under which the critic learns while the policy stays.
 

@@ -19,11 +19,15 @@ from rlhf_ppo.models import (
     fuse_activations,
     load_classifier,
     load_tokenizer,
+    refuse_encoder_decoder,
     vocabulary_size,
 )
 
 NO_LIMIT = 2**31
 """Some tokenizers give 1e30 for "no limit"."""
+
+ONE_STACK = "a decoder (GPT-2, Llama, Qwen, ...) or an encoder (BERT, DeBERTa, ...)"
+"""What a reward model may be, for messages."""
 
 
 class RewardModel:
@@ -55,11 +59,15 @@ class RewardModel:
             max_length: most tokens of a text, special ones included; a longer one loses its beginning, because the
                 completion is at its end. None: the smaller of the tokenizer's and the model's limit.
         Raises:
-            ValueError: more than one label, a bare model without a tokenizer, or no template where one is asked for.
+            ValueError: more than one label, an encoder-decoder model, a bare model without a tokenizer, or no template
+                where one is asked for.
         """
         source = model if isinstance(model, str) else model.config._name_or_path
         config = find_config(model)
         self.__name__ = Path(source).name or type(model).__name__
+        refuse_encoder_decoder(
+            config, f"reward model {self.__name__!r}", f"use {ONE_STACK}, or call it in a reward function of your own"
+        )
         if config.num_labels != 1:
             raise ValueError(
                 f"reward model {self.__name__!r} has num_labels={config.num_labels}, but a reward is one number; "
@@ -159,7 +167,11 @@ def text_scores(model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[list[
     used = {token for row in rows for token in row}
     pad = tokenizer.pad_token_id
     if pad is None or pad in used:
-        pad = next(i for i in range(vocabulary_size(model.config)) if i not in used)
+        pad = next((i for i in range(vocabulary_size(model.config)) if i not in used), None)
+    if pad is None and len(rows) > 1:
+        # Together the rows use the whole vocabulary; one by one at the latest they need no padding.
+        middle = len(rows) // 2
+        return torch.cat([text_scores(model, tokenizer, part) for part in (rows[:middle], rows[middle:])])
     model.config.get_text_config().pad_token_id = pad
     width = max(len(row) for row in rows)
     ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=model.device)

@@ -25,11 +25,13 @@ from rlhf_ppo.models import (
     find_config,
     load_classifier,
     load_tokenizer,
+    refuse_encoder_decoder,
     resolve_model,
     vocabulary_size,
 )
+from rlhf_ppo.optimization import fit_warmup
 from rlhf_ppo.preferences import Preference, read_preferences, split_by_prompt
-from rlhf_ppo.reward_model import scored_ids, text_scores
+from rlhf_ppo.reward_model import ONE_STACK, scored_ids, text_scores
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.lock import run_lock
 from rlhf_ppo.runtime.plots import plot_calibration
@@ -73,7 +75,7 @@ class RewardTrainingArgs:
     learning_rate: float = 5e-5
     """Peak learning rate, reached after the warm-up, then cosine to zero."""
     warmup_steps: int = 10
-    """Optimizer steps of linear warm-up."""
+    """Optimizer steps of linear warm-up; where the run is shorter, a tenth of its steps."""
     weight_decay: float = 0.01
     """AdamW's weight decay."""
     max_grad_norm: float = 1.0
@@ -140,6 +142,7 @@ def _train(args: RewardTrainingArgs, run: RunDirectory) -> dict[str, float]:
     bf16 = compute_in_bf16(args.precision, device)
     name = resolve_model(args.model)
     config = find_config(name)
+    refuse_encoder_decoder(config, f"model {args.model}", f"start from {ONE_STACK}")
     if adapter_base(name) is not None:
         raise ValueError(f"model {args.model} is an adapter: merge it into its base, and start from the merged folder")
     longest = min(args.max_length, context_length(config) or args.max_length)
@@ -185,7 +188,7 @@ def _train(args: RewardTrainingArgs, run: RunDirectory) -> dict[str, float]:
         fused=True,
     )
     steps = args.num_epochs * math.ceil(len(train_ids) / args.batch_size)
-    scheduler = get_scheduler("cosine", optimizer, args.warmup_steps, steps)
+    scheduler = get_scheduler("cosine", optimizer, fit_warmup(args.warmup_steps, steps, quiet=args.quiet), steps)
     margins = torch.tensor([pair.margin for pair in train_pairs], device=device)
     shuffle = torch.Generator().manual_seed(args.seed)
     model.train()

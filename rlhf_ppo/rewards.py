@@ -59,6 +59,8 @@ def load_reward(
         ValueError: the file, module or function is not there, the model does not fit (see
             :class:`rlhf_ppo.RewardModel`), or the address is none.
     """
+    if isinstance(source, type):
+        raise ValueError(f"reward {source.__name__} is a class: pass one of its instances, {source.__name__}(...)")
     if callable(source) and not isinstance(source, PreTrainedModel):
         return source
     if isinstance(source, str) and source.startswith(("http://", "https://")):

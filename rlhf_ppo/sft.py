@@ -21,10 +21,20 @@ from transformers import (
     TrainingArguments,
 )
 
+from rlhf_ppo.core import token_logprobs
 from rlhf_ppo.data import Prompt, require_column, require_vocabulary, row_names, tokenize_prompt
 from rlhf_ppo.guard import nonfinite_parameters
 from rlhf_ppo.mixing import load_mixture, require_weights
-from rlhf_ppo.models import context_length, load_policy, load_tokenizer, resolve_model, vocabulary_size
+from rlhf_ppo.models import (
+    context_length,
+    load_config,
+    load_policy,
+    load_tokenizer,
+    refuse_encoder_decoder,
+    resolve_model,
+    vocabulary_size,
+)
+from rlhf_ppo.optimization import fit_warmup
 from rlhf_ppo.preferences import prompt_and_answer
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.lock import run_lock
@@ -76,7 +86,7 @@ class SFTArgs:
     learning_rate: float = 5e-5
     """Peak learning rate, reached after the warm-up, then cosine to zero."""
     warmup_steps: int = 100
-    """Optimizer steps of linear warm-up."""
+    """Optimizer steps of linear warm-up; where the run is shorter, a tenth of its steps."""
     weight_decay: float = 0.01
     """AdamW's weight decay."""
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -139,10 +149,12 @@ def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTr
 def _load(args: SFTArgs, texts: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if args.model is not None:
         name = resolve_model(args.model)
+        load_config(name)
         return load_policy(name), load_tokenizer(name)
     if str(args.architecture).endswith(".json") and not Path(str(args.architecture)).is_file():
         raise FileNotFoundError(f"architecture {args.architecture}: there is no such file")
     config = AutoConfig.from_pretrained(str(args.architecture), trust_remote_code=False)
+    refuse_encoder_decoder(config, f"architecture {args.architecture}", "name a decoder's (GPT-2, Llama, Qwen, ...)")
     tokenizer = train_tokenizer(texts, config.vocab_size, config.max_position_embeddings)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
@@ -234,14 +246,19 @@ def encode_examples(
 
 @torch.no_grad()
 def nats_per_token(model: PreTrainedModel, rows: Dataset, batch_size: int) -> float:
-    """-log-likelihood of all learned tokens of :func:`encode_examples` over their number, whatever the batches."""
+    """-log-likelihood of all learned tokens of :func:`encode_examples` over their number, whatever the batches.
+
+    Taken from the logits: the model's own loss may hold more, such as that of a mixture of experts' router.
+    """
     model.eval()
     total, count = 0.0, 0
     for start in range(0, len(rows), batch_size):
         batch = _collate([dict(rows[i]) for i in range(start, min(start + batch_size, len(rows)))])
-        learned = int((batch["labels"] != -100).sum())
-        mean = model(**{name: x.to(model.device) for name, x in batch.items()}).loss
-        total, count = total + float(mean) * learned, count + learned
+        labels = batch.pop("labels").to(model.device)[:, 1:]
+        learned = labels != -100
+        logits = model(**{name: x.to(model.device) for name, x in batch.items()}).logits[:, :-1]
+        total -= float(token_logprobs(logits[learned], labels[learned]).double().sum())
+        count += int(learned.sum())
     return total / count
 
 
@@ -286,6 +303,7 @@ def _train(args: SFTArgs) -> dict[str, float]:
     encoded = {
         name: encode_examples(part, tokenizer, longest, name, vocab_size=vocab_size) for name, part in parts.items()
     }
+    steps = math.ceil(args.num_epochs * math.ceil(len(encoded["train"]) / args.batch_size))
     trainer = _Trainer(
         model=model,
         args=TrainingArguments(
@@ -294,7 +312,7 @@ def _train(args: SFTArgs) -> dict[str, float]:
             per_device_train_batch_size=args.batch_size,
             learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=args.warmup_steps,
+            warmup_steps=fit_warmup(args.warmup_steps, steps),
             weight_decay=args.weight_decay,
             train_sampling_strategy="group_by_length",
             logging_steps=50,

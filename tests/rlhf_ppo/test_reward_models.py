@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast, T5Config, T5ForSequenceClassification
 
 from rlhf_ppo.reward_model import scored_ids
 from rlhf_ppo.rewards import RewardModel, load_reward
@@ -57,6 +61,27 @@ def test_a_tokenizer_without_a_pad_token_still_scores_in_batches(make_classifier
     scores = RewardModel(model, tokenizer)(["a", "b"], ["bc", "cdef"])
     assert tokenizer.pad_token is None
     assert scores == pytest.approx(one_at_a_time(model, tokenizer, ["abc", "bcdef"]), abs=1e-5)
+
+
+def test_texts_that_use_the_whole_vocabulary_between_them_are_scored_as_one_by_one(make_classifier):
+    words = Tokenizer(WordLevel({f"t{i}": i for i in range(6)}, unk_token="t0"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t0")
+    model = make_classifier("gpt2", vocab_size=6)
+    texts = ["t1 t0", "t2 t3 t4 t5", "t5", "t0 t1 t2 t3 t4 t5 t1"]  # the last one needs all of them by itself
+    wanted = one_at_a_time(model, tokenizer, texts)
+    scores = RewardModel(model, tokenizer)([""] * len(texts), texts)
+    assert scores == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_an_encoder_decoder_is_no_reward_model(make_trainer, tokenizer, tmp_path, by_name):
+    config = T5Config(vocab_size=30, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, num_labels=1)
+    model = T5ForSequenceClassification(config)
+    model.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    with pytest.raises(ValueError, match=r"reward model .* is an encoder-decoder model \(t5\).* use a decoder"):
+        make_trainer(reward_funcs=str(tmp_path / "judge") if by_name else model)
 
 
 def test_fault_16_a_reward_model_in_train_mode_is_put_into_evaluation_mode(make_classifier, tokenizer):

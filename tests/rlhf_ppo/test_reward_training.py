@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from transformers import T5Config
 
 from rlhf_ppo import RewardModel
 from rlhf_ppo.cli import main
@@ -274,6 +275,18 @@ def test_fault_6_bad_preferences_are_one_line_and_exit_code_2(write, base, tmp_p
     error = capsys.readouterr().err
     assert error.startswith("error: ") and re.search(message, error), error
     assert not (tmp_path / "rm" / "model.safetensors").exists()
+
+
+def test_an_encoder_decoder_is_refused(write, quick, tmp_path):
+    T5Config(vocab_size=30, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2).save_pretrained(tmp_path / "t5")
+    with pytest.raises(ValueError, match=r"model .*t5 is an encoder-decoder model \(t5\).* start from a decoder"):
+        train_reward_model(quick(write(pairs()), model=str(tmp_path / "t5")))
+
+
+def test_a_warm_up_longer_than_the_run_is_shortened_with_a_line(write, quick, capsys):
+    # 112 pairs in batches of 16, 7 steps an epoch: the default warm-up of 10 steps would be the whole run.
+    train_reward_model(quick(write(pairs(124)), num_epochs=1, batch_size=16, warmup_steps=10, quiet=False))
+    assert "warmup_steps=10 is more than the run's 7 optimizer steps: shortened to 0" in capsys.readouterr().out
 
 
 def test_an_empty_file_and_contradicting_settings(write, quick, capsys, tmp_path):

@@ -8,11 +8,20 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, MixtralConfig, T5Config
 
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.lock import RunLockedError, run_lock
-from rlhf_ppo.sft import SFTArgs, _collate, encode_examples, nats_per_token, read_examples, sft, train_tokenizer
+from rlhf_ppo.sft import (
+    Example,
+    SFTArgs,
+    _collate,
+    encode_examples,
+    nats_per_token,
+    read_examples,
+    sft,
+    train_tokenizer,
+)
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "a cat and a dog"] * 20
 
@@ -273,6 +282,43 @@ def test_the_held_out_loss_is_the_mean_over_tokens_whatever_the_batches(make_mod
         count += ids.shape[1] - 1
     for batch_size in (1, 3, 64):
         assert nats_per_token(model, rows, batch_size) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_the_held_out_loss_is_the_tokens_alone_without_a_mixtures_router(tokenizer):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        MixtralConfig(
+            vocab_size=30,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=2,
+            output_router_logits=True,
+            router_aux_loss_coef=10.0,
+        )
+    )
+    rows = encode_examples([Example("", "the cat", "row 0")], tokenizer, 32, "test", vocab_size=30)
+    ids = torch.tensor([rows[0]["input_ids"]])
+    with torch.no_grad():
+        logprobs = model(input_ids=ids).logits.log_softmax(-1)
+    wanted = -sum(float(logprobs[0, t, ids[0, t + 1]]) for t in range(ids.shape[1] - 1)) / (ids.shape[1] - 1)
+    assert nats_per_token(model, rows, batch_size=4) == pytest.approx(wanted, abs=1e-4)
+
+
+def test_a_warm_up_longer_than_the_run_is_shortened_with_a_line(quick, data, architecture, capsys):
+    # 54 rows in batches of 8, twice: 14 steps, of which 1 is warm-up; without that the rate would end at a hundredth.
+    metrics = sft(quick(dataset=data, architecture=architecture, warmup_steps=1000))
+    assert metrics["eval/loss_nats_per_token"] < 0.9 * math.log(290)
+    assert "warmup_steps=1000 is more than the run's 14 optimizer steps: shortened to 1\n" in capsys.readouterr().out
+
+
+def test_encoder_decoders_are_refused_as_model_and_as_shape(quick, data, tmp_path):
+    T5Config(vocab_size=290, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2).save_pretrained(tmp_path / "t5")
+    for source in ({"model": str(tmp_path / "t5")}, {"architecture": str(tmp_path / "t5" / "config.json")}):
+        with pytest.raises(ValueError, match="is an encoder-decoder model"):
+            sft(quick(dataset=data, **source))
 
 
 def test_shapes_that_cannot_be_are_named(quick, data, tmp_path):

@@ -15,9 +15,29 @@ def test_functions_of_files_and_modules(tmp_path):
     assert load_function("math:sqrt", "reward")(4) == 2
 
 
+def test_a_class_is_made_and_asked(make_trainer, tmp_path):
+    file = tmp_path / "judges.py"
+    file.write_text(
+        "class Length:\n"
+        "    def __init__(self, factor=2.0):\n"
+        "        self.factor = factor\n"
+        "    def __call__(self, prompts, completions, **columns):\n"
+        "        return [self.factor * len(text) for text in completions]\n"
+    )
+    trainer = make_trainer(reward_funcs=f"{file}:Length")
+    rollout = trainer.rollout(["the cat", "a"])
+    assert rollout.scores.tolist() == [2.0 * len(text) for text in rollout.completions]
+    with pytest.raises(ValueError, match=r"reward Length is a class: pass one of its instances, Length\(\.\.\.\)"):
+        make_trainer(reward_funcs=type(load_function(f"{file}:Length", "reward")))
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
+        ("{folder}/several.py:reply_short", "has no function 'reply_short'; did you mean 'reply_shorter'?"),
+        ("{folder}/several.py:something", "has no function 'something'; it has Needy, Silent, reply_shorter"),
+        ("{folder}/several.py:Needy", r"Needy\(\) failed: TypeError: .*'url'.*\(user_code\.py.*made without arguments"),
+        ("{folder}/several.py:Silent", "Silent has no __call__"),
         ("reply", "respond 'reply' names no function"),
         ("{folder}/nowhere.py:reply", r"respond file .*nowhere\.py does not exist"),
         ("{folder}/broken.py:reply", r"broken\.py: .* \(broken\.py, line 1\)"),
@@ -42,6 +62,10 @@ def test_what_is_not_there_or_fails_is_named(tmp_path, source, message, monkeypa
     (tmp_path / "raises_when_imported.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "broken.py").write_text("def (\n")
+    (tmp_path / "several.py").write_text(
+        "def reply_shorter(messages): pass\ndef _hidden(): pass\n"
+        "class Needy:\n    def __init__(self, url): pass\nclass Silent: pass\n"
+    )
     (tmp_path / "mine.py").write_text("x = 1\n")
     with pytest.raises(ValueError, match=message):
         load_function(source.format(folder=tmp_path), "respond")
