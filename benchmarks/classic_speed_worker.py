@@ -66,13 +66,18 @@ ZOO: dict[str, dict[str, Any]] = {
 CHEETAH, CHEETAH_STEPS = "HalfCheetah-v5", 20_480
 
 
+def derived(seed: int, purpose: int, count: int = 1) -> list[int]:
+    """Seeds that no neighbouring seed shares (Stable-Baselines3 seeds copy i with seed + i)."""
+    return (np.random.SeedSequence([purpose, seed]).generate_state(count) >> 1).tolist()
+
+
 class Watch:
     """Looks at the policy every so many steps, with the clock stopped, and says when the return is reached."""
 
-    def __init__(self, task: str, predict: Callable[[np.ndarray], np.ndarray]) -> None:
+    def __init__(self, task: str, seed: int, predict: Callable[[np.ndarray], np.ndarray]) -> None:
         self.target, self.every, self.limit = TASKS[task]
         self.envs = gymnasium.make_vec(task, num_envs=20, vectorization_mode="sync")
-        self.predict = predict
+        self.predict, self.seeds = predict, derived(seed, 1, 20)
         self.due, self.excluded, self.excluded_cpu = self.every, 0.0, 0.0
         self.reached = False
         self.start, self.start_cpu = time.perf_counter(), time.process_time()
@@ -94,8 +99,8 @@ class Watch:
         return {"reached": self.reached, "env_steps": steps, "seconds": seconds, "cpu_seconds": cpu}
 
     def _mean_return(self) -> float:
-        """Of the first episode of each of 20 environments, deterministic actions, the same starts at every look."""
-        observation, _ = self.envs.reset(seed=1_000_000)
+        """Of the first episode of each of 20 environments, deterministic actions, a seed's own starts at every look."""
+        observation, _ = self.envs.reset(seed=self.seeds)
         returns, running = np.zeros(20), np.ones(20, dtype=bool)
         while running.any():
             observation, reward, terminated, truncated, _ = self.envs.step(self.predict(observation))
@@ -109,7 +114,7 @@ def ours(task: str, seed: int) -> dict[str, Any]:
     import classic
 
     agent = classic.PPO(task, classic.PPOArgs(seed=seed, quiet=True))
-    watch = Watch(task, lambda observation: agent.predict(observation)[0])
+    watch = Watch(task, seed, lambda observation: agent.predict(observation)[0])
     agent.learn(callbacks=[lambda agent, _: watch.done(agent.counters["env_steps"])])
     result = watch.result(agent.counters["env_steps"])
     rows = agent.args.num_envs * agent.args.num_steps // agent.args.num_minibatches
@@ -141,8 +146,8 @@ def sb3(task: str, seed: int) -> dict[str, Any]:
 
     settings = dict(ZOO[task])
     total, copies = settings.pop("total"), settings.pop("n_envs")
-    model = PPO("MlpPolicy", make_vec_env(task, n_envs=copies, seed=seed), seed=seed, device="cpu", **settings)
-    watch = Watch(task, lambda observation: model.predict(observation, deterministic=True)[0])
+    model = PPO("MlpPolicy", make_vec_env(task, n_envs=copies, seed=derived(seed, 0)[0]), seed=seed, device="cpu", **settings)
+    watch = Watch(task, seed, lambda observation: model.predict(observation, deterministic=True)[0])
 
     class Look(BaseCallback):
         over = False

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from classic_speed_worker import ZOO
+from classic_speed_worker import ZOO, derived
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -84,8 +84,8 @@ def main() -> None:
     settings = dict(PRESETS[flags.env])
     copies, normalize = settings.pop("n_envs", 1), settings.pop("normalize", False)
     steps = settings.pop("total", STEPS)
-    envs = make_vec_env(flags.env, n_envs=copies, seed=flags.seed)
-    test = make_vec_env(flags.env, seed=1_000_000 + flags.seed)
+    envs = make_vec_env(flags.env, n_envs=copies, seed=derived(flags.seed, 0)[0])
+    test = make_vec_env(flags.env, seed=derived(flags.seed, 1)[0])
     if normalize:
         envs = VecNormalize(envs, gamma=settings["gamma"])
     model = PPO("MlpPolicy", envs, seed=flags.seed, device="cpu", **settings).learn(steps)

@@ -60,7 +60,7 @@ class EvaluateCommand:
     episodes: int = 20
     """Episodes to play."""
     seed: int | None = None
-    """Seed of the environments; None: the one that training's own evaluation used."""
+    """Seed of the episodes and draws; None: the agent's, as in the evaluation at the end of training."""
     deterministic: bool = True
     """Take the most likely action; False samples from the policy."""
     video: str | None = None

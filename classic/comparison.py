@@ -22,6 +22,8 @@ from rlhf_ppo.runtime.settings import as_type
 
 RESULT = "result.json"
 NEEDED = ("env_id", "episodes", "settings", "env_steps", "mean_return")
+SEEDING = "independent"
+"""How the episodes of a run follow from its seed; in earlier versions neighbouring seeds shared some."""
 CURVE_POINTS = 100
 
 # What may differ between a finished run and the same run asked for again.
@@ -139,6 +141,11 @@ def _finished(path: Path, env_id: str, args: PPOArgs, episodes: int) -> dict[str
     result = read_json(path / RESULT, remedy)
     if missing := [name for name in NEEDED if name not in result]:
         raise ValueError(f"{path / RESULT} is damaged (it has no {', '.join(missing)}): {remedy}")
+    if result.get("seeding") != SEEDING:
+        raise ValueError(
+            f"{path} was finished by an earlier version, whose neighbouring seeds shared episodes, which makes intervals too "
+            "narrow: name another --output-dir, or remove that folder"
+        )
     now = {"env_id": env_id, "episodes": episodes, **_settings(args)}
     then = {"env_id": result["env_id"], "episodes": result["episodes"], **result["settings"]}
     for key in sorted({*now, *then}):
@@ -156,6 +163,7 @@ def _train(path: Path, env_id: str, args: PPOArgs, episodes: int) -> dict[str, A
         "env_id": env_id,
         "episodes": episodes,
         "settings": _settings(args),
+        "seeding": SEEDING,
         "env_steps": agent.counters["env_steps"],
         **agent.evaluate(episodes=episodes),
     }

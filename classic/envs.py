@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from gymnasium.spaces import Box
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from torch import Tensor
 
 from classic.action_masks import ActionMasks
 from classic.episodes import episode_state, restore_episodes
 from classic.making import CRASHES, BrokenEnvironmentError, EnvLike, Vectorization, env_name, make_vector_env
+from classic.seeds import Purpose, derive_seeds
 from classic.spaces import action_layout, batch_of_one, observation_encoder, observation_shape, to_env_actions
 
 NO_ENVS = torch.empty(0, dtype=torch.int64)
@@ -103,10 +104,14 @@ class Environments:
         self.next_step_autoreset = self.envs.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP
         self.steps = 0
 
-    def reset(self, seed: int) -> None:
-        """Begin new episodes everywhere."""
+    def reset(self, seed: int, purpose: Purpose = "training", *, begun: int = 0) -> None:
+        """Begin new episodes everywhere; the arguments are those of :func:`derive_seeds`."""
         self.steps = 0
-        observation, info = self._guarded(lambda: self.envs.reset(seed=seed))
+        seeds = derive_seeds(seed, purpose, self.num_envs, begun=begun)
+        # A vector environment of another kind draws for all of its copies from one generator.
+        separate = isinstance(self.envs.unwrapped, SyncVectorEnv | AsyncVectorEnv)
+        given: Any = seeds if separate else seeds[0]
+        observation, info = self._guarded(lambda: self.envs.reset(seed=given))
         self.observations = self._checked_observations(observation)
         self.resetting = torch.zeros(self.num_envs, dtype=torch.bool)
         self.starting = torch.ones(self.num_envs, dtype=torch.bool)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from classic.actor_critic import ActorCritic
 from classic.envs import Environments
+from classic.seeds import derive_seeds
 
 MAX_COPIES = 32
 
@@ -45,11 +46,11 @@ def evaluate_policy(
         raise ValueError(f"episodes must be 1 or more, got {episodes}")
     if seed < 0:
         raise ValueError(f"seed must be 0 or more, got {seed}")
-    generator = None if deterministic else torch.Generator().manual_seed(seed)
+    generator = None if deterministic else torch.Generator().manual_seed(derive_seeds(seed, "prediction", 1)[0])
     returns, lengths = [], []
     with make_envs(min(episodes, MAX_COPIES)) as envs:
         left = [(episodes + i) // envs.num_envs for i in range(envs.num_envs)]
-        envs.reset(seed=seed)
+        envs.reset(seed, "evaluation")
         state = network.initial_state(envs.num_envs)
         while len(returns) < episodes:
             actions, _, state = network.act(

@@ -28,6 +28,7 @@ from classic.normalization import Normalizer
 from classic.prediction import predict
 from classic.report import draw_curve, run_metrics, show_progress
 from classic.rollout import Estimate, Rollout, collect, estimate_advantages
+from classic.seeds import derive_seeds
 from classic.update import update
 from rlhf_ppo import __version__
 from rlhf_ppo.core import PPOConfig
@@ -40,8 +41,6 @@ from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.seeding import torch_threads
 from rlhf_ppo.runtime.signals import asked_to_stop, stop_if_asked, stop_on_signals
 from rlhf_ppo.runtime.trackers import reporting, require_installed
-
-EVALUATION_SEED_OFFSET = 1_000_000
 
 
 class LastUpdate(NamedTuple):
@@ -88,7 +87,7 @@ class PPO:
             raise
         # Own generators: a run neither disturbs nor depends on torch's global one.
         self.generator = torch.Generator().manual_seed(self.args.seed)
-        self.predict_generator = torch.Generator().manual_seed(self.args.seed)
+        self.predict_generator = torch.Generator().manual_seed(derive_seeds(self.args.seed, "prediction", 1)[0])
         self.network = ActorCritic(
             self.envs.observation_shape,
             self.envs.actions,
@@ -194,7 +193,7 @@ class PPO:
 
     def begin_episodes(self) -> None:
         """Reset every copy: at the start, after evaluation on a single one, where a checkpoint has no episodes."""
-        self.envs.reset(seed=self.args.seed + self.counters["env_steps"])
+        self.envs.reset(self.args.seed, begun=self.counters["env_steps"])
         self.memory = self.network.initial_state(self.envs.num_envs)
         self.normalizer.begin_episodes()
         self._started = True
@@ -258,11 +257,12 @@ class PPO:
         Args:
             episodes: how many.
             deterministic: take the most likely action instead of a sampled one.
-            seed: of the environments; default: a fixed one derived from the agent's, so that two calls agree.
+            seed: of the environments and the draws; default: the agent's, so that two calls agree. Episodes are never
+                those of training.
         Returns:
             mean_return and std_return (undiscounted; population), mean_length in steps.
         """
-        seed = self.args.seed + EVALUATION_SEED_OFFSET if seed is None else seed
+        seed = self.args.seed if seed is None else seed
         single = isinstance(self.env, gymnasium.Env)
         with torch_threads(self.args.num_threads):
             result = evaluate_policy(

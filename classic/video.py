@@ -11,6 +11,7 @@ import gymnasium
 import numpy as np
 
 from classic.making import CRASHES, BrokenEnvironmentError, make_vector_env
+from classic.seeds import derive_seeds
 
 if TYPE_CHECKING:
     from classic.train import PPO
@@ -28,7 +29,7 @@ def record_video(agent: PPO, file: str | Path, *, episodes: int = 1, seed: int =
             environment this plays instead of training, which begins a new episode afterwards.
         file: ``*.mp4``, ``*.gif``, or ``*.png``: a few of the frames side by side, from the first to the last.
         episodes: how many, one after another.
-        seed: of the first episode; the next ones follow from it.
+        seed: of the episodes, which are neither training's nor an evaluation's.
         deterministic: take the most likely action instead of a sampled one.
     Returns:
         The file.
@@ -66,8 +67,8 @@ def record_video(agent: PPO, file: str | Path, *, episodes: int = 1, seed: int =
 def _play(agent: PPO, episodes: int, seed: int, deterministic: bool) -> tuple[list[np.ndarray], float]:
     frames: list[np.ndarray] = []
     with _stage(agent) as env:
-        for episode in range(episodes):
-            observation, info = env.reset(seed=seed + episode)
+        for episode_seed in derive_seeds(seed, "video", episodes):
+            observation, info = env.reset(seed=episode_seed)
             state, over = None, False
             frames.append(_frame(env))
             while not over:
