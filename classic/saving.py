@@ -50,14 +50,11 @@ def save(agent: PPO, folder: str | Path) -> Path:
         "counters": agent.counters,
         "in_force": in_force(agent),
     }
-    try:
-        with replacing_files(folder) as new:
-            save_file(_copies(agent.network.state_dict()), new / MODEL)
-            save_file(agent.optimizer.state(), new / OPTIMIZER)
-            save_file(agent.normalizer.state(), new / NORMALIZER)
-            (new / AGENT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except SafetensorError as error:  # so safetensors calls a full disk
-        raise OSError(f"{folder} cannot be written: {error}") from error
+    with replacing_files(folder) as new:
+        save_file(_copies(agent.network.state_dict()), new / MODEL)
+        save_file(agent.optimizer.state(), new / OPTIMIZER)
+        save_file(agent.normalizer.state(), new / NORMALIZER)
+        (new / AGENT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return folder
 
 

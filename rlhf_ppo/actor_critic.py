@@ -18,7 +18,7 @@ from rlhf_ppo.adapters import adapter_parameters, use_adapter, without_adapters
 from rlhf_ppo.core import PolicyOutput
 from rlhf_ppo.heads import VALUE_HEAD_FILE
 from rlhf_ppo.limits import Barred
-from rlhf_ppo.models import freeze, fuse_activations, text_config
+from rlhf_ppo.models import freeze, fuse_activations, saved_bytes, text_config
 from rlhf_ppo.reading import Outputs, Reader, Sequences, place
 from rlhf_ppo.reference_kl import exact_kl
 
@@ -81,6 +81,11 @@ class ActorCritic(nn.Module):
         if self.value_adapter is not None:
             own += adapter_parameters(self.policy, self.value_adapter)
         return [p for p in own if p.requires_grad]
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes that the saved policy and critic take, about."""
+        return saved_bytes(self, adapted=hasattr(self.policy, "peft_config"))
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """The rest of them."""

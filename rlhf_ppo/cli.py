@@ -208,7 +208,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run_command("rlhf-ppo", COMMANDS, words)
     except Interrupted as stop:
-        print(f"{stop}. {_how_to_go_on(words, stop)}", file=sys.stderr)
+        # Without a checkpoint (a full disk) a warning has said what there is.
+        print(stop if stop.saved is None else f"{stop}. {_how_to_go_on(words, stop)}", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -217,8 +218,8 @@ def main(argv: list[str] | None = None) -> int:
         *(RewardError, RespondError, RatioTripwireError, NonFiniteGradientError, PolicyDriftError),
         OSError,  # a full disk
     ) as error:
-        # The user's own code failed there; what was merely a bad answer is in the message.
-        if error.__cause__ is not None:
+        # The user's own code failed there; what was merely a bad answer, or a full disk, is in the message.
+        if error.__cause__ is not None and not isinstance(error, OSError):
             traceback.print_exception(error.__cause__)
         print(f"error: {error}", file=sys.stderr)
         return 1

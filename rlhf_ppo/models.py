@@ -218,6 +218,11 @@ def prompt_room(config: PretrainedConfig, max_new_tokens: int) -> int | None:
     return None if limit is None else limit - max_new_tokens
 
 
+def saved_bytes(model: nn.Module, *, adapted: bool) -> int:
+    """Bytes that the saved weights take, about; of a model with an adapter, the ones that are trained alone."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or not adapted)
+
+
 def freeze(model: nn.Module) -> nn.Module:
     """The model in evaluation mode without gradients."""
     return model.eval().requires_grad_(False)

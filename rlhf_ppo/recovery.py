@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from safetensors import SafetensorError
 
 from rlhf_ppo.checkpoint import Boundary, load_checkpoint, save_checkpoint
 from rlhf_ppo.conversation import RespondError
@@ -82,6 +81,35 @@ def go_back(trainer: PPOTrainer, problem: str) -> None:
     warnings.warn(f"{problem}. Going back to {safe.checkpoint[1]}, with other draws", stacklevel=3)
 
 
+def save_model(trainer: PPOTrainer) -> None:
+    """Save the model of a run that is over, or somewhere else where its own folder has no room.
+
+    Raises:
+        OSError: it does not lie in the run's folder; says where it lies instead.
+    """
+    try:
+        trainer.save_model()
+    except OSError as error:
+        raise OSError(error.errno, f"the model is not in its place: {error.strerror}. {_rescue(trainer)}") from error
+
+
+def _rescue(trainer: PPOTrainer) -> str:
+    """Say where the model lies: in a checkpoint, or else in the system's temporary folder, where it is then saved."""
+    checkpoint, said = trainer.safe.checkpoint, []
+    if checkpoint is None or checkpoint[0] != trainer.iteration:
+        try:
+            said.append(f"It lies in {trainer.save_model(tempfile.mkdtemp(prefix='rlhf-ppo-model-'))} instead")
+        except OSError as error:
+            said.append(f"Nor does it lie elsewhere: {error.strerror}")
+    if checkpoint is not None:
+        iteration, folder = checkpoint
+        said.append(
+            f"{folder} holds it as it was after iteration {iteration}: free some space, then go on with "
+            f"resume_from_checkpoint={folder}"
+        )
+    return ". ".join(said)
+
+
 def save_after(trainer: PPOTrainer, error: BaseException) -> None:
     """Whatever ends a run, what was learned until then stays; between two updates, so that the run can go on.
 
@@ -94,13 +122,16 @@ def save_after(trainer: PPOTrainer, error: BaseException) -> None:
     if nonfinite_parameters(trainer.model):
         return  # nothing worth saving, and nothing that should replace what there is
     folder: Path | None = None
+    # What ended the run may be in the way of saving, too (a full disk), and is the error to see.
     if isinstance(error, (Interrupted, RewardError, RespondError, NonFiniteGradientError, PolicyDriftError)):
-        folder = keep_checkpoint(trainer)
+        try:
+            folder = keep_checkpoint(trainer)
+        except OSError as failure:
+            warnings.warn(str(failure.strerror), stacklevel=2)
     try:
-        trainer.save_model()
-    except (OSError, SafetensorError) as failure:
-        # What ended the run may be in the way here, too (a full disk), and is the error to see.
-        warnings.warn(f"the model could not be saved into {trainer.run.path}: {failure}", stacklevel=2)
+        save_model(trainer)
+    except OSError as failure:
+        warnings.warn(str(failure.strerror), stacklevel=2)
     if isinstance(error, Interrupted):
         error.saved = folder
     elif folder is not None:

@@ -27,12 +27,14 @@ from rlhf_ppo.models import (
     load_tokenizer,
     refuse_encoder_decoder,
     resolve_model,
+    saved_bytes,
     vocabulary_size,
 )
 from rlhf_ppo.optimization import fit_warmup
 from rlhf_ppo.preferences import Preference, read_preferences, split_by_prompt
 from rlhf_ppo.reward_model import ONE_STACK, scored_ids, text_scores
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
+from rlhf_ppo.runtime.files import require_space, save_or_rescue
 from rlhf_ppo.runtime.lock import run_lock
 from rlhf_ppo.runtime.plots import plot_calibration
 from rlhf_ppo.runtime.precision import Precision, autocast, compute_in_bf16
@@ -175,6 +177,9 @@ def _train(args: RewardTrainingArgs, run: RunDirectory) -> dict[str, float]:
 
         model = get_peft_model(model, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, task_type="SEQ_CLS"))
 
+    needed = saved_bytes(model, adapted=args.lora_rank is not None)
+    require_space(run.path, needed, f"the model that is saved into {run.path}")
+
     def scores(part: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
         """Chosen and rejected scores [B] each, read in one pass."""
         with autocast(bf16, device):
@@ -311,6 +316,10 @@ def _save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     config.get_text_config().pad_token_id = (
         tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     )
-    model.save_pretrained(folder)
-    config.save_pretrained(folder)  # beside an adapter it says that there is one label
-    tokenizer.save_pretrained(folder)
+
+    def write(new: Path) -> None:
+        model.save_pretrained(new)
+        config.save_pretrained(new)  # beside an adapter it says that there is one label
+        tokenizer.save_pretrained(new)
+
+    save_or_rescue(folder, write, needed=saved_bytes(model, adapted=hasattr(model, "peft_config")))

@@ -32,11 +32,13 @@ from rlhf_ppo.models import (
     load_tokenizer,
     refuse_encoder_decoder,
     resolve_model,
+    saved_bytes,
     vocabulary_size,
 )
 from rlhf_ppo.optimization import fit_warmup
 from rlhf_ppo.preferences import prompt_and_answer
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
+from rlhf_ppo.runtime.files import require_space, save_or_rescue
 from rlhf_ppo.runtime.lock import run_lock
 from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.run_directory import RunDirectory
@@ -303,6 +305,7 @@ def _train(args: SFTArgs) -> dict[str, float]:
     encoded = {
         name: encode_examples(part, tokenizer, longest, name, vocab_size=vocab_size) for name, part in parts.items()
     }
+    require_space(args.output_dir, saved_bytes(model, adapted=False), f"the model that is saved into {args.output_dir}")
     steps = math.ceil(args.num_epochs * math.ceil(len(encoded["train"]) / args.batch_size))
     trainer = _Trainer(
         model=model,
@@ -334,6 +337,9 @@ def _train(args: SFTArgs) -> dict[str, float]:
             f"after the last step ({steps}) {broken[0]} is not finite in {args.save_dtype}, so nothing was saved; "
             "lower learning_rate"
         )
-    model.save_pretrained(args.output_dir)
-    tokenizer.save_pretrained(args.output_dir)
+    save_or_rescue(
+        args.output_dir,
+        lambda new: (model.save_pretrained(new), tokenizer.save_pretrained(new)),
+        needed=saved_bytes(model, adapted=False),
+    )
     return {"eval/loss_nats_per_token": loss, "eval/perplexity": math.exp(loss) if loss < 700 else math.inf}

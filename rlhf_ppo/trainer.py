@@ -25,11 +25,11 @@ from rlhf_ppo.explanation import explain_rollout
 from rlhf_ppo.fingerprints import run_fingerprints
 from rlhf_ppo.guard import require_no_drift
 from rlhf_ppo.optimization import make_optimizer, only_the_critic_learns, warmup_settings
-from rlhf_ppo.recovery import SafePoint, begin, go_back, keep_checkpoint, save_after
+from rlhf_ppo.recovery import SafePoint, begin, go_back, keep_checkpoint, save_after, save_model
 from rlhf_ppo.rollout import Rollout
 from rlhf_ppo.run_log import PANELS, evaluate, log_evaluation, log_update
 from rlhf_ppo.runtime.explain import Explanation
-from rlhf_ppo.runtime.files import replacing_files
+from rlhf_ppo.runtime.files import replacing_files, require_space
 from rlhf_ppo.runtime.lock import run_lock
 from rlhf_ppo.runtime.metrics import MetricAverage
 from rlhf_ppo.runtime.plots import plot_curves
@@ -150,7 +150,8 @@ class PPOTrainer:
         Raises:
             FileNotFoundError, ValueError: there is no such checkpoint, or it is damaged or another run's; or another
                 run is writing into ``output_dir``.
-            OSError: a checkpoint could not be written (a full disk); the earlier ones are untouched.
+            OSError: a checkpoint or the model could not be written (a full disk); the earlier ones are untouched, and
+                the message says where the model lies.
             Interrupted: SIGINT or SIGTERM came; a checkpoint is saved first, from which the run goes on exactly.
             RewardError: a reward function failed; likewise, and the responses are saved.
             NonFiniteGradientError, PolicyDriftError: likewise, if the settings say so (``on_nonfinite``, bounds).
@@ -177,6 +178,8 @@ class PPOTrainer:
         settings = {**self.sources, **dataclasses.asdict(args)}
         trackers = reporting(self.run, args.report_to, project="rlhf-ppo", settings=settings)
         with run_lock(self.run.path), torch_threads(args.num_threads), stop_on_signals():
+            # What the run will save at its end must not find a full disk there.
+            require_space(self.run.path, self.model.saved_bytes, f"the model that is saved into {self.run.path}")
             begin(self, resume_from_checkpoint, settings, override=resume_override)
             # What a tracker still has to send is waited for after everything is saved.
             with trackers:
@@ -185,7 +188,7 @@ class PPOTrainer:
                 except BaseException as error:
                     save_after(self, error)
                     raise
-                self.save_model()
+                save_model(self)
         plot_curves(
             self.run.read(),
             self.run.path / "curve.png",
@@ -333,6 +336,7 @@ class PPOTrainer:
             merge_adapter: under PEFT, save the whole model with the adapter merged in, instead of the adapter alone.
         Raises:
             ValueError: merge_adapter without an adapter.
+            OSError: the disk is full, or the folder cannot be written; what lies there stays as it was.
         """
         folder = Path(output_dir or self.args.output_dir)
         policy: Any = self.model.policy
@@ -341,7 +345,7 @@ class PPOTrainer:
             if not adapted:
                 raise ValueError("merge_adapter=True needs an adapter, but the run has no peft_config")
             policy, adapted = copy.deepcopy(policy).merge_and_unload(), False
-        with replacing_files(folder) as new:
+        with replacing_files(folder, needed=self.model.saved_bytes) as new:
             policy.save_pretrained(new, **({"selected_adapters": [policy.active_adapter]} if adapted else {}))
             self.tokenizer.save_pretrained(new)
             self.model.save_critic(new)

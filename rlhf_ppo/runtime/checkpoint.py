@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf_ppo import __version__
-from rlhf_ppo.runtime.files import TEMPORARY, sync_file, sync_folder
+from rlhf_ppo.runtime.files import TEMPORARY, follow_umask, require_space, sync_file, sync_folder
 
 MANIFEST, STATE = "manifest.json", "state.json"
 _PREFIX = "checkpoint-"
@@ -113,7 +113,7 @@ def write_checkpoint(
     _discard_leftovers(root)
     temporary = root / f"{TEMPORARY}{step}"
     try:
-        _require_space(root, ready, content)
+        require_space(root, _bytes(ready, content))
         temporary.mkdir()
         files: dict[str, dict[str, Any]] = {}
         for group, named in ready.items():
@@ -170,17 +170,16 @@ def _discard_leftovers(root: Path) -> None:
             leftover.unlink()
 
 
-def _require_space(root: Path, tensors: Mapping[str, Mapping[str, Tensor]], content: Mapping[str, str]) -> None:
+def _bytes(tensors: Mapping[str, Mapping[str, Tensor]], content: Mapping[str, str]) -> int:
+    """What a checkpoint takes on the disk, and a little more."""
     tensor_bytes = sum(x.numel() * x.element_size() for named in tensors.values() for x in named.values())
     names = sum(len(name) + 128 for named in tensors.values() for name in named)
-    needed = tensor_bytes + names + sum(len(text.encode()) for text in content.values()) + 2**16
-    free = shutil.disk_usage(root).free
-    if free < needed:
-        raise OSError(errno.ENOSPC, f"it needs {needed / 1e6:.1f} MB and the disk has {free / 1e6:.1f} MB free")
+    return tensor_bytes + names + sum(len(text.encode()) for text in content.values()) + 2**16
 
 
 def _settle(file: Path) -> dict[str, Any]:
     """Bring a file to the disk; returns its size and checksum."""
+    follow_umask(file)
     sync_file(file)
     return _facts(file)
 

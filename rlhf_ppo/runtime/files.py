@@ -2,39 +2,89 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 TEMPORARY = ".tmp-"
 """What every unfinished file or folder's name begins with."""
 
 
 @contextmanager
-def replacing_files(folder: str | Path) -> Iterator[Path]:
+def replacing_files(folder: str | Path, *, needed: int = 0) -> Iterator[Path]:
     """A temporary folder whose files replace those of the same names in ``folder``, each as a whole, at the end.
 
     If what happens inside raises, nothing is replaced. Other files in ``folder`` stay.
+
+    Args:
+        folder: where they go; made if it is not there.
+        needed: bytes that they take, about.
+    Raises:
+        OSError: the disk has no room for them, or one could not be written.
     """
     folder = Path(folder)
     temporary = folder / f"{TEMPORARY}files"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
+        require_space(folder, needed)
         yield temporary
         new = [file for file in sorted(temporary.rglob("*")) if file.is_file()]
         for file in new:
+            follow_umask(file)
             sync_file(file)
         for file in new:
             place = folder / file.relative_to(temporary)
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, place)
+    except (OSError, SafetensorError) as error:  # both are names of a full disk
+        why = getattr(error, "strerror", None) or error
+        raise OSError(getattr(error, "errno", None) or errno.EIO, f"{folder} cannot be written: {why}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_or_rescue(folder: str | Path, write: Callable[[Path], object], *, needed: int) -> None:
+    """Let ``write`` make the files of a folder; if they cannot be written there, in the system's temporary folder.
+
+    Args:
+        folder, needed: see :func:`replacing_files`.
+        write: makes the files in the folder that it is given.
+    Raises:
+        OSError: they are not in their place; says where they are instead.
+    """
+    try:
+        with replacing_files(folder, needed=needed) as new:
+            write(new)
+    except OSError as error:
+        elsewhere = tempfile.mkdtemp(prefix="rlhf-ppo-model-")
+        try:
+            with replacing_files(elsewhere, needed=needed) as new:
+                write(new)
+        except OSError as failure:
+            raise OSError(error.errno, f"{error.strerror}. Nor can it be kept elsewhere: {failure.strerror}") from error
+        raise OSError(error.errno, f"{error.strerror}. What was to lie there lies in {elsewhere} instead") from error
+
+
+def require_space(folder: str | Path, needed: int, what: str = "it") -> None:
+    """Raise an OSError if the disk of a folder has less than ``needed`` bytes free; ``what`` begins its message."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{what} needs {needed / 1e6:.1f} MB and the disk has {free / 1e6:.1f} MB free")
+
+
+def follow_umask(file: Path) -> None:
+    """Give a file the permissions that the umask asks for, as its folder has them; safetensors writes 0600."""
+    if os.name == "posix":
+        file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def replace_text(file: Path, text: str) -> None:

@@ -302,10 +302,13 @@ def test_fault_29_a_second_run_in_the_folder_is_refused_and_touches_nothing(fini
 
 def test_fault_23_a_full_disk_ends_the_run_with_the_old_checkpoint_whole(make_trainer, monkeypatch):
     trainer = make_trainer(**SETTINGS, save_total_limit=1)
-    real, usage = shutil.disk_usage, shutil.disk_usage(trainer.run.path)
-    full = [real(trainer.run.path), usage._replace(free=1000)]
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: full.pop(0))
-    with pytest.raises(OSError, match=r"step 4 could not be written.*free some space"):
+    usage = shutil.disk_usage(trainer.run.path)
+    full = (trainer.run.path / "checkpoint-2").is_dir  # so much is left that this one fits
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000) if full() else usage)
+    with (
+        pytest.raises(OSError, match=r"step 4 could not be written.*free some space"),
+        pytest.warns(UserWarning, match=r"checkpoint-2 holds it as it was after iteration 2: free some space"),
+    ):
         trainer.train()
     assert [p.name for p in list_checkpoints(trainer.run.path)] == ["checkpoint-2"]
     assert verify_checkpoint(trainer.run.path / "checkpoint-2") == []

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
+import tempfile
 import warnings
 
 import pytest
@@ -281,6 +283,23 @@ def test_an_encoder_decoder_is_refused(write, quick, tmp_path):
     T5Config(vocab_size=30, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2).save_pretrained(tmp_path / "t5")
     with pytest.raises(ValueError, match=r"model .*t5 is an encoder-decoder model \(t5\).* start from a decoder"):
         train_reward_model(quick(write(pairs()), model=str(tmp_path / "t5")))
+
+
+def test_a_disk_that_fills_leaves_the_model_elsewhere(write, quick, tmp_path, monkeypatch):
+    (tmp_path / "rescue").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "rescue"))
+    usage, looks = shutil.disk_usage(tmp_path), []
+
+    def free(path):
+        looks.append(path)
+        return usage._replace(free=10 if len(looks) == 2 else 10**12)
+
+    monkeypatch.setattr(shutil, "disk_usage", free)
+    with pytest.raises(OSError, match=r"cannot be written: it needs .*lies in .*rescue.* instead"):
+        train_reward_model(quick(write(pairs()), num_epochs=1))
+    (kept,) = (tmp_path / "rescue").iterdir()
+    assert len(RewardModel(str(kept))(["abc "], ["x"])) == 1
+    assert not (tmp_path / "rm" / "model.safetensors").exists()
 
 
 def test_a_warm_up_longer_than_the_run_is_shortened_with_a_line(write, quick, capsys):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,6 +50,66 @@ def test_saving_does_not_disturb_the_run(make_trainer, prompts, tmp_path):
         t.step(t.rollout(prompts))
     for a, b in zip(trainer.model.parameters(), calm.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def fill_disk(monkeypatch, when, *, but: Path | None = None) -> None:
+    """No room once ``when()`` holds, or only under one folder."""
+    usage = shutil.disk_usage("/")
+
+    def free(path):
+        room = not when() or (but is not None and Path(path).is_relative_to(but))
+        return usage._replace(free=10**12 if room else 10)
+
+    monkeypatch.setattr(shutil, "disk_usage", free)
+
+
+def test_a_disk_without_room_for_the_model_is_found_before_training(make_trainer, monkeypatch):
+    trainer = make_trainer()
+    fill_disk(monkeypatch, lambda: True)
+    with pytest.raises(OSError, match=r"the model that is saved into .* needs 0\.\d MB and the disk has 0\.0 MB free"):
+        trainer.train()
+    assert trainer.iteration == 0
+
+
+@pytest.mark.parametrize("case", ["checkpoint", "elsewhere", "nowhere"])
+def test_a_disk_that_fills_at_the_end_says_where_the_model_lies(make_trainer, monkeypatch, tmp_path, case):
+    rescue = tmp_path / "rescue"
+    rescue.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(rescue))
+    trainer = make_trainer(save_every=2 if case == "checkpoint" else 0)
+    earlier = trainer.save_model() / "model.safetensors"
+    before = earlier.read_bytes()
+    saved = trainer.run.path / "checkpoint-2"
+    full = saved.is_dir if case == "checkpoint" else lambda: trainer.iteration == 2
+    fill_disk(monkeypatch, full, but=rescue if case == "elsewhere" else None)
+    with pytest.raises(OSError, match=r"the model is not in its place: .* cannot be written: it needs") as error:
+        trainer.train()
+    assert earlier.read_bytes() == before  # what was there stays whole
+    said = str(error.value)
+    if case == "checkpoint":
+        assert f"{saved} holds it as it was after iteration 2: free some space" in said
+    elif case == "elsewhere":
+        (kept,) = rescue.iterdir()
+        assert f"It lies in {kept} instead" in said
+        model = AutoModelForCausalLM.from_pretrained(kept)
+        assert all(map(torch.equal, model.parameters(), trainer.model.policy.parameters()))
+    else:
+        assert "Nor does it lie elsewhere: " in said
+
+
+def test_what_is_saved_has_the_permissions_that_the_umask_asks_for(make_trainer, make_model, tmp_path):
+    before = os.umask(0o027)
+    try:
+        trainer = make_trainer(save_every=2, value_model=make_model(seed=1))
+        trainer.train()
+        trainer.save_model(tmp_path / "elsewhere")
+    finally:
+        os.umask(before)
+    files = [f for root in (trainer.run.path, tmp_path / "elsewhere") for f in root.rglob("*") if f.is_file()]
+    assert {"model.safetensors", "trainable.safetensors", "run.json", "value_head.safetensors"} < {
+        f.name for f in files
+    }
+    assert {f.name: oct(f.stat().st_mode & 0o777) for f in files} == {f.name: "0o640" for f in files}
 
 
 def test_push_to_hub_uploads_what_save_model_writes(make_trainer, monkeypatch):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import shutil
+import tempfile
 
 import pytest
 import torch
@@ -312,6 +315,31 @@ def test_a_warm_up_longer_than_the_run_is_shortened_with_a_line(quick, data, arc
     metrics = sft(quick(dataset=data, architecture=architecture, warmup_steps=1000))
     assert metrics["eval/loss_nats_per_token"] < 0.9 * math.log(290)
     assert "warmup_steps=1000 is more than the run's 14 optimizer steps: shortened to 1\n" in capsys.readouterr().out
+
+
+def test_a_disk_that_fills_leaves_the_old_model_and_the_new_one_elsewhere(
+    quick, data, architecture, tmp_path, monkeypatch
+):
+    args = quick(dataset=data, architecture=architecture)
+    sft(args)
+    old = (tmp_path / "out" / "model.safetensors").read_bytes()
+    (tmp_path / "rescue").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "rescue"))
+    usage, looks = shutil.disk_usage(tmp_path), []
+
+    def free(path):
+        looks.append(path)
+        return usage._replace(free=10 if len(looks) == 2 else 10**12)  # full at the second look, the save's own
+
+    monkeypatch.setattr(shutil, "disk_usage", free)
+    with pytest.raises(OSError, match=r"out cannot be written: it needs .*lies in .*rescue.* instead"):
+        sft(dataclasses.replace(args, seed=1))
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == old
+    (kept,) = (tmp_path / "rescue").iterdir()
+    AutoModelForCausalLM.from_pretrained(kept)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+    with pytest.raises(OSError, match=r"the model that is saved into .*out needs"):
+        sft(args)
 
 
 def test_encoder_decoders_are_refused_as_model_and_as_shape(quick, data, tmp_path):
