@@ -146,7 +146,8 @@ def sb3(task: str, seed: int) -> dict[str, Any]:
 
     settings = dict(ZOO[task])
     total, copies = settings.pop("total"), settings.pop("n_envs")
-    model = PPO("MlpPolicy", make_vec_env(task, n_envs=copies, seed=derived(seed, 0)[0]), seed=seed, device="cpu", **settings)
+    envs = make_vec_env(task, n_envs=copies, seed=derived(seed, 0)[0])
+    model = PPO("MlpPolicy", envs, seed=seed, device="cpu", **settings)
     watch = Watch(task, seed, lambda observation: model.predict(observation, deterministic=True)[0])
 
     class Look(BaseCallback):

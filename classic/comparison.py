@@ -143,8 +143,8 @@ def _finished(path: Path, env_id: str, args: PPOArgs, episodes: int) -> dict[str
         raise ValueError(f"{path / RESULT} is damaged (it has no {', '.join(missing)}): {remedy}")
     if result.get("seeding") != SEEDING:
         raise ValueError(
-            f"{path} was finished by an earlier version, whose neighbouring seeds shared episodes, which makes intervals too "
-            "narrow: name another --output-dir, or remove that folder"
+            f"{path} was finished by an earlier version, whose neighbouring seeds shared episodes, which makes "
+            "intervals too narrow: name another --output-dir, or remove that folder"
         )
     now = {"env_id": env_id, "episodes": episodes, **_settings(args)}
     then = {"env_id": result["env_id"], "episodes": result["episodes"], **result["settings"]}
