@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.conversation import Respond, RespondError, converse
-from rlhf_ppo.data import Completion, Prompt, decode_responses, encode_prompts
+from rlhf_ppo.data import Completion, Prompt, encode_prompts
 from rlhf_ppo.limits import Barred, TextStop, cut_at
 from rlhf_ppo.reward_calls import RewardError
 from rlhf_ppo.rollout import Rollout, Sampled
@@ -25,6 +25,7 @@ from rlhf_ppo.runtime.signals import stop_if_asked
 from rlhf_ppo.runtime.timing import Stopwatch
 from rlhf_ppo.scoring import Responses, Score, score_responses, total
 from rlhf_ppo.setup import RunParts
+from rlhf_ppo.text import Before, TextPieces, before_each
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,13 @@ class Collector:
                     file = self._dump({"conversation": messages} for messages in error.conversations)
                     message = f"{error}. All conversations are in {file}"
                     raise RespondError(message, error.conversations) from error.__cause__
-            sampled = self._sample(prompt_ids, prompt_mask, generator)
-        texts = decode_responses(self.parts.tokenizer, sampled.response_ids, sampled.mask)
-        completions: list[Completion] = [cut_at(text, self.args.stop_strings) for text in texts]
+            pieces = TextPieces(self.parts.tokenizer)
+            before = before_each(pieces, prompts, prompt_ids, prompt_mask)
+            sampled = self._sample(prompt_ids, prompt_mask, before, generator)
+        rows = zip(before, sampled.response_ids, sampled.mask, strict=True)
+        completions: list[Completion] = [
+            cut_at(pieces.decode(start, ids[keep].tolist()), self.args.stop_strings) for start, ids, keep in rows
+        ]
         place = torch.arange(sampled.mask.shape[1], device=sampled.mask.device)
         return Rollout(
             prompts,
@@ -98,12 +103,12 @@ class Collector:
             barred=self._barred(sampled.mask, place),
         )
 
-    def _sample(self, ids: Tensor, mask: Tensor, generator: torch.Generator) -> Sampled:
+    def _sample(self, ids: Tensor, mask: Tensor, before: list[Before], generator: torch.Generator) -> Sampled:
         args, limits = self.args, {}
         if args.min_new_tokens:
             limits["min_new_tokens"] = args.min_new_tokens
         if args.stop_strings:
-            limits["text_stop"] = partial(TextStop, self.parts.tokenizer, args.stop_strings)
+            limits["text_stop"] = partial(TextStop, TextPieces(self.parts.tokenizer), args.stop_strings, before)
         return self.parts.sample(
             self.parts.model,
             ids,
@@ -130,7 +135,7 @@ class Collector:
         generator: torch.Generator,
     ) -> Rollout:
         said = converse(
-            lambda ids, mask: self._sample(ids, mask, generator),
+            lambda ids, mask, before: self._sample(ids, mask, before, generator),
             prompts,
             prompt_ids,
             prompt_mask,
@@ -189,12 +194,13 @@ class Collector:
             None if x is None else [row[keep].tolist() for row, keep in zip(x, rollout.mask, strict=True)]
             for x in (rollout.response_ids, rollout.turns)
         )
+        pieces = TextPieces(self.parts.tokenizer)
         before = self._cache_use()
         try:
             parts = score_responses(
                 {name: function for name, (function, _) in self.parts.rewards.items()},
                 Responses(rollout.prompts, rollout.completions, rollout.columns, ids, rollout.conversations, turns),
-                decode=lambda tokens: str(self.parts.tokenizer.decode(tokens, skip_special_tokens=True)),
+                decode_of=lambda i, turn: partial(pieces.decode, before_turn(pieces, rollout, i, turn)),
                 timeout_s=args.reward_timeout_s,
                 drop_nonfinite=args.drop_nonfinite_scores,
                 needs_scores=needs_scores,
@@ -230,6 +236,15 @@ class Collector:
     def _cache_use(self) -> tuple[int, int]:
         caches = self.parts.score_caches.values()
         return sum(cache.hits for cache in caches), sum(cache.lookups for cache in caches)
+
+
+def before_turn(pieces: TextPieces, rollout: Rollout, i: int, turn: int) -> Before:
+    """What the policy's turn ``turn`` in response ``i`` lies behind."""
+    ids, text = rollout.prompt_ids[i][rollout.prompt_mask[i]].tolist(), rollout.prompts[i]
+    if turn and rollout.turns is not None and rollout.conversations is not None:
+        ids += rollout.response_ids[i][rollout.real[i] & (rollout.turns[i] < turn)].tolist()
+        text = rollout.conversations[i][2 * turn]["content"] if isinstance(text, str) else None
+    return pieces.before(ids, text)
 
 
 def with_scores(rollout: Rollout, parts: dict[str, list[Score]], weights: Sequence[float]) -> Rollout:

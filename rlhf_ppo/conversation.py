@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_ppo.data import Completion, Prompt, left_pad
 from rlhf_ppo.limits import cut_at
 from rlhf_ppo.rollout import Sampled
+from rlhf_ppo.text import Before, TextPieces, encode_after, encode_bare
 from rlhf_ppo.waiting import FAILURES, has_ended, start
 
 Messages = list[dict[str, str]]
@@ -56,7 +57,7 @@ class Conversations(NamedTuple):
 
 
 def converse(
-    sample: Callable[[Tensor, Tensor], Sampled],
+    sample: Callable[[Tensor, Tensor, list[Before]], Sampled],
     prompts: Sequence[Prompt],
     prompt_ids: Tensor,
     prompt_mask: Tensor,
@@ -74,7 +75,8 @@ def converse(
     A turn goes on from the very ids that were sampled before it; of text only what is new is encoded.
 
     Args:
-        sample: one turn: (ids [N, P] left-padded, mask [N, P]) -> :class:`rlhf_ppo.rollout.Sampled`.
+        sample: one turn: (ids [N, P] left-padded, mask [N, P], [N] the same as what a piece of text lies behind) ->
+            :class:`rlhf_ppo.rollout.Sampled`.
         prompts: [B] text or chat messages.
         prompt_ids, prompt_mask: [B, P], left-padded.
         respond: see :data:`Respond`.
@@ -90,18 +92,21 @@ def converse(
         ValueError: the chat template does not render a conversation by adding to its end.
     """
     device = prompt_ids.device
+    pieces, spelled = TextPieces(tokenizer), TextPieces(tokenizer, special=True)
     context = [ids[keep].tolist() for ids, keep in zip(prompt_ids, prompt_mask, strict=True)]
+    before = [pieces.before(ids, p) for ids, p in zip(context, prompts, strict=True)]
     messages: list[Messages] = [
         [{"role": "user", "content": p}] if isinstance(p, str) else [dict(m) for m in p] for p in prompts
     ]
     spoken = [""] * len(prompts)
-    pieces: list[list[tuple[Tensor, ...]]] = [[] for _ in prompts]
+    records: list[list[tuple[Tensor, ...]]] = [[] for _ in prompts]
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     full = torch.zeros_like(finished)
     has_values = False
     live = list(range(len(prompts)))
     for turn in range(max_turns):
-        sampled = sample(*left_pad([context[i] for i in live], filler=0, device=device))
+        turns_ids, turns_mask = left_pad([context[i] for i in live], filler=0, device=device)
+        sampled = sample(turns_ids, turns_mask, [before[i] for i in live])
         has_values = sampled.values is not None
         values = sampled.logprobs if sampled.values is None else sampled.values
         finished[live] = sampled.finished
@@ -110,15 +115,18 @@ def converse(
             n = int(sampled.mask[k].sum())
             ids = sampled.response_ids[k, :n]
             recorded = (x[k, :n] for x in (sampled.mask, sampled.logprobs, sampled.entropy, values))
-            pieces[i].append((ids, *recorded, torch.full_like(ids, turn), torch.arange(n, device=device)))
-            text = str(tokenizer.decode(ids, skip_special_tokens=True))
+            records[i].append((ids, *recorded, torch.full_like(ids, turn), torch.arange(n, device=device)))
+            said = ids.tolist()
+            text = pieces.decode(before[i], said)
             messages[i].append({"role": "assistant", "content": cut_at(text, stop_strings)})
             reply = _ask(respond, messages, i, timeout_s)
             if reply is None or turn == max_turns - 1:
                 spoken[i] += cut_at(text, stop_strings)
                 continue
-            said = ids.tolist()
-            new = reply_ids(tokenizer, prompts[i], messages[i], reply, said[-1] if said[-1] in stop_token_ids else None)
+            if isinstance(prompts[i], str):
+                new = spelled.encode(Before(context[i] + said), reply)
+            else:
+                new = reply_ids(tokenizer, messages[i], reply, said[-1] if said[-1] in stop_token_ids else None)
             if room is not None and len(context[i]) + len(said) + len(new) > room:
                 spoken[i] += cut_at(text, stop_strings)
                 full[i] = True
@@ -126,8 +134,9 @@ def converse(
             heard = torch.tensor(new, dtype=torch.long, device=device)
             nothing = torch.zeros(len(new), device=device)
             silent = torch.zeros_like(heard)
-            pieces[i].append((heard, silent.bool(), nothing, nothing, nothing, silent + turn, silent))
+            records[i].append((heard, silent.bool(), nothing, nothing, nothing, silent + turn, silent))
             context[i] += said + new
+            before[i] = pieces.before(context[i], reply if isinstance(prompts[i], str) else None)
             messages[i].append({"role": "user", "content": reply})
             spoken[i] += text + reply
             live.append(i)
@@ -135,9 +144,11 @@ def converse(
             break
     response_ids, mask, logprobs, entropy, values, turns, place = (
         pad_sequence([torch.cat(parts) for parts in rows], batch_first=True)
-        for rows in zip(*([*zip(*row, strict=True)] for row in pieces), strict=True)
+        for rows in zip(*([*zip(*row, strict=True)] for row in records), strict=True)
     )
-    real = pad_sequence([torch.ones(sum(len(p[0]) for p in row)) for row in pieces], batch_first=True).bool().to(device)
+    real = (
+        pad_sequence([torch.ones(sum(len(p[0]) for p in row)) for row in records], batch_first=True).bool().to(device)
+    )
     return Conversations(
         Sampled(response_ids, mask, finished, logprobs, entropy, values if has_values else None),
         real & ~mask,
@@ -174,21 +185,17 @@ def _ask(respond: Respond, conversations: Sequence[Messages], i: int, timeout_s:
     )
 
 
-def reply_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, messages: Messages, reply: str, stop: int | None
-) -> list[int]:
-    """Token ids to append after the policy's turn, ``messages[-1]``, so that it can answer ``reply``.
+def reply_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, reply: str, stop: int | None) -> list[int]:
+    """Token ids to append after the policy's turn, ``messages[-1]``, so that it can answer ``reply`` in a chat.
 
-    A text prompt's are the reply's own. A chat's are what the chat template puts behind the turn: its end, the reply as
-    a user's message, the opening of the next turn.
+    They are what the chat template puts behind the turn: its end, the reply as a user's message, the opening of the
+    next turn.
 
     Args:
         stop: the stop token that the policy's turn ended with, or None. Where the template would put it, it is there.
     Raises:
         ValueError: the template renders the conversation differently once it goes on.
     """
-    if isinstance(prompt, str):
-        return list(tokenizer(reply, add_special_tokens=False)["input_ids"])
     before = _render(tokenizer, messages[:-1])
     # What the policy said is there as it was sampled; in the template anything may stand for it.
     answered = [*messages[:-1], {"role": "assistant", "content": _SAID}, {"role": "user", "content": reply}]
@@ -199,8 +206,14 @@ def reply_ids(
             "what came before it: use a template that keeps earlier messages as they were, or write prompts as text "
             f"(before the turn: {before[-80:]!r}; with an answer: {after[-160:]!r})"
         )
-    ids = list(tokenizer(after[len(before + _SAID) :], add_special_tokens=False)["input_ids"])
-    return ids[1:] if stop is not None and ids[:1] == [stop] else ids
+    rest = after[len(before + _SAID) :]
+    ids = encode_after(tokenizer, _SAID, rest)
+    if ids is None:
+        ids = encode_bare(tokenizer, rest)
+    # Some templates put a space before the end of a turn.
+    if stop in ids and not str(tokenizer.decode(ids[: ids.index(stop)])).strip():
+        return ids[ids.index(stop) + 1 :]
+    return ids
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.sources import why_not
+from rlhf_ppo.text import encode_text
 
 Prompt = str | list[dict[str, str]]
 """A prompt is text, or chat messages: ``[{"role": "user", "content": "..."}]``."""
@@ -116,7 +117,7 @@ def tokenize_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, where: str)
     if isinstance(prompt, str):
         if not prompt:
             raise ValueError(f"{where}: the prompt is empty; remove the row or give it text")
-        ids = tokenizer(prompt)["input_ids"]
+        ids = encode_text(tokenizer, prompt, ended=False)
     elif is_chat(prompt):
         if not tokenizer.chat_template:
             raise ValueError(
@@ -178,12 +179,6 @@ def encode_prompts(
         ids = tokenize_prompt(prompt, tokenizer, f"prompt {i}")
         rows.append(fit_prompt(ids, room, policy, f"prompt {i}") or [])
     return left_pad(rows, filler=0, device=device)
-
-
-def decode_responses(tokenizer: PreTrainedTokenizerBase, response_ids: Tensor, mask: Tensor) -> list[str]:
-    """The text of each response [B, T], special tokens left out."""
-    rows = zip(response_ids, mask, strict=True)
-    return [str(tokenizer.decode(ids[keep], skip_special_tokens=True)) for ids, keep in rows]
 
 
 def left_pad(rows: Sequence[Sequence[int]], filler: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from rlhf_ppo.experience import estimate_credit
 from rlhf_ppo.rollout import Rollout
 from rlhf_ppo.runtime.explain import Explanation, explain_actions
 from rlhf_ppo.runtime.precision import autocast
+from rlhf_ppo.text import GrowingText, TextPieces, before_each, shared
 
 if TYPE_CHECKING:
     from rlhf_ppo.trainer import PPOTrainer
@@ -42,8 +44,20 @@ def explain_rollout(trainer: PPOTrainer, rollout: Rollout) -> Explanation:
         new_logprobs=_logprobs_now(trainer, rollout),
         config=trainer.objective,
         gamma=args.gamma,
-        labels=[[repr(trainer.tokenizer.decode([token])) for token in row] for row in rollout.response_ids.tolist()],
+        labels=[[repr(piece) for piece in row] for row in _pieces(trainer, rollout)],
     )
+
+
+def _pieces(trainer: PPOTrainer, rollout: Rollout) -> list[list[str]]:
+    """[B, T] what each token adds to the text before it; special tokens are spelled out."""
+    pieces = TextPieces(trainer.tokenizer, special=True)
+    before = before_each(pieces, rollout.prompts, rollout.prompt_ids, rollout.prompt_mask)
+    found: list[list[str]] = []
+    for start, row in zip(before, rollout.response_ids.tolist(), strict=True):
+        growing = GrowingText(pieces, start)
+        texts = ["", *map(growing.add, row)]
+        found.append([text[shared(last, text) :] for last, text in pairwise(texts)])
+    return found
 
 
 @torch.no_grad()

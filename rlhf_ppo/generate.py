@@ -17,7 +17,6 @@ from rlhf_ppo.core.typed import is_changed
 from rlhf_ppo.data import (
     ROW_NAME,
     Prompt,
-    decode_responses,
     encode_prompts,
     fit_prompt,
     prompt_rows,
@@ -32,7 +31,8 @@ from rlhf_ppo.rollout import sample_responses
 from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.run_directory import read_run
 from rlhf_ppo.runtime.seeding import resolve_device
-from rlhf_ppo.setup import stop_tokens
+from rlhf_ppo.setup import stop_tokens, warn_of_unread_end
+from rlhf_ppo.text import TextPieces, before_each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,13 +111,19 @@ def load_speaker(args: GenerateArgs) -> Speaker:
     room = prompt_room(config, args.max_new_tokens)
     run = read_run(name)
     given = run.get("stop_token_ids")
-    stops = stop_tokens(name, config, tokenizer) if given is None else tuple(given)
+    if given is None:
+        stops = stop_tokens(name, config, tokenizer)
+        warn_of_unread_end(stops, tokenizer)
+    else:
+        stops = tuple(given)
     strings = tuple(run.get("stop_strings", ()) if args.stop_strings is None else args.stop_strings)
     least = min(run.get("min_new_tokens", 0), args.max_new_tokens)
     generator = torch.Generator(device).manual_seed(args.seed)
 
     def reply(prompts: Sequence[Prompt]) -> list[str]:
         prompt_ids, prompt_mask = encode_prompts(prompts, tokenizer, room=room, truncate=False, device=device)
+        pieces = TextPieces(tokenizer)
+        before = before_each(pieces, prompts, prompt_ids, prompt_mask)
         sampled = sample_responses(
             model,
             prompt_ids,
@@ -127,9 +133,10 @@ def load_speaker(args: GenerateArgs) -> Speaker:
             temperature=args.temperature,
             stop_token_ids=stops,
             generator=generator,
-            text_stop=partial(TextStop, tokenizer, strings) if strings else None,
+            text_stop=partial(TextStop, pieces, strings, before) if strings else None,
         )
-        return [cut_at(text, strings) for text in decode_responses(tokenizer, sampled.response_ids, sampled.mask)]
+        rows = zip(before, sampled.response_ids, sampled.mask, strict=True)
+        return [cut_at(pieces.decode(start, ids[keep].tolist()), strings) for start, ids, keep in rows]
 
     return Speaker(tokenizer, room, reply)
 

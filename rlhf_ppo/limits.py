@@ -8,10 +8,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-_LONGEST_CHARACTER = 4
-"""Bytes, and so tokens, of a character in UTF-8."""
+from rlhf_ppo.text import Before, GrowingText, TextPieces
 
 
 class TextStop:
@@ -20,33 +18,16 @@ class TextStop:
     At each token only the last few are decoded, so the cost of a response is linear in its length.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str], batch: int) -> None:
-        """Start with ``batch`` empty responses."""
-        self.tokenizer, self.strings = tokenizer, tuple(strings)
-        self._keep = max(map(len, strings)) - 1
-        self._read: list[list[int]] = [[] for _ in range(batch)]  # the last tokens whose text is in the tail
-        self._new: list[list[int]] = [[] for _ in range(batch)]  # tokens after them, whose text is not whole yet
-        self._tail = [""] * batch
+    def __init__(self, pieces: TextPieces, strings: Sequence[str], before: Sequence[Before]) -> None:
+        """Start with empty responses, each behind what lies ``before`` it."""
+        self.strings = tuple(strings)
+        self._texts = [GrowingText(pieces, start, keep=max(map(len, strings)) - 1) for start in before]
 
     def __call__(self, tokens: Tensor, rows: Tensor) -> Tensor:
         """[n] bool for the tokens [n] just drawn in the responses ``rows`` [n]."""
-        found = [self._ends(row, token) for row, token in zip(rows.tolist(), tokens.tolist(), strict=True)]
+        texts = [self._texts[row].add(token) for row, token in zip(rows.tolist(), tokens.tolist(), strict=True)]
+        found = [any(string in text for string in self.strings) for text in texts]
         return torch.tensor(found, dtype=torch.bool, device=tokens.device)
-
-    def _ends(self, row: int, token: int) -> bool:
-        read, new = self._read[row], self._new[row]
-        new.append(token)
-        # Decoded behind the tokens before it, a token keeps the space or the bytes that alone it would lose.
-        before, text = self._text(read), self._text(read + new)
-        if text.endswith("\ufffd") and len(new) < _LONGEST_CHARACTER:
-            return False  # the first bytes of a character
-        tail = self._tail[row] + text[len(before) :]
-        self._read[row], self._new[row] = new, []
-        self._tail[row] = tail[len(tail) - self._keep :] if len(tail) > self._keep else tail
-        return any(string in tail for string in self.strings)
-
-    def _text(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
 
 
 def cut_at(text: str, strings: Sequence[str]) -> str:

@@ -22,6 +22,7 @@ from rlhf_ppo.models import (
     refuse_encoder_decoder,
     vocabulary_size,
 )
+from rlhf_ppo.text import encode_text
 
 NO_LIMIT = 2**31
 """Some tokenizers give 1e30 for "no limit"."""
@@ -96,7 +97,6 @@ class RewardModel:
     ) -> None:
         """Settle how text becomes ids: the arguments are those of the class, ``config`` is the model's."""
         self.tokenizer: PreTrainedTokenizerBase = copy.deepcopy(tokenizer)
-        self.tokenizer.truncation_side = "left"
         self.vocab_size = int(getattr(config.get_text_config(), "vocab_size", NO_LIMIT))  # CANINE reads characters
         self.text_as_chat = chat_template is not None
         if chat_template is not None and chat_template != "tokenizer":
@@ -119,8 +119,7 @@ class RewardModel:
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Any) -> list[float]:
         """The model's one logit for each prompt with its completion."""
         texts = [self._text(p, c) for p, c in zip(prompts, completions, strict=True)]
-        cut = {} if self.max_length is None else {"truncation": True, "max_length": self.max_length}
-        rows = [scored_ids(self.tokenizer, text, **cut) for text in texts]
+        rows = [encode_text(self.tokenizer, text, ended=True, limit=self.max_length) for text in texts]
         for i, ids in enumerate(rows):
             require_vocabulary(ids, self.vocab_size, f"reward model {self.__name__!r}, completion {i}")
         scores: list[float] = []
@@ -151,13 +150,6 @@ def scored_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: 
     if tokenizer.chat_template:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
-
-
-def scored_ids(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> list[int]:
-    """Token ids of what a reward model reads, with special tokens unless a chat template wrote the first one itself."""
-    first = tokenizer.bos_token
-    written = isinstance(first, str) and text.startswith(first)
-    return cast(list[int], tokenizer(text, add_special_tokens=not written, **options)["input_ids"])
 
 
 def text_scores(model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> Tensor:

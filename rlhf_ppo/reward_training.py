@@ -32,7 +32,7 @@ from rlhf_ppo.models import (
 )
 from rlhf_ppo.optimization import fit_warmup
 from rlhf_ppo.preferences import Preference, read_preferences, split_by_prompt
-from rlhf_ppo.reward_model import ONE_STACK, scored_ids, text_scores
+from rlhf_ppo.reward_model import ONE_STACK, text_scores
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space, save_or_rescue
 from rlhf_ppo.runtime.lock import run_lock
@@ -42,6 +42,7 @@ from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.seeding import resolve_device, seed_everything
+from rlhf_ppo.text import encode_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,16 +255,16 @@ def encode_pairs(
         ValueError: an id is not below ``vocab_size``; names the row.
     """
 
-    def encode(texts: list[str], *, truncate: bool) -> list[list[int]]:
-        return [scored_ids(tokenizer, text, truncation=truncate, verbose=False) for text in texts]
+    def encode(texts: list[str], limit: int | None = None) -> list[list[int]]:
+        return [encode_text(tokenizer, text, ended=True, limit=limit) for text in texts]
 
     sides = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
-    whole = [encode(side, truncate=False) for side in sides]
+    whole = [encode(side) for side in sides]
     for pair, chosen, rejected in zip(pairs, *whole, strict=True):
         require_vocabulary(chosen + rejected, vocab_size, pair.where)
     limit = tokenizer.model_max_length
     cut = sum(max(len(a), len(b)) > limit for a, b in zip(*whole, strict=True))
-    kept = [encode(side, truncate=True) for side in sides] if cut else whole
+    kept = [encode(side, limit) for side in sides] if cut else whole
     return list(zip(*kept, strict=True)), cut
 
 

@@ -199,7 +199,7 @@ def sample_responses(
     generator: torch.Generator | None = None,
     fixed: FixedShape | None = None,
     min_new_tokens: int = 0,
-    text_stop: Callable[[int], TextStop] | None = None,
+    text_stop: Callable[[], TextStop] | None = None,
 ) -> Sampled:
     """Sample a response to each prompt from exactly ``softmax(logits / temperature)``.
 
@@ -217,13 +217,13 @@ def sample_responses(
         generator: source of randomness, on the model's device.
         fixed: decode in this one shape, which no row leaves.
         min_new_tokens: so many first tokens are drawn from the distribution without the stop tokens, renormalised.
-        text_stop: makes, for a number of responses, what watches their text for stop strings.
+        text_stop: makes what watches the text of these responses for stop strings.
     Returns:
         The responses, T <= max_new_tokens. Values only when the critic shares the policy's trunk.
     """
     (batch, prompt_length), device = prompt_ids.shape, prompt_ids.device
     stops = torch.tensor(sorted(stop_token_ids), dtype=torch.long, device=device)
-    text_ends = None if text_stop is None else text_stop(batch)
+    text_ends = None if text_stop is None else text_stop()
     may_end = len(stops) > 0 or text_ends is not None
     u = uniforms(max_new_tokens, batch, generator, device)
     response_ids = torch.zeros(batch, max_new_tokens, dtype=torch.long, device=device)

@@ -21,7 +21,10 @@ Score = float | list[float] | None
 """One for the whole response, one per sampled token, or None: it cannot be scored."""
 
 Decode = Callable[[list[int]], str]
-"""Token ids -> text, as the completions were made."""
+"""Token ids -> text, as the completion was made."""
+
+DecodeOf = Callable[[int, int], Decode]
+"""(number of the response, number of its turn) -> how its ids became text: what they lie behind matters."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def score_responses(
     rewards: Mapping[str, RewardFunction],
     responses: Responses,
     *,
-    decode: Decode | None = None,
+    decode_of: DecodeOf | None = None,
     timeout_s: float | None = None,
     drop_nonfinite: bool = False,
     needs_scores: bool = True,
@@ -84,7 +87,7 @@ def score_responses(
     Args:
         rewards: name -> function, see :data:`rlhf_ppo.reward_calls.RewardFunction`.
         responses: B of them.
-        decode: how ``completion_ids`` became ``completions``; needed for :class:`StepRewards`.
+        decode_of: how ``completion_ids`` became ``completions``; needed for :class:`StepRewards`.
         timeout_s: longest time for each function in seconds.
         drop_nonfinite: turn what is NaN or infinite into None.
         needs_scores: refuse None for all.
@@ -109,7 +112,7 @@ def score_responses(
         if name in caches:
             items = caches[name].complete(keys[name], asked[name], items)
         scores[name] = [
-            _settle(item, i, responses, name, decode, drop_nonfinite=drop_nonfinite) for i, item in enumerate(items)
+            _settle(item, i, responses, name, decode_of, drop_nonfinite=drop_nonfinite) for i, item in enumerate(items)
         ]
         if needs_scores and all(value is None for value in scores[name]):
             raise RewardError(
@@ -135,7 +138,7 @@ def score(
     scores = score_responses(
         {name: function},
         Responses(prompts, completions, columns, completion_ids),
-        decode=decode,
+        decode_of=None if decode is None else lambda response, turn: decode,
         timeout_s=timeout_s,
         drop_nonfinite=drop_nonfinite,
         needs_scores=needs_scores,
@@ -229,14 +232,14 @@ def _settle(
     i: int,
     responses: Responses,
     name: str,
-    decode: Decode | None,
+    decode_of: DecodeOf | None,
     *,
     drop_nonfinite: bool,
 ) -> Score:
     """Steps laid onto tokens, and everything finite or None."""
     if isinstance(item, StepRewards):
         try:
-            item = _steps_on_tokens(item, i, responses, decode)
+            item = _steps_on_tokens(item, i, responses, decode_of)
         except ValueError as error:
             raise RewardError(f"reward function {name!r}, completion {responses.completions[i]!r}: {error}") from None
     if item is None or all(map(math.isfinite, item if isinstance(item, list) else [item])):
@@ -250,11 +253,12 @@ def _settle(
     return None
 
 
-def _steps_on_tokens(rewards: StepRewards, i: int, responses: Responses, decode: Decode | None) -> list[float]:
+def _steps_on_tokens(rewards: StepRewards, i: int, responses: Responses, decode_of: DecodeOf | None) -> list[float]:
     """:func:`step_rewards_per_token` of response ``i``, turn by turn where there are several."""
     assert responses.completion_ids is not None  # coerce_scores lets no steps through without
     ids = responses.completion_ids[i]
     if responses.completion_turns is None or responses.conversations is None:
+        decode = None if decode_of is None else decode_of(i, 0)
         return step_rewards_per_token(rewards, ids, responses.completions[i], decode)
     turns, prompt = responses.completion_turns[i], responses.prompts[i]
     after = responses.conversations[i][1 if isinstance(prompt, str) else len(prompt) :]
@@ -272,7 +276,10 @@ def _steps_on_tokens(rewards: StepRewards, i: int, responses: Responses, decode:
         value
         for turn, (text, steps) in enumerate(zip(said, by_turn, strict=True))
         for value in step_rewards_per_token(
-            StepRewards(steps), [t for t, k in zip(ids, turns, strict=True) if k == turn], text, decode
+            StepRewards(steps),
+            [t for t, k in zip(ids, turns, strict=True) if k == turn],
+            text,
+            None if decode_of is None else decode_of(i, turn),
         )
     ]
 

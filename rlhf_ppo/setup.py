@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,6 +22,7 @@ from rlhf_ppo.data import PromptSet
 from rlhf_ppo.engines import Sampler, choose_engine
 from rlhf_ppo.heads import read_head
 from rlhf_ppo.models import (
+    adapter_base,
     in_float32,
     load_config,
     load_policy,
@@ -206,7 +208,7 @@ def _check_chat_template(tokenizer: PreTrainedTokenizerBase, prompts: PromptSet 
         return
     prompt = prompts.take([0]).prompts[0]
     if not isinstance(prompt, str):
-        reply_ids(tokenizer, prompt, [*prompt, {"role": "assistant", "content": ""}], "and then?", None)
+        reply_ids(tokenizer, [*prompt, {"role": "assistant", "content": ""}], "and then?", None)
 
 
 def _copy_if_shared(model: Any, *others: Any) -> Any:
@@ -252,6 +254,8 @@ def _stop_token_ids(
             f"missing_eos_penalty={args.missing_eos_penalty} needs a stop token, but model and tokenizer name none: "
             "set stop_token_ids"
         )
+    if args.stop_token_ids is None:
+        warn_of_unread_end(stops, tokenizer)
     return stops
 
 
@@ -270,4 +274,18 @@ def _generation_eos(model: str | PreTrainedModel) -> int | list[int] | None:
     try:
         return GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:  # a model need not bring a generation config
-        return None
+        base = adapter_base(model)
+        return None if base is None else _generation_eos(resolve_model(base))
+
+
+def warn_of_unread_end(stops: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn if the token that the tokenizer calls end of text does not end a response."""
+    end = tokenizer.eos_token_id
+    if stops and end is not None and end not in stops:
+        names = ", ".join(f"{i} ({tokenizer.convert_ids_to_tokens(i)!r})" for i in stops)
+        warnings.warn(
+            f"responses stop at {names}, as the model's generation config says, but the tokenizer's end of text is "
+            f"{end} ({tokenizer.eos_token!r}): a model that was taught to end with it never stops. Set stop_token_ids, "
+            "or eos_token_id in generation_config.json",
+            stacklevel=3,
+        )

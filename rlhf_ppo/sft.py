@@ -7,13 +7,14 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from datasets import Dataset, DatasetDict
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -42,6 +43,7 @@ from rlhf_ppo.runtime.files import require_space, save_or_rescue
 from rlhf_ppo.runtime.lock import run_lock
 from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.run_directory import RunDirectory
+from rlhf_ppo.text import TextPieces, encode_bare, encode_text
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -213,8 +215,9 @@ def encode_examples(
 ) -> Dataset:
     """Token ids and labels (-100 on the prompt and on the first token of all) of each example, cut to ``longest``.
 
-    Prompt and completion become ids each by itself, as they do under PPO, and the completion ends with end of text. The
-    first token of a sequence is predicted from nothing, so it must not count as learned; an empty text is left out.
+    A prompt becomes ids by itself, as it does under PPO, and its completion ids that decode to it behind the prompt;
+    end of text comes last, once. The first token of a sequence is predicted from nothing, so it must not count as
+    learned; an empty text is left out.
 
     Raises:
         ValueError: a prompt that cannot be read or a token id that is not below ``vocab_size`` (names the row), or no
@@ -222,11 +225,17 @@ def encode_examples(
     """
     encoded: list[dict[str, Any]] = []
     filled = 0
+    pieces = TextPieces(tokenizer, special=True)
     for prompt, completion, where in examples:
         start = tokenize_prompt(prompt, tokenizer, where) if prompt else []
-        # A text that begins the sequence gets whatever the tokenizer puts in front; one in its middle does not.
-        answer = tokenizer(completion, add_special_tokens=not prompt)["input_ids"]
-        ids = [*start, *answer, tokenizer.eos_token_id][:longest]
+        if not prompt:
+            answer = encode_text(tokenizer, completion, ended=False)
+        elif isinstance(prompt, str):
+            answer = pieces.encode(pieces.before(start, prompt), completion)
+        else:
+            answer = encode_bare(tokenizer, completion)
+        end = [] if answer[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
+        ids = [*start, *answer, *end][:longest]
         require_vocabulary(ids, vocab_size, where)
         given = max(1, len(start))
         filled += len(start) >= longest
@@ -276,6 +285,16 @@ class _Trainer(Trainer):
 def _require_finite(loss: float, where: str) -> None:
     if not math.isfinite(loss):
         raise NonFiniteGradientError(f"{where}: the loss is {loss}, so nothing was saved; lower learning_rate")
+
+
+def _stop_at(model: PreTrainedModel, end: int) -> None:
+    """Let the generation config, which says where responses end, name the end token that was taught."""
+    if model.generation_config is None:
+        model.generation_config = GenerationConfig()
+    named = model.generation_config.eos_token_id
+    others = [named] if isinstance(named, int) else list(named or [])
+    if end not in others:
+        model.generation_config.eos_token_id = [end, *others] if others else end
 
 
 def sft(args: SFTArgs) -> dict[str, float]:
@@ -331,6 +350,7 @@ def _train(args: SFTArgs) -> dict[str, float]:
     loss = nats_per_token(model, encoded["test"], args.batch_size)
     _require_finite(loss, f"after the last step ({steps}), on the held-out rows")
     model.config.use_cache = True  # the Trainer turns it off and leaves it so
+    _stop_at(model, cast(int, tokenizer.eos_token_id))
     model.to(getattr(torch, args.save_dtype))
     if broken := nonfinite_parameters(model):
         raise NonFiniteGradientError(

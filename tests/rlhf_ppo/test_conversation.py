@@ -420,10 +420,10 @@ def test_a_chats_glue_is_what_the_template_adds(chat):
     """ "<u>hi.<a>" before the turn, "<u>hi.<a>x.<u>yes.<a>" with an answer: what is new is ".<u>yes.<a>"."""
     spoken = [*MESSAGES, {"role": "assistant", "content": "whatever  it was"}]
     glue = chat(".<u>yes.<a>")["input_ids"]
-    assert reply_ids(chat, MESSAGES, spoken, "yes", None) == glue
+    assert reply_ids(chat, spoken, "yes", None) == glue
     # "." is id 29: if the policy ended its turn with it, it is there already; another stop token is not.
-    assert reply_ids(chat, MESSAGES, spoken, "yes", 29) == glue[1:]
-    assert reply_ids(chat, MESSAGES, spoken, "yes", 0) == glue
+    assert reply_ids(chat, spoken, "yes", 29) == glue[1:]
+    assert reply_ids(chat, spoken, "yes", 0) == glue
 
 
 def test_a_chat_is_trained_on_as_the_template_would_show_it(talk, chat, script):

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_ppo.actor_critic import ActorCritic
 from rlhf_ppo.core import Ban, linear_logprobs
 from rlhf_ppo.limits import Barred, TextStop, cut_at
+from rlhf_ppo.text import Before, TextPieces
 
 STOPS = (0, 12, 16)
 
@@ -137,7 +138,7 @@ def test_strings_are_found_however_tokens_split_text_and_characters():
     ):
         ids = pairs(text, add_special_tokens=False)["input_ids"]
         expected = [any(s in pairs.decode(ids[: n + 1]) for s in stops) for n in range(len(ids))]
-        watch = TextStop(pairs, stops, 2)
+        watch = TextStop(TextPieces(pairs), stops, [Before()] * 2)
         found = [bool(watch(torch.tensor([i]), torch.tensor([1]))) for i in ids]
         first = expected.index(True) if True in expected else None
         assert (found.index(True) if True in found else None) == first, text
@@ -149,12 +150,12 @@ def test_a_space_that_a_token_alone_would_lose_counts():
     core.decoder = decoders.Metaspace()
     words = PreTrainedTokenizerFast(tokenizer_object=core)
     assert words.decode([1, 2]) == "the cat" and words.decode([2]) == "cat"
-    watch = TextStop(words, ("e c",), 1)
+    watch = TextStop(TextPieces(words), ("e c",), [Before()])
     assert [bool(watch(torch.tensor([i]), torch.tensor([0]))) for i in (2, 1, 2)] == [False, False, True]
 
 
 def test_the_cost_of_a_token_does_not_grow_with_the_response(tokenizer, monkeypatch):
-    watch, sizes = TextStop(tokenizer, ("zzz",), 1), []
+    watch, sizes = TextStop(TextPieces(tokenizer), ("zzz",), [Before()]), []
     decode = tokenizer.decode
     monkeypatch.setattr(tokenizer, "decode", lambda ids, **settings: sizes.append(len(ids)) or decode(ids, **settings))
     for _ in range(100):
@@ -168,9 +169,10 @@ def test_bytes_that_never_make_a_character_do_not_hold_it_up(monkeypatch):
     pairs = train_tokenizer(["the cat"] * 50, 280, 64)
     broken = pairs("\u00e9", add_special_tokens=False)["input_ids"][0]  # the first of two bytes
     assert pairs.decode([broken]) == "\ufffd"
-    watch, sizes = TextStop(pairs, ("cat",), 1), []
-    text = watch._text
-    monkeypatch.setattr(watch, "_text", lambda ids: sizes.append(len(ids)) or text(ids))
+    pieces, sizes = TextPieces(pairs), []
+    watch = TextStop(pieces, ("cat",), [Before()])
+    text = pieces.text
+    monkeypatch.setattr(pieces, "text", lambda ids: sizes.append(len(ids)) or text(ids))
     ids = [broken] * 50 + pairs(" cat", add_special_tokens=False)["input_ids"]
     assert [bool(watch(torch.tensor([i]), torch.tensor([0]))) for i in ids][-1]
     assert max(sizes) <= 8

@@ -9,9 +9,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForSequenceClassification
 
-from rlhf_ppo.reward_model import scored_ids
 from rlhf_ppo.rewards import RewardModel, load_reward
 from rlhf_ppo.sft import train_tokenizer
+from rlhf_ppo.text import encode_text
 
 
 @pytest.fixture
@@ -188,8 +188,8 @@ def test_a_start_token_that_the_template_wrote_is_not_written_again(tokenizer):
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
-    assert scored_ids(tokenizer, "ab") == [0, 3, 4]
-    assert scored_ids(tokenizer, "<|endoftext|>ab") == [0, 3, 4]
+    assert encode_text(tokenizer, "ab", ended=True) == [0, 3, 4]
+    assert encode_text(tokenizer, "<|endoftext|>ab", ended=True) == [0, 3, 4]
 
 
 def test_a_real_sentiment_model_prefers_praise(real_data):

@@ -29,7 +29,7 @@ class Counting:
 
 def ask(function: Any, cache: ScoreCache, prompts, completions, ids=None, decode=None, **columns) -> list[Any]:
     responses = Responses(prompts, completions, columns, ids)
-    (scores,) = score_responses({"fn": function}, responses, caches={"fn": cache}, decode=decode).values()
+    (scores,) = score_responses({"fn": function}, responses, caches={"fn": cache}, decode_of=lambda *_: decode).values()
     return scores
 
 

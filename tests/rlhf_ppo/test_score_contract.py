@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from rlhf_ppo.rewards import RewardError, coerce_scores, load_reward, score
+from rlhf_ppo.text import TextPieces
 
 EXPECTED = [1.0, 0.0, 2.5]
 
@@ -178,7 +179,7 @@ def test_fault_17_completions_reach_the_reward_as_text_and_are_never_run(make_tr
     attack = "__import__('os').abort() {prompt} %s $(exit 1) ]]'\""
     seen: list[str] = []
     trainer = make_trainer(reward_funcs=lambda p, c, **_: seen.extend(c) or range_list(len(c)))
-    monkeypatch.setattr(trainer.tokenizer, "decode", lambda *args, **kwargs: attack)
+    monkeypatch.setattr(TextPieces, "decode", lambda *args: attack)
     metrics = trainer.step(trainer.rollout(prompts))
     assert seen == [attack] * 8
     assert metrics["score/mean"] == pytest.approx(3.5)
