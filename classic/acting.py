@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from classic.actor_critic import ActorCritic
 from classic.networks import Tanh
+from classic.plain import is_plain
 
 Act = Callable[
     [Tensor, Tensor, Tensor | None, Tensor, Tensor | None],
@@ -24,7 +25,7 @@ MAX_PRODUCT = 2**18
 def acting(network: ActorCritic, rows: int) -> Act:
     """How the network is asked for actions, ``rows`` at a time; valid until its weights change."""
     one_choice = len(network.actions.choices) == 1
-    if not network.plain or not (one_choice or (network.log_std is not None)):
+    if not is_plain(network) or not (one_choice or (network.log_std is not None)):
         return _with_torch(network)
     bodies = list(network.bodies)
     layers: list[nn.Module] = [*(bodies[0].layers if bodies else ()), *network.policy]  # pyright: ignore

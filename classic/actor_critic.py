@@ -113,7 +113,7 @@ class ActorCritic(nn.Module):
         self.critic = mlp((*sizes, 1), 1.0, generator, activation)
         self.log_std: nn.Parameter | None = None
         if actions.numbers and not state_dependent_std:
-            self.log_std = nn.Parameter(torch.full((actions.numbers,), log_std_init))
+            self.log_std = nn.Parameter(torch.full((actions.numbers,), log_std_init, dtype=torch.float32))
         elif actions.numbers:
             nn.init.constant_(self.policy[-1].bias[actions.numbers :], log_std_init)  # pyright: ignore
 
@@ -123,18 +123,13 @@ class ActorCritic(nn.Module):
         return self.state_size > 0
 
     @property
-    def plain(self) -> bool:
-        """Whether there is nothing but linear layers and activations: no image network, no memory."""
-        return all(body.image is None and body.memory is None for body in self._all_bodies())
-
-    @property
     def state_size(self) -> int:
         """K, the length of one copy's recurrent state; 0 without a memory."""
         return sum(body.memory.state_size for body in self._all_bodies() if body.memory is not None)
 
     def initial_state(self, batch: int) -> Tensor | None:
         """The state [B, K] before anything was seen; None without a memory."""
-        return torch.zeros(batch, self.state_size) if self.recurrent else None
+        return torch.zeros(batch, self.state_size, dtype=torch.float32) if self.recurrent else None
 
     @torch.no_grad()
     def act(

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from classic.changes import still_moved
 from classic.envs import Episode
-from classic.saving import in_force, spaces
+from classic.saving import freeze, frozen_parameters, in_force, layer_types, spaces
 from rlhf_ppo.runtime.checkpoint import Checkpoint, CheckpointError, as_json, write_checkpoint
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.unchanged import require_unchanged
@@ -60,6 +61,8 @@ def save_checkpoint(agent: PPO, run: RunDirectory, progress: Progress) -> Path:
         state={
             "counters": agent.counters,
             "in_force": in_force(agent),
+            "layers": layer_types(agent),
+            "frozen": frozen_parameters(agent),
             "recent": [list(episode) for episode in agent.recent],
             "best_return": agent.best_return,
             "last_metrics": dict(agent.last_metrics),
@@ -89,21 +92,27 @@ def load_checkpoint(agent: PPO, checkpoint: Checkpoint, total: int, *, override:
     fingerprints = {"env_id": agent.env_id, **spaces(agent)}
     require_unchanged(checkpoint, settings=settings, fingerprints=fingerprints, free=FREE, override=override)
     tensors, state = checkpoint.tensors, checkpoint.state
-    if _shapes(agent.network.state_dict()) != _shapes(tensors["model"]):
-        raise CheckpointError(f"checkpoint {checkpoint.folder} belongs to another network: its weights do not fit")
+    other_layers = state.get("layers", layer_types(agent)) != layer_types(agent)
+    if other_layers or _shapes(agent.network.state_dict()) != _shapes(tensors["model"]):
+        raise CheckpointError(
+            f"checkpoint {checkpoint.folder} belongs to another network: its layers or weights do not fit"
+        )
     if missing := sorted(agent.normalizer.state().keys() - tensors["normalizer"].keys()):
         raise CheckpointError(
             f"checkpoint {checkpoint.folder} has no statistics {', '.join(missing)}: normalisation cannot be turned on "
             "in the middle of a run"
         )
     agent.network.load_state_dict(tensors["model"])
+    frozen = state.get("frozen", [])
+    if thawed := sorted(set(frozen_parameters(agent)) - set(frozen)):
+        warnings.warn(f"{', '.join(thawed)} train on: in {checkpoint.folder} they are not frozen", stacklevel=3)
+    freeze(agent, frozen)
     agent.optimizer.load(tensors["optimizer"])
     agent.normalizer.load(tensors["normalizer"])
     agent.generator.set_state(tensors["generators"]["training"])
     agent.predict_generator.set_state(tensors["generators"]["predicting"])
     agent.counters = dict(state["counters"])
-    # A setting that the user changed now wins over where a controller had moved it.
-    moved = {name: x for name, x in state["in_force"].items() if settings[name] == checkpoint.settings[name]}
+    moved = still_moved(checkpoint.settings, settings, state["in_force"])
     agent.config = replace(agent.config, **moved)
     agent.recent = deque((Episode(*episode) for episode in state["recent"]), maxlen=agent.recent.maxlen)
     agent.best_return, agent.last_metrics = state["best_return"], state["last_metrics"]

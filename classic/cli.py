@@ -23,11 +23,11 @@ from classic.train import PPO
 from classic.video import record_video
 from rlhf_ppo.runtime.advice import AdviseArgs, print_advice
 from rlhf_ppo.runtime.checkpoint import list_checkpoints
-from rlhf_ppo.runtime.errors import NonFiniteGradientError
+from rlhf_ppo.runtime.errors import NonFiniteGradientError, RatioTripwireError
 from rlhf_ppo.runtime.settings import Command, run_command
 from rlhf_ppo.runtime.signals import Interrupted
 
-RUN_ENDERS = (BrokenEnvironmentError, NonFiniteGradientError, OSError)
+RUN_ENDERS = (BrokenEnvironmentError, NonFiniteGradientError, RatioTripwireError, OSError)
 """What ends a run although its input was good; an OSError is a full disk, mostly."""
 
 
@@ -195,7 +195,7 @@ def compare(command: CompareCommand) -> int:
 
 def _rescued(agent: PPO, folder: str) -> str:
     """Save the agent of a run that ended early, and say where it lies and how the run goes on."""
-    if not agent.weights.vector.isfinite().all():
+    if not all(parameter.isfinite().all() for parameter in agent.network.parameters()):
         said = "the agent was not saved: its weights are not finite"
     else:
         try:

@@ -164,6 +164,8 @@ class PPOArgs:
     """Optimizer steps per pass."""
     max_grad_norm: float | None = None
     """Global gradient norm after clipping."""
+    max_initial_log_ratio: float | None = None
+    """Tripwire: stop when any |log-ratio| before a rollout's first optimizer step exceeds this many nats. None: 0.1."""
     num_threads: int = 1
     """Torch threads while learning or evaluating; more than one slows networks this small down."""
     output_dir: str | None = None
@@ -199,6 +201,7 @@ class PPOArgs:
             lambda value: value in get_args(Vectorization),
             "one of " + ", ".join(get_args(Vectorization)),
         )
+        self._require("max_initial_log_ratio", lambda value: value > 0, "positive")
         self._require("log_std_init", lambda value: LOG_STD_RANGE[0] <= value <= LOG_STD_RANGE[1], "between -20 and 2")
         self._require("autoreset_mode", lambda value: value in ("next_step", "same_step"), "next_step or same_step")
 
@@ -207,10 +210,11 @@ class PPOArgs:
         if value is not None and not ok(value):
             raise ValueError(f"{name} must be {what}, got {value!r}")
 
-    def resolve(self, env_id: str, *, single: bool = False) -> PPOArgs:
-        """These settings with every None filled in from the environment's preset.
+    def resolve(self, env_id: str | None, *, single: bool = False) -> PPOArgs:
+        """These settings with every None filled in from the environment's preset, or without one from the defaults.
 
-        ``single``: there can be only one copy, which takes as many steps a rollout as the preset's copies together.
+        ``env_id`` None: it has no preset. ``single``: there can be only one copy, which takes as many steps a rollout
+        as the preset's copies together.
 
         Warns:
             UserWarning: a2c or reinforce would use its data more than once.

@@ -49,7 +49,9 @@ def gumbel_noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 
     The uniform numbers come one after another, so that many steps' draws at once are those of step after step.
     """
-    uniform = torch.rand(tuple(shape), generator=generator).clamp_min_(torch.finfo(torch.float32).tiny)
+    uniform = torch.rand(tuple(shape), generator=generator, dtype=torch.float32).clamp_min_(
+        torch.finfo(torch.float32).tiny
+    )
     return uniform.log_().neg_().log_().neg_()
 
 

@@ -9,16 +9,22 @@ import torch
 from torch import Tensor, nn
 
 
-class FlatParameters:
-    """A network's parameters as views of ``vector``, and their gradients as views of its gradient.
+def trained(network: nn.Module) -> dict[str, nn.Parameter]:
+    """A network's parameters that are not frozen, by name."""
+    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
-    The network keeps its parameters, names and shapes. Layers of ``policy`` and ``critic`` at the same depth lie next
-    to each other, so that layers of the same shape are one stacked matrix as well.
+
+class FlatParameters:
+    """A network's trained parameters as views of ``vector``, and their gradients as views of its gradient.
+
+    Frozen ones (``requires_grad`` False) are left out. The network keeps its parameters, names and shapes. Layers of
+    ``policy`` and ``critic`` at the same depth lie next to each other, so that layers of the same shape are one stacked
+    matrix as well.
     """
 
     def __init__(self, network: nn.Module) -> None:
         groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
-        for name, parameter in network.named_parameters():
+        for name, parameter in trained(network).items():
             depth = name.removeprefix("policy.").removeprefix("critic.")
             groups.setdefault(depth, []).append((name, parameter))
         self._parameters = {name: parameter for group in groups.values() for name, parameter in group}
@@ -29,12 +35,15 @@ class FlatParameters:
         self.vector = nn.Parameter(self.joined({n: p.detach() for n, p in self._parameters.items()}))
         self.gradient = torch.zeros_like(self.vector)
         self.vector.grad = self.gradient
-        self._network = network
-        self.attach()
+        self.attach(network)
 
-    def attach(self) -> None:
-        """Make the parameters views again, where somebody has put another tensor in the place of one."""
-        for name, parameter in self._network.named_parameters():
+    def fits(self, network: nn.Module) -> bool:
+        """Whether a network trains parameters of the names and shapes that this vector has a place for."""
+        return {n: p.shape for n, p in trained(network).items()} == {n: p.shape for n, p in self._parameters.items()}
+
+    def attach(self, network: nn.Module) -> None:
+        """Make a network's parameters views, where they are not: one was replaced, or all were copied."""
+        for name, parameter in trained(network).items():
             self._parameters[name] = parameter
             place = self.of(self.vector.detach(), name)
             if parameter.data_ptr() != place.data_ptr():
@@ -84,7 +93,7 @@ class FlatAdam:
 
     def __init__(self, weights: FlatParameters, lr: float, eps: float = 1e-5) -> None:
         self.weights, self.lr, self.eps = weights, lr, eps
-        self.steps = torch.zeros(())
+        self.steps = torch.zeros((), dtype=torch.float32)
         self.mean, self.square = torch.zeros_like(weights.gradient), torch.zeros_like(weights.gradient)
 
     def step(self) -> None:

@@ -17,6 +17,7 @@ from classic.actor_critic import ActorCritic, Decisions
 from classic.distributions import gaussian_entropy, gaussian_logprobs
 from classic.flat import FlatParameters
 from classic.networks import Tanh, tanh_
+from classic.plain import is_plain, trains_plainly
 from rlhf_ppo.core import (
     Experience,
     PolicyOutput,
@@ -79,7 +80,7 @@ class ClosedForm:
         """Whether this is the gradient that autograd would find."""
         head = len(network.actions.choices) == 1 or (network.log_std is not None and not network.squash)
         clipped = config.objective in ("clip", "adaptive_clip", "dual_clip") and config.kl_loss_coef == 0
-        return network.plain and head and clipped
+        return is_plain(network) and trains_plainly(network) and head and clipped
 
     def __init__(self, network: ActorCritic, weights: FlatParameters) -> None:
         self.network, self.weights = network, weights

@@ -50,7 +50,7 @@ SHORTEST_PADDED = 8
 def layer(kind: Any, *sizes: Any, gain: float, generator: torch.Generator, **kwargs: Any) -> Any:
     """A Linear or Conv2d layer with an orthogonal weight and a zero bias."""
     # skip_init: the default initialisation would draw from torch's global generator.
-    made = cast(Any, skip_init(kind, *sizes, **kwargs))
+    made = cast(Any, skip_init(kind, *sizes, dtype=torch.float32, **kwargs))
     nn.init.orthogonal_(made.weight, gain, generator=generator)
     nn.init.zeros_(made.bias)
     return made
@@ -107,7 +107,9 @@ class Memory(nn.Module):
     def __init__(self, kind: str, num_features: int, size: int, generator: torch.Generator) -> None:
         super().__init__()
         self.size, self.lstm = size, kind == "lstm"
-        made = (nn.LSTM if self.lstm else nn.GRU)(num_features, size, device="meta")  # no draw from torch's generator
+        made = (nn.LSTM if self.lstm else nn.GRU)(
+            num_features, size, device="meta", dtype=torch.float32
+        )  # no draw from torch's generator
         self.rnn: Any = made.to_empty(device="cpu")
         for name, parameter in self.rnn.named_parameters():
             if "bias" in name:

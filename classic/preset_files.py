@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from classic.task import registered_id
 from rlhf_ppo.runtime.settings import read_yaml
 
 FOLDER = Path(__file__).parent / "presets"
@@ -17,11 +18,11 @@ def preset_ids() -> list[str]:
 
 
 @cache
-def preset(env_id: str, cls: type) -> dict[str, Any]:
+def preset(env_id: str | None, cls: type) -> dict[str, Any]:
     """An environment's settings, checked against the fields of ``cls``; {} without a preset.
 
     Raises:
         ValueError: the file has an unknown key (with the closest known one), or a value of the wrong type.
     """
-    name = env_id.rpartition(":")[2]  # module:id is the environment id, too
+    name = None if env_id is None else registered_id(env_id)
     return read_yaml(FOLDER / f"{name}.yaml", cls) if name in preset_ids() else {}

@@ -11,6 +11,11 @@ from classic.gradients import update_loss
 from rlhf_ppo.core import Experience, PolicyOutput, PPOConfig, ppo_diagnostics
 
 
+def largest_gap(new: PolicyOutput, old: Experience) -> float:
+    """The largest |log(new/old)| of any decision, in nats."""
+    return float((new.logprobs.detach() - old.logprobs).abs().masked_fill(~old.mask, 0.0).max())
+
+
 class UpdateRecord:
     """Minibatches kept as tensors: those read and those stepped on."""
 
@@ -39,9 +44,7 @@ class UpdateRecord:
         read = self._read or self._forgotten
         new, old = _joined(read)
         metrics = {f"policy/{name}": float(value) for name, value in ppo_diagnostics(new, old, config).items()}
-        first_new, first_old = read[0]
-        gaps = (first_new.logprobs - first_old.logprobs).abs()
-        metrics["policy/first_minibatch_max_abs_log_ratio"] = float(gaps.masked_fill(~first_old.mask, 0.0).max())
+        metrics["policy/first_minibatch_max_abs_log_ratio"] = largest_gap(*read[0])
         if self._taken:
             loss = update_loss(*((new, old) if len(self._taken) == len(read) else _joined(self._taken)), config)
             sizes = torch.stack([old.mask.sum() for _, old in self._taken]).tolist()

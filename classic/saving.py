@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from classic.config import PPOArgs, never_read
+from classic.changes import still_moved, with_changes
+from classic.config import PPOArgs
 from classic.making import EnvLike
 from rlhf_ppo import __version__
 from rlhf_ppo.runtime.checkpoint import list_checkpoints
@@ -49,6 +52,8 @@ def save(agent: PPO, folder: str | Path) -> Path:
         "spaces": spaces(agent),
         "counters": agent.counters,
         "in_force": in_force(agent),
+        "layers": layer_types(agent),
+        "frozen": frozen_parameters(agent),
     }
     with replacing_files(folder) as new:
         save_file(_copies(agent.network.state_dict()), new / MODEL)
@@ -58,7 +63,7 @@ def save(agent: PPO, folder: str | Path) -> Path:
     return folder
 
 
-def load(cls: type[PPO], folder: str | Path, env: EnvLike | None = None) -> PPO:
+def load(cls: type[PPO], folder: str | Path, env: EnvLike | None, changes: Mapping[str, Any]) -> PPO:
     """Build the agent in ``folder``; errors are those of :meth:`classic.PPO.load`."""
     folder = Path(folder)
     if folder in list_checkpoints(folder.parent):
@@ -78,28 +83,61 @@ def load(cls: type[PPO], folder: str | Path, env: EnvLike | None = None) -> PPO:
                 f"the agent in {folder} was made from an environment object, {content['env_id']!r}: pass one as env"
             )
         saved = PPOArgs(**content["args"])
-        # What the preset had filled in although nothing reads it would contradict the rest under another preset.
-        read = replace(saved, **{name: None for name, _ in never_read(vars(saved))})
-        # To use an agent takes no tracker; where training goes on, one that is not there is a warning.
-        agent = cls(content["env_id"] if env is None else env, replace(read, report_to=()))
-        agent.args = replace(agent.args, report_to=saved.report_to)
-        saved_spaces, counters, moved = content["spaces"], content["counters"], content["in_force"]
+        env_id, saved_spaces, counters = content["env_id"], content["spaces"], content["counters"]
+        moved, layers, frozen = content["in_force"], content.get("layers"), content.get("frozen", [])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / AGENT} was not written by this version ({__version__}): {error!r}") from error
+    args = with_changes(saved, changes, where=str(folder))
+    # To use an agent takes no tracker; where training goes on, one that is not there is a warning.
+    agent = cls(env_id if env is None else env, replace(args, report_to=()))
+    agent.args, agent.origin = replace(agent.args, report_to=args.report_to), f"settings as saved in {folder}"
     if saved_spaces != spaces(agent):
         raise ValueError(
             f"environment {agent.env_id!r} has changed since {folder} was saved: spaces were {saved_spaces}, "
             f"now {spaces(agent)}"
         )
+    if layers is not None and layers != layer_types(agent):
+        warnings.warn(
+            f"the network saved in {folder} had other layers than its settings make ({_difference(layers, agent)}): it "
+            "acts otherwise until they are put back into agent.network",
+            stacklevel=3,
+        )
     try:
         agent.network.load_state_dict(load_file(folder / MODEL))
+        freeze(agent, frozen)
         agent.optimizer.load(load_file(folder / OPTIMIZER))
-        agent.normalizer.load(load_file(folder / NORMALIZER))
+        statistics = load_file(folder / NORMALIZER)
+        if not saved.normalize_rewards:  # if they are now, their statistics begin afresh
+            statistics |= {name: x for name, x in agent.normalizer.state().items() if name.startswith("returns.")}
+        agent.normalizer.load(statistics)
     except (SafetensorError, RuntimeError, KeyError) as error:
         raise ValueError(f"the tensors in {folder} cannot be read: {error}") from error
     agent.counters = dict(counters)
-    agent.config = replace(agent.config, **moved)
+    agent.config = replace(agent.config, **still_moved(vars(saved), vars(agent.args), moved))
     return agent
+
+
+def layer_types(agent: PPO) -> dict[str, str]:
+    """What an agent's network consists of: the name of each part -> its class."""
+    return {name: type(part).__name__ for name, part in agent.network.named_modules()}
+
+
+def frozen_parameters(agent: PPO) -> list[str]:
+    """Names of the parameters that training leaves alone."""
+    return [name for name, parameter in agent.network.named_parameters() if not parameter.requires_grad]
+
+
+def freeze(agent: PPO, names: Collection[str]) -> None:
+    """Freeze these parameters and no others."""
+    for name, parameter in agent.network.named_parameters():
+        parameter.requires_grad_(name not in names)
+    agent.follow_network()
+
+
+def _difference(layers: Mapping[str, str], agent: PPO) -> str:
+    now = layer_types(agent)
+    name = next(name for name in {**layers, **now} if layers.get(name) != now.get(name))
+    return f"{name} was {layers.get(name, 'not there')}, now it is {now.get(name, 'not there')}"
 
 
 def spaces(agent: PPO) -> dict[str, str]:

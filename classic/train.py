@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,19 +17,23 @@ import torch
 from classic import saving
 from classic.actor_critic import ActorCritic
 from classic.callbacks import Callback, run_callbacks
+from classic.changes import OF_COPIES, OF_WEIGHTS, differing, still_moved
 from classic.checkpoints import Progress, load_checkpoint, save_checkpoint
 from classic.config import PPOArgs
 from classic.envs import Environments, Episode
 from classic.evaluation import evaluate_policy
 from classic.explanation import explain_rollout
-from classic.flat import FlatAdam, FlatParameters
+from classic.flat import FlatAdam, FlatParameters, trained
 from classic.gradients import gradient_method
 from classic.making import EnvLike, env_name
 from classic.normalization import Normalizer
 from classic.prediction import predict
+from classic.preset_files import preset_ids
 from classic.report import draw_curve, run_metrics, show_progress
 from classic.rollout import Estimate, Rollout, collect, estimate_advantages
+from classic.saving import in_force
 from classic.seeds import derive_seeds
+from classic.task import identify
 from classic.update import update
 from rlhf_ppo import __version__
 from rlhf_ppo.core import PPOConfig
@@ -75,13 +80,14 @@ class PPO:
         """
         require_one_process()
         self.env, self.env_id = env, env_name(env)
-        self.args = (args or PPOArgs()).resolve(self.env_id, single=isinstance(env, gymnasium.Env))
+        self.task, copies_of = identify(env)
+        """The registered id that the preset is looked up by; None: the environment is not registered."""
+        self._args = self._resolved(args or PPOArgs())
         require_installed(self.args.report_to)
         self.config: PPOConfig = self.args.ppo_config()
-        self.envs = self._make_envs(self._setting("num_envs"))
+        self.envs = self._make_envs(copies_of, self._setting("num_envs"))
         try:
-            self.args.require_full_minibatches(next_step_autoreset=self.envs.next_step_autoreset)
-            self.args.require_fit(self.envs.actions, self.envs.observation_shape, self.env_id)
+            self._require_fit(self.args)
         except ValueError:
             self.envs.close()
             raise
@@ -101,9 +107,7 @@ class PPO:
             log_std_init=self._setting("log_std_init"),
             state_dependent_std=self._setting("state_dependent_std"),
         )
-        self.weights = FlatParameters(self.network)
-        self.gradients = gradient_method(self.network, self.weights, self.config)
-        self.optimizer = FlatAdam(self.weights, lr=self._setting("learning_rate"))
+        self.follow_network(afresh=True)
         self.best_return: float | None = None
         self.last_metrics: Mapping[str, float] = {}
         self.last_update: LastUpdate | None = None
@@ -117,6 +121,56 @@ class PPO:
         )
         self.memory = self.network.initial_state(self.envs.num_envs)
         self._started = False
+        has_preset = self.task in preset_ids()
+        self.origin = f"preset of {self.task}" if has_preset else "no preset for this environment: general defaults"
+        """Where settings that were not given come from."""
+        self._said_origin = False
+
+    @property
+    def args(self) -> PPOArgs:
+        """The settings, every None filled in. Others may be assigned: they count from the next :meth:`learn` on.
+
+        Raises:
+            ValueError: a new one contradicts others, or cannot change any more (see :mod:`classic.changes`).
+        """
+        return self._args
+
+    @args.setter
+    def args(self, args: PPOArgs) -> None:
+        args = self._resolved(args)
+        if fixed := differing(self.args, args, (*OF_WEIGHTS, *OF_COPIES)):
+            raise ValueError(
+                f"the agent was made with {', '.join(f'{name}={getattr(self.args, name)!r}' for name in fixed)}, which "
+                f"cannot change any more: make a new one; what its weights do not depend on ({', '.join(OF_COPIES)}) "
+                "can change where a saved one is loaded, as PPO.load(folder, num_envs=2)"
+            )
+        self._require_fit(args)
+        moved = still_moved(vars(self.args), vars(args), in_force(self))
+        self._args, self.config = args, replace(args.ppo_config(), **moved)
+        self.normalizer.gamma = self.config.gamma
+
+    def follow_network(self, *, afresh: bool = False) -> None:
+        """Train the network as it is now: parts may have been replaced, frozen, loaded or copied since.
+
+        Adam goes on where names and shapes of the trained parameters are what they were; otherwise, or ``afresh``, it
+        starts anew.
+
+        Raises:
+            ValueError: nothing is left to train, or a parameter is not in float32 on the CPU.
+        """
+        formats = {f"{p.dtype} on {p.device}" for p in self.network.parameters()}
+        if formats - {"torch.float32 on cpu"}:
+            raise ValueError(
+                f"the network's parameters are {' and '.join(sorted(formats))}, but classic computes in float32 on the "
+                "CPU: agent.network.float().cpu()"
+            )
+        if not trained(self.network):
+            raise ValueError("every parameter of the network is frozen (requires_grad False): nothing is left to train")
+        if afresh or not self.weights.fits(self.network):
+            self.weights = FlatParameters(self.network)
+            self.optimizer = FlatAdam(self.weights, lr=self._setting("learning_rate"))
+        self.weights.attach(self.network)
+        self.gradients = gradient_method(self.network, self.weights, self.config)
 
     def learn(
         self,
@@ -146,18 +200,21 @@ class PPO:
         Raises:
             BrokenEnvironmentError: the environment crashed or returned NaN; names environment, copy and step.
             NonFiniteGradientError: training diverged.
+            RatioTripwireError: acting and training disagree about the policy.
             CheckpointError, FileNotFoundError: there is nothing good to resume from.
             Interrupted: SIGINT or SIGTERM came.
         """
         total = self._setting("total_timesteps") if total_timesteps is None else total_timesteps
-        if not total >= 1:  # NaN, too
-            raise ValueError(f"total_timesteps must be 1 or more, got {total}")
+        if not total >= 1 or total % 1:  # NaN, too
+            raise ValueError(f"total_timesteps must be a whole number, 1 or more, got {total}")
+        total = int(total)
         folder = self.args.output_dir
         run = None if folder is None else RunDirectory(folder)
         display = ProgressDisplay(self.env_id, total, quiet=self.args.quiet)
         lock = nullcontext() if folder is None else run_lock(folder)
         with torch_threads(self.args.num_threads), lock, stop_on_signals():
             progress = self._begin(run, total, resume_from_checkpoint, override=resume_override)
+            self._say_origin()
             resumed = resume_from_checkpoint is not None and self.counters["iteration"] > 0
             with self._trackers():
                 # What follows an update is not in its checkpoint, so it is made again.
@@ -182,8 +239,14 @@ class PPO:
                 )
             progress = load_checkpoint(self, checkpoint, total, override=override)
             self._started = True
-        settings = {"env_id": self.env_id, "version": __version__, "args": asdict(self.args)}
-        if run is not None and self._run is None:
+        asked = {"total_timesteps": progress.first_step + total}  # by this call, whatever the setting says
+        args = {**asdict(self.args), **asked}
+        settings = {"env_id": self.env_id, "version": __version__, "origin": self.origin, "args": args}
+        if run is None:
+            self._run = None
+        elif self._run is not None and self._run.path == run.path:
+            run.write_json("run.json", settings)
+        else:
             self._run = run
             if checkpoint is None:
                 run.start(settings)
@@ -210,13 +273,13 @@ class PPO:
     def _train(self, progress: Progress, display: ProgressDisplay, callbacks: Sequence[Callback]) -> None:
         """The algorithm."""
         args, counters, total = self.args, self.counters, progress.total
-        self.weights.attach()
         while (done := counters["env_steps"] - progress.first_step) < total:
             if not self._started:
                 self.begin_episodes()
             learning_rate = self._setting("learning_rate") * (1 - done / total if args.lr_schedule == "linear" else 1)
             self.optimizer.lr = learning_rate
             self.config = args.scheduled(self.config, done / total)
+            self.follow_network()
 
             # 1. Collect.
             rollout = collect(
@@ -266,7 +329,7 @@ class PPO:
         single = isinstance(self.env, gymnasium.Env)
         with torch_threads(self.args.num_threads):
             result = evaluate_policy(
-                lambda copies: nullcontext(self.envs) if single else closing(self._make_envs(copies)),
+                lambda copies: nullcontext(self.envs) if single else closing(self._make_envs(self.env, copies)),
                 self.network,
                 episodes,
                 deterministic=deterministic,
@@ -332,22 +395,38 @@ class PPO:
         return saving.save(self, folder)
 
     @classmethod
-    def load(cls, folder: str | Path, env: EnvLike | None = None) -> PPO:
+    def load(cls, folder: str | Path, env: EnvLike | None = None, **changes: Any) -> PPO:
         """The agent in a folder written by :meth:`save`.
 
         Args:
             folder: where it lies.
             env: the environment, needed where the agent was not made from an id.
+            **changes: settings that are to differ from the saved ones, such as learning_rate=1e-4; they count as if the
+                agent had been made with them.
         Raises:
             FileNotFoundError: no agent there.
             ValueError: the environment or the settings do not fit what was saved.
+            TypeError: a change names no setting.
         """
-        return saving.load(cls, folder, env)
+        return saving.load(cls, folder, env, changes)
 
-    def _make_envs(self, num_envs: int) -> Environments:
+    def _resolved(self, args: PPOArgs) -> PPOArgs:
+        return args.resolve(self.task, single=isinstance(self.env, gymnasium.Env))
+
+    def _require_fit(self, args: PPOArgs) -> None:
+        args.require_full_minibatches(next_step_autoreset=self.envs.next_step_autoreset)
+        args.require_fit(self.envs.actions, self.envs.observation_shape, self.env_id)
+
+    def _say_origin(self) -> None:
+        """One line, once, so that nobody wonders whose settings these are."""
+        if not self.args.quiet and not self._said_origin:
+            print(f"{self.env_id}: {self.origin}", file=sys.stderr, flush=True)
+        self._said_origin = True
+
+    def _make_envs(self, env: EnvLike, num_envs: int) -> Environments:
         args = self.args
         return Environments(
-            self.env,
+            env,
             num_envs,
             args.autoreset_mode,
             vectorization=args.vectorization,

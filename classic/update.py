@@ -13,7 +13,7 @@ from torch import Tensor
 
 from classic.actor_critic import ActorCritic, Decisions
 from classic.checkpoints import Progress
-from classic.record import UpdateRecord
+from classic.record import UpdateRecord, largest_gap
 from classic.report import estimate_metrics
 from classic.rollout import Estimate, Rollout, estimate_advantages
 from rlhf_ppo.core import (
@@ -28,7 +28,7 @@ from rlhf_ppo.core import (
     minibatch_indices,
     ppo_diagnostics,
 )
-from rlhf_ppo.runtime.errors import NonFiniteGradientError
+from rlhf_ppo.runtime.errors import NonFiniteGradientError, RatioTripwireError
 
 if TYPE_CHECKING:
     from classic.train import PPO
@@ -49,6 +49,7 @@ def update(agent: PPO, rollout: Rollout, estimate: Estimate, progress: Progress)
         The update's metrics.
     Raises:
         NonFiniteGradientError: ten steps in a row had to be skipped.
+        RatioTripwireError: old and new log-probs differ before the first optimizer step.
     """
     args, config = agent.args, agent.config
     decisions, old = rollout.decisions(), _experience(rollout, estimate, config)
@@ -62,6 +63,8 @@ def update(agent: PPO, rollout: Rollout, estimate: Estimate, progress: Progress)
         for taken, part in shuffled_minibatches(decisions, old, config.num_minibatches, agent.generator):
             new = agent.gradients.evaluate(taken)
             record.saw(new, part)
+            if steps == 0:
+                _check_tripwire(agent, largest_gap(new, part))
             if stop := went_too_far(new, part, config):
                 break
             loss = agent.gradients.differentiate(new, part, config)
@@ -134,6 +137,18 @@ def adapted(config: PPOConfig, network: ActorCritic, decisions: Decisions, old: 
     if config.objective == "penalty":
         return replace(config, penalty_beta=adapt_penalty_beta(config.penalty_beta, kl, target=target))
     return replace(config, clip_range=adapt_clip_range(config.clip_range, kl, target=target))
+
+
+def _check_tripwire(agent: PPO, gap: float) -> None:
+    bound = agent.args.max_initial_log_ratio or 0.1
+    if gap > bound:  # not where it is NaN: that is a gradient to be skipped
+        raise RatioTripwireError(
+            f"environment {agent.env_id!r}, iteration {agent.counters['iteration'] + 1}: before the first optimizer "
+            f"step some |log(new/old)| is {gap:.3g} nats, above max_initial_log_ratio={bound}: acting and training "
+            "disagree. Usual causes: a layer that draws noise or follows statistics of its batch (dropout, batch "
+            "normalisation; agent.network.eval() turns both off), weights or layers that changed between a rollout and "
+            "its update, or a standard deviation so small that rounding shows (lower learning_rate, or raise the bound)"
+        )
 
 
 def _stop_if_diverged(agent: PPO, skipped: int) -> None:

@@ -28,6 +28,7 @@ from rlhf_ppo.optimization import make_optimizer, only_the_critic_learns, warmup
 from rlhf_ppo.recovery import SafePoint, begin, go_back, keep_checkpoint, save_after, save_model
 from rlhf_ppo.rollout import Rollout
 from rlhf_ppo.run_log import PANELS, evaluate, log_evaluation, log_update
+from rlhf_ppo.runtime.errors import RatioTripwireError as RatioTripwireError
 from rlhf_ppo.runtime.explain import Explanation
 from rlhf_ppo.runtime.files import replacing_files, require_space
 from rlhf_ppo.runtime.lock import run_lock
@@ -42,7 +43,6 @@ from rlhf_ppo.runtime.trackers import reporting
 from rlhf_ppo.score_shaping import ScoreStatistics
 from rlhf_ppo.setup import RewardSource, Rows, set_up
 from rlhf_ppo.streams import TRAIN, numbered_generator
-from rlhf_ppo.update import RatioTripwireError as RatioTripwireError
 from rlhf_ppo.update import update
 
 Callback = Callable[["PPOTrainer", dict[str, float]], object]

@@ -18,6 +18,7 @@ from rlhf_ppo.gradients import clear_gradients, clip_and_step
 from rlhf_ppo.guard import StepWatch, nonfinite_parameters, spoil_gradient
 from rlhf_ppo.optimization import warmup_settings
 from rlhf_ppo.rollout import Rollout
+from rlhf_ppo.runtime.errors import RatioTripwireError
 from rlhf_ppo.runtime.metrics import MetricAverage
 from rlhf_ppo.streams import SHUFFLE, numbered_generator
 
@@ -27,10 +28,6 @@ if TYPE_CHECKING:
 MinibatchGradient = Callable[[Rollout, Experience, list[int]], tuple[MetricAverage, dict[str, Tensor]]]
 """Adds the gradient of a minibatch, named by its rows, to ``.grad``; see
 :func:`rlhf_ppo.backward.minibatch_gradient`."""
-
-
-class RatioTripwireError(RuntimeError):
-    """Old and new log-probs differ before any optimizer step: sampling and training disagree."""
 
 
 def update(trainer: PPOTrainer, rollout: Rollout, accumulate: MinibatchGradient) -> tuple[dict[str, float], str | None]:

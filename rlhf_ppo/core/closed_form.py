@@ -35,9 +35,10 @@ def clipped_policy_slope(
     gain = advantages > 0
     lowest = math.log(1 - clip_range) if clip_range < 1 else -MAX_LOG_RATIO
     highest = MAX_LOG_RATIO if dual_clip is None else min(math.log(dual_clip), MAX_LOG_RATIO)
-    low = torch.where(gain, -MAX_LOG_RATIO, max(lowest, -MAX_LOG_RATIO))
-    up = torch.where(gain, min(math.log1p(high), MAX_LOG_RATIO), highest)
     log_ratio = logprobs - old_logprobs
+    # Of two plain numbers where() would make torch's default format.
+    low = torch.where(gain, log_ratio.new_full((), -MAX_LOG_RATIO), max(lowest, -MAX_LOG_RATIO))
+    up = torch.where(gain, log_ratio.new_full((), min(math.log1p(high), MAX_LOG_RATIO)), highest)
     bounded = torch.clamp(log_ratio, low, up)
     alive = bounded == log_ratio
     # Times 0 rather than set to 0: a NaN has to stay one.

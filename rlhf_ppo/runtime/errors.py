@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class NonFiniteGradientError(RuntimeError):
     """Losses, gradients or weights were not finite, too often for the run to go on."""
+
+
+class RatioTripwireError(RuntimeError):
+    """Old and new log-probs differ before any optimizer step: sampling and training disagree."""

@@ -192,15 +192,15 @@ def test_only_the_newest_checkpoints_are_kept(small, tmp_path):
 def test_a_signal_saves_after_the_update_it_came_in(number, code, small, tmp_path):
     args = settings(small, tmp_path / "parts", {}, save_every=0)
     agent = classic.PPO("tests/Match-v0", args)
-    differentiate = agent.gradients.differentiate
+    step = agent.optimizer.step
 
-    def interrupted(new, old, config):
+    def interrupted():
         if agent.counters["iteration"] == 2:
             os.kill(os.getpid(), number)
-            agent.gradients.differentiate = differentiate
-        return differentiate(new, old, config)
+            agent.optimizer.step = step
+        return step()
 
-    agent.gradients.differentiate = interrupted
+    agent.optimizer.step = interrupted
     with pytest.raises(Interrupted) as caught:
         agent.learn(300)
     assert caught.value.exit_code == code and agent.counters["iteration"] == 3

@@ -16,6 +16,7 @@ OPTIONAL = (
     "clip_range_high",
     "clip_range_vf",
     "target_kl",
+    "max_initial_log_ratio",
     "autoreset_mode",
     "output_dir",
     "env_kwargs",

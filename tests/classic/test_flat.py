@@ -57,7 +57,7 @@ def test_a_tensor_put_in_the_place_of_a_parameter_is_taken_over():
     weights = FlatParameters(network)
     network.policy[0].weight.data = torch.full((5, 3), 7.0)
     network.critic[0].weight = nn.Parameter(torch.full((5, 3), 8.0))
-    weights.attach()
+    weights.attach(network)
     assert (weights.of(weights.vector, "policy.0.weight") == 7).all()
     assert (weights.of(weights.vector, "critic.0.weight") == 8).all()
     weights.vector.data.zero_()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import classic
+from classic.gradients import ClosedForm
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.seeding import torch_threads
 
@@ -177,13 +178,13 @@ def test_clip_range_and_entropy_bonus_fall_with_the_steps_when_told_to(small, tm
         output_dir=str(tmp_path),
     )
     agent = classic.PPO("tests/Match-v0", args)
-    seen, differentiate = [], agent.gradients.differentiate
+    seen, differentiate = [], ClosedForm.differentiate
 
-    def watched(new, old, config):
+    def watched(self, new, old, config):
         seen.append(config)
-        return differentiate(new, old, config)
+        return differentiate(self, new, old, config)
 
-    monkeypatch.setattr(agent.gradients, "differentiate", watched)
+    monkeypatch.setattr(ClosedForm, "differentiate", watched)
     agent.learn(640)
     assert [row["policy/clip_range"] for row in log_of(tmp_path)] == pytest.approx(
         [0.2 * k / 10 for k in range(10, 0, -1)]
@@ -301,7 +302,7 @@ def test_a_loss_that_overflows_while_its_gradient_does_not_is_skipped(objective,
 
 
 def test_a_number_of_steps_that_is_no_number_is_refused(small):
-    with pytest.raises(ValueError, match="total_timesteps must be 1 or more, got nan"):
+    with pytest.raises(ValueError, match="total_timesteps must be a whole number, 1 or more, got nan"):
         classic.PPO("tests/Match-v0", small()).learn(float("nan"))
 
 
