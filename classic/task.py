@@ -22,10 +22,10 @@ def registered_id(env_id: str) -> str:
     return get_env_id(namespace, task, find_highest_version(namespace, task) if version is None else version)
 
 
-def identify(env: EnvLike) -> tuple[str | None, EnvLike]:
+def identify(env: EnvLike, *, in_this_process: bool = True) -> tuple[str | None, EnvLike]:
     """The registered id of the task (None: it has none), and what the training copies are to be made from.
 
-    A function is called for that, and what it made is the first of the copies.
+    A function is called for that, and what it made is the first of the copies, if they are to live in this process.
     """
     if isinstance(env, str):
         return registered_id(env), env
@@ -37,7 +37,13 @@ def identify(env: EnvLike) -> tuple[str | None, EnvLike]:
         first: Any = env()
     except CRASHES:
         return None, env  # it is called again where copies are made, and that error says more
-    return (_spec_id(first), _beginning_with(first, env)) if isinstance(first, gymnasium.Env) else (None, env)
+    if not isinstance(first, gymnasium.Env):
+        return None, env
+    task = _spec_id(first)
+    if not in_this_process:
+        first.close()
+        return task, env
+    return task, _beginning_with(first, env)
 
 
 def _spec_id(env: gymnasium.Env) -> str | None:

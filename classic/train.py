@@ -80,9 +80,10 @@ class PPO:
         """
         require_one_process()
         self.env, self.env_id = env, env_name(env)
-        self.task, copies_of = identify(env)
+        args = args or PPOArgs()
+        self.task, copies_of = identify(env, in_this_process=args.vectorization != "async")
         """The registered id that the preset is looked up by; None: the environment is not registered."""
-        self._args = self._resolved(args or PPOArgs())
+        self._args = self._resolved(args)
         require_installed(self.args.report_to)
         self.config: PPOConfig = self.args.ppo_config()
         self.envs = self._make_envs(copies_of, self._setting("num_envs"))

@@ -89,6 +89,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_changed_network_acts_and_learns_as_changed(change, small):
     agent = classic.PPO("tests/Match-v0", small(vf_coef=0.3, seed=2))

@@ -1,0 +1,75 @@
+"""A task has its preset whichever way it is named, and a run says whose settings it takes."""
+
+from __future__ import annotations
+
+import gymnasium
+import pytest
+
+import classic
+from classic.config import DEFAULTS
+from classic.preset_files import preset
+
+
+def cartpole(**kwargs):
+    return gymnasium.make("CartPole-v1", **kwargs)
+
+
+WAYS = {
+    "id": "CartPole-v1",
+    "newest version": "CartPole",
+    "module and id": "gymnasium:CartPole-v1",
+    "module and newest": "gymnasium:CartPole",
+    "instance": cartpole,
+    "wrapped instance": lambda: gymnasium.wrappers.TransformReward(cartpole(), lambda reward: reward),
+    "function": lambda: cartpole,
+    "function with a wrapper": lambda: lambda: gymnasium.wrappers.TimeAwareObservation(cartpole()),
+    "spec": lambda: gymnasium.spec("CartPole-v1").make,
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.filterwarnings("ignore:.*latest versioned environment")
+def test_one_task_has_one_preset(way):
+    agent = classic.PPO(way() if callable(way) else way)
+    assert agent.task == "CartPole-v1" and agent.origin == "preset of CartPole-v1"
+    known = {
+        name: x for name, x in preset("CartPole-v1", classic.PPOArgs).items() if name not in ("num_envs", "num_steps")
+    }
+    assert {name: getattr(agent.args, name) for name in known} == known
+
+
+def test_an_environment_without_a_preset_says_so(small, capsys):
+    for env in (
+        "tests/Match-v0",
+        lambda: gymnasium.make("tests/Match-v0"),
+        gymnasium.make("tests/Match-v0").unwrapped.__class__,
+    ):
+        agent = classic.PPO(env, classic.PPOArgs(num_envs=2))
+        assert agent.origin.startswith("no preset") and agent.args.learning_rate == DEFAULTS["learning_rate"]
+    capsys.readouterr()
+    loud = classic.PPO("tests/Match-v0", small(quiet=False)).learn(1)
+    assert capsys.readouterr().err.startswith("tests/Match-v0: no preset for this environment: general defaults\n")
+    loud.learn(1)
+    assert "preset" not in capsys.readouterr().err
+    classic.PPO("tests/Match-v0", small()).learn(1)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_loaded_agent_says_where_its_settings_come_from(small, tmp_path, capsys):
+    classic.PPO("tests/Match-v0", small()).save(tmp_path)
+    classic.PPO.load(tmp_path, quiet=False).learn(1)
+    assert capsys.readouterr().err.startswith(f"tests/Match-v0: settings as saved in {tmp_path}\n")
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_looking_at_a_functions_environment_makes_none_too_many(vectorization, small):
+    made = []
+
+    def make():
+        made.append(gymnasium.make("tests/Match-v0"))
+        return made[-1]
+
+    agent = classic.PPO(make, small(num_envs=3, vectorization=vectorization))
+    agent.learn(10)
+    assert len(made) == (3 if vectorization == "sync" else 1 + 2)  # two of Gymnasium's own, to see the spaces
+    agent.envs.close()
