@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.adapters import lora_config
-from rlhf_ppo.data import load_rows
+from rlhf_ppo.data_files import load_rows
 from rlhf_ppo.demo import HELD_OUT, OPENINGS
 
 WORK = WORKLOADS["M"]  # GPT-2, 6 layers x 384, vocabulary 50257, random weights

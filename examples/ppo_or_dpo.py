@@ -18,7 +18,7 @@ import torch
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.core import dpo_loss
-from rlhf_ppo.data import load_rows
+from rlhf_ppo.data_files import load_rows
 from rlhf_ppo.demo import OPENINGS
 from rlhf_ppo.reward_training import RewardTrainingArgs, train_reward_model
 from rlhf_ppo.rollout import Rollout

@@ -11,7 +11,7 @@ import argparse
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.before_after import print_before_after
-from rlhf_ppo.data import load_rows
+from rlhf_ppo.data_files import load_rows
 from rlhf_ppo.demo import OPENINGS
 
 

@@ -11,14 +11,12 @@ from typing import Annotated, Any
 import datasets
 import transformers
 import tyro
-from datasets import Dataset
 
 from rlhf_ppo.adapters import lora_config
 from rlhf_ppo.before_after import print_before_after
 from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.conversation import RespondError
 from rlhf_ppo.core.typed import is_changed
-from rlhf_ppo.data import prompt_rows
 from rlhf_ppo.demo import DemoArgs, demo, print_paths
 from rlhf_ppo.evaluate import EvaluateArgs, evaluate, print_evaluation
 from rlhf_ppo.generate import GenerateArgs, chat, generate
@@ -28,6 +26,7 @@ from rlhf_ppo.mixing import load_mixture, require_weights
 from rlhf_ppo.replay import ReplayArgs, print_replay
 from rlhf_ppo.reward_calls import RewardError
 from rlhf_ppo.reward_training import RewardTrainingArgs, train_reward_model
+from rlhf_ppo.rows import Rows, prompt_rows
 from rlhf_ppo.runtime.advice import AdviseArgs, print_advice
 from rlhf_ppo.runtime.check import CheckArgs, check
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
@@ -109,7 +108,7 @@ def train(args: TrainArgs) -> None:
     """The `train` command."""
     mixture = load_mixture(args.dataset, args.split, weights=args.dataset_weights, seed=args.seed)
     train_rows = prompt_rows(mixture, args.prompt_column)
-    eval_rows: Dataset | None = None
+    eval_rows: Rows | None = None
     if args.eval_dataset is not None:
         eval_rows = prompt_rows(load_mixture(args.eval_dataset, args.eval_split or args.split), args.prompt_column)
     elif args.eval_size:

@@ -11,13 +11,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_ppo.chat import Messages, prompt_text, require_next_speaker
 from rlhf_ppo.data import Completion, Prompt, left_pad
 from rlhf_ppo.limits import cut_at
 from rlhf_ppo.rollout import Sampled
 from rlhf_ppo.text import Before, TextPieces, encode_after, encode_bare
 from rlhf_ppo.waiting import FAILURES, has_ended, start
-
-Messages = list[dict[str, str]]
 
 Respond = Callable[[Messages], str | None]
 """``respond(messages)``, called after each turn of the policy with the whole conversation: the prompt's messages, then
@@ -95,6 +94,9 @@ def converse(
     pieces, spelled = TextPieces(tokenizer), TextPieces(tokenizer, special=True)
     context = [ids[keep].tolist() for ids, keep in zip(prompt_ids, prompt_mask, strict=True)]
     before = [pieces.before(ids, p) for ids, p in zip(context, prompts, strict=True)]
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            require_next_speaker(prompt, f"prompt {i}")
     messages: list[Messages] = [
         [{"role": "user", "content": p}] if isinstance(p, str) else [dict(m) for m in p] for p in prompts
     ]
@@ -185,7 +187,13 @@ def _ask(respond: Respond, conversations: Sequence[Messages], i: int, timeout_s:
     )
 
 
-def reply_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, reply: str, stop: int | None) -> list[int]:
+def reply_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    reply: str,
+    stop: int | None,
+    where: str = "the conversation",
+) -> list[int]:
     """Token ids to append after the policy's turn, ``messages[-1]``, so that it can answer ``reply`` in a chat.
 
     They are what the chat template puts behind the turn: its end, the reply as a user's message, the opening of the
@@ -194,16 +202,17 @@ def reply_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, reply: str
     Args:
         stop: the stop token that the policy's turn ended with, or None. Where the template would put it, it is there.
     Raises:
-        ValueError: the template renders the conversation differently once it goes on.
+        ValueError: the template renders the conversation differently once it goes on, or fails on it; names ``where``.
     """
-    before = _render(tokenizer, messages[:-1])
+    before = prompt_text(tokenizer, messages[:-1], where)
     # What the policy said is there as it was sampled; in the template anything may stand for it.
     answered = [*messages[:-1], {"role": "assistant", "content": _SAID}, {"role": "user", "content": reply}]
-    after = _render(tokenizer, answered)
+    after = prompt_text(tokenizer, answered, where)
     if not after.startswith(before + _SAID):
         raise ValueError(
-            "the chat template does not render a conversation by adding to its end, so a further turn would change "
-            "what came before it: use a template that keeps earlier messages as they were, or write prompts as text "
+            f"{where}: the chat template does not render a conversation by adding to its end, so a further turn would "
+            "change what came before it: use a template that keeps earlier messages as they were, or write prompts as "
+            "text "
             f"(before the turn: {before[-80:]!r}; with an answer: {after[-160:]!r})"
         )
     rest = after[len(before + _SAID) :]
@@ -214,7 +223,3 @@ def reply_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, reply: str
     if stop in ids and not str(tokenizer.decode(ids[: ids.index(stop)])).strip():
         return ids[ids.index(stop) + 1 :]
     return ids
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
-    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rlhf_ppo.before_after import print_before_after
 from rlhf_ppo.config import RLHFConfig
-from rlhf_ppo.data import load_rows
+from rlhf_ppo.data_files import load_rows
 from rlhf_ppo.trainer import PPOTrainer
 
 OPENINGS = str(Path(__file__).parent / "assets" / "story-openings.jsonl")

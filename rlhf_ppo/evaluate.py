@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -18,10 +17,12 @@ from rlhf_ppo.collect import Collector
 from rlhf_ppo.comparison import differences, distinct, interval, win_rate
 from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.conversation import Respond
-from rlhf_ppo.data import Completion, prompt_rows
+from rlhf_ppo.data import Completion, require_room
 from rlhf_ppo.experience import describe
+from rlhf_ppo.generate import require_prompts
 from rlhf_ppo.mixing import load_mixture
-from rlhf_ppo.models import adapter_base, load_config, resolve_model, vocabulary_size
+from rlhf_ppo.models import adapter_base, load_config, prompt_room, resolve_model, vocabulary_size
+from rlhf_ppo.rows import Rows, prompt_rows
 from rlhf_ppo.runtime.precision import Precision
 from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.progress import ProgressDisplay
@@ -118,6 +119,9 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
         rows = rows.select(range(min(args.num_prompts, len(rows))))
     config = _sampler_config(args, settings)
     respond = _respond(args, settings, config.max_turns)
+    # What the second model cannot read is said before the first one has sampled every prompt.
+    require_room(prompt_room(load_config(resolve_model(against)), config.max_new_tokens), config.max_new_tokens)
+    require_prompts(rows["prompt"], rows.names, against, config.max_new_tokens)
     run = RunDirectory(args.output_dir)
     samples = [_sample(name, reference, args, config, rows, run, respond) for name in (args.model, against)]
     measures = [_measures(part) for part in samples]
@@ -220,7 +224,7 @@ def _sample(
     reference: str,
     args: EvaluateArgs,
     config: RLHFConfig,
-    rows: Dataset,
+    rows: Rows,
     run: RunDirectory,
     respond: Respond | None,
 ) -> list[dict[str, Any]]:

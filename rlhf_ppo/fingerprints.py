@@ -35,9 +35,22 @@ def run_fingerprints(parts: RunParts) -> dict[str, Any]:
 def data_fingerprint(prompts: PromptSet) -> str:
     """Digest of all rows with all columns, in order; an object that JSON does not know counts by its type alone."""
     digest = hashlib.sha256()
-    for rows in prompts.rows.iter(batch_size=1000):
-        digest.update(json.dumps(rows, sort_keys=True, default=lambda x: type(x).__name__).encode())
+    for start in range(0, len(prompts), 1000):
+        batch = prompts.take(range(start, min(start + 1000, len(prompts))))
+        rows = _with_text_keys({"prompt": batch.prompts, **batch.columns})
+        digest.update(json.dumps(rows, sort_keys=True, default=_plain).encode())
     return f"{len(prompts)} rows, {digest.hexdigest()[:16]}"
+
+
+def _with_text_keys(value: Any) -> Any:
+    """JSON sorts keys, which those of several kinds refuse."""
+    if isinstance(value, dict):
+        return {str(key): _with_text_keys(item) for key, item in value.items()}
+    return [_with_text_keys(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else type(value).__name__
 
 
 def weights_fingerprint(model: nn.Module) -> str:

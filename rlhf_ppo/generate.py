@@ -15,19 +15,17 @@ import torch
 from rlhf_ppo.actor_critic import ActorCritic
 from rlhf_ppo.core.typed import is_changed
 from rlhf_ppo.data import (
-    ROW_NAME,
     Prompt,
     encode_prompts,
     fit_prompt,
-    prompt_rows,
     require_vocabulary,
-    row_names,
     tokenize_prompt,
 )
 from rlhf_ppo.limits import TextStop, cut_at
 from rlhf_ppo.mixing import load_mixture
 from rlhf_ppo.models import load_config, load_policy, load_tokenizer, prompt_room, resolve_model, vocabulary_size
 from rlhf_ppo.rollout import sample_responses
+from rlhf_ppo.rows import prompt_rows
 from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.run_directory import read_run
 from rlhf_ppo.runtime.seeding import resolve_device
@@ -155,8 +153,8 @@ def generate(args: GenerateArgs) -> list[tuple[Prompt, str]]:
     names = [f"prompt {i}" for i in range(len(rows))]
     if args.dataset is not None:
         data = prompt_rows(load_mixture(args.dataset, args.split), args.prompt_column)
-        names, rows = row_names(data), [dict(row) for row in data.remove_columns(ROW_NAME)]
-    _require_prompts([row["prompt"] for row in rows], names, args)
+        names, rows = list(data.names), data.to_list()
+    require_prompts([row["prompt"] for row in rows], names, args.model, args.max_new_tokens)
     rows = [row for row in rows for _ in range(args.num_samples)]
     pairs: list[tuple[Prompt, str]] = []
     if args.output is not None:
@@ -174,11 +172,11 @@ def generate(args: GenerateArgs) -> list[tuple[Prompt, str]]:
     return pairs
 
 
-def _require_prompts(prompts: Sequence[Prompt], names: Sequence[str], args: GenerateArgs) -> None:
+def require_prompts(prompts: Sequence[Prompt], names: Sequence[str], model: str, max_new_tokens: int) -> None:
     """Raise a ValueError that names the first prompt that the model cannot read; its weights are not needed."""
-    name = resolve_model(args.model)
+    name = resolve_model(model)
     config, tokenizer = load_config(name), load_tokenizer(name)
-    room = prompt_room(config, args.max_new_tokens)
+    room = prompt_room(config, max_new_tokens)
     for prompt, where in zip(prompts, names, strict=True):
         ids = tokenize_prompt(prompt, tokenizer, where)
         require_vocabulary(ids, vocabulary_size(config), where)

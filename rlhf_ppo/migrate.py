@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from rlhf_ppo.runtime.settings import read_yaml
+from rlhf_ppo.runtime.settings import load_yaml, read_yaml
 from rlhf_ppo.runtime.trackers import TRACKERS
 from rlhf_ppo.trl_fields import ROWS, known_fields
 
@@ -67,12 +67,7 @@ def read_trl_yaml(path: str | Path) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"config file {path} does not exist")
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold `name: value` lines, got {type(content).__name__}")
+    content = load_yaml(Path(path))
     return {name: _checked(name, value, f"{path}: ") for name, value in content.items() if name != "env"}
 
 

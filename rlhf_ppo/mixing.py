@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from datasets import Dataset, concatenate_datasets, interleave_datasets
-
-from rlhf_ppo.data import ROW_NAME, load_rows, row_names
+from rlhf_ppo.data_files import load_rows
+from rlhf_ppo.rows import Rows, interleave, join
 
 
 def load_mixture(
     sources: str | Sequence[str], split: str = "train", *, weights: Sequence[float] | None = None, seed: int = 0
-) -> Dataset:
-    """One data set out of one or more (see :func:`rlhf_ppo.data.load_rows`).
+) -> Rows:
+    """One data set out of one or more (see :func:`rlhf_ppo.data_files.load_rows`).
 
     Without weights the data sets follow one another whole. With weights each row is drawn from data set i with
     probability weights[i] / sum, without repetition, until one of them has no row left: the proportions hold
-    throughout, no row is there twice, and what is left of the others is not used. Each row's name, by data set and
-    number, comes along in the column ROW_NAME.
+    throughout, no row is there twice, and what is left of the others is not used. Each row is named by its data set and
+    its number there.
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`rlhf_ppo.data.load_rows`; weights that do not fit; other columns.
+        FileNotFoundError, ValueError: see :func:`rlhf_ppo.data_files.load_rows`; weights that do not fit; columns that
+            differ in name or in kind.
     """
     sources = (sources,) if isinstance(sources, str) else tuple(sources)
     require_weights(sources, weights)
@@ -28,15 +29,13 @@ def load_mixture(
     for source, part in zip(sources[1:], parts[1:], strict=True):
         _require_same_columns(sources[0], parts[0], source, part)
     names = [source if split == "train" else f"{source}, {split}," for source in sources]
-    parts = [part.add_column(ROW_NAME, row_names(part, f"{name} ")) for name, part in zip(names, parts, strict=True)]
-    if len(parts) == 1:
-        return parts[0]
+    parts = [
+        replace(part, names=[f"{name} row {i}" for i in range(len(part))])
+        for name, part in zip(names, parts, strict=True)
+    ]
     if weights is None:
-        return concatenate_datasets(parts)
-    total = sum(weights)
-    return interleave_datasets(
-        parts, probabilities=[weight / total for weight in weights], seed=seed, stopping_strategy="first_exhausted"
-    )
+        return join(parts)
+    return interleave(parts, [weight / sum(weights) for weight in weights], seed)
 
 
 def require_weights(sources: str | Sequence[str], weights: Sequence[float] | None) -> None:
@@ -52,7 +51,7 @@ def require_weights(sources: str | Sequence[str], weights: Sequence[float] | Non
         raise ValueError(f"dataset_weights must be positive, got {tuple(weights)}; leave a data set out instead")
 
 
-def _require_same_columns(first: str, rows: Dataset, second: str, others: Dataset) -> None:
+def _require_same_columns(first: str, rows: Rows, second: str, others: Rows) -> None:
     only_first = sorted(set(rows.column_names) - set(others.column_names))
     only_second = sorted(set(others.column_names) - set(rows.column_names))
     if only_first or only_second:
@@ -60,9 +59,17 @@ def _require_same_columns(first: str, rows: Dataset, second: str, others: Datase
             "data sets to mix must have the same columns: "
             f"only {first} has {only_first}, only {second} has {only_second}; rename or drop these"
         )
-    for name, kind in rows.features.items():
-        if others.features[name] != kind:
+    for name in rows.column_names:
+        ours, theirs = _kinds(rows, name), _kinds(others, name)
+        numbers = {"int64", "float64"}
+        if ours and theirs and not (ours & theirs or (ours & numbers and theirs & numbers)):
             raise ValueError(
-                f"data sets to mix must have the same columns: {name!r} is {kind} in {first} "
-                f"and {others.features[name]} in {second}"
+                f"data sets to mix must have the same columns: {name!r} is {' or '.join(sorted(ours))} in {first} "
+                f"and {' or '.join(sorted(theirs))} in {second}"
             )
+
+
+def _kinds(rows: Rows, column: str) -> set[str]:
+    """What a column holds; None is of any kind."""
+    words = {str: "string", int: "int64", float: "float64"}
+    return {words.get(kind, kind.__name__) for kind in map(type, rows[column]) if kind is not type(None)}

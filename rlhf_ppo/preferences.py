@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ppo.data import Prompt, is_chat, require_column, row_names
+from rlhf_ppo.chat import begins_answer, is_chat, message_text
+from rlhf_ppo.data import Prompt
 from rlhf_ppo.reward_model import scored_text
+from rlhf_ppo.rows import RowSource, as_rows, require_column
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Preference:
 
 
 def read_preferences(
-    rows: Dataset,
+    rows: RowSource,
     tokenizer: PreTrainedTokenizerBase,
     *,
     prompt_column: str | None,
@@ -47,18 +48,18 @@ def read_preferences(
     Raises:
         ValueError: a missing column, an answer of another kind, an empty one, or no usable row; names the row.
     """
+    rows = as_rows(rows)
     for column in (prompt_column, chosen_column, rejected_column, margin_column):
         if column is not None:
             require_column(rows, column)
     found: list[Preference] = []
-    for where, row in zip(row_names(rows), rows, strict=True):
-        assert isinstance(row, dict)
+    for where, row in zip(rows.names, rows, strict=True):
         prompt = None if prompt_column is None else row[prompt_column]
         margin = 0.0 if margin_column is None else row[margin_column]
         if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not abs(margin) < float("inf"):
             raise ValueError(f"{where}: {margin_column} must be a finite number, got {margin!r}")
         sides = [prompt_and_answer(prompt, row[c], f"{where}, {c}") for c in (chosen_column, rejected_column)]
-        texts = [scored_text(tokenizer, *side) for side in sides]
+        texts = [scored_text(tokenizer, *side, where) for side in sides]
         key = sides[0][0] if prompt is not None or sides[0][0] == sides[1][0] else ""
         # Whole texts without a prompt share nothing that could leak: each row is a group of its own.
         group = json.dumps(key) if key else where
@@ -93,14 +94,19 @@ def prompt_and_answer(prompt: Any, answer: Any, where: str) -> tuple[Prompt, str
         raise ValueError(f"{where}: a prompt must be text or chat messages, got {type(prompt).__name__}: {prompt!r}")
     if not is_chat(answer):
         raise ValueError(f"{where}: an answer must be text or chat messages, got {type(answer).__name__}: {answer!r}")
-    if answer[-1]["role"] != "assistant" or not answer[-1]["content"]:
-        raise ValueError(f"{where}: the last message must be the assistant's, and not empty: {answer[-1]!r}")
+    last = answer[-1]
+    if last["role"] != "assistant" or last.get("tool_calls") or not message_text(last, where):
+        raise ValueError(f"{where}: the last message must be the assistant's, and not empty: {last!r}")
     if isinstance(prompt, str):
         raise ValueError(
             f"{where}: the prompt is text but the answer is a chat; if the answer is the whole conversation, set "
             "prompt_column to None"
         )
-    return [*(prompt or []), *answer[:-1]], answer[-1]["content"]
+    given = [*(prompt or []), *answer[:-1]]
+    # A single message may go on from the one that the prompt begins, as a completion does.
+    if len(answer) > 1 and begins_answer(given):
+        raise ValueError(f"{where}: two assistant messages in a row at the end: join them into one")
+    return given, message_text(last, where)
 
 
 def split_by_prompt(

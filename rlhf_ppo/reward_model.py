@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_ppo.data import Completion, Prompt, require_vocabulary
+from rlhf_ppo.chat import answered, whole_text
+from rlhf_ppo.data import Completion, Prompt, PromptSet, require_vocabulary
 from rlhf_ppo.models import (
     context_length,
     find_config,
@@ -110,15 +111,21 @@ class RewardModel:
         limits = (max_length, self.tokenizer.model_max_length, context_length(config))
         self.max_length = min((limit for limit in limits if limit is not None and limit < NO_LIMIT), default=None)
 
-    def _text(self, prompt: Prompt, completion: Completion) -> str:
+    def require_readable(self, prompts: PromptSet) -> None:
+        """Raise a ValueError that names the first row whose prompt, once answered, the chat template fails on."""
+        for prompt, row in zip(prompts.rows["prompt"], prompts.rows.names, strict=True):
+            self._text(prompt, "x", f"reward model {self.__name__!r}, {row}")
+
+    def _text(self, prompt: Prompt, completion: Completion, where: str = "the chat") -> str:
         if isinstance(prompt, str) and self.text_as_chat:
             prompt = [{"role": "user", "content": prompt}]
-        return scored_text(self.tokenizer, prompt, completion)
+        return scored_text(self.tokenizer, prompt, completion, where)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Any) -> list[float]:
         """The model's one logit for each prompt with its completion."""
-        texts = [self._text(p, c) for p, c in zip(prompts, completions, strict=True)]
+        pairs = zip(prompts, completions, strict=True)
+        texts = [self._text(*pair, f"reward model {self.__name__!r}, completion {i}") for i, pair in enumerate(pairs)]
         rows = [encode_text(self.tokenizer, text, ended=True, limit=self.max_length) for text in texts]
         for i, ids in enumerate(rows):
             require_vocabulary(ids, self.vocab_size, f"reward model {self.__name__!r}, completion {i}")
@@ -141,15 +148,16 @@ def _template(source: str) -> str:
     return Path(source).read_text(encoding="utf-8")
 
 
-def scored_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Completion) -> str:
-    """What a reward model reads: prompt + completion, or a chat through its chat template (written out without one)."""
+def scored_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Completion, where: str) -> str:
+    """What a reward model reads: prompt + completion, or a chat through its chat template (written out without one).
+
+    Raises:
+        ValueError: the chat cannot be rendered (see :func:`rlhf_ppo.chat.whole_text`); names ``where``.
+    """
     if isinstance(prompt, str):
         return f"{prompt}{completion}"
-    said = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-    messages = [*prompt, *said]
-    if tokenizer.chat_template:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    messages = answered(prompt, completion, where) if isinstance(completion, str) else [*prompt, *completion]
+    return whole_text(tokenizer, messages, where)
 
 
 def text_scores(model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> Tensor:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from datasets import Dataset
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ppo.activations import checkpoint_layers
 from rlhf_ppo.actor_critic import ActorCritic, Reference
 from rlhf_ppo.adapter_reward import AdapterReward, share_reward_base
+from rlhf_ppo.chat import require_next_speaker
 from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.conversation import Respond, reply_ids
 from rlhf_ppo.critics import build_actor_critic, choose_critic
@@ -34,15 +34,15 @@ from rlhf_ppo.models import (
 )
 from rlhf_ppo.quantization import check_precision, load_quantized, load_reference
 from rlhf_ppo.reward_calls import RewardFunction, require_takes
+from rlhf_ppo.reward_model import RewardModel
 from rlhf_ppo.rewards import RewardSource, load_rewards, make_caches
 from rlhf_ppo.rollout import Rollout
+from rlhf_ppo.rows import RowSource
 from rlhf_ppo.runtime.precision import autocast, compute_in_bf16
 from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.seeding import resolve_device, seed_everything
 from rlhf_ppo.runtime.trackers import require_installed
 from rlhf_ppo.score_cache import ScoreCache
-
-Rows = Dataset | Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def set_up(
     reward_funcs: RewardSource | Sequence[RewardSource],
     args: RLHFConfig,
     *,
-    train_dataset: Rows | None,
-    eval_dataset: Rows | None,
+    train_dataset: RowSource | None,
+    eval_dataset: RowSource | None,
     processing_class: PreTrainedTokenizerBase | None,
     ref_model: str | PreTrainedModel | None,
     value_model: str | PreTrainedModel | None,
@@ -116,12 +116,13 @@ def set_up(
     room = prompt_room(config, args.max_new_tokens)
     stops = _stop_token_ids(model, config, tokenizer, args, vocab_size)
 
-    def prompt_set(rows: Rows | None, name: str) -> PromptSet | None:
+    def prompt_set(rows: RowSource | None, name: str) -> PromptSet | None:
         return None if rows is None else PromptSet(rows, tokenizer, args, vocab_size=vocab_size, room=room, name=name)
 
     train_prompts, eval_prompts = prompt_set(train_dataset, "train_dataset"), prompt_set(eval_dataset, "eval_dataset")
     if respond is not None:
-        _check_chat_template(tokenizer, train_prompts or eval_prompts)
+        for prompts in filter(None, (train_prompts, eval_prompts)):
+            _check_turns(tokenizer, prompts)
     if args.share_reward_base:
         reward_funcs = share_reward_base(
             reward_funcs,
@@ -134,6 +135,8 @@ def set_up(
     for prompts in filter(None, (train_prompts, eval_prompts)):
         for name, (function, _) in rewards.items():
             require_takes(function, name, prompts.columns, prompts.name, conversations=respond is not None)
+            if isinstance(function, RewardModel):
+                function.require_readable(prompts)
     caches = make_caches(rewards) if args.cache_rewards else {}
     seed_everything(args.seed)
     policy: Any
@@ -202,13 +205,15 @@ def _check_respond(respond: Respond | None, args: RLHFConfig) -> None:
         raise ValueError(f"respond must be a function of the messages, got {type(respond).__name__}")
 
 
-def _check_chat_template(tokenizer: PreTrainedTokenizerBase, prompts: PromptSet | None) -> None:
-    """A conversation of the first prompt must render by adding to its end, before any model work."""
-    if prompts is None:
-        return
-    prompt = prompts.take([0]).prompts[0]
-    if not isinstance(prompt, str):
-        reply_ids(tokenizer, [*prompt, {"role": "assistant", "content": ""}], "and then?", None)
+def _check_turns(tokenizer: PreTrainedTokenizerBase, prompts: PromptSet) -> None:
+    """A conversation must render by adding to its end, for each order of roles that there is, before any model work."""
+    seen: set[tuple[str, ...]] = set()
+    for prompt, where in zip(prompts.rows["prompt"], prompts.rows.names, strict=True):
+        if isinstance(prompt, str) or (roles := tuple(message["role"] for message in prompt)) in seen:
+            continue
+        seen.add(roles)
+        require_next_speaker(prompt, where)
+        reply_ids(tokenizer, [*prompt, {"role": "assistant", "content": ""}], "and then?", None, where)
 
 
 def _copy_if_shared(model: Any, *others: Any) -> Any:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -22,8 +23,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from rlhf_ppo.chat import begins_answer
 from rlhf_ppo.core import token_logprobs
-from rlhf_ppo.data import Prompt, require_column, require_vocabulary, row_names, tokenize_prompt
+from rlhf_ppo.data import Prompt, require_vocabulary, tokenize_prompt
 from rlhf_ppo.guard import nonfinite_parameters
 from rlhf_ppo.mixing import load_mixture, require_weights
 from rlhf_ppo.models import (
@@ -38,6 +40,7 @@ from rlhf_ppo.models import (
 )
 from rlhf_ppo.optimization import fit_warmup
 from rlhf_ppo.preferences import prompt_and_answer
+from rlhf_ppo.rows import Rows, RowSource, as_rows, require_column
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space, save_or_rescue
 from rlhf_ppo.runtime.lock import run_lock
@@ -150,11 +153,11 @@ def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTr
     )
 
 
-def _load(args: SFTArgs, texts: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _settle_tokenizer(args: SFTArgs, texts: list[str]) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """The model's configuration and tokenizer, which every row is checked with before the model itself is loaded."""
     if args.model is not None:
         name = resolve_model(args.model)
-        load_config(name)
-        return load_policy(name), load_tokenizer(name)
+        return load_config(name), load_tokenizer(name)
     if str(args.architecture).endswith(".json") and not Path(str(args.architecture)).is_file():
         raise FileNotFoundError(f"architecture {args.architecture}: there is no such file")
     config = AutoConfig.from_pretrained(str(args.architecture), trust_remote_code=False)
@@ -166,7 +169,7 @@ def _load(args: SFTArgs, texts: list[str]) -> tuple[PreTrainedModel, PreTrainedT
             f"{len(tokenizer)} tokens: raise it"
         )
     config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
-    return AutoModelForCausalLM.from_config(config), tokenizer
+    return config, tokenizer
 
 
 def _collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -184,17 +187,18 @@ def _collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     }
 
 
-def hold_out(rows: Dataset, args: SFTArgs) -> DatasetDict:
+def hold_out(rows: Rows, args: SFTArgs) -> dict[str, Rows]:
     """The rows in two parts, ``train`` and ``test``, by ``eval_fraction`` and ``seed``."""
     return rows.train_test_split(max(1, round(args.eval_fraction * len(rows))), seed=args.seed)
 
 
-def read_examples(rows: Dataset, args: SFTArgs) -> list[Example]:
+def read_examples(rows: RowSource, args: SFTArgs) -> list[Example]:
     """The example of each row; a plain text is a completion of nothing, so all of it is learned.
 
     Raises:
         ValueError: a missing column, or a row that is neither text nor a conversation; names the row.
     """
+    rows = as_rows(rows)
     column = args.completion_column or args.text_column
     require_column(rows, column)
     if args.prompt_column is None:
@@ -203,9 +207,11 @@ def read_examples(rows: Dataset, args: SFTArgs) -> list[Example]:
         require_column(rows, args.prompt_column)
         prompts = rows[args.prompt_column]
     examples: list[Example] = []
-    for where, prompt, answer in zip(row_names(rows), prompts, rows[column], strict=True):
+    for where, prompt, answer in zip(rows.names, prompts, rows[column], strict=True):
         plain = prompt is None and isinstance(answer, str)  # may be empty: text collections have such rows
         pair = ("", answer) if plain else prompt_and_answer(prompt, answer, f"{where}, {column}")
+        if pair[0] == []:
+            raise ValueError(f"{where}, {column}: a conversation needs a message before the assistant's answer")
         examples.append(Example(*pair, where))
     return examples
 
@@ -230,7 +236,7 @@ def encode_examples(
         start = tokenize_prompt(prompt, tokenizer, where) if prompt else []
         if not prompt:
             answer = encode_text(tokenizer, completion, ended=False)
-        elif isinstance(prompt, str):
+        elif isinstance(prompt, str) or begins_answer(prompt):
             answer = pieces.encode(pieces.before(start, prompt), completion)
         else:
             answer = encode_bare(tokenizer, completion)
@@ -314,16 +320,18 @@ def _train(args: SFTArgs) -> dict[str, float]:
     rows = load_mixture(args.dataset, args.split, weights=args.dataset_weights, seed=args.seed)
     if len(rows) < 2:
         raise ValueError(f"{args.dataset} has {len(rows)} row; at least 2 are needed, one of them held out")
-    parts = {str(name): read_examples(part, args) for name, part in hold_out(rows, args).items()}
+    parts = {name: read_examples(part, args) for name, part in hold_out(rows, args).items()}
     texts = [prompt + answer for prompt, answer, _ in parts["train"] if isinstance(prompt, str)]
-    model, tokenizer = _load(args, texts)
+    config, tokenizer = _settle_tokenizer(args, texts)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {args.model} names no end-of-text token, which ends every row: give it one")
-    longest = min(args.max_length, context_length(model.config) or args.max_length)
-    vocab_size = vocabulary_size(model.config)
+    longest = min(args.max_length, context_length(config) or args.max_length)
+    vocab_size = vocabulary_size(config)
     encoded = {
         name: encode_examples(part, tokenizer, longest, name, vocab_size=vocab_size) for name, part in parts.items()
     }
+    name = args.model
+    model = AutoModelForCausalLM.from_config(config) if name is None else load_policy(resolve_model(name))
     require_space(args.output_dir, saved_bytes(model, adapted=False), f"the model that is saved into {args.output_dir}")
     steps = math.ceil(args.num_epochs * math.ceil(len(encoded["train"]) / args.batch_size))
     trainer = _Trainer(

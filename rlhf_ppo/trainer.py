@@ -27,6 +27,7 @@ from rlhf_ppo.guard import require_no_drift
 from rlhf_ppo.optimization import make_optimizer, only_the_critic_learns, warmup_settings
 from rlhf_ppo.recovery import SafePoint, begin, go_back, keep_checkpoint, save_after, save_model
 from rlhf_ppo.rollout import Rollout
+from rlhf_ppo.rows import RowSource
 from rlhf_ppo.run_log import PANELS, evaluate, log_evaluation, log_update
 from rlhf_ppo.runtime.errors import RatioTripwireError as RatioTripwireError
 from rlhf_ppo.runtime.explain import Explanation
@@ -41,7 +42,7 @@ from rlhf_ppo.runtime.signals import stop_if_asked, stop_on_signals
 from rlhf_ppo.runtime.timing import Stopwatch
 from rlhf_ppo.runtime.trackers import reporting
 from rlhf_ppo.score_shaping import ScoreStatistics
-from rlhf_ppo.setup import RewardSource, Rows, set_up
+from rlhf_ppo.setup import RewardSource, set_up
 from rlhf_ppo.streams import TRAIN, numbered_generator
 from rlhf_ppo.update import update
 
@@ -64,8 +65,8 @@ class PPOTrainer:
         model: str | PreTrainedModel,
         reward_funcs: RewardSource | Sequence[RewardSource],
         args: RLHFConfig,
-        train_dataset: Rows | None = None,
-        eval_dataset: Rows | None = None,
+        train_dataset: RowSource | None = None,
+        eval_dataset: RowSource | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         ref_model: str | PreTrainedModel | None = None,
         value_model: str | PreTrainedModel | None = None,

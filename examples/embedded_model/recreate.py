@@ -11,7 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-from rlhf_ppo.data import load_rows
+from rlhf_ppo.data_files import load_rows
 from rlhf_ppo.sft import SFTArgs, hold_out, sft
 
 WORDS = 16

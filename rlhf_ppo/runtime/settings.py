@@ -31,16 +31,46 @@ def read_yaml(path: str | Path, cls: type) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"config file {path} does not exist")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except Exception as error:  # its constructors let a KeyError, RecursionError and others through
-        raise ValueError(f"{path} is not valid YAML: {error or type(error).__name__}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold `name: value` lines, got {type(content).__name__}")
+    content = load_yaml(path)
     refuse(cls, [str(key) for key in content], where=f"{path}: ")
     types = typing.get_type_hints(cls)
     known = [field.name for field in dataclasses.fields(cls) if field.init]
     return {key: _checked(path, key, value, known, types) for key, value in content.items()}
+
+
+def load_yaml(path: Path) -> dict[Any, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ValueError: no YAML, not a mapping, or a key that is there twice, of which YAML would silently keep the last.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader) or {}
+    except _DoubleKeyError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except Exception as error:  # its constructors let a KeyError, RecursionError and others through
+        raise ValueError(f"{path} is not valid YAML: {error or type(error).__name__}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold `name: value` lines, got {type(content).__name__}")
+    return content
+
+
+class _DoubleKeyError(Exception):
+    pass
+
+
+class _StrictLoader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise _DoubleKeyError(
+                        f"{key.value!r} is there twice, in lines {seen[key.value]} and {line}: keep one of them"
+                    )
+                seen[key.value] = line
+        return super().construct_mapping(node, deep)
 
 
 def refuse(cls: type, names: Sequence[str], *, where: str = "") -> None:

@@ -11,7 +11,9 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from rlhf_ppo import RLHFConfig
-from rlhf_ppo.data import ROW_NAME, PromptSet, load_rows, tokenize_prompt
+from rlhf_ppo.data import PromptSet, tokenize_prompt
+from rlhf_ppo.data_files import load_rows
+from rlhf_ppo.rows import ROW_NAME
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}. {% endfor %}"

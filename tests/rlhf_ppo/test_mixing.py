@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from rlhf_ppo.data import row_names
 from rlhf_ppo.mixing import load_mixture
+from rlhf_ppo.rows import row_names
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import constants
 
 from rlhf_ppo.cli import main
-from rlhf_ppo.data import load_rows
+from rlhf_ppo.data_files import load_rows
 from rlhf_ppo.models import load_policy, load_tokenizer
 from rlhf_ppo.sources import cached_snapshot
 
