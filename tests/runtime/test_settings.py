@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from rlhf_ppo import RLHFConfig
-from rlhf_ppo.runtime.settings import parse_settings, read_yaml, run_command
+from rlhf_ppo.runtime.settings import load_yaml, parse_settings, read_yaml, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,15 @@ def test_defaults_then_yaml_then_flags(yaml):
     # Flags win wherever they stand, and --config=FILE is the same.
     for argv in (["--config", file, "--rate", "0.7"], ["--rate", "0.7", f"--config={file}"]):
         assert parse(*argv) == Args(name="yaml", rate=0.7, mode="b")
+
+
+def test_a_key_that_is_there_twice_is_refused_with_both_lines(yaml):
+    """YAML keeps the last silently; a mapping that is merged in may be overridden, as it is meant to be."""
+    for text, lines in (("name: a\nrate: 1\nname: b\n", "1 and 3"), ("name: a\nsteps: {x: 1,\n x: 2}\n", "2 and 3")):
+        with pytest.raises(ValueError, match=rf"config\.yaml: '(name|x)' is there twice, in lines {lines}: keep one"):
+            read_yaml(yaml(text), Args)
+    file = yaml("a: &base {rate: 1, x: 2}\nb: {<<: *base, rate: 3}\n")
+    assert load_yaml(Path(file))["b"] == {"rate": 3, "x": 2}
 
 
 def test_fault_30_yaml_1e_5_is_a_float(yaml):
