@@ -45,7 +45,7 @@ def load_yaml(path: Path) -> dict[Any, Any]:
         ValueError: no YAML, not a mapping, or a key that is there twice, of which YAML would silently keep the last.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader) or {}
+        content = _StrictLoader(path.read_text(encoding="utf-8")).get_single_data() or {}
     except _DoubleKeyError as error:
         raise ValueError(f"{path}: {error}") from None
     except Exception as error:  # its constructors let a KeyError, RecursionError and others through
