@@ -1,5 +1,8 @@
 """PPO on Gymnasium control tasks: the algorithm where its answer is known."""
 
+import rlhf_ppo  # noqa: F401 - before torch, whose threads it tells how to wait
+
+# isort: split
 import classic.no_velocity  # noqa: F401 - registers its environment
 from classic.config import PPOArgs
 from classic.making import BrokenEnvironmentError

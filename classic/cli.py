@@ -26,6 +26,7 @@ from rlhf_ppo.runtime.checkpoint import list_checkpoints
 from rlhf_ppo.runtime.errors import NonFiniteGradientError, RatioTripwireError
 from rlhf_ppo.runtime.settings import Command, run_command
 from rlhf_ppo.runtime.signals import Interrupted
+from rlhf_ppo.runtime.threads import require_threads
 
 RUN_ENDERS = (BrokenEnvironmentError, NonFiniteGradientError, RatioTripwireError, OSError)
 """What ends a run although its input was good; an OSError is a full disk, mostly."""
@@ -63,6 +64,8 @@ class EvaluateCommand:
     """Seed of the episodes and draws; None: the agent's, as in the evaluation at the end of training."""
     deterministic: bool = True
     """Take the most likely action; False samples from the policy."""
+    num_threads: int | None = None
+    """Torch threads; None: as in training."""
     video: str | None = None
     """Also play one episode into this file: an .mp4, a .gif, or a .png with a few moments of it; None: no video."""
 
@@ -147,7 +150,9 @@ def train(command: TrainCommand) -> int:
 
 def evaluate(command: EvaluateCommand) -> None:
     """`classic-ppo evaluate FOLDER`: play episodes with a saved agent."""
+    require_threads(command.num_threads)
     agent = PPO.load(command.folder)
+    agent.args = dataclasses.replace(agent.args, num_threads=command.num_threads or agent.args.num_threads)
     result = agent.evaluate(episodes=command.episodes, deterministic=command.deterministic, seed=command.seed)
     table = Table(title=f"{agent.env_id} from {command.folder}", show_header=False)
     for row in _result_rows(result, command.episodes):

@@ -43,8 +43,8 @@ from rlhf_ppo.runtime.lock import run_lock
 from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory
-from rlhf_ppo.runtime.seeding import torch_threads
 from rlhf_ppo.runtime.signals import asked_to_stop, stop_if_asked, stop_on_signals
+from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.runtime.trackers import reporting, require_installed
 
 
@@ -274,6 +274,7 @@ class PPO:
     def _train(self, progress: Progress, display: ProgressDisplay, callbacks: Sequence[Callback]) -> None:
         """The algorithm."""
         args, counters, total = self.args, self.counters, progress.total
+        display.start(counters["env_steps"] - progress.first_step)
         while (done := counters["env_steps"] - progress.first_step) < total:
             if not self._started:
                 self.begin_episodes()
@@ -283,6 +284,7 @@ class PPO:
             self.follow_network()
 
             # 1. Collect.
+            display.phase("collect")
             rollout = collect(
                 self.envs, self.network, self._setting("num_steps"), self.generator, self.memory, self.normalizer
             )
@@ -293,6 +295,7 @@ class PPO:
             self.last_update = LastUpdate(rollout, estimate, self.config)
 
             # 3. Update.
+            display.phase("update")
             learned = update(self, rollout, estimate, progress)
 
             # 4. Report.

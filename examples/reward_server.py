@@ -17,6 +17,7 @@ import os
 
 from rlhf_ppo.reward_server import RewardServer
 from rlhf_ppo.rewards import load_reward, reward_name
+from rlhf_ppo.runtime.threads import torch_threads
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,7 +28,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for every network")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--device", default="cpu", help="where a reward model runs")
+    parser.add_argument("--num-threads", type=int, default=None, help="CPU threads; default: by the model's size")
     flags = parser.parse_args(argv)
+    if flags.num_threads is not None and flags.num_threads < 1:
+        parser.error(f"--num-threads must be 1 or more, got {flags.num_threads}")
 
     reward = load_reward(flags.reward, device=flags.device)
     token = os.environ.get("RLHF_PPO_REWARD_TOKEN", "").strip() or None
@@ -35,10 +39,11 @@ def main(argv: list[str] | None = None) -> None:
     host, port = server.server_address[:2]
     asks = "with" if token else "without"
     print(f"{reward_name(reward)} at http://{host}:{port} ({asks} a token)", flush=True)
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        server.server_close()
+    with torch_threads(flags.num_threads, getattr(reward, "model", None)):
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            server.server_close()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING, Any
 # happens): logits and gradients of a vocabulary otherwise cost thousands of page faults each time.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+# OpenMP reads this once, when torch loads it: threads that wait for each other sleep instead of keeping a CPU busy,
+# which on a machine with anything else to do costs an iteration many times its work (docs/performance.md). Worker
+# processes inherit it. GOMP_SPINCOUNT and KMP_BLOCKTIME, where somebody set them, still win.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 if TYPE_CHECKING:
     from rlhf_ppo.config import RLHFConfig
     from rlhf_ppo.http_reward import HTTPReward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -60,7 +61,7 @@ def print_before_after(run: RunDirectory, *, samples: int = 4, console: Console 
     for heading in ("prompt", "before", "after"):
         pictures.add_column(heading, ratio=1 if heading == "prompt" else 2)
     for a, b in spread_by_improvement(before, after, samples):
-        pictures.add_row(*map(Text, (str(a["prompt"]), _sample(a), _sample(b))))  # as it is: [/INST] is no markup
+        pictures.add_row(*map(Text, (readable(a["prompt"]), _sample(a), _sample(b))))  # as it is: [/INST] is no markup
     console.print(pictures)
 
 
@@ -74,4 +75,20 @@ def spread_by_improvement(before: Sequence[Row], after: Sequence[Row], count: in
 
 def _sample(row: Row) -> str:
     score = "unscored" if row["score"] is None else f"{row['score']:+.2f}"
-    return f"({score}) {str(row['completion']).strip()}"
+    return f"({score}) {readable(row['completion']).strip()}"
+
+
+def readable(said: Any) -> str:
+    """A prompt or completion for the eye: text as it is, a chat as "role: content", a message below the other."""
+    if isinstance(said, str):
+        return said
+    return "\n".join(f"{message['role']}: {_content(message)}" for message in said)
+
+
+def _content(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
+    if content is None:
+        return json.dumps(message.get("tool_calls"), ensure_ascii=False, default=str)
+    if isinstance(content, str):
+        return content
+    return "".join(str(part.get("text", f"[{part.get('type')}]")) for part in content)

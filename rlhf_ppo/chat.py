@@ -53,7 +53,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message],
     if not tokenizer.chat_template:
         raise ValueError(
             f"{where}: the prompt is a chat, but the tokenizer has no chat template; "
-            "take a model whose tokenizer has one (in Python pass it as processing_class), or write prompts as text"
+            "give it one (chat_template), take a model whose tokenizer has one, or write prompts as text"
         )
     if not begins_answer(messages):
         return _render(tokenizer, messages, where, add_generation_prompt=True)

@@ -8,8 +8,6 @@ import traceback
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import datasets
-import transformers
 import tyro
 
 from rlhf_ppo.adapters import lora_config
@@ -21,6 +19,7 @@ from rlhf_ppo.demo import DemoArgs, demo, print_paths
 from rlhf_ppo.evaluate import EvaluateArgs, evaluate, print_evaluation
 from rlhf_ppo.generate import GenerateArgs, chat, generate
 from rlhf_ppo.guard import PolicyDriftError
+from rlhf_ppo.library_noise import quiet_libraries
 from rlhf_ppo.migrate import MigrateArgs, join_command_line, migrate
 from rlhf_ppo.mixing import load_mixture, require_weights
 from rlhf_ppo.replay import ReplayArgs, print_replay
@@ -201,11 +200,9 @@ def main(argv: list[str] | None = None) -> int:
     0, 1 for a failed run, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
     """
     words = join_command_line(sys.argv[1:] if argv is None else argv)
-    # The library's own progress is the one to watch; loading bars of other libraries only push it off the screen.
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     try:
-        return run_command("rlhf-ppo", COMMANDS, words)
+        with quiet_libraries():
+            return run_command("rlhf-ppo", COMMANDS, words)
     except Interrupted as stop:
         # Without a checkpoint (a full disk) a warning has said what there is.
         print(stop if stop.saved is None else f"{stop}. {_how_to_go_on(words, stop)}", file=sys.stderr)

@@ -42,6 +42,9 @@ class RLHFConfig(PPOConfig):
     """Texts that end a response, or turn, once it contains one; rewards see it cut before the text."""
     max_turns: int = 1
     """Most turns of the policy in a conversation; above 1, `respond` answers in between."""
+    chat_template: str | None = None
+    """Jinja chat template for the policy's tokenizer, a file or the text itself, saved with it. None: the tokenizer's
+    own."""
     respond_timeout_s: float | None = 600.0
     """Longest time in seconds that one call of `respond` may take; None: wait for ever."""
     overlong_prompts: Literal["error", "truncate", "drop"] = "error"
@@ -185,8 +188,8 @@ class RLHFConfig(PPOConfig):
     """Number format of the models' matrix products: bf16 (autocast; weights and optimizer stay in fp32), fp32, or auto:
     bf16 where the GPU or CPU multiplies it faster."""
     num_threads: int | None = None
-    """CPU threads of train(); None: torch's default. 1 is best for models of a few million parameters: with more, two
-    cores that have anything else to do spend most of their time waiting for each other."""
+    """CPU threads of train(); None: 1 for models below ten million parameters, which are too small to share, else every
+    CPU that the process may use (its affinity, its container's share); OMP_NUM_THREADS, where it is set, decides."""
     eval_every: int = 0
     """Rollouts between evaluations on eval_dataset; 0: only before and after training."""
     save_every: int = 0

@@ -11,6 +11,7 @@ from pathlib import Path
 from rlhf_ppo.before_after import print_before_after
 from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.data_files import load_rows
+from rlhf_ppo.runtime.precision import Precision
 from rlhf_ppo.trainer import PPOTrainer
 
 OPENINGS = str(Path(__file__).parent / "assets" / "story-openings.jsonl")
@@ -35,16 +36,18 @@ class DemoArgs:
     """Peak learning rate; use 1e-5 for GPT-2 and larger models."""
     kl_coef: float = 0.05
     """Weight of the KL penalty: larger stays closer to the model as it was."""
+    precision: Precision = "auto"
+    """Number format of the matrix products: bf16, fp32, or auto (bf16 where the device multiplies it faster)."""
     num_threads: int | None = None
-    """CPU threads; None: 1 for the embedded model, which is too small to share, torch's default for others."""
+    """CPU threads; None: 1 for a model as small as the embedded one, all usable CPUs for others."""
     seed: int = 0
     """One seed, one machine, one result."""
 
 
-def train_demo(args: DemoArgs) -> PPOTrainer:
-    """Train on the packaged story openings, evaluating before and after on held-out ones."""
+def demo_trainer(args: DemoArgs) -> PPOTrainer:
+    """A trainer on the packaged story openings, which evaluates before and after on held-out ones."""
     openings = load_rows(OPENINGS)
-    trainer = PPOTrainer(
+    return PPOTrainer(
         model=args.model,
         reward_funcs=args.reward,
         args=RLHFConfig(
@@ -53,19 +56,19 @@ def train_demo(args: DemoArgs) -> PPOTrainer:
             learning_rate=args.learning_rate,
             kl_coef=args.kl_coef,
             num_epochs=2,
-            num_threads=1 if args.num_threads is None and args.model == "embedded" else args.num_threads,
+            precision=args.precision,
+            num_threads=args.num_threads,
             seed=args.seed,
         ),
         train_dataset=openings.select(range(HELD_OUT, len(openings))),
         eval_dataset=openings.select(range(HELD_OUT)),
     )
-    trainer.train()
-    return trainer
 
 
 def demo(args: DemoArgs) -> None:
     """Train, then print scores, KL, samples and where everything is."""
-    trainer = train_demo(args)
+    trainer = demo_trainer(args)
+    trainer.train()
     print_before_after(trainer.run)
     print_paths(trainer.run.path)
 

@@ -21,12 +21,13 @@ from rlhf_ppo.data import Completion, require_room
 from rlhf_ppo.experience import describe
 from rlhf_ppo.generate import require_prompts
 from rlhf_ppo.mixing import load_mixture
-from rlhf_ppo.models import adapter_base, load_config, prompt_room, resolve_model, vocabulary_size
+from rlhf_ppo.models import adapter_base, load_config, load_tokenizer, prompt_room, resolve_model, vocabulary_size
 from rlhf_ppo.rows import Rows, prompt_rows
 from rlhf_ppo.runtime.precision import Precision
 from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory, read_run
+from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.runtime.timing import Stopwatch
 from rlhf_ppo.setup import set_up
 from rlhf_ppo.user_code import load_function
@@ -60,6 +61,9 @@ class EvaluateArgs:
     """Split of the data set."""
     prompt_column: str = "prompt"
     """Column with the prompts; the other columns reach the reward functions."""
+    chat_template: str | None = None
+    """Jinja chat template for both models' tokenizers, a file or the text itself. None: each one's own, or that of the
+    run, if it was given one."""
     num_prompts: int | None = None
     """Use the first so many prompts; None: all."""
     ref_model: str | None = None
@@ -88,11 +92,13 @@ class EvaluateArgs:
     """cuda, mps or cpu; None: the first of these that is there."""
     precision: Precision = "auto"
     """Number format of the matrix products: bf16, fp32, or auto (bf16 where the device multiplies it faster)."""
+    num_threads: int | None = None
+    """CPU threads; None: 1 for models below ten million parameters, every usable CPU for others."""
     quiet: bool = False
     """Show no progress."""
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "batch_size", "max_turns"):
+        for name in ("num_prompts", "batch_size", "max_turns", "num_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
@@ -121,7 +127,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     respond = _respond(args, settings, config.max_turns)
     # What the second model cannot read is said before the first one has sampled every prompt.
     require_room(prompt_room(load_config(resolve_model(against)), config.max_new_tokens), config.max_new_tokens)
-    require_prompts(rows["prompt"], rows.names, against, config.max_new_tokens)
+    require_prompts(rows["prompt"], rows.names, against, config.max_new_tokens, config.chat_template)
     run = RunDirectory(args.output_dir)
     samples = [_sample(name, reference, args, config, rows, run, respond) for name in (args.model, against)]
     measures = [_measures(part) for part in samples]
@@ -195,8 +201,12 @@ def _sampler_config(args: EvaluateArgs, settings: dict[str, Any]) -> RLHFConfig:
             chosen[name] = value
     if chosen.get("max_turns", 1) == 1:
         chosen.pop("respond_timeout_s", None)
+    template = args.chat_template
+    if template is None and settings.get("chat_template") is not None:
+        template = str(load_tokenizer(args.model).chat_template)  # saved there; the file may have gone
     return RLHFConfig(
         **chosen,
+        chat_template=template,
         **_scoring(args, settings),
         output_dir=args.output_dir,
         drop_nonfinite_scores=args.drop_nonfinite_scores,
@@ -242,10 +252,15 @@ def _sample(
         respond=respond,
     )
     assert parts.eval_prompts is not None
-    collector = Collector(parts, config, run, Stopwatch(parts.device))
+    watch = Stopwatch(parts.device)
+    collector = Collector(parts, config, run, watch)
     generator = torch.Generator(parts.device).manual_seed(args.seed)
     found: list[dict[str, Any]] = []
-    with ProgressDisplay(f"prompts of {Path(model).name}", len(rows), quiet=args.quiet) as progress:
+    with (
+        torch_threads(args.num_threads, parts.model),
+        ProgressDisplay(f"prompts of {Path(model).name}", len(rows), each="batch", quiet=args.quiet) as progress,
+        watch.shown_by(progress.phase),
+    ):
         for start in range(0, len(rows), args.batch_size):
             batch = parts.eval_prompts.take(range(start, min(start + args.batch_size, len(rows))))
             rollout = collector.collect(batch.prompts, batch.columns, generator, needs_scores=False)

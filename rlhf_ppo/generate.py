@@ -23,12 +23,21 @@ from rlhf_ppo.data import (
 )
 from rlhf_ppo.limits import TextStop, cut_at
 from rlhf_ppo.mixing import load_mixture
-from rlhf_ppo.models import load_config, load_policy, load_tokenizer, prompt_room, resolve_model, vocabulary_size
+from rlhf_ppo.models import (
+    load_config,
+    load_policy,
+    load_tokenizer,
+    prompt_room,
+    resolve_model,
+    vocabulary_size,
+    with_chat_template,
+)
 from rlhf_ppo.rollout import sample_responses
 from rlhf_ppo.rows import prompt_rows
 from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.run_directory import read_run
 from rlhf_ppo.runtime.seeding import resolve_device
+from rlhf_ppo.runtime.threads import require_threads, torch_threads
 from rlhf_ppo.setup import stop_tokens, warn_of_unread_end
 from rlhf_ppo.text import TextPieces, before_each
 
@@ -49,6 +58,8 @@ class GenerateArgs:
     """Column with the prompts, text or chat messages."""
     output: str | None = None
     """With dataset: the jsonl file to write, one row a completion, the data set's other columns beside it."""
+    chat_template: str | None = None
+    """Jinja chat template for the tokenizer, a file or the text itself. None: the tokenizer's own."""
     chat: bool = False
     """Talk to the model: lines from the keyboard or a pipe, until end of input or /exit."""
     num_samples: int = 1
@@ -65,11 +76,14 @@ class GenerateArgs:
     """Seed of the draws."""
     device: str | None = None
     """cuda, mps or cpu; None: the first of these that is there."""
+    num_threads: int | None = None
+    """CPU threads; None: 1 for models below ten million parameters, every usable CPU for others."""
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        require_threads(self.num_threads)
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         given = [name for name in ("prompt", "dataset", "chat") if getattr(self, name)]
@@ -104,7 +118,7 @@ def load_speaker(args: GenerateArgs) -> Speaker:
     require_one_process()
     device = resolve_device(args.device)
     name = resolve_model(args.model)
-    config, tokenizer = load_config(name), load_tokenizer(name)
+    config, tokenizer = load_config(name), with_chat_template(load_tokenizer(name), args.chat_template)
     model = ActorCritic(load_policy(name), critic=False).to(device)
     room = prompt_room(config, args.max_new_tokens)
     run = read_run(name)
@@ -122,17 +136,18 @@ def load_speaker(args: GenerateArgs) -> Speaker:
         prompt_ids, prompt_mask = encode_prompts(prompts, tokenizer, room=room, truncate=False, device=device)
         pieces = TextPieces(tokenizer)
         before = before_each(pieces, prompts, prompt_ids, prompt_mask)
-        sampled = sample_responses(
-            model,
-            prompt_ids,
-            prompt_mask,
-            max_new_tokens=args.max_new_tokens,
-            min_new_tokens=least,
-            temperature=args.temperature,
-            stop_token_ids=stops,
-            generator=generator,
-            text_stop=partial(TextStop, pieces, strings, before) if strings else None,
-        )
+        with torch_threads(args.num_threads, model):
+            sampled = sample_responses(
+                model,
+                prompt_ids,
+                prompt_mask,
+                max_new_tokens=args.max_new_tokens,
+                min_new_tokens=least,
+                temperature=args.temperature,
+                stop_token_ids=stops,
+                generator=generator,
+                text_stop=partial(TextStop, pieces, strings, before) if strings else None,
+            )
         rows = zip(before, sampled.response_ids, sampled.mask, strict=True)
         return [cut_at(pieces.decode(start, ids[keep].tolist()), strings) for start, ids, keep in rows]
 
@@ -154,7 +169,7 @@ def generate(args: GenerateArgs) -> list[tuple[Prompt, str]]:
     if args.dataset is not None:
         data = prompt_rows(load_mixture(args.dataset, args.split), args.prompt_column)
         names, rows = list(data.names), data.to_list()
-    require_prompts([row["prompt"] for row in rows], names, args.model, args.max_new_tokens)
+    require_prompts([row["prompt"] for row in rows], names, args.model, args.max_new_tokens, args.chat_template)
     rows = [row for row in rows for _ in range(args.num_samples)]
     pairs: list[tuple[Prompt, str]] = []
     if args.output is not None:
@@ -172,10 +187,12 @@ def generate(args: GenerateArgs) -> list[tuple[Prompt, str]]:
     return pairs
 
 
-def require_prompts(prompts: Sequence[Prompt], names: Sequence[str], model: str, max_new_tokens: int) -> None:
+def require_prompts(
+    prompts: Sequence[Prompt], names: Sequence[str], model: str, max_new_tokens: int, chat_template: str | None
+) -> None:
     """Raise a ValueError that names the first prompt that the model cannot read; its weights are not needed."""
     name = resolve_model(model)
-    config, tokenizer = load_config(name), load_tokenizer(name)
+    config, tokenizer = load_config(name), with_chat_template(load_tokenizer(name), chat_template)
     room = prompt_room(config, max_new_tokens)
     for prompt, where in zip(prompts, names, strict=True):
         ids = tokenize_prompt(prompt, tokenizer, where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -119,6 +120,30 @@ def load_tokenizer(model: str | PreTrainedModel, **options: Any) -> PreTrainedTo
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"the tokenizer of {name!r} cannot be loaded: {why_not(name, error)}") from error
+
+
+def with_chat_template(tokenizer: PreTrainedTokenizerBase, source: str | None) -> PreTrainedTokenizerBase:
+    """A copy of the tokenizer with the chat template of a setting; the tokenizer itself for None."""
+    if source is None:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = read_chat_template(source)
+    return tokenizer
+
+
+def read_chat_template(source: str) -> str:
+    """A Jinja template that is given as text or as the file it is in.
+
+    Raises:
+        ValueError: no such file.
+    """
+    if "{" in source:
+        return source
+    if not Path(source).is_file():
+        raise ValueError(
+            f"chat template file {source} does not exist: name a file with a Jinja template, or write the template"
+        )
+    return Path(source).read_text(encoding="utf-8")
 
 
 def load_policy(model: str | PreTrainedModel) -> PreTrainedModel:

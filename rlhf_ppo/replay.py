@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from rlhf_ppo.activations import checkpoint_layers
 from rlhf_ppo.actor_critic import ActorCritic, Reference
 from rlhf_ppo.backward import minibatch_gradient
+from rlhf_ppo.before_after import readable
 from rlhf_ppo.blackbox import BlackBox, read_black_box
 from rlhf_ppo.critics import build_actor_critic
 from rlhf_ppo.gradients import clear_gradients
@@ -27,7 +28,8 @@ from rlhf_ppo.guard import nonfinite_parameters, spoil_gradient
 from rlhf_ppo.models import load_policy, resolve_model
 from rlhf_ppo.optimization import only_the_critic_learns
 from rlhf_ppo.quantization import load_quantized, load_reference
-from rlhf_ppo.runtime.seeding import resolve_device, torch_threads
+from rlhf_ppo.runtime.seeding import resolve_device
+from rlhf_ppo.runtime.threads import require_threads, torch_threads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,11 @@ class ReplayArgs:
     """Where the policy's frozen base (or the start that an exact KL is measured from) lies. None: where it lay then."""
     device: str | None = None
     """cuda, mps or cpu. None: the run's."""
+    num_threads: int | None = None
+    """CPU threads. None: as in the run."""
+
+    def __post_init__(self) -> None:
+        require_threads(self.num_threads)
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ def replay(args: ReplayArgs) -> Replay:
     model, reference = _build(box, args.model, device)
     box = _moved(box, device)
     alone = only_the_critic_learns(model) if box.warming_up else nullcontext()
-    with torch_threads(box.objective.num_threads), alone:
+    with torch_threads(args.num_threads or box.objective.num_threads, model), alone:
         findings = [f"weight {name}" for name in nonfinite_parameters(model)] + _recorded(box)
         findings += [f"{name} = {x} of the rollout" for name, x in box.estimates.items()]
         with _watched(model) as seen:
@@ -158,7 +165,8 @@ def _rows_alone(box: BlackBox, model: ActorCritic, reference: Reference | None) 
     guilty = [row for row in rows if not all(map(math.isfinite, _gradient(box, model, reference, [[row]])[0].values()))]
     if not guilty:
         return ["no response of the minibatch by itself: only their sum"]
-    shown = [f"  response {row}: {box.rollout.prompts[row]!r} -> {box.rollout.completions[row]!r}" for row in guilty]
+    said = [(row, readable(box.rollout.prompts[row]), readable(box.rollout.completions[row])) for row in guilty]
+    shown = [f"  response {row}: {prompt!r} -> {completion!r}" for row, prompt, completion in said]
     return [f"by themselves, {_rows(guilty)} of the minibatch", *shown]
 
 

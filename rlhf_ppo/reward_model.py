@@ -20,6 +20,7 @@ from rlhf_ppo.models import (
     fuse_activations,
     load_classifier,
     load_tokenizer,
+    read_chat_template,
     refuse_encoder_decoder,
     vocabulary_size,
 )
@@ -101,7 +102,7 @@ class RewardModel:
         self.vocab_size = int(getattr(config.get_text_config(), "vocab_size", NO_LIMIT))  # CANINE reads characters
         self.text_as_chat = chat_template is not None
         if chat_template is not None and chat_template != "tokenizer":
-            self.tokenizer.chat_template = _template(chat_template)
+            self.tokenizer.chat_template = read_chat_template(chat_template)
         if self.text_as_chat and not self.tokenizer.chat_template:
             raise ValueError(
                 f"reward model {self.__name__!r}: its tokenizer has no chat template; "
@@ -136,16 +137,6 @@ class RewardModel:
 
     def _logits(self, rows: list[list[int]]) -> Tensor:
         return text_scores(self.model, self.tokenizer, rows)
-
-
-def _template(source: str) -> str:
-    if "{" in source:
-        return source
-    if not Path(source).is_file():
-        raise ValueError(
-            f"chat template file {source} does not exist: name a file with a Jinja template, or 'tokenizer'"
-        )
-    return Path(source).read_text(encoding="utf-8")
 
 
 def scored_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Completion, where: str) -> str:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 from rlhf_ppo.comparison import wilson
 from rlhf_ppo.data import require_vocabulary
 from rlhf_ppo.guard import nonfinite_parameters
+from rlhf_ppo.library_noise import without_library_bars
 from rlhf_ppo.mixing import load_mixture, require_weights
 from rlhf_ppo.models import (
     adapter_base,
@@ -29,6 +30,7 @@ from rlhf_ppo.models import (
     resolve_model,
     saved_bytes,
     vocabulary_size,
+    with_chat_template,
 )
 from rlhf_ppo.optimization import fit_warmup
 from rlhf_ppo.preferences import Preference, read_preferences, split_by_prompt
@@ -42,6 +44,8 @@ from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.seeding import resolve_device, seed_everything
+from rlhf_ppo.runtime.summary import model_rows, print_summary
+from rlhf_ppo.runtime.threads import require_threads, torch_threads
 from rlhf_ppo.text import encode_text
 
 
@@ -67,6 +71,8 @@ class RewardTrainingArgs:
     """Column with the worse answers."""
     margin_column: str | None = None
     """Column with a number m per row: the chosen score should exceed the rejected one by m; None: no margins."""
+    chat_template: str | None = None
+    """Jinja chat template for the tokenizer, a file or the text itself, saved with it. None: the tokenizer's own."""
     max_length: int = 512
     """Longest text in tokens, at most the model's context; longer ones (counted) keep their end."""
     eval_fraction: float = 0.1
@@ -95,6 +101,8 @@ class RewardTrainingArgs:
     """Number format of the matrix products: bf16, fp32, or auto (bf16 where the device multiplies it faster)."""
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the saved weights."""
+    num_threads: int | None = None
+    """CPU threads; None: 1 for models below ten million parameters, every usable CPU for others."""
     quiet: bool = False
     """Show no progress."""
 
@@ -110,6 +118,7 @@ class RewardTrainingArgs:
                 raise ValueError(f"{name} must be 0 or more and finite, got {getattr(self, name)}")
         if not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive, got {self.max_grad_norm}")
+        require_threads(self.num_threads)
         if self.lora_rank is not None and self.lora_rank < 1:
             raise ValueError(f"lora_rank must be 1 or more, or None, got {self.lora_rank}")
 
@@ -136,7 +145,7 @@ def train_reward_model(args: RewardTrainingArgs) -> dict[str, float]:
     """
     require_one_process()
     run = RunDirectory(args.output_dir)
-    with run_lock(run.path):
+    with run_lock(run.path), without_library_bars():
         return _train(args, run)
 
 
@@ -152,6 +161,7 @@ def _train(args: RewardTrainingArgs, run: RunDirectory) -> dict[str, float]:
     # Both settings are saved with the tokenizer, so that RewardModel cuts a text exactly as it was cut here. The end is
     # kept: answers differ there.
     tokenizer = load_tokenizer(name, model_max_length=longest, truncation_side="left")
+    tokenizer = with_chat_template(tokenizer, args.chat_template)
     rows = load_mixture(args.dataset, args.split, weights=args.dataset_weights, seed=args.seed)
     pairs = read_preferences(
         rows,
@@ -198,31 +208,41 @@ def _train(args: RewardTrainingArgs, run: RunDirectory) -> dict[str, float]:
     margins = torch.tensor([pair.margin for pair in train_pairs], device=device)
     shuffle = torch.Generator().manual_seed(args.seed)
     model.train()
-    with ProgressDisplay("pairs", args.num_epochs * len(train_ids), quiet=args.quiet) as progress:
-        done = 0
-        for _ in range(args.num_epochs):
-            for batch in torch.randperm(len(train_ids), generator=shuffle).split(args.batch_size):
-                chosen, rejected = scores([train_ids[i] for i in batch.tolist()])
-                loss = bradley_terry_loss(
-                    chosen, rejected, margin=margins[batch.to(device)], centering=args.centering
-                ).mean()
-                loss.backward()
-                loss = loss.detach()
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                if not torch.isfinite(norm):
-                    raise NonFiniteGradientError(
-                        f"the gradient is not finite after {done} pairs (loss {float(loss):.3g}), so nothing was "
-                        "saved; lower learning_rate, or use --precision fp32"
-                    )
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
-                done += len(batch)
-                progress.update(done, loss=float(loss), correct=float((chosen > rejected).float().mean()))
-
-    model.eval()
-    with torch.no_grad():
-        parts = [scores(eval_ids[i : i + args.batch_size]) for i in range(0, len(eval_ids), args.batch_size)]
+    pairs_in_all, done = args.num_epochs * len(train_ids), 0
+    with torch_threads(args.num_threads, model):
+        print_summary(
+            {
+                **model_rows(args.model, model, device=device, bf16=bf16),
+                "pairs": f"{len(train_ids)} train, {len(eval_ids)} held out",
+                "run": f"{steps} optimizer steps of {args.batch_size} pairs",
+                "folder": str(run.path),
+            },
+            quiet=args.quiet,
+        )
+        with ProgressDisplay("pairs", pairs_in_all, each="step", quiet=args.quiet) as progress:
+            progress.phase("update")
+            for _ in range(args.num_epochs):
+                for batch in torch.randperm(len(train_ids), generator=shuffle).split(args.batch_size):
+                    chosen, rejected = scores([train_ids[i] for i in batch.tolist()])
+                    loss = bradley_terry_loss(
+                        chosen, rejected, margin=margins[batch.to(device)], centering=args.centering
+                    ).mean()
+                    loss.backward()
+                    loss = loss.detach()
+                    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    if not torch.isfinite(norm):
+                        raise NonFiniteGradientError(
+                            f"the gradient is not finite after {done} pairs (loss {float(loss):.3g}), so nothing was "
+                            "saved; lower learning_rate, or use --precision fp32"
+                        )
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+                    done += len(batch)
+                    progress.update(done, loss=float(loss), correct=float((chosen > rejected).float().mean()))
+            model.eval()
+            with torch.no_grad(), progress.aside("evaluating"):
+                parts = [scores(eval_ids[i : i + args.batch_size]) for i in range(0, len(eval_ids), args.batch_size)]
     chosen, rejected = (torch.cat(side) for side in zip(*parts, strict=True))
     model.to(getattr(torch, args.save_dtype))
     broken = nonfinite_parameters(model)

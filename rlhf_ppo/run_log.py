@@ -13,6 +13,7 @@ from rlhf_ppo.reward_calls import RewardError
 from rlhf_ppo.rollout import Rollout
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.seeding import global_rng_state, restore_rng_state
+from rlhf_ppo.runtime.summary import model_rows
 from rlhf_ppo.streams import EVALUATION, numbered_generator
 
 if TYPE_CHECKING:
@@ -25,6 +26,26 @@ PANELS = {
     "value/explained_variance": "critic: explained variance",
 }
 """What the picture of a run's end shows."""
+
+
+def run_rows(trainer: PPOTrainer) -> dict[str, str]:
+    """What the run is about to do, for the summary at its start."""
+    args, parts = trainer.args, trainer.parts
+    size, whole = args.rollout_batch_size, args.num_rollouts
+    steps = args.num_optimizer_steps - trainer.optimizer_steps
+    more = "more " if trainer.iteration else ""
+    rollouts = f"{whole - trainer.iteration} {more}rollout{'s' if whole - trainer.iteration != 1 else ''}"
+    run = f"{rollouts} of {size} responses, {'at most ' if args.target_kl else ''}{steps} optimizer steps"
+    if whole * size != args.total_episodes:
+        run += f" (total_episodes={args.total_episodes} rounds up to {whole * size}: whole rollouts of {size})"
+    sets = {"train": trainer.train_prompts, "evaluation": trainer.eval_prompts}
+    return {
+        **model_rows(trainer.sources["model"] or "object", trainer.model, device=trainer.device, bf16=parts.bf16),
+        "reward": ", ".join(parts.rewards),
+        "prompts": ", ".join(f"{len(prompts)} {name}" for name, prompts in sets.items() if prompts is not None),
+        "run": run,
+        "folder": str(trainer.run.path),
+    }
 
 
 def evaluate(trainer: PPOTrainer) -> tuple[dict[str, float], list[dict[str, Any]]]:

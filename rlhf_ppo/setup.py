@@ -31,6 +31,7 @@ from rlhf_ppo.models import (
     prompt_room,
     resolve_model,
     vocabulary_size,
+    with_chat_template,
 )
 from rlhf_ppo.quantization import check_precision, load_quantized, load_reference
 from rlhf_ppo.reward_calls import RewardFunction, require_takes
@@ -112,7 +113,7 @@ def set_up(
     if args.value_head_from is not None:
         trunk_config = config if value_model is None else load_config(value_model)
         head = read_head(args.value_head_from, trunk_config, setting="value_head_from")
-    tokenizer = processing_class or load_tokenizer(model)
+    tokenizer = with_chat_template(processing_class or load_tokenizer(model), args.chat_template)
     room = prompt_room(config, args.max_new_tokens)
     stops = _stop_token_ids(model, config, tokenizer, args, vocab_size)
 

@@ -19,7 +19,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    PrinterCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -27,6 +29,7 @@ from rlhf_ppo.chat import begins_answer
 from rlhf_ppo.core import token_logprobs
 from rlhf_ppo.data import Prompt, require_vocabulary, tokenize_prompt
 from rlhf_ppo.guard import nonfinite_parameters
+from rlhf_ppo.library_noise import without_library_bars
 from rlhf_ppo.mixing import load_mixture, require_weights
 from rlhf_ppo.models import (
     context_length,
@@ -37,6 +40,7 @@ from rlhf_ppo.models import (
     resolve_model,
     saved_bytes,
     vocabulary_size,
+    with_chat_template,
 )
 from rlhf_ppo.optimization import fit_warmup
 from rlhf_ppo.preferences import prompt_and_answer
@@ -45,7 +49,10 @@ from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space, save_or_rescue
 from rlhf_ppo.runtime.lock import run_lock
 from rlhf_ppo.runtime.processes import require_one_process
+from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory
+from rlhf_ppo.runtime.summary import model_rows, print_summary
+from rlhf_ppo.runtime.threads import require_threads, torch_threads
 from rlhf_ppo.text import TextPieces, encode_bare, encode_text
 
 END_OF_TEXT = "<|endoftext|>"
@@ -82,6 +89,8 @@ class SFTArgs:
     """Column with prompts, text or chat messages, which are read but not learned; used with completion_column."""
     completion_column: str | None = None
     """Column with what is learned after prompt_column: text, or the assistant's message; "chosen" of preferences."""
+    chat_template: str | None = None
+    """Jinja chat template for the tokenizer, a file or the text itself, saved with it. None: the tokenizer's own."""
     max_length: int = 512
     """Longest example in tokens, at most the model's context; longer ones are cut and get no end-of-text token."""
     eval_fraction: float = 0.02
@@ -100,6 +109,10 @@ class SFTArgs:
     """Precision of the saved weights; training itself runs in float32."""
     seed: int = 0
     """Seed of the initialisation, the hold-out split and the order of rows."""
+    num_threads: int | None = None
+    """CPU threads; None: 1 for models below ten million parameters, every usable CPU for others."""
+    quiet: bool = False
+    """Show no progress."""
 
     def __post_init__(self) -> None:
         require_weights(self.dataset, self.dataset_weights)
@@ -121,6 +134,7 @@ class SFTArgs:
         for name in ("learning_rate", "warmup_steps", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or more and finite, got {getattr(self, name)}")
+        require_threads(self.num_threads)
         if not 0 < self.num_epochs < math.inf:
             raise ValueError(f"num_epochs must be positive and finite, got {self.num_epochs}")
         if self.completion_column is not None and self.text_column != "text":
@@ -157,7 +171,7 @@ def _settle_tokenizer(args: SFTArgs, texts: list[str]) -> tuple[PretrainedConfig
     """The model's configuration and tokenizer, which every row is checked with before the model itself is loaded."""
     if args.model is not None:
         name = resolve_model(args.model)
-        return load_config(name), load_tokenizer(name)
+        return load_config(name), with_chat_template(load_tokenizer(name), args.chat_template)
     if str(args.architecture).endswith(".json") and not Path(str(args.architecture)).is_file():
         raise FileNotFoundError(f"architecture {args.architecture}: there is no such file")
     config = AutoConfig.from_pretrained(str(args.architecture), trust_remote_code=False)
@@ -169,7 +183,7 @@ def _settle_tokenizer(args: SFTArgs, texts: list[str]) -> tuple[PretrainedConfig
             f"{len(tokenizer)} tokens: raise it"
         )
     config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
-    return config, tokenizer
+    return config, with_chat_template(tokenizer, args.chat_template)
 
 
 def _collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -282,10 +296,27 @@ def nats_per_token(model: PreTrainedModel, rows: Dataset, batch_size: int) -> fl
 class _Trainer(Trainer):
     """transformers' own, which would leave a loss that is not finite out of its average and go on."""
 
+    loss = math.nan
+    """Of the last step."""
+
     def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
         loss = super().training_step(*args, **options)
-        _require_finite(float(loss), f"step {self.state.global_step + 1}")
+        self.loss = float(loss)
+        _require_finite(self.loss, f"step {self.state.global_step + 1}")
         return loss
+
+
+class _Shown(TrainerCallback):
+    """Shows the steps as every command of this package does."""
+
+    def __init__(self, display: ProgressDisplay, trainer: _Trainer) -> None:
+        self.display, self.trainer = display, trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.display.phase("update")
+
+    def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        self.display.update(state.global_step, loss=self.trainer.loss)
 
 
 def _require_finite(loss: float, where: str) -> None:
@@ -311,7 +342,7 @@ def sft(args: SFTArgs) -> dict[str, float]:
         NonFiniteGradientError: a loss or a weight is not finite; nothing is saved.
     """
     require_one_process()
-    with run_lock(RunDirectory(args.output_dir).path):
+    with run_lock(RunDirectory(args.output_dir).path), without_library_bars():
         return _train(args)
 
 
@@ -345,17 +376,32 @@ def _train(args: SFTArgs) -> dict[str, float]:
             warmup_steps=fit_warmup(args.warmup_steps, steps),
             weight_decay=args.weight_decay,
             train_sampling_strategy="group_by_length",
-            logging_steps=50,
+            logging_strategy="no",
             save_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
             report_to="none",
             seed=args.seed,
         ),
         train_dataset=encoded["train"],
         data_collator=_collate,
     )
-    trainer.train()
-    steps = trainer.state.global_step
-    loss = nats_per_token(model, encoded["test"], args.batch_size)
+    trainer.remove_callback(PrinterCallback)
+    with torch_threads(args.num_threads, model):
+        print_summary(
+            {
+                **model_rows(str(args.model or args.architecture), model, device=trainer.args.device, bf16=False),
+                "rows": f"{len(encoded['train'])} train, {len(encoded['test'])} held out",
+                "run": f"{steps} optimizer steps of {args.batch_size} rows",
+                "folder": args.output_dir,
+            },
+            quiet=args.quiet,
+        )
+        with ProgressDisplay("steps", steps, each="step", quiet=args.quiet) as progress:
+            trainer.add_callback(_Shown(progress, trainer))
+            trainer.train()
+            with progress.aside("evaluating"):
+                loss = nats_per_token(model, encoded["test"], args.batch_size)
     _require_finite(loss, f"after the last step ({steps}), on the held-out rows")
     model.config.use_cache = True  # the Trainer turns it off and leaves it so
     _stop_at(model, cast(int, tokenizer.eos_token_id))

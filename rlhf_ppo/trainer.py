@@ -24,11 +24,12 @@ from rlhf_ppo.data import Prompt, PromptSet
 from rlhf_ppo.explanation import explain_rollout
 from rlhf_ppo.fingerprints import run_fingerprints
 from rlhf_ppo.guard import require_no_drift
+from rlhf_ppo.library_noise import without_library_bars
 from rlhf_ppo.optimization import make_optimizer, only_the_critic_learns, warmup_settings
 from rlhf_ppo.recovery import SafePoint, begin, go_back, keep_checkpoint, save_after, save_model
 from rlhf_ppo.rollout import Rollout
 from rlhf_ppo.rows import RowSource
-from rlhf_ppo.run_log import PANELS, evaluate, log_evaluation, log_update
+from rlhf_ppo.run_log import PANELS, evaluate, log_evaluation, log_update, run_rows
 from rlhf_ppo.runtime.errors import RatioTripwireError as RatioTripwireError
 from rlhf_ppo.runtime.explain import Explanation
 from rlhf_ppo.runtime.files import replacing_files, require_space
@@ -37,8 +38,9 @@ from rlhf_ppo.runtime.metrics import MetricAverage
 from rlhf_ppo.runtime.plots import plot_curves
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory
-from rlhf_ppo.runtime.seeding import torch_threads
 from rlhf_ppo.runtime.signals import stop_if_asked, stop_on_signals
+from rlhf_ppo.runtime.summary import print_summary
+from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.runtime.timing import Stopwatch
 from rlhf_ppo.runtime.trackers import reporting
 from rlhf_ppo.score_shaping import ScoreStatistics
@@ -169,19 +171,22 @@ class PPOTrainer:
                 stacklevel=2,
             )
         planned = args.num_rollouts * args.rollout_batch_size
-        if planned != args.total_episodes and not args.quiet:
-            whole = f"whole rollouts of {args.rollout_batch_size}"
-            print(f"total_episodes={args.total_episodes} rounds up to {planned}: {whole}")
         if self.iteration >= args.num_rollouts:
             raise ValueError(
                 f"all {args.num_rollouts} rollouts of this run are done: raise total_episodes in a new trainer"
             )
         settings = {**self.sources, **dataclasses.asdict(args)}
         trackers = reporting(self.run, args.report_to, project="rlhf-ppo", settings=settings)
-        with run_lock(self.run.path), torch_threads(args.num_threads), stop_on_signals():
+        with (
+            run_lock(self.run.path),
+            torch_threads(args.num_threads, self.model),
+            stop_on_signals(),
+            without_library_bars(),
+        ):
             # What the run will save at its end must not find a full disk there.
             require_space(self.run.path, self.model.saved_bytes, f"the model that is saved into {self.run.path}")
             begin(self, resume_from_checkpoint, settings, override=resume_override)
+            print_summary(run_rows(self), quiet=args.quiet)
             # What a tracker still has to send is waited for after everything is saved.
             with trackers:
                 try:
@@ -207,11 +212,16 @@ class PPOTrainer:
             metrics = lines[-1]
         if args.on_nonfinite == "rollback":
             keep_checkpoint(self)  # something to go back to
-        with ProgressDisplay("episodes", planned, quiet=args.quiet) as progress:
+        with (
+            ProgressDisplay("episodes", planned, quiet=args.quiet) as progress,
+            self.stopwatch.shown_by(progress.phase),
+        ):
+            progress.start(self.episodes)
             while self.iteration < args.num_rollouts:
                 self.safe.boundary = Boundary.of(self)
                 if self.iteration == 0 or (args.eval_every and self.iteration % args.eval_every == 0):
-                    log_evaluation(self)
+                    with progress.aside("evaluating"):
+                        log_evaluation(self)
                 self.stopwatch.take()  # evaluations are no part of an iteration
                 batch = prompts.batch(self.iteration, args.rollout_batch_size // args.num_generations)
                 rollout = self.rollout(batch.prompts, **batch.columns)
@@ -232,7 +242,8 @@ class PPOTrainer:
                 if any(wants_stop):
                     break
                 stop_if_asked()
-        return {**metrics, **log_evaluation(self)}
+            with progress.aside("evaluating"):
+                return {**metrics, **log_evaluation(self)}
 
     def rollout(self, prompts: Sequence[Prompt], **columns: list[Any]) -> Rollout:
         """Generate ``num_generations`` responses to each prompt, side by side, score them, and read the reference.

@@ -1,60 +1,161 @@
-"""Live progress: a bar with the latest numbers on a terminal, plain lines anywhere else."""
+"""Live progress: a bar with the phase, the time left and the latest numbers; without a terminal plain lines."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
+from rich.text import Text
+
+PHASES = {
+    "collect": "collecting",
+    "generate": "generating",
+    "reference": "reading reference",
+    "score": "scoring",
+    "update": "updating",
+}
+"""How a phase reads while it lasts; others are shown as they are."""
+
+
+class _Bar(Progress):
+    """One line for the count, the times and the phase, one for the numbers; each at most as wide as the terminal."""
+
+    numbers = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        yield Text(self.numbers, no_wrap=True, overflow="ellipsis")
+
+
+def _column(text: str, **column: object) -> TextColumn:
+    # Not as markup: a name may hold [/x].
+    return TextColumn(text, markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", **column))  # type: ignore[arg-type]
 
 
 class ProgressDisplay:
-    """Shows ``done`` of ``total`` and a few numbers; without a terminal, one line now and then.
+    """Shows ``done`` of ``total``, what is being done and a few numbers; without a terminal, one line now and then.
 
     Args:
         description: what is counted.
         total: the count at the end.
+        each: what lies between two updates: an iteration, a step.
         every_s: least seconds between two plain lines.
         quiet: show nothing.
     """
 
-    def __init__(self, description: str, total: int, *, every_s: float = 10.0, quiet: bool = False) -> None:
-        self.description, self.total, self.every_s, self.quiet = description, total, every_s, quiet
+    def __init__(
+        self, description: str, total: int, *, each: str = "iteration", every_s: float = 10.0, quiet: bool = False
+    ) -> None:
+        self.description, self.total, self.each = description, total, each
+        self.every_s, self.quiet = every_s, quiet
         self.console = Console(file=sys.stderr)
+        self.done = 0
         self._last_line = float("-inf")
-        self._bar = Progress(
-            TextColumn("{task.description}", style="bold", markup=False),  # a name may hold [/x]
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
+        self._aside_s, self._is_aside = 0.0, False
+        self._steps: deque[tuple[float, int]] = deque(maxlen=21)
+        """When so much was done: the last 20 steps and where they began."""
+        self._bar = _Bar(
+            _column("{task.description}", max_width=24),
+            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=6)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
+            _column("{task.fields[left]}"),
+            _column("{task.fields[phase]}", style="dim"),
             console=self.console,
+            expand=True,
         )
 
     def __enter__(self) -> ProgressDisplay:
         if self._live:
-            self._task = self._bar.add_task(self.description, total=self.total, numbers="")
+            self._task = self._bar.add_task(self.description, total=self.total, left="", phase="")
             self._bar.start()
+        self.start(0)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live:
+            self._bar.update(self._task, phase="")
             self._bar.stop()
 
     @property
     def _live(self) -> bool:
         return self.console.is_terminal and not self.quiet
 
-    def update(self, done: int, **numbers: float) -> None:
-        """Show the count and the numbers, three significant digits each."""
-        text = "  ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in numbers.items())
+    def start(self, done: int) -> None:
+        """Say that so much is done already; the time of a step is measured from here."""
+        self.done = done
+        self._steps.clear()
+        self._steps.append((self._now(), done))
         if self._live:
-            self._bar.update(self._task, completed=done, numbers=text)
-        elif not self.quiet and (time.monotonic() - self._last_line >= self.every_s or done >= self.total):
+            self._bar.update(self._task, completed=done)
+
+    def update(self, done: int, **numbers: float) -> None:
+        """Show the count, the time of a step, the time left, and the numbers, three significant digits each."""
+        self.done = done
+        self._steps.append((self._now(), done))
+        left, each = self._times()
+        shown = [each, *(f"{name.replace('_', ' ')} {value:.3g}" for name, value in numbers.items())]
+        text = "  ".join(filter(None, shown))
+        if self._live:
+            self._bar.numbers = text
+            self._bar.update(self._task, completed=done, left=left)
+        else:
+            first = len(self._steps) == 2  # says at once how long it will take
+            self._line("  ".join(filter(None, (left, text))), now=first or done >= self.total)
+
+    def phase(self, name: str) -> None:
+        """Say what is being done."""
+        if self._is_aside:
+            return
+        word = PHASES.get(name, name)
+        if self._live:
+            self._bar.update(self._task, phase=word)
+        else:
+            self._line(word)
+
+    @contextmanager
+    def aside(self, name: str) -> Iterator[None]:
+        """Show ``name`` for what happens inside, and leave its time out of the time of a step: an evaluation, say."""
+        self.phase(name)
+        started, self._is_aside = time.monotonic(), True
+        try:
+            yield
+        finally:
+            self._aside_s, self._is_aside = self._aside_s + time.monotonic() - started, False
+
+    def _now(self) -> float:
+        return time.monotonic() - self._aside_s
+
+    def _times(self) -> tuple[str, str]:
+        """Time left (empty at the end) and time of a step, by the last 20 of them."""
+        (then, first), (now, last) = self._steps[0], self._steps[-1]
+        if last <= first:
+            return "", ""
+        left = (now - then) / (last - first) * (self.total - last)
+        each = f"{_seconds((now - then) / (len(self._steps) - 1))}/{self.each}"
+        return f"{_clock(left)} left" if left > 0 else "", each
+
+    def _line(self, text: str, *, now: bool = False) -> None:
+        if not self.quiet and (now or time.monotonic() - self._last_line >= self.every_s):
             self._last_line = time.monotonic()
-            print(f"{self.description} {done}/{self.total}  {text}", file=sys.stderr, flush=True)
+            print(f"{self.description} {self.done}/{self.total}  {text}", file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(max(0.0, seconds))))
+
+
+def _seconds(seconds: float) -> str:
+    if seconds >= 100:
+        return _clock(seconds)
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"

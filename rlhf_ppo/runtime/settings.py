@@ -15,6 +15,8 @@ import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from rlhf_ppo import __version__
+
 Settings = TypeVar("Settings")
 Command = tuple[type, Callable[[Any], int | None]]
 
@@ -195,8 +197,11 @@ def run_command(prog: str, commands: Mapping[str, Command], argv: Sequence[str] 
     width = max(map(len, commands))
     summary = {name: (cls.__doc__ or "").strip().splitlines()[0] for name, (cls, _) in commands.items()}
     usage = f"usage: {prog} COMMAND [flags]\n\n" + "\n".join(f"  {n:<{width}}  {text}" for n, text in summary.items())
+    if argv == ["--version"]:
+        print(f"{prog} {__version__}")
+        return 0
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"{usage}\n\n{prog} COMMAND --help lists the flags of a command.")
+        print(f"{usage}\n\n{prog} COMMAND --help lists the flags of a command; {prog} --version says which this is.")
         return 0 if argv else 2
     if argv[0] not in commands:
         close = difflib.get_close_matches(argv[0], commands, n=1)

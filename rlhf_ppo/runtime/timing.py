@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,10 +16,22 @@ class Stopwatch:
         """``device``: waited for at the end of each phase, so that its work is counted where it belongs."""
         self.device = device
         self._seconds: dict[str, float] = {}
+        self._show: Callable[[str], None] | None = None
+
+    @contextmanager
+    def shown_by(self, show: Callable[[str], None]) -> Iterator[None]:
+        """Inside, call ``show`` with the name of each phase that begins."""
+        self._show = show
+        try:
+            yield
+        finally:
+            self._show = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count what happens inside as ``name``."""
+        if self._show is not None:
+            self._show(name)
         started = time.perf_counter()
         try:
             yield

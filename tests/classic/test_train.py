@@ -11,7 +11,7 @@ import torch
 import classic
 from classic.gradients import ClosedForm
 from rlhf_ppo.runtime.run_directory import RunDirectory
-from rlhf_ppo.runtime.seeding import torch_threads
+from rlhf_ppo.runtime.threads import torch_threads
 
 
 @pytest.fixture(autouse=True)

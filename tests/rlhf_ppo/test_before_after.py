@@ -60,6 +60,25 @@ def test_prompts_and_completions_are_shown_as_they_are(tmp_path):
     assert "[INST] tell [/INST] at 1" in text.getvalue()
 
 
+def test_chats_are_shown_as_chats(tmp_path):
+    """Not as Python's lists; content may come in parts, or as tool calls alone."""
+    run = RunDirectory(tmp_path)
+    parts = [{"type": "text", "text": "what is "}, {"type": "text", "text": "this?"}, {"type": "image"}]
+    said = [{"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]},
+            {"role": "tool", "content": "a cat"}, {"role": "assistant", "content": "It is [a] cat."}]  # fmt: skip
+    for iteration in (0, 1):
+        chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
+        run.append("eval_samples.jsonl", {**row(iteration, "x", 0.5), "prompt": chat, "completion": said})
+    text = io.StringIO()
+    print_before_after(run, console=Console(file=text, width=200))
+    shown = text.getvalue()
+    assert "{'" not in shown and "system: Be brief." in shown and "user: what is this?[image]" in shown
+    assert 'assistant: [{"name": "look"}]' in shown and "tool: a cat" in shown
+    assert "assistant: It is [a] cat." in shown
+    # Each message has a line of its own.
+    assert not any("system:" in line and "user:" in line for line in shown.splitlines())
+
+
 def test_samples_are_spread_evenly_over_the_improvements():
     # Changes 0, 10, ..., 90 in a shuffled order; four even quantiles of ten rows are ranks 1, 3, 6 and 8.
     order = [3, 7, 0, 9, 4, 1, 8, 2, 6, 5]

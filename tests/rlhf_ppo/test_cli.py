@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from classic.cli import main as classic_main
+from rlhf_ppo import __version__
 from rlhf_ppo.cli import COMMANDS, main
-from rlhf_ppo.demo import print_paths
+from rlhf_ppo.demo import DemoArgs, demo_trainer, print_paths
 from rlhf_ppo.runtime.settings import _positional
 from rlhf_ppo.runtime.settings_page import sentences
 from rlhf_ppo.settings_page import settings_page
@@ -290,3 +292,19 @@ def test_the_page_of_settings_is_made_from_the_commands():
     page = Path(__file__).parents[2] / "docs" / "settings.md"
     assert page.read_text(encoding="utf-8") == settings_page(), "run `make docs`"
     assert "| `kl_coef` | `0.05` | " in page.read_text(encoding="utf-8")
+
+
+def test_version_of_either_command(capsys):
+    assert main(["--version"]) == 0
+    assert classic_main(["--version"]) == 0
+    assert capsys.readouterr().out == f"rlhf-ppo {__version__}\nclassic-ppo {__version__}\n"
+    # Only alone: a command's own flags are the command's.
+    with pytest.raises(SystemExit):
+        main(["check", "--version"])
+
+
+def test_the_demo_takes_a_precision(monkeypatch):
+    asked = {}
+    monkeypatch.setattr("rlhf_ppo.demo.PPOTrainer", lambda **arguments: asked.update(arguments))
+    demo_trainer(DemoArgs(precision="bf16", num_threads=3))
+    assert (asked["args"].precision, asked["args"].num_threads) == ("bf16", 3)

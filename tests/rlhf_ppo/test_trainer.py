@@ -109,7 +109,7 @@ def test_total_episodes_round_up_and_say_so(make_trainer, capsys):
     trainer = make_trainer(total_episodes=17, quiet=False)
     trainer.train()
     assert trainer.episodes == 24 and trainer.iteration == 3
-    assert "total_episodes=17 rounds up to 24: whole rollouts of 8" in capsys.readouterr().out
+    assert "total_episodes=17 rounds up to 24: whole rollouts of 8" in capsys.readouterr().err
 
 
 def test_quiet_says_nothing(make_trainer, capfd):

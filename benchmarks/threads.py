@@ -1,0 +1,114 @@
+"""Threads: what one or two of them, and the way they wait for each other, cost on an idle and on a busy machine.
+
+Run:  python benchmarks/threads.py        (about ten minutes; on a machine with nothing else to do)
+PPO iterations of the embedded model and of a GPT-2 of workload M, each in a process of its own. "spins" is how OpenMP
+waits unless told (torch imported before rlhf_ppo), "sleeps" is OMP_WAIT_POLICY=PASSIVE, which this project sets. Busy:
+one process that computes without end for each CPU. Prints the seconds of an iteration over those of one thread on the
+idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+WAYS = {"sleeps": "import rlhf_ppo, torch", "spins": "import torch, rlhf_ppo"}
+"""The order of the imports decides: libgomp reads its settings once, when torch loads it."""
+
+LIMIT_S = 300.0
+"""A measurement that takes longer is given up and counted as one iteration of this length, which is too kind to it."""
+
+MODELS = ("embedded", "M")
+
+
+def make_trainer(model: str, folder: str) -> Any:
+    from speed_worker import trainer_for
+    from speed_workloads import WORKLOADS
+
+    from rlhf_ppo.demo import DemoArgs, demo_trainer
+
+    if model == "embedded":
+        return demo_trainer(DemoArgs(output_dir=folder))
+    return trainer_for(WORKLOADS[model], folder, separate_critic=False, precision="auto")[0]
+
+
+def work(model: str, threads: int, seconds: float) -> None:
+    """Iterate for about ``seconds`` after a first one that warms up; prints the seconds of each."""
+    import torch
+
+    torch.set_num_threads(threads)
+    took: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(model, folder)
+        size = trainer.args.rollout_batch_size
+        while len(took) < 2 or sum(took[1:]) < seconds:
+            started = time.perf_counter()
+            trainer.step(trainer.rollout(trainer.train_prompts.batch(len(took), size).prompts))
+            took.append(time.perf_counter() - started)
+    print(json.dumps(took[1:]))
+
+
+def measure(model: str, threads: int, way: str, seconds: float) -> list[float]:
+    code = f"{WAYS[way]}; from threads import work; work({model!r}, {threads}, {seconds})"
+    unset = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    here = Path(__file__).resolve().parent
+    environment["PYTHONPATH"] = os.pathsep.join((str(here), str(here.parent)))
+    command = [sys.executable, "-c", code]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return [LIMIT_S]
+    if done.returncode != 0:
+        raise SystemExit(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@contextmanager
+def load(processes: int) -> Iterator[None]:
+    """So many processes that compute without end."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=2, help="times that each is measured, in turns")
+    parser.add_argument("--seconds", type=float, default=10.0, help="least time of one, and at least one iteration")
+    flags = parser.parse_args()
+    cases = list(itertools.product(flags.models, (False, True), flags.threads, WAYS))
+    took: dict[tuple[str, bool, int, str], list[float]] = {case: [] for case in cases}
+    for _ in range(flags.rounds):
+        for case in cases:
+            model, busy, threads, way = case
+            with load((os.cpu_count() or 1) if busy else 0):
+                took[case] += measure(model, threads, way, flags.seconds)
+            print(model, "busy" if busy else "idle", threads, way, [f"{x:.2f}" for x in took[case]], file=sys.stderr)
+    print("\n| model | machine | threads | sleeps (this project) | spins (OpenMP's default) |")
+    print("|---|---|---|---|---|")
+    for model, busy, threads in itertools.product(flags.models, (False, True), flags.threads):
+        base = statistics.median(took[model, False, flags.threads[0], "sleeps"])
+        cells = [f"{statistics.median(took[model, busy, threads, way]) / base:.2f}" for way in WAYS]
+        print(f"| {model} | {'busy' if busy else 'idle'} | {threads} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

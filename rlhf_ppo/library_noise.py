@@ -1,0 +1,71 @@
+"""What other libraries say of themselves while they work: their bars, deprecations, and warnings about nothing."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import datasets
+from huggingface_hub import utils as hub
+from transformers.utils import logging as transformers_logging
+
+LIBRARIES = r"(accelerate|datasets|huggingface_hub|peft|torch|transformers|rlhf_ppo|classic)(\.|$)"
+"""Where a deprecation is not for the user to act on: here, and where this package calls them."""
+
+HARMLESS = (
+    "fan_in_fan_out is set to False but the target module is `Conv1D`",  # PEFT then sets it right
+    "Could not find a config file in",  # PEFT, saving an adapter of a model without a folder
+    "`loss_type=None` was set in the config",  # transformers then takes the usual one
+)
+"""How warnings begin that ask for nothing."""
+
+
+class _Harmless(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(HARMLESS)
+
+
+@contextmanager
+def without_library_bars() -> Iterator[None]:
+    """Inside, transformers and datasets draw no bars beside ours; a download from the hub still shows how far it is."""
+    transformers_had = transformers_logging.is_progress_bar_enabled()
+    datasets_had = not datasets.are_progress_bars_disabled()
+    hub_had = not hub.are_progress_bars_disabled()
+
+    def hub_as_it_was() -> None:  # transformers switches it along with its own
+        if hub_had:
+            hub.enable_progress_bars()
+
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    hub_as_it_was()
+    try:
+        yield
+    finally:
+        if transformers_had:
+            transformers_logging.enable_progress_bar()
+        if datasets_had:
+            datasets.enable_progress_bars()
+        hub_as_it_was()
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """For commands: no bars, and no warnings that their user can do nothing about (all of them under ``python -W``)."""
+    handlers = logging.getLogger("transformers").handlers
+    harmless = _Harmless()
+    with without_library_bars(), warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.filterwarnings("ignore", category=FutureWarning, module=LIBRARIES)
+            for message in HARMLESS:
+                warnings.filterwarnings("ignore", message=message.replace("`", "."), category=UserWarning)
+            for handler in handlers:
+                handler.addFilter(harmless)
+        try:
+            yield
+        finally:
+            for handler in handlers:
+                handler.removeFilter(harmless)
