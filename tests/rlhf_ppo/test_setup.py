@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from rlhf_ppo import PPOTrainer, RewardModel, RLHFConfig
+from rlhf_ppo.setup import stop_tokens
 
 
 @pytest.fixture
@@ -117,6 +120,27 @@ def test_stop_tokens_come_from_settings_then_generation_config_then_config_then_
     assert stops(model, stop_token_ids=None) == (tokenizer.eos_token_id,) == (0,)
     with pytest.raises(ValueError, match=r"stop tokens \(30,\) must lie in the vocabulary \[0, 30\)"):
         stops(make_model(), stop_token_ids=(30,))
+
+
+def test_an_end_of_text_that_ends_no_response_is_a_warning(make_trainer, make_model):
+    model = make_model()
+    model.generation_config.eos_token_id = [7, 8]
+    with pytest.warns(UserWarning, match=r"stop at 7 \('e'\), 8 \('f'\), .* end of text is 0 .* Set stop_token_ids"):
+        make_trainer(model=model, stop_token_ids=None)
+    model.generation_config.eos_token_id = [7, 0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_trainer(model=model, stop_token_ids=None)
+        make_trainer(model=model, stop_token_ids=(7,))  # whoever names the stop tokens means them
+
+
+def test_an_adapter_stops_where_its_base_does(make_model, tokenizer, tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model = make_model()
+    model.generation_config.eos_token_id = [7, 8]
+    model.save_pretrained(base)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig()).save_pretrained(adapter)
+    assert stop_tokens(str(adapter), model.config, tokenizer) == (7, 8)
 
 
 def test_an_end_of_text_id_outside_the_vocabulary_is_an_error(make_trainer, make_model, no_loading):

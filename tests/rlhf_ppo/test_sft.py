@@ -11,10 +11,11 @@ import tempfile
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, MixtralConfig, T5Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, MixtralConfig, T5Config
 
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.lock import RunLockedError, run_lock
+from rlhf_ppo.setup import stop_tokens
 from rlhf_ppo.sft import (
     Example,
     SFTArgs,
@@ -241,6 +242,20 @@ def test_completions_are_learned_end_to_end(quick, make_model, tokenizer, tmp_pa
     columns = {"prompt_column": "prompt", "completion_column": "chosen"}
     result = sft(quick(dataset=(str(file),), model=str(tmp_path / "m"), num_epochs=8.0, **columns))
     assert result["eval/loss_nats_per_token"] < 0.1
+
+
+@pytest.mark.parametrize(("named", "after"), [(7, [0, 7]), ([7, 8], [0, 7, 8]), ([7, 0], [7, 0]), (0, 0)])
+def test_responses_end_with_what_sft_taught(quick, data, make_model, tokenizer, tmp_path, named, after):
+    """The generation config is asked first where a response ends: the end token that was taught stands there."""
+    model = make_model()
+    model.generation_config.eos_token_id = named
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    sft(quick(dataset=data, model=str(tmp_path / "base"), num_epochs=0.1))
+    saved = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert saved.eos_token_id == after
+    stops = stop_tokens(str(tmp_path / "out"), model.config, tokenizer)
+    assert tokenizer.eos_token_id == 0 and 0 in stops
 
 
 def test_bad_prompt_and_completion_settings_are_named(quick, data, tokenizer):

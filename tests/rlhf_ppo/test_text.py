@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import ast
+import json
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+import rlhf_ppo.rollout
+from rlhf_ppo.generate import GenerateArgs, generate
+from rlhf_ppo.reward_calls import StepRewards
+from rlhf_ppo.sft import Example, encode_examples
 from rlhf_ppo.text import Before, GrowingText, TextPieces, encode_text
 
 TEXTS = ("lily and her friend said tom. a dog, a cat ;\n the day was long", "tom saw the shark, the shark saw him")
@@ -28,17 +36,19 @@ def wrapped(core: Tokenizer, **options: Any) -> PreTrainedTokenizerFast:
 
 
 def bpe(*, byte_fallback: bool = False, **parts: Any) -> Tokenizer:
-    core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=byte_fallback))
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
     for name, part in parts.items():
         setattr(core, name, part)
-    names = [f"<0x{byte:02X}>" for byte in range(256)] if byte_fallback else []
     alphabet = pre_tokenizers.ByteLevel.alphabet() if isinstance(core.decoder, decoders.ByteLevel) else []
-    core.train_from_iterator(
-        CORPUS,
-        trainers.BpeTrainer(
-            vocab_size=420, special_tokens=SPECIAL + names, initial_alphabet=alphabet, show_progress=False
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
+    core.train_from_iterator(CORPUS, trainer)
+    if byte_fallback:
+        learned = json.loads(core.to_str())["model"]
+        vocabulary = learned["vocab"] | {f"<0x{i:02X}>": len(learned["vocab"]) + i for i in range(256)}
+        merges = [tuple(pair) for pair in learned["merges"]]
+        core.model = models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True)
     return core
 
 
@@ -206,3 +216,127 @@ def test_a_prompt_that_ends_in_a_space(kind):
     assert prompt + pieces.decode(before, friend) == "lily and her friend"
     growing = GrowingText(pieces, before)
     assert [growing.add(token) for token in friend][-1] == "friend"
+
+
+# In a run: what is written is what the ids say
+
+
+@pytest.fixture
+def words() -> Any:
+    """A tokenizer like Llama 2's: the first space of a text goes unsaid, <s> comes before it."""
+    tokenizer = wrapped(fallback(prefix=True))
+    around(tokenizer, "<s> $A")
+    return tokenizer
+
+
+def around(tokenizer: Any, template: str) -> None:
+    """Let the tokenizer put special tokens around a text."""
+    named = [(name, tokenizer.convert_tokens_to_ids(name)) for name in SPECIAL]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=named)
+
+
+def behind(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text in the middle of a sequence."""
+    head, ids = (tokenizer(given, add_special_tokens=False)["input_ids"] for given in ("x", f"x{text}"))
+    assert ids[: len(head)] == head
+    return ids[len(head) :]
+
+
+def rows_of(*rows: list[int]) -> list[list[int]]:
+    width = max(map(len, rows))
+    return [row + [1] * (width - len(row)) for row in rows]
+
+
+def test_rewards_and_stop_strings_read_what_was_written(make_trainer, make_model, words, script):
+    """A first space is part of a completion and of a stop string; a step's end counts its characters."""
+    seen: list[str] = []
+
+    def judge(prompts, completions, **columns):
+        seen.extend(completions)
+        return [StepRewards([(len(" friend"), 1.0)]), 0.5, 0.0]
+
+    trainer = make_trainer(
+        model=make_model(vocab_size=len(words)),
+        processing_class=words,
+        reward_funcs=judge,
+        stop_token_ids=(words.eos_token_id,),
+        stop_strings=(" dog",),
+        max_new_tokens=8,
+    )
+    said = [[*behind(words, text), 1] for text in (" friend said", "s saw", " dog was long")]
+    script(rows_of(*said))
+    prompts = ["lily and her", "tom and the shark", "a"]
+    rollout = trainer.rollout(prompts)
+    assert seen == rollout.completions == [" friend said", "s saw", ""]
+    ids = [row[keep].tolist() for row, keep in zip(rollout.response_ids, rollout.mask, strict=True)]
+    assert ids[:2] == said[:2]  # the record is the sampled ids
+    assert ids[2] == behind(words, " dog")
+    for i, prompt in enumerate(prompts[:2]):
+        whole = rollout.prompt_ids[i][rollout.prompt_mask[i]].tolist() + ids[i]
+        assert words.decode(whole, skip_special_tokens=True) == prompt + rollout.completions[i]
+    friend = len(behind(words, " friend")) - 1
+    assert rollout.token_scores is not None and rollout.token_scores[0].nonzero().flatten().tolist() == [friend]
+    labels = [row["label"] for row in trainer.explain(rollout).rows if row["sequence"] == 0]
+    assert "".join(ast.literal_eval(label) for label in labels) == " friend said</s>"
+
+
+@pytest.mark.parametrize("reply", [" said tom.", "the dog"])
+def test_turns_and_replies_are_one_text(make_trainer, make_model, words, monkeypatch, reply):
+    trainer = make_trainer(
+        model=make_model(vocab_size=len(words)),
+        processing_class=words,
+        reward_funcs=lambda p, completions, **_: [float(len(text)) for text in completions],
+        respond=lambda messages: reply,
+        stop_token_ids=(words.eos_token_id,),
+        stop_strings=(" day",),
+        max_turns=2,
+        max_new_tokens=8,
+        total_episodes=1,
+        rollout_batch_size=1,
+        num_minibatches=1,
+    )
+    turns = iter([[*behind(words, " friend was"), 1], behind(words, " long. day")])
+    monkeypatch.setattr(rlhf_ppo.rollout, "uniforms", lambda *_: torch.tensor([next(turns)]).T)
+    monkeypatch.setattr(rlhf_ppo.rollout, "draw", lambda weights, u: u)
+    rollout = trainer.rollout(["lily and her"])
+    ids = rollout.prompt_ids[0].tolist() + rollout.response_ids[0][rollout.real[0]].tolist()
+    assert words.decode(ids, skip_special_tokens=True) == f"lily and her friend was{reply} long. day"
+    assert rollout.completions == [f" friend was{reply} long."]
+    assert [m["content"] for m in rollout.conversations[0]] == ["lily and her", " friend was", reply, " long."]
+    assert rollout.response_ids[0][~rollout.mask[0]].tolist() == behind(words, reply)
+
+
+def test_generate_writes_what_training_read(make_model, words, script, tmp_path):
+    model = make_model(vocab_size=len(words))
+    model.generation_config.eos_token_id = words.eos_token_id
+    model.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    script(rows_of([*behind(words, " friend dog"), 4], [*behind(words, "s saw"), 1]))
+    prompts = ("lily and her", "tom and the shark")
+    args = GenerateArgs(model=str(tmp_path), prompt=prompts, max_new_tokens=4, stop_strings=(" dog",), device="cpu")
+    assert generate(args) == [(prompts[0], " friend"), (prompts[1], "s saw")]
+
+
+# Special tokens
+
+
+@pytest.mark.parametrize("template", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
+@pytest.mark.parametrize("text", ["tom saw", "<s>tom saw", "tom saw</s>", "<s>tom saw</s>"])
+def test_special_tokens_stand_once_at_either_end(words, template, text):
+    around(words, template)
+    inner = words("tom saw", add_special_tokens=False)["input_ids"]
+    start = [0] * (template.startswith("<s>") or text.startswith("<s>"))
+    end, ended = [1] * text.endswith("</s>"), [1] * (text.endswith("</s>") or template.endswith("</s>"))
+    assert encode_text(words, text, ended=False) == [*start, *inner, *end]
+    assert encode_text(words, text, ended=True) == [*start, *inner, *ended]
+    # Cut to fit, a text loses its beginning, but no special token of the tokenizer's own.
+    if template == "<s> $A </s>":
+        assert encode_text(words, text, ended=True, limit=4) == [0, *inner[-2:], 1]
+    # sft: nothing between prompt and completion, one end of text.
+    completion = " friend said"
+    (row,) = encode_examples([Example(text, completion, "")], words, 64, "train", vocab_size=999)
+    assert row["input_ids"] == [*start, *inner, *end, *behind(words, completion), 1]
+    (row,) = encode_examples([Example("", text, "")], words, 64, "train", vocab_size=999)
+    assert row["input_ids"] == [*start, *inner, 1]
+    (row,) = encode_examples([Example("tom", " saw</s>", "")], words, 64, "train", vocab_size=999)
+    assert row["input_ids"][-2:] == [*behind(words, " saw")[-1:], 1]
