@@ -35,6 +35,7 @@ from rlhf_ppo.models import (
 from rlhf_ppo.rollout import sample_responses
 from rlhf_ppo.rows import prompt_rows
 from rlhf_ppo.runtime.processes import require_one_process
+from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import read_run
 from rlhf_ppo.runtime.seeding import resolve_device
 from rlhf_ppo.runtime.threads import require_threads, torch_threads
@@ -175,15 +176,19 @@ def generate(args: GenerateArgs) -> list[tuple[Prompt, str]]:
     if args.output is not None:
         _open(args.output, "a").close()
     speaker = load_speaker(args)
-    for start in range(0, len(rows), args.batch_size):
-        batch = rows[start : start + args.batch_size]
-        completions = speaker.reply([row["prompt"] for row in batch])
-        pairs += zip([row["prompt"] for row in batch], completions, strict=True)
-        if args.output is not None:
-            written = [{**row, "completion": text} for row, text in zip(batch, completions, strict=True)]
-            # An earlier run's completions stay until there are others to replace them.
-            with _open(args.output, "a" if start else "w") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in written)
+    # Without an output the completions themselves are printed.
+    with ProgressDisplay("completions", len(rows), each="batch", quiet=args.output is None) as progress:
+        progress.phase("generate")
+        for start in range(0, len(rows), args.batch_size):
+            batch = rows[start : start + args.batch_size]
+            completions = speaker.reply([row["prompt"] for row in batch])
+            pairs += zip([row["prompt"] for row in batch], completions, strict=True)
+            if args.output is not None:
+                written = [{**row, "completion": text} for row, text in zip(batch, completions, strict=True)]
+                # An earlier run's completions stay until there are others to replace them.
+                with _open(args.output, "a" if start else "w") as file:
+                    file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in written)
+            progress.update(len(pairs))
     return pairs
 
 

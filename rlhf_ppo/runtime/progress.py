@@ -67,8 +67,8 @@ class ProgressDisplay:
             BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=6)),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TimeElapsedColumn(table_column=Column(no_wrap=True)),
-            _column("{task.fields[left]}"),
-            _column("{task.fields[phase]}", style="dim"),
+            _column("{task.fields[left]}", min_width=12),
+            _column("{task.fields[phase]}", min_width=max(map(len, PHASES.values())), style="dim"),
             console=self.console,
             expand=True,
         )

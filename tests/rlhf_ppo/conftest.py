@@ -28,10 +28,13 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
+from transformers.utils import logging
 
 import rlhf_ppo.rollout
 from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.actor_critic import ActorCritic
+
+logging.disable_progress_bar()  # models that tests save would draw them among what commands print
 
 EOS = "<|endoftext|>"
 CHARACTERS = [EOS, "?", " ", *string.ascii_lowercase, "."]  # ids 0, 1, 2, 3..28, 29

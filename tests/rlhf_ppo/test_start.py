@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from rlhf_ppo.reward_training import RewardTrainingArgs, train_reward_model
 from rlhf_ppo.runtime.summary import model_rows
@@ -25,6 +26,7 @@ def run(tmp_path, make_model, tokenizer, make_trainer):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = {"model": str(tmp_path / "model"), "output_dir": str(tmp_path / "out"), "batch_size": 4}
     data = {"dataset": (str(tmp_path / "rows.jsonl"),), "eval_fraction": 0.25, **common}
+    logging.enable_progress_bar()
     seen: set[int] = set()
     hook = nn.modules.module.register_module_forward_hook(lambda *_: seen.add(torch.get_num_threads()))
 
@@ -40,6 +42,7 @@ def run(tmp_path, make_model, tokenizer, make_trainer):
 
     yield start
     hook.remove()
+    logging.disable_progress_bar()
 
 
 @pytest.mark.parametrize(
@@ -71,7 +74,6 @@ def test_a_run_says_what_it_is_about_to_do_and_how_long_it_takes(command, named,
 
 @pytest.mark.parametrize("command", ["train", "sft", "reward"])
 def test_quiet_is_quiet(command, run, capfd):
-    capfd.readouterr()  # what the fixture's models said
     run(command, quiet=True)
     assert capfd.readouterr() == ("", "")
 
