@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
+from classic.copies import ask_copies
+from classic.observed_masks import observed_mask
 from classic.spaces import ActionLayout
 
 REMEDY = "give one at the reset and at every step, or set action_masks=False"
 
 
 class ActionMasks:
-    """Reads masks from ``info["action_mask"]``, or from an environment's method ``action_masks()``.
+    """Reads masks from ``info["action_mask"]``, from an environment's method ``action_masks()``, or from observations.
 
     A mask lists every option of every choice in a row, True (or 1) where it is allowed; MultiBinary has two options a
     bit, off and on. The same two sources as in sb3-contrib's MaskablePPO and Gymnasium's own environments (Taxi).
@@ -36,13 +37,19 @@ class ActionMasks:
         if wanted and not actions.choices:
             raise ValueError(f"{where}: action_masks=True, but its actions are numbers, which cannot be masked")
         self.envs, self.actions, self.where, self.wanted = envs, actions, where, wanted
-        self._method = bool(actions.choices) and wanted is not False and _has_method(envs)
+        possible = bool(actions.choices) and wanted is not False
+        self._method = possible and _has_method(envs)
+        self.observed = observed_mask(envs.single_observation_space, actions) if possible else None
+        """Where an observation's mask lies in its encoding; read where neither of the other two is there."""
 
-    def read(self, info: dict[str, Any], resetting: Tensor, *, expected: bool | None) -> Tensor | None:
+    def read(
+        self, info: dict[str, Any], observations: Tensor, resetting: Tensor, *, expected: bool | None
+    ) -> Tensor | None:
         """Masks [B, options] for the next action, or None if there are none.
 
         Args:
             info: what reset or step returned.
+            observations: [B, *O], encoded.
             resetting: [B] bool, copies whose next action is ignored: everything is allowed there.
             expected: whether there were masks before; None: nothing was asked before.
         Raises:
@@ -58,10 +65,15 @@ class ActionMasks:
         elif self._method:
             given = self.envs.call("action_masks")  # pyright: ignore
             present = np.ones(len(given), dtype=bool)
+        elif self.observed is not None:
+            given, present = observations[:, self.observed].numpy(), np.ones(len(ignored), dtype=bool)
         elif expected:
             given, present = (), np.zeros(len(ignored), dtype=bool)
         elif self.wanted:
-            raise ValueError("action_masks=True, but there is neither infos['action_mask'] nor a method action_masks()")
+            raise ValueError(
+                "action_masks=True, but there is neither infos['action_mask'] nor a method action_masks() nor a part "
+                "action_mask of the observations"
+            )
         else:
             return None
         if expected is False:
@@ -90,14 +102,6 @@ def mask_row(mask: Any, actions: ActionLayout, name: str) -> np.ndarray:
 
 
 def _has_method(envs: VectorEnv) -> bool:
-    inner = envs.unwrapped
-    if hasattr(inner, "envs"):
-        return all(env.has_wrapper_attr("action_masks") for env in inner.envs)  # pyright: ignore
-    if not hasattr(inner, "env_fns"):
-        return False
-    # Asking a process for what it has not would end it: look at a copy of our own.
-    probe: gymnasium.Env = inner.env_fns[0]()  # pyright: ignore
-    try:
-        return probe.has_wrapper_attr("action_masks")
-    finally:
-        probe.close()
+    # Asking a process for what it has not would end it.
+    answers = ask_copies(envs, "has_wrapper_attr", "action_masks")
+    return bool(answers) and all(answers)

@@ -22,7 +22,7 @@ from rlhf_ppo.runtime.unchanged import require_unchanged
 if TYPE_CHECKING:
     from classic.train import PPO
 
-FREE = ("output_dir", "quiet", "num_threads", "save_every", "save_total_limit", "report_to")
+FREE = ("output_dir", "quiet", "num_threads", "save_every", "save_total_limit", "report_to", "eval_envs")
 """Settings that may differ when a run goes on."""
 
 OF_EPISODES = ("num_envs", "autoreset_mode", "vectorization", "env_kwargs", "wrappers", "action_masks")

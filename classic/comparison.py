@@ -27,7 +27,7 @@ SEEDING = "independent"
 CURVE_POINTS = 100
 
 # What may differ between a finished run and the same run asked for again.
-NOT_COMPARED = ("output_dir", "quiet")
+NOT_COMPARED = ("output_dir", "quiet", "eval_envs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +167,7 @@ def _train(path: Path, env_id: str, args: PPOArgs, episodes: int) -> dict[str, A
         "env_steps": agent.counters["env_steps"],
         **agent.evaluate(episodes=episodes),
     }
-    agent.envs.close()
+    agent.close()
     # Written last: a run without it is not finished.
     temporary = path / f".tmp-{RESULT}"
     temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -101,7 +101,8 @@ class PPOArgs:
     wrappers: tuple[str, ...] = ()
     """Wrappers around each copy, innermost first: names from gymnasium.wrappers, or module:Name."""
     action_masks: bool | None = None
-    """Keep to what infos["action_mask"] or action_masks() allows; None: where the environment offers either."""
+    """Keep to what infos["action_mask"], action_masks() or a part action_mask of the observations allows; None: where
+    the environment offers one of them."""
     hidden_sizes: tuple[int, ...] | None = None
     """Widths of the hidden layers, the same for the actor and the critic."""
     activation: Literal["tanh", "relu"] | None = None
@@ -166,6 +167,11 @@ class PPOArgs:
     """Global gradient norm after clipping."""
     max_initial_log_ratio: float | None = None
     """Tripwire: stop when any |log-ratio| before a rollout's first optimizer step exceeds this many nats. None: 0.1."""
+    eval_envs: int | None = None
+    """Most environment copies of an evaluation, which it keeps for the next one; None: num_envs, at most 32."""
+    eval_max_steps: int | None = None
+    """Steps after which an episode of an evaluation or a video is cut, with a warning; None: 10,000, or the
+    environment's own time limit if that is longer."""
     num_threads: int = 1
     """Torch threads while learning or evaluating; more than one slows networks this small down."""
     output_dir: str | None = None
@@ -185,7 +191,8 @@ class PPOArgs:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         check_trackers(self.report_to)
-        for name in ("total_timesteps", "num_envs", "num_steps", "num_threads", "recurrent_size"):
+        counts = ("total_timesteps", "num_envs", "num_steps", "num_threads", "recurrent_size")
+        for name in (*counts, "eval_envs", "eval_max_steps"):
             self._require(name, lambda value: value >= 1, "1 or more")
         self._require("seed", lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
         self._require("save_every", lambda value: value >= 0, "0 or more")

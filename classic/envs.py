@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +13,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from torch import Tensor
 
 from classic.action_masks import ActionMasks
+from classic.copies import ask_copies, normalizing_layers, pass_on
 from classic.episodes import episode_state, restore_episodes
 from classic.making import CRASHES, BrokenEnvironmentError, EnvLike, Vectorization, env_name, make_vector_env
 from classic.seeds import Purpose, derive_seeds
@@ -162,6 +161,32 @@ class Environments:
             episodes,
         )
 
+    def own_statistics(self) -> list[str]:
+        """Names of wrappers that normalise by statistics of their own."""
+        of_copies = [name for names in ask_copies(self.envs, "own_statistics") for name in names]
+        return sorted({*normalizing_layers(self.envs), *of_copies})
+
+    def time_limit(self) -> int | None:
+        """Steps after which the environment itself cuts an episode, where that is known."""
+        answers = ask_copies(self.envs, "time_limit")
+        return answers[0] if answers else getattr(self.envs.unwrapped, "max_episode_steps", None)
+
+    def running_episode(self, copy: int) -> Episode:
+        """What a copy's episode has brought so far."""
+        return Episode(copy, float(self._returns[copy]), int(self._lengths[copy]))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[B] decisions taken in the running episodes."""
+        return self._lengths
+
+    def observed_masks(self, observations: Tensor) -> Tensor | None:
+        """[N, options] bool, what encoded observations say is allowed (all, where they name nothing); None: nothing."""
+        if self._masks.observed is None:
+            return None
+        masks = observations[:, self._masks.observed] != 0
+        return masks | ~masks.any(dim=1, keepdim=True)
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         """(tensors, JSON) that :meth:`restore` takes; JSON is None where running episodes cannot be saved."""
         running = episode_state(self.envs)
@@ -191,8 +216,12 @@ class Environments:
             # Of an episode that is over and waits for its reset, the sum is no longer kept.
             if not tensors["resetting"][copy] and not np.isclose(total, tensors["returns"][copy].item(), rtol=1e-9):
                 return False
-        self.observations, self.action_masks = tensors["observations"], tensors.get("action_masks")
-        self.resetting, self.starting = tensors["resetting"], tensors["starting"]
+        self.observations, self.resetting, self.starting = (
+            tensors[name] for name in ("observations", "resetting", "starting")
+        )
+        self.action_masks = tensors.get("action_masks")
+        if self.action_masks is None and self._masks.observed is not None:  # versions that did not read them there
+            self.action_masks = self._read_masks({}, expected=None)
         self._returns, self._lengths = tensors["returns"].numpy().copy(), tensors["lengths"].numpy().copy()
         self.steps = state["step"]
         return True
@@ -202,15 +231,17 @@ class Environments:
         self.envs.close()
 
     def _guarded(self, call: Callable[[], Any]) -> Any:
-        said: list[str] = []
         try:
-            # Gymnasium's checker speaks at the first calls, partly in warnings: what it says explains the crash.
-            return _overheard(call, said) if self.steps <= 1 else call()
+            result = call()
         except CRASHES as error:
-            raise self._crash(error, said) from error
+            raise self._crash(error) from error
+        if self.steps <= 1:
+            pass_on([warning for heard in ask_copies(self.envs, "heard_warnings") for warning in heard])
+        return result
 
-    def _crash(self, error: BaseException, said: Sequence[str] = ()) -> BrokenEnvironmentError:
-        words = "".join(f"\n{line}" for line in said)
+    def _crash(self, error: BaseException) -> BrokenEnvironmentError:
+        # What Gymnasium's checker said before it explains the crash.
+        words = "".join(f"\n{line}" for line in getattr(error, "__notes__", ()))
         return BrokenEnvironmentError(
             f"environment {self.env_id!r} failed at step {self.steps}: {type(error).__name__}: {error}{words}"
         )
@@ -221,7 +252,7 @@ class Environments:
 
     def _read_masks(self, info: dict[str, Any], *, expected: bool | None) -> Tensor | None:
         try:
-            return self._masks.read(info, self.resetting, expected=expected)
+            return self._masks.read(info, self.observations, self.resetting, expected=expected)
         except ValueError as error:
             raise self._fault(str(error)) from None
         except CRASHES as error:  # of its action_masks()
@@ -261,10 +292,11 @@ class Environments:
         finals = info.get("final_obs")
         rows = []
         for env in envs.tolist():
-            if finals is None or finals[env] is None:
+            final = None if finals is None else _row(finals, env)
+            if final is None:
                 raise self._fault("SAME_STEP autoreset without infos['final_obs']: the last observation is lost", env)
             try:
-                row = self.encode(batch_of_one(self.observation_space, finals[env]))[0]
+                row = self.encode(batch_of_one(self.observation_space, final))[0]
             except (ValueError, TypeError, KeyError, IndexError) as error:
                 raise self._fault(f"final observation cannot be read: {error}", env) from error
             if not np.isfinite(row).all():
@@ -273,14 +305,10 @@ class Environments:
         return torch.from_numpy(np.stack(rows))
 
 
-def _overheard(call: Callable[[], Any], said: list[str]) -> Any:
-    """Call, and note the warnings; they are given again afterwards."""
-    with warnings.catch_warnings(record=True) as heard:
-        warnings.simplefilter("always")
-        try:
-            result = call()
-        finally:
-            said += [re.sub(r"\x1b\[\d*m", "", str(warning.message)) for warning in heard]  # without its colours
-    for warning in heard:
-        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    return result
+def _row(batch: Any, index: int) -> Any:
+    """One observation of several: Gymnasium's are an array of objects, others' one batch in the parts of the space."""
+    if isinstance(batch, Mapping):
+        return {key: _row(part, index) for key, part in batch.items()}
+    if isinstance(batch, tuple):
+        return tuple(_row(part, index) for part in batch)
+    return batch[index]

@@ -11,6 +11,7 @@ import gymnasium
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import PassiveEnvChecker
 
+from classic.copies import Heard, OneCopy, OwnArrays, pass_on
 from classic.episodes import RecordedEpisode
 
 MODES = {"next_step": AutoresetMode.NEXT_STEP, "same_step": AutoresetMode.SAME_STEP}
@@ -64,16 +65,20 @@ def make_vector_env(
         BrokenEnvironmentError: the environment cannot be created.
     """
     name = env_name(env)
-    layers = [_wrapper(name, wrapper) for wrapper in wrappers]
+    layers: list[Callable[[gymnasium.Env], gymnasium.Wrapper]] = [_wrapper(name, wrapper) for wrapper in wrappers]
+    if layers:  # which may keep what they are given, as a stack of frames does
+        layers = [OwnArrays, *layers]
     wanted = MODES[autoreset_mode] if autoreset_mode else None
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
             # Missing metadata is an error of ours, which says more.
             warnings.filterwarnings("ignore", message=".*AutoresetMode.*")
             if isinstance(env, str):
                 envs = _from_id(env, num_envs, wanted, vectorization, dict(env_kwargs or {}), layers)
             else:
                 envs = _from_object(env, num_envs, wanted, vectorization, dict(env_kwargs or {}), layers)
+        pass_on([Heard(str(x.message), x.category, x.filename, x.lineno) for x in heard])
     except gymnasium.error.Error as error:
         raise ValueError(f"cannot make environment {name!r}: {error}{_extra(env)}") from error
     except (ImportError, ValueError):
@@ -88,7 +93,7 @@ def make_vector_env(
     if isinstance(envs, SyncVectorEnv):
         if len({id(copy.unwrapped) for copy in envs.envs}) < num_envs:
             raise ValueError(f"{name!r} made one environment twice: a function must make a new one at each call")
-        envs.envs = [RecordedEpisode(copy) for copy in envs.envs]
+        envs.envs = [RecordedEpisode(OneCopy(copy)) for copy in envs.envs]
     mode = envs.metadata.get("autoreset_mode")
     if mode not in MODES.values():
         envs.close()
@@ -122,6 +127,7 @@ def _from_id(
             )
         mode = "sync"
     vector_kwargs = {} if wanted is None else {"autoreset_mode": wanted}
+    layers = [*layers, OneCopy] if mode == "async" else layers
     return gymnasium.make_vec(env_id, num_envs, mode, vector_kwargs=vector_kwargs, wrappers=layers, **env_kwargs)
 
 
@@ -154,7 +160,7 @@ def _from_object(
             raise ValueError(f"{name!r} made a {type(made).__name__}, not a gymnasium.Env")
         # Gymnasium puts its checker around what it makes from an id; here its words are wanted too.
         made = PassiveEnvChecker(made)
-        for layer in layers:
+        for layer in [*layers, OneCopy] if vectorization == "async" else layers:
             made = layer(made)
         return made
 

@@ -77,7 +77,7 @@ def mlp(
 
 
 def image_network(shape: tuple[int, ...], generator: torch.Generator) -> nn.Sequential:
-    """Pixels [N, C, H, W] in 0..255 to features [N, 512].
+    """Pixels [N, C, H, W], bytes or 0 to 1, to features [N, 512].
 
     Source: Mnih et al., "Human-level control through deep reinforcement learning" (2015), its three convolutions.
     """
@@ -95,10 +95,10 @@ def image_network(shape: tuple[int, ...], generator: torch.Generator) -> nn.Sequ
 
 
 class Pixels(nn.Module):
-    """0..255 to 0..1."""
+    """Bytes to 0..1; floats are there already."""
 
     def forward(self, images: Tensor) -> Tensor:
-        return images.float() / 255
+        return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 class Memory(nn.Module):

@@ -45,7 +45,7 @@ def predict(
             raise ValueError(f"predict for {where} takes {expected}, got {state.shape}")
         memory = torch.from_numpy(state.copy())
     starts = torch.from_numpy(np.array(np.broadcast_to(np.asarray(episode_start, dtype=bool), (count,))))
-    masks = None
+    masks = envs.observed_masks(torch.from_numpy(array))
     if action_masks is not None:
         if not envs.actions.choices:
             raise ValueError(f"{where} has actions that are numbers, which cannot be masked")

@@ -103,7 +103,13 @@ def load(cls: type[PPO], folder: str | Path, env: EnvLike | None, changes: Mappi
             stacklevel=3,
         )
     try:
-        agent.network.load_state_dict(load_file(folder / MODEL))
+        weights = load_file(folder / MODEL)
+        if len(agent.envs.observation_shape) == 3 and not any(".image." in name for name in weights):
+            raise ValueError(
+                f"{folder} was saved by a version that flattened the observations of environment {agent.env_id!r}, "
+                "which are read as images now: train it again"
+            )
+        agent.network.load_state_dict(weights)
         freeze(agent, frozen)
         agent.optimizer.load(load_file(folder / OPTIMIZER))
         statistics = load_file(folder / NORMALIZER)

@@ -12,8 +12,7 @@ import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 from torch import Tensor
 
-MIN_IMAGE_SIDE = 36
-"""Pixels a side below which the convolutional network has nothing left to look at."""
+from classic.images import MIN_IMAGE_SIDE, image_encoder, image_layout
 
 Encoder = Callable[[Any], np.ndarray]
 
@@ -79,23 +78,14 @@ def to_env_actions(actions: Tensor, space: gymnasium.Space, squash: bool = False
     return (array + getattr(space, "start", 0)).astype(space.dtype)
 
 
-def is_image(space: gymnasium.Space) -> bool:
-    """Whether the convolutional network reads this: uint8, three axes, large enough."""
-    if not isinstance(space, Box) or space.dtype != np.uint8 or len(space.shape) != 3:
-        return False
-    channels = min(space.shape[0], space.shape[2])
-    return channels <= space.shape[1] and sorted(space.shape)[1] >= MIN_IMAGE_SIDE
-
-
 def observation_shape(space: gymnasium.Space, where: str) -> tuple[int, ...]:
     """Shape of one encoded observation: (O,) features, or (channels, height, width) of an image.
 
     Raises:
         ValueError: a space that no encoding is known for; ``where`` begins the message.
     """
-    if is_image(space):
-        height, width, channels = space.shape if _channels_last(space) else (*space.shape[1:], space.shape[0])  # pyright: ignore
-        return (channels, height, width)
+    if (layout := image_layout(space)) is not None:
+        return layout.shape
     features = _num_features(space, where)
     if features < 1:
         raise ValueError(f"{where}: its observations {space} hold nothing to decide on")
@@ -106,18 +96,18 @@ def observation_encoder(space: gymnasium.Space) -> Encoder:
     """The function from a batch of observations, as vector environments return it, to one array [B, *shape].
 
     Box: its numbers in a row. Discrete and MultiDiscrete: one-hot. MultiBinary: 0 and 1. Dict and Tuple: their parts
-    one after another, Dict's in the order of its keys. Images stay uint8, channels first.
+    one after another, Dict's in the order of its keys. Images: channels first, bytes or 0 to 1.
 
     The encoder raises a ValueError when an observation is not in the space's shape. What it returns is a copy.
     """
     shape = space.shape or ()
-    if is_image(space):
-        axes = (0, 3, 1, 2) if _channels_last(space) else (0, 1, 2, 3)
-        return lambda batch: np.ascontiguousarray(_shaped(batch, shape, np.uint8).transpose(axes))
+    if (layout := image_layout(space)) is not None:
+        encode_images, dtype = image_encoder(layout), np.uint8 if layout.white is None else np.float32
+        return lambda batch: encode_images(_shaped(batch, shape, dtype))
     if isinstance(space, (Dict, Tuple)):
         named: Any = space.spaces.items() if isinstance(space, Dict) else enumerate(space.spaces)
         parts = [(key, observation_encoder(part)) for key, part in named]
-        return lambda batch: np.concatenate([encode(batch[key]) for key, encode in parts], axis=1)
+        return lambda batch: np.concatenate([_flat(encode(batch[key])) for key, encode in parts], axis=1)
     if isinstance(space, (Discrete, MultiDiscrete)):
         sizes = np.array([space.n]) if isinstance(space, Discrete) else space.nvec.flatten()
         start, offsets = np.asarray(space.start), np.cumsum([0, *sizes[:-1]])
@@ -168,6 +158,10 @@ def _shaped(batch: Any, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return array
 
 
+def _flat(array: np.ndarray) -> np.ndarray:
+    return array.reshape(len(array), -1)
+
+
 def _num_features(space: gymnasium.Space, where: str) -> int:
     if isinstance(space, Box):
         return int(np.prod(space.shape))
@@ -180,7 +174,7 @@ def _num_features(space: gymnasium.Space, where: str) -> int:
     if isinstance(space, (Dict, Tuple)):
         parts = space.spaces.values() if isinstance(space, Dict) else space.spaces
         for part in parts:
-            if is_image(part):
+            if image_layout(part) is not None and part.dtype == np.uint8:
                 raise ValueError(
                     f"{where}: {_kind(space)} observations with the image {_kind(part)} inside are not supported: keep "
                     "the image alone (FilterObservation), or shrink it below "
@@ -191,10 +185,6 @@ def _num_features(space: gymnasium.Space, where: str) -> int:
         f"{where}: {_kind(space)} observations are not supported; Box, Discrete, MultiDiscrete, MultiBinary, and Dict "
         "and Tuple of these are: wrap with TransformObservation (gymnasium.wrappers) to make them one of those"
     )
-
-
-def _channels_last(space: Any) -> bool:
-    return int(np.argmin(space.shape)) == 2
 
 
 def _kind(space: gymnasium.Space) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections import deque
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +21,9 @@ from classic.callbacks import Callback, run_callbacks
 from classic.changes import OF_COPIES, OF_WEIGHTS, differing, still_moved
 from classic.checkpoints import Progress, load_checkpoint, save_checkpoint
 from classic.config import PPOArgs
+from classic.environment_warnings import warn_before_training
 from classic.envs import Environments, Episode
-from classic.evaluation import evaluate_policy
+from classic.evaluation import MAX_COPIES, MAX_STEPS, evaluate_policy
 from classic.explanation import explain_rollout
 from classic.flat import FlatAdam, FlatParameters, trained
 from classic.gradients import gradient_method
@@ -37,15 +39,18 @@ from classic.task import identify
 from classic.update import update
 from rlhf_ppo import __version__
 from rlhf_ppo.core import PPOConfig
-from rlhf_ppo.runtime.checkpoint import find_checkpoint
+from rlhf_ppo.runtime.checkpoint import checkpoint_folder, find_checkpoint
 from rlhf_ppo.runtime.explain import Explanation
 from rlhf_ppo.runtime.lock import run_lock
 from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory
-from rlhf_ppo.runtime.signals import asked_to_stop, stop_if_asked, stop_on_signals
+from rlhf_ppo.runtime.signals import Interrupted, asked_to_stop, stop_if_asked, stop_on_signals
 from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.runtime.trackers import reporting, require_installed
+
+MAX_FORGETFUL = 3
+"""Predictions in a row without a state before a warning: single ones are the beginnings of episodes."""
 
 
 class LastUpdate(NamedTuple):
@@ -122,6 +127,9 @@ class PPO:
         )
         self.memory = self.network.initial_state(self.envs.num_envs)
         self._started = False
+        self._evaluation_envs: Environments | None = None
+        self._warned = False
+        self._forgetful = 0
         has_preset = self.task in preset_ids()
         self.origin = f"preset of {self.task}" if has_preset else "no preset for this environment: general defaults"
         """Where settings that were not given come from."""
@@ -231,6 +239,9 @@ class PPO:
 
     def _begin(self, run: RunDirectory | None, total: int, resume: str | Path | None, *, override: bool) -> Progress:
         """Where training starts: afresh, where the last call ended, or where a checkpoint was."""
+        if not self._warned:
+            self._warned = True
+            warn_before_training(self.envs, self.args)
         checkpoint = None if resume is None else find_checkpoint(resume, self.args.output_dir)
         progress = Progress(total, self.counters["env_steps"])
         if checkpoint is not None:
@@ -315,11 +326,18 @@ class PPO:
             ):
                 save_checkpoint(self, self._run, progress)
             stop_if_asked()
-            if run_callbacks(callbacks, self, metrics):
-                break
+            try:
+                if run_callbacks(callbacks, self, metrics):
+                    break
+            except Interrupted:  # in an evaluation, mostly; resumed, the run calls them again
+                if self._run is not None and not checkpoint_folder(self._run.path, counters["iteration"]).exists():
+                    save_checkpoint(self, self._run, progress)
+                raise
 
     def evaluate(self, episodes: int = 20, *, deterministic: bool = True, seed: int | None = None) -> dict[str, float]:
-        """Play whole episodes on fresh environments; training is not touched.
+        """Play whole episodes on environments of its own, which it keeps; training is not touched.
+
+        Before training begins it plays on training's copies where these are as many as it needs.
 
         Args:
             episodes: how many.
@@ -328,21 +346,57 @@ class PPO:
                 those of training.
         Returns:
             mean_return and std_return (undiscounted; population), mean_length in steps.
+        Warns:
+            UserWarning: episodes were cut (``eval_max_steps``); what they had brought by then counts.
         """
         seed = self.args.seed if seed is None else seed
-        single = isinstance(self.env, gymnasium.Env)
-        with torch_threads(self.args.num_threads):
-            result = evaluate_policy(
-                lambda copies: nullcontext(self.envs) if single else closing(self._make_envs(self.env, copies)),
+        if episodes < 1:
+            raise ValueError(f"episodes must be 1 or more, got {episodes}")
+        if seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {seed}")
+        with torch_threads(self.args.num_threads), self._copies_to_evaluate(episodes) as envs:
+            return evaluate_policy(
+                envs,
                 self.network,
                 episodes,
                 deterministic=deterministic,
                 seed=seed,
                 view=self.normalizer.normalize,
+                max_steps=self.max_episode_steps(),
             )
-        if single:
-            self.end_episodes()
-        return result
+
+    @contextmanager
+    def _copies_to_evaluate(self, episodes: int) -> Iterator[Environments]:
+        wanted = min(episodes, self.args.eval_envs or min(self.envs.num_envs, MAX_COPIES))
+        if isinstance(self.env, gymnasium.Env) or (not self._started and wanted == self.envs.num_envs):
+            try:
+                yield self.envs
+            finally:
+                self.end_episodes()
+            return
+        # Another number of copies would play other episodes.
+        if self._evaluation_envs is not None and self._evaluation_envs.num_envs != wanted:
+            self._close_evaluation()
+        self._evaluation_envs = envs = self._evaluation_envs or self._make_envs(self.env, wanted)
+        try:
+            yield envs
+        except BaseException:
+            self._close_evaluation()
+            raise
+
+    def max_episode_steps(self) -> int:
+        """Steps after which an episode of an evaluation or a video is cut."""
+        return self.args.eval_max_steps or max(MAX_STEPS, self.envs.time_limit() or 0)
+
+    def close(self) -> None:
+        """Release the environments."""
+        self.envs.close()
+        self._close_evaluation()
+
+    def _close_evaluation(self) -> None:
+        if self._evaluation_envs is not None:
+            self._evaluation_envs.close()
+        self._evaluation_envs = None
 
     def explain(self, rollout: Rollout | None = None) -> Explanation:
         """Step by step, what a rollout earned and taught, beside what the policy as it is now makes of it.
@@ -377,12 +431,14 @@ class PPO:
             deterministic: take the most likely action instead of a sampled one.
             state: what the last call returned; None at the first, and without a memory.
             episode_start: bool or [N], True where an episode begins and the memory is to be cleared.
-            action_masks: [options] or [N, options], True where an option is allowed; None: all are.
+            action_masks: [options] or [N, options], True where an option is allowed; None: what the observation's part
+                action_mask allows, or all without one.
         Returns:
             (action, state): what ``env.step`` takes, or N of them, and the memory's state [N, K], or None without one.
         Raises:
             ValueError: the observation has another shape or is not finite, or the state or the masks do not fit.
         """
+        self._notice_forgotten_state(state, episode_start)
         return predict(
             self.envs,
             self.network,
@@ -393,6 +449,19 @@ class PPO:
             episode_start=episode_start,
             action_masks=action_masks,
         )
+
+    def _notice_forgotten_state(self, state: np.ndarray | None, episode_start: Any) -> None:
+        """Warn once where a loop leaves out the state that the last call returned, which clears the memory."""
+        if not self.network.recurrent or self._forgetful == MAX_FORGETFUL:
+            return
+        self._forgetful = self._forgetful + 1 if state is None and not np.any(episode_start) else 0
+        if self._forgetful == MAX_FORGETFUL:
+            warnings.warn(
+                f"predict was called {MAX_FORGETFUL} times in a row without a state, so the memory "
+                f"(recurrent={self.args.recurrent!r}) was cleared each time: inside an episode give back what the last "
+                "call returned, action, state = agent.predict(observation, state=state)",
+                stacklevel=3,
+            )
 
     def save(self, folder: str | Path) -> Path:
         """Write networks, optimizer and settings (safetensors and JSON, no pickle); returns the folder."""

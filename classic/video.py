@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import gymnasium
 import numpy as np
 
+from classic.evaluation import warn_of_cut
 from classic.making import CRASHES, BrokenEnvironmentError, make_vector_env
 from classic.seeds import derive_seeds
+from rlhf_ppo.runtime.signals import stop_if_asked
 
 if TYPE_CHECKING:
     from classic.train import PPO
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 INSTALL = "pip install 'rlhf-ppo[video]'"
 MOMENTS = 5
 """Frames of a still."""
+MAX_FRAMES = 2_000
+"""Frames held at once; of a longer video every second one is dropped, as often as needed."""
 
 
 def record_video(agent: PPO, file: str | Path, *, episodes: int = 1, seed: int = 0, deterministic: bool = True) -> Path:
@@ -33,6 +38,8 @@ def record_video(agent: PPO, file: str | Path, *, episodes: int = 1, seed: int =
         deterministic: take the most likely action instead of a sampled one.
     Returns:
         The file.
+    Warns:
+        UserWarning: an episode was cut (``eval_max_steps``), or only every n-th frame is shown (``MAX_FRAMES``).
     Raises:
         ValueError: another ending, a negative seed, or the environment does not draw itself.
         ModuleNotFoundError: a package for drawing or writing is missing; says how to install it.
@@ -65,19 +72,43 @@ def record_video(agent: PPO, file: str | Path, *, episodes: int = 1, seed: int =
 
 
 def _play(agent: PPO, episodes: int, seed: int, deterministic: bool) -> tuple[list[np.ndarray], float]:
-    frames: list[np.ndarray] = []
+    frames, cut = _Frames(), 0
+    max_steps = agent.max_episode_steps()
     with _stage(agent) as env:
         for episode_seed in derive_seeds(seed, "video", episodes):
             observation, info = env.reset(seed=episode_seed)
-            state, over = None, False
-            frames.append(_frame(env))
-            while not over:
+            state, over, steps = None, False, 0
+            frames.add(_frame(env))
+            while not over and steps < max_steps:
+                stop_if_asked()
                 masks = None if agent.args.action_masks is False else _allowed(env, info)
                 action, state = agent.predict(observation, deterministic, state=state, action_masks=masks)
                 observation, _, terminated, truncated, info = env.step(action)
-                frames.append(_frame(env))
-                over = terminated or truncated
-    return frames, float(env.metadata.get("render_fps", 30))
+                frames.add(_frame(env))
+                over, steps = terminated or truncated, steps + 1
+            cut += not over
+        fps = float(env.metadata.get("render_fps", 30))
+    if cut:
+        warn_of_cut(agent.envs, cut, episodes, max_steps)
+    if frames.every > 1:
+        warnings.warn(f"the video is long, so it shows every {frames.every}th step", stacklevel=4)
+    return frames.kept, fps
+
+
+class _Frames:
+    """Frames of a video, at most MAX_FRAMES of them."""
+
+    def __init__(self) -> None:
+        self.kept: list[np.ndarray] = []
+        self.every, self._seen = 1, 0
+
+    def add(self, frame: np.ndarray) -> None:
+        """Keep one of ``every`` frames."""
+        if len(self.kept) == MAX_FRAMES and self._seen % self.every == 0:
+            self.kept, self.every = self.kept[::2], 2 * self.every
+        if self._seen % self.every == 0:
+            self.kept.append(frame)
+        self._seen += 1
 
 
 @contextmanager

@@ -22,6 +22,8 @@ OPTIONAL = (
     "env_kwargs",
     "action_masks",
     "save_total_limit",
+    "eval_envs",
+    "eval_max_steps",
 )
 
 

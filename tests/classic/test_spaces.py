@@ -9,11 +9,11 @@ import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 
 import classic
+from classic.images import image_layout
 from classic.spaces import (
     action_layout,
     batch_of_one,
     is_batch,
-    is_image,
     observation_encoder,
     observation_shape,
     to_env_actions,
@@ -52,8 +52,8 @@ def test_images_are_channels_first_and_stay_bytes():
 
 
 def test_what_is_no_image_is_flattened():
-    assert not is_image(Box(0, 1, (64, 64, 3), np.float32))
-    assert not is_image(Box(0, 255, (7, 7, 3), np.uint8))
+    assert image_layout(Box(-1, 1, (64, 64, 3), np.float32)) is None
+    assert image_layout(Box(0, 255, (7, 7, 3), np.uint8)) is None
     assert observation_shape(Box(0, 255, (7, 7, 3), np.uint8), "") == (147,)
 
 
@@ -175,8 +175,9 @@ def test_one_hot_of_a_large_space_holds_its_rows_alone():
 
 
 def test_three_axes_with_channels_in_the_middle_are_no_image():
-    assert not is_image(Box(0, 255, (40, 3, 44), np.uint8))
-    assert is_image(Box(0, 255, (40, 44, 3), np.uint8)) and is_image(Box(0, 255, (3, 40, 44), np.uint8))
+    assert image_layout(Box(0, 255, (40, 3, 44), np.uint8)) is None
+    for shape in ((40, 44, 3), (3, 40, 44)):
+        assert observation_shape(Box(0, 255, shape, np.uint8), "") == (3, 40, 44)
 
 
 def test_an_observation_of_nothing_is_refused():
