@@ -9,7 +9,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from classic.copies import ask_copies
+from classic.copies import all_copies_have
 from classic.observed_masks import observed_mask
 from classic.spaces import ActionLayout
 
@@ -38,7 +38,7 @@ class ActionMasks:
             raise ValueError(f"{where}: action_masks=True, but its actions are numbers, which cannot be masked")
         self.envs, self.actions, self.where, self.wanted = envs, actions, where, wanted
         possible = bool(actions.choices) and wanted is not False
-        self._method = possible and _has_method(envs)
+        self._method = possible and all_copies_have(envs, "action_masks")
         self.observed = observed_mask(envs.single_observation_space, actions) if possible else None
         """Where an observation's mask lies in its encoding; read where neither of the other two is there."""
 
@@ -99,9 +99,3 @@ def mask_row(mask: Any, actions: ActionLayout, name: str) -> np.ndarray:
     if not np.logical_or.reduceat(row, actions.offsets).all():
         raise ValueError(f"{name} allows nothing")
     return row
-
-
-def _has_method(envs: VectorEnv) -> bool:
-    # Asking a process for what it has not would end it.
-    answers = ask_copies(envs, "has_wrapper_attr", "action_masks")
-    return bool(answers) and all(answers)

@@ -118,9 +118,14 @@ def normalizing_layers(envs: Any) -> list[str]:
     return names
 
 
-def ask_copies(envs: VectorEnv, method: str, *arguments: Any) -> list[Any]:
-    """What a method of each copy answers; [] where there are no copies that could be asked."""
+def all_copies_have(envs: VectorEnv, method: str) -> bool:
+    """Whether there are copies that could be asked, and all have a method; to ask a process without it would end it."""
     inner = envs.unwrapped
     if not isinstance(inner, (gymnasium.vector.SyncVectorEnv, gymnasium.vector.AsyncVectorEnv)):
-        return []
-    return list(inner.call(method, *arguments))
+        return False
+    return all(inner.call("has_wrapper_attr", method))
+
+
+def ask_copies(envs: VectorEnv, method: str) -> list[Any]:
+    """What a method of each copy answers; [] where not all have it."""
+    return list(envs.unwrapped.call(method)) if all_copies_have(envs, method) else []  # pyright: ignore

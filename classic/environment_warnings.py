@@ -35,9 +35,9 @@ def warn_before_training(envs: Environments, args: PPOArgs) -> None:
 def _findings(envs: Environments, args: PPOArgs) -> Iterator[str]:
     if names := envs.own_statistics():
         yield (
-            f"{' and '.join(names)} keep statistics of their own in each copy, which are not saved and begin anew in "
-            "evaluations and loaded agents, and returns may be shown scaled: remove them and set "
-            "normalize_observations=True or normalize_rewards=True, whose statistics belong to the agent"
+            f"each copy has statistics of its own in {' and '.join(names)}: they are not saved, begin anew in "
+            "evaluations and loaded agents, and returns may be shown scaled. Use normalize_observations=True and "
+            "normalize_rewards=True instead, whose statistics belong to the agent"
         )
     if envs.actions.choices and args.action_masks is not False:
         for name in unread_masks(envs.observation_space, envs.actions):

@@ -241,7 +241,8 @@ class Environments:
 
     def _crash(self, error: BaseException) -> BrokenEnvironmentError:
         # What Gymnasium's checker said before it explains the crash.
-        words = "".join(f"\n{line}" for line in getattr(error, "__notes__", ()))
+        original = error.args[0] if error.args and isinstance(error.args[0], BaseException) else error  # of a process
+        words = "".join(f"\n{line}" for line in getattr(original, "__notes__", ()))
         return BrokenEnvironmentError(
             f"environment {self.env_id!r} failed at step {self.steps}: {type(error).__name__}: {error}{words}"
         )

@@ -87,9 +87,7 @@ def evaluate_policy(
 def warn_of_cut(envs: Environments, cut: int, episodes: int, max_steps: int) -> None:
     """Say which limit was missing, and which one was reached instead."""
     limit = envs.time_limit()
-    own = (
-        "has no time limit of its own (max_episode_steps)" if limit is None else f"has its own limit at {limit:,} steps"
-    )
+    own = "has no time limit of its own (max_episode_steps)" if limit is None else f"has its own at {limit:,} steps"
     warnings.warn(
         f"{cut} of {episodes} episodes were cut after {max_steps:,} steps (eval_max_steps) and count as they were by "
         f"then: environment {envs.env_id!r} {own}",

@@ -90,10 +90,11 @@ def make_vector_env(
         raise BrokenEnvironmentError(
             f"environment {name!r} failed while it was made: {type(error).__name__}: {error}"
         ) from error
-    if isinstance(envs, SyncVectorEnv):
-        if len({id(copy.unwrapped) for copy in envs.envs}) < num_envs:
+    inner = envs.unwrapped
+    if isinstance(inner, SyncVectorEnv):
+        if len({id(copy.unwrapped) for copy in inner.envs}) < num_envs:
             raise ValueError(f"{name!r} made one environment twice: a function must make a new one at each call")
-        envs.envs = [RecordedEpisode(OneCopy(copy)) for copy in envs.envs]
+        inner.envs = [RecordedEpisode(OneCopy(copy)) for copy in inner.envs]
     mode = envs.metadata.get("autoreset_mode")
     if mode not in MODES.values():
         envs.close()
