@@ -87,6 +87,19 @@ def answered(prompt: Sequence[Message], answer: str, where: str) -> Messages:
     return [*map(dict, prompt), {"role": "assistant", "content": answer}]
 
 
+def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], answer: str, where: str) -> str:
+    """The answer as it follows :func:`prompt_text`: behind the white space that the template puts before it.
+
+    Raises:
+        ValueError: the template fails on the chat with its answer; names ``where``.
+    """
+    before, whole = prompt_text(tokenizer, prompt, where), whole_text(tokenizer, answered(prompt, answer, where), where)
+    rest = whole[len(before) :].lstrip()
+    if not whole.startswith(before) or not rest.startswith(answer.strip()):
+        return answer
+    return whole[len(before) : len(whole) - len(rest)] + answer.lstrip()
+
+
 def begins_answer(messages: Sequence[Message]) -> bool:
     """Whether the chat ends within the assistant's message; tool calls end it."""
     return bool(messages) and messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")

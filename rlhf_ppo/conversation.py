@@ -208,14 +208,16 @@ def reply_ids(
     # What the policy said is there as it was sampled; in the template anything may stand for it.
     answered = [*messages[:-1], {"role": "assistant", "content": _SAID}, {"role": "user", "content": reply}]
     after = prompt_text(tokenizer, answered, where)
-    if not after.startswith(before + _SAID):
+    # Some templates put a space before what is said; the policy has written its own.
+    turn = after[len(before) :].lstrip()
+    if not after.startswith(before) or not turn.startswith(_SAID):
         raise ValueError(
             f"{where}: the chat template does not render a conversation by adding to its end, so a further turn would "
             "change what came before it: use a template that keeps earlier messages as they were, or write prompts as "
             "text "
             f"(before the turn: {before[-80:]!r}; with an answer: {after[-160:]!r})"
         )
-    rest = after[len(before + _SAID) :]
+    rest = turn[len(_SAID) :]
     ids = encode_after(tokenizer, _SAID, rest)
     if ids is None:
         ids = encode_bare(tokenizer, rest)

@@ -58,8 +58,11 @@ def require_room(room: int | None, max_new_tokens: int) -> None:
         raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt in the model's context")
 
 
-def fit_prompt(ids: list[int], room: int | None, policy: str, where: str) -> list[int] | None:
-    """The ids if they leave room for the response; else an error, their end, or None (drop), by ``policy``."""
+def fit_prompt(ids: list[int], room: int | None, policy: str, where: str, *, bos: Any = None) -> list[int] | None:
+    """The ids if they leave room for the response; else an error, their end, or None (drop), by ``policy``.
+
+    The id ``bos`` stays in front where it was there, unless one token is all there is room for.
+    """
     if room is None or len(ids) <= room:
         return ids
     if policy == "error":
@@ -68,7 +71,9 @@ def fit_prompt(ids: list[int], room: int | None, policy: str, where: str) -> lis
             "max_new_tokens; shorten it, lower max_new_tokens, or, in training, set overlong_prompts to 'truncate' or "
             "'drop'"
         )
-    return ids[-room:] if policy == "truncate" else None
+    if policy != "truncate":
+        return None
+    return [bos, *ids[1 - room :]] if ids[0] == bos and room > 1 else ids[-room:]
 
 
 def encode_prompts(
@@ -84,7 +89,7 @@ def encode_prompts(
     rows: list[list[int]] = []
     for i, prompt in enumerate(prompts):
         ids = tokenize_prompt(prompt, tokenizer, f"prompt {i}")
-        rows.append(fit_prompt(ids, room, policy, f"prompt {i}") or [])
+        rows.append(fit_prompt(ids, room, policy, f"prompt {i}", bos=tokenizer.bos_token_id) or [])
     return left_pad(rows, filler=0, device=device)
 
 
@@ -142,7 +147,7 @@ class PromptSet:
         for i, (prompt, where) in enumerate(zip(rows["prompt"], rows.names, strict=True)):
             ids = tokenize_prompt(prompt, tokenizer, where)
             require_vocabulary(ids, vocab_size, where)
-            fitted = fit_prompt(ids, room, args.overlong_prompts, where)
+            fitted = fit_prompt(ids, room, args.overlong_prompts, where, bos=tokenizer.bos_token_id)
             if fitted is not None:
                 truncated += len(fitted) < len(ids)
                 kept.append(i)

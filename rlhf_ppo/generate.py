@@ -268,7 +268,7 @@ def forget(history: Prompt, speaker: Speaker) -> Prompt:
     if isinstance(history, str):
         kept = speaker.room
         while len(ids) > speaker.room:  # text cut between two tokens may have one more when it is read again
-            history = str(speaker.tokenizer.decode(ids[-kept:]))
+            history = TextPieces(speaker.tokenizer, special=True).text(ids[-kept:])
             ids, kept = tokenize_prompt(history, speaker.tokenizer, "chat"), kept - 1
         return history
     while len(ids) > speaker.room and len(history) > 2:

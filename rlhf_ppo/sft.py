@@ -25,7 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from rlhf_ppo.chat import begins_answer
+from rlhf_ppo.chat import answer_text, prompt_text
 from rlhf_ppo.core import token_logprobs
 from rlhf_ppo.data import Prompt, require_vocabulary, tokenize_prompt
 from rlhf_ppo.guard import nonfinite_parameters
@@ -53,7 +53,7 @@ from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.summary import model_rows, print_summary
 from rlhf_ppo.runtime.threads import require_threads, torch_threads
-from rlhf_ppo.text import TextPieces, encode_bare, encode_text
+from rlhf_ppo.text import Before, TextPieces, encode_after, encode_text
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -235,9 +235,9 @@ def encode_examples(
 ) -> Dataset:
     """Token ids and labels (-100 on the prompt and on the first token of all) of each example, cut to ``longest``.
 
-    A prompt becomes ids by itself, as it does under PPO, and its completion ids that decode to it behind the prompt;
-    end of text comes last, once. The first token of a sequence is predicted from nothing, so it must not count as
-    learned; an empty text is left out.
+    A prompt becomes ids by itself, as it does under PPO, and its completion ids that decode to it behind the prompt (a
+    chat's answer the ids that it has in the chat); end of text comes last, once. The first token of a sequence is
+    predicted from nothing, so it must not count as learned; an empty text is left out.
 
     Raises:
         ValueError: a prompt that cannot be read or a token id that is not below ``vocab_size`` (names the row), or no
@@ -250,10 +250,12 @@ def encode_examples(
         start = tokenize_prompt(prompt, tokenizer, where) if prompt else []
         if not prompt:
             answer = encode_text(tokenizer, completion, ended=False)
-        elif isinstance(prompt, str) or begins_answer(prompt):
+        elif isinstance(prompt, str):
             answer = pieces.encode(pieces.before(start, prompt), completion)
         else:
-            answer = encode_bare(tokenizer, completion)
+            text = answer_text(tokenizer, prompt, completion, where)
+            whole = encode_after(tokenizer, prompt_text(tokenizer, prompt, where), text)
+            answer = pieces.encode(Before(start), text) if whole is None else whole
         end = [] if answer[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
         ids = [*start, *answer, *end][:longest]
         require_vocabulary(ids, vocab_size, where)

@@ -86,6 +86,13 @@ def test_fault_2_truncation_keeps_the_end_and_the_response_fits(make_trainer):
     assert trainer.rollout(["abcdefgh"] * 2).prompt_ids.tolist() == [[7, 8, 9, 10]] * 2
 
 
+def test_truncation_keeps_the_token_that_begins_a_sequence(make_trainer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = make_trainer(overlong_prompts="truncate", max_new_tokens=60, train_dataset=rows_of("abcdefgh"))
+    assert trainer.rollout(["<|endoftext|>abcdefgh"] * 2).prompt_ids.tolist() == [[0, 8, 9, 10]] * 2
+
+
 def test_fault_2_a_response_longer_than_the_context(make_trainer):
     with pytest.raises(ValueError, match="max_new_tokens=64 leaves no room for a prompt in the model's context"):
         make_trainer(max_new_tokens=64)

@@ -17,6 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 import rlhf_ppo.rollout
+from rlhf_ppo.conversation import reply_ids
 from rlhf_ppo.generate import GenerateArgs, generate
 from rlhf_ppo.reward_calls import StepRewards
 from rlhf_ppo.sft import Example, encode_examples
@@ -340,3 +341,31 @@ def test_special_tokens_stand_once_at_either_end(words, template, text):
     assert row["input_ids"] == [*start, *inner, 1]
     (row,) = encode_examples([Example("tom", " saw</s>", "")], words, 64, "train", vocab_size=999)
     assert row["input_ids"][-2:] == [*behind(words, " saw")[-1:], 1]
+
+
+@pytest.mark.parametrize("template", ["[{{ c }}] ", "[{{ c }}]", "<s>[{{ c }}]<|turn|>"])
+def test_sft_teaches_an_answer_as_the_template_writes_it(words, template):
+    """Its ids are those that it has in the chat, the template's space before it included."""
+    user = template.replace("{{ c }}", "{{ m.content | trim }}").removesuffix(" ")
+    space = " " * template.endswith(" ")
+    words.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}" + user + "{% else %}" + space + "{{ m.content | trim }}</s>"
+        "{% endif %}{% endfor %}"
+    )
+    prompt = [{"role": "user", "content": "tom saw"}]
+    chat = words.apply_chat_template([*prompt, {"role": "assistant", "content": "the dog"}], return_dict=False)
+    for answer in ("the dog", " the dog"):
+        (row,) = encode_examples([Example(prompt, answer, "")], words, 64, "train", vocab_size=999)
+        assert row["input_ids"] == chat, words.convert_ids_to_tokens(row["input_ids"])
+
+
+def test_the_end_of_a_turn_that_the_template_sets_apart_is_not_doubled(words):
+    """Llama 2's template writes " </s>" behind an answer; the policy has written </s> itself."""
+    words.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<s>[{{ m.content }}]{% else %} {{ m.content }} </s>"
+        "{% endif %}{% endfor %}"
+    )
+    said = [{"role": "user", "content": "tom saw"}, {"role": "assistant", "content": " the dog"}]
+    glue = words("<s>[a cat]", add_special_tokens=False)["input_ids"]
+    assert reply_ids(words, said, "a cat", words.eos_token_id) == glue
+    assert reply_ids(words, said, "a cat", None)[-len(glue) - 1 :] == [words.eos_token_id, *glue]
