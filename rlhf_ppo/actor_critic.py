@@ -18,7 +18,7 @@ from rlhf_ppo.adapters import adapter_parameters, use_adapter, without_adapters
 from rlhf_ppo.core import PolicyOutput
 from rlhf_ppo.heads import VALUE_HEAD_FILE
 from rlhf_ppo.limits import Barred
-from rlhf_ppo.models import freeze, fuse_activations, saved_bytes, text_config
+from rlhf_ppo.models import freeze, fuse_activations, saved_bytes
 from rlhf_ppo.reading import Outputs, Reader, Sequences, place
 from rlhf_ppo.reference_kl import exact_kl
 
@@ -54,17 +54,16 @@ class ActorCritic(nn.Module):
         self.value_trunk = value_trunk
         self.value_adapter = value_adapter
         self.value_head: nn.Linear | None = None
-        if critic:
-            trunk = cast(PreTrainedModel, policy if value_trunk is None else value_trunk)
-            self.value_head = nn.Linear(text_config(trunk).hidden_size, 1)
-            # A critic that starts at 0 lets the first rollouts be judged by their rewards alone.
-            nn.init.zeros_(self.value_head.weight)
-            nn.init.zeros_(self.value_head.bias)
         self.eval()
         if not plain:
             fuse_activations(self)
         self.reader = Reader(policy, plain=plain)
         self.value_reader = None if value_trunk is None else Reader(value_trunk, plain=plain)
+        if critic:
+            self.value_head = nn.Linear((self.value_reader or self.reader).require_width(), 1)
+            # A critic that starts at 0 lets the first rollouts be judged by their rewards alone.
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
 
     @property
     def shares_trunk(self) -> bool:
@@ -93,7 +92,7 @@ class ActorCritic(nn.Module):
         return [p for p in self.trainable_parameters() if id(p) not in critic]
 
     def decode(
-        self, ids: Tensor, positions: Tensor, attention: Tensor | None, cache: Any
+        self, ids: Tensor, positions: Tensor, attention: Tensor, cache: Any
     ) -> tuple[Tensor, Tensor | None]:
         """One decoding step: logits [B, V] of the next token and the value [B] (shared trunk only)."""
         logits, state = self.reader.step(ids, positions, attention, cache, hidden=self.shares_trunk)

@@ -1,11 +1,13 @@
-"""The key-value cache of a rollout: allocated once, and finished rows leave it."""
+"""The cache of a rollout: allocated once, and finished rows leave it; or the tokens themselves, to be read again."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import DynamicCache, PretrainedConfig
+from torch.nn.functional import pad
+from transformers import DynamicCache, PretrainedConfig, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 
@@ -47,6 +49,39 @@ class PreallocatedLayer(DynamicLayer):
         self._keys, self._values = self._keys[: len(indices)], self._values[: len(indices)]
         self.keys, self.values = self._keys[:, :, :length], self._values[:, :, :length]
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep some rows, by the name that every kind of transformers' layers has for it."""
+        self.batch_select_indices(beam_idx)
+
+
+class TokenCache:
+    """The tokens so far, for models that keep no states between steps that fit here: each step reads all of them."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self.ids: Tensor | None = None
+        self.lengths = torch.zeros(0, dtype=torch.long)
+
+    def add(self, ids: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
+        """Take new tokens: prompts [B, P] padded in front (False in ``attention``), after that one each [B, 1].
+
+        Returns:
+            All tokens [B, L], padded behind, and where the last one of each row is [B].
+        """
+        if self.ids is None:
+            real = attention[:, : ids.shape[1]].bool()
+            self.ids = ids.gather(1, (~real).byte().argsort(dim=1, stable=True))
+            self.lengths = real.sum(dim=1)
+        else:
+            self.ids = pad(self.ids, (0, 1)).scatter(1, self.lengths[:, None], ids)
+            self.lengths = self.lengths + 1
+        return self.ids, self.lengths - 1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep some rows."""
+        assert self.ids is not None
+        self.ids, self.lengths = self.ids[beam_idx], self.lengths[beam_idx]
+
 
 def preallocated_cache(config: PretrainedConfig, capacity: int) -> DynamicCache:
     """transformers' cache for this model whose ordinary layers are allocated once for ``capacity`` tokens.
@@ -58,6 +93,6 @@ def preallocated_cache(config: PretrainedConfig, capacity: int) -> DynamicCache:
     return cache
 
 
-def can_shrink(cache: DynamicCache) -> bool:
-    """Whether rows can leave the cache: true of layers that keep keys and values, not of recurrent states."""
-    return all(isinstance(layer, DynamicLayer) for layer in cache.layers)
+def can_shrink(cache: Any) -> bool:
+    """Whether rows can leave the cache: not if its shape is fixed."""
+    return not isinstance(cache, StaticCache)

@@ -32,6 +32,7 @@ from rlhf_ppo.models import (
     vocabulary_size,
     with_chat_template,
 )
+from rlhf_ppo.probe import probe
 from rlhf_ppo.rollout import sample_responses
 from rlhf_ppo.rows import prompt_rows
 from rlhf_ppo.runtime.processes import require_one_process
@@ -121,6 +122,7 @@ def load_speaker(args: GenerateArgs) -> Speaker:
     name = resolve_model(args.model)
     config, tokenizer = load_config(name), with_chat_template(load_tokenizer(name), args.chat_template)
     model = ActorCritic(load_policy(name), critic=False).to(device)
+    probe(model)
     room = prompt_room(config, args.max_new_tokens)
     run = read_run(name)
     given = run.get("stop_token_ids")

@@ -52,6 +52,24 @@ def pack(
     return Packed(ids[real][None], positions[real][None], tuple(lengths.tolist()), before[mask])
 
 
+def align(
+    prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, mask: Tensor, real: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Lay each prompt [B, P] and its response [B, T] from column 0 on, so that all padding lies behind them.
+
+    Arguments are those of :func:`pack`.
+
+    Returns:
+        Token ids [B, P + T - 1], and where in these, flattened, the state before each response token lies [B, T].
+    """
+    ids = torch.cat([prompt_ids, response_ids[:, :-1]], dim=1)
+    real = torch.cat([prompt_mask, (mask if real is None else real)[:, :-1]], dim=1)
+    ids = ids.gather(1, (~real).byte().argsort(dim=1, stable=True))
+    rows = torch.arange(len(ids), device=ids.device)[:, None] * ids.shape[1]
+    before = real.cumsum(dim=1)[:, prompt_ids.shape[1] - 1 :] - 1
+    return ids, rows + before
+
+
 @contextmanager
 def packed_attention(config: PretrainedConfig, lengths: tuple[int, ...]) -> Iterator[None]:
     """While this lasts, models with this config attend within each of the packed sequences and to nothing else."""

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear
 
+from rlhf_ppo.cache import TokenCache, preallocated_cache
+from rlhf_ppo.calling import accepts, call, noting_states, states_of, without_adapter_wrapper
 from rlhf_ppo.core import Ban, entropy_from_logits, linear_logprobs, token_logprobs
 from rlhf_ppo.core.logprobs import project
 from rlhf_ppo.limits import Barred
-from rlhf_ppo.packing import pack, packed_attention
+from rlhf_ppo.packing import align, pack, packed_attention
 
 
 class Sequences(NamedTuple):
@@ -66,27 +66,38 @@ def position_ids(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
-def without_adapter_wrapper(model: nn.Module) -> Any:
-    """The transformers model inside a PEFT model, adapters in place; any other model itself."""
-    return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
-
-
 class Reader:
     """Reads a model's hidden states and log-probs at response tokens, [n] as :func:`select` chooses them.
 
     The plain way is one forward pass over the padded batch and log-probs from its logits. Where a look at the model
     shows that they give the same, it takes shortcuts: the output layer is applied by ``linear_logprobs`` (a model whose
-    logits are nothing but a linear map of its last hidden states), and on CPU sequences are packed end to end.
+    logits are nothing but a linear map of its last hidden states), and on CPU sequences are packed end to end. Where
+    :func:`rlhf_ppo.probe.probe` finds that the model needs it, it takes slower ways: ``pads_left``, ``keeps_states``
+    and ``rows_leave`` say which.
     """
+
+    pads_left = True
+    """Padding may lie in front of a sequence, with positions that do not count it; False: it lies behind."""
+    keeps_states = True
+    """Decoding keeps keys, values and states of the tokens so far; False: each step reads all tokens again."""
+    rows_leave = True
+    """Rows that have ended leave what decoding keeps."""
 
     def __init__(self, model: nn.Module, *, plain: bool = False) -> None:
         """Look at the model; ``plain`` takes no shortcut."""
         self.model = model
         base = without_adapter_wrapper(model)
         self.trunk: nn.Module = base.base_model
+        if self.trunk is base and base.get_output_embeddings() is not None:
+            self.trunk = base.model  # Llama 4 names its trunk as its base class does not
         self.config = base.config
         self.has_head = self.trunk is not base
-        self.head = None if plain else self._plain_head(base)
+        self.states_from = self.trunk
+        """The module that returns the last hidden states when the whole model is called."""
+        logits, states = self._look(base)
+        self.width = states.shape[-1] if states.shape[:-1] == (1, 8) else None
+        """Of the last hidden states; None: they are not [B, L, O]."""
+        self.head = None if plain else self._plain_head(base, logits, states)
         self.output_layer = None if plain or not self.has_head else base.get_output_embeddings()
         self.packs = not plain and self._can_pack()
         self.head_in_low: Tensor | None = None
@@ -98,10 +109,13 @@ class Reader:
         if self.packs_on(sequences.mask.device):
             packed = pack(*sequences[:5])
             with packed_attention(self.config, packed.lengths):
-                states = _call(self.trunk, packed.ids, packed.positions).last_hidden_state
+                states = states_of(call(self.trunk, packed.ids, packed.positions))
             return states.squeeze(0)[packed.index]
+        if not self.pads_left:
+            ids, index = align(*sequences[:5])
+            return states_of(call(self.trunk, ids)).flatten(0, 1)[select(index, sequences.mask)]
         ids, attention = _padded(sequences)
-        hidden = _call(self.trunk, ids, position_ids(attention), attention).last_hidden_state
+        hidden = states_of(call(self.trunk, ids, position_ids(attention), attention))
         return select(hidden[:, -sequences.mask.shape[1] :], sequences.mask)
 
     def outputs(self, sequences: Sequences, *, hidden: bool = False) -> Outputs:
@@ -145,40 +159,53 @@ class Reader:
 
     def _logits(self, sequences: Sequences, *, hidden: bool) -> tuple[Tensor, Tensor | None]:
         """Logits [n, V] as the model itself makes them, and the last hidden states [n, O] if asked."""
-        kwargs: dict[str, Any] = {"output_hidden_states": True} if hidden else {}
-        if self.packs_on(sequences.mask.device):
-            packed = pack(*sequences[:5])
-            with packed_attention(self.config, packed.lengths):
-                output = _call(self.model, packed.ids, packed.positions, logits_to_keep=packed.index, **kwargs)
-            # squeeze, not [0]: the gradient of an index is copied into zeros of the logits' size.
-            states = output.hidden_states[-1].squeeze(0)[packed.index] if hidden else None
-            return output.logits.squeeze(0), states
-        ids, attention = _padded(sequences)
+        kwargs: dict[str, Any] = {}
         mask, length = sequences.mask, sequences.mask.shape[1]
-        if _accepts(self.model, "logits_to_keep"):
-            kwargs["logits_to_keep"] = length
-        output = _call(self.model, ids, position_ids(attention), attention, **kwargs)
-        states = select(output.hidden_states[-1][:, -length:], mask) if hidden else None
+        with noting_states(self.states_from) if hidden else nullcontext([]) as noted:
+            if self.packs_on(mask.device):
+                packed = pack(*sequences[:5])
+                with packed_attention(self.config, packed.lengths):
+                    output = call(self.model, packed.ids, packed.positions, logits_to_keep=packed.index)
+                # squeeze, not [0]: the gradient of an index is copied into zeros of the logits' size.
+                return output.logits.squeeze(0), noted[0].squeeze(0)[packed.index] if noted else None
+            if not self.pads_left:
+                ids, index = align(*sequences[:5])
+                index = select(index, mask)
+                logits = call(self.model, ids).logits.flatten(0, 1)[index]
+                return logits, noted[0].flatten(0, 1)[index] if noted else None
+            ids, attention = _padded(sequences)
+            if accepts(self.model, "logits_to_keep"):
+                kwargs["logits_to_keep"] = length
+            output = call(self.model, ids, position_ids(attention), attention, **kwargs)
         # A slice, even of everything, has its gradient copied into zeros of the whole's size.
         logits = output.logits if output.logits.shape[1] == length else output.logits[:, -length:]
-        return select(logits, mask), states
+        return select(logits, mask), select(noted[0][:, -length:], mask) if noted else None
+
+    def new_cache(self, capacity: int) -> Any:
+        """What decoding keeps between steps, empty, for at most ``capacity`` tokens."""
+        return preallocated_cache(self.config, capacity) if self.keeps_states else TokenCache()
 
     @torch.no_grad()
     def step(
-        self, ids: Tensor, positions: Tensor, attention: Tensor | None, cache: Any, *, hidden: bool
+        self, ids: Tensor, positions: Tensor, attention: Tensor, cache: Any, *, hidden: bool
     ) -> tuple[Tensor, Tensor | None]:
         """One decoding step: logits [B, V] of the next token and, if asked, the state [B, O] they come from."""
+        read: tuple[Any, ...] = (ids, positions, attention)
         kwargs: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+        newest: Any = (slice(None), -1)
+        if isinstance(cache, TokenCache):
+            ids, ends = cache.add(ids, attention)
+            read, kwargs, newest = (ids,), {}, (torch.arange(len(ids), device=ids.device), ends)
         with _attention_for(ids):
             if self.head is not None:
-                state = _call(self.trunk, ids, positions, attention, **kwargs).last_hidden_state[:, -1]
+                state = states_of(call(self.trunk, *read, **kwargs))[newest]
                 weight = self.head.weight if self.head_in_low is None else self.head_in_low
                 return project(state, weight, self.head.bias), state
-            if _accepts(self.model, "logits_to_keep"):
+            if self.keeps_states and accepts(self.model, "logits_to_keep"):
                 kwargs["logits_to_keep"] = 1
-            with vocabulary_as_rows(self.output_layer):
-                output = _call(self.model, ids, positions, attention, output_hidden_states=hidden, **kwargs)
-        return output.logits[:, -1].float(), output.hidden_states[-1][:, -1] if hidden else None
+            with vocabulary_as_rows(self.output_layer), noting_states(self.states_from) if hidden else nullcontext([]) as noted:
+                logits = call(self.model, *read, **kwargs).logits
+        return logits[newest].float(), noted[0][newest] if noted else None
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
@@ -192,24 +219,62 @@ class Reader:
 
     # What the model allows
 
+    def read_as(self, other: Reader) -> None:
+        """Lay sequences as another reader of the same model does."""
+        self.packs, self.pads_left = other.packs, other.pads_left
+
+    def require_width(self) -> int:
+        """The width of the last hidden states, for a value head on them.
+
+        Raises:
+            ValueError: they are not one vector a token.
+        """
+        if self.width is None:
+            raise ValueError(
+                f"the last hidden states of {self.config.model_type!r} are not one vector a token, so no value head "
+                "fits on them: name another value_model, or take an objective without a critic (objective='reinforce')"
+            )
+        return self.width
+
     def packs_on(self, device: torch.device) -> bool:
         """Whether sequences are packed on this device; on a GPU a loop over them is slower than a little padding."""
         return self.packs and device.type == "cpu"
 
-    def _plain_head(self, base: Any) -> nn.Linear | None:
+    @torch.no_grad()
+    def _look(self, base: Any) -> tuple[Tensor | None, Tensor]:
+        """Logits [1, 8, V] and last hidden states [1, 8, O] of eight tokens by themselves.
+
+        Raises:
+            ValueError: the model does not read them.
+        """
+        try:
+            with noting_states(self.trunk) as noted:
+                output = call(self.model, self.probe_ids())
+            if not noted:  # OPT calls what lies inside its trunk
+                self.states_from = base.get_decoder()
+                with noting_states(self.states_from) as noted:
+                    call(self.model, self.probe_ids())
+            return (output.logits if self.has_head else None), noted[0]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            adapter = "" if base is self.model else " with this adapter"
+            raise ValueError(
+                f"{base.config.model_type!r} ({type(base).__name__}) cannot read tokens alone{adapter} "
+                f"({type(error).__name__}: {error}): take a decoder-only causal language model (GPT-2, Llama, Qwen, ...)"
+                + (", or name other layers for the adapter" if adapter else "")
+            ) from error
+
+    def _plain_head(self, base: Any, logits: Tensor | None, states: Tensor) -> nn.Linear | None:
         """The output layer, if the model's logits are exactly that layer on the trunk's hidden states."""
-        if not self.has_head or not type(base).__module__.startswith("transformers."):
+        if logits is None or not type(base).__module__.startswith("transformers."):
             return None  # a class of the user's own may do anything to its logits
         head = base.get_output_embeddings()
-        if type(head) is not nn.Linear:
+        if type(head) is not nn.Linear or states.shape[-1] != head.in_features:
             return None
-        ids, positions = self._probe_ids()
+        # Bit for bit: a cap on the logits that hardly shows in small ones must show here, and a hook on the layer.
         with torch.no_grad():
-            logits = _call(self.model, ids, positions).logits
-            states = _call(self.trunk, ids, positions).last_hidden_state
-            # Bit for bit: a cap on the logits that hardly shows in small ones must show here, and a hook on the layer.
-            same = torch.equal(logits, linear(states, head.weight, head.bias))
-        return head if same else None
+            return head if torch.equal(logits, linear(states, head.weight, head.bias)) else None
 
     def _can_pack(self) -> bool:
         """Whether packed sequences give what the same sequences give one by one."""
@@ -218,9 +283,10 @@ class Reader:
             return False
         if set(getattr(text, "layer_types", None) or ()) - {"full_attention"}:
             return False  # a chunk or window of thousands of tokens would not show in the few below
-        if not _accepts(self.trunk, "position_ids") or next(self.model.parameters()).dtype != torch.float32:
+        if not accepts(self.trunk, "position_ids") or next(self.model.parameters()).dtype != torch.float32:
             return False
-        ids, positions = self._probe_ids()
+        ids = self.probe_ids()
+        positions = torch.arange(8, device=ids.device)[None]
         short, long = ids[:, :3], ids[:, 3:]
         packed = torch.cat([positions[:, :3], positions[:, :5]], dim=1)
         index = torch.tensor([2, 7], device=ids.device)
@@ -234,18 +300,18 @@ class Reader:
         difference = (torch.cat(apart) - together).abs().max()
         return bool(difference <= 1e-4 * together.abs().max())
 
-    def _probe_ids(self) -> tuple[Tensor, Tensor]:
+    def probe_ids(self, length: int = 8) -> Tensor:
+        """Token ids [1, length] to look at the model with."""
         device = next(self.model.parameters()).device
         vocabulary = int(self.config.get_text_config().vocab_size)
-        ids = torch.arange(1, 9, device=device)[None] * 7 % vocabulary
-        return ids, torch.arange(8, device=device)[None]
+        return torch.arange(1, length + 1, device=device)[None] * 7 % vocabulary
 
     def _probe(self, ids: Tensor, positions: Tensor, index: Tensor | None) -> Tensor:
         if self.head is not None or not self.has_head:
-            states = _call(self.trunk, ids, positions).last_hidden_state[0]
+            states = states_of(call(self.trunk, ids, positions))[0]
             return states if index is None else states[index]
         kwargs = {} if index is None else {"logits_to_keep": index}
-        return _call(self.model, ids, positions, **kwargs).logits[0]
+        return call(self.model, ids, positions, **kwargs).logits[0]
 
 
 @contextmanager
@@ -291,27 +357,3 @@ def _padded(sequences: Sequences) -> tuple[Tensor, Tensor]:
     prompt_ids, prompt_mask, response_ids, mask, real, _ = sequences
     real = mask if real is None else real
     return torch.cat([prompt_ids, response_ids[:, :-1]], dim=1), torch.cat([prompt_mask, real[:, :-1]], dim=1)
-
-
-def _call(model: nn.Module, ids: Tensor, positions: Tensor, attention: Tensor | None = None, **kwargs: Any) -> Any:
-    if _accepts(model, "position_ids"):
-        kwargs["position_ids"] = positions
-    mask = torch.ones_like(ids) if attention is None else attention.long()
-    return model(input_ids=ids, attention_mask=mask, **{"use_cache": False, **kwargs})
-
-
-def _accepts(model: nn.Module, name: str) -> bool:
-    return name in _forward_parameters(type(without_adapter_wrapper(model)))
-
-
-@cache
-def _forward_parameters(model_class: type[nn.Module]) -> frozenset[str]:
-    # Looked up at every decoding step, so read once a class. A forward(*args, **kwargs) takes what its parent's takes.
-    names: set[str] = set()
-    for cls in model_class.__mro__:
-        if "forward" in vars(cls):
-            parameters = inspect.signature(cls.forward).parameters
-            names |= parameters.keys()
-            if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-                break
-    return frozenset(names)

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import StaticCache
 
 from rlhf_ppo.actor_critic import ActorCritic
-from rlhf_ppo.cache import can_shrink, preallocated_cache
+from rlhf_ppo.cache import can_shrink
 from rlhf_ppo.data import Completion, Prompt
 from rlhf_ppo.limits import Barred, TextStop, bar
 from rlhf_ppo.packing import token_batches
@@ -236,7 +236,7 @@ def sample_responses(
     ids, positions = prompt_ids, position_ids(prompt_mask)
     if fixed is None:
         room = prompt_length + max_new_tokens
-        cache = preallocated_cache(model.reader.config, room)
+        cache = model.reader.new_cache(room)
         first = step = decoding_step(model, cache, temperature)
     else:
         cache, room, step = fixed
@@ -268,8 +268,8 @@ def sample_responses(
                 keep = (~finished[rows]).nonzero().squeeze(-1)
                 if not len(keep):
                     break
-                if len(keep) <= len(rows) * 7 // 8 and isinstance(cache, DynamicCache) and can_shrink(cache):
-                    cache.batch_select_indices(keep)
+                if len(keep) <= len(rows) * 7 // 8 and model.reader.rows_leave and can_shrink(cache):
+                    cache.reorder_cache(keep)
                     rows, ids, positions, attention = rows[keep], ids[keep], positions[keep], attention[keep]
     longest = int(mask.any(dim=0).sum())
     response_ids, mask, logprobs, entropy, values = (

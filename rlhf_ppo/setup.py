@@ -33,6 +33,7 @@ from rlhf_ppo.models import (
     vocabulary_size,
     with_chat_template,
 )
+from rlhf_ppo.probe import probe
 from rlhf_ppo.quantization import check_precision, load_quantized, load_reference
 from rlhf_ppo.reward_calls import RewardFunction, require_takes
 from rlhf_ppo.reward_model import RewardModel
@@ -171,6 +172,7 @@ def set_up(
             function.attach(policy)
     if args.gradient_checkpointing:
         checkpoint_layers(actor_critic)  # not before the reference is copied: it needs no gradients
+    probe(actor_critic, reference, bf16=bf16)
     microbatch_tokens = args.microbatch_tokens or (1024 if device.type == "cpu" else 16384)
     with autocast(bf16, device):
         needs_dynamic = args.max_turns > 1 or args.min_new_tokens > 0 or len(args.stop_strings) > 0

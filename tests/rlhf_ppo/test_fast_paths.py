@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, GPT2LMHeadModel
 
+import rlhf_ppo.reading
 import rlhf_ppo.rollout
 import rlhf_ppo.setup
 from rlhf_ppo.actor_critic import ActorCritic, Reference
@@ -347,7 +348,7 @@ def test_rows_that_leave_change_nothing_for_those_that_stay(make_pair, kind, mon
     assert len(left) >= 3 and sampled.mask.sum(dim=1).unique().numel() > 3
     others = []
     with monkeypatch.context() as patch:
-        patch.setattr(rlhf_ppo.rollout, "preallocated_cache", lambda config, room: DynamicCache(config=config))
+        patch.setattr(rlhf_ppo.reading, "preallocated_cache", lambda config, room: DynamicCache(config=config))
         others.append(decode(fast)[2])
     with monkeypatch.context() as patch:
         patch.setattr(rlhf_ppo.rollout, "can_shrink", lambda cache: False)
@@ -482,7 +483,7 @@ def plain_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Reader, "__init__", lambda self, model, *, plain=False: init(self, model, plain=True))
     monkeypatch.setattr(ActorCritic, "__init__", lambda self, *a, **k: actor_critic(self, *a, **{**k, "plain": True}))
     monkeypatch.setattr(rlhf_ppo.rollout, "can_shrink", lambda cache: False)
-    monkeypatch.setattr(rlhf_ppo.rollout, "preallocated_cache", lambda config, room: DynamicCache(config=config))
+    monkeypatch.setattr(rlhf_ppo.reading, "preallocated_cache", lambda config, room: DynamicCache(config=config))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
