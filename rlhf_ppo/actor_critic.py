@@ -91,9 +91,7 @@ class ActorCritic(nn.Module):
         critic = {id(p) for p in self.critic_parameters()}
         return [p for p in self.trainable_parameters() if id(p) not in critic]
 
-    def decode(
-        self, ids: Tensor, positions: Tensor, attention: Tensor, cache: Any
-    ) -> tuple[Tensor, Tensor | None]:
+    def decode(self, ids: Tensor, positions: Tensor, attention: Tensor, cache: Any) -> tuple[Tensor, Tensor | None]:
         """One decoding step: logits [B, V] of the next token and the value [B] (shared trunk only)."""
         logits, state = self.reader.step(ids, positions, attention, cache, hidden=self.shares_trunk)
         return logits, self._value(state) if self.shares_trunk and state is not None else None

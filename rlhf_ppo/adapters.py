@@ -39,18 +39,18 @@ def lora_config(rank: int, *, alpha: int | None = None, target_modules: tuple[st
     )
 
 
-def add_value_adapter(policy: Any) -> None:
-    """Give a PEFT model a second adapter, for the critic, of the same configuration as its first.
-
-    Raises:
-        ValueError: the first adapter is no set of weights beside the base's own.
-    """
-    config = copy.deepcopy(policy.peft_config[policy.active_adapter])
+def refuse_prompt_learning(config: Any, where: str) -> None:
+    """Raise a ValueError if an adapter is virtual tokens or prompts beside the base, and no change of its weights."""
     if config.is_prompt_learning or config.is_adaption_prompt:
         raise ValueError(
-            f"critic='adapter' needs an adapter like LoRA, but peft_config is {config.peft_type.value}: set "
-            "critic='shared', or use a LoraConfig"
+            f"{where} is prompt learning ({config.peft_type.value}), whose virtual tokens stand before every sequence: "
+            "PPO here reads responses place by place and cannot train it; take LoRA or another adapter of the weights"
         )
+
+
+def add_value_adapter(policy: Any) -> None:
+    """Give a PEFT model a second adapter, for the critic, of the same configuration as its first."""
+    config = copy.deepcopy(policy.peft_config[policy.active_adapter])
     config.modules_to_save = None
     add_adapter(policy, VALUE_ADAPTER, config)
     for parameter in adapter_parameters(policy, VALUE_ADAPTER):

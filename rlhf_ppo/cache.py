@@ -50,7 +50,7 @@ class PreallocatedLayer(DynamicLayer):
         self.keys, self.values = self._keys[:, :, :length], self._values[:, :, :length]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep some rows, by the name that every kind of transformers' layers has for it."""
+        """Keep some rows; every kind of transformers' layers has this method."""
         self.batch_select_indices(beam_idx)
 
 

@@ -85,5 +85,10 @@ def build_actor_critic(
         value_adapter=VALUE_ADAPTER if kind == "adapter" else None,
     )
     if head is not None and model.value_head is not None:
+        if head["weight"].shape != model.value_head.weight.shape:
+            raise ValueError(
+                f"value_head_from={head_from!r} reads hidden states of width {head['weight'].shape[1]}, but the model "
+                f"under it is {model.value_head.in_features} wide: take a head that was trained on this model"
+            )
         model.value_head.load_state_dict(head)
     return model

@@ -143,13 +143,14 @@ class PromptSet:
         require_column(rows, "prompt")
         require_room(room, args.max_new_tokens)
         kept: list[int] = []
-        truncated = 0
+        truncated = self.longest = 0
         for i, (prompt, where) in enumerate(zip(rows["prompt"], rows.names, strict=True)):
             ids = tokenize_prompt(prompt, tokenizer, where)
             require_vocabulary(ids, vocab_size, where)
             fitted = fit_prompt(ids, room, args.overlong_prompts, where, bos=tokenizer.bos_token_id)
             if fitted is not None:
                 truncated += len(fitted) < len(ids)
+                self.longest = max(self.longest, len(fitted))  # tokens of the longest prompt
                 kept.append(i)
         if dropped := len(rows) - len(kept):
             warnings.warn(f"{name}: dropped {dropped} of {len(rows)} prompts longer than {room} tokens", stacklevel=3)

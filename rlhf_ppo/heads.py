@@ -51,7 +51,8 @@ def read_head(source: str, trunk: PretrainedConfig, *, setting: str) -> dict[str
             f"{where}: {name} has shape {list(weight.shape)}, but a value is one number: [1, O] is needed (a "
             "classifier with num_labels=1)"
         )
-    width = int(trunk.get_text_config().hidden_size)
+    text = trunk.get_text_config()
+    width = int(getattr(text, "word_embed_proj_dim", text.hidden_size))  # OPT-350m narrows its last states
     if weight.shape[1] != width:
         raise ValueError(
             f"{where} reads hidden states of width {weight.shape[1]}, but the model under it is {width} wide: take a "

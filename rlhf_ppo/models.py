@@ -23,6 +23,7 @@ from transformers import (
 from transformers.activations import NewGELUActivation
 from transformers.utils import logging
 
+from rlhf_ppo.adapters import refuse_prompt_learning
 from rlhf_ppo.heads import adapter_labels
 from rlhf_ppo.sources import read_weights, refuse_pickles, why_not
 
@@ -182,11 +183,12 @@ def merge_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
     Raises:
         ValueError: the weights are not there, are a pickle, or cannot be read.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     refuse_pickles(folder)
     if not (Path(folder) / "adapter_model.safetensors").is_file():
         raise ValueError(f"{folder} holds an adapter's config, but its weights, adapter_model.safetensors, are gone")
+    refuse_prompt_learning(PeftConfig.from_pretrained(folder), folder)
     try:
         return cast(Any, PeftModel.from_pretrained(model, folder)).merge_and_unload()
     except SafetensorError as error:
@@ -207,7 +209,8 @@ def load_classifier(model: str, *, new_head: bool = False) -> PreTrainedModel:
     if new_head:
         logging.set_verbosity_error()
     try:
-        return read_weights(AutoModelForSequenceClassification, model, num_labels=1)
+        new = "head" if new_head else "none"
+        return read_weights(AutoModelForSequenceClassification, model, new=new, num_labels=1)
     finally:
         logging.set_verbosity(verbosity)
 
@@ -218,13 +221,8 @@ def load_trunk(model: str | PreTrainedModel) -> PreTrainedModel:
         judges = adapter_labels(Path(str(model)) / "adapter_model.safetensors") is not None
         model = load_classifier(str(model)) if judges else load_policy(model)
     if isinstance(model, str):
-        return read_weights(AutoModel, model)
+        return read_weights(AutoModel, model, new="pooler")
     return cast(PreTrainedModel, in_float32(model).base_model)
-
-
-def text_config(model: PreTrainedModel) -> PretrainedConfig:
-    """The config that holds vocabulary and hidden size (a multimodal model's lies one level down)."""
-    return model.config.get_text_config()
 
 
 def vocabulary_size(config: PretrainedConfig) -> int:
@@ -232,9 +230,28 @@ def vocabulary_size(config: PretrainedConfig) -> int:
     return int(config.get_text_config().vocab_size)
 
 
+_CONTEXT = (
+    *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_seq_length", "max_sequence_length"),
+    *("seq_length", "seq_len", "context_length", "max_target_positions", "model_max_length"),
+)
+"""What configs call the most tokens that their model reads; of several, the least counts."""
+
+
+_COUNTS_FROM_PADDING = (
+    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod"),
+    *("longformer", "mpnet", "luke", "esm", "ibert", "lilt", "markuplm", "layoutlmv3"),
+)
+"""Architectures whose first position has the number after the pad id; those before it are lost to texts."""
+
+
 def context_length(config: PretrainedConfig) -> int | None:
     """Most tokens the model can read, or None where its config sets no limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    named = (getattr(text, name, None) for name in _CONTEXT)
+    limit = min((value for value in named if isinstance(value, int) and value > 0), default=None)
+    if limit is None or text.model_type not in _COUNTS_FROM_PADDING or text.pad_token_id is None:
+        return limit
+    return limit - text.pad_token_id - 1
 
 
 def prompt_room(config: PretrainedConfig, max_new_tokens: int) -> int | None:

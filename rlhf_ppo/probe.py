@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from rlhf_ppo.activations import checkpoint_layers
 from rlhf_ppo.actor_critic import ActorCritic, Reference
 from rlhf_ppo.calling import accepts, noting_states, without_adapter_wrapper
 from rlhf_ppo.reading import Reader, Sequences, position_ids
@@ -22,11 +23,17 @@ _EXACT, _ROUNDED = 1e-4, 0.05
 """How far two ways may differ in float32, and in formats of 16, 8 or 4 bits: shares of the spread of the log-probs."""
 
 
-_WINDOWS = ("window_size", "sliding_window", "local_attention", "chunk_size", "chunk_length", "index_topk", "block_size")
+_WINDOWS = (
+    *("window_size", "sliding_window", "local_attention", "chunk_size", "chunk_length", "index_topk", "block_size"),
+)
 """What settings are called beyond which an architecture may read otherwise than before."""
 
 _USUAL = 1024
 """Tokens of a sequence where nobody says how long they get."""
+
+
+_SMALL = 2**16
+"""Numbers of a weight whose gradient is asked for."""
 
 
 class Rows(NamedTuple):
@@ -74,6 +81,45 @@ def probe(
         reference.reader.read_as(model.reader)
     else:
         _settle(reference.reader, "ref_model", longest, bf16=bf16)
+
+
+def probe_gradient(model: ActorCritic, *, bf16: bool, checkpoint: bool) -> None:
+    """Take a backward pass through a few tokens and, if asked, let layers be computed again from then on.
+
+    Raises:
+        ValueError: the backward pass fails, or computing layers again changes the gradient; names the model.
+    """
+    name = _name(model.reader, "model")
+    before = _gradient(model, name, bf16=bf16)
+    if not checkpoint:
+        return
+    checkpoint_layers(model)
+    after = _gradient(model, f"gradient_checkpointing: {name}", bf16=bf16)
+    gap, largest = float((before - after).abs().max()), float(before.abs().max())
+    if not gap <= (_ROUNDED if bf16 else _EXACT) * largest:
+        raise ValueError(
+            f"gradient_checkpointing: {name}, whose gradient changes by {gap / largest:.2g} of its largest entry when "
+            "layers are computed again: leave it out"
+        )
+
+
+def _gradient(model: ActorCritic, name: str, *, bf16: bool) -> Tensor:
+    """Of the log-probs and values of the probe's tokens, in the small ones of the trained weights."""
+    ids, mask = _rows(model.reader, _LONG).padded()
+    sequences = ids[:, :-_SHORT], torch.ones_like(mask)[:, :-_SHORT], ids[:, -_SHORT:], mask[:, -_SHORT:]
+    trained = sorted(model.policy_parameters(), key=lambda p: p.numel())
+    trained = [p for p in trained if p.numel() <= _SMALL] or trained[:1]
+    try:
+        with autocast(bf16, ids.device):
+            output = model(*sequences, entropy=False)
+        total = output.logprobs.sum() + (0.0 if output.values is None else output.values.sum())
+        found = torch.autograd.grad(total, trained, allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise ValueError(f"{name}: the backward pass of the update fails ({why}): take another model") from error
+    return torch.cat([x.flatten().float() for x in found if x is not None] or [torch.zeros(1)])
 
 
 @torch.no_grad()

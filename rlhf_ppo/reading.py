@@ -203,7 +203,8 @@ class Reader:
                 return project(state, weight, self.head.bias), state
             if self.keeps_states and accepts(self.model, "logits_to_keep"):
                 kwargs["logits_to_keep"] = 1
-            with vocabulary_as_rows(self.output_layer), noting_states(self.states_from) if hidden else nullcontext([]) as noted:
+            noting = noting_states(self.states_from) if hidden else nullcontext([])
+            with vocabulary_as_rows(self.output_layer), noting as noted:
                 logits = call(self.model, *read, **kwargs).logits
         return logits[newest].float(), noted[0][newest] if noted else None
 
@@ -261,7 +262,7 @@ class Reader:
             adapter = "" if base is self.model else " with this adapter"
             raise ValueError(
                 f"{base.config.model_type!r} ({type(base).__name__}) cannot read tokens alone{adapter} "
-                f"({type(error).__name__}: {error}): take a decoder-only causal language model (GPT-2, Llama, Qwen, ...)"
+                f"({type(error).__name__}: {error}): take a decoder-only causal language model (GPT-2, Llama, Qwen)"
                 + (", or name other layers for the adapter" if adapter else "")
             ) from error
 

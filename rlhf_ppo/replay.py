@@ -27,6 +27,7 @@ from rlhf_ppo.gradients import clear_gradients
 from rlhf_ppo.guard import nonfinite_parameters, spoil_gradient
 from rlhf_ppo.models import load_policy, resolve_model
 from rlhf_ppo.optimization import only_the_critic_learns
+from rlhf_ppo.probe import probe
 from rlhf_ppo.quantization import load_quantized, load_reference
 from rlhf_ppo.runtime.seeding import resolve_device
 from rlhf_ppo.runtime.threads import require_threads, torch_threads
@@ -207,6 +208,8 @@ def _build(box: BlackBox, name: str | None, device: torch.device) -> tuple[Actor
     model = build_actor_critic(policy, models["critic"], trunk=trunk, head=None, head_from=None).to(device)
     if reference is not None and reference.model is not None:
         reference.model.to(device)
+    longest = box.rollout.prompt_ids.shape[1] + box.rollout.response_ids.shape[1]
+    probe(model, reference, longest=longest, bf16=box.bf16)  # not with the box's weights, which may be NaN
     if objective.gradient_checkpointing:
         checkpoint_layers(model)
     _load(model, box.weights)

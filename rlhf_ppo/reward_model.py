@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -88,6 +89,8 @@ class RewardModel:
         self.model: Any = freeze(cast(PreTrainedModel, model)).to(device)
         fuse_activations(self.model)
         self.batch_size = batch_size
+        if batch_size > 1 and not padding_is_harmless(self.model, self.tokenizer, self.__name__):
+            self.batch_size = 1
 
     def read_with(
         self,
@@ -151,8 +154,40 @@ def scored_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: 
     return whole_text(tokenizer, messages, where)
 
 
-def text_scores(model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> Tensor:
-    """A one-label classifier's logit [B] for each row of token ids, padded by length, with gradients."""
+@torch.no_grad()
+def padding_is_harmless(model: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
+    """Whether a text's score is the same alone and beside a longer one; a warning if not.
+
+    Raises:
+        ValueError: the model cannot score token ids; names it.
+    """
+    size = getattr(model.config.get_text_config(), "vocab_size", 256)
+    rows = [[i * 7 % size for i in range(1, 9)], [i * 5 % size for i in range(1, 4)]]
+    try:
+        together = text_scores(model, tokenizer, rows)
+        alone = text_scores(model, tokenizer, rows, padded=False)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise ValueError(f"reward model {name!r} cannot score token ids ({why}): take another model") from error
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+    if (together - alone).abs().max() <= (0.05 if half else 1e-4) * alone.abs().max():
+        return True
+    warnings.warn(
+        f"reward model {name!r} ({model.config.model_type}) scores a text otherwise when padding follows it, so texts "
+        "are scored one by one, which is right but slow",
+        stacklevel=4,
+    )
+    return False
+
+
+def text_scores(
+    model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], *, padded: bool = True
+) -> Tensor:
+    """A one-label classifier's logit [B] for each row of token ids, with gradients; padded by length, or each alone."""
+    if not padded:
+        return torch.cat([text_scores(model, tokenizer, [row]) for row in rows])
     # Decoder classifiers pool at the last token whose id is not the pad id. With pad == eos that is one token early, so
     # padding takes an id that occurs in no row.
     used = {token for row in rows for token in row}

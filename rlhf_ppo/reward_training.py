@@ -34,7 +34,7 @@ from rlhf_ppo.models import (
 )
 from rlhf_ppo.optimization import fit_warmup
 from rlhf_ppo.preferences import Preference, read_preferences, split_by_prompt
-from rlhf_ppo.reward_model import ONE_STACK, text_scores
+from rlhf_ppo.reward_model import ONE_STACK, padding_is_harmless, text_scores
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space, save_or_rescue
 from rlhf_ppo.runtime.lock import run_lock
@@ -191,10 +191,13 @@ def _train(args: RewardTrainingArgs, run: RunDirectory) -> dict[str, float]:
     needed = saved_bytes(model, adapted=args.lora_rank is not None)
     require_space(run.path, needed, f"the model that is saved into {run.path}")
 
+    padded = padding_is_harmless(model.eval(), tokenizer, args.model)
+
     def scores(part: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
         """Chosen and rejected scores [B] each, read in one pass."""
         with autocast(bf16, device):
-            both = text_scores(model, tokenizer, [ids for side in zip(*part, strict=True) for ids in side])
+            rows = [ids for side in zip(*part, strict=True) for ids in side]
+            both = text_scores(model, tokenizer, rows, padded=padded)
         return both[: len(part)], both[len(part) :]
 
     optimizer = torch.optim.AdamW(

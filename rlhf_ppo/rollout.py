@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -269,7 +269,7 @@ def sample_responses(
                 if not len(keep):
                     break
                 if len(keep) <= len(rows) * 7 // 8 and model.reader.rows_leave and can_shrink(cache):
-                    cache.reorder_cache(keep)
+                    cache.reorder_cache(cast(Any, keep))
                     rows, ids, positions, attention = rows[keep], ids[keep], positions[keep], attention[keep]
     longest = int(mask.any(dim=0).sum())
     response_ids, mask, logprobs, entropy, values = (

@@ -11,9 +11,9 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_ppo.activations import checkpoint_layers
 from rlhf_ppo.actor_critic import ActorCritic, Reference
 from rlhf_ppo.adapter_reward import AdapterReward, share_reward_base
+from rlhf_ppo.adapters import refuse_prompt_learning
 from rlhf_ppo.chat import require_next_speaker
 from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.conversation import Respond, reply_ids
@@ -33,7 +33,7 @@ from rlhf_ppo.models import (
     vocabulary_size,
     with_chat_template,
 )
-from rlhf_ppo.probe import probe
+from rlhf_ppo.probe import probe, probe_gradient
 from rlhf_ppo.quantization import check_precision, load_quantized, load_reference
 from rlhf_ppo.reward_calls import RewardFunction, require_takes
 from rlhf_ppo.reward_model import RewardModel
@@ -170,9 +170,11 @@ def set_up(
     for function, _ in rewards.values():
         if isinstance(function, AdapterReward):
             function.attach(policy)
-    if args.gradient_checkpointing:
-        checkpoint_layers(actor_critic)  # not before the reference is copied: it needs no gradients
-    probe(actor_critic, reference, bf16=bf16)
+    sets = [prompts.longest for prompts in (train_prompts, eval_prompts) if prompts is not None]
+    # A conversation grows by replies that nobody knows yet.
+    longest = None if respond is not None or not sets else max(sets) + args.max_new_tokens
+    probe(actor_critic, reference, longest=longest, bf16=bf16)
+    probe_gradient(actor_critic, bf16=bf16, checkpoint=args.gradient_checkpointing)
     microbatch_tokens = args.microbatch_tokens or (1024 if device.type == "cpu" else 16384)
     with autocast(bf16, device):
         needs_dynamic = args.max_turns > 1 or args.min_new_tokens > 0 or len(args.stop_strings) > 0
@@ -229,6 +231,10 @@ def _check_models(model: Any, ref_model: Any, value_model: Any, peft_config: Any
             "with peft_config the reference is the same model with its adapter off: drop ref_model, or merge what "
             "should be the reference into model"
         )
+    if peft_config is not None:
+        refuse_prompt_learning(peft_config, "peft_config")
+    for name, config in getattr(model, "peft_config", {}).items():
+        refuse_prompt_learning(config, f"model's adapter {name!r}")
     if peft_config is not None and hasattr(model, "peft_config"):
         raise ValueError(
             "model already has an adapter and peft_config asks for another: merge the first with "

@@ -44,6 +44,7 @@ from rlhf_ppo.models import (
 )
 from rlhf_ppo.optimization import fit_warmup
 from rlhf_ppo.preferences import prompt_and_answer
+from rlhf_ppo.probe import require_decoder
 from rlhf_ppo.rows import Rows, RowSource, as_rows, require_column
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space, save_or_rescue
@@ -176,7 +177,7 @@ def _settle_tokenizer(args: SFTArgs, texts: list[str]) -> tuple[PretrainedConfig
         raise FileNotFoundError(f"architecture {args.architecture}: there is no such file")
     config = AutoConfig.from_pretrained(str(args.architecture), trust_remote_code=False)
     refuse_encoder_decoder(config, f"architecture {args.architecture}", "name a decoder's (GPT-2, Llama, Qwen, ...)")
-    tokenizer = train_tokenizer(texts, config.vocab_size, config.max_position_embeddings)
+    tokenizer = train_tokenizer(texts, config.vocab_size, context_length(config) or args.max_length)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"architecture {args.architecture} has vocab_size={config.vocab_size}, but every byte and end of text make "
@@ -365,6 +366,7 @@ def _train(args: SFTArgs) -> dict[str, float]:
     }
     name = args.model
     model = AutoModelForCausalLM.from_config(config) if name is None else load_policy(resolve_model(name))
+    require_decoder(model)
     require_space(args.output_dir, saved_bytes(model, adapted=False), f"the model that is saved into {args.output_dir}")
     steps = math.ceil(args.num_epochs * math.ceil(len(encoded["train"]) / args.batch_size))
     trainer = _Trainer(

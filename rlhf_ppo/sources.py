@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import constants
@@ -43,11 +43,17 @@ def pickle_message(source: str, name: str) -> str:
     )
 
 
-def read_weights(kind: Any, source: str, **options: Any) -> Any:
+def read_weights(kind: Any, source: str, *, new: Literal["none", "pooler", "head"] = "none", **options: Any) -> Any:
     """``kind.from_pretrained`` in float32, from safetensors alone.
 
+    Args:
+        kind: one of transformers' Auto classes.
+        source: folder or hub id.
+        new: what may be missing there and is then random: nothing, BERT's pooler (no token's state depends on it), or
+            all outside the trunk.
+        options: for ``from_pretrained``.
     Raises:
-        ValueError: no such weights, or a file that is cut short or not what it says; one line.
+        ValueError: no such weights, a file that is cut short or not what it says, or other weights are missing.
     """
     refuse_pickles(source)
     index = find_file(source, _INDEX)
@@ -56,8 +62,13 @@ def read_weights(kind: Any, source: str, **options: Any) -> Any:
     if pickled := [name for name in shards if not str(name).endswith(".safetensors")]:
         raise ValueError(pickle_message(f"model {source!r}: {_INDEX}", pickled[0]))
     try:
-        return kind.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **options
+        model, info = kind.from_pretrained(
+            source,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
         )
     except SafetensorError as error:
         raise ValueError(
@@ -65,6 +76,19 @@ def read_weights(kind: Any, source: str, **options: Any) -> Any:
         ) from error
     except (OSError, ValueError) as error:
         raise ValueError(f"model {source!r} cannot be loaded: {why_not(source, error)}") from error
+    trunk = f"{model.base_model_prefix}."
+    missing = [
+        name
+        for name in sorted(info["missing_keys"])
+        if not (new != "none" and "pooler." in name) and not (new == "head" and not name.startswith(trunk))
+    ]
+    if missing:
+        few = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ValueError(
+            f"model {source!r} has no weights for {few}, which {type(model).__name__} needs: they would be random. "
+            "Name a model that was saved for this use (a reward model comes from rlhf-ppo reward), or mend its files"
+        )
+    return model
 
 
 def why_not(source: str, error: BaseException, *, kind: str = "model") -> str:

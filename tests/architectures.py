@@ -1,10 +1,10 @@
 """Tries every architecture of ``AutoModelForCausalLM`` that builds tiny: right to 1e-6, or refused by name at set-up.
 
-``python -P tests/architectures.py`` tries them all, each in a process of its own, prints what it found and exits with 1
-if there is a third outcome; ``--write docs/models.md`` puts the table into that page; names try these alone. What is
-compared: log-probs, values and reference log-probs of a rollout of prompts of unequal length whose rows end at different
-times, with a plain forward pass over each row alone; the first ratio of the update; and for checkpointing the update's
-gradient.
+``python -P tests/architectures.py`` tries them all, each in a process of its own, prints what it found and exits with
+1 if there is a third outcome; ``--write docs/models.md`` puts the table into that page; names try these alone. What is
+compared: log-probs, values and reference log-probs of a rollout of prompts of unequal length whose rows end at
+different times, with a plain forward pass over each row alone; the first ratio of the update; and for checkpointing
+the norm of the update's gradient.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ from rlhf_ppo.calling import call, noting_states
 
 # Not an import: beside this file lies a folder rlhf_ppo, of tests, so that its folder is no place to import from.
 TINY = runpy.run_path(str(Path(__file__).with_name("architectures_tiny.py")))
-NAMES, VOCABULARY, NotBuilt, tiny_model = (TINY[name] for name in ("NAMES", "VOCABULARY", "NotBuilt", "tiny_model"))
+NAMES, VOCABULARY, NotBuiltError, tiny_model = (
+    TINY[name] for name in ("NAMES", "VOCABULARY", "NotBuiltError", "tiny_model")
+)
 
 PROMPTS = ["t5 t6 t7", " ".join(f"t{i}" for i in range(9, 23)), "t30", "t11 t12 t13 t14"] * 2
 VARIANTS = ("plain", "lora", "separate", "adapter", "checkpointing", "static")
@@ -170,7 +172,7 @@ def try_all(name: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     try:
         tiny_model(name)
-    except NotBuilt as error:
+    except NotBuiltError as error:
         return {"not built": str(error)}
     for variant in VARIANTS:
         with tempfile.TemporaryDirectory() as folder:
@@ -182,7 +184,7 @@ def try_all(name: str) -> dict[str, Any]:
                 found[variant] = {"outcome": "wrong", "why": line}
         if variant == "plain" and found[variant]["outcome"] == "refused":
             # What is refused as it is needs no adapter to be refused.
-            return {other: found["plain"] for other in VARIANTS}
+            return dict.fromkeys(VARIANTS, found["plain"])
     return found
 
 
@@ -207,7 +209,8 @@ def in_child(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     _, status = os.waitpid(pid, 0)
     if said:
         return json.loads(said)
-    return {v: {"outcome": "wrong", "why": f"the process ended with {os.waitstatus_to_exitcode(status)}"} for v in VARIANTS}
+    why = f"the process ended with {os.waitstatus_to_exitcode(status)}"
+    return {variant: {"outcome": "wrong", "why": why} for variant in VARIANTS}
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -244,7 +247,7 @@ def main() -> int:
     """Try; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=NAMES, help="architectures; none: all")
-    parser.add_argument("--results", type=Path, help="a jsonl file: what it holds is not tried again, the rest is added")
+    parser.add_argument("--results", type=Path, help="a jsonl file: what it holds is not tried again")
     parser.add_argument("--write", type=Path, help="page that gets the table")
     args = parser.parse_args()
     results: dict[str, dict[str, Any]] = {}
@@ -262,7 +265,7 @@ def main() -> int:
             continue
         for variant in VARIANTS:
             cell = found[variant]
-            print(f"{name} {variant}: {cell['outcome']} {cell['why']} {cell.get('gap', '')} {cell.get('ways', '')}", flush=True)
+            print(name, variant, cell["outcome"], cell["why"], cell.get("gap", ""), *cell.get("ways", ""), flush=True)
             if cell == found["plain"] and cell["outcome"] == "refused":
                 break
     tried = {name: results[name] for name in args.names}
@@ -275,7 +278,10 @@ def main() -> int:
     ]
     built = [found for found in tried.values() if "not built" not in found]
     right = sum(found["plain"]["outcome"] == "right" for found in built)
-    print(f"transformers {transformers.__version__}: {len(tried)} names, {len(built)} built, {right} right, {len(wrong)} third outcomes")
+    print(f"transformers {transformers.__version__}: {len(tried)} names, {len(built)} built, {right} right, ", end="")
+    print(f"{len(wrong)} third outcomes")
+    for line in wrong:
+        print(f"  {line}")
     if args.write:
         write(args.write, table(results))
     return 1 if wrong else 0

@@ -25,7 +25,8 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "num_key_value_heads"), 2),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
     **dict.fromkeys(("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "linear_head_dim"), 8),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "mamba_d_state", "state_size", "sliding_window"), 8),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "mamba_d_state", "state_size"), 8),
+    "sliding_window": 8,
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "index_head_dim", "hidden_size_per_layer_input"), 16),
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_shared_experts"), 1),
     **dict.fromkeys(("time_step_rank", "mamba_dt_rank", "rotary_dim", "index_topk"), 4),
@@ -40,7 +41,11 @@ _DECODER = {"is_decoder": True}
 _MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_chunk_size": 8}
 _HALF_LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 _VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-_GEMMA4 = {"per_layer_config": {}, "layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 0}
+_GEMMA4 = {
+    "per_layer_config": {},
+    "layer_types": ["sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 0,
+}
 
 _OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
@@ -52,17 +57,34 @@ _OWN: dict[str, dict[str, Any]] = {
     ),
     "bailing_hybrid": _HALF_LINEAR,
     "bamba": {**_MAMBA2, "attn_layer_indices": [1]},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"],
-                            "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 10000.0}
-                                                for kind in ("sliding_attention", "full_attention")}},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2}, "d_model": 32},
-    "dots3_note": {"audio_config": {"adapter_in_dim": 32, "hidden_size": 32}, "text_config": {"num_key_value_heads": 4, "per_layer_config": {}}, "vision_config": {**_VISION, "per_layer_config": {}}},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+        "d_model": 32,
+    },
+    "dots3_note": {
+        "audio_config": {"adapter_in_dim": 32, "hidden_size": 32},
+        "text_config": {"num_key_value_heads": 4, "per_layer_config": {}},
+        "vision_config": {**_VISION, "per_layer_config": {}},
+    },
     "dots3_note_text": {"num_key_value_heads": 4},
     "falcon": {"num_kv_heads": 2},
     "falcon_h1": {**_MAMBA2, "mamba_d_ssm": 64},
     "gemma3": {"vision_config": _VISION},
-    "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
-                     "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0], "laurel_rank": 8, "altup_num_inputs": 2},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
+        "laurel_rank": 8,
+        "altup_num_inputs": 2,
+    },
     "gemma4": {"text_config": _GEMMA4, "vision_config": _VISION},
     "gemma4_text": _GEMMA4,
     "git": {"vision_config": {**_VISION, "image_size": 16, "patch_size": 8}},
@@ -74,8 +96,14 @@ _OWN: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8},
     "minimax": {"layer_types": ["linear_attention", "full_attention"]},
-    "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention"], "mamba_num_heads": 4, "mamba_head_dim": 16,
-                   "n_groups": 1, "ssm_state_size": 8, "chunk_size": 8},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "full_attention"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "n_groups": 1,
+        "ssm_state_size": 8,
+        "chunk_size": 8,
+    },
     "olmo_hybrid": _HALF_LINEAR,
     "opt": {"word_embed_proj_dim": 16, "do_layer_norm_before": False},
     "lfm3": {"layer_types": ["conv", "full_attention"]},
@@ -87,23 +115,48 @@ _OWN: dict[str, dict[str, Any]] = {
     "qwen3_5_text": _HALF_LINEAR,
     "qwen3_next": _HALF_LINEAR,
     "recurrent_gemma": {"num_hidden_layers": 3, "attention_window_size": 8},
-    "reformer": {"is_decoder": True, "num_hidden_layers": 2, "attn_layers": ["local", "lsh"], "axial_pos_embds": False,
-                 "attention_head_size": 8, "feed_forward_size": 32, "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4},
-    "roc_bert": {"is_decoder": True, "pronunciation_embed_dim": 8, "pronunciation_vocab_size": 8, "shape_embed_dim": 8,
-                 "shape_vocab_size": 8},
+    "reformer": {
+        "is_decoder": True,
+        "num_hidden_layers": 2,
+        "attn_layers": ["local", "lsh"],
+        "axial_pos_embds": False,
+        "attention_head_size": 8,
+        "feed_forward_size": 32,
+        "local_attn_chunk_length": 4,
+        "lsh_attn_chunk_length": 4,
+    },
+    "roc_bert": {
+        "is_decoder": True,
+        "pronunciation_embed_dim": 8,
+        "pronunciation_vocab_size": 8,
+        "shape_embed_dim": 8,
+        "shape_vocab_size": 8,
+    },
     "rwkv": {"attention_hidden_size": 32},
     "xlm": {"causal": True},
     "xmod": {**_DECODER, "default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "n_mamba_heads": 2,
-              "attention_head_dim": 16, "attention_hidden_size": 64},
-    "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "linear_attention", "hybrid"],
-               "n_mamba_heads": 4, "mamba_headdim": 16, "chunk_size": 8, "num_query_groups": 4, "adapter_rank": 8},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "n_mamba_heads": 2,
+        "attention_head_dim": 16,
+        "attention_hidden_size": 64,
+    },
+    "zamba2": {
+        "num_hidden_layers": 3,
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid"],
+        "n_mamba_heads": 4,
+        "mamba_headdim": 16,
+        "chunk_size": 8,
+        "num_query_groups": 4,
+        "adapter_rank": 8,
+    },
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
-}  # fmt: skip
+}
 """What an architecture needs beyond ``_SMALL``: to be small, to be valid, or to have layers of each of its kinds."""
 
 
-class NotBuilt(Exception):
+class NotBuiltError(Exception):
     """No tiny model of an architecture: says why."""
 
 
@@ -132,19 +185,19 @@ def tiny_model(name: str) -> PreTrainedModel:
     """A random model whose weights are wide enough that context and position matter.
 
     Raises:
-        NotBuilt: transformers does not make one this small.
+        NotBuiltError: transformers does not make one this small.
     """
     try:
         config = tiny_config(name)
         with torch.device("meta"):
             size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
         if size > _MOST_PARAMETERS:
-            raise NotBuilt(f"{size / 1e6:.0f} million parameters at its smallest here")
+            raise NotBuiltError(f"{size / 1e6:.0f} million parameters at its smallest here")
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise NotBuilt(lines[1 if lines[0].startswith("Class validation") and len(lines) > 1 else 0]) from error
+        raise NotBuiltError(lines[1 if lines[0].startswith("Class validation") and len(lines) > 1 else 0]) from error
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(3.0 if p.ndim > 1 else 1.0).add_(0.05 * torch.randn_like(p))
