@@ -124,9 +124,9 @@ def _gradient(model: ActorCritic, name: str, *, bf16: bool) -> Tensor:
 
 @torch.no_grad()
 def require_decoder(model: nn.Module) -> None:
-    """Raise a ValueError that names the model if what it says of a token depends on the tokens after it."""
-    reader = Reader(model, plain=True)
-    _plain(reader, _rows(reader, _LONG), _name(reader, "model"), _ROUNDED)
+    """Raise a ValueError that names a model in float32 if what it says of a token depends on the tokens after it."""
+    reader = Reader(model.eval(), plain=True)
+    _plain(reader, _rows(reader, _LONG), _name(reader, "model"), _EXACT)
 
 
 def _settle(reader: Reader, role: str, longest: int, *, bf16: bool, decodes: bool = False) -> None:

@@ -68,6 +68,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
         "d_model": 32,
     },
+    "deepseek_v4": {"head_dim": 16, "index_n_heads": 4},
     "dots3_note": {
         "audio_config": {"adapter_in_dim": 32, "hidden_size": 32},
         "text_config": {"num_key_value_heads": 4, "per_layer_config": {}},
