@@ -6,16 +6,18 @@ import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from classic.actor_critic import LOG_STD_RANGE
 from classic.making import Vectorization
 from classic.networks import ACTIVATIONS
+from classic.other_names import SETTINGS
 from classic.preset_files import preset as preset_of
 from classic.spaces import ActionLayout
 from rlhf_ppo.core import PPOConfig
 from rlhf_ppo.core.config import Objective
 from rlhf_ppo.core.typed import require_types
+from rlhf_ppo.runtime.names import refuse_unknown_settings
 from rlhf_ppo.runtime.trackers import check_trackers
 
 # What an environment without a preset of its own gets: common values for low-dimensional control tasks. Neither these
@@ -184,6 +186,14 @@ class PPOArgs:
     """Where metrics.jsonl's lines are sent as well: tensorboard (into output_dir/tensorboard), wandb, trackio."""
     quiet: bool = False
     """Show no progress."""
+
+    ELSEWHERE: ClassVar[Mapping[str, str]] = SETTINGS
+    """Settings that have another name in other libraries, and ours."""
+
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        """Say what a setting is called here, where Python would only say that it is unknown."""
+        refuse_unknown_settings(cls, settings)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         require_types(self)

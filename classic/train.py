@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import gymnasium
 import numpy as np
@@ -37,17 +37,19 @@ from classic.saving import in_force
 from classic.seeds import derive_seeds
 from classic.task import identify
 from classic.update import update
-from rlhf_ppo import __version__
 from rlhf_ppo.core import PPOConfig
+from rlhf_ppo.runtime.callbacks import require_callbacks
 from rlhf_ppo.runtime.checkpoint import checkpoint_folder, find_checkpoint
 from rlhf_ppo.runtime.explain import Explanation
 from rlhf_ppo.runtime.lock import run_lock
+from rlhf_ppo.runtime.names import refuse_unknown_arguments
 from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.signals import Interrupted, asked_to_stop, stop_if_asked, stop_on_signals
 from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.runtime.trackers import reporting, require_installed
+from rlhf_ppo.runtime.versions import versions
 
 MAX_FORGETFUL = 3
 """Predictions in a row without a state before a warning: single ones are the beginnings of episodes."""
@@ -71,6 +73,12 @@ class PPO:
         agent.learn()
         agent.evaluate(episodes=20)["mean_return"]
     """
+
+    def __new__(cls, *args: Any, **arguments: Any) -> Self:
+        """Say where a setting goes, where Python would only say that the argument is unknown."""
+        fields = {name: f"it is a setting: PPO(env, PPOArgs({name}=...))" for name in PPOArgs.__dataclass_fields__}
+        refuse_unknown_arguments(cls.__init__, "PPO", arguments, {**PPOArgs.ELSEWHERE, **fields})
+        return super().__new__(cls)
 
     def __init__(self, env: EnvLike, args: PPOArgs | None = None) -> None:
         """Make the environments and fresh networks.
@@ -217,8 +225,9 @@ class PPO:
         if not total >= 1 or total % 1:  # NaN, too
             raise ValueError(f"total_timesteps must be a whole number, 1 or more, got {total}")
         total = int(total)
+        callbacks = require_callbacks(callbacks, "agent, metrics")
         folder = self.args.output_dir
-        run = None if folder is None else RunDirectory(folder)
+        run = None if folder is None else RunDirectory(folder, quiet=self.args.quiet)
         display = ProgressDisplay(self.env_id, total, quiet=self.args.quiet)
         lock = nullcontext() if folder is None else run_lock(folder)
         with torch_threads(self.args.num_threads), lock, stop_on_signals():
@@ -230,6 +239,9 @@ class PPO:
                 if not (resumed and run_callbacks(callbacks, self, self.last_metrics)):
                     with display:
                         self._train(progress, display, callbacks)
+                done = self.counters["env_steps"] - progress.first_step
+                if done < total and not self.args.quiet:
+                    print(f"a callback ended training after {done:,} of {total:,} steps")
                 if at_end is not None:
                     at_end(self, self.last_metrics)
                     stop_if_asked()
@@ -253,7 +265,7 @@ class PPO:
             self._started = True
         asked = {"total_timesteps": progress.first_step + total}  # by this call, whatever the setting says
         args = {**asdict(self.args), **asked}
-        settings = {"env_id": self.env_id, "version": __version__, "origin": self.origin, "args": args}
+        settings = {"env_id": self.env_id, "versions": versions("torch", "gymnasium"), "origin": self.origin, "args": args}
         if run is None:
             self._run = None
         elif self._run is not None and self._run.path == run.path:
@@ -261,6 +273,8 @@ class PPO:
         else:
             self._run = run
             if checkpoint is None:
+                if resume is not None and not self.args.quiet:
+                    print(f"no checkpoint in {run.path}: training starts afresh")
                 run.start(settings)
             else:
                 run.go_on(checkpoint.folder, self.counters["iteration"], settings)

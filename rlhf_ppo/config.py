@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Literal, Self
 
 from rlhf_ppo.contradictions import refuse_contradictions
 from rlhf_ppo.core.config import PPOConfig
+from rlhf_ppo.other_names import SETTINGS
+from rlhf_ppo.runtime.names import refuse_unknown_settings
 from rlhf_ppo.runtime.precision import Precision
 from rlhf_ppo.runtime.trackers import check_trackers
 
@@ -214,11 +216,12 @@ class RLHFConfig(PPOConfig):
     )
     """Settings of other libraries that are not here, and why."""
 
+    ELSEWHERE: ClassVar[Mapping[str, str]] = SETTINGS
+    """Settings that have another name in other libraries, and ours."""
+
     def __new__(cls, *args: Any, **settings: Any) -> Self:
-        """Say why a setting is not here, where Python would only say that it is unknown."""
-        for name in settings:
-            if name in cls.REFUSED:
-                raise ValueError(f"{name} is not supported: {cls.REFUSED[name]}")
+        """Say what a setting is called here, or why it is not here, where Python would only say that it is unknown."""
+        refuse_unknown_settings(cls, settings)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

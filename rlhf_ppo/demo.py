@@ -78,7 +78,7 @@ def print_paths(folder: Path) -> None:
     print(f"curve    {folder / 'curve.png'}")
     print(f"metrics  {folder / 'metrics.jsonl'}")
     print(f"model    {folder}")
-    print(f'try it   {_command()} generate --model {folder} --prompt "One day"')
+    print(f'try it   {_command()} generate --model {shlex.quote(str(folder))} --prompt "One day"')
 
 
 def _command() -> str:

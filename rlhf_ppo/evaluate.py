@@ -176,7 +176,14 @@ def _trained_on(args: EvaluateArgs, settings: dict[str, Any]) -> bool:
     if args.judge is None and "reward" not in settings:
         return True
     judges = args.reward if args.judge is None else (args.judge,)
-    return not set(judges).isdisjoint(settings.get("reward", ()))
+    return any(_same_reward(judge, trained) for judge in judges for trained in settings.get("reward", ()))
+
+
+def _same_reward(judge: str, trained: str) -> bool:
+    """Whether two names may be of one reward: a function's file or module can be named in several ways."""
+    if ":" in judge and ":" in trained and not judge.startswith("http"):
+        return judge.rpartition(":")[2] == trained.rpartition(":")[2]
+    return judge == trained or (Path(judge).exists() and Path(judge).resolve() == Path(trained).resolve())
 
 
 def _scoring(args: EvaluateArgs, settings: dict[str, Any]) -> dict[str, Any]:

@@ -159,14 +159,14 @@ class HTTPReward:
         try:
             body = json.dumps({"items": items}, allow_nan=False).encode()
         except (TypeError, ValueError) as error:
-            raise self._error(f"a prompt or column cannot be sent as JSON: {error}") from error
+            raise self._error(f"a prompt or column cannot be sent as JSON: {error}") from None
         attempts = self.max_retries + 1
         for attempt in range(attempts):
             try:
                 return self._read(self._post(body))
             except _TemporaryError as error:
                 if attempt + 1 == attempts:
-                    raise self._error(f"no answer after {attempts} attempts, at last: {error}") from error.__cause__
+                    raise self._error(f"no answer after {attempts} attempts, at last: {error}") from None
                 time.sleep(min(30.0, self.backoff_s * 2**attempt))
         raise AssertionError("the last attempt returns or raises")
 
@@ -182,15 +182,15 @@ class HTTPReward:
         except urllib.error.HTTPError as error:
             with error:
                 if error.code >= 500:
-                    raise _TemporaryError(f"HTTP {error.code} {error.reason}") from error
+                    raise _TemporaryError(f"HTTP {error.code} {error.reason}") from None
                 if 300 <= error.code < 400:
                     to = error.headers.get("Location", "nowhere")
-                    raise self._error(f"HTTP {error.code} points to {to}: redirects are not followed") from error
+                    raise self._error(f"HTTP {error.code} points to {to}: redirects are not followed") from None
                 hint = f" (is {TOKEN_VARIABLE} right?)" if error.code in (401, 403) else ""
                 said = error.read(200).decode("utf-8", "replace")
-                raise self._error(f"HTTP {error.code} {error.reason}{hint}: {said!r}") from error
+                raise self._error(f"HTTP {error.code} {error.reason}{hint}: {said!r}") from None
         except (OSError, HTTPException) as error:  # refused, unknown host, cut, timed out, no HTTP
-            raise _TemporaryError(f"{type(error).__name__}: {error}") from error
+            raise _TemporaryError(f"{type(error).__name__}: {error}") from None
 
     def _body(self, read1: Callable[[int], bytes], deadline: float) -> bytes:
         body = b""
@@ -205,8 +205,8 @@ class HTTPReward:
     def _read(self, body: bytes) -> Any:
         try:
             return json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise self._error(f"the answer is not JSON: {body[:200]!r}") from error
+        except (ValueError, RecursionError):
+            raise self._error(f"the answer is not JSON: {body[:200]!r}") from None
 
     def _in_order(self, ids: Sequence[str], answer: Any) -> list[float | StepRewards | None]:
         """Scores in the order of ``ids``, from an answer in any order."""

@@ -45,6 +45,8 @@ def begin(trainer: PPOTrainer, resume: str | Path | None, settings: dict[str, An
     """
     checkpoint = None if resume is None else find_checkpoint(resume, trainer.run.path)
     if checkpoint is None:
+        if resume is not None and not trainer.args.quiet:
+            print(f"no checkpoint in {trainer.run.path}: the run starts afresh")
         trainer.run.start(settings)
         trainer.safe.checkpoint = None
         return
@@ -105,7 +107,7 @@ def _rescue(trainer: PPOTrainer) -> str:
         iteration, folder = checkpoint
         said.append(
             f"{folder} holds it as it was after iteration {iteration}: free some space, then go on with "
-            f"resume_from_checkpoint={folder}"
+            f"resume_from_checkpoint={str(folder)!r}"
         )
     return ". ".join(said)
 
@@ -135,4 +137,4 @@ def save_after(trainer: PPOTrainer, error: BaseException) -> None:
     if isinstance(error, Interrupted):
         error.saved = folder
     elif folder is not None:
-        raise type(error)(f"{error}. Go on with resume_from_checkpoint={folder}") from error.__cause__
+        raise type(error)(f"{error}. Go on with resume_from_checkpoint={str(folder)!r}") from error.__cause__

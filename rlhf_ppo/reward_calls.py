@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -39,6 +40,18 @@ class StepRewards:
 def reward_name(function: RewardFunction) -> str:
     """The name under which a reward function is logged."""
     return getattr(function, "__name__", type(function).__name__)
+
+
+def reward_source(source: Any) -> str:
+    """Where a reward comes from, for run.json: the name that it was given by, or the function's file or module."""
+    if isinstance(source, str):
+        return source
+    if address := getattr(source, "url", None) or getattr(getattr(source, "config", None), "_name_or_path", None):
+        return str(address)
+    made = source if hasattr(source, "__qualname__") else type(source)
+    module = sys.modules.get(made.__module__)
+    file = getattr(module, "__file__", None)
+    return f"{file if made.__module__ == '__main__' and file else made.__module__}:{made.__qualname__}"
 
 
 def takes(function: RewardFunction, name: str) -> bool:

@@ -46,6 +46,7 @@ from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.seeding import resolve_device, seed_everything
 from rlhf_ppo.runtime.summary import model_rows, print_summary
 from rlhf_ppo.runtime.threads import require_threads, torch_threads
+from rlhf_ppo.runtime.versions import versions
 from rlhf_ppo.text import encode_text
 
 
@@ -144,7 +145,7 @@ def train_reward_model(args: RewardTrainingArgs) -> dict[str, float]:
         NonFiniteGradientError: a gradient, a score or a weight is not finite; nothing is saved.
     """
     require_one_process()
-    run = RunDirectory(args.output_dir)
+    run = RunDirectory(args.output_dir, quiet=args.quiet)
     with run_lock(run.path), without_library_bars():
         return _train(args, run)
 
@@ -262,7 +263,7 @@ def _train(args: RewardTrainingArgs, run: RunDirectory) -> dict[str, float]:
         "eval_prompts": len({pair.prompt for pair in eval_pairs}),
         "cut_pairs": cut + eval_cut,
     }
-    run.start(dataclasses.asdict(args))
+    run.start({**dataclasses.asdict(args), "versions": versions("torch", "transformers", "peft")})
     run.write_json("reward_metrics.json", {**metrics, "calibration": bins})
     plot_calibration(bins, run.path / "calibration.png", title=f"{len(eval_pairs)} held-out pairs")
     _save(model, tokenizer, run.path)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from rlhf_ppo.adapter_reward import AdapterReward
 from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.core.typed import is_changed
+from rlhf_ppo.data import Completion, PromptSet
 from rlhf_ppo.http_reward import HTTPReward
 from rlhf_ppo.reward_calls import RewardError, RewardFunction, StepRewards, reward_name, takes
 from rlhf_ppo.reward_model import RewardModel
@@ -25,6 +26,7 @@ __all__ = [
     "RewardModel",
     "RewardSource",
     "StepRewards",
+    "ask_servers",
     "coerce_scores",
     "load_reward",
     "load_rewards",
@@ -80,6 +82,24 @@ def load_reward(
             f"a reward must be a function, a model, a folder, a hub id or an address, got {type(source).__name__}"
         )
     return load_function(source, "reward")
+
+
+def ask_servers(rewards: dict[str, tuple[RewardFunction, float]], prompts: PromptSet, *, conversations: bool) -> None:
+    """Ask each reward server about an empty answer to the first prompt, before models are loaded.
+
+    Raises:
+        ValueError: it is not to be reached, refuses, or answers something else than one score.
+    """
+    batch = prompts.take([0])
+    said: Completion = ""
+    if conversations and not isinstance(batch.prompts[0], str):
+        said = [{"role": "assistant", "content": ""}]
+    for name, (function, _) in rewards.items():
+        if isinstance(function, HTTPReward):
+            try:
+                coerce_scores(function(batch.prompts, [said], **batch.columns), 1, name, [0])
+            except RewardError as error:
+                raise ValueError(f"{error}. Start the server or correct the address; nothing was generated") from None
 
 
 def make_caches(rewards: dict[str, tuple[RewardFunction, float]]) -> dict[str, ScoreCache]:

@@ -9,8 +9,9 @@ HEAD = """\
 # Settings of `rlhf-ppo`
 
 Every setting of every command: in Python a field, in a YAML file (`--config FILE`) a key, on the command line a flag
-(`kl_coef` is `--kl-coef`; a flag wins over the file). `RLHFConfig` has those of `train` up to `model`, from which on
-they are the command's own. This page is generated: `make docs`. Those of `classic-ppo`:
+(`kl_coef` is `--kl-coef`; a flag wins over the file). A setting of several values takes them in one flag or in several
+(`--prompt a b`, `--prompt a --prompt b`); any other flag may stand once. `RLHFConfig` has those of `train` up to
+`model`, from which on they are the command's own. This page is generated: `make docs`. Those of `classic-ppo`:
 [classic-settings.md](classic-settings.md).
 
 """

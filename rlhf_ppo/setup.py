@@ -37,7 +37,7 @@ from rlhf_ppo.probe import probe, probe_gradient
 from rlhf_ppo.quantization import check_precision, load_quantized, load_reference
 from rlhf_ppo.reward_calls import RewardFunction, require_takes
 from rlhf_ppo.reward_model import RewardModel
-from rlhf_ppo.rewards import RewardSource, load_rewards, make_caches
+from rlhf_ppo.rewards import RewardSource, ask_servers, load_rewards, make_caches
 from rlhf_ppo.rollout import Rollout
 from rlhf_ppo.rows import RowSource
 from rlhf_ppo.runtime.precision import autocast, compute_in_bf16
@@ -139,6 +139,8 @@ def set_up(
             require_takes(function, name, prompts.columns, prompts.name, conversations=respond is not None)
             if isinstance(function, RewardModel):
                 function.require_readable(prompts)
+    if (asked := train_prompts or eval_prompts) is not None:
+        ask_servers(rewards, asked, conversations=respond is not None)
     caches = make_caches(rewards) if args.cache_rewards else {}
     seed_everything(args.seed)
     policy: Any

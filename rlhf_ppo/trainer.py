@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,15 +26,19 @@ from rlhf_ppo.fingerprints import run_fingerprints
 from rlhf_ppo.guard import require_no_drift
 from rlhf_ppo.library_noise import without_library_bars
 from rlhf_ppo.optimization import make_optimizer, only_the_critic_learns, warmup_settings
+from rlhf_ppo.other_names import ARGUMENTS
 from rlhf_ppo.recovery import SafePoint, begin, go_back, keep_checkpoint, save_after, save_model
+from rlhf_ppo.reward_calls import reward_source
 from rlhf_ppo.rollout import Rollout
 from rlhf_ppo.rows import RowSource
 from rlhf_ppo.run_log import PANELS, evaluate, log_evaluation, log_update, run_rows
+from rlhf_ppo.runtime.callbacks import callback_name, require_callbacks
 from rlhf_ppo.runtime.errors import RatioTripwireError as RatioTripwireError
 from rlhf_ppo.runtime.explain import Explanation
 from rlhf_ppo.runtime.files import replacing_files, require_space
 from rlhf_ppo.runtime.lock import run_lock
 from rlhf_ppo.runtime.metrics import MetricAverage
+from rlhf_ppo.runtime.names import refuse_unknown_arguments
 from rlhf_ppo.runtime.plots import plot_curves
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory
@@ -43,6 +47,7 @@ from rlhf_ppo.runtime.summary import print_summary
 from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.runtime.timing import Stopwatch
 from rlhf_ppo.runtime.trackers import reporting
+from rlhf_ppo.runtime.versions import versions
 from rlhf_ppo.score_shaping import ScoreStatistics
 from rlhf_ppo.setup import RewardSource, set_up
 from rlhf_ppo.streams import TRAIN, numbered_generator
@@ -61,6 +66,11 @@ class PPOTrainer:
 
     ``train()`` runs everything; ``rollout(prompts)`` and ``step(rollout)`` are the same loop one step at a time.
     """
+
+    def __new__(cls, *args: Any, **arguments: Any) -> Self:
+        """Say what an argument is called here, where Python would only say that it is unknown."""
+        refuse_unknown_arguments(cls.__init__, "PPOTrainer", arguments, ARGUMENTS)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -94,6 +104,7 @@ class PPOTrainer:
         Raises:
             ValueError: bad settings, data, reward or models; says which, and what to do.
         """
+        self.callbacks: list[Callback] = require_callbacks(callbacks, "trainer, metrics")
         parts = set_up(
             model,
             reward_funcs,
@@ -111,10 +122,11 @@ class PPOTrainer:
         self.stop_token_ids = parts.stop_token_ids
         self.train_prompts, self.eval_prompts = parts.train_prompts, parts.eval_prompts
         self.model, self.reference = parts.model, parts.reference
-        self.callbacks = list(callbacks or [])
-        self.run = RunDirectory(args.output_dir)
+        self.run = RunDirectory(args.output_dir, quiet=args.quiet)
         self.sources = {"model": _name(model), "ref_model": None if ref_model is None else _name(ref_model)}
         """Where policy and reference came from, for run.json."""
+        listed = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+        self.reward_sources = [reward_source(source) for source in listed]
         self.parts = parts
         self.stopwatch = Stopwatch(self.device)
         self.timings: dict[str, float] = {}
@@ -185,7 +197,13 @@ class PPOTrainer:
         ):
             # What the run will save at its end must not find a full disk there.
             require_space(self.run.path, self.model.saved_bytes, f"the model that is saved into {self.run.path}")
-            begin(self, resume_from_checkpoint, settings, override=resume_override)
+            facts = {
+                "reward": self.reward_sources,
+                **settings,
+                "versions": versions("torch", "transformers", "peft"),
+                "fingerprints": self.fingerprints,
+            }
+            begin(self, resume_from_checkpoint, facts, override=resume_override)
             print_summary(run_rows(self), quiet=args.quiet)
             # What a tracker still has to send is waited for after everything is saved.
             with trackers:
@@ -208,6 +226,7 @@ class PPOTrainer:
         args = self.args
         # A run that was killed after its last rollout still has its end to write.
         metrics: dict[str, float] = {}
+        wants_stop: list[Callback] = []
         if self.iteration >= args.num_rollouts and (lines := self.run.read()):
             metrics = lines[-1]
         if args.on_nonfinite == "rollback":
@@ -234,16 +253,19 @@ class PPOTrainer:
                     continue
                 require_no_drift(metrics, args)
                 # Before the save, so that what they change or draw is in it: a resumed run does not call them again.
-                wants_stop = [callback(self, metrics) is True for callback in self.callbacks]
+                wants_stop = [callback for callback in self.callbacks if callback(self, metrics) is True]
                 self.safe.boundary = Boundary.of(self)
-                ends = any(wants_stop) or self.iteration == args.num_rollouts
+                ends = bool(wants_stop) or self.iteration == args.num_rollouts
                 if args.save_every and (ends or self.iteration % args.save_every == 0):
                     keep_checkpoint(self)
-                if any(wants_stop):
+                if wants_stop:
                     break
                 stop_if_asked()
             with progress.aside("evaluating"):
-                return {**metrics, **log_evaluation(self)}
+                last = {**metrics, **log_evaluation(self)}
+        if wants_stop and not args.quiet:
+            print(f"callback {callback_name(wants_stop[0])} ended the run after {self.episodes} of {planned} episodes")
+        return last
 
     def rollout(self, prompts: Sequence[Prompt], **columns: list[Any]) -> Rollout:
         """Generate ``num_generations`` responses to each prompt, side by side, score them, and read the reference.

@@ -19,6 +19,12 @@ class Figures:
         self.rows = [row for row in rows if "policy/loss" in row and row["progress/iteration"] > first]
         self.settings = settings
 
+    @property
+    def bf16(self) -> bool:
+        """Whether products were, or may have been, computed in bf16, which rounds decoding and training differently."""
+        computed = self.settings.get("fingerprints", {}).get("bf16")
+        return self.settings.get("precision", "fp32") != "fp32" if computed is None else computed
+
     def values(self, key: str) -> list[float]:
         """A metric's values, update by update, where it was written."""
         return [row[key] for row in self.rows if key in row]

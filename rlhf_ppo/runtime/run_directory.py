@@ -44,13 +44,16 @@ def read_run(folder: str | Path) -> dict[str, Any]:
 class RunDirectory:
     """One run's folder. Starting a run where another one lies moves the old files to ``previous-<n>/`` first."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, quiet: bool = True) -> None:
         """Make the folder if it is not there.
 
+        Args:
+            path: of the folder.
+            quiet: say nothing when files move into ``previous-<n>/``.
         Raises:
             ValueError: the path is a file, or the folder cannot be made.
         """
-        self.path = Path(path)
+        self.path, self.quiet = Path(path), quiet
         self.listener: Callable[[Mapping[str, float]], None] | None = None
         """Told of each line of metrics.jsonl once it is written (see :mod:`rlhf_ppo.runtime.trackers`)."""
         if self.path.exists() and not self.path.is_dir():
@@ -65,11 +68,13 @@ class RunDirectory:
         if (self.path / "metrics.jsonl").exists() or any(self.path.glob("checkpoint-*")):
             # Checkpoints go first: if this is cut off, no later run takes what is left for its own.
             entries = [entry for entry in self.path.iterdir() if not entry.name.startswith(("previous-", LOCK_FILE))]
-            self.set_aside(sorted(entries, key=lambda entry: not entry.name.startswith("checkpoint-")))
+            self.set_aside(
+                sorted(entries, key=lambda entry: not entry.name.startswith("checkpoint-")), "an earlier run"
+            )
         self.write_json("run.json", settings)
 
-    def set_aside(self, entries: Sequence[Path]) -> None:
-        """Move files and folders of this folder into a new ``previous-<n>/``."""
+    def set_aside(self, entries: Sequence[Path], what: str) -> None:
+        """Move files and folders of this folder, which are ``what``, into a new ``previous-<n>/``."""
         if not entries:
             return
         n = 1
@@ -79,6 +84,8 @@ class RunDirectory:
         old.mkdir()
         for entry in entries:
             entry.rename(old / entry.name)
+        if not self.quiet:
+            print(f"{what} in {self.path} is now in {old}")
 
     def go_on(self, checkpoint: Path, iteration: int, settings: Mapping[str, Any]) -> None:
         """Go on from a checkpoint of this run, or of one in another folder, whose history comes along.
@@ -91,7 +98,7 @@ class RunDirectory:
         if checkpoint.parent.resolve() == self.path.resolve():
             # What came after the checkpoint, or is damaged, is no part of this run any more.
             later = [f for f in list_checkpoints(self.path) if int(f.name.rpartition("-")[2]) > iteration]
-            self.set_aside(later)
+            self.set_aside(later, "what came after the checkpoint")
         else:
             self.start(settings)
             for file in checkpoint.parent.glob("*.jsonl"):

@@ -16,6 +16,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from rlhf_ppo import __version__
+from rlhf_ppo.runtime.names import hint, refuse
 
 Settings = TypeVar("Settings")
 Command = tuple[type, Callable[[Any], int | None]]
@@ -75,19 +76,10 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def refuse(cls: type, names: Sequence[str], *, where: str = "") -> None:
-    """Raise a ValueError with the reason if ``cls`` lists one of the names in its table ``REFUSED``."""
-    refused: Mapping[str, str] = getattr(cls, "REFUSED", {})
-    for name in names:
-        if name in refused:
-            raise ValueError(f"{where}{name} is not supported: {refused[name]}")
-
-
 def _checked(path: Path, key: Any, value: Any, known: list[str], types: Mapping[str, Any]) -> Any:
     if key not in known:
-        close = difflib.get_close_matches(str(key), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
-        raise ValueError(f"{path}: unknown key {key!r}; {hint}")
+        listed = f"; known: {', '.join(sorted(known))}"
+        raise ValueError(f"{path}: unknown key {key!r}{hint(str(key), known) or listed}")
     if isinstance(value, str) and "tuple" in str(types[key]):
         value = [value]  # one word needs no brackets
     try:
@@ -126,6 +118,7 @@ def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, descr
     flags: list[str] = []
     from_yaml: list[str] = []
     held: dict[str, Any] = {}
+    from_file = False
     yaml_allowed = "config" not in typing.get_type_hints(cls)
     # Words before the first flag go first again: after YAML's list values they would be read as part of the list.
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
@@ -135,6 +128,9 @@ def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, descr
             path = word.partition("=")[2] or next(rest, "")
             if not path:
                 raise ValueError("--config needs the path of a YAML file")
+            if from_file:
+                raise ValueError("--config is given twice: put the settings into one file")
+            from_file = True
             for key, value in read_yaml(path, cls).items():
                 if key in _positional(cls):
                     words = words or [str(value)]
@@ -145,11 +141,11 @@ def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, descr
                     from_yaml += _as_flag(key, value)
         else:
             flags.append(word)
-    refuse(cls, [w.removeprefix("--").partition("=")[0].replace("-", "_") for w in flags if w.startswith("--")])
-    given = {word[2:].partition("=")[0].replace("-", "_") for word in flags if word.startswith("--")}
+    given = _grouped(flags, cls)
+    refuse(cls, given)
     settings = tyro.cli(
         cls,
-        args=[*words, *from_yaml, *_spelt_out(flags, cls)],
+        args=[*words, *from_yaml, *_spelt_out(list(itertools.chain(*given.values())), cls)],
         prog=prog,
         description=(description or "")
         + (" Settings may also come from a YAML file: --config FILE (flags win over it)." if yaml_allowed else ""),
@@ -157,6 +153,44 @@ def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, descr
     )
     held = {key: value for key, value in held.items() if key not in given}
     return dataclasses.replace(cast(Any, settings), **held) if held else settings
+
+
+def _grouped(flags: Sequence[str], cls: type) -> dict[str, list[str]]:
+    """Setting -> its flag and values. ``--prompt a --prompt b`` is ``--prompt a b``, where a setting takes several.
+
+    Raises:
+        ValueError: a flag of one value is there twice: neither value is more likely meant than the other.
+    """
+    hints, aliases = typing.get_type_hints(cls), _aliases(cls)
+    groups: dict[str, list[str]] = {}
+    group: list[str] = []
+    for word in flags:
+        if not word.startswith("--"):
+            group.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        setting = aliases.get(flag, flag[2:]).replace("-", "_")
+        group = groups.setdefault(setting, [])
+        if not group:
+            group.append(word)
+            continue
+        if not _takes_several(hints.get(setting)):
+            raise ValueError(f"{flag} is given twice, but takes one value: give it once")
+        if "=" in group[0]:
+            group[:1] = group[0].split("=", 1)
+        group += [value] if equals else []
+    return groups
+
+
+def _takes_several(hint: Any) -> bool:
+    return any(typing.get_origin(part) in (tuple, list, dict) for part in (hint, *typing.get_args(hint)))
+
+
+def _aliases(cls: type) -> dict[str, str]:
+    """A flag's other name -> the setting."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    extras = ((name, extra) for name, hint in hints.items() for extra in getattr(hint, "__metadata__", ()))
+    return {alias: name for name, extra in extras for alias in getattr(extra, "aliases", None) or ()}
 
 
 def _spelt_out(flags: Sequence[str], cls: type) -> list[str]:

@@ -61,7 +61,14 @@ def _skipped(run: Figures) -> str | None:
 
 def _disagree(run: Figures) -> str | None:
     gap = max(run.values("policy/first_minibatch_max_abs_log_ratio"), default=0.0)
-    return f"log-ratios of up to {gap:.2g} nats before any step" if gap > 0.1 else None
+    return f"log-ratios of up to {gap:.2g} nats before any step" if gap > (0.5 if run.bf16 else 0.1) else None
+
+
+def _rounding(run: Figures) -> str | None:
+    gap, clip = run.late("policy/first_minibatch_max_abs_log_ratio"), run.settings.get("clip_range") or 0.2
+    if not run.bf16 or not _above(gap, clip) or _disagree(run) is not None:
+        return None
+    return f"bf16 alone makes log-ratios of up to {gap:.2g} nats, and clip_range is {clip:g}"
 
 
 def _no_signal(run: Figures) -> str | None:
@@ -131,7 +138,7 @@ def _gradient(run: Figures) -> str | None:
 
 def _drift(run: Figures) -> str | None:
     kl, length = run.ends("kl/reference_nats_per_response"), run.ends("response/length_tokens")
-    if kl is None or length is None or kl[1] <= 0.5 * length[1]:
+    if kl is None or length is None or kl[1] <= 0.25 * length[1]:
         return None
     return f"{kl[1]:.1f} nats from the reference in {length[1]:.0f} tokens"
 
@@ -159,6 +166,8 @@ CLIPPING = ("clip", "adaptive_clip", "dual_clip", "cispo")
 
 _SCALED = (becomes("normalize_rewards", True), becomes("normalize_scores", True))
 
+_FP32 = Move("precision", "`precision` fp32", lambda now: None if now == "fp32" else "fp32")
+
 RULES = (
     Rule(
         "numbers that are not finite",
@@ -169,10 +178,17 @@ RULES = (
     ),
     Rule(
         "sampling and training disagree",
-        "ratios of 1 before the first step",
+        "ratios of 1 before the first step, up to rounding: 0.1 nats in fp32, 0.5 in bf16",
         _disagree,
         "Log-probs recorded while decoding are not those of a full forward pass, so clipping works on noise.",
-        (becomes("recompute_logprobs", True),),
+        (becomes("recompute_logprobs", True), _FP32),
+    ),
+    Rule(
+        "rounding as large as the clip range",
+        "log-ratios below clip_range before the first step",
+        _rounding,
+        "Some tokens are clipped before anything was learned from them. That is no fault: it costs signal, not truth.",
+        (_FP32, becomes("recompute_logprobs", True)),
     ),
     Rule(
         "no signal",
@@ -249,7 +265,7 @@ RULES = (
     ),
     Rule(
         "drift from the reference",
-        "KL to the reference below half a nat per token",
+        "KL to the reference below a quarter of a nat per token",
         _drift,
         "The policy leaves the language it came from, often for what fools the reward: read samples.jsonl.",
         (becomes("kl_coef", 0.05), times("kl_coef", 3)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
@@ -281,6 +282,9 @@ def test_the_hint_names_the_command_whatever_program_asks(monkeypatch, tmp_path,
 
     if on_path:
         assert hint() == "rlhf-ppo generate --model run "
+        print_paths(Path("my runs/it's"))
+        words = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("try it   "))
+        assert words == ["rlhf-ppo", "generate", "--model", "my runs/it's", "--prompt", "One day"]
         return
     assert hint() == f"'{tmp_path}/my env/bin/python' -m rlhf_ppo.cli generate --model run "
     (tmp_path / "my env/bin").mkdir(parents=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 import warnings
@@ -212,7 +213,7 @@ def test_fault_15_a_failed_server_ends_a_run_with_model_and_checkpoint_and_the_r
     state = {"down": False}
 
     def answers(n, items):
-        if state["down"] and n == 1:
+        if state["down"] and n == 2:  # after the question at the start and the first rollout
             return scores([], 503)
         return scores(lengths(items))
 
@@ -323,7 +324,8 @@ def test_the_token_reaches_the_server_and_no_file(make_trainer, monkeypatch):
         trainer = make_trainer(reward_funcs=url, total_episodes=8, save_every=1, http_batch_size=5)
         trainer.train()
     assert {request["headers"]["Authorization"] for request in seen} == {"Bearer hush-hush"}
-    assert sorted(len(request["items"]) for request in seen) == [3, 5]  # side by side
+    assert len(seen[0]["items"]) == 1  # at the start
+    assert sorted(len(request["items"]) for request in seen[1:]) == [3, 5]  # side by side
     assert f"score/part/{url.removeprefix('http://')}" in trainer.run.read()[0]
     files = [file for file in trainer.run.path.rglob("*") if file.is_file()]
     assert len(files) > 5 and not any(b"hush-hush" in file.read_bytes() for file in files)
@@ -343,4 +345,42 @@ def test_an_address_is_a_reward_on_the_command_line(tmp_path, make_model, tokeni
             "--eval-size 0 --device cpu --http-timeout-s 9 --http-retries 0 --quiet True"
         )
         assert main(flags.split()) == 0
-    assert sorted(item["columns"]["answer"] for item in seen[0]["items"]) == [0, 1, 2, 3]
+    assert sorted(item["columns"]["answer"] for item in seen[1]["items"]) == [0, 1, 2, 3]
+    assert [(item["completion"], item["columns"]) for item in seen[0]["items"]] == [("", {"answer": 0})]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (None, "no answer after 1 attempts, at last: URLError"),
+        ((404, b"", {}), "HTTP 404"),
+        ((401, b"", {}), f"is {TOKEN_VARIABLE} right"),
+        ((200, b"<html>", {}), "the answer is not JSON"),
+        ((200, b'{"score": 1}', {}), "expected .*scores"),
+        ((200, b'{"scores": [{"id": "0", "score": "good"}]}', {}), "returned str 'good'"),
+    ],
+    ids=["gone", "wrong-path", "wrong-token", "no-json", "no-scores", "no-number"],
+)
+def test_a_server_that_will_not_do_is_refused_at_the_start_in_one_line(
+    tmp_path, make_model, tokenizer, capsys, monkeypatch, answer, message
+):
+    from rlhf_ppo.cli import main
+
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the cat"}\n' * 4)
+    monkeypatch.setattr("rlhf_ppo.setup.load_policy", None)  # refused before
+    with answering(lambda n, items: answer) as (url, _):
+        flags = f"train --model {tmp_path}/model --reward {url if answer else 'http://127.0.0.1:9'} --eval-size 0 "
+        flags += f"--dataset {tmp_path}/prompts.jsonl --output-dir {tmp_path}/run --http-retries 0"
+        assert main(flags.split()) == 2
+    err = capsys.readouterr().err
+    assert re.search(message, err) and err.count("\n") == 1 and "Start the server or correct the address" in err
+
+
+def test_a_server_that_fails_in_the_run_leaves_no_traceback(make_trainer):
+    with answering(lambda n, items: scores(lengths(items), 500 if n else 200)) as (url, _):
+        trainer = make_trainer(reward_funcs=HTTPReward(url, max_retries=0))
+        with pytest.raises(RewardError, match="HTTP 500") as error:
+            trainer.train()
+    assert error.value.__cause__ is None

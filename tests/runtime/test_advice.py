@@ -16,6 +16,7 @@ from rlhf_ppo.runtime.advice import advise, tuning_page
 from rlhf_ppo.runtime.tuning_rules import RULES
 
 UPDATES = 40
+BF16 = {"precision": "auto", "fingerprints": {"bf16": True}}
 SETTINGS = {"num_epochs": 4, "max_grad_norm": 0.5, "ent_coef": 0.01, "kl_coef": 0.1, "learning_rate": 3e-4}
 # A run that rises to its plateau by the middle and then wavers by 0.1 around it.
 HEALTHY = {
@@ -40,6 +41,7 @@ FLAT = {"score/mean": lambda t: 0.1 * (round(t * (UPDATES - 1)) % 2)}
 SYMPTOMS = {
     "numbers that are not finite": {"optim/skipped_steps": lambda t: int(t == 1)},
     "sampling and training disagree": {"policy/first_minibatch_max_abs_log_ratio": lambda t: 0.3 * (t == 0)},
+    "rounding as large as the clip range": {"policy/first_minibatch_max_abs_log_ratio": lambda t: 0.3},
     "no signal": {"score/std": lambda t: 0.0},
     "updates outrun their data": {"policy/clip_fraction": lambda t: 0.5 * (t > 0.4)},
     "updates too small": {"policy/clip_fraction": lambda t: 0.0, "policy/approx_kl": lambda t: 1e-6},
@@ -80,7 +82,8 @@ def test_every_rule_has_a_symptom_here():
 
 @pytest.mark.parametrize("name", SYMPTOMS)
 def test_a_symptom_meets_its_own_rule_and_no_other(tmp_path, name):
-    (found,) = advise(write_run(tmp_path / "run", SYMPTOMS[name]))
+    settings = {**SETTINGS, **(BF16 if name.startswith("rounding") else {})}
+    (found,) = advise(write_run(tmp_path / "run", SYMPTOMS[name], settings))
     assert found.rule.name == name
 
 
@@ -90,6 +93,30 @@ def test_changes_start_from_the_runs_own_settings(tmp_path, capsys):
     assert found.changes == {"learning_rate": (3e-4, 1e-4), "num_epochs": (4, 2)}  # no other move's setting is there
     assert main(["advise", str(run)]) == 0
     assert "clip fraction 0.50" in (out := capsys.readouterr().out) and "try learning_rate 0.0003 -> 0.0001" in out
+
+
+def test_bf16_rounding_is_no_fault_and_fp32_is_named_where_it_helps(tmp_path):
+    def gap(nats: float, settings: dict) -> list:
+        changed = {"policy/first_minibatch_max_abs_log_ratio": lambda t: nats}
+        return [
+            (a.rule.name, a.changes) for a in advise(write_run(tmp_path / "run", changed, {**SETTINGS, **settings}))
+        ]
+
+    bf16 = {**BF16, "clip_range": 0.2, "objective": "clip", "recompute_logprobs": False}
+    assert gap(0.15, bf16) == [] == gap(0.15, {**bf16, "fingerprints": {}, "precision": "bf16"})
+    ((name, changes),) = gap(0.3, bf16)
+    assert name.startswith("rounding") and changes["precision"] == ("auto", "fp32")
+    ((name, changes),) = gap(0.7, bf16)  # more than rounding
+    assert name == "sampling and training disagree" and changes["precision"] == ("auto", "fp32")
+    fp32 = {**bf16, "fingerprints": {"bf16": False}}
+    ((name, changes),) = gap(0.15, {**fp32, "precision": "fp32"})
+    assert name == "sampling and training disagree" and changes == {"recompute_logprobs": (False, True)}
+
+
+def test_half_a_nat_a_token_is_drift(tmp_path):
+    run = {"kl/reference_nats_per_response": lambda t: 25 * t, "response/length_tokens": lambda t: 48.0}
+    (found,) = advise(write_run(tmp_path / "run", run))
+    assert found.rule.name == "drift from the reference" and "nats from the reference in 48 tokens" in found.seen
 
 
 def test_where_all_returns_are_alike_no_critic_is_blamed(tmp_path):

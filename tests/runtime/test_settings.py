@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
+import tyro
 
 from rlhf_ppo import RLHFConfig
 from rlhf_ppo.runtime.settings import load_yaml, parse_settings, read_yaml, run_command
@@ -136,6 +137,34 @@ def test_a_bools_flag_may_stand_alone():
     assert not parse_settings(Args, ["--name", "x", "--loud", "False"], prog="x").loud
     with pytest.raises(SystemExit):
         parse_settings(Args, ["--name", "x", "--rate"], prog="x")
+
+
+def test_a_flag_that_is_repeated_collects_values_or_is_refused(yaml):
+    """Where a setting takes several values all count, however they are written; where it takes one, neither does."""
+    for flags in ("--steps 1 2 --steps 3", "--steps=1 --steps=2 --steps 3", "--steps 1 --name x --steps=2 --steps 3"):
+        assert parse(*("--name x " * ("--name" not in flags) + flags).split()).steps == (1, 2, 3)
+    file = yaml("name: x\nsteps: [9]\n")
+    assert parse("--config", file, "--steps", "1", "--steps", "2").steps == (1, 2)
+    for flags in ("--rate 1 --rate 2", "--rate=1 --rate 1", "--loud --loud", "--mode a --rate 1 --mode b"):
+        name = flags.split()[0].partition("=")[0]
+        with pytest.raises(ValueError, match=f"^{name} is given twice, but takes one value: give it once"):
+            parse("--name", "x", *flags.split())
+    with pytest.raises(ValueError, match=r"^--config is given twice"):
+        parse("--config", file, f"--config={file}")
+
+
+def test_two_names_of_one_flag_are_the_same_flag():
+    @dataclass(frozen=True, kw_only=True)
+    class Named:
+        """Have two names."""
+
+        long_name: Annotated[str, tyro.conf.arg(aliases=("--short",))] = ""
+        """A name."""
+
+    for flags in ("--short a --long-name b", "--long_name a --long-name b", "--short a --short b"):
+        with pytest.raises(ValueError, match="is given twice"):
+            parse_settings(Named, flags.split(), prog="x")
+    assert parse_settings(Named, ["--short", "a"], prog="x").long_name == "a"
 
 
 def test_a_missing_file_and_a_missing_path():

@@ -1,0 +1,78 @@
+"""Other names: what TRL's trainers and Stable-Baselines3 call settings and arguments that have other names here."""
+
+from __future__ import annotations
+
+from rlhf_ppo.trl_fields import ROWS, Row
+
+
+def _ours(row: Row) -> str:
+    if not row.ours:
+        return f"not needed, or not here. {row.note}".rstrip()
+    return f"here it is {' and '.join(row.ours)}" + (f". {row.note}" if row.fate == "changed" else "")
+
+
+_OTHERS = {
+    # TRL's first PPO trainer
+    "batch_size": "rollout_batch_size (responses in a rollout)",
+    "mini_batch_size": "num_minibatches (how many a rollout is cut into)",
+    "ppo_epochs": "num_epochs",
+    "init_kl_coef": "kl_coef",
+    "adap_kl_ctrl": "kl_target (None: kl_coef stays fixed)",
+    "target": "kl_target",
+    "horizon": "kl_horizon",
+    "use_score_norm": "normalize_scores",
+    "use_score_scaling": "normalize_scores",
+    "ratio_threshold": "max_initial_log_ratio",
+    "early_stopping": "target_kl",
+    "log_with": "report_to",
+    "steps": "total_episodes",
+    # its trainers without a critic
+    "beta": "kl_coef (in the rewards) or kl_loss_coef (in the loss)",
+    "epsilon": "clip_range",
+    "epsilon_high": "clip_range_high",
+    "num_iterations": "num_epochs",
+    "rloo_k": "num_generations",
+    "max_completion_length": "max_new_tokens",
+    "max_length": "max_new_tokens",
+    "max_prompt_length": "overlong_prompts",
+    "scale_rewards": "normalize_scores, or normalize_advantages within a group",
+    # Stable-Baselines3
+    "n_steps": "rollout_batch_size",
+    "n_epochs": "num_epochs",
+    "total_timesteps": "total_episodes",
+    "normalize_advantage": "normalize_advantages",
+    "verbose": "quiet",
+    # others
+    "lr": "learning_rate",
+    "warmup_ratio": "warmup_steps (a number of optimizer steps)",
+    "max_steps": "total_episodes",
+    "logging_dir": "output_dir",
+    "max_tokens": "max_new_tokens",
+}
+
+SETTINGS: dict[str, str] = {name: _ours(row) for name, row in ROWS.items() if name not in row.ours} | {
+    name: f"here it is {ours}" for name, ours in _OTHERS.items()
+}
+"""Their setting -> ours, or why there is none."""
+
+ARGUMENTS: dict[str, str] = {
+    "config": "here it is args, an RLHFConfig",
+    "tokenizer": "here it is processing_class",
+    "reward_model": "here it is reward_funcs, which takes a model, a function, a name, or a list of them",
+    "reward_fn": "here it is reward_funcs",
+    "reward_processing_classes": "a reward model brings its tokenizer: reward_funcs=[RewardModel(model, tokenizer)]",
+    "dataset": "here it is train_dataset",
+    "policy": "here it is model",
+    "policy_model": "here it is model",
+    "ref_policy": "here it is ref_model",
+    "critic": "here it is value_model, or the setting critic",
+    "critic_model": "here it is value_model",
+    "data_collator": "prompts are text here, so that there is nothing to collate",
+    "optimizer": "AdamW is made from the settings learning_rate, weight_decay and value_learning_rate",
+    "optimizers": "AdamW is made from the settings learning_rate, weight_decay and value_learning_rate",
+    "lr_scheduler": "the schedule is made from the settings lr_scheduler_type and warmup_steps",
+    "num_shared_layers": "the critic shares the policy's trunk unless value_model is given",
+    "tools": "tools are what respond answers with, where max_turns is above 1",
+    "environment_factory": "an environment is what respond asks, where max_turns is above 1",
+}
+"""Their trainers' argument -> ours, or why there is none."""

@@ -1,0 +1,105 @@
+"""Callbacks and the lines of a run's beginning and end: what was moved, what starts afresh, who ended it; run.json."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import pytest
+from peft import LoraConfig
+
+import classic
+from rlhf_ppo.cli import main
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        ([3], r"callbacks\[0\] must be a function of \(trainer, metrics\), got 3"),
+        ([print, "x"], r"callbacks\[1\] must be a function .* got 'x'"),
+        (print, r"callbacks must be a list of functions of \(trainer, metrics\)"),
+        ([dict], r"callbacks\[0\] must be a function .* got <class 'dict'>"),
+        (
+            [lambda trainer: None],
+            r"callbacks\[0\] is called with \(trainer, metrics\), but takes \(trainer\): too many",
+        ),
+    ],
+)
+def test_what_is_no_callback_is_refused_before_anything_is_loaded(make_trainer, monkeypatch, callbacks, message):
+    monkeypatch.setattr("rlhf_ppo.trainer.set_up", None)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(callbacks=callbacks)
+    agent = classic.PPO("CartPole-v1", classic.PPOArgs(num_envs=1, quiet=True))
+    with pytest.raises(ValueError, match=message.replace("trainer, metrics", "agent, metrics")):
+        agent.learn(1, callbacks=callbacks)
+    agent.envs.close()
+
+
+def test_a_run_says_who_ended_it_what_it_moved_and_that_it_starts_afresh(make_trainer, tmp_path, capsys):
+    def enough(trainer, metrics):
+        return True
+
+    settings = {"output_dir": str(tmp_path / "run"), "quiet": False}
+    make_trainer(**settings, callbacks=[enough]).train(resume_from_checkpoint="auto")
+    out = capsys.readouterr().out
+    assert f"no checkpoint in {tmp_path}/run: the run starts afresh\n" in out and "previous" not in out
+    assert "callback enough ended the run after 8 of 16 episodes\n" in out
+    make_trainer(**settings).train()
+    out = capsys.readouterr().out
+    assert f"an earlier run in {tmp_path}/run is now in {tmp_path}/run/previous-1\n" in out
+    assert "afresh" not in out and "callback" not in out
+    make_trainer(**{**settings, "quiet": True}, callbacks=[enough]).train(resume_from_checkpoint="auto")
+    assert capsys.readouterr().out == ""
+
+
+def test_an_agent_says_the_same(tmp_path, capsys):
+    args = {"num_envs": 2, "num_steps": 8, "num_minibatches": 1, "output_dir": str(tmp_path), "total_timesteps": 64}
+    agent = classic.PPO("CartPole-v1", classic.PPOArgs(**args))
+    agent.learn(callbacks=[lambda *_: True], resume_from_checkpoint="auto")
+    out = capsys.readouterr().out
+    assert f"no checkpoint in {tmp_path}: training starts afresh\n" in out
+    assert re.search(r"a callback ended training after 1\d of 64 steps\n", out)
+    classic.PPO("CartPole-v1", classic.PPOArgs(**args)).learn()
+    assert f"an earlier run in {tmp_path} is now in {tmp_path}/previous-1\n" in capsys.readouterr().out
+    assert set(json.loads((tmp_path / "run.json").read_text())["versions"]) == {
+        *("rlhf_ppo", "torch", "gymnasium", "python")
+    }
+
+
+def by_vowels(prompts, completions, **columns):
+    return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
+
+
+def test_a_run_from_python_writes_down_versions_reward_data_and_adapter(make_trainer, make_model, tokenizer, tmp_path):
+    make_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    adapter = LoraConfig(r=3, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    trainer = make_trainer(model=str(tmp_path / "base"), reward_funcs=by_vowels, peft_config=adapter)
+    trainer.train()
+    run = json.loads((trainer.run.path / "run.json").read_text())
+    assert {"rlhf_ppo", "torch", "transformers", "peft", "python"} == set(run["versions"])
+    assert run["versions"]["python"] == sys.version.split()[0]
+    assert run["reward"] == [f"{__name__}:by_vowels"]
+    facts = run["fingerprints"]
+    assert facts["train_dataset"].startswith("8 rows, ") and facts["eval_dataset"] is None
+    assert facts["adapters"]["default"]["r"] == 3 and facts["bf16"] is False
+
+
+def test_an_evaluation_knows_a_reward_that_trained_from_python(
+    make_trainer, make_model, tokenizer, tmp_path, monkeypatch
+):
+    make_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    trainer = make_trainer(model=str(tmp_path / "base"), reward_funcs=by_vowels)
+    trainer.train()
+    (tmp_path / "mine.py").write_text(
+        "def by_vowels(prompts, completions, **columns):\n    return [1.0 for _ in completions]\n"
+        "def other(prompts, completions, **columns):\n    return [float(len(text)) for text in completions]\n"
+    )
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the cat"}\n' * 4)
+    for reward, trained in (("by_vowels", True), ("other", False)):
+        words = f"evaluate --model {trainer.run.path} --reward {tmp_path}/mine.py:{reward} --dataset "
+        words += f"{tmp_path}/prompts.jsonl --output-dir {tmp_path}/out --device cpu --precision fp32 --quiet"
+        assert main(words.split()) == 0
+        assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["judge_was_trained_on"] == trained
