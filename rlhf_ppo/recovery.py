@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def _rescue(trainer: PPOTrainer) -> str:
         iteration, folder = checkpoint
         said.append(
             f"{folder} holds it as it was after iteration {iteration}: free some space, then go on with "
-            f"resume_from_checkpoint={str(folder)!r}"
+            f"resume_from_checkpoint={shlex.quote(str(folder))}"
         )
     return ". ".join(said)
 
@@ -137,4 +138,4 @@ def save_after(trainer: PPOTrainer, error: BaseException) -> None:
     if isinstance(error, Interrupted):
         error.saved = folder
     elif folder is not None:
-        raise type(error)(f"{error}. Go on with resume_from_checkpoint={str(folder)!r}") from error.__cause__
+        raise type(error)(f"{error}. Go on with resume_from_checkpoint={shlex.quote(str(folder))}") from error.__cause__
