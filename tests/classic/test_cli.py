@@ -101,9 +101,9 @@ def _iteration(folder):
 @pytest.mark.parametrize("fault", ["crash", "nan_reward"])
 def test_an_environment_that_breaks_late_loses_nothing_learned(fault, tmp_path, capsys):
     folder = tmp_path / "run"
-    words = ["train", f"tests/Faulty_{fault}-v0", "--output-dir", str(folder), "--quiet", *SMALL]
+    words = ["train", f"tests/Faulty_{fault}-v0", "--quiet", *SMALL]
     # 16 steps a rollout: the third one breaks.
-    assert main([*words, "--env-kwargs", "at", "40", "--save-every", "1"]) == 1
+    assert main([*words, "--output-dir", str(folder), "--env-kwargs", "at", "40", "--save-every", "1"]) == 1
     err = capsys.readouterr().err
     where = rf"error: environment 'tests/Faulty_{fault}-v0'.* step 40: .*\n"
     assert re.search(where + rf"the agent as it is lies in {re.escape(str(folder))}; --resume auto goes on\n$", err)
