@@ -20,10 +20,16 @@ from rlhf_ppo.cli import main as rlhf_ppo
 
 CONFIG = Path(__file__).with_name("gsm8k.yaml")
 INSTRUCTION = "{question}\nThink briefly, then end with #### and the answer as a number."
-SHORT = (
-    "--total-episodes 384 --rollout-batch-size 32 --num-minibatches 4 --max-new-tokens 10 --eval-size 64 "
-    "--kl-coef 0.02 --learning-rate 1e-5 --warmup-steps 4"
-).split()
+SHORT = {
+    "--total-episodes": "384",
+    "--rollout-batch-size": "32",
+    "--num-minibatches": "4",
+    "--max-new-tokens": "10",
+    "--eval-size": "64",
+    "--kl-coef": "0.02",
+    "--learning-rate": "1e-5",
+    "--warmup-steps": "4",
+}
 
 
 def sums() -> list[dict[str, str]]:
@@ -55,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         if not file.is_file():
             parser.error(f"{file} is not there: name its folder with --data or RLHF_PPO_DATA")
         problems = read_problems(file)
+    short = SHORT if flags.short else {}
+    settings = [word for flag, value in short.items() if flag not in more for word in (flag, value)]
     prompts = Path(flags.output_dir) / "problems.jsonl"
     prompts.parent.mkdir(parents=True, exist_ok=True)
     with prompts.open("w", encoding="utf-8") as out:
@@ -63,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
             out.write(json.dumps(row) + "\n")
     return rlhf_ppo(
         ["train", "--config", str(CONFIG), "--model", flags.model, "--dataset", str(prompts),
-         "--output-dir", f"{flags.output_dir}/ppo", *(SHORT if flags.short else []), *more]
+         "--output-dir", f"{flags.output_dir}/ppo", *settings, *more]
     )  # fmt: skip
 
 

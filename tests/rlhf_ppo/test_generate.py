@@ -192,7 +192,8 @@ def test_contradicting_settings_are_named(settings, message):
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(folder, capsys, flags, message):
-    assert main(["generate", "--model", "model", *flags.split()]) == 2
+    model = [] if "--model" in flags else ["--model", "model"]
+    assert main(["generate", *model, *flags.split()]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error
 
