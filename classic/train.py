@@ -265,7 +265,12 @@ class PPO:
             self._started = True
         asked = {"total_timesteps": progress.first_step + total}  # by this call, whatever the setting says
         args = {**asdict(self.args), **asked}
-        settings = {"env_id": self.env_id, "versions": versions("torch", "gymnasium"), "origin": self.origin, "args": args}
+        settings = {
+            "env_id": self.env_id,
+            "versions": versions("torch", "gymnasium"),
+            "origin": self.origin,
+            "args": args,
+        }
         if run is None:
             self._run = None
         elif self._run is not None and self._run.path == run.path:

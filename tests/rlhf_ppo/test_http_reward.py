@@ -370,6 +370,7 @@ def test_a_server_that_will_not_do_is_refused_at_the_start_in_one_line(
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "the cat"}\n' * 4)
     monkeypatch.setattr("rlhf_ppo.setup.load_policy", None)  # refused before
+    capsys.readouterr()
     with answering(lambda n, items: answer) as (url, _):
         flags = f"train --model {tmp_path}/model --reward {url if answer else 'http://127.0.0.1:9'} --eval-size 0 "
         flags += f"--dataset {tmp_path}/prompts.jsonl --output-dir {tmp_path}/run --http-retries 0"
