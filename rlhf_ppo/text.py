@@ -41,15 +41,24 @@ class TextPieces:
         # Bytes in a row become text together, or are all of them invalid.
         ids = cast(list[int | None], tokenizer.convert_tokens_to_ids(names))
         self._bytes = frozenset(i for i in ids if i is not None and i != tokenizer.unk_token_id)
+        # Tokenizers in Python fail on other ids, or write them as an unknown word; those in Rust leave them out.
+        self._vocabulary = None if tokenizer.is_fast else frozenset(tokenizer.get_vocab().values())
         self._local = _is_local(tokenizer)
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text of ids that begin a sequence."""
-        if not len(ids):
+        """The text of ids that begin a sequence; an embedding beyond the vocabulary has none."""
+        ids = [i for i in ids if self._has_token(i)]
+        if not ids:
             return ""
         # Tidying spaces would change text across the border of two pieces.
         options = {"skip_special_tokens": not self.special, "clean_up_tokenization_spaces": False}
-        return str(self.tokenizer.decode(list(ids), **options))
+        return str(self.tokenizer.decode(ids, **options))
+
+    def _has_token(self, token: int) -> bool:
+        """Whether an id has a token: embeddings are often rounded up, and a model may sample what lies beyond."""
+        if self._vocabulary is not None:
+            return int(token) in self._vocabulary
+        return cast(Any, self.tokenizer).backend_tokenizer.id_to_token(int(token)) is not None
 
     def before(self, ids: Sequence[int], text: Any = None) -> Before:
         """What lies before a piece: ids and what they were made from, if that was text."""
@@ -85,7 +94,7 @@ class TextPieces:
         if self._local:
             for start in range(len(ids) - 1, -1, -1):
                 # A token that is left out is not there for the decoder, and a character must be whole.
-                if ids[start] in self._hidden or ids[start] in self._bytes:
+                if ids[start] in self._hidden or ids[start] in self._bytes or not self._has_token(ids[start]):
                     continue
                 if not self.text(ids[start:]).startswith(_UNFINISHED):
                     return ids[start:]

@@ -219,6 +219,20 @@ def test_a_prompt_that_ends_in_a_space(kind):
     assert [growing.add(token) for token in friend][-1] == "friend"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_embedding_beyond_the_vocabulary_has_no_text(kind):
+    """Embeddings are often rounded up, so that a model can sample an id that no tokenizer knows."""
+    tokenizer = built(kind)
+    pieces, beyond = TextPieces(tokenizer), max(tokenizer.get_vocab().values()) + 1
+    ids = encode_text(tokenizer, "lily and her friend", ended=False)
+    head, tail = ids[: len(ids) // 2], ids[len(ids) // 2 :]
+    assert pieces.text([beyond]) == "" and pieces.text([*ids, beyond]) == pieces.text(ids)
+    assert pieces.decode(Before([*head, beyond]), [beyond, *tail, beyond + 7]) == pieces.decode(Before(head), tail)
+    growing, plain = GrowingText(pieces, Before([*head, beyond])), GrowingText(pieces, Before(head))
+    for token in tail:
+        assert [growing.add(beyond), growing.add(token)][-1] == plain.add(token)
+
+
 # In a run: what is written is what the ids say
 
 
