@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Regex, decoders, models, pre_tokenizers
 
 import rlhf_ppo.models
 from rlhf_ppo import RewardModel
@@ -58,7 +59,9 @@ def put_template(folder: str, template: str) -> None:
 def refused(command: str, capsys) -> str:
     """What the one line of a refused command says."""
     assert main([*command.split(), "--dataset", "rows.jsonl", "--model", "model"]) == 2
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if "Warning" not in line)
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    (line,) = (line for line in said.splitlines() if line.startswith("error: "))
     return line
 
 
@@ -122,6 +125,20 @@ def test_a_begun_answer_goes_on_in_every_reading(make_trainer, tokenizer):
         (example,) = read_examples([{"prompt": chat, "answer": answer}], args)
         (row,) = encode_examples([example], tokenizer, 64, "train", vocab_size=30)
         assert tokenizer.decode(row["input_ids"][:-1]) == f"{text} four"
+
+
+def test_a_completion_is_encoded_within_the_message_that_the_prompt_begins(tokenizer):
+    """This tokenizer puts a space before a text that stands alone, which would make "4 2" of "42"."""
+    core = tokenizer.backend_tokenizer
+    spaces = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    vocabulary = {character: i for i, character in enumerate(["<|endoftext|>", "?", *"abehinorstuw.42", "\u2581"])}
+    core.model = models.WordLevel(vocabulary, unk_token="?")
+    core.pre_tokenizer = pre_tokenizers.Sequence([spaces, pre_tokenizers.Split(Regex("."), "isolated")])
+    core.decoder = decoders.Metaspace()
+    tokenizer.chat_template = TEMPLATE
+    example = ([USER, {"role": "assistant", "content": "it is 4"}], "2", "row 0")
+    (row,) = encode_examples([example], tokenizer, 64, "train", vocab_size=18)
+    assert tokenizer.decode(row["input_ids"], skip_special_tokens=True) == "user hi. assistant it is 42"
 
 
 def test_an_answer_that_is_not_clear_is_refused_by_row(tokenizer, make_trainer):
