@@ -14,10 +14,17 @@ from torch import Tensor
 
 from classic.action_masks import ActionMasks
 from classic.copies import ask_copies, normalizing_layers, pass_on
-from classic.episodes import episode_state, restore_episodes
+from classic.episodes import RecordedEpisode, episode_state, restore_episodes
 from classic.making import CRASHES, BrokenEnvironmentError, EnvLike, Vectorization, env_name, make_vector_env
 from classic.seeds import Purpose, derive_seeds
-from classic.spaces import action_layout, batch_of_one, observation_encoder, observation_shape, to_env_actions
+from classic.spaces import (
+    action_layout,
+    batch_of_one,
+    is_finite,
+    observation_encoder,
+    observation_shape,
+    to_env_actions,
+)
 
 NO_ENVS = torch.empty(0, dtype=torch.int64)
 
@@ -56,9 +63,10 @@ class Step:
 class Environments:
     """Environment copies stepped together; remembers which of them only reset at the next step.
 
-    ``observations`` [B, *O] is what the next action is chosen on. Three more facts about it: ``starting`` [B] bool, it
-    begins an episode; ``resetting`` [B] bool, its action will be ignored because Gymnasium's NEXT_STEP autoreset spends
-    the step on the reset; ``action_masks`` [B, options] bool, what is allowed, or None if the environment does not say.
+    ``observations`` [B, *O] is what the next action is chosen on, as the environment said it. Three more facts about
+    it: ``starting`` [B] bool, it begins an episode; ``resetting`` [B] bool, its action will be ignored because
+    Gymnasium's NEXT_STEP autoreset spends the step on the reset; ``action_masks`` [B, options] bool, what is allowed,
+    or None if the environment does not say.
     """
 
     def __init__(
@@ -210,7 +218,8 @@ class Environments:
             return False
         for copy, (observation, rewards) in enumerate(came_back):
             encoded = self.encode(batch_of_one(self.observation_space, observation))
-            if not np.array_equal(encoded[0], tensors["observations"][copy].numpy()):
+            seen = tensors["observations"][copy].numpy()  # float32 in checkpoints of earlier versions
+            if not np.array_equal(encoded[0].astype(seen.dtype), seen):
                 return False
             total = np.sum(np.array(rewards, dtype=np.float32), dtype=np.float64)
             # Of an episode that is over and waits for its reset, the sum is no longer kept.
@@ -225,6 +234,12 @@ class Environments:
         self._returns, self._lengths = tensors["returns"].numpy().copy(), tensors["lengths"].numpy().copy()
         self.steps = state["step"]
         return True
+
+    def record_episodes(self, wanted: bool) -> None:
+        """Whether copies stepped one by one keep what checkpoints need of them, from their next episodes on."""
+        for copy in getattr(self.envs.unwrapped, "envs", ()):
+            if isinstance(copy, RecordedEpisode):
+                copy.record(wanted)
 
     def close(self) -> None:
         """Release the environments."""
@@ -278,7 +293,7 @@ class Environments:
         return array
 
     def _require_finite(self, name: str, array: np.ndarray) -> None:
-        finite = np.isfinite(array)
+        finite = is_finite(array)
         if not finite.all():
             env = int(np.argwhere(~finite)[0][0])
             raise self._fault(f"{name} is not finite: {array[env].tolist()}", env)
@@ -300,7 +315,7 @@ class Environments:
                 row = self.encode(batch_of_one(self.observation_space, final))[0]
             except (ValueError, TypeError, KeyError, IndexError) as error:
                 raise self._fault(f"final observation cannot be read: {error}", env) from error
-            if not np.isfinite(row).all():
+            if not is_finite(row).all():
                 raise self._fault(f"final observation is not finite: {row.tolist()}", env)
             rows.append(row)
         return torch.from_numpy(np.stack(rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,24 +16,48 @@ VECTOR_STATE = ("state", "steps", "prev_done")
 """What the vector versions of Gymnasium's classic control keep between steps, beside their generator."""
 
 
+MAX_ACTIONS = 100_000
+"""Actions of one episode that are remembered, some 20 MB a copy; a resumed run would have to repeat them all."""
+
+
 class RecordedEpisode(gymnasium.Wrapper):
-    """Remembers how the running episode began and what was done in it: done again, it leads to the same place."""
+    """Remembers how the running episode began and what was done in it: done again, it leads to the same place.
+
+    Only once :meth:`record` says that somebody can save it.
+    """
 
     def __init__(self, env: gymnasium.Env) -> None:
         super().__init__(env)
         self.seed: int | None = None
         self.generator: Mapping[str, Any] = {}
         self.actions: list[Any] = []
+        self.recording = False
+        self.whole = False
+        """Whether everything since the episode's beginning is there."""
+
+    def record(self, wanted: bool) -> None:
+        """Remember episodes, from the next one on, or forget what there is."""
+        self.recording = wanted
+        if not wanted:
+            self.actions, self.whole = [], False
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin an episode; what its generator was before is remembered."""
-        self.seed, self.actions = seed, []
+        self.seed, self.actions, self.whole = seed, [], self.recording
         self.generator = {} if seed is not None else _generator_state(self)
         return self.env.reset(seed=seed, options=options)
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Take a step; its action is remembered."""
-        self.actions.append(np.array(action))
+        if self.whole:
+            self.actions.append(np.array(action))
+            if len(self.actions) > MAX_ACTIONS:
+                self.actions, self.whole = [], False
+                warnings.warn(
+                    f"an episode has gone on for more than {MAX_ACTIONS:,} steps: they are no longer remembered, so a "
+                    "run resumed from here begins new episodes (a time limit, max_episode_steps, ends them)",
+                    stacklevel=2,
+                )
         return self.env.step(action)
 
     def play_again(self, seed: int | None, generator: Mapping[str, Any], actions: np.ndarray) -> tuple[Any, list[Any]]:
@@ -61,6 +86,8 @@ def episode_state(envs: VectorEnv) -> tuple[dict[str, Tensor], dict[str, Any]] |
     inner = envs.unwrapped
     if isinstance(inner, SyncVectorEnv):
         recorded: list[Any] = list(inner.envs)
+        if not all(env.whole for env in recorded):
+            return None
         begun = [{"seed": env.seed, "generator": env.generator} for env in recorded]
         now = [_generator_state(env) for env in recorded]
         tensors = {

@@ -68,9 +68,9 @@ class Normalizer:
         return self.normalize(observations)
 
     def normalize(self, observations: Tensor) -> Tensor:
-        """[N, O] with the statistics as they are."""
+        """[N, O] with the statistics as they are, float32; the mean is subtracted in float64, as observations came."""
         if self.observations is None:
-            return observations
+            return observations.float() if observations.dtype == torch.float64 else observations
         spread = np.sqrt(self.observations.variance + 1e-8)
         scaled = (observations.numpy() - self.observations.mean) / spread
         return torch.from_numpy(scaled.clip(-LIMIT, LIMIT).astype(np.float32))

@@ -12,7 +12,7 @@ from torch import Tensor
 from classic.action_masks import mask_row
 from classic.actor_critic import ActorCritic
 from classic.envs import Environments
-from classic.spaces import batch_of_one, is_batch, to_env_actions
+from classic.spaces import batch_of_one, is_batch, is_finite, to_env_actions
 
 
 def predict(
@@ -34,7 +34,7 @@ def predict(
         array = envs.encode(observation if batched else batch_of_one(space, observation))
     except (ValueError, TypeError, KeyError, IndexError) as error:
         raise ValueError(f"{where} has observations {shape}; predict takes one or a batch of them: {error}") from None
-    if not np.isfinite(array).all():
+    if not is_finite(array).all():
         raise ValueError(f"observation for {where} is not finite: {array.tolist()}")
     count = len(array)
     memory = network.initial_state(count)

@@ -90,9 +90,7 @@ def collect(
     noise = network.noise((num_steps, envs.num_envs), generator).unbind()
     act = acting(network, envs.num_envs)
     for t in range(num_steps):
-        observation = envs.observations
-        if normalizer.observations is not None:
-            observation = normalizer.observe(observation, ~envs.resetting)
+        observation = normalizer.observe(envs.observations, ~envs.resetting)
         output, action, state = act(observation, noise[t], envs.action_masks, envs.starting, state)
         observations.append(observation)
         starts.append(envs.starting)

@@ -96,7 +96,8 @@ def observation_encoder(space: gymnasium.Space) -> Encoder:
     """The function from a batch of observations, as vector environments return it, to one array [B, *shape].
 
     Box: its numbers in a row. Discrete and MultiDiscrete: one-hot. MultiBinary: 0 and 1. Dict and Tuple: their parts
-    one after another, Dict's in the order of its keys. Images: channels first, bytes or 0 to 1.
+    one after another, Dict's in the order of its keys. Images: channels first, bytes or 0 to 1. What
+    float32 cannot hold, such as float64, is float64 until it is normalised.
 
     The encoder raises a ValueError when an observation is not in the space's shape. What it returns is a copy.
     """
@@ -121,7 +122,20 @@ def observation_encoder(space: gymnasium.Space) -> Encoder:
             return ones
 
         return one_hot
-    return lambda batch: _shaped(batch, shape, np.float32).reshape(len(batch), -1)
+    dtype = _kept_format(space)
+    return lambda batch: _shaped(batch, shape, dtype).reshape(len(batch), -1)
+
+
+def _kept_format(space: gymnasium.Space) -> type[np.floating]:
+    """float32 where it holds the space's numbers, else float64: a mean has to be taken from them as they are."""
+    return np.float32 if np.can_cast(space.dtype or np.float64, np.float32) else np.float64
+
+
+def is_finite(array: np.ndarray) -> np.ndarray:
+    """Where encoded observations or rewards are finite, also once they are float32, as networks read them."""
+    if array.dtype == np.float64:
+        return np.abs(array) <= np.finfo(np.float32).max
+    return np.isfinite(array)
 
 
 def batch_of_one(space: gymnasium.Space, observation: Any) -> Any:

@@ -230,6 +230,7 @@ class PPO:
         run = None if folder is None else RunDirectory(folder, quiet=self.args.quiet)
         display = ProgressDisplay(self.env_id, total, quiet=self.args.quiet)
         lock = nullcontext() if folder is None else run_lock(folder)
+        self.envs.record_episodes(run is not None)
         with torch_threads(self.args.num_threads), lock, stop_on_signals():
             progress = self._begin(run, total, resume_from_checkpoint, override=resume_override)
             self._say_origin()

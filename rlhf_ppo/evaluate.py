@@ -17,6 +17,7 @@ from rlhf_ppo.collect import Collector
 from rlhf_ppo.comparison import differences, distinct, interval, win_rate
 from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.conversation import Respond
+from rlhf_ppo.core.typed import require_types
 from rlhf_ppo.data import Completion, require_room
 from rlhf_ppo.experience import describe
 from rlhf_ppo.generate import require_prompts
@@ -98,6 +99,7 @@ class EvaluateArgs:
     """Show no progress."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         for name in ("num_prompts", "batch_size", "max_turns", "num_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:

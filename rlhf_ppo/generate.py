@@ -13,7 +13,7 @@ from typing import Any, Literal, TextIO
 import torch
 
 from rlhf_ppo.actor_critic import ActorCritic
-from rlhf_ppo.core.typed import is_changed
+from rlhf_ppo.core.typed import is_changed, require_types
 from rlhf_ppo.data import (
     Prompt,
     encode_prompts,
@@ -82,6 +82,7 @@ class GenerateArgs:
     """CPU threads; None: 1 for models below ten million parameters, every usable CPU for others."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         for name in ("num_samples", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")

@@ -16,6 +16,7 @@ from torch.nn.functional import logsigmoid
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from rlhf_ppo.comparison import wilson
+from rlhf_ppo.core.typed import require_types
 from rlhf_ppo.data import require_vocabulary
 from rlhf_ppo.guard import nonfinite_parameters
 from rlhf_ppo.library_noise import without_library_bars
@@ -108,6 +109,7 @@ class RewardTrainingArgs:
     """Show no progress."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_weights(self.dataset, self.dataset_weights)
         if not 0 < self.eval_fraction < 1:
             raise ValueError(f"eval_fraction must lie between 0 and 1, got {self.eval_fraction}")

@@ -27,6 +27,7 @@ from transformers import (
 
 from rlhf_ppo.chat import answer_text, prompt_text
 from rlhf_ppo.core import token_logprobs
+from rlhf_ppo.core.typed import require_types
 from rlhf_ppo.data import Prompt, require_vocabulary, tokenize_prompt
 from rlhf_ppo.guard import nonfinite_parameters
 from rlhf_ppo.library_noise import without_library_bars
@@ -116,6 +117,7 @@ class SFTArgs:
     """Show no progress."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_weights(self.dataset, self.dataset_weights)
         if (self.prompt_column is None) != (self.completion_column is None):
             raise ValueError(

@@ -43,7 +43,8 @@ def is_changed(settings: Any, name: str) -> bool:
 def require_types(settings: Any) -> None:
     """Check every field of a dataclass instance against its annotation: a number, text, a tuple of these, or None.
 
-    Numbers must be finite, and whole where the annotation is int. Lists do for tuples. A Literal takes anything here.
+    Numbers must be finite, and whole where the annotation is int: 1e6 is, and becomes 1000000 in the field. Lists do
+    for tuples. A Literal takes anything here.
 
     Raises:
         ValueError: names the field, what it takes, and what came.
@@ -51,7 +52,11 @@ def require_types(settings: Any) -> None:
     hints = _hints(cast("type[Any]", type(settings)))
     for field in dataclasses.fields(settings):
         value, hint = getattr(settings, field.name), hints[field.name]
-        if not _fits(value, hint):
+        if _fits(value, hint):
+            continue
+        if _fits(whole := _as_whole(value), hint):
+            object.__setattr__(settings, field.name, whole)
+        else:
             came = f"the text {value!r:.80}" if isinstance(value, str) else f"{value!r:.80}"
             raise ValueError(f"{field.name} must be {_words(hint)}, got {came}")
 
@@ -72,6 +77,13 @@ def _fits(value: Any, hint: Any) -> bool:
         pairs: list[tuple[Any, Any]] = list(value.items()) if isinstance(value, dict) else [(object(), None)]  # pyright: ignore[reportUnknownArgumentType]
         return all(_fits(key, inner[0]) and _fits(item, inner[1]) for key, item in pairs)
     return origin is Literal or _KINDS[hint][1](value)
+
+
+def _as_whole(value: Any) -> Any:
+    """A value, or each one in a tuple or list, as an int where it is a float without a fraction."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_as_whole(item) for item in value)  # pyright: ignore[reportUnknownVariableType]
+    return int(value) if _is_real(value) and float(value).is_integer() else value
 
 
 def _words(hint: Any) -> str:

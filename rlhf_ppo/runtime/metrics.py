@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 
 import torch
@@ -76,12 +77,26 @@ METRICS: dict[str, str] = {
 }
 
 
+FAMILIES = {key.partition("/")[0] for key in METRICS}
+
+
 def require_known_metrics(metrics: Mapping[str, float]) -> None:
-    """Raise a KeyError for a key that the dictionary does not describe."""
-    families = tuple(key[:-1] for key in METRICS if key.endswith("*"))
+    """Raise a KeyError for a key that is, or nearly is, of a family of the dictionary and not described there.
+
+    Any other key is the user's own, such as ``custom/success_rate``.
+    """
+    open_ended = tuple(key[:-1] for key in METRICS if key.endswith("*"))
     for key in metrics:
-        if key not in METRICS and not key.startswith(families):
-            raise KeyError(f"metric {key!r} is not in the metric dictionary; describe it in runtime/metrics.py")
+        if key in METRICS or key.startswith(open_ended):
+            continue
+        family, _, rest = key.partition("/")
+        close = difflib.get_close_matches(key, METRICS, n=1, cutoff=0.9)
+        if close or family in FAMILIES:
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise KeyError(
+                f"metric {key!r} is not in the metric dictionary, docs/metrics.md{hint}; a number of your own needs a "
+                f"family of its own, such as 'custom/{rest or family}'"
+            )
 
 
 def metrics_page() -> str:
@@ -89,7 +104,8 @@ def metrics_page() -> str:
     rows = "\n".join(f"| `{key}` | {meaning} |" for key, meaning in METRICS.items())
     return (
         "# Metrics\n\nEvery number that a run writes to `metrics.jsonl`. Averages run over all real actions of the whole"
-        " update, padding left out.\nThis page is generated: `python -m rlhf_ppo.runtime.metrics > docs/metrics.md`.\n\n"
+        " update, padding left out.\nNumbers of your own go there, too, under any family that is not listed here"
+        ' (`agent.log({"custom/success_rate": 0.5})`,\n`trainer.run.log(...)`).\nThis page is generated: `python -m rlhf_ppo.runtime.metrics > docs/metrics.md`.\n\n'
         f"| metric | meaning |\n|---|---|\n{rows}\n"
     )
 

@@ -132,8 +132,10 @@ class RunDirectory:
             file.write(_line(row))
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Append a line to ``metrics.jsonl``; an unknown key is a KeyError."""
+        """Append a line to ``metrics.jsonl``; a misspelt key is a KeyError (see :func:`require_known_metrics`)."""
         require_known_metrics(metrics)
+        # Numbers of numpy's and torch's come from callbacks.
+        metrics = {name: x if isinstance(x, (int, float)) else float(x) for name, x in metrics.items()}
         self.append("metrics.jsonl", metrics)
         if self.listener is not None:
             self.listener(metrics)

@@ -94,6 +94,8 @@ def as_type(value: Any, hint: Any) -> Any:
     Raises:
         ValueError: it does not fit; says why.
     """
+    if _counts(hint):
+        value = [as_whole(item) for item in value] if isinstance(value, list) else as_whole(value)
     try:
         typed = TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
@@ -103,6 +105,23 @@ def as_type(value: Any, hint: Any) -> Any:
     if "bool" not in str(hint) and any(isinstance(item, bool) for item in items):
         raise ValueError("Input should be a number, not true or false")
     return typed
+
+
+def as_whole(value: Any) -> Any:
+    """Text such as 1e6 as the whole number that it is; anything else, 1.5 and 10 included, as it came."""
+    if not isinstance(value, str) or value.isdecimal():
+        return value
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    return int(number) if number.is_integer() else value
+
+
+def _counts(hint: Any) -> bool:
+    """Whether a setting is one whole number, or some, and nothing else."""
+    words = str(hint)
+    return "int" in words and not any(other in words for other in ("float", "str", "bool"))
 
 
 def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, description: str | None = None) -> Settings:
@@ -194,11 +213,19 @@ def _aliases(cls: type) -> dict[str, str]:
 
 
 def _spelt_out(flags: Sequence[str], cls: type) -> list[str]:
-    """``--chat`` alone means ``--chat True``, if chat is a bool."""
-    names = {f"--{name.replace('_', '-')}" for name, hint in typing.get_type_hints(cls).items() if hint is bool}
+    """``--chat`` alone means ``--chat True``, if chat is a bool, and ``--seed 1e3`` means 1000, if seed is an int."""
+    hints = {f"--{name.replace('_', '-')}": hint for name, hint in typing.get_type_hints(cls).items()}
     words: list[str] = []
+    counts = False
     for word, following in itertools.pairwise([*flags, "--"]):
-        words += [word, "True"] if word in names and following.startswith("--") else [word]
+        flag, equals, value = word.partition("=")
+        if word.startswith("--"):
+            counts = _counts(hints.get(flag.replace("_", "-")))
+            words.append(f"{flag}={as_whole(value)}" if equals and counts else word)
+        else:
+            words.append(str(as_whole(word)) if counts else word)
+        if hints.get(word) is bool and following.startswith("--"):
+            words.append("True")
     return words
 
 

@@ -53,3 +53,16 @@ def test_all_callbacks_are_called_even_if_one_ends_training(small, tmp_path):
 def test_values_out_of_range_are_refused(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_a_number_of_ones_own_reaches_the_runs_lines(small, tmp_path):
+    def success(agent, metrics):
+        agent.log({"custom/success_rate": 0.25 * agent.counters["iteration"]})
+
+    classic.PPO("tests/Match-v0", small(output_dir=str(tmp_path))).learn(100, callbacks=[success])
+    rows = [row for row in RunDirectory(tmp_path).read() if "custom/success_rate" in row]
+    assert rows == [{"progress/iteration": k, "custom/success_rate": 0.25 * k} for k in (1, 2)]
+    with pytest.raises(KeyError, match="such as 'custom/success_rate'"):
+        classic.PPO("tests/Match-v0", small(output_dir=str(tmp_path))).learn(
+            100, callbacks=[lambda agent, metrics: agent.log({"episode/success_rate": 0.5})]
+        )

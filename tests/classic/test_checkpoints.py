@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -287,3 +288,46 @@ def test_an_environment_with_another_generator_trains(small, tmp_path):
         200
     )
     assert agent.counters["episodes"] > 10
+
+
+def recorded(agent):
+    return [len(copy.actions) for copy in agent.envs.envs.envs]
+
+
+def test_an_episode_is_remembered_only_where_a_checkpoint_can_be_written(small, tmp_path, monkeypatch):
+    """Endless's episodes have no end: without a folder they would be kept for ever."""
+    monkeypatch.setattr("classic.train.draw_curve", lambda *_: None)
+    args = small(num_envs=2, num_steps=50)
+    agent = classic.PPO(Endless, args).learn(200)
+    assert recorded(agent) == [0, 0]
+    agent.args = dataclasses.replace(agent.args, output_dir=str(tmp_path), save_every=1)
+    assert agent.learn(100).envs.state()[1] is None  # these episodes began before
+    agent.begin_episodes()
+    assert recorded(agent.learn(100)) == [50, 50] and agent.envs.state()[1] is not None
+    agent.args = dataclasses.replace(agent.args, output_dir=None, save_every=0)
+    assert recorded(agent.learn(100)) == [0, 0]
+
+
+def test_an_endless_episode_is_let_go_and_the_run_goes_on_with_new_ones(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("classic.train.draw_curve", lambda *_: None)
+    monkeypatch.setattr("classic.episodes.MAX_ACTIONS", 120)
+    args = small(num_envs=2, num_steps=50, output_dir=str(tmp_path), save_every=1)
+    agent = classic.PPO(Endless, args)
+    with pytest.warns(UserWarning, match=r"gone on for more than 120 steps: they are no longer remembered"):
+        agent.learn(400, callbacks=[lambda agent, metrics: agent.counters["iteration"] == 3])
+    assert recorded(agent) == [0, 0]
+    with pytest.warns(UserWarning, match="so new episodes begin"):
+        resumed = classic.PPO(Endless, args).learn(400, resume_from_checkpoint="auto")
+    assert resumed.counters["iteration"] == 4
+
+
+class Endless(gymnasium.Env):
+    observation_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(1, np.float32), 1.0, False, False, {}

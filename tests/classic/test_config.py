@@ -6,10 +6,12 @@ import dataclasses
 import warnings
 
 import pytest
+import torch
 
 import classic
 from classic.config import DEFAULTS, PPOArgs
-from classic.preset_files import preset, preset_ids
+from classic.preset_files import FOLDER, preset, preset_ids
+from rlhf_ppo.core import clipped_value_loss
 
 # These mean "off" as None; every other None means "the preset's".
 OPTIONAL = (
@@ -142,3 +144,17 @@ def test_data_reuse_without_a_ratio_warns(objective):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert PPOArgs(objective=objective).resolve("CartPole-v1").num_epochs == 1
+
+
+def test_presets_that_take_another_librarys_critic_weight_say_what_it_is_here():
+    """Its squared error has no 1/2, so twice its number is the same loss; its default is 0.5."""
+    values, returns = torch.randn(2, 100)
+    ours = clipped_value_loss(values, None, returns).mean()
+    assert ours.item() == pytest.approx(0.5 * torch.nn.functional.mse_loss(values, returns).item())
+    theirs = {"HalfCheetah-v5": 0.58096}
+    for env_id in preset_ids():
+        head = (FOLDER / f"{env_id}.yaml").read_text()
+        if "twice" in head:
+            assert PPOArgs().resolve(env_id).vf_coef == 2 * theirs.get(env_id, 0.5)
+        elif "The RL Zoo's values" in head or "Tianshou" in head:
+            assert "half of its weight for the critic" in head

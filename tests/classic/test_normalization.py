@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box, Dict, Discrete
 
 import classic
+from classic.making import BrokenEnvironmentError
 from classic.normalization import Normalizer, RunningStatistics
 
 
@@ -97,3 +100,53 @@ def test_normalising_makes_badly_scaled_numbers_learnable(small):
 def test_images_are_not_normalised_a_second_time(small):
     with pytest.raises(ValueError, match="normalize_observations=True, but environment 'tests/PixelsObservation-v0'"):
         classic.PPO("tests/PixelsObservation-v0", small(normalize_observations=True))
+
+
+class FarOff(gymnasium.Env):
+    """Reward 1 for naming the sign that was shown, one sign an episode; the signs lie one apart, far from 0."""
+
+    action_space = Discrete(2)
+
+    def __init__(self, space, offset):
+        self.observation_space, self.offset = space, offset
+
+    def show(self, sign):
+        if isinstance(self.observation_space, Dict):
+            return {"x": np.array([self.offset + sign], np.float64), "n": 1}
+        return np.array([self.offset + sign], self.observation_space.dtype)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.sign = int(self.np_random.integers(2))
+        return self.show(self.sign), {}
+
+    def step(self, action):
+        return self.show(0), float(action == self.sign), True, False, {}
+
+
+WIDE = {
+    "float64": (Box(-np.inf, np.inf, (1,), np.float64), 1.7e9),
+    "int64": (Box(-(2**62), 2**62, (1,), np.int64), 2**40),
+    "uint32": (Box(0, 2**32 - 1, (1,), np.uint32), 4_000_000_000),
+    "Dict": (Dict({"x": Box(-np.inf, np.inf, (1,), np.float64), "n": Discrete(2)}), 1.7e9),
+}
+
+
+@pytest.mark.parametrize(("space", "offset"), WIDE.values(), ids=WIDE)
+@pytest.mark.parametrize("mode", ["next_step", "same_step"])
+def test_the_mean_is_taken_from_numbers_as_they_came(mode, space, offset, small, tmp_path):
+    """In float32 neighbouring signs would be the same number: in training, evaluation, prediction, and once saved."""
+    args = small(normalize_observations=True, learning_rate=1e-2, gamma=0.5, autoreset_mode=mode, num_envs=8)
+    agent = classic.PPO(lambda: FarOff(space, offset), args).learn(3_000)
+    assert 0.15 < agent.normalizer.observations.variance[-1] < 0.3  # of 0 and 1
+    assert agent.evaluate(episodes=50)["mean_return"] > 0.95
+    agent.save(tmp_path)
+    loaded = classic.PPO.load(tmp_path, lambda: FarOff(space, offset))
+    for sign in (0, 1):
+        assert loaded.predict(FarOff(space, offset).show(sign))[0] == sign
+    assert loaded.evaluate(episodes=50) == agent.evaluate(episodes=50)
+
+
+def test_numbers_that_a_network_cannot_read_are_refused_before_it_does(small):
+    with pytest.raises(BrokenEnvironmentError, match="observation is not finite"):
+        classic.PPO(lambda: FarOff(WIDE["float64"][0], 1e300), small()).learn(10)

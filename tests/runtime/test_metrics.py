@@ -18,6 +18,18 @@ def test_an_unknown_key_is_refused_and_a_family_accepted():
         require_known_metrics({"score/part": 1.0})
 
 
+def test_a_key_of_no_family_is_the_users_own_unless_it_is_a_misspelt_one():
+    require_known_metrics({"custom/success_rate": 1.0, "success": 0.5, "rewards/distance": 1.0, "scores": 1.0})
+    for key, hint in {
+        "eval/success": "such as 'custom/success'",
+        "score": "such as 'custom/score'",
+        "policy/aprox_kl": "did you mean 'policy/approx_kl'",
+        "polcy/approx_kl": "did you mean 'policy/approx_kl'",
+    }.items():
+        with pytest.raises(KeyError, match=hint):
+            require_known_metrics({key: 1.0})
+
+
 def test_every_metric_has_a_sentence_and_a_row_on_the_page():
     page = metrics_page()
     for key, meaning in METRICS.items():

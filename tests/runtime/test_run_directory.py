@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
 from rlhf_ppo.runtime.run_directory import RunDirectory, read_run
 
@@ -33,8 +35,16 @@ def test_a_folder_without_a_run_keeps_its_files(tmp_path):
 def test_an_unknown_metric_is_refused_and_not_written(tmp_path):
     run = RunDirectory(tmp_path)
     with pytest.raises(KeyError, match="metric dictionary"):
-        run.log({"made/up": 1.0})
+        run.log({"score/made_up": 1.0})
     assert run.read() == []
+
+
+def test_a_number_of_ones_own_is_written_as_a_number(tmp_path):
+    run = RunDirectory(tmp_path)
+    heard = []
+    run.listener = heard.append
+    run.log({"custom/rate": np.float32(0.5), "mine": torch.tensor(2.0), "score/mean": 1.0})
+    assert run.read() == heard == [{"custom/rate": 0.5, "mine": 2.0, "score/mean": 1.0}]
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
 import tyro
 
+import classic
 from rlhf_ppo import RLHFConfig
+from rlhf_ppo.core.typed import require_types
+from rlhf_ppo.evaluate import EvaluateArgs
+from rlhf_ppo.generate import GenerateArgs
+from rlhf_ppo.reward_training import RewardTrainingArgs
 from rlhf_ppo.runtime.settings import load_yaml, parse_settings, read_yaml, run_command
+from rlhf_ppo.sft import SFTArgs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,3 +219,68 @@ def test_a_class_with_a_config_of_its_own_keeps_the_flag():
         """A file of another program."""
 
     assert parse_settings(Convert, ["--config", "theirs.yaml"], prog="test").config == "theirs.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Count."""
+
+    total: int = 1
+    """A whole number."""
+    limit: int | None = None
+    """Or none."""
+    widths: tuple[int, ...] = (1,)
+    """Several."""
+    rate: float = 0.5
+    """Any number."""
+    options: dict[str, bool | int | float | str] | None = None
+    """Whatever another program wants."""
+
+    def __post_init__(self) -> None:
+        require_types(self)
+
+
+def test_a_number_without_a_fraction_is_whole_however_it_is_written(yaml):
+    """By flag, with and without =, in a file, and in Python, where a type checker would complain and nobody else."""
+    flags = ["--total", "1e6", "--limit=2e3", "--widths", "64", "6.4e1", "3.2E1", "--rate", "1e3"]
+    file = yaml("total: 1e6\nlimit: 2.0e3\nwidths: [64, 6.4e1, '3.2E1']\nrate: 1e3\n")
+    many: Any = {"total": 1e6, "limit": np.float32(2e3), "widths": [64, 64.0, 32.0], "rate": 1000}
+    for made in (
+        parse_settings(Counts, flags, prog="x"),
+        parse_settings(Counts, ["--config", file], prog="x"),
+        Counts(**many),
+    ):
+        assert (made.total, made.limit, tuple(made.widths), made.rate) == (1_000_000, 2000, (64, 64, 32), 1000.0)
+        assert {type(x) for x in (made.total, made.limit, *made.widths)} == {int}
+    options: Any = {"a": 1.0, "b": "1e6"}
+    assert Counts(options=options).options == options and type(Counts(options=options).options["a"]) is float
+
+
+@pytest.mark.parametrize("value", ["1.5", "1e-3", "inf", "nan", "1e400", "1e6x"])
+def test_what_has_a_fraction_or_no_end_is_no_whole_number(yaml, capsys, value):
+    with pytest.raises(SystemExit):
+        parse_settings(Counts, ["--total", value], prog="x")
+    assert "--total" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=rf"total: .*got .*{value}"):
+        read_yaml(yaml(f"total: '{value}'\n"), Counts)
+    if value != "1e6x":
+        with pytest.raises(ValueError, match="total must be a whole number"):
+            Counts(total=float(value))  # pyright: ignore[reportArgumentType]
+
+
+def test_settings_of_both_frontends_take_such_numbers():
+    many: Any = {"total_timesteps": 1e6, "hidden_sizes": [64.0, 3.2e1], "save_every": 1e1, "output_dir": "x"}
+    args = classic.PPOArgs(**many)
+    assert (args.total_timesteps, args.hidden_sizes, args.save_every) == (1_000_000, (64, 32), 10)
+    with pytest.raises(ValueError, match=r"num_steps must be a whole number or None, got 1\.5"):
+        classic.PPOArgs(num_steps=1.5)  # pyright: ignore[reportArgumentType]
+    for cls, required, name in (
+        (RLHFConfig, {"output_dir": "o"}, "total_episodes"),
+        (SFTArgs, {"output_dir": "o", "dataset": ("x",), "model": "m"}, "batch_size"),
+        (RewardTrainingArgs, {"output_dir": "o", "dataset": ("x",), "model": "m"}, "batch_size"),
+        (GenerateArgs, {"model": "m", "prompt": ("x",)}, "num_samples"),
+        (EvaluateArgs, {"model": "m", "dataset": "x", "reward": ("m",)}, "batch_size"),
+    ):
+        assert getattr(cls(**required, **{name: 1e2}), name) == 100
+        with pytest.raises(ValueError, match=f"{name} must be a whole number"):
+            cls(**required, **{name: 1.5})
