@@ -53,6 +53,7 @@ def saved(small, tmp_path):
 def test_every_setting_is_known_to_change_or_to_stay():
     """A new setting has to say which it is."""
     where_it_goes = {"output_dir", "quiet", "num_threads", "save_every", "save_total_limit", "report_to"}
+    where_it_goes |= {"eval_envs", "eval_max_steps"}
     adapted = {"penalty_beta"}  # penalty's own; below
     listed = [*OF_WEIGHTS, *OF_COPIES, *OF_THE_CORE, *OF_THE_RUN, *where_it_goes, *adapted]
     assert sorted(listed) == sorted(field.name for field in dataclasses.fields(PPOArgs))

@@ -45,6 +45,7 @@ class Reusing(gymnasium.Env):
 def test_arrays_used_again_are_copied_at_each_step(vectorization, wrappers):
     env = (lambda: gymnasium.wrappers.TimeLimit(Reusing(), 3)) if wrappers else Reusing
     envs = Environments(env, 2, "same_step", vectorization=vectorization)
+    envs.record_episodes(True)
     envs.reset(0)
     seen = [envs.step(torch.ones(2, dtype=torch.int64)) for _ in range(3)]
     assert [step.rewards.tolist() for step in seen] == [[1, 1], [2, 2], [3, 3]]

@@ -84,8 +84,9 @@ def test_a_mask_under_another_name_is_said(small):
         classic.PPO(lambda: Game("legal"), small(action_masks=False)).learn(10)
 
 
-def test_running_episodes_saved_before_masks_were_read_there_go_on(small):
-    agent = classic.PPO(Game, small()).learn(60)
+def test_running_episodes_saved_before_masks_were_read_there_go_on(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("classic.train.draw_curve", lambda *_: None)
+    agent = classic.PPO(Game, small(output_dir=str(tmp_path))).learn(60)
     tensors, state = agent.envs.state()
     expected = tensors.pop("action_masks")
     agent.envs.action_masks = None

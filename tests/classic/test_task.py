@@ -71,5 +71,5 @@ def test_looking_at_a_functions_environment_makes_none_too_many(vectorization, s
 
     agent = classic.PPO(make, small(num_envs=3, vectorization=vectorization))
     agent.learn(10)
-    assert len(made) == (3 if vectorization == "sync" else 1 + 2)  # two of Gymnasium's own, to see the spaces
+    assert len(made) == 3 if vectorization == "sync" else len(made) <= 3  # Gymnasium's own, to see the spaces
     agent.envs.close()
