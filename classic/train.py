@@ -145,7 +145,7 @@ class PPO:
 
     @property
     def args(self) -> PPOArgs:
-        """The settings, every None filled in. Others may be assigned: they count from the next :meth:`learn` on.
+        """The settings, every None filled in. Others may be assigned, and count from the next rollout on.
 
         Raises:
             ValueError: a new one contradicts others, or cannot change any more (see :mod:`classic.changes`).
@@ -306,13 +306,13 @@ class PPO:
         """The algorithm."""
         args, counters, total = self.args, self.counters, progress.total
         display.start(counters["env_steps"] - progress.first_step)
+        self.follow_network()
         while (done := counters["env_steps"] - progress.first_step) < total:
             if not self._started:
                 self.begin_episodes()
             learning_rate = self._setting("learning_rate") * (1 - done / total if args.lr_schedule == "linear" else 1)
             self.optimizer.lr = learning_rate
             self.config = args.scheduled(self.config, done / total)
-            self.follow_network()
 
             # 1. Collect.
             display.phase("collect")
@@ -353,6 +353,9 @@ class PPO:
                 if self._run is not None and not checkpoint_folder(self._run.path, counters["iteration"]).exists():
                     save_checkpoint(self, self._run, progress)
                 raise
+            if callbacks:  # which may change anything
+                args = self.args
+                self.follow_network()
 
     def evaluate(self, episodes: int = 20, *, deterministic: bool = True, seed: int | None = None) -> dict[str, float]:
         """Play whole episodes on environments of its own, which it keeps; training is not touched.

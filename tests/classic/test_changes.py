@@ -218,3 +218,18 @@ def test_the_run_holds_the_steps_that_it_was_asked_for(small, tmp_path, monkeypa
     assert asked == [128, 228] and agent.args.total_timesteps == 500_000
     with pytest.raises(ValueError, match=r"whole number, 1 or more, got 100\.5"):
         agent.learn(100.5)
+
+
+def test_a_callback_may_change_settings_from_the_next_rollout_on(small):
+    seen = []
+
+    def change(agent, metrics):
+        seen.append((metrics["optim/learning_rate"], metrics["policy/clip_range"], agent.gradients.__class__.__name__))
+        if len(seen) == 1:
+            agent.args = dataclasses.replace(
+                agent.args, objective="penalty", clip_range=None, learning_rate=1e-5, lr_schedule="constant"
+            )
+
+    classic.PPO("tests/Match-v0", small(lr_schedule="constant")).learn(130, callbacks=[change])
+    assert [rate for rate, _, _ in seen] == [3e-3, 1e-5, 1e-5]
+    assert [kind for _, _, kind in seen] == ["ClosedForm", "Autograd", "Autograd"]
