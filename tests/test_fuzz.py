@@ -257,7 +257,7 @@ class Kinds:
         ("number", "1e-5", "number must be a number, got the text '1e-5'"),
         ("number", math.inf, "number must be a number, got inf"),
         ("number", 10**400, "number must be a number, got 1000"),
-        ("whole", 2.0, "whole must be a whole number, got 2.0"),
+        ("whole", 2.5, "whole must be a whole number, got 2.5"),
         ("whole", False, "whole must be a whole number, got False"),
         ("switch", 1, "switch must be True or False, got 1"),
         ("text", None, "text must be text, got None"),
