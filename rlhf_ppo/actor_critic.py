@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,7 +18,7 @@ from rlhf_ppo.adapters import adapter_parameters, use_adapter, without_adapters
 from rlhf_ppo.core import PolicyOutput
 from rlhf_ppo.heads import VALUE_HEAD_FILE
 from rlhf_ppo.limits import Barred
-from rlhf_ppo.models import freeze, fuse_activations, saved_bytes
+from rlhf_ppo.models import freeze, fuse_activations
 from rlhf_ppo.reading import Outputs, Reader, Sequences, place
 from rlhf_ppo.reference_kl import exact_kl
 
@@ -80,11 +80,6 @@ class ActorCritic(nn.Module):
         if self.value_adapter is not None:
             own += adapter_parameters(self.policy, self.value_adapter)
         return [p for p in own if p.requires_grad]
-
-    @property
-    def saved_bytes(self) -> int:
-        """Bytes that the saved policy and critic take, about."""
-        return saved_bytes(self, adapted=hasattr(self.policy, "peft_config"))
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """The rest of them."""
@@ -155,16 +150,12 @@ class ActorCritic(nn.Module):
         )
 
     def save_critic(self, folder: Path) -> None:
-        """Write the value head beside the policy, as safetensors; a trunk of its own into ``critic``, its adapter into
-        ``value``.
-        """
+        """Write the value head beside the policy, as safetensors, and a trunk of its own into ``critic``."""
         if self.value_head is None:
             return
         save_file(self.value_head.state_dict(), folder / VALUE_HEAD_FILE)
         if self.value_trunk is not None:
             self.value_trunk.save_pretrained(folder / "critic")
-        if self.value_adapter is not None:
-            cast(Any, self.policy).save_pretrained(folder, selected_adapters=[self.value_adapter])
 
 
 class Reference:
@@ -179,7 +170,8 @@ class Reference:
         self.reader = Reader(policy if self.model is None else self.model)
 
     @contextmanager
-    def _active(self) -> Iterator[None]:
+    def active(self) -> Iterator[None]:
+        """While this lasts, the model that the reference reads is the reference."""
         if self.model is not None:
             yield
         else:
@@ -189,12 +181,12 @@ class Reference:
     @torch.no_grad()
     def logprobs(self, sequences: Sequences, *, temperature: float) -> Tensor:
         """[B, T] log-probs under the reference at the policy's temperature, 0 outside the mask."""
-        with self._active():
+        with self.active():
             logprobs, _, _ = self.reader.logprobs(sequences, temperature=temperature)
         return place(logprobs, sequences.mask)
 
     @torch.no_grad()
     def outputs(self, sequences: Sequences) -> Outputs:
         """The reference's distributions at the response tokens."""
-        with self._active():
+        with self.active():
             return self.reader.outputs(sequences)

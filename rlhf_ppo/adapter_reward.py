@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf_ppo.adapters import add_adapter, load_adapter, use_adapter
+from rlhf_ppo.adapters import REWARD_ADAPTER, add_adapter, load_adapter, use_adapter
 from rlhf_ppo.heads import read_head
 from rlhf_ppo.models import find_config, load_tokenizer, resolve_model
 from rlhf_ppo.reading import without_adapter_wrapper
 from rlhf_ppo.reward_model import RewardModel
 from rlhf_ppo.sources import find_file
-
-REWARD_ADAPTER = "reward"
 
 
 def reward_adapter_config(source: Any) -> dict[str, Any] | None:
@@ -64,9 +62,23 @@ class AdapterReward(RewardModel):
         self.source = source
         self.head = read_head(source, find_config(model), setting="reward")
 
-    def attach(self, policy: Any) -> None:
-        """Add the adapter to the policy, frozen."""
+    def attach(self, policy: Any, *, own_base: bool) -> None:
+        """Add the adapter to the policy, frozen.
+
+        Args:
+            policy: PEFT model.
+            own_base: its base is, and stays, the model that lies under the base's name.
+        Raises:
+            ValueError: it is not: the scores would be those of no reward model.
+        """
         from peft import PeftConfig
+
+        if not own_base:
+            raise ValueError(
+                f"share_reward_base=True, but the policy's base is not, or does not stay, the one that reward "
+                f"{self.source!r} was trained on: it was changed in memory, or peft_config changes or trains weights "
+                "of it. Leave share_reward_base out, and the reward loads its own base"
+            )
 
         config = PeftConfig.from_pretrained(self.source)
         config.inference_mode = True

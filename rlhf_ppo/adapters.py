@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
@@ -11,9 +11,16 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
-VALUE_ADAPTER = "value"
+# Names that no layer of a model has: PEFT finds an adapter's weights by its name between dots.
+VALUE_ADAPTER = "ppo_critic"
+REWARD_ADAPTER = "ppo_reward"
+_ONCE = {VALUE_ADAPTER: "value", REWARD_ADAPTER: "reward"}
+"""What the adapters were called in checkpoints and black boxes of earlier versions."""
+
+VALUE_FOLDER = "value"
+"""Where the critic's adapter lies in a run's folder."""
 
 _IN_USE: ContextVar[str | None] = ContextVar("adapter_in_use", default=None)
 
@@ -39,6 +46,17 @@ def lora_config(rank: int, *, alpha: int | None = None, target_modules: tuple[st
     )
 
 
+def earlier_name(name: str) -> str:
+    """What an adapter, or a parameter in it, was called in earlier versions; any other name itself."""
+    return ".".join(_ONCE.get(part, part) for part in name.split("."))
+
+
+def by_present_names(weights: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Saved weights by the names that the model's parameters have now, where an earlier version saved them."""
+    now = {earlier_name(name): name for name in names if name not in weights}
+    return {now.get(name, name): weight for name, weight in weights.items()}
+
+
 def refuse_prompt_learning(config: Any, where: str) -> None:
     """Raise a ValueError if an adapter is virtual tokens or prompts beside the base, and no change of its weights."""
     if config.is_prompt_learning or config.is_adaption_prompt:
@@ -48,11 +66,27 @@ def refuse_prompt_learning(config: Any, where: str) -> None:
         )
 
 
-def add_value_adapter(policy: Any) -> None:
-    """Give a PEFT model a second adapter, for the critic, of the same configuration as its first."""
+def add_value_adapter(policy: Any, *, as_policy: bool) -> None:
+    """Give a PEFT model a second adapter, for the critic, of the same configuration as its first.
+
+    Args:
+        policy: PEFT model.
+        as_policy: start it with the first one's weights, not with new ones: the base alone is no model to start from.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
     config = copy.deepcopy(policy.peft_config[policy.active_adapter])
-    config.modules_to_save = None
+    # What is not beside the base's weights, or would change them, is the policy's alone.
+    own = {"modules_to_save": None, "layer_replication": None, "bias": "none"}
+    own |= {"init_lora_weights": True} if as_policy else {}
+    for field, value in own.items():
+        if hasattr(config, field):
+            setattr(config, field, value)
     add_adapter(policy, VALUE_ADAPTER, config)
+    if as_policy:
+        names = get_peft_model_state_dict(policy, adapter_name=VALUE_ADAPTER, save_embedding_layers=False).keys()
+        weights = get_peft_model_state_dict(policy, adapter_name=policy.active_adapter, save_embedding_layers=False)
+        set_peft_model_state_dict(policy, {n: weights[n] for n in names}, adapter_name=VALUE_ADAPTER)
     for parameter in adapter_parameters(policy, VALUE_ADAPTER):
         parameter.requires_grad_(True)
 
@@ -81,7 +115,8 @@ def load_adapter(policy: Any, name: str, file: Path) -> None:
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    needed = {key: x.shape for key, x in get_peft_model_state_dict(policy, adapter_name=name).items()}
+    state = get_peft_model_state_dict(policy, adapter_name=name, save_embedding_layers=False)
+    needed = {key: x.shape for key, x in state.items()}
     weights = {key: x for key, x in load_file(file).items() if "lora_" in key or key in needed}
     if needed != (found := {key: x.shape for key, x in weights.items()}):
         differ = sorted(key for key in needed.keys() | found.keys() if needed.get(key) != found.get(key))

@@ -143,6 +143,8 @@ def _models(trainer: PPOTrainer) -> dict[str, Any]:
             adapter = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
     return {
         **trainer.sources,
+        "base": trainer.parts.base,
+        "own_reference": trainer.reference.model is not None,
         "policy_config": _config(base),
         "attention": base.config._attn_implementation,
         "adapter": adapter,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_ppo.adapters import by_present_names, earlier_name
 from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.runtime.checkpoint import Checkpoint, CheckpointError, read_checkpoint, write_checkpoint
 from rlhf_ppo.runtime.seeding import global_rng_state, restore_rng_state
@@ -141,7 +142,8 @@ def _moments(trainer: PPOTrainer) -> dict[str, Tensor]:
 
 
 def _load_weights(trainer: PPOTrainer, checkpoint: Checkpoint) -> None:
-    parameters, weights = _trainable(trainer.model), checkpoint.tensors["trainable"]
+    parameters = _trainable(trainer.model)
+    weights = by_present_names(checkpoint.tensors["trainable"], parameters)
     if {n: p.shape for n, p in parameters.items()} != {n: w.shape for n, w in weights.items()}:
         different = sorted(set(parameters) ^ set(weights)) or "shapes"
         raise CheckpointError(f"checkpoint {checkpoint.folder} belongs to another model or adapter: {different} differ")
@@ -149,6 +151,7 @@ def _load_weights(trainer: PPOTrainer, checkpoint: Checkpoint) -> None:
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
     places = {name: i for i, name in enumerate(_optimizer_names(trainer))}
+    places |= {earlier_name(name): i for name, i in places.items() if name not in checkpoint.tensors["trainable"]}
     entries: dict[int, dict[str, Tensor]] = {}
     for key, value in checkpoint.tensors["optimizer"].items():
         kind, _, name = key.partition(":")

@@ -19,6 +19,7 @@ from rlhf_ppo.demo import DemoArgs, demo, print_paths
 from rlhf_ppo.evaluate import EvaluateArgs, evaluate, print_evaluation
 from rlhf_ppo.generate import GenerateArgs, chat, generate
 from rlhf_ppo.guard import PolicyDriftError
+from rlhf_ppo.identity import SavedModelError
 from rlhf_ppo.library_noise import quiet_libraries
 from rlhf_ppo.migrate import MigrateArgs, join_command_line, migrate
 from rlhf_ppo.mixing import load_mixture, require_weights
@@ -211,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except (
-        *(RewardError, RespondError, RatioTripwireError, NonFiniteGradientError, PolicyDriftError),
+        *(RewardError, RespondError, RatioTripwireError, NonFiniteGradientError, PolicyDriftError, SavedModelError),
         OSError,  # a full disk
     ) as error:
         # The user's own code failed there; what was merely a bad answer, or a full disk, is in the message.

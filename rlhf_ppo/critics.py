@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_ppo.actor_critic import ActorCritic
-from rlhf_ppo.adapters import VALUE_ADAPTER, add_value_adapter, load_adapter
+from rlhf_ppo.adapters import VALUE_ADAPTER, VALUE_FOLDER, add_value_adapter, load_adapter
 from rlhf_ppo.config import RLHFConfig
 from rlhf_ppo.heads import VALUE_HEAD_FILE, find_file
 
@@ -61,6 +61,7 @@ def build_actor_critic(
     trunk: PreTrainedModel | None,
     head: dict[str, Tensor] | None,
     head_from: str | None,
+    bare_base: bool = True,
 ) -> ActorCritic:
     """The policy with its critic.
 
@@ -70,12 +71,13 @@ def build_actor_critic(
         trunk: a separate critic's.
         head: weights that the value head starts from; None: 0.
         head_from: where the head came from; an adapter critic takes the adapter that lies beside it.
+        bare_base: without its adapter the policy is a model that a critic can start from.
     """
     if kind == "adapter":
-        add_value_adapter(policy)
+        add_value_adapter(policy, as_policy=not bare_base)
         if head_from is not None:
             # A run keeps the critic's adapter in a folder of its own: the one beside the head is the policy's.
-            inside = f"{VALUE_ADAPTER}/" if find_file(head_from, VALUE_HEAD_FILE) else ""
+            inside = f"{VALUE_FOLDER}/" if find_file(head_from, VALUE_HEAD_FILE) else ""
             if (file := find_file(head_from, f"{inside}adapter_model.safetensors")) is not None:
                 load_adapter(policy, VALUE_ADAPTER, file)
     model = ActorCritic(

@@ -22,7 +22,16 @@ from rlhf_ppo.data import Completion, require_room
 from rlhf_ppo.experience import describe
 from rlhf_ppo.generate import require_prompts
 from rlhf_ppo.mixing import load_mixture
-from rlhf_ppo.models import adapter_base, load_config, load_tokenizer, prompt_room, resolve_model, vocabulary_size
+from rlhf_ppo.models import (
+    BASE_FOLDER,
+    REFERENCE_FOLDER,
+    adapter_base,
+    load_config,
+    load_tokenizer,
+    prompt_room,
+    resolve_model,
+    vocabulary_size,
+)
 from rlhf_ppo.rows import Rows, prompt_rows
 from rlhf_ppo.runtime.precision import Precision
 from rlhf_ppo.runtime.processes import require_one_process
@@ -164,11 +173,13 @@ def _require_one_vocabulary(**models: str) -> None:
 
 
 def _reference(model: str, settings: dict[str, Any]) -> str:
-    found = settings.get("ref_model") or settings.get("model") or adapter_base(model)
+    found = settings.get("reference") or settings.get("ref_model") or settings.get("model") or adapter_base(model)
+    if found in (BASE_FOLDER, REFERENCE_FOLDER):
+        found = str(beside) if (beside := Path(model) / found).is_dir() else None
     if not found:
         raise ValueError(
-            f"{model} does not say what it was trained from (no run.json with a model in it): name the reference for "
-            "the KL with ref_model"
+            f"{model} does not say what it was trained from (no run.json with a model in it, or a model object that "
+            f"lies neither in {BASE_FOLDER}/ nor in {REFERENCE_FOLDER}/): name the reference for the KL with ref_model"
         )
     return str(found)
 
@@ -220,6 +231,7 @@ def _sampler_config(args: EvaluateArgs, settings: dict[str, Any]) -> RLHFConfig:
         output_dir=args.output_dir,
         drop_nonfinite_scores=args.drop_nonfinite_scores,
         objective="reinforce",  # no critic is read
+        recompute_logprobs=True,  # by the passes that read the reference: of a model to itself the KL is 0 in bf16, too
         rollout_batch_size=args.batch_size,
         num_minibatches=1,
         seed=args.seed,

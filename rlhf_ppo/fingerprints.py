@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlhf_ppo.adapters import earlier_name
 from rlhf_ppo.data import PromptSet
 from rlhf_ppo.setup import RunParts
 
@@ -25,7 +26,7 @@ def run_fingerprints(parts: RunParts) -> dict[str, Any]:
         "reference": weights_fingerprint(reference),
         "reward_funcs": list(parts.rewards),
         "stop_token_ids": list(parts.stop_token_ids),
-        "adapters": {name: _adapter(config) for name, config in adapters.items()},
+        "adapters": {earlier_name(name): _adapter(config) for name, config in adapters.items()},
         "device": parts.device.type,
         "bf16": parts.bf16,
         "processes": 1,
@@ -62,7 +63,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             continue
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(f"{earlier_name(name)} {tuple(parameter.shape)} {parameter.dtype}".encode())
         values = parameter.detach().flatten()
         spread = values[:: max(1, len(values) // _VALUES_PER_TENSOR)].contiguous().cpu()
         digest.update(spread.view(torch.uint8).numpy().tobytes())

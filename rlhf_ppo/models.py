@@ -25,10 +25,17 @@ from transformers.utils import logging
 
 from rlhf_ppo.adapters import refuse_prompt_learning
 from rlhf_ppo.heads import adapter_labels
+from rlhf_ppo.merging import merge
 from rlhf_ppo.sources import read_weights, refuse_pickles, why_not
 
 EMBEDDED_MODEL = str(Path(__file__).parent / "assets" / "stories-gpt2")
 """Folder of the small GPT-2 that comes with the package, by name "embedded"."""
+
+BASE_FOLDER = "base"
+"""Where an adapter's base lies beside it if no other folder or hub id holds it."""
+
+REFERENCE_FOLDER = "reference"
+"""Where the reference of a run lies in its folder if no other folder or hub id holds it."""
 
 
 def resolve_model(model: Any) -> Any:
@@ -72,6 +79,9 @@ def adapter_base(model: Any) -> str | None:
         base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file} does not describe an adapter: {error}") from None
+    own = file.with_name(BASE_FOLDER)
+    if base and Path(base).name == BASE_FOLDER and (own / "config.json").is_file():
+        return str(own)  # also where the folder was moved
     if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
         raise ValueError(
             f"{model} holds an adapter alone, and the model it was trained on ({base}) is not there: put it back, or "
@@ -181,7 +191,7 @@ def merge_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
     """The model with a PEFT adapter's weights added to its own.
 
     Raises:
-        ValueError: the weights are not there, are a pickle, or cannot be read.
+        ValueError: the weights are not there, are a pickle, cannot be read, or are another adapter's.
     """
     from peft import PeftConfig, PeftModel
 
@@ -190,9 +200,17 @@ def merge_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
         raise ValueError(f"{folder} holds an adapter's config, but its weights, adapter_model.safetensors, are gone")
     refuse_prompt_learning(PeftConfig.from_pretrained(folder), folder)
     try:
-        return cast(Any, PeftModel.from_pretrained(model, folder)).merge_and_unload()
+        with warnings.catch_warnings():
+            # PEFT goes on without the weights that it cannot place.
+            warnings.filterwarnings("error", ".*missing adapter keys")
+            return merge(PeftModel.from_pretrained(model, folder))
     except SafetensorError as error:
         raise ValueError(f"{folder}: adapter_model.safetensors cannot be read ({error}): it is damaged") from error
+    except UserWarning as error:
+        raise ValueError(
+            f"{folder}: the adapter's weights are not those of its own config on {model.name_or_path or 'this base'} "
+            f"({str(error)[:200]}): correct adapter_config.json, base_model_name_or_path above all"
+        ) from error
 
 
 def load_classifier(model: str, *, new_head: bool = False) -> PreTrainedModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from collections.abc import Iterable
 from typing import Any, Literal, cast
 
 import torch
@@ -93,10 +94,10 @@ def load_quantized(model: str, bits: Bits, *, device: torch.device, bf16: bool) 
     return cast(PreTrainedModel, loaded.requires_grad_(False))
 
 
-def to_bfloat16(model: nn.Module) -> None:
-    """Round the weights to bfloat16, in place; buffers, such as the frequencies of rotary positions, stay exact."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
+def round_weights(weights: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
+    """Round weights in place; a model's buffers, such as the frequencies of rotary positions, stay exact."""
+    for parameter in weights:
+        parameter.data = parameter.data.to(dtype)
 
 
 def load_reference(model: Any, ref_model: Any, args: RLHFConfig, device: torch.device, *, bf16: bool) -> Any:
@@ -108,7 +109,7 @@ def load_reference(model: Any, ref_model: Any, args: RLHFConfig, device: torch.d
         case "bfloat16":
             # A model object stays as its owner has it.
             reference = load_policy(source) if isinstance(source, str) else copy.deepcopy(source)
-            to_bfloat16(reference)
+            round_weights(reference.parameters(), torch.bfloat16)
             return reference
         case bits:
             return load_quantized(source, bits, device=device, bf16=bf16)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_ppo.checkpoint import Boundary, load_checkpoint, save_checkpoint
 from rlhf_ppo.conversation import RespondError
 from rlhf_ppo.guard import PolicyDriftError, nonfinite_parameters
+from rlhf_ppo.identity import SavedModelError
 from rlhf_ppo.reward_calls import RewardError
 from rlhf_ppo.runtime.checkpoint import find_checkpoint
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
@@ -135,6 +136,8 @@ def save_after(trainer: PPOTrainer, error: BaseException) -> None:
         save_model(trainer)
     except OSError as failure:
         warnings.warn(str(failure.strerror), stacklevel=2)
+    except SavedModelError as failure:
+        warnings.warn(str(failure), stacklevel=2)
     if isinstance(error, Interrupted):
         error.saved = folder
     elif folder is not None:

@@ -19,14 +19,17 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from rlhf_ppo.activations import checkpoint_layers
 from rlhf_ppo.actor_critic import ActorCritic, Reference
+from rlhf_ppo.adapters import by_present_names
 from rlhf_ppo.backward import minibatch_gradient
 from rlhf_ppo.before_after import readable
 from rlhf_ppo.blackbox import BlackBox, read_black_box
 from rlhf_ppo.critics import build_actor_critic
 from rlhf_ppo.gradients import clear_gradients
 from rlhf_ppo.guard import nonfinite_parameters, spoil_gradient
-from rlhf_ppo.models import load_policy, resolve_model
+from rlhf_ppo.identity import OBJECT
+from rlhf_ppo.models import BASE_FOLDER, REFERENCE_FOLDER, load_policy, resolve_model
 from rlhf_ppo.optimization import only_the_critic_learns
+from rlhf_ppo.policy_adapter import make_adapter
 from rlhf_ppo.probe import probe
 from rlhf_ppo.quantization import load_quantized, load_reference
 from rlhf_ppo.runtime.seeding import resolve_device
@@ -187,18 +190,28 @@ def _build(box: BlackBox, name: str | None, device: torch.device) -> tuple[Actor
         )
         reference = None
     else:
-        name = str(resolve_model(name or models["model"]))
+        name = resolve_model(name or (models["model"] if models["model"] != OBJECT else models["base"]))
         if not name:
-            raise ValueError("this black box does not name its base model: say where it lies with --model")
+            raise ValueError(
+                "this black box does not name its base model, which was an object: say where it lies with --model (a "
+                f"run with an adapter has it in {BASE_FOLDER}/, another in {REFERENCE_FOLDER}/)"
+            )
         quantized = objective.quantization
         if quantized == "none":
             policy = load_policy(name)
         else:
             policy = load_quantized(name, quantized, device=device, bf16=box.bf16)
         frozen = load_reference(name, models["ref_model"], objective, device, bf16=box.bf16)
+        off = False
         if models["adapter"] is not None:
-            policy = _with_adapter(policy, models["adapter"])
-        reference = Reference(policy, frozen, adapter_off=models["adapter"] is not None) if exact_kl else None
+            adapted = make_adapter(policy, _adapter_config(models["adapter"]))
+            policy, off = adapted.policy, adapted.off_is_start
+        if exact_kl and (models["ref_model"] == OBJECT or off == models.get("own_reference", not off)):
+            raise ValueError(
+                "the exact KL of this black box was measured to a model object (ref_model, or an adapter that was "
+                "there before the run), which it does not hold: it cannot be computed again"
+            )
+        reference = Reference(policy, frozen, adapter_off=off) if exact_kl else None
     if models["adapter"] is None:
         policy.requires_grad_(True)
     trunk = None
@@ -216,16 +229,17 @@ def _build(box: BlackBox, name: str | None, device: torch.device) -> tuple[Actor
     return model, reference
 
 
-def _with_adapter(policy: Any, config: Mapping[str, Any]) -> Any:
-    from peft import PeftConfig, get_peft_model
+def _adapter_config(facts: Mapping[str, Any]) -> Any:
+    from peft import PeftConfig
 
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-        return get_peft_model(policy, PeftConfig.from_pretrained(folder))
+        (Path(folder) / "adapter_config.json").write_text(json.dumps(facts), encoding="utf-8")
+        return PeftConfig.from_pretrained(folder)
 
 
 def _load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    weights = by_present_names(weights, parameters)
     if {n: p.shape for n, p in parameters.items()} != {n: w.shape for n, w in weights.items()}:
         different = sorted(set(parameters) ^ set(weights))[:3] or "shapes"
         raise ValueError(f"the black box's weights are not this model's ({different} differ): name its base by --model")

@@ -19,6 +19,7 @@ from rlhf_ppo.comparison import wilson
 from rlhf_ppo.core.typed import require_types
 from rlhf_ppo.data import require_vocabulary
 from rlhf_ppo.guard import nonfinite_parameters
+from rlhf_ppo.identity import answers, require_saved
 from rlhf_ppo.library_noise import without_library_bars
 from rlhf_ppo.mixing import load_mixture, require_weights
 from rlhf_ppo.models import (
@@ -35,6 +36,7 @@ from rlhf_ppo.models import (
 )
 from rlhf_ppo.optimization import fit_warmup
 from rlhf_ppo.preferences import Preference, read_preferences, split_by_prompt
+from rlhf_ppo.quantization import round_weights
 from rlhf_ppo.reward_model import ONE_STACK, padding_is_harmless, text_scores
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space, save_or_rescue
@@ -145,6 +147,7 @@ def train_reward_model(args: RewardTrainingArgs) -> dict[str, float]:
     Raises:
         ValueError: bad settings, data or model, or another run is writing into ``output_dir``; says which.
         NonFiniteGradientError: a gradient, a score or a weight is not finite; nothing is saved.
+        SavedModelError: what was saved is another model than the one that was trained.
     """
     require_one_process()
     run = RunDirectory(args.output_dir, quiet=args.quiet)
@@ -250,7 +253,8 @@ def _train(args: RewardTrainingArgs, run: RunDirectory) -> dict[str, float]:
             with torch.no_grad(), progress.aside("evaluating"):
                 parts = [scores(eval_ids[i : i + args.batch_size]) for i in range(0, len(eval_ids), args.batch_size)]
     chosen, rejected = (torch.cat(side) for side in zip(*parts, strict=True))
-    model.to(getattr(torch, args.save_dtype))
+    # A frozen base is not saved, and is loaded again as it was.
+    round_weights([p for p in model.parameters() if p.requires_grad], getattr(torch, args.save_dtype))
     broken = nonfinite_parameters(model)
     if broken or not torch.isfinite(chosen - rejected).all():
         raise NonFiniteGradientError(
@@ -269,6 +273,7 @@ def _train(args: RewardTrainingArgs, run: RunDirectory) -> dict[str, float]:
     run.write_json("reward_metrics.json", {**metrics, "calibration": bins})
     plot_calibration(bins, run.path / "calibration.png", title=f"{len(eval_pairs)} held-out pairs")
     _save(model, tokenizer, run.path)
+    require_saved(run.path, answers(model.float()), load_classifier)
     return metrics
 
 

@@ -21,6 +21,7 @@ from rlhf_ppo.critics import build_actor_critic, choose_critic
 from rlhf_ppo.data import PromptSet
 from rlhf_ppo.engines import Sampler, choose_engine
 from rlhf_ppo.heads import read_head
+from rlhf_ppo.identity import answers, kl
 from rlhf_ppo.models import (
     adapter_base,
     in_float32,
@@ -33,6 +34,7 @@ from rlhf_ppo.models import (
     vocabulary_size,
     with_chat_template,
 )
+from rlhf_ppo.policy_adapter import make_adapter, without_new_adapter
 from rlhf_ppo.probe import probe, probe_gradient
 from rlhf_ppo.quantization import check_precision, load_quantized, load_reference
 from rlhf_ppo.reward_calls import RewardFunction, require_takes
@@ -72,6 +74,10 @@ class RunParts:
     """The engine that decodes responses."""
     respond: Respond | None
     """Answers the policy's turns, or None where there is one turn."""
+    base: str | None
+    """The folder or hub id that holds the model under the policy's adapter; None: none does."""
+    start: str | None
+    """The folder or hub id that holds the reference; None: none does."""
 
     def batches(self, rollout: Rollout, rows: Sequence[int]) -> list[list[int]]:
         """``rows`` of a rollout in groups for one pass each."""
@@ -108,8 +114,8 @@ def set_up(
     vocab_size = vocabulary_size(config)
     _check_models(model, ref_model, value_model, peft_config, vocab_size)
     check_precision(args, model, ref_model, peft_config, device)
-    adapted = peft_config is not None or hasattr(model, "peft_config")
-    critic = choose_critic(args, value_model=value_model, has_adapter=adapted)
+    has_adapter = peft_config is not None or hasattr(model, "peft_config")
+    critic = choose_critic(args, value_model=value_model, has_adapter=has_adapter)
     head = None
     if args.value_head_from is not None:
         trunk_config = config if value_model is None else load_config(value_model)
@@ -148,33 +154,42 @@ def set_up(
         policy = load_policy(model)
     else:
         policy = load_quantized(cast(str, model), args.quantization, device=device, bf16=bf16)
-    adapter_off = peft_config is not None
     # Each part trains, or stays frozen, by itself: a model object given for two of them is copied.
     judges = (getattr(function, "model", None) for function, _ in rewards.values())
     value_model = _copy_if_shared(value_model, model, ref_model, *judges)
     ref_model = _copy_if_shared(ref_model, model)
     reference_model = load_reference(model, ref_model, args, device, bf16=bf16)
-    if adapter_off:
-        from peft import get_peft_model
-
-        policy = get_peft_model(policy, peft_config)
-    elif not hasattr(policy, "peft_config"):
-        policy.requires_grad_(True)
-    policy = in_float32(policy, frozen=False)
+    adapted = without_new_adapter(policy) if peft_config is None else make_adapter(policy, peft_config)
+    policy = in_float32(adapted.policy, frozen=False)
+    base = adapted.base(model)
+    start = adapted.start(model, base)
+    if ref_model is not None:
+        start = ref_model if isinstance(ref_model, str) else None
     trunk = None if value_model is None else load_trunk(value_model).requires_grad_(True)
     if not any(p.requires_grad for p in policy.parameters()):
         raise ValueError("the model has no trainable parameter; load its adapter with is_trainable=True")
-    actor_critic = build_actor_critic(policy, critic, trunk=trunk, head=head, head_from=args.value_head_from)
-    reference = Reference(policy, reference_model, adapter_off=adapter_off)
+    actor_critic = build_actor_critic(
+        policy,
+        critic,
+        trunk=trunk,
+        head=head,
+        head_from=args.value_head_from,
+        bare_base=not adapted.changed and (peft_config is not None or base is not None),
+    )
+    reference = Reference(policy, reference_model, adapter_off=adapted.off_is_start)
     actor_critic.to(device)
     if reference.model is not None:
         reference.model.to(device)
     for function, _ in rewards.values():
         if isinstance(function, AdapterReward):
-            function.attach(policy)
+            tokens = getattr(peft_config, "trainable_token_indices", None)
+            stays = base is not None and not adapted.changed and not adapted.trained and not tokens
+            function.attach(policy, own_base=stays)
     sets = [prompts.longest for prompts in (train_prompts, eval_prompts) if prompts is not None]
     # A conversation grows by replies that nobody knows yet.
     longest = None if respond is not None or not sets else max(sets) + args.max_new_tokens
+    if reference_model is None:
+        _require_start(policy, reference, peft_config)
     probe(actor_critic, reference, longest=longest, bf16=bf16)
     probe_gradient(actor_critic, bf16=bf16, checkpoint=args.gradient_checkpointing)
     microbatch_tokens = args.microbatch_tokens or (1024 if device.type == "cpu" else 16384)
@@ -197,7 +212,20 @@ def set_up(
         microbatch_tokens=microbatch_tokens,
         sample=sample,
         respond=respond,
+        base=base,
+        start=start,
     )
+
+
+def _require_start(policy: Any, reference: Reference, peft_config: Any) -> None:
+    """Before the first update policy and reference must give the same few tokens the same probabilities."""
+    with reference.active():
+        start = answers(policy if reference.model is None else reference.model)
+    if (gap := kl(answers(policy), start)) > 1e-4:
+        raise ValueError(
+            f"the reference is not the model that training starts from: {gap:.2g} nats a token apart before the first "
+            f"update, with peft_config={peft_config}. Use another adapter, or a model that gives the same logits twice"
+        )
 
 
 def _check_respond(respond: Respond | None, args: RLHFConfig) -> None:

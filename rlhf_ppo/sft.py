@@ -30,6 +30,7 @@ from rlhf_ppo.core import token_logprobs
 from rlhf_ppo.core.typed import require_types
 from rlhf_ppo.data import Prompt, require_vocabulary, tokenize_prompt
 from rlhf_ppo.guard import nonfinite_parameters
+from rlhf_ppo.identity import answers, require_saved
 from rlhf_ppo.library_noise import without_library_bars
 from rlhf_ppo.mixing import load_mixture, require_weights
 from rlhf_ppo.models import (
@@ -46,6 +47,7 @@ from rlhf_ppo.models import (
 from rlhf_ppo.optimization import fit_warmup
 from rlhf_ppo.preferences import prompt_and_answer
 from rlhf_ppo.probe import require_decoder
+from rlhf_ppo.quantization import round_weights
 from rlhf_ppo.rows import Rows, RowSource, as_rows, require_column
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space, save_or_rescue
@@ -345,6 +347,7 @@ def sft(args: SFTArgs) -> dict[str, float]:
     Raises:
         ValueError: bad settings, data or model, or another run is writing into ``output_dir``; says which.
         NonFiniteGradientError: a loss or a weight is not finite; nothing is saved.
+        SavedModelError: what was saved is another model than the one that was trained.
     """
     require_one_process()
     with run_lock(RunDirectory(args.output_dir).path), without_library_bars():
@@ -411,7 +414,7 @@ def _train(args: SFTArgs) -> dict[str, float]:
     _require_finite(loss, f"after the last step ({steps}), on the held-out rows")
     model.config.use_cache = True  # the Trainer turns it off and leaves it so
     _stop_at(model, cast(int, tokenizer.eos_token_id))
-    model.to(getattr(torch, args.save_dtype))
+    round_weights(model.parameters(), getattr(torch, args.save_dtype))
     if broken := nonfinite_parameters(model):
         raise NonFiniteGradientError(
             f"after the last step ({steps}) {broken[0]} is not finite in {args.save_dtype}, so nothing was saved; "
@@ -422,4 +425,5 @@ def _train(args: SFTArgs) -> dict[str, float]:
         lambda new: (model.save_pretrained(new), tokenizer.save_pretrained(new)),
         needed=saved_bytes(model, adapted=False),
     )
+    require_saved(Path(args.output_dir), answers(model.float()), load_policy)
     return {"eval/loss_nats_per_token": loss, "eval/perplexity": math.exp(loss) if loss < 700 else math.inf}

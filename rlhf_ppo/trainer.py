@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import tempfile
 import warnings
@@ -24,7 +23,9 @@ from rlhf_ppo.data import Prompt, PromptSet
 from rlhf_ppo.explanation import explain_rollout
 from rlhf_ppo.fingerprints import run_fingerprints
 from rlhf_ppo.guard import require_no_drift
+from rlhf_ppo.identity import source_name
 from rlhf_ppo.library_noise import without_library_bars
+from rlhf_ppo.models import BASE_FOLDER, REFERENCE_FOLDER
 from rlhf_ppo.optimization import make_optimizer, only_the_critic_learns, warmup_settings
 from rlhf_ppo.other_names import ARGUMENTS
 from rlhf_ppo.recovery import SafePoint, begin, go_back, keep_checkpoint, save_after, save_model
@@ -35,7 +36,7 @@ from rlhf_ppo.run_log import PANELS, evaluate, log_evaluation, log_update, run_r
 from rlhf_ppo.runtime.callbacks import callback_name, require_callbacks
 from rlhf_ppo.runtime.errors import RatioTripwireError as RatioTripwireError
 from rlhf_ppo.runtime.explain import Explanation
-from rlhf_ppo.runtime.files import replacing_files, require_space
+from rlhf_ppo.runtime.files import require_space
 from rlhf_ppo.runtime.lock import run_lock
 from rlhf_ppo.runtime.metrics import MetricAverage
 from rlhf_ppo.runtime.names import refuse_unknown_arguments
@@ -48,6 +49,7 @@ from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.runtime.timing import Stopwatch
 from rlhf_ppo.runtime.trackers import reporting
 from rlhf_ppo.runtime.versions import versions
+from rlhf_ppo.saving import bytes_to_save, save_actor_critic, save_reference
 from rlhf_ppo.score_shaping import ScoreStatistics
 from rlhf_ppo.setup import RewardSource, set_up
 from rlhf_ppo.streams import TRAIN, numbered_generator
@@ -55,10 +57,6 @@ from rlhf_ppo.update import update
 
 Callback = Callable[["PPOTrainer", dict[str, float]], object]
 """``callback(trainer, metrics)`` after each update; returning True ends the run after it."""
-
-
-def _name(model: str | PreTrainedModel) -> str:
-    return model if isinstance(model, str) else model.config._name_or_path
 
 
 class PPOTrainer:
@@ -97,7 +95,8 @@ class PPOTrainer:
             processing_class: the policy's tokenizer, if it does not lie beside the model. It is never changed.
             ref_model: another reference than the policy's own start.
             value_model: trunk of a critic of its own; default: a value head on the policy's trunk.
-            peft_config: train an adapter; the reference is then the same model with the adapter off.
+            peft_config: train an adapter; the reference is then the same model with the adapter off, or a copy where
+                that is not what training starts from.
             callbacks: called after each update.
             respond: answers the policy's turns where ``max_turns`` is above 1: ``respond(messages)`` returns text, or
                 None to end the conversation (see :data:`rlhf_ppo.conversation.Respond`).
@@ -123,8 +122,13 @@ class PPOTrainer:
         self.train_prompts, self.eval_prompts = parts.train_prompts, parts.eval_prompts
         self.model, self.reference = parts.model, parts.reference
         self.run = RunDirectory(args.output_dir, quiet=args.quiet)
-        self.sources = {"model": _name(model), "ref_model": None if ref_model is None else _name(ref_model)}
-        """Where policy and reference came from, for run.json."""
+        self.sources = {
+            "model": source_name(model),
+            "ref_model": None if ref_model is None else source_name(ref_model),
+            "reference": parts.start or (BASE_FOLDER if parts.reference.model is None else REFERENCE_FOLDER),
+        }
+        """For run.json: where policy and reference came from (or "object"), and what holds the reference: a
+        folder of the run itself if nothing else does."""
         listed = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
         self.reward_sources = [reward_source(source) for source in listed]
         self.parts = parts
@@ -196,7 +200,8 @@ class PPOTrainer:
             without_library_bars(),
         ):
             # What the run will save at its end must not find a full disk there.
-            require_space(self.run.path, self.model.saved_bytes, f"the model that is saved into {self.run.path}")
+            needed = bytes_to_save(self.model, base=self.parts.base)
+            require_space(self.run.path, needed, f"the model that is saved into {self.run.path}")
             facts = {
                 "reward": self.reward_sources,
                 **settings,
@@ -205,6 +210,8 @@ class PPOTrainer:
             }
             begin(self, resume_from_checkpoint, facts, override=resume_override)
             print_summary(run_rows(self), quiet=args.quiet)
+            if self.sources["reference"] == REFERENCE_FOLDER:
+                save_reference(self.reference.model, self.tokenizer, self.run.path)
             # What a tracker still has to send is waited for after everything is saved.
             with trackers:
                 try:
@@ -363,7 +370,12 @@ class PPOTrainer:
         return evaluate(self)[0]
 
     def save_model(self, output_dir: str | Path | None = None, *, merge_adapter: bool = False) -> Path:
-        """Save policy and tokenizer as an ordinary transformers folder, the critic beside them.
+        """Save policy and tokenizer as an ordinary transformers folder, the critic beside them, and load it again.
+
+        What is loaded must be the policy in memory; that takes another copy of it in main memory while it lasts (see
+        :func:`rlhf_ppo.identity.require_saved`). An adapter is saved alone, unless no folder or hub id holds its base
+        as it is here (a model object that was changed, an adapter merged into it, PiSSA and its like): then ``base/``
+        does.
 
         Args:
             output_dir: folder; default: the run's.
@@ -371,18 +383,12 @@ class PPOTrainer:
         Raises:
             ValueError: merge_adapter without an adapter.
             OSError: the disk is full, or the folder cannot be written; what lies there stays as it was.
+            SavedModelError: what was saved is another model than the one in memory.
         """
         folder = Path(output_dir or self.args.output_dir)
-        policy: Any = self.model.policy
-        adapted = hasattr(policy, "merge_and_unload")
-        if merge_adapter:
-            if not adapted:
-                raise ValueError("merge_adapter=True needs an adapter, but the run has no peft_config")
-            policy, adapted = copy.deepcopy(policy).merge_and_unload(), False
-        with replacing_files(folder, needed=self.model.saved_bytes) as new:
-            policy.save_pretrained(new, **({"selected_adapters": [policy.active_adapter]} if adapted else {}))
-            self.tokenizer.save_pretrained(new)
-            self.model.save_critic(new)
+        if merge_adapter and not hasattr(self.model.policy, "peft_config"):
+            raise ValueError("merge_adapter=True needs an adapter, but the run has no peft_config")
+        save_actor_critic(self.model, self.tokenizer, folder, base=self.parts.base, merged=merge_adapter)
         return folder
 
     def push_to_hub(self, repo_id: str | None = None, *, private: bool = True, merge_adapter: bool = False) -> str:

@@ -65,7 +65,7 @@ def test_an_adapter_critic_learns_by_its_adapter_and_head_and_the_policy_by_its_
     model = trainer.model
     names = {id(p): name for name, p in model.named_parameters()}
     critic, policy = model.critic_parameters(), model.policy_parameters()
-    assert all(".value." in names[id(p)] or names[id(p)].startswith("value_head") for p in critic)
+    assert all(f".{VALUE_ADAPTER}." in names[id(p)] or names[id(p)].startswith("value_head") for p in critic)
     assert all(".default." in names[id(p)] for p in policy) and len(critic) == len(policy) + 2
     rollout = trainer.rollout(prompts)
     assert (rollout.values == 0).all()  # the head starts at 0

@@ -80,7 +80,11 @@ def test_its_gradient_reaches_the_policy_as_in_the_plain_computation(make_traine
 def test_with_the_adapter_off_as_reference(make_trainer, make_model, prompts):
     from peft import LoraConfig
 
-    trainer = make_trainer(peft_config=LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False), **EXACT)
+    trainer = make_trainer(peft_config=LoraConfig(r=2, task_type="CAUSAL_LM"), **EXACT)
+    with torch.no_grad():
+        for name, p in trainer.model.policy.named_parameters():
+            p.add_(torch.randn_like(p) if "lora_B" in name else 0.0)  # as after some training
+    assert trainer.reference.model is None
     rollout = trainer.rollout(prompts)
     with torch.no_grad():
         expected = plain_kl(trainer, rollout, make_model().eval(), 1.0)  # the same seed: the base before the adapter
