@@ -210,7 +210,7 @@ class PPOTrainer:
             }
             begin(self, resume_from_checkpoint, facts, override=resume_override)
             print_summary(run_rows(self), quiet=args.quiet)
-            if self.sources["reference"] == REFERENCE_FOLDER:
+            if self.parts.start is None and self.reference.model is not None:
                 save_reference(self.reference.model, self.tokenizer, self.run.path)
             # What a tracker still has to send is waited for after everything is saved.
             with trackers:

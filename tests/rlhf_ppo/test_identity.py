@@ -22,17 +22,19 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_ppo.adapters import VALUE_ADAPTER
 from rlhf_ppo.checkpoint import load_checkpoint
 from rlhf_ppo.evaluate import EvaluateArgs, evaluate
 from rlhf_ppo.generate import GenerateArgs, generate
 from rlhf_ppo.identity import SavedModelError
-from rlhf_ppo.models import adapter_base, load_policy
+from rlhf_ppo.models import adapter_base, load_classifier, load_policy
 from rlhf_ppo.reading import Sequences
+from rlhf_ppo.reward_training import RewardTrainingArgs, train_reward_model
 from rlhf_ppo.runtime.checkpoint import read_checkpoint
 from rlhf_ppo.saving import write_adapter
+from rlhf_ppo.sft import SFTArgs, sft
 
 TASK: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 IDS = torch.arange(3, 15)[None]
@@ -136,7 +138,8 @@ def test_an_adapter_of_any_kind_starts_at_its_reference_and_loads_as_it_was_trai
     changed = any(word in name for word in ("pissa", "olora"))
     assert Path(adapter_base(str(saved))) == (saved / "base" if changed else Path(folder))
     merged = trainer.save_model(tmp_path / "merged", merge_adapter=True)
-    assert same(AutoModelForCausalLM.from_pretrained(merged), trained)
+    assert same(whole := AutoModelForCausalLM.from_pretrained(merged), trained)
+    assert not (whole.config.tie_word_embeddings and "tied" in name)
     if settings:
         again = make_trainer(model=folder, peft_config=config(), value_head_from=str(saved), **settings)
         pairs = zip(trainer.model.critic_parameters(), again.model.critic_parameters(), strict=True)
@@ -344,3 +347,50 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(make_trainer, base, config):
         resumed.step(resumed.rollout(["once upon", "the cat"] * 4))
         found.append({name: p.detach().clone() for name, p in resumed.model.named_parameters()})
     assert all(torch.equal(weight, found[1][name]) for name, weight in found[0].items())
+
+
+# The other commands, and the reference
+
+
+@pytest.mark.parametrize("command", ["sft", "reward", "reward, adapter"])
+@pytest.mark.parametrize("save_dtype", ["float32", "bfloat16"])
+def test_sft_and_reward_compare_what_they_saved(base, tmp_path, monkeypatch, command, save_dtype):
+    answer = {"text": "the cat", "chosen": " cat", "rejected": " dog"}
+    rows = [{**answer, "prompt": prompt} for prompt in ("the", "a", "blue", "she")] * 2
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    usual = {"model": base("llama"), "output_dir": str(tmp_path / "out"), "save_dtype": save_dtype, "quiet": True}
+    usual |= {"dataset": (str(tmp_path / "rows.jsonl"),), "batch_size": 4, "warmup_steps": 0}
+
+    def run() -> None:
+        if command == "sft":
+            sft(SFTArgs(**usual))
+            return
+        rank = 2 if "adapter" in command else None
+        train_reward_model(RewardTrainingArgs(**usual, lora_rank=rank, device="cpu", precision="fp32"))
+
+    run()
+    # Another model is found there than the one that was saved.
+    monkeypatch.setattr("rlhf_ppo.sft.load_policy", lambda name: tripled(usual["model"]))
+    monkeypatch.setattr(
+        "rlhf_ppo.reward_training.load_classifier",
+        lambda name, real=load_classifier, **new: real(usual["model"], new_head=True),
+    )
+    with pytest.raises(SavedModelError, match="is not the one that was trained"):
+        run()
+
+
+def test_a_reference_that_is_not_the_start_is_an_error_that_names_the_adapter(make_trainer, base, monkeypatch):
+    monkeypatch.setattr("rlhf_ppo.policy_adapter.difference", lambda one, other: 0.0)  # nothing is noticed before
+    with pytest.raises(ValueError, match=r"not the model that training starts from: .*init_lora_weights=False"):
+        make_trainer(model=base(), peft_config=lora(init_lora_weights=False))
+
+
+@pytest.mark.parametrize("settings", [{"bias": "all"}, {"init_lora_weights": "olora"}])
+def test_a_reward_does_not_share_a_base_that_moves(make_trainer, base, make_classifier, tmp_path, settings):
+    folder = base("qwen2")  # its projections have biases
+    judge = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    get_peft_model(judge, LoraConfig(task_type="SEQ_CLS")).save_pretrained(tmp_path / "judge")
+    options = {"model": folder, "reward_funcs": str(tmp_path / "judge"), "share_reward_base": True}
+    make_trainer(**options, peft_config=lora())
+    with pytest.raises(ValueError, match="share_reward_base=True, but the policy's base is not"):
+        make_trainer(**options, peft_config=lora(**settings))
