@@ -192,7 +192,7 @@ def test_fault_22_a_second_ctrl_c_is_immediate_and_saves_nothing_half_done(make_
     with pytest.raises(KeyboardInterrupt) as stop:
         trainer.train()
     assert not isinstance(stop.value, Interrupted)
-    assert {file.name for file in trainer.run.path.iterdir()} == {"run.json", "run.lock"}
+    assert {file.name for file in trainer.run.path.iterdir()} == {"run.json", "run.lock", "reference"}
 
 
 @pytest.mark.parametrize("rollout", [1, 3])
