@@ -1,6 +1,6 @@
 """The demo over several seeds: does the score rise beyond noise, and at what price in KL and fluency?
 
-Run:  python benchmarks/demo_seeds.py --seeds 5        (three minutes a seed and precision on an idle CPU core)
+Run:  python benchmarks/demo_seeds.py --seeds 5        (one to two minutes a seed and precision on an idle CPU core)
 Prints, for each precision, one row a seed and the mean over seeds with its 95 % interval (Student's t), and writes
 them as JSON. bf16 on a CPU without instructions for it takes longer; --precision fp32 leaves it out.
 """

@@ -30,16 +30,18 @@ def on_screen(progress: ProgressDisplay, width: int) -> io.StringIO:
 
 def test_plain_lines_without_a_terminal(capsys, clock):
     with ProgressDisplay("episodes", 40, every_s=1000.0) as progress:
+        progress.phase("generate")
         clock.now += 5
-        progress.update(10, score=0.123456, kl_nats=12345.0)  # the first line comes at once
+        progress.update(10, score=0.123456, kl_nats=12345.0)  # the first count comes at once
         clock.now += 5
         progress.update(20, score=0.2)  # too soon for another line
         clock.now += 990
-        progress.update(30, score=0.3)  # 1000 s after the first line of all: 30 in 1000 s, so 10 more take a third
+        progress.update(30, score=0.3)  # 995 s after the last line
         progress.update(40, score=1.0)  # the end is always shown
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
+        "episodes 0/40  generating",
         "episodes 10/40  0:00:15 left  5.0 s/iteration  score 0.123  kl nats 1.23e+04",
         "episodes 40/40  0:04:10/iteration  score 1",
     ]
