@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,10 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # OpenMP reads this once, when torch loads it: threads that wait for each other sleep instead of keeping a CPU busy,
 # which on a machine with anything else to do costs an iteration many times its work (docs/performance.md). Worker
 # processes inherit it. GOMP_SPINCOUNT and KMP_BLOCKTIME, where somebody set them, still win.
+THREADS_SPIN = "torch" in sys.modules and os.environ.keys().isdisjoint(
+    ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+)
+"""Whether torch was loaded first, so that it is too late; runs with several threads say so."""
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from rlhf_ppo import THREADS_SPIN
 from rlhf_ppo.runtime.threads import usable_cpus
 
 
@@ -20,12 +21,15 @@ def model_rows(name: str, model: nn.Module, *, device: torch.device, bf16: bool)
     total = sum(map(_size, parameters))
     trained = sum(_size(p) for p in parameters if p.requires_grad)
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    threads = f"{torch.get_num_threads()} on {usable_cpus()} CPUs"
+    if THREADS_SPIN and torch.get_num_threads() > 1:
+        threads += "; they spin while they wait: import rlhf_ppo before torch, or set OMP_WAIT_POLICY=PASSIVE"
     return {
         "model": name,
         "trained": f"{_count(trained)} of {_count(total)} parameters ({100 * trained / total:.3g} %)",
         "device": f"{device} {on}".strip(),
         "precision": "bf16 products, fp32 weights" if bf16 else "fp32",
-        "threads": f"{torch.get_num_threads()} on {usable_cpus()} CPUs",
+        "threads": threads,
     }
 
 

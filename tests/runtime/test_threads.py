@@ -17,6 +17,7 @@ from torch import nn
 import classic.cli
 import rlhf_ppo.cli
 from classic.making import make_vector_env
+from rlhf_ppo.runtime.summary import model_rows
 from rlhf_ppo.runtime.threads import choose_threads, usable_cpus
 
 # Stops at the first of torch's own modules (torch itself may only be looked for), and says what OpenMP will read there.
@@ -46,6 +47,25 @@ def test_threads_are_told_to_sleep_before_torch_is_loaded(module, given, read):
     environment |= {"PYTHONPATH": os.pathsep.join(sys.path)} | ({} if given is None else {"OMP_WAIT_POLICY": given})
     done = subprocess.run([sys.executable, "-c", LOOK + module], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == read, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("before", "given", "spin"),
+    [("import torch; ", {}, True), ("import torch; ", {"OMP_WAIT_POLICY": "PASSIVE"}, False),
+     ("import torch; ", {"GOMP_SPINCOUNT": "0"}, False), ("", {}, False)],
+)  # fmt: skip
+def test_a_script_that_loads_torch_first_is_told_so(before, given, spin, tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("")  # stands for the real one, which takes seconds to load
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | given
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *sys.path])
+    code = f"{before}import rlhf_ppo; print(rlhf_ppo.THREADS_SPIN)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == str(spin), done.stderr
+    monkeypatch.setattr("rlhf_ppo.runtime.summary.THREADS_SPIN", spin)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    row = model_rows("m", nn.Linear(2, 2), device=torch.device("cpu"), bf16=False)["threads"]
+    assert ("import rlhf_ppo before torch" in row) == spin
 
 
 class Says(gymnasium.Env):
