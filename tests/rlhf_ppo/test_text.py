@@ -125,7 +125,9 @@ KINDS: dict[str, Callable[[], Any]] = {
     "byte fallback": lambda: wrapped(fallback(prefix=False)),
     "unigram": lambda: wrapped(unigram()),
     "word piece": lambda: wrapped(word_piece()),
-    "word piece, tidied": lambda: wrapped(word_piece(), clean_up_tokenization_spaces=True),
+    "words, tidied": lambda: wrapped(
+        word_level(WORDS, pre_tokenizers.Whitespace(), None), clean_up_tokenization_spaces=True
+    ),
     "suffixes": lambda: wrapped(suffixes()),
     "characters": lambda: wrapped(
         word_level(sorted(set("".join(CORPUS))), pre_tokenizers.Split(Regex("[^~]"), "isolated"), decoders.Fuse())
@@ -140,7 +142,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     ),
     "bytes in Python": ByT5Tokenizer,
 }
-LOSE_SPACES = ("word piece", "word piece, tidied", "suffixes", "words")
+LOSE_SPACES = ("word piece", "words, tidied", "suffixes", "words")
 """These have no ids for a space at the end of a text, nor for a word without a space before it."""
 
 
@@ -300,7 +302,7 @@ def test_turns_and_replies_are_one_text(make_trainer, make_model, words, monkeyp
     trainer = make_trainer(
         model=make_model(vocab_size=len(words)),
         processing_class=words,
-        reward_funcs=lambda p, completions, **_: [float(len(text)) for text in completions],
+        reward_funcs=lambda p, completions, **_: [StepRewards([(0, 7, 1.0), (1, 5, 2.0)])],  # " friend", " long"
         respond=lambda messages: reply,
         stop_token_ids=(words.eos_token_id,),
         stop_strings=(" day",),
@@ -319,6 +321,10 @@ def test_turns_and_replies_are_one_text(make_trainer, make_model, words, monkeyp
     assert rollout.completions == [f" friend was{reply} long."]
     assert [m["content"] for m in rollout.conversations[0]] == ["lily and her", " friend was", reply, " long."]
     assert rollout.response_ids[0][~rollout.mask[0]].tolist() == behind(words, reply)
+    first, second = len(behind(words, " friend")), len(behind(words, " long"))
+    places = rollout.mask[0].nonzero().flatten()[[first - 1, 0]].tolist()
+    places[1] = int((rollout.mask[0] & (rollout.turns[0] == 1)).nonzero()[second - 1])
+    assert rollout.token_scores[0].nonzero().flatten().tolist() == places
 
 
 def test_generate_writes_what_training_read(make_model, words, script, tmp_path):
