@@ -32,7 +32,8 @@ class OwnArrays(gymnasium.Wrapper):
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Take a step."""
         observation, reward, terminated, truncated, info = self.env.step(action)
-        return copied(observation), copied(reward), terminated, truncated, copied(info)
+        reward = reward if type(reward) is float else copied(reward)
+        return copied(observation), reward, terminated, truncated, copied(info) if info else {}
 
 
 class OneCopy(OwnArrays):
@@ -48,11 +49,15 @@ class OneCopy(OwnArrays):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin an episode."""
-        return self._listening("reset", lambda: super(OneCopy, self).reset(seed=seed, options=options))
+        if "reset" in self._unheard:
+            return self._listening("reset", lambda: super(OneCopy, self).reset(seed=seed, options=options))
+        return super().reset(seed=seed, options=options)
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Take a step."""
-        return self._listening("step", lambda: super(OneCopy, self).step(action))
+        if "step" in self._unheard:
+            return self._listening("step", lambda: super(OneCopy, self).step(action))
+        return super().step(action)
 
     def heard_warnings(self) -> list[Heard]:
         """What was said since the last call of this."""
@@ -70,8 +75,6 @@ class OneCopy(OwnArrays):
         return None if self.env.spec is None else self.env.spec.max_episode_steps
 
     def _listening(self, name: str, call: Callable[[], Any]) -> Any:
-        if name not in self._unheard:
-            return call()
         self._unheard.discard(name)
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
