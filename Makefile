@@ -12,7 +12,7 @@ MUTATION := build/mutation
 MUTATION_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HYPOTHESIS_PROFILE=mutation
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo train-cartpole test test-all soak check lint types docs trl-fields audit mutation clean
+.PHONY: help env demo train-cartpole test test-all test-architectures soak check lint types docs trl-fields audit mutation clean
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -46,6 +46,9 @@ test: check ## Lint, types and the tests
 
 test-all: check ## The same with the long learning runs
 	$(TEST_ENV) $(BIN)/pytest -n 2
+
+test-architectures: env ## Every causal architecture of transformers, tiny: right or refused; writes the table of docs/models.md
+	$(TEST_ENV) $(BIN)/python -P tests/architectures.py --write docs/models.md
 
 soak: env ## Kill a tiny run of each frontend at each of its file-system steps, then 200 times at random; a few minutes
 	$(TEST_ENV) $(BIN)/python -P tests/soak.py matrix
