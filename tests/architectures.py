@@ -114,7 +114,7 @@ def gaps(trainer: PPOTrainer, start: Any, rollout: Any) -> dict[str, float]:
             with use_adapter(actor.policy, actor.value_adapter):
                 states = alone(reader.model, reader.states_from, rollout, row)[1]
         values = actor.value_head(states)[:, 0]
-        largest = max(largest, float(states.abs().max()))
+        largest = max(largest, float((states.abs() @ actor.value_head.weight.abs().T).max()))
         for name, got, want in (
             ("log-probs", rollout.logprobs, expected),
             ("reference", rollout.ref_logprobs, expected),

@@ -93,6 +93,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {**_MAMBA2, **_HALF_LINEAR, "shared_intermediate_size": 32},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": _HALF_LINEAR,
+    "longcat_flash": {"head_dim": 8},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8},
@@ -177,9 +178,11 @@ def tiny_config(name: str) -> PretrainedConfig:
 
 def _sizes(config: PretrainedConfig) -> dict[str, Any]:
     known = config.to_dict().keys() | config.attribute_map.keys()
-    if "qk_rope_head_dim" in known:
-        known -= {"head_dim"}  # latent attention derives it
-    return {key: value for key, value in _SMALL.items() if key in known}
+    sizes = {key: value for key, value in _SMALL.items() if key in known}
+    if "qk_rope_head_dim" in known:  # latent attention derives the one, and has as many of the other as of queries
+        sizes = {**sizes, "num_key_value_heads": 4}
+        sizes.pop("head_dim", None)
+    return sizes
 
 
 def tiny_model(name: str) -> PreTrainedModel:
