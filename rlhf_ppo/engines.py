@@ -58,14 +58,19 @@ def choose_engine(
 
 
 def _try_out(engine: Sampler, model: ActorCritic, device: torch.device) -> None:
-    """Two short responses, whose log-probs a full forward pass must confirm."""
-    ids = torch.tensor([[0, 0, 1], [2, 3, 1]], device=device)
-    mask = torch.tensor([[False, False, True], [True, True, True]], device=device)
+    """Two responses, whose log-probs and entropies a full forward pass must confirm."""
+    if not (model.reader.pads_left and model.reader.keeps_states):
+        raise GenerationError("it cannot decode from a cache beside padded prompts")
+    ids = model.reader.probe_ids().repeat(2, 1)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[0, :5] = False
     generator = torch.Generator(device).manual_seed(0)
-    sampled = engine(model, ids, mask, max_new_tokens=4, temperature=1.0, stop_token_ids=(), generator=generator)
+    sampled = engine(model, ids, mask, max_new_tokens=6, temperature=1.0, stop_token_ids=(), generator=generator)
     with torch.no_grad():
-        again = model(ids, mask, sampled.response_ids, sampled.mask, entropy=False)
-    gap = float((again.logprobs - sampled.logprobs).abs().max())
+        again = model(ids, mask, sampled.response_ids, sampled.mask)
+    assert again.entropy is not None
+    pairs = ((again.logprobs, sampled.logprobs), (again.entropy, sampled.entropy))
+    gap = max(float((a - b).abs().max()) for a, b in pairs)
     # A model that attends to the wrong tokens is off by whole nats, or by hundredths if it is small; bfloat16, too.
     exact = again.logprobs.dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
     if not gap < (1e-4 * max(1.0, float(again.logprobs.abs().max())) if exact else 0.25):

@@ -97,6 +97,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8},
+    "minicpm3": {"scale_emb": 1, "dim_model_base": 32},
     "minimax": {"layer_types": ["linear_attention", "full_attention"]},
     "nemotron_h": {
         "layers_block_type": ["linear_attention", "full_attention"],
@@ -112,8 +113,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "qwen3_5": {"text_config": _HALF_LINEAR},
     "qwen3_5_moe": {"text_config": _HALF_LINEAR},
     "qwen3_5_moe_text": _HALF_LINEAR,
-    "qwen4_exp": {"text_config": _HALF_LINEAR},
-    "qwen4_exp_text": _HALF_LINEAR,
+    "qwen4_exp": {"text_config": {"layer_types": ["linear_attention", "indexed_attention"]}},
+    "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"]},
     "qwen3_5_text": _HALF_LINEAR,
     "qwen3_next": _HALF_LINEAR,
     "recurrent_gemma": {"num_hidden_layers": 3, "attention_window_size": 8},
