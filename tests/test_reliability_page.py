@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def test_every_fault_has_a_row_and_every_row_a_test():
 
 
 def test_every_kind_of_fault_of_models_tokenizers_and_machines_has_rows_with_tests():
-    assert sorted(set(KINDS)) == list("ABCDEFGHIJ") and KINDS == sorted(KINDS)
+    assert sorted(set(KINDS)) == list("ABCDEFGHIJ") and all(a <= b for a, b in pairwise(KINDS))
     rows = [line for line in PAGE.splitlines() if re.match(r"\| [A-J]\d+ \|", line)]
     assert len(rows) == len(KINDS) and all("](../tests/" in row for row in rows)
 
