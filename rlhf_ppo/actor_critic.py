@@ -60,7 +60,7 @@ class ActorCritic(nn.Module):
         self.reader = Reader(policy, plain=plain)
         self.value_reader = None if value_trunk is None else Reader(value_trunk, plain=plain)
         if critic:
-            self.value_head = nn.Linear((self.value_reader or self.reader).require_width(), 1)
+            self.value_head = nn.Linear((self.value_reader or self.reader).require_width(), 1).eval()
             # A critic that starts at 0 lets the first rollouts be judged by their rewards alone.
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)

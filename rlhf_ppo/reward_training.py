@@ -111,6 +111,8 @@ class RewardTrainingArgs:
     """Show no progress."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.dataset, str):
+            object.__setattr__(self, "dataset", (self.dataset,))
         require_types(self)
         require_weights(self.dataset, self.dataset_weights)
         if not 0 < self.eval_fraction < 1:

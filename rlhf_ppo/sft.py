@@ -119,6 +119,8 @@ class SFTArgs:
     """Show no progress."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.dataset, str):
+            object.__setattr__(self, "dataset", (self.dataset,))
         require_types(self)
         require_weights(self.dataset, self.dataset_weights)
         if (self.prompt_column is None) != (self.completion_column is None):

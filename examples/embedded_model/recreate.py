@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     metrics = sft(args)
     # Openings come from the held-out stories, so that the model never saw how they go on.
-    held_out = hold_out(load_rows(args.dataset), args)["test"]["text"]
+    held_out = hold_out(load_rows(flags.dataset), args)["test"]["text"]
     openings = dict.fromkeys(" ".join(text.split()[:WORDS]) for text in held_out)
     with (Path(args.output_dir) / "story-openings.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"prompt": opening}) + "\n" for opening in openings)
