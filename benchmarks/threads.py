@@ -1,10 +1,10 @@
 """Threads: what one or two of them, and the way they wait for each other, cost on an idle and on a busy machine.
 
-Run:  python benchmarks/threads.py        (about ten minutes; on a machine with nothing else to do)
+Run:  python benchmarks/threads.py        (about twenty minutes; on a machine with nothing else to do)
 PPO iterations of the embedded model and of a GPT-2 of workload M, each in a process of its own. "spins" is how OpenMP
 waits unless told (torch imported before rlhf_ppo), "sleeps" is OMP_WAIT_POLICY=PASSIVE, which this project sets. Busy:
 one process that computes without end for each CPU. Prints the seconds of an iteration over those of one thread on the
-idle machine.
+idle machine, or that it was given up (--limit).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -25,9 +26,6 @@ from typing import Any
 
 WAYS = {"sleeps": "import rlhf_ppo, torch", "spins": "import torch, rlhf_ppo"}
 """The order of the imports decides: libgomp reads its settings once, when torch loads it."""
-
-LIMIT_S = 300.0
-"""A measurement that takes longer is given up and counted as one iteration of this length, which is too kind to it."""
 
 MODELS = ("embedded", "M")
 
@@ -59,7 +57,8 @@ def work(model: str, threads: int, seconds: float) -> None:
     print(json.dumps(took[1:]))
 
 
-def measure(model: str, threads: int, way: str, seconds: float) -> list[float]:
+def measure(model: str, threads: int, way: str, seconds: float, limit: float) -> list[float]:
+    """Seconds of each iteration; infinite where two of them and the start-up were not over within ``limit``."""
     code = f"{WAYS[way]}; from threads import work; work({model!r}, {threads}, {seconds})"
     unset = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
     environment = {name: value for name, value in os.environ.items() if name not in unset}
@@ -67,9 +66,9 @@ def measure(model: str, threads: int, way: str, seconds: float) -> list[float]:
     environment["PYTHONPATH"] = os.pathsep.join((str(here), str(here.parent)))
     command = [sys.executable, "-c", code]
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=LIMIT_S)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=limit)
     except subprocess.TimeoutExpired:
-        return [LIMIT_S]
+        return [math.inf]
     if done.returncode != 0:
         raise SystemExit(done.stderr[-3000:])
     return json.loads(done.stdout.splitlines()[-1])
@@ -93,6 +92,9 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=2, help="times that each is measured, in turns")
     parser.add_argument("--seconds", type=float, default=10.0, help="least time of one, and at least one iteration")
+    parser.add_argument(
+        "--limit", type=float, default=120.0, help="seconds after which one is given up, start-up included"
+    )
     flags = parser.parse_args()
     cases = list(itertools.product(flags.models, (False, True), flags.threads, WAYS))
     took: dict[tuple[str, bool, int, str], list[float]] = {case: [] for case in cases}
@@ -100,13 +102,14 @@ def main() -> None:
         for case in cases:
             model, busy, threads, way = case
             with load((os.cpu_count() or 1) if busy else 0):
-                took[case] += measure(model, threads, way, flags.seconds)
+                took[case] += measure(model, threads, way, flags.seconds, flags.limit)
             print(model, "busy" if busy else "idle", threads, way, [f"{x:.2f}" for x in took[case]], file=sys.stderr)
     print("\n| model | machine | threads | sleeps (this project) | spins (OpenMP's default) |")
     print("|---|---|---|---|---|")
     for model, busy, threads in itertools.product(flags.models, (False, True), flags.threads):
         base = statistics.median(took[model, False, flags.threads[0], "sleeps"])
-        cells = [f"{statistics.median(took[model, busy, threads, way]) / base:.2f}" for way in WAYS]
+        medians = [statistics.median(took[model, busy, threads, way]) for way in WAYS]
+        cells = [f"{x / base:.2f}" if math.isfinite(x) else "given up" for x in medians]
         print(f"| {model} | {'busy' if busy else 'idle'} | {threads} | {' | '.join(cells)} |")
 
 

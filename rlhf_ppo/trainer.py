@@ -398,9 +398,16 @@ class PPOTrainer:
             repo_id: "user/name" or a name among yours; None: the name of ``output_dir``.
             private: of a repository that is new.
             merge_adapter: see :meth:`save_model`.
+        Raises:
+            ValueError: an adapter whose base lies nowhere but beside it, which nobody could load from the hub.
         """
         from huggingface_hub import HfApi
 
+        if hasattr(self.model.policy, "peft_config") and self.parts.base is None and not merge_adapter:
+            raise ValueError(
+                "the model under this adapter is on no hub and in no folder of its own (a changed object, PiSSA and "
+                "its like), so that the adapter alone could not be loaded from the hub: push_to_hub(merge_adapter=True)"
+            )
         api = HfApi()
         repo_id = api.create_repo(repo_id or self.run.path.resolve().name, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:

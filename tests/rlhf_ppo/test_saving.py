@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npz", ".joblib"}
@@ -132,6 +133,26 @@ def test_push_to_hub_uploads_what_save_model_writes(make_trainer, monkeypatch):
     written = sorted(file.name for file in trainer.save_model().iterdir())
     assert calls["files"] == written
     assert {"model.safetensors", "config.json", "tokenizer.json", "value_head.safetensors"} <= set(written)
+
+
+def test_push_to_hub_refuses_an_adapter_whose_base_nobody_could_load(make_trainer, monkeypatch):
+    """The base is an object that no folder holds; the model with the adapter merged in can be loaded by anybody."""
+    pushed: list[list[str]] = []
+
+    class FakeHub:
+        def create_repo(self, repo_id, **options):
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, *, repo_id, folder_path):
+            pushed.append([file.name for file in Path(folder_path).iterdir()])
+
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    trainer = make_trainer(peft_config=LoraConfig(r=2, task_type="CAUSAL_LM", fan_in_fan_out=True))
+    with pytest.raises(ValueError, match=r"the adapter alone could not be loaded .* push_to_hub\(merge_adapter=True\)"):
+        trainer.push_to_hub("me/model")
+    assert pushed == []
+    trainer.push_to_hub("me/model", merge_adapter=True)
+    assert "model.safetensors" in pushed[0] and "adapter_config.json" not in pushed[0]
 
 
 def test_a_run_goes_on_from_a_saved_model(make_trainer, prompts):
