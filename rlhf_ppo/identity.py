@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_ppo.calling import call
 from rlhf_ppo.models import adapter_base, load_policy
 from rlhf_ppo.reading import without_adapter_wrapper
 
@@ -35,7 +36,7 @@ def answers(model: nn.Module, *, grad: bool = False) -> Tensor:
     first, vocabulary = next(model.parameters()), int(model.eval().config.get_text_config().vocab_size)  # pyright: ignore
     ids = torch.arange(1, 9, device=first.device)[None] * 7 % vocabulary
     with torch.set_grad_enabled(grad), torch.autocast(first.device.type, enabled=False):
-        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float().cpu()
+        return call(model, ids).logits[0].float().cpu()
 
 
 def difference(one: Tensor, other: Tensor) -> float:

@@ -67,18 +67,27 @@ def make_adapter(model: Any, config: Any) -> Adapted:
     """Give a model an adapter by ``get_peft_model``, and find out by a few tokens what became of its base.
 
     Raises:
-        ValueError: the adapter cannot be merged, or bears a layer's name.
+        ValueError: the adapter cannot be merged, bears a layer's name, or does not work on this model.
     """
     from peft import get_peft_model
 
     before = answers(model)
     policy = get_peft_model(model, config)
     require_own_adapter(policy)
-    on = answers(policy)
-    with without_adapters(policy):
-        off = answers(policy, grad=True)
-    trained = [p for p in policy.parameters() if p.requires_grad] if off.requires_grad else []
-    reached = torch.autograd.grad(off.sum(), trained, allow_unused=True) if trained else ()
+    try:
+        on = answers(policy)
+        with without_adapters(policy):
+            off = answers(policy, grad=True)
+        trained = [p for p in policy.parameters() if p.requires_grad] if off.requires_grad else []
+        reached = torch.autograd.grad(off.sum(), trained, allow_unused=True) if trained else ()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a router that is a linear layer and returns a tuple, and the like
+        raise ValueError(
+            f"this peft_config does not work on {model.config.model_type!r} ({type(model).__name__}): "
+            f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}. Name the layers that get the adapter in "
+            "target_modules (--lora-target-modules), without those that are no plain products"
+        ) from error
     return Adapted(
         policy,
         changed=not difference(off.detach(), before) <= _SAME,

@@ -70,6 +70,13 @@ def test_f_each_kind_of_architecture_is_what_it_is_alone(kind, tmp_path):
     assert any("slow" in line for line in found["warned"]) == (KINDS[kind][1] == "reads again")
 
 
+def test_f_an_adapter_that_peft_puts_on_a_router_is_refused_by_the_models_name(tmp_path):
+    """Llama 4's router is a linear layer that returns a tuple; PEFT's all-linear takes it for an ordinary one."""
+    found = SWEEP["try_variant"]("llama4_text", "lora", str(tmp_path), {})
+    assert found["outcome"] == "refused", found
+    assert "peft_config does not work on 'llama4_text'" in found["why"] and "target_modules" in found["why"]
+
+
 @pytest.mark.parametrize(
     ("kind", "variant"),
     [
