@@ -15,6 +15,7 @@ from torch import Tensor
 from classic.changes import still_moved
 from classic.envs import Episode
 from classic.saving import freeze, frozen_parameters, in_force, layer_types, spaces
+from classic.spaces import scales_parts
 from rlhf_ppo.runtime.checkpoint import Checkpoint, CheckpointError, as_json, write_checkpoint
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.unchanged import require_unchanged
@@ -92,6 +93,11 @@ def load_checkpoint(agent: PPO, checkpoint: Checkpoint, total: int, *, override:
     fingerprints = {"env_id": agent.env_id, **spaces(agent)}
     require_unchanged(checkpoint, settings=settings, fingerprints=fingerprints, free=FREE, override=override)
     tensors, state = checkpoint.tensors, checkpoint.state
+    if "layers" not in state and scales_parts(agent.envs.observation_space):
+        raise CheckpointError(
+            f"checkpoint {checkpoint.folder} is of an earlier version, which gave the network the images inside its "
+            "observations unscaled: start the run again in another folder"
+        )
     other_layers = state.get("layers", layer_types(agent)) != layer_types(agent)
     if other_layers or _shapes(agent.network.state_dict()) != _shapes(tensors["model"]):
         raise CheckpointError(

@@ -11,7 +11,7 @@ from gymnasium.spaces import Box, Dict, MultiBinary, Tuple
 from classic.spaces import ActionLayout, observation_shape
 
 NAMES = ("action_mask", "action_masks", "mask")
-"""Keys of a Dict that name a mask."""
+"""Keys of a Dict that name a mask; "mask" alone does where it holds whole numbers."""
 LOOKALIKES = ("mask", "legal", "avail", "valid")
 """What the name of a mask holds under another convention."""
 
@@ -43,6 +43,9 @@ def _zeros_and_ones(space: gymnasium.Space, name: str = "", start: int = 0) -> I
             yield from _zeros_and_ones(part, str(key), start)
             start += int(np.prod(observation_shape(part, name)))
     elif isinstance(space, MultiBinary) or (
-        isinstance(space, Box) and (space.low == 0).all() and (space.high == 1).all()
+        isinstance(space, Box)
+        and (space.low == 0).all()
+        and (space.high == 1).all()
+        and (name != "mask" or np.issubdtype(space.dtype, np.integer) or space.dtype == np.bool_)
     ):
         yield name, slice(start, start + int(np.prod(space.shape)))

@@ -16,6 +16,7 @@ from torch import Tensor
 from classic.changes import still_moved, with_changes
 from classic.config import PPOArgs
 from classic.making import EnvLike
+from classic.spaces import scales_parts
 from rlhf_ppo import __version__
 from rlhf_ppo.runtime.checkpoint import list_checkpoints
 from rlhf_ppo.runtime.files import replacing_files
@@ -95,6 +96,11 @@ def load(cls: type[PPO], folder: str | Path, env: EnvLike | None, changes: Mappi
         raise ValueError(
             f"environment {agent.env_id!r} has changed since {folder} was saved: spaces were {saved_spaces}, "
             f"now {spaces(agent)}"
+        )
+    if layers is None and scales_parts(agent.envs.observation_space):
+        raise ValueError(
+            f"the agent in {folder} is of an earlier version, which gave the network the images inside its "
+            "observations unscaled: train it again"
         )
     if layers is not None and layers != layer_types(agent):
         warnings.warn(

@@ -92,6 +92,14 @@ def observation_shape(space: gymnasium.Space, where: str) -> tuple[int, ...]:
     return (features,)
 
 
+def scales_parts(space: gymnasium.Space) -> bool:
+    """Whether a Dict or Tuple has an array inside that is scaled as an image; earlier versions did not."""
+    if not isinstance(space, (Dict, Tuple)):
+        return False
+    parts = space.spaces.values() if isinstance(space, Dict) else space.spaces
+    return any(image_layout(part) is not None or scales_parts(part) for part in parts)
+
+
 def observation_encoder(space: gymnasium.Space) -> Encoder:
     """The function from a batch of observations, as vector environments return it, to one array [B, *shape].
 
@@ -188,7 +196,7 @@ def _num_features(space: gymnasium.Space, where: str) -> int:
     if isinstance(space, (Dict, Tuple)):
         parts = space.spaces.values() if isinstance(space, Dict) else space.spaces
         for part in parts:
-            if image_layout(part) is not None and part.dtype == np.uint8:
+            if len(part.shape or ()) == 3 and image_layout(part) is not None and part.dtype == np.uint8:
                 raise ValueError(
                     f"{where}: {_kind(space)} observations with the image {_kind(part)} inside are not supported: keep "
                     "the image alone (FilterObservation), or shrink it below "

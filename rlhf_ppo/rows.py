@@ -79,7 +79,9 @@ class Rows:
                 for k, i in wanted:
                     found[k] = {name: _copy(part[i].get(own)) for name, own in columns.items()}
             elif wanted:
-                table: Any = part.select_columns([*columns.values()])[[i for _, i in wanted]]
+                # A transform of the user's may read other columns than it gives.
+                whole = part.format["type"] == "custom"
+                table: Any = (part if whole else part.select_columns([*columns.values()]))[[i for _, i in wanted]]
                 for row, (k, _) in enumerate(wanted):
                     found[k] = {name: _chat_without_blanks(table[own][row]) for name, own in columns.items()}
         return found

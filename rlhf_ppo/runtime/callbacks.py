@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -15,9 +16,10 @@ def require_callbacks(callbacks: Any, arguments: str) -> list[Any]:
     Raises:
         ValueError: it is no list, or one of them cannot be called like that; says which.
     """
-    if callbacks is not None and not isinstance(callbacks, (list, tuple)):
+    if callbacks is not None and (isinstance(callbacks, (str, Mapping)) or not isinstance(callbacks, Iterable)):
         raise ValueError(f"callbacks must be a list of functions of ({arguments}), got {callbacks!r}")
-    for i, callback in enumerate(callbacks or ()):
+    found = [] if callbacks is None else list(callbacks)
+    for i, callback in enumerate(found):
         if isinstance(callback, type) or not callable(callback):
             raise ValueError(f"callbacks[{i}] must be a function of ({arguments}), got {callback!r}")
         try:
@@ -28,7 +30,7 @@ def require_callbacks(callbacks: Any, arguments: str) -> list[Any]:
             signature.bind(*arguments.split(", "))
         except TypeError as error:
             raise ValueError(f"callbacks[{i}] is called with ({arguments}), but takes {signature}: {error}") from None
-    return list(callbacks or ())
+    return found
 
 
 def callback_name(callback: Any) -> str:

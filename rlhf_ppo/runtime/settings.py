@@ -160,11 +160,11 @@ def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, descr
                     from_yaml += _as_flag(key, value)
         else:
             flags.append(word)
-    given = _grouped(flags, cls)
+    before, given = _grouped(flags, cls)
     refuse(cls, given)
     settings = tyro.cli(
         cls,
-        args=[*words, *from_yaml, *_spelt_out(list(itertools.chain(*given.values())), cls)],
+        args=[*words, *before, *from_yaml, *_spelt_out(list(itertools.chain(*given.values())), cls)],
         prog=prog,
         description=(description or "")
         + (" Settings may also come from a YAML file: --config FILE (flags win over it)." if yaml_allowed else ""),
@@ -174,15 +174,18 @@ def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, descr
     return dataclasses.replace(cast(Any, settings), **held) if held else settings
 
 
-def _grouped(flags: Sequence[str], cls: type) -> dict[str, list[str]]:
-    """Setting -> its flag and values. ``--prompt a --prompt b`` is ``--prompt a b``, where a setting takes several.
+def _grouped(flags: Sequence[str], cls: type) -> tuple[list[str], dict[str, list[str]]]:
+    """The words before the first flag, and setting -> its flag and values.
+
+    ``--prompt a --prompt b`` is ``--prompt a b``, where a setting takes several.
 
     Raises:
         ValueError: a flag of one value is there twice: neither value is more likely meant than the other.
     """
     hints, aliases = typing.get_type_hints(cls), _aliases(cls)
     groups: dict[str, list[str]] = {}
-    group: list[str] = []
+    before: list[str] = []
+    group = before
     for word in flags:
         if not word.startswith("--"):
             group.append(word)
@@ -198,7 +201,7 @@ def _grouped(flags: Sequence[str], cls: type) -> dict[str, list[str]]:
         if "=" in group[0]:
             group[:1] = group[0].split("=", 1)
         group += [value] if equals else []
-    return groups
+    return before, groups
 
 
 def _takes_several(hint: Any) -> bool:

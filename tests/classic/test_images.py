@@ -108,6 +108,16 @@ def test_an_agent_that_saw_them_flattened_is_refused_in_words(small, tmp_path):
         classic.PPO.load(tmp_path, env=lambda: Shown(space))
 
 
+def test_an_agent_that_saw_them_unscaled_inside_a_dict_is_refused_in_words(small, tmp_path):
+    space = Dict(cam=Box(0, 255, (H, W, 3), np.float32), v=Box(-1, 1, (2,)))
+    classic.PPO(lambda: Shown(space), small()).save(tmp_path)
+    content = json.loads((tmp_path / "agent.json").read_text())
+    del content["layers"]
+    (tmp_path / "agent.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"earlier version, which gave the network the images .* unscaled"):
+        classic.PPO.load(tmp_path, env=lambda: Shown(space))
+
+
 def test_an_agent_saved_without_the_newer_settings_is_loaded(small, tmp_path):
     agent = classic.PPO("CartPole-v1", small()).learn(64)
     agent.save(tmp_path)

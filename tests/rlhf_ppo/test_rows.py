@@ -109,3 +109,13 @@ def test_the_digest_of_data_is_what_it_was_for_rows_in_python_and_in_arrow(token
 def test_column_names_that_are_no_text_are_refused():
     with pytest.raises(ValueError, match="the names of train_dataset's columns must be text, got 3"):
         as_rows([{"prompt": "a", 3: "b"}], "train_dataset")
+
+
+def test_a_transform_of_the_users_reads_the_columns_that_it_needs():
+    rows = Dataset.from_list([{"prompt": "a", "x": 1}, {"prompt": "b", "x": 2}])
+
+    def both(batch):
+        return {"prompt": [f"{p}{x}" for p, x in zip(batch["prompt"], batch["x"], strict=True)]}
+
+    changed = rows.with_transform(both)
+    assert as_rows(changed)["prompt"] == ["a1", "b2"]

@@ -160,6 +160,26 @@ def test_a_flag_that_is_repeated_collects_values_or_is_refused(yaml):
         parse("--config", file, f"--config={file}")
 
 
+@dataclass(frozen=True)
+class Placed:
+    """Do it in a folder."""
+
+    folder: tyro.conf.Positional[str]
+    """A folder."""
+    seed: int = 0
+    """A seed."""
+
+
+def test_words_before_the_first_flag_are_not_lost(yaml, capsys):
+    file = yaml("seed: 3")
+    assert parse_settings(Placed, ["--config", file, "here"], prog="x") == Placed("here", 3)
+    for words, said in ((["here", "-h"], "A seed."), (["here", "-seed", "3", "--seed", "4"], "-seed")):
+        with pytest.raises(SystemExit):
+            parse_settings(Placed, words, prog="x")
+        out = capsys.readouterr()
+        assert said in out.out + out.err
+
+
 def test_two_names_of_one_flag_are_the_same_flag():
     @dataclass(frozen=True, kw_only=True)
     class Named:
