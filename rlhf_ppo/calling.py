@@ -32,6 +32,12 @@ def call(
     return model(input_ids=ids, attention_mask=mask, **kwargs)
 
 
+def probe_ids(model: nn.Module, length: int = 8) -> Tensor:
+    """Return token ids [1, length] of the model's vocabulary to look at it with, on its device."""
+    vocabulary = int(without_adapter_wrapper(model).config.get_text_config().vocab_size)
+    return torch.arange(1, length + 1, device=next(model.parameters()).device)[None] * 7 % vocabulary
+
+
 def accepts(model: nn.Module, name: str) -> bool:
     """Whether the model's forward pass has an argument of that name; "kwargs": whether it takes any."""
     return name in _forward_parameters(type(without_adapter_wrapper(model)))

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_ppo.calling import call
+from rlhf_ppo.calling import call, probe_ids, without_adapter_wrapper
 from rlhf_ppo.models import adapter_base, load_policy
-from rlhf_ppo.reading import without_adapter_wrapper
 
 OBJECT = "object"
 """How run.json names a model that was given as an object: what that is now called says nothing about its weights."""
@@ -33,9 +32,8 @@ def answers(model: nn.Module, *, grad: bool = False) -> Tensor:
         model: in evaluation mode from here on: dropout would answer otherwise each time.
         grad: let them carry gradients.
     """
-    first, vocabulary = next(model.parameters()), int(model.eval().config.get_text_config().vocab_size)  # pyright: ignore
-    ids = torch.arange(1, 9, device=first.device)[None] * 7 % vocabulary
-    with torch.set_grad_enabled(grad), torch.autocast(first.device.type, enabled=False):
+    ids = probe_ids(model.eval())
+    with torch.set_grad_enabled(grad), torch.autocast(ids.device.type, enabled=False):
         return call(model, ids).logits[0].float().cpu()
 
 

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear
 
 from rlhf_ppo.cache import TokenCache, preallocated_cache
-from rlhf_ppo.calling import accepts, call, noting_states, states_of, without_adapter_wrapper
+from rlhf_ppo.calling import accepts, call, noting_states, probe_ids, states_of, without_adapter_wrapper
 from rlhf_ppo.core import Ban, entropy_from_logits, linear_logprobs, token_logprobs
 from rlhf_ppo.core.logprobs import project
 from rlhf_ppo.limits import Barred
@@ -303,9 +303,7 @@ class Reader:
 
     def probe_ids(self, length: int = 8) -> Tensor:
         """Token ids [1, length] to look at the model with."""
-        device = next(self.model.parameters()).device
-        vocabulary = int(self.config.get_text_config().vocab_size)
-        return torch.arange(1, length + 1, device=device)[None] * 7 % vocabulary
+        return probe_ids(self.model, length)
 
     def _probe(self, ids: Tensor, positions: Tensor, index: Tensor | None) -> Tensor:
         if self.head is not None or not self.has_head:

@@ -140,11 +140,6 @@ def interleave(parts: Sequence[Rows], probabilities: Sequence[float], seed: int)
     return join(parts).select(order["number"])
 
 
-def row_names(rows: RowSource) -> list[str]:
-    """What messages call each row."""
-    return list(as_rows(rows).names)
-
-
 def require_column(rows: Rows, column: str) -> None:
     """Raise a ValueError that lists the columns and the closest match unless ``column`` is there."""
     if column in rows.column_names:

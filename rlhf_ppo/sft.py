@@ -384,7 +384,7 @@ def _train(args: SFTArgs) -> dict[str, float]:
             per_device_train_batch_size=args.batch_size,
             learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=fit_warmup(args.warmup_steps, steps),
+            warmup_steps=fit_warmup(args.warmup_steps, steps, quiet=args.quiet),
             weight_decay=args.weight_decay,
             train_sampling_strategy="group_by_length",
             logging_strategy="no",

@@ -7,7 +7,6 @@ import json
 import pytest
 
 from rlhf_ppo.mixing import load_mixture
-from rlhf_ppo.rows import row_names
 
 
 @pytest.fixture
@@ -45,8 +44,8 @@ def test_weights_are_proportions_from_the_start_and_no_row_is_there_twice(two):
 @pytest.mark.parametrize("weights", [None, (0.5, 0.5)])
 def test_each_row_keeps_the_name_of_its_data_set_and_its_number_there(two, weights):
     rows = load_mixture(two, weights=weights).train_test_split(0.5, seed=0)["test"]
-    assert row_names(rows) == [f"{two[row['prompt'][0] == 'b']} row {row['n']}" for row in rows]
-    assert row_names(load_mixture(two[0], "train[5:]"))[0] == f"{two[0]}, train[5:], row 0"
+    assert rows.names == [f"{two[row['prompt'][0] == 'b']} row {row['n']}" for row in rows]
+    assert load_mixture(two[0], "train[5:]").names[0] == f"{two[0]}, train[5:], row 0"
 
 
 def test_the_order_depends_on_the_seed_alone(two):

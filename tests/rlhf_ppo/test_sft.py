@@ -330,6 +330,8 @@ def test_a_warm_up_longer_than_the_run_is_shortened_with_a_line(quick, data, arc
     metrics = sft(quick(dataset=data, architecture=architecture, warmup_steps=1000))
     assert metrics["eval/loss_nats_per_token"] < 0.9 * math.log(290)
     assert "warmup_steps=1000 is more than the run's 14 optimizer steps: shortened to 1\n" in capsys.readouterr().out
+    sft(quick(dataset=data, architecture=architecture, warmup_steps=1000, num_epochs=0.1, quiet=True))
+    assert "warmup_steps" not in capsys.readouterr().out
 
 
 def test_a_disk_that_fills_leaves_the_old_model_and_the_new_one_elsewhere(
