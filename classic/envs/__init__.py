@@ -1,0 +1,1 @@
+"""Environments: making and stepping them, spaces, masks, normalisation."""

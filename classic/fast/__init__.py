@@ -1,0 +1,1 @@
+"""Shortcuts: the same numbers as the plain way, faster."""

@@ -1,0 +1,1 @@
+"""Networks: layers, distributions over actions, actor and critic."""

@@ -1,0 +1,1 @@
+"""Settings: nine groups by theme, and RLHFConfig, which is all of them."""

@@ -1,0 +1,1 @@
+"""Kernels: the same numbers as the plain functions, without holding [N, V]."""

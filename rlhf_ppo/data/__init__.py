@@ -1,0 +1,1 @@
+"""Data: rows from files and the hub, mixtures, prompts, preferences, chats."""

@@ -1,0 +1,1 @@
+"""Generation: sampling responses, and conversations with environments."""

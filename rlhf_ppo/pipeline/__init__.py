@@ -1,0 +1,1 @@
+"""Pipeline: what the commands do."""

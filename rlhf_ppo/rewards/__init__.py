@@ -1,0 +1,1 @@
+"""Rewards: functions, reward models and servers, and the scores that they give."""

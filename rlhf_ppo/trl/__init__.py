@@ -1,0 +1,1 @@
+"""Coming from TRL: where its arguments went."""
