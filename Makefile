@@ -59,10 +59,10 @@ docs: env ## Make the pages of metrics, tuning and settings, and the tables of d
 	$(BIN)/python -m rlhf_ppo.runtime.advice > docs/tuning.md
 	$(BIN)/python -m rlhf_ppo.settings_page > docs/settings.md
 	$(BIN)/python -m classic.settings_page > docs/classic-settings.md
-	$(BIN)/python -m rlhf_ppo.trl_fields docs/migrating-from-trl.md
+	$(BIN)/python -m rlhf_ppo.trl.fields docs/migrating-from-trl.md
 
 trl-fields: ## Read the field list of TRL 1.12's PPO arguments again, with an interpreter that has trl: make trl-fields PEER=...
-	$(PEER) tests/rlhf_ppo/dump_trl_fields.py > build/trl-fields.json
+	$(PEER) tests/rlhf_ppo/trl/dump_trl_fields.py > build/trl-fields.json
 	mv build/trl-fields.json rlhf_ppo/assets/trl-1.12-ppo-fields.json
 
 audit: ## Known holes in the pinned versions, asked of PyPI's vulnerability service
@@ -84,9 +84,9 @@ mutation: ## Mutation testing of rlhf_ppo/core in a copy, about half an hour on 
 	sed -i '/^    @once_differentiable$$/d' $(MUTATION)/tree/rlhf_ppo/core/logprobs.py
 	printf '\n\n_LinearLogprobs.backward = staticmethod(once_differentiable(_LinearLogprobs.backward))\n' \
 		>> $(MUTATION)/tree/rlhf_ppo/core/logprobs.py
-	sed -i '/^    @once_differentiable$$/d' $(MUTATION)/tree/rlhf_ppo/core/exact_kl.py
+	sed -i '/^    @once_differentiable$$/d' $(MUTATION)/tree/rlhf_ppo/core/kernels/linear_kl.py
 	printf '\n\n_LinearKL.backward = staticmethod(once_differentiable(_LinearKL.backward))\n' \
-		>> $(MUTATION)/tree/rlhf_ppo/core/exact_kl.py
+		>> $(MUTATION)/tree/rlhf_ppo/core/kernels/linear_kl.py
 	cd $(MUTATION)/tree && PATH=$(CURDIR)/$(MUTATION)/venv/bin:$$PATH $(MUTATION_ENV) mutmut run --max-children 1
 	cd $(MUTATION)/tree && $(CURDIR)/$(MUTATION)/venv/bin/mutmut results
 

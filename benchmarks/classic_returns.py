@@ -21,7 +21,7 @@ import numpy as np
 from classic_speed import peer_python
 
 import classic
-from classic.comparison import RESULT, Variant, compare, draw_learning_curve
+from classic.compare import RESULT, Variant, compare, draw_learning_curve
 from classic.statistics import bootstrap_iqm, mean_and_error
 
 # Published results (mean +- spread as given there), with their source.

@@ -19,7 +19,7 @@ import torch
 from speed_worker import trainer_for
 from speed_workloads import WORKLOADS, make_prompts
 
-import rlhf_ppo.update
+import rlhf_ppo.training.update
 
 
 def timed(call: Callable[..., Any], took: list[float]) -> Callable[..., Any]:
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--workload", choices=tuple(WORKLOADS), default="S")
     parser.add_argument("--updates", type=int, default=4)
     args = parser.parse_args()
-    work, module = WORKLOADS[args.workload], rlhf_ppo.update
+    work, module = WORKLOADS[args.workload], rlhf_ppo.training.update
     torch.set_num_threads(1)
     checks: list[float] = []
     updates: list[float] = []

@@ -23,9 +23,9 @@ from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrai
 from transformers.utils import logging
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
-from rlhf_ppo.adapters import lora_config
-from rlhf_ppo.data_files import load_rows
-from rlhf_ppo.demo import HELD_OUT, OPENINGS
+from rlhf_ppo.data.files import load_rows
+from rlhf_ppo.models.lora import lora_config
+from rlhf_ppo.pipeline.demo import HELD_OUT, OPENINGS
 
 WORK = WORKLOADS["M"]  # GPT-2, 6 layers x 384, vocabulary 50257, random weights
 ARRANGEMENTS = {
@@ -117,7 +117,7 @@ def quality_of(critic: str, seed: int, episodes: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = PPOTrainer(
             model="embedded",
-            reward_funcs="rlhf_ppo.toy_rewards:positive_sentiment",
+            reward_funcs="rlhf_ppo.rewards.toy:positive_sentiment",
             value_model=CRITICS[critic].get("value_model"),
             peft_config=lora_config(8, target_modules=("all-linear",)),
             args=RLHFConfig(

@@ -34,7 +34,7 @@ def make_trainer(model: str, folder: str) -> Any:
     from speed_worker import trainer_for
     from speed_workloads import WORKLOADS
 
-    from rlhf_ppo.demo import DemoArgs, demo_trainer
+    from rlhf_ppo.pipeline.demo import DemoArgs, demo_trainer
 
     if model == "embedded":
         return demo_trainer(DemoArgs(output_dir=folder))

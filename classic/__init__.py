@@ -3,10 +3,10 @@
 import rlhf_ppo  # noqa: F401 - before torch, whose threads it tells how to wait
 
 # isort: split
-import classic.no_velocity  # noqa: F401 - registers its environment
+import classic.envs.no_velocity  # noqa: F401 - registers its environment
 from classic.config import PPOArgs
-from classic.making import BrokenEnvironmentError
-from classic.train import PPO
+from classic.envs.making import BrokenEnvironmentError
+from classic.ppo import PPO
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 
 __all__ = ["PPO", "BrokenEnvironmentError", "NonFiniteGradientError", "PPOArgs"]

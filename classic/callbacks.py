@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from classic.train import PPO
+    from classic.ppo import PPO
 
 Callback = Callable[["PPO", Mapping[str, float]], "bool | None"]
 """Decides by the agent's counters alone, so that a resumed run calls it where the run that never stopped did."""

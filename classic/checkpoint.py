@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from classic.changes import still_moved
-from classic.envs import Episode
-from classic.saving import freeze, frozen_parameters, in_force, layer_types, spaces
-from classic.spaces import scales_parts
+from classic.envs.environments import Episode
+from classic.envs.spaces import scales_parts
+from classic.save import freeze, frozen_parameters, in_force, layer_types, spaces
 from rlhf_ppo.runtime.checkpoint import Checkpoint, CheckpointError, as_json, write_checkpoint
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.unchanged import require_unchanged
 
 if TYPE_CHECKING:
-    from classic.train import PPO
+    from classic.ppo import PPO
 
 FREE = ("output_dir", "quiet", "num_threads", "save_every", "save_total_limit", "report_to", "eval_envs")
 """Settings that may differ when a run goes on."""

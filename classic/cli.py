@@ -15,11 +15,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from classic import comparison
+from classic import compare as comparison
 from classic.callbacks import evaluate_every, stop_at_return
 from classic.config import PPOArgs
-from classic.making import BrokenEnvironmentError
-from classic.train import PPO
+from classic.envs.making import BrokenEnvironmentError
+from classic.ppo import PPO
 from classic.video import record_video
 from rlhf_ppo.runtime.advice import AdviseArgs, print_advice
 from rlhf_ppo.runtime.checkpoint import list_checkpoints

@@ -14,8 +14,8 @@ import numpy as np
 import yaml
 
 from classic.config import PPOArgs
+from classic.ppo import PPO
 from classic.statistics import bootstrap_iqm, mean_and_error
-from classic.train import PPO
 from rlhf_ppo.runtime.files import read_json
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.settings import as_type

@@ -8,15 +8,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, get_args
 
-from classic.actor_critic import LOG_STD_RANGE
-from classic.making import Vectorization
-from classic.networks import ACTIVATIONS
-from classic.other_names import SETTINGS
+from classic.envs.making import Vectorization
+from classic.envs.spaces import ActionLayout
+from classic.name_hints import SETTINGS
+from classic.networks.actor_critic import LOG_STD_RANGE
+from classic.networks.layers import ACTIVATIONS
 from classic.preset_files import preset as preset_of
-from classic.spaces import ActionLayout
 from rlhf_ppo.core import PPOConfig
 from rlhf_ppo.core.config import Objective
-from rlhf_ppo.core.typed import require_types
+from rlhf_ppo.core.validation import require_types
 from rlhf_ppo.runtime.names import refuse_unknown_settings
 from rlhf_ppo.runtime.trackers import check_trackers
 

@@ -11,12 +11,12 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict, Tuple
 
-from classic.images import unscaled
-from classic.observed_masks import unread_masks
+from classic.envs.images import unscaled
+from classic.envs.observed_masks import unread_masks
 
 if TYPE_CHECKING:
     from classic.config import PPOArgs
-    from classic.envs import Environments
+    from classic.envs.environments import Environments
 
 REACH = 3.0
 """Standard deviations within which a Gaussian policy explores."""

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from classic.actor_critic import ActorCritic
-from classic.envs import Environments, Episode
+from classic.envs.environments import Environments, Episode
+from classic.networks.actor_critic import ActorCritic
 from classic.seeds import derive_seeds
 from rlhf_ppo.runtime.signals import stop_if_asked
 

@@ -12,7 +12,7 @@ from rlhf_ppo.core import Experience, PPOConfig, masked_whiten
 from rlhf_ppo.runtime.explain import Explanation, explain_actions
 
 if TYPE_CHECKING:
-    from classic.train import PPO
+    from classic.ppo import PPO
 
 
 @torch.no_grad()

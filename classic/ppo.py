@@ -15,27 +15,27 @@ import gymnasium
 import numpy as np
 import torch
 
-from classic import saving
-from classic.actor_critic import ActorCritic
+from classic import save as saving
 from classic.callbacks import Callback, run_callbacks
 from classic.changes import OF_COPIES, OF_WEIGHTS, differing, still_moved
-from classic.checkpoints import Progress, load_checkpoint, save_checkpoint
+from classic.checkpoint import Progress, load_checkpoint, save_checkpoint
 from classic.config import PPOArgs
 from classic.environment_warnings import warn_before_training
-from classic.envs import Environments, Episode
+from classic.envs.environments import Environments, Episode
+from classic.envs.making import EnvLike, env_name
+from classic.envs.normalization import Normalizer
+from classic.envs.task import identify
 from classic.evaluation import MAX_COPIES, MAX_STEPS, evaluate_policy
-from classic.explanation import explain_rollout
-from classic.flat import FlatAdam, FlatParameters, trained
-from classic.gradients import gradient_method
-from classic.making import EnvLike, env_name
-from classic.normalization import Normalizer
+from classic.explain import explain_rollout
+from classic.fast.flat import FlatAdam, FlatParameters, trained
+from classic.fast.gradients import gradient_method
+from classic.networks.actor_critic import ActorCritic
 from classic.prediction import predict
 from classic.preset_files import preset_ids
 from classic.report import draw_curve, run_metrics, show_progress
 from classic.rollout import Estimate, Rollout, collect, estimate_advantages
-from classic.saving import in_force
+from classic.save import in_force
 from classic.seeds import derive_seeds
-from classic.task import identify
 from classic.update import update
 from rlhf_ppo.core import PPOConfig
 from rlhf_ppo.runtime.callbacks import require_callbacks

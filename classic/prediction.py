@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from classic.action_masks import mask_row
-from classic.actor_critic import ActorCritic
-from classic.envs import Environments
-from classic.spaces import batch_of_one, is_batch, is_finite, to_env_actions
+from classic.envs.action_masks import mask_row
+from classic.envs.environments import Environments
+from classic.envs.spaces import batch_of_one, is_batch, is_finite, to_env_actions
+from classic.networks.actor_critic import ActorCritic
 
 
 def predict(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from classic.envs import Episode
+from classic.envs.environments import Episode
 from classic.rollout import Estimate
 from rlhf_ppo.core import explained_variance, masked_mean, masked_var
 from rlhf_ppo.runtime.plots import plot_curves

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from classic.acting import acting
-from classic.actor_critic import ActorCritic, Decisions
-from classic.envs import Environments, Episode
-from classic.normalization import Normalizer
+from classic.envs.environments import Environments, Episode
+from classic.envs.normalization import Normalizer
+from classic.fast.acting import acting
+from classic.networks.actor_critic import ActorCritic, Decisions
 from rlhf_ppo.core import PPOConfig, compute_gae
 
 

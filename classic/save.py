@@ -15,14 +15,14 @@ from torch import Tensor
 
 from classic.changes import still_moved, with_changes
 from classic.config import PPOArgs
-from classic.making import EnvLike
-from classic.spaces import scales_parts
+from classic.envs.making import EnvLike
+from classic.envs.spaces import scales_parts
 from rlhf_ppo import __version__
 from rlhf_ppo.runtime.checkpoint import list_checkpoints
 from rlhf_ppo.runtime.files import replacing_files
 
 if TYPE_CHECKING:
-    from classic.train import PPO
+    from classic.ppo import PPO
 
 MODEL, OPTIMIZER, NORMALIZER, AGENT = (
     "model.safetensors",
@@ -36,7 +36,7 @@ def save(agent: PPO, folder: str | Path) -> Path:
     """Write model, optimizer and normalizer (safetensors) and ``agent.json``; each file is replaced as a whole.
 
     Random generators and running episodes are not part of it: training goes on from here, but not bit for bit. What a
-    run goes on from exactly is a checkpoint (:mod:`classic.checkpoints`).
+    run goes on from exactly is a checkpoint (:mod:`classic.checkpoint`).
 
     Raises:
         ValueError: the folder is a file.

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from classic.actor_critic import ActorCritic, Decisions
-from classic.checkpoints import Progress
-from classic.record import UpdateRecord, largest_gap
+from classic.checkpoint import Progress
+from classic.minibatch_record import UpdateRecord, largest_gap
+from classic.networks.actor_critic import ActorCritic, Decisions
 from classic.report import estimate_metrics
 from classic.rollout import Estimate, Rollout, estimate_advantages
 from rlhf_ppo.core import (
@@ -31,7 +31,7 @@ from rlhf_ppo.core import (
 from rlhf_ppo.runtime.errors import NonFiniteGradientError, RatioTripwireError
 
 if TYPE_CHECKING:
-    from classic.train import PPO
+    from classic.ppo import PPO
 
 MAX_SKIPPED_IN_A_ROW = 10
 

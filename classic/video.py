@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import gymnasium
 import numpy as np
 
+from classic.envs.making import CRASHES, BrokenEnvironmentError, make_vector_env
 from classic.evaluation import warn_of_cut
-from classic.making import CRASHES, BrokenEnvironmentError, make_vector_env
 from classic.seeds import derive_seeds
 from rlhf_ppo.runtime.signals import stop_if_asked
 
 if TYPE_CHECKING:
-    from classic.train import PPO
+    from classic.ppo import PPO
 
 INSTALL = "pip install 'rlhf-ppo[video]'"
 MOMENTS = 5

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
-from rlhf_ppo.openenv import Environments
+from rlhf_ppo.generation.environments import Environments
 
 OPENING = 'Tom met {name}. "What pet do you have?" {name} asked. Tom said, "I have a'
 NAMES = "Lily Ben Mia Sam Anna Max Sue Tim Amy Jack Lucy Bob".split()

@@ -2,7 +2,7 @@
 
 What you will see: the address to train with, then one line per request, until Ctrl-C. It starts at once; a reward model
 takes as long as it takes to load.
-Run:   python examples/reward_server.py --reward rlhf_ppo.toy_rewards:dialogue
+Run:   python examples/reward_server.py --reward rlhf_ppo.rewards.toy:dialogue
 Then:  rlhf-ppo train --reward http://127.0.0.1:8000 ...
 With a token in RLHF_PPO_REWARD_TOKEN, here and where you train, nobody else is answered. It listens on this machine
 alone unless --host says otherwise; beyond it, put a proxy that speaks https in front: tokens and texts are readable.
@@ -15,8 +15,8 @@ from __future__ import annotations
 import argparse
 import os
 
-from rlhf_ppo.reward_server import RewardServer
-from rlhf_ppo.rewards import load_reward, reward_name
+from rlhf_ppo.rewards.http_server import RewardServer
+from rlhf_ppo.rewards.loading import load_reward, reward_name
 from rlhf_ppo.runtime.threads import torch_threads
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
-from rlhf_ppo.before_after import print_before_after
-from rlhf_ppo.data_files import load_rows
-from rlhf_ppo.demo import OPENINGS
+from rlhf_ppo.data.files import load_rows
+from rlhf_ppo.pipeline.before_after import print_before_after
+from rlhf_ppo.pipeline.demo import OPENINGS
 
 
 def few_es(prompts, completions, **columns):

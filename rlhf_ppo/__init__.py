@@ -21,23 +21,23 @@ THREADS_SPIN = "torch" in sys.modules and os.environ.keys().isdisjoint(
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
-    from rlhf_ppo.config import RLHFConfig
-    from rlhf_ppo.http_reward import HTTPReward
-    from rlhf_ppo.reward_calls import StepRewards
-    from rlhf_ppo.reward_model import RewardModel
-    from rlhf_ppo.rollout import Rollout
+    from rlhf_ppo.config.rlhf import RLHFConfig
+    from rlhf_ppo.generation.rollout import Rollout
+    from rlhf_ppo.rewards.functions import StepRewards
+    from rlhf_ppo.rewards.http_client import HTTPReward
+    from rlhf_ppo.rewards.reward_model import RewardModel
     from rlhf_ppo.trainer import PPOTrainer
 
 __version__ = "0.1.0"
 __all__ = ["HTTPReward", "PPOTrainer", "RLHFConfig", "RewardModel", "Rollout", "StepRewards", "__version__"]
 
 _HOMES = {
-    "HTTPReward": "rlhf_ppo.http_reward",
+    "HTTPReward": "rlhf_ppo.rewards.http_client",
     "PPOTrainer": "rlhf_ppo.trainer",
-    "RLHFConfig": "rlhf_ppo.config",
-    "RewardModel": "rlhf_ppo.reward_model",
-    "Rollout": "rlhf_ppo.rollout",
-    "StepRewards": "rlhf_ppo.scoring",
+    "RLHFConfig": "rlhf_ppo.config.rlhf",
+    "RewardModel": "rlhf_ppo.rewards.reward_model",
+    "Rollout": "rlhf_ppo.generation.rollout",
+    "StepRewards": "rlhf_ppo.rewards.scoring",
 }
 
 

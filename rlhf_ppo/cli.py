@@ -10,31 +10,31 @@ from typing import Annotated, Any
 
 import tyro
 
-from rlhf_ppo.adapters import lora_config
-from rlhf_ppo.before_after import print_before_after
-from rlhf_ppo.config import RLHFConfig
-from rlhf_ppo.conversation import RespondError
-from rlhf_ppo.core.typed import is_changed
-from rlhf_ppo.demo import DemoArgs, demo, print_paths
-from rlhf_ppo.evaluate import EvaluateArgs, evaluate, print_evaluation
-from rlhf_ppo.generate import GenerateArgs, chat, generate
-from rlhf_ppo.guard import PolicyDriftError
-from rlhf_ppo.identity import SavedModelError
-from rlhf_ppo.library_noise import quiet_libraries
-from rlhf_ppo.migrate import MigrateArgs, join_command_line, migrate
-from rlhf_ppo.mixing import load_mixture, require_weights
-from rlhf_ppo.replay import ReplayArgs, print_replay
-from rlhf_ppo.reward_calls import RewardError
-from rlhf_ppo.reward_training import RewardTrainingArgs, train_reward_model
-from rlhf_ppo.rows import Rows, prompt_rows
+from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.core.validation import is_changed
+from rlhf_ppo.data.mixtures import load_mixture, require_weights
+from rlhf_ppo.data.rows import Rows, prompt_rows
+from rlhf_ppo.generation.multi_turn import RespondError
+from rlhf_ppo.models.identity import SavedModelError
+from rlhf_ppo.models.library_noise import quiet_libraries
+from rlhf_ppo.models.lora import lora_config
+from rlhf_ppo.pipeline.before_after import print_before_after
+from rlhf_ppo.pipeline.demo import DemoArgs, demo, print_paths
+from rlhf_ppo.pipeline.evaluate import EvaluateArgs, evaluate, print_evaluation
+from rlhf_ppo.pipeline.generate import GenerateArgs, chat, generate
+from rlhf_ppo.pipeline.replay import ReplayArgs, print_replay
+from rlhf_ppo.pipeline.reward_training import RewardTrainingArgs, train_reward_model
+from rlhf_ppo.pipeline.sft import SFTArgs, sft
+from rlhf_ppo.rewards.functions import RewardError
 from rlhf_ppo.runtime.advice import AdviseArgs, print_advice
 from rlhf_ppo.runtime.check import CheckArgs, check
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.settings import Command, run_command
 from rlhf_ppo.runtime.signals import Interrupted
-from rlhf_ppo.sft import SFTArgs, sft
+from rlhf_ppo.runtime.user_code import load_function
 from rlhf_ppo.trainer import PPOTrainer, RatioTripwireError
-from rlhf_ppo.user_code import load_function
+from rlhf_ppo.training.stability import PolicyDriftError
+from rlhf_ppo.trl.migrate import MigrateArgs, join_command_line, migrate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,26 +13,18 @@ from typing import Any, Self
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_ppo.backward import minibatch_gradient
-from rlhf_ppo.checkpoint import Boundary
-from rlhf_ppo.collect import Collector
-from rlhf_ppo.config import RLHFConfig
-from rlhf_ppo.conversation import Respond
+from rlhf_ppo.config.name_hints import ARGUMENTS
+from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import Experience
-from rlhf_ppo.data import Prompt, PromptSet
-from rlhf_ppo.explanation import explain_rollout
-from rlhf_ppo.fingerprints import run_fingerprints
-from rlhf_ppo.guard import require_no_drift
-from rlhf_ppo.identity import source_name
-from rlhf_ppo.library_noise import without_library_bars
-from rlhf_ppo.models import BASE_FOLDER, REFERENCE_FOLDER
-from rlhf_ppo.optimization import make_optimizer, only_the_critic_learns, warmup_settings
-from rlhf_ppo.other_names import ARGUMENTS
-from rlhf_ppo.recovery import SafePoint, begin, go_back, keep_checkpoint, save_after, save_model
-from rlhf_ppo.reward_calls import reward_source
-from rlhf_ppo.rollout import Rollout
-from rlhf_ppo.rows import RowSource
-from rlhf_ppo.run_log import PANELS, evaluate, log_evaluation, log_update, run_rows
+from rlhf_ppo.data.prompts import Prompt, PromptSet
+from rlhf_ppo.data.rows import RowSource
+from rlhf_ppo.generation.multi_turn import Respond
+from rlhf_ppo.generation.rollout import Rollout
+from rlhf_ppo.models.identity import source_name
+from rlhf_ppo.models.library_noise import without_library_bars
+from rlhf_ppo.models.loading import BASE_FOLDER, REFERENCE_FOLDER
+from rlhf_ppo.models.saving import bytes_to_save, save_actor_critic, save_reference
+from rlhf_ppo.rewards.functions import reward_source
 from rlhf_ppo.runtime.callbacks import callback_name, require_callbacks
 from rlhf_ppo.runtime.errors import RatioTripwireError as RatioTripwireError
 from rlhf_ppo.runtime.explain import Explanation
@@ -44,16 +36,24 @@ from rlhf_ppo.runtime.plots import plot_curves
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.signals import stop_if_asked, stop_on_signals
+from rlhf_ppo.runtime.streams import TRAIN, numbered_generator
 from rlhf_ppo.runtime.summary import print_summary
 from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.runtime.timing import Stopwatch
 from rlhf_ppo.runtime.trackers import reporting
 from rlhf_ppo.runtime.versions import versions
-from rlhf_ppo.saving import bytes_to_save, save_actor_critic, save_reference
-from rlhf_ppo.score_shaping import ScoreStatistics
-from rlhf_ppo.setup import RewardSource, set_up
-from rlhf_ppo.streams import TRAIN, numbered_generator
-from rlhf_ppo.update import update
+from rlhf_ppo.training.backward import minibatch_gradient
+from rlhf_ppo.training.checkpoint import Boundary
+from rlhf_ppo.training.collect import Collector
+from rlhf_ppo.training.explain import explain_rollout
+from rlhf_ppo.training.fingerprints import run_fingerprints
+from rlhf_ppo.training.optimizer import make_optimizer, only_the_critic_learns, warmup_settings
+from rlhf_ppo.training.reporting import PANELS, evaluate, log_evaluation, log_update, run_rows
+from rlhf_ppo.training.resume import SafePoint, begin, go_back, keep_checkpoint, save_after, save_model
+from rlhf_ppo.training.score_shaping import ScoreStatistics
+from rlhf_ppo.training.setup import RewardSource, set_up
+from rlhf_ppo.training.stability import require_no_drift
+from rlhf_ppo.training.update import update
 
 Callback = Callable[["PPOTrainer", dict[str, float]], object]
 """``callback(trainer, metrics)`` after each update; returning True ends the run after it."""
@@ -99,7 +99,7 @@ class PPOTrainer:
                 that is not what training starts from.
             callbacks: called after each update.
             respond: answers the policy's turns where ``max_turns`` is above 1: ``respond(messages)`` returns text, or
-                None to end the conversation (see :data:`rlhf_ppo.conversation.Respond`).
+                None to end the conversation (see :data:`rlhf_ppo.generation.multi_turn.Respond`).
         Raises:
             ValueError: bad settings, data, reward or models; says which, and what to do.
         """
@@ -149,7 +149,7 @@ class PPOTrainer:
 
     @cached_property
     def fingerprints(self) -> dict[str, Any]:
-        """Which data, reference and adapter this run has; see :func:`rlhf_ppo.fingerprints.run_fingerprints`."""
+        """Which data, reference and adapter this run has; see ``run_fingerprints``."""
         return run_fingerprints(self.parts)
 
     # The algorithm
@@ -282,8 +282,8 @@ class PPOTrainer:
             columns: other columns for the reward functions, one value a prompt each.
         Raises:
             ValueError: a prompt is bad (names its number), or a column has another length.
-            RewardError: see :func:`rlhf_ppo.scoring.score_responses`; the responses are in failed_rollout.jsonl.
-            RespondError: see :func:`rlhf_ppo.conversation.converse`; likewise.
+            RewardError: see ``score_responses``; the responses are in failed_rollout.jsonl.
+            RespondError: see :func:`rlhf_ppo.generation.multi_turn.converse`; likewise.
         """
         if isinstance(prompts, str) or not len(prompts):
             raise ValueError(f"rollout() takes a list of one or more prompts, got {prompts!r}")
@@ -373,9 +373,9 @@ class PPOTrainer:
         """Save policy and tokenizer as an ordinary transformers folder, the critic beside them, and load it again.
 
         What is loaded must be the policy in memory; that takes another copy of it in main memory while it lasts (see
-        :func:`rlhf_ppo.identity.require_saved`). An adapter is saved alone, unless no folder or hub id holds its base
-        as it is here (a model object that was changed, an adapter merged into it, PiSSA and its like): then ``base/``
-        does.
+        :func:`rlhf_ppo.models.identity.require_saved`). An adapter is saved alone, unless no folder or hub id holds its
+        base as it is here (a model object that was changed, an adapter merged into it, PiSSA and its like): then
+        ``base/`` does.
 
         Args:
             output_dir: folder; default: the run's.

@@ -107,10 +107,10 @@ def control_task() -> Train:
     import gymnasium.envs.classic_control.cartpole  # noqa: F401 - as above
 
     import classic
-    import classic.train
+    import classic.ppo
     from classic.callbacks import evaluate_every
 
-    classic.train.draw_curve = lambda *_: None
+    classic.ppo.draw_curve = lambda *_: None
 
     def train(folder: Path, rollouts: int, seed: int) -> None:
         copies = {"vectorization": "sync", "recurrent": "gru", "recurrent_size": 4} if seed % 2 else {}

@@ -124,7 +124,7 @@ def test_ppo_or_dpo(tmp_path):
 
 def test_gsm8k_short(tmp_path):
     """The embedded model with a chat template knows no arithmetic; the run is what is tested."""
-    from rlhf_ppo.models import load_policy, load_tokenizer, resolve_model
+    from rlhf_ppo.models.loading import load_policy, load_tokenizer, resolve_model
 
     name = resolve_model("embedded")
     tokenizer = load_tokenizer(name)

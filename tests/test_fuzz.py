@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 import classic
 from rlhf_ppo import HTTPReward, RLHFConfig, StepRewards
 from rlhf_ppo.cli import TrainArgs
-from rlhf_ppo.core.typed import require_types
-from rlhf_ppo.reward_calls import RewardError
-from rlhf_ppo.rewards import score
+from rlhf_ppo.core.validation import require_types
+from rlhf_ppo.rewards.functions import RewardError
+from rlhf_ppo.rewards.loading import score
+from rlhf_ppo.rewards.scoring import coerce_scores
 from rlhf_ppo.runtime.settings import parse_settings, read_yaml
-from rlhf_ppo.scoring import coerce_scores
 
 FUZZ = settings(
     max_examples=200, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None

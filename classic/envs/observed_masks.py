@@ -8,7 +8,7 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict, MultiBinary, Tuple
 
-from classic.spaces import ActionLayout, observation_shape
+from classic.envs.spaces import ActionLayout, observation_shape
 
 NAMES = ("action_mask", "action_masks", "mask")
 """Keys of a Dict that name a mask; "mask" alone does where it holds whole numbers."""

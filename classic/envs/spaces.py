@@ -12,7 +12,7 @@ import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 from torch import Tensor
 
-from classic.images import MIN_IMAGE_SIDE, image_encoder, image_layout
+from classic.envs.images import MIN_IMAGE_SIDE, image_encoder, image_layout
 
 Encoder = Callable[[Any], np.ndarray]
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from classic.actor_critic import ActorCritic
-from classic.networks import Tanh
-from classic.plain import is_plain
+from classic.fast.plain import is_plain
+from classic.networks.actor_critic import ActorCritic
+from classic.networks.layers import Tanh
 
 Act = Callable[
     [Tensor, Tensor, Tensor | None, Tensor, Tensor | None],

@@ -13,11 +13,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from classic.actor_critic import ActorCritic, Decisions
-from classic.distributions import gaussian_entropy, gaussian_logprobs
-from classic.flat import FlatParameters
-from classic.networks import Tanh, tanh_
-from classic.plain import is_plain, trains_plainly
+from classic.fast.flat import FlatParameters
+from classic.fast.plain import is_plain, trains_plainly
+from classic.networks.actor_critic import ActorCritic, Decisions
+from classic.networks.distributions import gaussian_entropy, gaussian_logprobs
+from classic.networks.layers import Tanh, tanh_
 from rlhf_ppo.core import (
     Experience,
     PolicyOutput,
@@ -27,7 +27,7 @@ from rlhf_ppo.core import (
     clipped_value_loss,
     ppo_loss,
 )
-from rlhf_ppo.core.closed_form import clipped_policy_slope, clipped_value_slope
+from rlhf_ppo.core.kernels.analytic_gradients import clipped_policy_slope, clipped_value_slope
 
 SLOPES: dict[type[nn.Module], Callable[[Tensor, Tensor], Tensor]] = {
     Tanh: torch.ops.aten.tanh_backward.default,

@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from classic.actor_critic import ActorCritic
-from classic.networks import Body, Tanh
+from classic.networks.actor_critic import ActorCritic
+from classic.networks.layers import Body, Tanh
 
 ACTIVATIONS = (Tanh, nn.ReLU)
 KNOWN = (ActorCritic, Body, nn.ModuleList, nn.Sequential, nn.Linear, *ACTIVATIONS)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from classic.distributions import (
+from classic.envs.spaces import ActionLayout
+from classic.networks.distributions import (
     categorical_logprobs,
     gaussian_entropy,
     gaussian_logprobs,
@@ -23,8 +24,7 @@ from classic.distributions import (
     squashed_entropy,
     squashed_logprobs,
 )
-from classic.networks import IMAGE_FEATURES, Body, Memory, image_network, mlp
-from classic.spaces import ActionLayout
+from classic.networks.layers import IMAGE_FEATURES, Body, Memory, image_network, mlp
 from rlhf_ppo.core import PolicyOutput
 
 LOG_STD_RANGE = (-20.0, 2.0)

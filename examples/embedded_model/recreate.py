@@ -11,8 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
-from rlhf_ppo.data_files import load_rows
-from rlhf_ppo.sft import SFTArgs, hold_out, sft
+from rlhf_ppo.data.files import load_rows
+from rlhf_ppo.pipeline.sft import SFTArgs, hold_out, sft
 
 WORDS = 16
 

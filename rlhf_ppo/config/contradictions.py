@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rlhf_ppo.core.typed import is_changed
+from rlhf_ppo.core.validation import is_changed
 
 if TYPE_CHECKING:
-    from rlhf_ppo.config import RLHFConfig
+    from rlhf_ppo.config.rlhf import RLHFConfig
 
 
 def refuse_contradictions(args: RLHFConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlhf_ppo.trl_fields import ROWS, Row
+from rlhf_ppo.trl.fields import ROWS, Row
 
 
 def _ours(row: Row) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
-from rlhf_ppo.contradictions import refuse_contradictions
+from rlhf_ppo.config.contradictions import refuse_contradictions
+from rlhf_ppo.config.name_hints import SETTINGS
 from rlhf_ppo.core.config import PPOConfig
-from rlhf_ppo.other_names import SETTINGS
 from rlhf_ppo.runtime.names import refuse_unknown_settings
 from rlhf_ppo.runtime.precision import Precision
 from rlhf_ppo.runtime.trackers import check_trackers

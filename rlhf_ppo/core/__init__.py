@@ -1,10 +1,12 @@
 """What PPO is: pure functions over tensors that need torch and the standard library alone."""
 
-from rlhf_ppo.core.adaptive import adapt_clip_range, adapt_kl_coef, adapt_penalty_beta
 from rlhf_ppo.core.advantages import compute_gae, group_normalized_advantages, leave_one_out_advantages
 from rlhf_ppo.core.config import PPOConfig
+from rlhf_ppo.core.controllers import adapt_clip_range, adapt_kl_coef, adapt_penalty_beta
 from rlhf_ppo.core.diagnostics import explained_variance, ppo_diagnostics
-from rlhf_ppo.core.exact_kl import kl_from_logits, linear_kl
+from rlhf_ppo.core.dpo import dpo_loss
+from rlhf_ppo.core.kernels.linear_kl import kl_from_logits, linear_kl
+from rlhf_ppo.core.kernels.vocabulary import Ban
 from rlhf_ppo.core.kl import kl_estimate, kl_penalized_rewards
 from rlhf_ppo.core.logprobs import entropy_from_logits, linear_logprobs, token_logprobs
 from rlhf_ppo.core.losses import (
@@ -19,11 +21,9 @@ from rlhf_ppo.core.losses import (
     ppo_loss,
 )
 from rlhf_ppo.core.masked import masked_mean, masked_var, masked_whiten
-from rlhf_ppo.core.minibatch import minibatch_indices
-from rlhf_ppo.core.preference import dpo_loss
+from rlhf_ppo.core.minibatches import minibatch_indices
 from rlhf_ppo.core.ratios import pool_old_logprobs, probability_ratio, truncated_importance_weights
 from rlhf_ppo.core.types import Experience, PolicyOutput, PPOLoss
-from rlhf_ppo.core.vocabulary import Ban
 
 __all__ = [
     "Ban",

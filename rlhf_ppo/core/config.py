@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from rlhf_ppo.core.typed import require_types
+from rlhf_ppo.core.validation import require_types
 
 Objective = Literal["clip", "penalty", "adaptive_clip", "dual_clip", "cispo", "a2c", "reinforce"]
 RatioLevel = Literal["token", "turn", "sequence"]

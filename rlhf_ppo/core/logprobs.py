@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlhf_ppo.core.types import compute_dtype, require_same_shape, require_temperature, result_dtype
-from rlhf_ppo.core.vocabulary import (
+from rlhf_ppo.core.kernels.vocabulary import (
     CHUNK_LOGITS,
     Ban,
     ChunkLogits,
@@ -22,6 +21,7 @@ from rlhf_ppo.core.vocabulary import (
     product_dtype,
     without_autocast,
 )
+from rlhf_ppo.core.types import compute_dtype, require_same_shape, require_temperature, result_dtype
 
 
 def token_logprobs(

@@ -13,8 +13,8 @@ from typing import Any, TextIO, cast
 from datasets import ReadInstruction, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
 
-from rlhf_ppo.rows import Rows, as_rows
-from rlhf_ppo.sources import why_not
+from rlhf_ppo.data.hub import why_not
+from rlhf_ppo.data.rows import Rows, as_rows
 
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _ENDINGS = tuple(ending + gz for ending in _FORMATS for gz in ("", ".gz"))

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rlhf_ppo.data_files import load_rows
-from rlhf_ppo.rows import Rows, interleave, join
+from rlhf_ppo.data.files import load_rows
+from rlhf_ppo.data.rows import Rows, interleave, join
 
 
 def load_mixture(
     sources: str | Sequence[str], split: str = "train", *, weights: Sequence[float] | None = None, seed: int = 0
 ) -> Rows:
-    """One data set out of one or more (see :func:`rlhf_ppo.data_files.load_rows`).
+    """One data set out of one or more (see :func:`rlhf_ppo.data.files.load_rows`).
 
     Without weights the data sets follow one another whole. With weights each row is drawn from data set i with
     probability weights[i] / sum, without repetition, until one of them has no row left: the proportions hold
@@ -20,7 +20,7 @@ def load_mixture(
     its number there.
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`rlhf_ppo.data_files.load_rows`; weights that do not fit; columns that
+        FileNotFoundError, ValueError: see :func:`rlhf_ppo.data.files.load_rows`; weights that do not fit; columns that
             differ in name or in kind.
     """
     sources = (sources,) if isinstance(sources, str) else tuple(sources)

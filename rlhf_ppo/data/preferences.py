@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ppo.chat import begins_answer, is_chat, message_text
-from rlhf_ppo.data import Prompt
-from rlhf_ppo.reward_model import scored_text
-from rlhf_ppo.rows import RowSource, as_rows, require_column
+from rlhf_ppo.data.chat import begins_answer, is_chat, message_text
+from rlhf_ppo.data.prompts import Prompt
+from rlhf_ppo.data.rows import RowSource, as_rows, require_column
+from rlhf_ppo.rewards.reward_model import scored_text
 
 
 @dataclass(frozen=True)
 class Preference:
-    """One comparison, as texts that a reward model reads (see :func:`rlhf_ppo.reward_model.scored_text`)."""
+    """One comparison, as texts that a reward model reads (see :func:`rlhf_ppo.rewards.reward_model.scored_text`)."""
 
     prompt: str
     """What both answers belong to, written out; rows with the same one are never split."""

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ppo.chat import Messages, is_chat, prompt_text
-from rlhf_ppo.config import RLHFConfig
-from rlhf_ppo.rows import RowSource, as_rows, require_column
-from rlhf_ppo.text import encode_text
+from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.data.chat import Messages, is_chat, prompt_text
+from rlhf_ppo.data.rows import RowSource, as_rows, require_column
+from rlhf_ppo.data.text import encode_text
 
 Prompt = str | Messages
 """A prompt is text, or chat messages: ``[{"role": "user", "content": "..."}]``."""
@@ -27,7 +27,7 @@ def tokenize_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, where: str)
 
     Raises:
         ValueError: the prompt is empty, neither text nor messages, or a chat that cannot be rendered (see
-            :func:`rlhf_ppo.chat.prompt_text`); names ``where``.
+            :func:`rlhf_ppo.data.chat.prompt_text`); names ``where``.
     """
     if isinstance(prompt, str):
         if not prompt:

@@ -9,7 +9,7 @@ from typing import Any, overload
 
 from datasets import Dataset, IterableDataset, interleave_datasets
 
-from rlhf_ppo.chat import is_chat
+from rlhf_ppo.data.chat import is_chat
 
 ROW_NAME = "__row_name__"
 """A column of this name says what messages call each row; it is no column of the data."""

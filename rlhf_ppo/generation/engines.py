@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 
-from rlhf_ppo.actor_critic import ActorCritic
-from rlhf_ppo.reading import without_adapter_wrapper
-from rlhf_ppo.rollout import FixedShape, Rollout, Sampled, Step, decoding_step, sample_responses
+from rlhf_ppo.generation.rollout import FixedShape, Rollout, Sampled, Step, decoding_step, sample_responses
+from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.models.forward import without_adapter_wrapper
 
 Sampler = Callable[..., Sampled]
 """``sample(model, prompt_ids, prompt_mask, *, max_new_tokens, temperature, stop_token_ids, generator)``, by the rules
-of :func:`rlhf_ppo.rollout.sample_responses`."""
+of :func:`rlhf_ppo.generation.rollout.sample_responses`."""
 
 _ROOM = 64
 _PAGE = 16
@@ -111,7 +111,7 @@ class StaticEngine:
         stop_token_ids: Collection[int],
         generator: torch.Generator | None = None,
     ) -> Sampled:
-        """See :func:`rlhf_ppo.rollout.sample_responses`: the same draws give the same tokens.
+        """See :func:`rlhf_ppo.generation.rollout.sample_responses`: the same draws give the same tokens.
 
         A step that cannot be compiled is a warning, and the rollout starts again without compiling.
         """
@@ -184,7 +184,7 @@ class ContinuousEngine:
         stop_token_ids: Collection[int],
         generator: torch.Generator | None = None,
     ) -> Sampled:
-        """See :func:`rlhf_ppo.rollout.sample_responses`; entropies and values come from one full forward pass.
+        """See :func:`~rlhf_ppo.generation.rollout.sample_responses`; entropies and values come from one forward pass.
 
         Raises:
             GenerationError: transformers failed on a prompt; carries its reason.

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ppo.chat import Messages, prompt_text, require_next_speaker
-from rlhf_ppo.data import Completion, Prompt, left_pad
-from rlhf_ppo.limits import cut_at
-from rlhf_ppo.rollout import Sampled
-from rlhf_ppo.text import Before, TextPieces, encode_after, encode_bare
-from rlhf_ppo.waiting import FAILURES, has_ended, start
+from rlhf_ppo.data.chat import Messages, prompt_text, require_next_speaker
+from rlhf_ppo.data.prompts import Completion, Prompt, left_pad
+from rlhf_ppo.data.text import Before, TextPieces, encode_after, encode_bare
+from rlhf_ppo.generation.rollout import Sampled
+from rlhf_ppo.generation.stopping import cut_at
+from rlhf_ppo.runtime.waiting import FAILURES, has_ended, start
 
 Respond = Callable[[Messages], str | None]
 """``respond(messages)``, called after each turn of the policy with the whole conversation: the prompt's messages, then
@@ -75,7 +75,7 @@ def converse(
 
     Args:
         sample: one turn: (ids [N, P] left-padded, mask [N, P], [N] the same as what a piece of text lies behind) ->
-            :class:`rlhf_ppo.rollout.Sampled`.
+            :class:`rlhf_ppo.generation.rollout.Sampled`.
         prompts: [B] text or chat messages.
         prompt_ids, prompt_mask: [B, P], left-padded.
         respond: see :data:`Respond`.

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from rlhf_ppo.actor_critic import ActorCritic
-from rlhf_ppo.cache import can_shrink
-from rlhf_ppo.data import Completion, Prompt
-from rlhf_ppo.limits import Barred, TextStop, bar
-from rlhf_ppo.packing import token_batches
-from rlhf_ppo.reading import Sequences, position_ids
+from rlhf_ppo.data.prompts import Completion, Prompt
+from rlhf_ppo.generation.kv_cache import can_shrink
+from rlhf_ppo.generation.stopping import Barred, TextStop, bar
+from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.models.forward import Sequences, position_ids
+from rlhf_ppo.models.packing import token_batches
 from rlhf_ppo.runtime.signals import stop_if_asked
 
 
@@ -105,7 +105,7 @@ class Rollout:
         )
 
     def batches(self, rows: Sequence[int], max_tokens: int, *, padded: bool) -> list[list[int]]:
-        """``rows`` in groups of at most ``max_tokens`` tokens (see :func:`rlhf_ppo.packing.token_batches`)."""
+        """``rows`` in groups of at most ``max_tokens`` tokens (see :func:`rlhf_ppo.models.packing.token_batches`)."""
         groups = token_batches([sum(self.token_counts[row]) for row in rows], max_tokens, padded=padded)
         return [[rows[i] for i in group] for group in groups]
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from rlhf_ppo.adapters import adapter_parameters, use_adapter, without_adapters
 from rlhf_ppo.core import PolicyOutput
-from rlhf_ppo.heads import VALUE_HEAD_FILE
-from rlhf_ppo.limits import Barred
-from rlhf_ppo.models import freeze, fuse_activations
-from rlhf_ppo.reading import Outputs, Reader, Sequences, place
-from rlhf_ppo.reference_kl import exact_kl
+from rlhf_ppo.generation.stopping import Barred
+from rlhf_ppo.models.forward import Outputs, Reader, Sequences, place
+from rlhf_ppo.models.loading import freeze, fuse_activations
+from rlhf_ppo.models.lora import adapter_parameters, use_adapter, without_adapters
+from rlhf_ppo.models.reference import exact_kl
+from rlhf_ppo.models.value_head import VALUE_HEAD_FILE
 
 
 class ActorCritic(nn.Module):
@@ -127,7 +127,7 @@ class ActorCritic(nn.Module):
         Args:
             prompt_ids, prompt_mask: [B, P], left-padded.
             response_ids, mask: [B, T], right-padded.
-            real, barred: see :class:`rlhf_ppo.reading.Sequences`.
+            real, barred: see :class:`rlhf_ppo.models.forward.Sequences`.
             temperature: divides the logits; the same one as at sampling.
             entropy: compute it (otherwise None).
             reference: what the reference gives at the same tokens, for the exact KL to it (otherwise None).

@@ -7,10 +7,10 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_ppo.actor_critic import ActorCritic
-from rlhf_ppo.adapters import VALUE_ADAPTER, VALUE_FOLDER, add_value_adapter, load_adapter
-from rlhf_ppo.config import RLHFConfig
-from rlhf_ppo.heads import VALUE_HEAD_FILE, find_file
+from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.models.lora import VALUE_ADAPTER, VALUE_FOLDER, add_value_adapter, load_adapter
+from rlhf_ppo.models.value_head import VALUE_HEAD_FILE, find_file
 
 CriticKind = Literal["none", "shared", "separate", "adapter"]
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear
 
-from rlhf_ppo.cache import TokenCache, preallocated_cache
-from rlhf_ppo.calling import accepts, call, noting_states, probe_ids, states_of, without_adapter_wrapper
 from rlhf_ppo.core import Ban, entropy_from_logits, linear_logprobs, token_logprobs
 from rlhf_ppo.core.logprobs import project
-from rlhf_ppo.limits import Barred
-from rlhf_ppo.packing import align, pack, packed_attention
+from rlhf_ppo.generation.kv_cache import TokenCache, preallocated_cache
+from rlhf_ppo.generation.stopping import Barred
+from rlhf_ppo.models.calling import accepts, call, noting_states, probe_ids, states_of, without_adapter_wrapper
+from rlhf_ppo.models.packing import align, pack, packed_attention
 
 
 class Sequences(NamedTuple):
@@ -72,8 +72,8 @@ class Reader:
     The plain way is one forward pass over the padded batch and log-probs from its logits. Where a look at the model
     shows that they give the same, it takes shortcuts: the output layer is applied by ``linear_logprobs`` (a model whose
     logits are nothing but a linear map of its last hidden states), and on CPU sequences are packed end to end. Where
-    :func:`rlhf_ppo.probe.probe` finds that the model needs it, it takes slower ways: ``pads_left``, ``keeps_states``
-    and ``rows_leave`` say which.
+    :func:`rlhf_ppo.models.probe.probe` finds that the model needs it, it takes slower ways: ``pads_left``,
+    ``keeps_states`` and ``rows_leave`` say which.
     """
 
     pads_left = True

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_ppo.calling import call, probe_ids, without_adapter_wrapper
-from rlhf_ppo.models import adapter_base, load_policy
+from rlhf_ppo.models.calling import call, probe_ids, without_adapter_wrapper
+from rlhf_ppo.models.loading import adapter_base, load_policy
 
 OBJECT = "object"
 """How run.json names a model that was given as an object: what that is now called says nothing about its weights."""

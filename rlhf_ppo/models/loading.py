@@ -23,12 +23,12 @@ from transformers import (
 from transformers.activations import NewGELUActivation
 from transformers.utils import logging
 
-from rlhf_ppo.adapters import refuse_prompt_learning
-from rlhf_ppo.heads import adapter_labels
-from rlhf_ppo.merging import merge
-from rlhf_ppo.sources import read_weights, refuse_pickles, why_not
+from rlhf_ppo.data.hub import read_weights, refuse_pickles, why_not
+from rlhf_ppo.models.lora import refuse_prompt_learning
+from rlhf_ppo.models.merging import merge
+from rlhf_ppo.models.value_head import adapter_labels
 
-EMBEDDED_MODEL = str(Path(__file__).parent / "assets" / "stories-gpt2")
+EMBEDDED_MODEL = str(Path(__file__).parents[1] / "assets" / "stories-gpt2")
 """Folder of the small GPT-2 that comes with the package, by name "embedded"."""
 
 BASE_FOLDER = "base"

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from rlhf_ppo.adapters import without_adapters
-from rlhf_ppo.identity import answers, difference, named_base
-from rlhf_ppo.merging import require_mergeable
-from rlhf_ppo.models import adapter_base
+from rlhf_ppo.models.identity import answers, difference, named_base
+from rlhf_ppo.models.loading import adapter_base
+from rlhf_ppo.models.lora import without_adapters
+from rlhf_ppo.models.merging import require_mergeable
 
 _SAME = 1e-5
 """Float32 rounding: answers that are no further apart than this are those of one model."""

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from rlhf_ppo.activations import checkpoint_layers
-from rlhf_ppo.actor_critic import ActorCritic, Reference
-from rlhf_ppo.calling import accepts, noting_states, without_adapter_wrapper
-from rlhf_ppo.reading import Reader, Sequences, position_ids
+from rlhf_ppo.models.activation_memory import checkpoint_layers
+from rlhf_ppo.models.actor_critic import ActorCritic, Reference
+from rlhf_ppo.models.calling import accepts, noting_states, without_adapter_wrapper
+from rlhf_ppo.models.forward import Reader, Sequences, position_ids
 from rlhf_ppo.runtime.precision import autocast
 
 _LONG, _SHORT = 8, 3
@@ -60,7 +60,7 @@ class Plain(NamedTuple):
 def probe(
     model: ActorCritic, reference: Reference | None = None, *, longest: int | None = None, bf16: bool = False
 ) -> None:
-    """Settle how each model is read (see :class:`rlhf_ppo.reading.Reader`): the fastest way that is right.
+    """Settle how each model is read (see :class:`rlhf_ppo.models.forward.Reader`): the fastest way that is right.
 
     Args:
         model: policy and critic, on their device.

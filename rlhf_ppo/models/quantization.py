@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from rlhf_ppo.config import RLHFConfig
-from rlhf_ppo.models import in_float32, load_policy
-from rlhf_ppo.sources import read_weights
+from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.data.hub import read_weights
+from rlhf_ppo.models.loading import in_float32, load_policy
 
 Bits = Literal["8bit", "4bit"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from rlhf_ppo.core import kl_from_logits, linear_kl
-from rlhf_ppo.reading import Outputs
+from rlhf_ppo.models.forward import Outputs
 
 
 def exact_kl(policy: Outputs, reference: Outputs, *, temperature: float) -> Tensor:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from rlhf_ppo.sources import find_file, pickle_message
+from rlhf_ppo.data.hub import find_file, pickle_message
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 

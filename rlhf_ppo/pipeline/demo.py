@@ -8,13 +8,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_ppo.before_after import print_before_after
-from rlhf_ppo.config import RLHFConfig
-from rlhf_ppo.data_files import load_rows
+from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.data.files import load_rows
+from rlhf_ppo.pipeline.before_after import print_before_after
 from rlhf_ppo.runtime.precision import Precision
 from rlhf_ppo.trainer import PPOTrainer
 
-OPENINGS = str(Path(__file__).parent / "assets" / "story-openings.jsonl")
+OPENINGS = str(Path(__file__).parents[1] / "assets" / "story-openings.jsonl")
 """First words of stories that the embedded model was not trained on."""
 
 HELD_OUT = 96
@@ -26,8 +26,8 @@ class DemoArgs:
 
     model: str = "embedded"
     """The policy: "embedded" (a small GPT-2 in the package), a folder or a hub id such as gpt2."""
-    reward: str = "rlhf_ppo.toy_rewards:positive_sentiment"
-    """What to learn: also no_letter_e or dialogue of rlhf_ppo.toy_rewards, or file.py:function."""
+    reward: str = "rlhf_ppo.rewards.toy:positive_sentiment"
+    """What to learn: also no_letter_e or dialogue of rlhf_ppo.rewards.toy, or file.py:function."""
     output_dir: str = "runs/demo"
     """Folder for the model, metrics, samples and curve; an earlier run there is kept as previous-<n>."""
     total_episodes: int = 1536

@@ -13,16 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_ppo.collect import Collector
-from rlhf_ppo.comparison import differences, distinct, interval, win_rate
-from rlhf_ppo.config import RLHFConfig
-from rlhf_ppo.conversation import Respond
-from rlhf_ppo.core.typed import require_types
-from rlhf_ppo.data import Completion, require_room
-from rlhf_ppo.experience import describe
-from rlhf_ppo.generate import require_prompts
-from rlhf_ppo.mixing import load_mixture
-from rlhf_ppo.models import (
+from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.core.validation import require_types
+from rlhf_ppo.data.mixtures import load_mixture
+from rlhf_ppo.data.prompts import Completion, require_room
+from rlhf_ppo.data.rows import Rows, prompt_rows
+from rlhf_ppo.generation.multi_turn import Respond
+from rlhf_ppo.models.loading import (
     BASE_FOLDER,
     REFERENCE_FOLDER,
     adapter_base,
@@ -32,15 +29,18 @@ from rlhf_ppo.models import (
     resolve_model,
     vocabulary_size,
 )
-from rlhf_ppo.rows import Rows, prompt_rows
+from rlhf_ppo.pipeline.comparison import differences, distinct, interval, win_rate
+from rlhf_ppo.pipeline.generate import require_prompts
 from rlhf_ppo.runtime.precision import Precision
 from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory, read_run
 from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.runtime.timing import Stopwatch
-from rlhf_ppo.setup import set_up
-from rlhf_ppo.user_code import load_function
+from rlhf_ppo.runtime.user_code import load_function
+from rlhf_ppo.training.collect import Collector
+from rlhf_ppo.training.experience import describe
+from rlhf_ppo.training.setup import set_up
 
 _SAMPLER = (
     *("max_new_tokens", "temperature", "stop_token_ids", "stop_strings", "min_new_tokens"),
@@ -120,7 +120,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
 
     Returns:
         What evaluation.json holds: ``model``, ``against`` and ``difference`` (paired by prompt) with {mean, half_width}
-        of each measure, ``win_rate`` with its interval (see :mod:`rlhf_ppo.comparison`).
+        of each measure, ``win_rate`` with its interval (see :mod:`rlhf_ppo.pipeline.comparison`).
     Raises:
         ValueError: bad settings, data or models, no reference to be found, or a judge that scores nothing.
         RewardError: a reward function failed.
@@ -259,7 +259,7 @@ def _sample(
     run: RunDirectory,
     respond: Respond | None,
 ) -> list[dict[str, Any]]:
-    """One row per prompt: :func:`rlhf_ppo.experience.describe`'s, each reward's own score, and the judge's verdict."""
+    """One row per prompt: that of ``describe``, each reward's own score, and the judge's verdict."""
     parts = set_up(
         model,
         [*args.reward, *([] if args.judge is None else [args.judge])],

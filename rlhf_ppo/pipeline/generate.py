@@ -12,18 +12,21 @@ from typing import Any, Literal, TextIO
 
 import torch
 
-from rlhf_ppo.actor_critic import ActorCritic
-from rlhf_ppo.core.typed import is_changed, require_types
-from rlhf_ppo.data import (
+from rlhf_ppo.core.validation import is_changed, require_types
+from rlhf_ppo.data.mixtures import load_mixture
+from rlhf_ppo.data.prompts import (
     Prompt,
     encode_prompts,
     fit_prompt,
     require_vocabulary,
     tokenize_prompt,
 )
-from rlhf_ppo.limits import TextStop, cut_at
-from rlhf_ppo.mixing import load_mixture
-from rlhf_ppo.models import (
+from rlhf_ppo.data.rows import prompt_rows
+from rlhf_ppo.data.text import TextPieces, before_each
+from rlhf_ppo.generation.rollout import sample_responses
+from rlhf_ppo.generation.stopping import TextStop, cut_at
+from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.models.loading import (
     load_config,
     load_policy,
     load_tokenizer,
@@ -32,16 +35,13 @@ from rlhf_ppo.models import (
     vocabulary_size,
     with_chat_template,
 )
-from rlhf_ppo.probe import probe
-from rlhf_ppo.rollout import sample_responses
-from rlhf_ppo.rows import prompt_rows
+from rlhf_ppo.models.probe import probe
 from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import read_run
 from rlhf_ppo.runtime.seeding import resolve_device
 from rlhf_ppo.runtime.threads import require_threads, torch_threads
-from rlhf_ppo.setup import stop_tokens, warn_of_unread_end
-from rlhf_ppo.text import TextPieces, before_each
+from rlhf_ppo.training.setup import stop_tokens, warn_of_unread_end
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,23 +17,23 @@ import tyro
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from rlhf_ppo.activations import checkpoint_layers
-from rlhf_ppo.actor_critic import ActorCritic, Reference
-from rlhf_ppo.adapters import by_present_names
-from rlhf_ppo.backward import minibatch_gradient
-from rlhf_ppo.before_after import readable
-from rlhf_ppo.blackbox import BlackBox, read_black_box
-from rlhf_ppo.critics import build_actor_critic
-from rlhf_ppo.gradients import clear_gradients
-from rlhf_ppo.guard import nonfinite_parameters, spoil_gradient
-from rlhf_ppo.identity import OBJECT
-from rlhf_ppo.models import BASE_FOLDER, REFERENCE_FOLDER, load_policy, resolve_model
-from rlhf_ppo.optimization import only_the_critic_learns
-from rlhf_ppo.policy_adapter import make_adapter
-from rlhf_ppo.probe import probe
-from rlhf_ppo.quantization import load_quantized, load_reference
+from rlhf_ppo.models.activation_memory import checkpoint_layers
+from rlhf_ppo.models.actor_critic import ActorCritic, Reference
+from rlhf_ppo.models.critics import build_actor_critic
+from rlhf_ppo.models.identity import OBJECT
+from rlhf_ppo.models.loading import BASE_FOLDER, REFERENCE_FOLDER, load_policy, resolve_model
+from rlhf_ppo.models.lora import by_present_names
+from rlhf_ppo.models.policy_adapter import make_adapter
+from rlhf_ppo.models.probe import probe
+from rlhf_ppo.models.quantization import load_quantized, load_reference
+from rlhf_ppo.pipeline.before_after import readable
 from rlhf_ppo.runtime.seeding import resolve_device
 from rlhf_ppo.runtime.threads import require_threads, torch_threads
+from rlhf_ppo.training.backward import minibatch_gradient
+from rlhf_ppo.training.black_box import BlackBox, read_black_box
+from rlhf_ppo.training.gradients import clear_gradients
+from rlhf_ppo.training.optimizer import only_the_critic_learns
+from rlhf_ppo.training.stability import nonfinite_parameters, spoil_gradient
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
-from rlhf_ppo.comparison import wilson
-from rlhf_ppo.core.typed import require_types
-from rlhf_ppo.data import require_vocabulary
-from rlhf_ppo.guard import nonfinite_parameters
-from rlhf_ppo.identity import answers, require_saved
-from rlhf_ppo.library_noise import without_library_bars
-from rlhf_ppo.mixing import load_mixture, require_weights
-from rlhf_ppo.models import (
+from rlhf_ppo.core.validation import require_types
+from rlhf_ppo.data.mixtures import load_mixture, require_weights
+from rlhf_ppo.data.preferences import Preference, read_preferences, split_by_prompt
+from rlhf_ppo.data.prompts import require_vocabulary
+from rlhf_ppo.data.text import encode_text
+from rlhf_ppo.models.identity import answers, require_saved
+from rlhf_ppo.models.library_noise import without_library_bars
+from rlhf_ppo.models.loading import (
     adapter_base,
     context_length,
     find_config,
@@ -34,10 +34,9 @@ from rlhf_ppo.models import (
     vocabulary_size,
     with_chat_template,
 )
-from rlhf_ppo.optimization import fit_warmup
-from rlhf_ppo.preferences import Preference, read_preferences, split_by_prompt
-from rlhf_ppo.quantization import round_weights
-from rlhf_ppo.reward_model import ONE_STACK, padding_is_harmless, text_scores
+from rlhf_ppo.models.quantization import round_weights
+from rlhf_ppo.pipeline.comparison import wilson
+from rlhf_ppo.rewards.reward_model import ONE_STACK, padding_is_harmless, text_scores
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space, save_or_rescue
 from rlhf_ppo.runtime.lock import run_lock
@@ -50,7 +49,8 @@ from rlhf_ppo.runtime.seeding import resolve_device, seed_everything
 from rlhf_ppo.runtime.summary import model_rows, print_summary
 from rlhf_ppo.runtime.threads import require_threads, torch_threads
 from rlhf_ppo.runtime.versions import versions
-from rlhf_ppo.text import encode_text
+from rlhf_ppo.training.optimizer import fit_warmup
+from rlhf_ppo.training.stability import nonfinite_parameters
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,15 +25,17 @@ from transformers import (
     TrainingArguments,
 )
 
-from rlhf_ppo.chat import answer_text, prompt_text
 from rlhf_ppo.core import token_logprobs
-from rlhf_ppo.core.typed import require_types
-from rlhf_ppo.data import Prompt, require_vocabulary, tokenize_prompt
-from rlhf_ppo.guard import nonfinite_parameters
-from rlhf_ppo.identity import answers, require_saved
-from rlhf_ppo.library_noise import without_library_bars
-from rlhf_ppo.mixing import load_mixture, require_weights
-from rlhf_ppo.models import (
+from rlhf_ppo.core.validation import require_types
+from rlhf_ppo.data.chat import answer_text, prompt_text
+from rlhf_ppo.data.mixtures import load_mixture, require_weights
+from rlhf_ppo.data.preferences import prompt_and_answer
+from rlhf_ppo.data.prompts import Prompt, require_vocabulary, tokenize_prompt
+from rlhf_ppo.data.rows import Rows, RowSource, as_rows, require_column
+from rlhf_ppo.data.text import Before, TextPieces, encode_after, encode_text
+from rlhf_ppo.models.identity import answers, require_saved
+from rlhf_ppo.models.library_noise import without_library_bars
+from rlhf_ppo.models.loading import (
     context_length,
     load_config,
     load_policy,
@@ -44,11 +46,8 @@ from rlhf_ppo.models import (
     vocabulary_size,
     with_chat_template,
 )
-from rlhf_ppo.optimization import fit_warmup
-from rlhf_ppo.preferences import prompt_and_answer
-from rlhf_ppo.probe import require_decoder
-from rlhf_ppo.quantization import round_weights
-from rlhf_ppo.rows import Rows, RowSource, as_rows, require_column
+from rlhf_ppo.models.probe import require_decoder
+from rlhf_ppo.models.quantization import round_weights
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space, save_or_rescue
 from rlhf_ppo.runtime.lock import run_lock
@@ -57,7 +56,8 @@ from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.summary import model_rows, print_summary
 from rlhf_ppo.runtime.threads import require_threads, torch_threads
-from rlhf_ppo.text import Before, TextPieces, encode_after, encode_text
+from rlhf_ppo.training.optimizer import fit_warmup
+from rlhf_ppo.training.stability import nonfinite_parameters
 
 END_OF_TEXT = "<|endoftext|>"
 

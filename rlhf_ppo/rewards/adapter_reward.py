@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf_ppo.adapters import REWARD_ADAPTER, add_adapter, load_adapter, use_adapter
-from rlhf_ppo.heads import read_head
-from rlhf_ppo.models import find_config, load_tokenizer, resolve_model
-from rlhf_ppo.reading import without_adapter_wrapper
-from rlhf_ppo.reward_model import RewardModel
-from rlhf_ppo.sources import find_file
+from rlhf_ppo.data.hub import find_file
+from rlhf_ppo.models.forward import without_adapter_wrapper
+from rlhf_ppo.models.loading import find_config, load_tokenizer, resolve_model
+from rlhf_ppo.models.lora import REWARD_ADAPTER, add_adapter, load_adapter, use_adapter
+from rlhf_ppo.models.value_head import read_head
+from rlhf_ppo.rewards.reward_model import RewardModel
 
 
 def reward_adapter_config(source: Any) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_ppo.reward_calls import StepRewards
+from rlhf_ppo.rewards.functions import StepRewards
 
 
 class ScoreCache:

@@ -18,9 +18,9 @@ from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
-from rlhf_ppo.data import Completion, Prompt
-from rlhf_ppo.reward_calls import RewardError, StepRewards
-from rlhf_ppo.waiting import start
+from rlhf_ppo.data.prompts import Completion, Prompt
+from rlhf_ppo.rewards.functions import RewardError, StepRewards
+from rlhf_ppo.runtime.waiting import start
 
 TOKEN_VARIABLE = "RLHF_PPO_REWARD_TOKEN"
 """Environment variable with the bearer token; a token in the settings would be written down with them."""

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from rlhf_ppo.reward_calls import RewardError, RewardFunction
-from rlhf_ppo.scoring import score
+from rlhf_ppo.rewards.functions import RewardError, RewardFunction
+from rlhf_ppo.rewards.scoring import score
 
 Score = Callable[[list[Any], list[Any], dict[str, list[Any]]], list[float | None]]
 

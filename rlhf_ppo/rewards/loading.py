@@ -8,16 +8,16 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel
 
-from rlhf_ppo.adapter_reward import AdapterReward
-from rlhf_ppo.config import RLHFConfig
-from rlhf_ppo.core.typed import is_changed
-from rlhf_ppo.data import Completion, PromptSet
-from rlhf_ppo.http_reward import HTTPReward
-from rlhf_ppo.reward_calls import RewardError, RewardFunction, StepRewards, reward_name, takes
-from rlhf_ppo.reward_model import RewardModel
-from rlhf_ppo.score_cache import ScoreCache
-from rlhf_ppo.scoring import coerce_scores, score
-from rlhf_ppo.user_code import load_function
+from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.core.validation import is_changed
+from rlhf_ppo.data.prompts import Completion, PromptSet
+from rlhf_ppo.rewards.adapter_reward import AdapterReward
+from rlhf_ppo.rewards.cache import ScoreCache
+from rlhf_ppo.rewards.functions import RewardError, RewardFunction, StepRewards, reward_name, takes
+from rlhf_ppo.rewards.http_client import HTTPReward
+from rlhf_ppo.rewards.reward_model import RewardModel
+from rlhf_ppo.rewards.scoring import coerce_scores, score
+from rlhf_ppo.runtime.user_code import load_function
 
 __all__ = [
     "HTTPReward",
@@ -56,7 +56,7 @@ def load_reward(
         device: where reward models are loaded.
         chat_template, max_length: for reward models, see :class:`rlhf_ppo.RewardModel`.
         http_timeout_s, http_retries, http_batch_size, http_concurrency: for addresses, see
-            :class:`rlhf_ppo.http_reward.HTTPReward`.
+            :class:`rlhf_ppo.rewards.http_client.HTTPReward`.
     Raises:
         ValueError: the file, module or function is not there, the model does not fit (see
             :class:`rlhf_ppo.RewardModel`), or the address is none.

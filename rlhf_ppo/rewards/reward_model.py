@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_ppo.chat import answered, whole_text
-from rlhf_ppo.data import Completion, Prompt, PromptSet, require_vocabulary
-from rlhf_ppo.models import (
+from rlhf_ppo.data.chat import answered, whole_text
+from rlhf_ppo.data.prompts import Completion, Prompt, PromptSet, require_vocabulary
+from rlhf_ppo.data.text import encode_text
+from rlhf_ppo.models.loading import (
     context_length,
     find_config,
     freeze,
@@ -25,7 +26,6 @@ from rlhf_ppo.models import (
     refuse_encoder_decoder,
     vocabulary_size,
 )
-from rlhf_ppo.text import encode_text
 
 NO_LIMIT = 2**31
 """Some tokenizers give 1e30 for "no limit"."""
@@ -146,7 +146,7 @@ def scored_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: 
     """What a reward model reads: prompt + completion, or a chat through its chat template (written out without one).
 
     Raises:
-        ValueError: the chat cannot be rendered (see :func:`rlhf_ppo.chat.whole_text`); names ``where``.
+        ValueError: the chat cannot be rendered (see :func:`rlhf_ppo.data.chat.whole_text`); names ``where``.
     """
     if isinstance(prompt, str):
         return f"{prompt}{completion}"

@@ -13,9 +13,9 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor
 
-from rlhf_ppo.data import Completion, Prompt
-from rlhf_ppo.reward_calls import RewardError, RewardFunction, StepRewards, call_rewards, reward_name, takes
-from rlhf_ppo.score_cache import ScoreCache
+from rlhf_ppo.data.prompts import Completion, Prompt
+from rlhf_ppo.rewards.cache import ScoreCache
+from rlhf_ppo.rewards.functions import RewardError, RewardFunction, StepRewards, call_rewards, reward_name, takes
 
 Score = float | list[float] | None
 """One for the whole response, one per sampled token, or None: it cannot be scored."""
@@ -85,7 +85,7 @@ def score_responses(
     """Have responses scored by every reward function, and check what they say.
 
     Args:
-        rewards: name -> function, see :data:`rlhf_ppo.reward_calls.RewardFunction`.
+        rewards: name -> function, see :data:`rlhf_ppo.rewards.functions.RewardFunction`.
         responses: B of them.
         decode_of: how ``completion_ids`` became ``completions``; needed for :class:`StepRewards`.
         timeout_s: longest time for each function in seconds.

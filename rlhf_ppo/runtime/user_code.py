@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rlhf_ppo.waiting import FAILURES
+from rlhf_ppo.runtime.waiting import FAILURES
 
 
 def load_function(source: str, what: str) -> Callable[..., Any]:

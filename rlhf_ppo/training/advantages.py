@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_ppo.config import RLHFConfig
+from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import compute_gae, group_normalized_advantages, leave_one_out_advantages
-from rlhf_ppo.turn_credit import to_tokens, to_turns
+from rlhf_ppo.training.turn_credit import to_tokens, to_turns
 
 
 def estimate_advantages(

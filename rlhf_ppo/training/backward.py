@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlhf_ppo.activations import offload_activations
-from rlhf_ppo.actor_critic import ActorCritic, Reference
-from rlhf_ppo.config import RLHFConfig
+from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import Experience, loss_denominator, ppo_diagnostics, ppo_loss
-from rlhf_ppo.gradients import accumulate_gradients
-from rlhf_ppo.rollout import Rollout
+from rlhf_ppo.generation.rollout import Rollout
+from rlhf_ppo.models.activation_memory import offload_activations
+from rlhf_ppo.models.actor_critic import ActorCritic, Reference
 from rlhf_ppo.runtime.metrics import MetricAverage
 from rlhf_ppo.runtime.precision import autocast
+from rlhf_ppo.training.gradients import accumulate_gradients
 
 
 def minibatch_gradient(

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from rlhf_ppo.config import RLHFConfig
+from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import Experience
-from rlhf_ppo.critics import critic_kind
-from rlhf_ppo.fingerprints import data_fingerprint
-from rlhf_ppo.guard import Step
-from rlhf_ppo.limits import Barred
-from rlhf_ppo.reading import without_adapter_wrapper
-from rlhf_ppo.rollout import Rollout
+from rlhf_ppo.generation.rollout import Rollout
+from rlhf_ppo.generation.stopping import Barred
+from rlhf_ppo.models.critics import critic_kind
+from rlhf_ppo.models.forward import without_adapter_wrapper
 from rlhf_ppo.runtime.checkpoint import read_checkpoint, write_checkpoint
+from rlhf_ppo.training.fingerprints import data_fingerprint
+from rlhf_ppo.training.stability import Step
 
 if TYPE_CHECKING:
     from rlhf_ppo.trainer import PPOTrainer
@@ -61,7 +61,7 @@ class BlackBox:
     """Configurations and names to build the models from."""
     versions: dict[str, str]
     data: str | None
-    """Digest of the training data (:func:`rlhf_ppo.fingerprints.data_fingerprint`)."""
+    """Digest of the training data (:func:`rlhf_ppo.training.fingerprints.data_fingerprint`)."""
 
 
 def write_black_box(

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_ppo.adapters import by_present_names, earlier_name
-from rlhf_ppo.config import RLHFConfig
+from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.models.lora import by_present_names, earlier_name
 from rlhf_ppo.runtime.checkpoint import Checkpoint, CheckpointError, read_checkpoint, write_checkpoint
 from rlhf_ppo.runtime.seeding import global_rng_state, restore_rng_state
 from rlhf_ppo.runtime.unchanged import require_unchanged

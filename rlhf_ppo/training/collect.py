@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_ppo.config import RLHFConfig
-from rlhf_ppo.conversation import Respond, RespondError, converse
-from rlhf_ppo.data import Completion, Prompt, encode_prompts
-from rlhf_ppo.limits import Barred, TextStop, cut_at
-from rlhf_ppo.reward_calls import RewardError
-from rlhf_ppo.rollout import Rollout, Sampled
+from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.data.prompts import Completion, Prompt, encode_prompts
+from rlhf_ppo.data.text import Before, TextPieces, before_each
+from rlhf_ppo.generation.multi_turn import Respond, RespondError, converse
+from rlhf_ppo.generation.rollout import Rollout, Sampled
+from rlhf_ppo.generation.stopping import Barred, TextStop, cut_at
+from rlhf_ppo.rewards.functions import RewardError
+from rlhf_ppo.rewards.scoring import Responses, Score, score_responses, total
 from rlhf_ppo.runtime.precision import autocast
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.signals import stop_if_asked
 from rlhf_ppo.runtime.timing import Stopwatch
-from rlhf_ppo.scoring import Responses, Score, score_responses, total
-from rlhf_ppo.setup import RunParts
-from rlhf_ppo.text import Before, TextPieces, before_each
+from rlhf_ppo.training.setup import RunParts
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_ppo.config import RLHFConfig
+from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import (
     Experience,
     explained_variance,
@@ -19,9 +19,9 @@ from rlhf_ppo.core import (
     masked_whiten,
     truncated_importance_weights,
 )
-from rlhf_ppo.estimators import comparable, estimate_advantages
-from rlhf_ppo.rollout import Rollout
-from rlhf_ppo.score_shaping import ScoreStatistics, shape_scores
+from rlhf_ppo.generation.rollout import Rollout
+from rlhf_ppo.training.advantages import comparable, estimate_advantages
+from rlhf_ppo.training.score_shaping import ScoreStatistics, shape_scores
 
 
 class Credit(NamedTuple):

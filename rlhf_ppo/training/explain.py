@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlhf_ppo.estimators import next_decisions
-from rlhf_ppo.experience import estimate_credit
-from rlhf_ppo.rollout import Rollout
+from rlhf_ppo.data.text import GrowingText, TextPieces, before_each, shared
+from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.runtime.explain import Explanation, explain_actions
 from rlhf_ppo.runtime.precision import autocast
-from rlhf_ppo.text import GrowingText, TextPieces, before_each, shared
+from rlhf_ppo.training.advantages import next_decisions
+from rlhf_ppo.training.experience import estimate_credit
 
 if TYPE_CHECKING:
     from rlhf_ppo.trainer import PPOTrainer

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf_ppo.adapters import earlier_name
-from rlhf_ppo.data import PromptSet
-from rlhf_ppo.setup import RunParts
+from rlhf_ppo.data.prompts import PromptSet
+from rlhf_ppo.models.lora import earlier_name
+from rlhf_ppo.training.setup import RunParts
 
 _VALUES_PER_TENSOR = 2**16
 

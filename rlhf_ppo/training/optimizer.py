@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from rlhf_ppo.actor_critic import ActorCritic
-from rlhf_ppo.config import RLHFConfig
+from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.models.actor_critic import ActorCritic
 
 
 def make_optimizer(model: ActorCritic, args: RLHFConfig) -> tuple[torch.optim.AdamW, LambdaLR]:

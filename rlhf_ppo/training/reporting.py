@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf_ppo.experience import describe
-from rlhf_ppo.recovery import keep_checkpoint
-from rlhf_ppo.reward_calls import RewardError
-from rlhf_ppo.rollout import Rollout
+from rlhf_ppo.generation.rollout import Rollout
+from rlhf_ppo.rewards.functions import RewardError
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.seeding import global_rng_state, restore_rng_state
+from rlhf_ppo.runtime.streams import EVALUATION, numbered_generator
 from rlhf_ppo.runtime.summary import model_rows
-from rlhf_ppo.streams import EVALUATION, numbered_generator
+from rlhf_ppo.training.experience import describe
+from rlhf_ppo.training.resume import keep_checkpoint
 
 if TYPE_CHECKING:
     from rlhf_ppo.trainer import PPOTrainer

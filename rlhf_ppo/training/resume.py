@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_ppo.checkpoint import Boundary, load_checkpoint, save_checkpoint
-from rlhf_ppo.conversation import RespondError
-from rlhf_ppo.guard import PolicyDriftError, nonfinite_parameters
-from rlhf_ppo.identity import SavedModelError
-from rlhf_ppo.reward_calls import RewardError
+from rlhf_ppo.generation.multi_turn import RespondError
+from rlhf_ppo.models.identity import SavedModelError
+from rlhf_ppo.rewards.functions import RewardError
 from rlhf_ppo.runtime.checkpoint import find_checkpoint
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.signals import Interrupted, asked_to_stop
+from rlhf_ppo.training.checkpoint import Boundary, load_checkpoint, save_checkpoint
+from rlhf_ppo.training.stability import PolicyDriftError, nonfinite_parameters
 
 if TYPE_CHECKING:
     from rlhf_ppo.trainer import PPOTrainer

@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_ppo.config import RLHFConfig
+from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import masked_mean, masked_var
-from rlhf_ppo.rollout import Rollout
+from rlhf_ppo.generation.rollout import Rollout
 
 
 @dataclass

@@ -11,18 +11,17 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_ppo.actor_critic import ActorCritic, Reference
-from rlhf_ppo.adapter_reward import AdapterReward, share_reward_base
-from rlhf_ppo.adapters import refuse_prompt_learning
-from rlhf_ppo.chat import require_next_speaker
-from rlhf_ppo.config import RLHFConfig
-from rlhf_ppo.conversation import Respond, reply_ids
-from rlhf_ppo.critics import build_actor_critic, choose_critic
-from rlhf_ppo.data import PromptSet
-from rlhf_ppo.engines import Sampler, choose_engine
-from rlhf_ppo.heads import read_head
-from rlhf_ppo.identity import answers, kl
-from rlhf_ppo.models import (
+from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.data.chat import require_next_speaker
+from rlhf_ppo.data.prompts import PromptSet
+from rlhf_ppo.data.rows import RowSource
+from rlhf_ppo.generation.engines import Sampler, choose_engine
+from rlhf_ppo.generation.multi_turn import Respond, reply_ids
+from rlhf_ppo.generation.rollout import Rollout
+from rlhf_ppo.models.actor_critic import ActorCritic, Reference
+from rlhf_ppo.models.critics import build_actor_critic, choose_critic
+from rlhf_ppo.models.identity import answers, kl
+from rlhf_ppo.models.loading import (
     adapter_base,
     in_float32,
     load_config,
@@ -34,19 +33,20 @@ from rlhf_ppo.models import (
     vocabulary_size,
     with_chat_template,
 )
-from rlhf_ppo.policy_adapter import make_adapter, without_new_adapter
-from rlhf_ppo.probe import probe, probe_gradient
-from rlhf_ppo.quantization import check_precision, load_quantized, load_reference
-from rlhf_ppo.reward_calls import RewardFunction, require_takes
-from rlhf_ppo.reward_model import RewardModel
-from rlhf_ppo.rewards import RewardSource, ask_servers, load_rewards, make_caches
-from rlhf_ppo.rollout import Rollout
-from rlhf_ppo.rows import RowSource
+from rlhf_ppo.models.lora import refuse_prompt_learning
+from rlhf_ppo.models.policy_adapter import make_adapter, without_new_adapter
+from rlhf_ppo.models.probe import probe, probe_gradient
+from rlhf_ppo.models.quantization import check_precision, load_quantized, load_reference
+from rlhf_ppo.models.value_head import read_head
+from rlhf_ppo.rewards.adapter_reward import AdapterReward, share_reward_base
+from rlhf_ppo.rewards.cache import ScoreCache
+from rlhf_ppo.rewards.functions import RewardFunction, require_takes
+from rlhf_ppo.rewards.loading import RewardSource, ask_servers, load_rewards, make_caches
+from rlhf_ppo.rewards.reward_model import RewardModel
 from rlhf_ppo.runtime.precision import autocast, compute_in_bf16
 from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.seeding import resolve_device, seed_everything
 from rlhf_ppo.runtime.trackers import require_installed
-from rlhf_ppo.score_cache import ScoreCache
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rlhf_ppo.config import RLHFConfig
+from rlhf_ppo.config.rlhf import RLHFConfig
 
 
 class PolicyDriftError(RuntimeError):

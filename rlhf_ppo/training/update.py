@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlhf_ppo.blackbox import write_black_box
 from rlhf_ppo.core import Experience, adapt_clip_range, adapt_kl_coef, adapt_penalty_beta, minibatch_indices
-from rlhf_ppo.experience import estimate
-from rlhf_ppo.gradients import clear_gradients, clip_and_step
-from rlhf_ppo.guard import StepWatch, nonfinite_parameters, spoil_gradient
-from rlhf_ppo.optimization import warmup_settings
-from rlhf_ppo.rollout import Rollout
+from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.runtime.errors import RatioTripwireError
 from rlhf_ppo.runtime.metrics import MetricAverage
-from rlhf_ppo.streams import SHUFFLE, numbered_generator
+from rlhf_ppo.runtime.streams import SHUFFLE, numbered_generator
+from rlhf_ppo.training.black_box import write_black_box
+from rlhf_ppo.training.experience import estimate
+from rlhf_ppo.training.gradients import clear_gradients, clip_and_step
+from rlhf_ppo.training.optimizer import warmup_settings
+from rlhf_ppo.training.stability import StepWatch, nonfinite_parameters, spoil_gradient
 
 if TYPE_CHECKING:
     from rlhf_ppo.trainer import PPOTrainer
 
 MinibatchGradient = Callable[[Rollout, Experience, list[int]], tuple[MetricAverage, dict[str, Tensor]]]
 """Adds the gradient of a minibatch, named by its rows, to ``.grad``; see
-:func:`rlhf_ppo.backward.minibatch_gradient`."""
+:func:`rlhf_ppo.training.backward.minibatch_gradient`."""
 
 
 def update(trainer: PPOTrainer, rollout: Rollout, accumulate: MinibatchGradient) -> tuple[dict[str, float], str | None]:

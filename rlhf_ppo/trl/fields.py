@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-KNOWN = Path(__file__).parent / "assets" / "trl-1.12-ppo-fields.json"
+KNOWN = Path(__file__).parents[1] / "assets" / "trl-1.12-ppo-fields.json"
 """The real classes' fields, kinds of value and defaults; made by `make trl-fields`."""
 
 Fate = Literal["same", "changed", "automatic", "inert", "missing"]
@@ -342,7 +342,7 @@ def field_tables() -> str:
     return text
 
 
-if __name__ == "__main__":  # python -m rlhf_ppo.trl_fields docs/migrating-from-trl.md
+if __name__ == "__main__":  # python -m rlhf_ppo.trl.fields docs/migrating-from-trl.md
     page = Path(sys.argv[1])
     guide = page.read_text(encoding="utf-8").partition(HEADING)[0]
     page.write_text(guide + field_tables(), encoding="utf-8")

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rlhf_ppo.runtime.settings import load_yaml, read_yaml
 from rlhf_ppo.runtime.trackers import TRACKERS
-from rlhf_ppo.trl_fields import ROWS, known_fields
+from rlhf_ppo.trl.fields import ROWS, known_fields
 
 _TYPES = {"bool": bool, "int": int, "float": float, "str": str, "list": list[str], "dict": dict, "null": None}
 _SCHEDULES = {name: name for name in ("constant", "linear", "cosine")} | {"constant_with_warmup": "constant"}

@@ -11,7 +11,7 @@ from rlhf_ppo.runtime.run_directory import RunDirectory
 
 @pytest.fixture(autouse=True)
 def no_curve(monkeypatch):
-    monkeypatch.setattr("classic.train.draw_curve", lambda *_: None)
+    monkeypatch.setattr("classic.ppo.draw_curve", lambda *_: None)
 
 
 def test_evaluations_on_the_way_are_logged_and_the_best_agent_is_kept(small, tmp_path):

@@ -66,9 +66,9 @@ def test_every_setting_is_known_to_change_or_to_stay():
 def learned(agent, monkeypatch):
     """Learn, and return what stood in force in the first update."""
     seen = []
-    update = classic.train.update
+    update = classic.ppo.update
     monkeypatch.setattr(
-        "classic.train.update",
+        "classic.ppo.update",
         lambda agent, *rest: (seen.append((agent.config, agent.optimizer.lr)), update(agent, *rest))[1],
     )
     agent.learn(250)
@@ -184,7 +184,7 @@ def test_a_clip_range_that_fell_does_not_outlive_its_schedule(small, tmp_path):
 
 
 def test_another_folder_from_here_on(small, tmp_path, monkeypatch):
-    monkeypatch.setattr("classic.train.draw_curve", lambda *_: None)
+    monkeypatch.setattr("classic.ppo.draw_curve", lambda *_: None)
     agent = classic.PPO("tests/Match-v0", small(output_dir=str(tmp_path / "first"))).learn(100)
     lines = (tmp_path / "first/metrics.jsonl").read_text()
     agent.args = dataclasses.replace(agent.args, output_dir=str(tmp_path / "second"))
@@ -209,7 +209,7 @@ def test_an_agent_that_an_earlier_version_saved_is_loaded(small, tmp_path):
 
 
 def test_the_run_holds_the_steps_that_it_was_asked_for(small, tmp_path, monkeypatch):
-    monkeypatch.setattr("classic.train.draw_curve", lambda *_: None)
+    monkeypatch.setattr("classic.ppo.draw_curve", lambda *_: None)
     agent = classic.PPO("tests/Match-v0", small(output_dir=str(tmp_path), autoreset_mode="same_step"))
     asked = []
     for steps in (128, 1e2):

@@ -48,7 +48,7 @@ def kill_after(rollouts):
 
 @pytest.fixture(autouse=True)
 def no_curve(monkeypatch):
-    monkeypatch.setattr("classic.train.draw_curve", lambda *_: None)
+    monkeypatch.setattr("classic.ppo.draw_curve", lambda *_: None)
 
 
 def settings(small, folder, extra, **more):
@@ -296,7 +296,7 @@ def recorded(agent):
 
 def test_an_episode_is_remembered_only_where_a_checkpoint_can_be_written(small, tmp_path, monkeypatch):
     """Endless's episodes have no end: without a folder they would be kept for ever."""
-    monkeypatch.setattr("classic.train.draw_curve", lambda *_: None)
+    monkeypatch.setattr("classic.ppo.draw_curve", lambda *_: None)
     args = small(num_envs=2, num_steps=50)
     agent = classic.PPO(Endless, args).learn(200)
     assert recorded(agent) == [0, 0]
@@ -309,8 +309,8 @@ def test_an_episode_is_remembered_only_where_a_checkpoint_can_be_written(small, 
 
 
 def test_an_endless_episode_is_let_go_and_the_run_goes_on_with_new_ones(small, tmp_path, monkeypatch):
-    monkeypatch.setattr("classic.train.draw_curve", lambda *_: None)
-    monkeypatch.setattr("classic.episodes.MAX_ACTIONS", 120)
+    monkeypatch.setattr("classic.ppo.draw_curve", lambda *_: None)
+    monkeypatch.setattr("classic.envs.episodes.MAX_ACTIONS", 120)
     args = small(num_envs=2, num_steps=50, output_dir=str(tmp_path), save_every=1)
     agent = classic.PPO(Endless, args)
     with pytest.warns(UserWarning, match=r"gone on for more than 120 steps: they are no longer remembered"):

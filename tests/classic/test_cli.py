@@ -148,9 +148,9 @@ def test_a_full_disk_is_one_line_and_the_agent_is_saved_where_it_can_be(what, tm
         raise SafetensorError(str(FULL)) if what == "agent" else FULL
 
     place = {
-        "checkpoint": ("classic.train.save_checkpoint", full),
+        "checkpoint": ("classic.ppo.save_checkpoint", full),
         "metrics": (f"{RunDirectory.__module__}.RunDirectory.append", full),
-        "agent": ("classic.saving.save_file", full),
+        "agent": ("classic.save.save_file", full),
     }[what]
     monkeypatch.setattr(*place)
     words = ["train", "tests/Match-v0", "--output-dir", str(tmp_path), "--quiet", "--save-every", "1", *SMALL]

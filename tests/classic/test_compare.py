@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import classic
-from classic import comparison
+from classic import compare as comparison
 from classic.cli import main
-from classic.comparison import Variant, read_variants
+from classic.compare import Variant, read_variants
 
 SMALL = "--num-envs 4 --num-steps 16 --num-minibatches 2 --hidden-sizes 16 --total-timesteps 130 --quiet".split()
 
@@ -25,8 +25,8 @@ def trained(monkeypatch):
             runs.append((self.args.num_epochs, self.args.seed))
             return super().learn(*args)
 
-    monkeypatch.setattr("classic.comparison.PPO", Recorded)
-    monkeypatch.setattr("classic.train.draw_curve", lambda *_: None)
+    monkeypatch.setattr("classic.compare.PPO", Recorded)
+    monkeypatch.setattr("classic.ppo.draw_curve", lambda *_: None)
     return runs
 
 

@@ -95,7 +95,7 @@ def test_some_copies_cut_and_others_not_play_their_shares(autoreset_mode, small)
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 def test_the_environments_own_limit_may_be_longer_than_ours(vectorization, small, monkeypatch):
-    monkeypatch.setattr("classic.train.MAX_STEPS", 20)
+    monkeypatch.setattr("classic.ppo.MAX_STEPS", 20)
     agent = classic.PPO("tests/Long-v0", small(vectorization=vectorization))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

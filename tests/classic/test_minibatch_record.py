@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from classic.record import UpdateRecord
+from classic.minibatch_record import UpdateRecord
 from rlhf_ppo.core import Experience, PolicyOutput, PPOConfig, ppo_diagnostics, ppo_loss
 
 

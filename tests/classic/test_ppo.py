@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import classic
-from classic.gradients import ClosedForm
+from classic.fast.gradients import ClosedForm
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.threads import torch_threads
 
@@ -18,7 +18,7 @@ from rlhf_ppo.runtime.threads import torch_threads
 def no_curve(request, monkeypatch):
     """Drawing takes longer than these runs; the test of the picture draws it."""
     if "curve" not in request.node.name:
-        monkeypatch.setattr("classic.train.draw_curve", lambda *_: None)
+        monkeypatch.setattr("classic.ppo.draw_curve", lambda *_: None)
 
 
 def log_of(folder):

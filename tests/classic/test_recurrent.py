@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import classic
-from classic.actor_critic import ActorCritic
-from classic.envs import Environments
+from classic.envs.environments import Environments
+from classic.networks.actor_critic import ActorCritic
 from classic.rollout import collect, critic_values
 
 MODES = ["next_step", "same_step"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from classic.actor_critic import ActorCritic
-from classic.envs import Environments
+from classic.envs.environments import Environments
+from classic.networks.actor_critic import ActorCritic
 from classic.rollout import collect, critic_values
 from rlhf_ppo.core import compute_gae, masked_whiten
 

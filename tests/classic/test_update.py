@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from classic.actor_critic import Decisions
+from classic.networks.actor_critic import Decisions
 from classic.update import shuffled_minibatches
 from rlhf_ppo.core import Experience
 

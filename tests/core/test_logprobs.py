@@ -10,8 +10,9 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rlhf_ppo.core import entropy_from_logits, linear_logprobs, token_logprobs, vocabulary
+from rlhf_ppo.core import entropy_from_logits, linear_logprobs, token_logprobs
 from rlhf_ppo.core import logprobs as core_logprobs
+from rlhf_ppo.core.kernels import vocabulary
 
 seeds = st.integers(0, 10_000)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -30,9 +30,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-import rlhf_ppo.rollout
+import rlhf_ppo.generation.rollout
 from rlhf_ppo import PPOTrainer, RLHFConfig
-from rlhf_ppo.actor_critic import ActorCritic
+from rlhf_ppo.models.actor_critic import ActorCritic
 
 logging.disable_progress_bar()  # models that tests save would draw them among what commands print
 
@@ -182,8 +182,8 @@ def script(monkeypatch):
 
     def use(rows: list[list[int]]) -> None:
         # Rows leave the batch when they end; each keeps its own draws.
-        monkeypatch.setattr(rlhf_ppo.rollout, "uniforms", lambda *_: torch.tensor(rows).T)
-        monkeypatch.setattr(rlhf_ppo.rollout, "draw", lambda weights, u: u)
+        monkeypatch.setattr(rlhf_ppo.generation.rollout, "uniforms", lambda *_: torch.tensor(rows).T)
+        monkeypatch.setattr(rlhf_ppo.generation.rollout, "draw", lambda weights, u: u)
 
     return use
 

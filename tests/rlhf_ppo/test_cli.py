@@ -13,7 +13,7 @@ import pytest
 from classic.cli import main as classic_main
 from rlhf_ppo import __version__
 from rlhf_ppo.cli import COMMANDS, main
-from rlhf_ppo.demo import DemoArgs, demo_trainer, print_paths
+from rlhf_ppo.pipeline.demo import DemoArgs, demo_trainer, print_paths
 from rlhf_ppo.runtime.settings import _positional
 from rlhf_ppo.runtime.settings_page import sentences
 from rlhf_ppo.settings_page import settings_page
@@ -309,6 +309,6 @@ def test_version_of_either_command(capsys):
 
 def test_the_demo_takes_a_precision(monkeypatch):
     asked = {}
-    monkeypatch.setattr("rlhf_ppo.demo.PPOTrainer", lambda **arguments: asked.update(arguments))
+    monkeypatch.setattr("rlhf_ppo.pipeline.demo.PPOTrainer", lambda **arguments: asked.update(arguments))
     demo_trainer(DemoArgs(precision="bf16", num_threads=3))
     assert (asked["args"].precision, asked["args"].num_threads) == ("bf16", 3)

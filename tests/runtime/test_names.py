@@ -8,12 +8,12 @@ import re
 import pytest
 
 import classic
-import classic.other_names
+import classic.name_hints
 import rlhf_ppo
 from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.cli import TrainArgs
 from rlhf_ppo.cli import main as rlhf_main
-from rlhf_ppo.other_names import SETTINGS
+from rlhf_ppo.config.name_hints import SETTINGS
 from rlhf_ppo.runtime.settings import read_yaml
 
 
@@ -54,7 +54,7 @@ def test_files_and_flags_say_the_same(tmp_path, capsys):
 def test_what_others_call_our_settings_leads_to_settings_that_exist():
     ours = {field.name for field in dataclasses.fields(TrainArgs)}
     settings = {field.name for field in dataclasses.fields(classic.PPOArgs)}
-    for table, known in ((SETTINGS, ours), (classic.other_names.SETTINGS, settings)):
+    for table, known in ((SETTINGS, ours), (classic.name_hints.SETTINGS, settings)):
         for name, text in table.items():
             named = re.match(r"here (?:it is|they are) (\w+)", text)
             assert named is None or named[1] in known, (name, text)

@@ -16,7 +16,7 @@ from torch import nn
 
 import classic.cli
 import rlhf_ppo.cli
-from classic.making import make_vector_env
+from classic.envs.making import make_vector_env
 from rlhf_ppo.runtime.summary import model_rows
 from rlhf_ppo.runtime.threads import choose_threads, usable_cpus
 
@@ -38,7 +38,7 @@ import """
         ("rlhf_ppo.cli", None, "PASSIVE"),
         ("classic.cli", None, "PASSIVE"),
         ("classic", None, "PASSIVE"),
-        ("rlhf_ppo.reward_server", None, "PASSIVE"),
+        ("rlhf_ppo.rewards.http_server", None, "PASSIVE"),
         ("rlhf_ppo.cli", "ACTIVE", "ACTIVE"),
     ],
 )

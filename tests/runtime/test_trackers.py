@@ -210,7 +210,7 @@ def test_a_language_models_run_reports_too(tmp_path, fakes):
 
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"One {w}"}) + "\n" for w in "abcdef"))
     flags = (
-        f"train --model embedded --reward rlhf_ppo.toy_rewards:no_letter_e --dataset {tmp_path}/rows.jsonl "
+        f"train --model embedded --reward rlhf_ppo.rewards.toy:no_letter_e --dataset {tmp_path}/rows.jsonl "
         f"--output-dir {tmp_path}/run --total-episodes 2 --rollout-batch-size 2 --num-minibatches 1 --num-epochs 1 "
         "--max-new-tokens 2 --eval-size 2 --device cpu --quiet --report-to wandb trackio"
     )

@@ -8,7 +8,7 @@ import pytest
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
 
 import classic
-from classic.envs import Environments
+from classic.envs.environments import Environments
 from rlhf_ppo.runtime.run_directory import RunDirectory
 
 MODES = ["next_step", "same_step"]

@@ -12,8 +12,8 @@ from gymnasium.spaces import Box, Dict, Discrete, Tuple
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 import classic
-from classic import copies
-from classic.envs import Environments
+from classic.envs import copies
+from classic.envs.environments import Environments
 
 
 class Reusing(gymnasium.Env):

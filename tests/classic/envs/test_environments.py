@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import classic
-from classic.envs import Environments, to_env_actions
+from classic.envs.environments import Environments, to_env_actions
 
 
 def test_unknown_environment_keeps_gymnasiums_suggestion():

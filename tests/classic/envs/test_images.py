@@ -13,9 +13,9 @@ from gymnasium.spaces import Box, Dict, Discrete
 from safetensors.torch import load_file, save_file
 
 import classic
-from classic.images import unscaled
-from classic.networks import Pixels
-from classic.spaces import observation_encoder, observation_shape
+from classic.envs.images import unscaled
+from classic.envs.spaces import observation_encoder, observation_shape
+from classic.networks.layers import Pixels
 
 H, W = 36, 40
 

@@ -9,8 +9,8 @@ import torch
 from gymnasium.spaces import Box, Dict, Discrete
 
 import classic
-from classic.making import BrokenEnvironmentError
-from classic.normalization import Normalizer, RunningStatistics
+from classic.envs.making import BrokenEnvironmentError
+from classic.envs.normalization import Normalizer, RunningStatistics
 
 
 def test_statistics_of_batches_equal_those_of_everything_at_once():
@@ -60,7 +60,7 @@ def test_both_autoreset_modes_give_the_same_statistics_on_the_same_trajectory(se
 def test_normalised_runs_record_what_the_policy_saw(small, tmp_path, monkeypatch):
     """The first minibatch's ratio is 1 although the statistics have moved on; episode returns are not scaled."""
     args = small(normalize_observations=True, normalize_rewards=True, output_dir=str(tmp_path))
-    monkeypatch.setattr("classic.train.draw_curve", lambda *_: None)
+    monkeypatch.setattr("classic.ppo.draw_curve", lambda *_: None)
     agent = classic.PPO("tests/Clock-v0", args).learn(300)
     rows = agent._run.read()
     assert max(row["policy/first_minibatch_max_abs_log_ratio"] for row in rows) < 1e-5

@@ -10,8 +10,8 @@ import pytest
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Tuple
 
 import classic
-from classic.observed_masks import observed_mask, unread_masks
-from classic.spaces import ActionLayout
+from classic.envs.observed_masks import observed_mask, unread_masks
+from classic.envs.spaces import ActionLayout
 
 BITS = Box(0, 1, (4,), np.int8)
 FOUR = ActionLayout(choices=(4,))
@@ -85,7 +85,7 @@ def test_a_mask_under_another_name_is_said(small):
 
 
 def test_running_episodes_saved_before_masks_were_read_there_go_on(small, tmp_path, monkeypatch):
-    monkeypatch.setattr("classic.train.draw_curve", lambda *_: None)
+    monkeypatch.setattr("classic.ppo.draw_curve", lambda *_: None)
     agent = classic.PPO(Game, small(output_dir=str(tmp_path))).learn(60)
     tensors, state = agent.envs.state()
     expected = tensors.pop("action_masks")

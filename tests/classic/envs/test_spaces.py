@@ -9,8 +9,8 @@ import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 
 import classic
-from classic.images import image_layout
-from classic.spaces import (
+from classic.envs.images import image_layout
+from classic.envs.spaces import (
     action_layout,
     batch_of_one,
     is_batch,

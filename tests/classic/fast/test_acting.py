@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from classic import acting as acting_module
-from classic.acting import acting
-from classic.actor_critic import ActorCritic
-from classic.spaces import ActionLayout
+from classic.envs.spaces import ActionLayout
+from classic.fast import acting as acting_module
+from classic.fast.acting import acting
+from classic.networks.actor_critic import ActorCritic
 
 CHOICE, NUMBERS = ActionLayout(choices=(3,)), ActionLayout(numbers=2)
 

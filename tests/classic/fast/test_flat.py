@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from classic.actor_critic import ActorCritic
-from classic.flat import FlatAdam, FlatParameters
-from classic.spaces import ActionLayout
+from classic.envs.spaces import ActionLayout
+from classic.fast.flat import FlatAdam, FlatParameters
+from classic.networks.actor_critic import ActorCritic
 
 
 def make(**settings) -> ActorCritic:

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import classic
-from classic.actor_critic import ActorCritic, Decisions
-from classic.flat import FlatParameters
-from classic.gradients import Autograd, ClosedForm, gradient_method, update_loss
-from classic.spaces import ActionLayout
+from classic.envs.spaces import ActionLayout
+from classic.fast.flat import FlatParameters
+from classic.fast.gradients import Autograd, ClosedForm, gradient_method, update_loss
+from classic.networks.actor_critic import ActorCritic, Decisions
 from rlhf_ppo.core import Experience, PPOConfig
 
 CHOICE, NUMBERS = ActionLayout(choices=(3,)), ActionLayout(numbers=2)
@@ -117,7 +117,7 @@ def test_a_run_by_autograd_takes_the_same_way(env_id, small, monkeypatch):
     runs = []
     for kind in (ClosedForm, Autograd):
         monkeypatch.setattr(
-            "classic.train.gradient_method", lambda network, weights, _, kind=kind: kind(network, weights)
+            "classic.ppo.gradient_method", lambda network, weights, _, kind=kind: kind(network, weights)
         )
         agent = classic.PPO(env_id, small(ent_coef=0.01)).learn(300)
         assert type(agent.gradients) is kind

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import classic
-from classic.acting import acting
-from classic.gradients import Autograd, ClosedForm
-from classic.plain import is_plain
+from classic.fast.acting import acting
+from classic.fast.gradients import Autograd, ClosedForm
+from classic.fast.plain import is_plain
 from rlhf_ppo.runtime.errors import RatioTripwireError
 
 FIRST_RATIO = "policy/first_minibatch_max_abs_log_ratio"
@@ -134,7 +134,7 @@ def test_frozen_means_frozen_from_the_start_and_in_the_middle(settings, small, t
 
 
 def test_a_callback_may_freeze_on_the_way_and_a_resumed_run_keeps_to_it(small, tmp_path, monkeypatch):
-    monkeypatch.setattr("classic.train.draw_curve", lambda *_: None)
+    monkeypatch.setattr("classic.ppo.draw_curve", lambda *_: None)
 
     def freeze(agent, metrics):
         if agent.counters["iteration"] == 2:

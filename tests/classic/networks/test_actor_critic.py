@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from classic.actor_critic import ActorCritic, Decisions
-from classic.spaces import ActionLayout
+from classic.envs.spaces import ActionLayout
+from classic.networks.actor_critic import ActorCritic, Decisions
 
 
 def make(continuous=False, num_actions=3, hidden=(32, 16), seed=0):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from classic.distributions import (
+from classic.networks.distributions import (
     categorical_logprobs,
     gaussian_entropy,
     gaussian_logprobs,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from classic.actor_critic import ActorCritic, Decisions
-from classic.networks import Memory, Tanh, image_network
-from classic.spaces import ActionLayout
+from classic.envs.spaces import ActionLayout
+from classic.networks.actor_critic import ActorCritic, Decisions
+from classic.networks.layers import Memory, Tanh, image_network
 
 KINDS = ["lstm", "gru"]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf_ppo.core import clipped_policy_loss, clipped_value_loss
-from rlhf_ppo.core.closed_form import clipped_policy_slope, clipped_value_slope
+from rlhf_ppo.core.kernels.analytic_gradients import clipped_policy_slope, clipped_value_slope
 
 
 def draw(seed: int, count: int = 400) -> list[torch.Tensor]:

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
-import rlhf_ppo.models
+import rlhf_ppo.models.loading
 from rlhf_ppo import RewardModel
-from rlhf_ppo.chat import prompt_text, whole_text
 from rlhf_ppo.cli import main
-from rlhf_ppo.data import tokenize_prompt
-from rlhf_ppo.preferences import prompt_and_answer
-from rlhf_ppo.reward_model import scored_text
-from rlhf_ppo.sft import SFTArgs, encode_examples, read_examples
+from rlhf_ppo.data.chat import prompt_text, whole_text
+from rlhf_ppo.data.preferences import prompt_and_answer
+from rlhf_ppo.data.prompts import tokenize_prompt
+from rlhf_ppo.pipeline.sft import SFTArgs, encode_examples, read_examples
+from rlhf_ppo.rewards.reward_model import scored_text
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }} {{ m.content }}. {% endfor %}"
@@ -70,13 +70,13 @@ def refused(command: str, capsys) -> str:
 def test_a_template_that_fails_on_a_row_is_one_line_before_a_model_is_loaded(
     folder, monkeypatch, capsys, command, refusal
 ):
-    monkeypatch.setattr(rlhf_ppo.models, "read_weights", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(rlhf_ppo.models.loading, "read_weights", lambda *_, **__: pytest.fail("a model was loaded"))
     put_template("model", refusal + TEMPLATE)
     assert "error: rows.jsonl row 9: the chat template fails on this chat (" in refused(command, capsys)
 
 
 def test_the_template_of_the_second_model_of_an_evaluation_is_tried_first(folder, monkeypatch, capsys):
-    monkeypatch.setattr(rlhf_ppo.models, "read_weights", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(rlhf_ppo.models.loading, "read_weights", lambda *_, **__: pytest.fail("a model was loaded"))
     put_template("other", REFUSALS["raise_exception"] + TEMPLATE)
     assert "rows.jsonl row 9: the chat template fails on this chat (TemplateError: no system" in refused(
         COMMANDS["evaluate"], capsys
@@ -89,7 +89,7 @@ def test_a_reward_models_template_is_tried_on_every_prompt_before_the_policy_is_
     make_classifier().save_pretrained("judge")
     tokenizer.save_pretrained("judge")
     put_template("judge", REFUSALS["raise_exception"] + TEMPLATE)
-    monkeypatch.setattr("rlhf_ppo.setup.load_policy", lambda *_: pytest.fail("the policy was loaded"))
+    monkeypatch.setattr("rlhf_ppo.training.setup.load_policy", lambda *_: pytest.fail("the policy was loaded"))
     line = refused(COMMANDS["train"].replace("reward.py:length", "judge"), capsys)
     assert "reward model 'judge', rows.jsonl row 9: the chat template fails on this chat" in line
 

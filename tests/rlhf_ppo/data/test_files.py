@@ -8,7 +8,7 @@ import json
 import pytest
 
 from rlhf_ppo.cli import main
-from rlhf_ppo.data_files import load_rows
+from rlhf_ppo.data.files import load_rows
 
 ROWS = [{"prompt": f"p{i}", "n": i} for i in range(10)]
 

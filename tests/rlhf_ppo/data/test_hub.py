@@ -14,11 +14,11 @@ import pytest
 from huggingface_hub import constants
 
 from rlhf_ppo.cli import main
-from rlhf_ppo.data_files import load_rows
-from rlhf_ppo.models import load_policy, load_tokenizer
-from rlhf_ppo.sources import cached_snapshot
+from rlhf_ppo.data.files import load_rows
+from rlhf_ppo.data.hub import cached_snapshot
+from rlhf_ppo.models.loading import load_policy, load_tokenizer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 class Hub(BaseHTTPRequestHandler):

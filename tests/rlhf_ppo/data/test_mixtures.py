@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from rlhf_ppo.mixing import load_mixture
+from rlhf_ppo.data.mixtures import load_mixture
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from rlhf_ppo import RLHFConfig
-from rlhf_ppo.data import PromptSet, tokenize_prompt
-from rlhf_ppo.data_files import load_rows
-from rlhf_ppo.rows import ROW_NAME
+from rlhf_ppo.data.files import load_rows
+from rlhf_ppo.data.prompts import PromptSet, tokenize_prompt
+from rlhf_ppo.data.rows import ROW_NAME
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}. {% endfor %}"
@@ -109,7 +109,7 @@ def test_fault_7_a_chat_without_a_chat_template_stops_before_any_model_is_loaded
     def load(model):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("rlhf_ppo.setup.load_policy", load)
+    monkeypatch.setattr("rlhf_ppo.training.setup.load_policy", load)
     with pytest.raises(ValueError, match="row 0: the prompt is a chat, but the tokenizer has no chat template"):
         make_trainer(train_dataset=rows_of([{"role": "user", "content": "hi"}]))
 

@@ -9,11 +9,11 @@ import pytest
 from datasets import Dataset, interleave_datasets
 
 from rlhf_ppo import RLHFConfig
-from rlhf_ppo.data import PromptSet
-from rlhf_ppo.data_files import load_rows
-from rlhf_ppo.fingerprints import data_fingerprint
-from rlhf_ppo.mixing import load_mixture
-from rlhf_ppo.rows import as_rows, interleave
+from rlhf_ppo.data.files import load_rows
+from rlhf_ppo.data.mixtures import load_mixture
+from rlhf_ppo.data.prompts import PromptSet
+from rlhf_ppo.data.rows import as_rows, interleave
+from rlhf_ppo.training.fingerprints import data_fingerprint
 
 CALLS = [[{"function": {"name": "weather", "arguments": arguments}}] for arguments in ({"city": "Rome"}, {"n": 2})]
 UNEQUAL = {

@@ -16,12 +16,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-import rlhf_ppo.rollout
-from rlhf_ppo.conversation import reply_ids
-from rlhf_ppo.generate import GenerateArgs, generate
-from rlhf_ppo.reward_calls import StepRewards
-from rlhf_ppo.sft import Example, encode_examples
-from rlhf_ppo.text import Before, GrowingText, TextPieces, encode_text
+import rlhf_ppo.generation.rollout
+from rlhf_ppo.data.text import Before, GrowingText, TextPieces, encode_text
+from rlhf_ppo.generation.multi_turn import reply_ids
+from rlhf_ppo.pipeline.generate import GenerateArgs, generate
+from rlhf_ppo.pipeline.sft import Example, encode_examples
+from rlhf_ppo.rewards.functions import StepRewards
 
 TEXTS = ("lily and her friend said tom. a dog, a cat ;\n the day was long", "tom saw the shark, the shark saw him")
 CORPUS = TEXTS * 20
@@ -313,8 +313,8 @@ def test_turns_and_replies_are_one_text(make_trainer, make_model, words, monkeyp
         num_minibatches=1,
     )
     turns = iter([[*behind(words, " friend was"), 1], behind(words, " long. day")])
-    monkeypatch.setattr(rlhf_ppo.rollout, "uniforms", lambda *_: torch.tensor([next(turns)]).T)
-    monkeypatch.setattr(rlhf_ppo.rollout, "draw", lambda weights, u: u)
+    monkeypatch.setattr(rlhf_ppo.generation.rollout, "uniforms", lambda *_: torch.tensor([next(turns)]).T)
+    monkeypatch.setattr(rlhf_ppo.generation.rollout, "draw", lambda weights, u: u)
     rollout = trainer.rollout(["lily and her"])
     ids = rollout.prompt_ids[0].tolist() + rollout.response_ids[0][rollout.real[0]].tolist()
     assert words.decode(ids, skip_special_tokens=True) == f"lily and her friend was{reply} long. day"

@@ -16,15 +16,15 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from transformers.generation.continuous_batching import continuous_api
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 
-import rlhf_ppo.engines
-from rlhf_ppo.actor_critic import ActorCritic
+import rlhf_ppo.generation.engines
 from rlhf_ppo.cli import main
-from rlhf_ppo.data import left_pad
-from rlhf_ppo.engines import ContinuousEngine, GenerationError, StaticEngine, choose_engine
-from rlhf_ppo.rollout import Sampled, sample_responses
+from rlhf_ppo.data.prompts import left_pad
+from rlhf_ppo.generation.engines import ContinuousEngine, GenerationError, StaticEngine, choose_engine
+from rlhf_ppo.generation.rollout import Sampled, sample_responses
+from rlhf_ppo.models.actor_critic import ActorCritic
 
 KINDS = ["gpt2", "llama", "qwen2", "gpt_neox", "opt"]
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 SETTINGS: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0.7, "stop_token_ids": (0, 12, 16, 20)}
 
@@ -259,7 +259,7 @@ def test_a_model_that_continuous_batching_reads_wrongly_is_refused(make_trainer,
 def test_a_model_without_generate_batch_is_refused(make, monkeypatch):
     model = make()
     monkeypatch.setattr(
-        rlhf_ppo.engines, "without_adapter_wrapper", lambda policy: torch.nn.ModuleDict({"policy": policy})
+        rlhf_ppo.generation.engines, "without_adapter_wrapper", lambda policy: torch.nn.ModuleDict({"policy": policy})
     )
     with pytest.raises(ValueError, match="generation='continuous' does not work with model=ModuleDict"):
         choose_engine("continuous", model, max_tokens=100)
@@ -295,7 +295,7 @@ def test_continuous_with_a_separate_critic(make_trainer, make_model):
 
 def test_continuous_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    run = ["--config", "examples/positive.yaml", "--reward", "rlhf_ppo.toy_rewards:no_letter_e", "--device", "cpu"]
+    run = ["--config", "examples/positive.yaml", "--reward", "rlhf_ppo.rewards.toy:no_letter_e", "--device", "cpu"]
     run += ["--precision", "fp32"]  # "auto" would be bf16 on some CPUs, whose gap between engine and update varies
     sizes = ["--total-episodes", "32", "--max-new-tokens", "6", "--eval-size", "4", "--output-dir", str(tmp_path)]
     assert main(["train", *run, "--generation", "continuous", *sizes]) == 0

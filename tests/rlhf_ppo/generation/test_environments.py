@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlhf_ppo.conversation import RespondError
-from rlhf_ppo.openenv import Environments
-from rlhf_ppo.rewards import RewardError
+from rlhf_ppo.generation.environments import Environments
+from rlhf_ppo.generation.multi_turn import RespondError
+from rlhf_ppo.rewards.loading import RewardError
 
 
 class GuessTheLetter:

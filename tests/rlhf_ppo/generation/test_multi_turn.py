@@ -11,12 +11,12 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-import rlhf_ppo.rollout
-from rlhf_ppo.conversation import RespondError, reply_ids
+import rlhf_ppo.generation.rollout
 from rlhf_ppo.core import compute_gae
-from rlhf_ppo.estimators import next_decisions
-from rlhf_ppo.experience import estimate
-from rlhf_ppo.rewards import RewardError, StepRewards
+from rlhf_ppo.generation.multi_turn import RespondError, reply_ids
+from rlhf_ppo.rewards.loading import RewardError, StepRewards
+from rlhf_ppo.training.advantages import next_decisions
+from rlhf_ppo.training.experience import estimate
 
 CHAT = (
     "{% for m in messages %}{{ '<' + m['role'][0] + '>' + m['content'] + '.' }}{% endfor %}"
@@ -53,8 +53,8 @@ def script(monkeypatch):
 
     def use(*turns: list[list[int]]) -> None:
         rows = iter(turns)
-        monkeypatch.setattr(rlhf_ppo.rollout, "uniforms", lambda *_: torch.tensor(next(rows)).T)
-        monkeypatch.setattr(rlhf_ppo.rollout, "draw", lambda weights, u: u)
+        monkeypatch.setattr(rlhf_ppo.generation.rollout, "uniforms", lambda *_: torch.tensor(next(rows)).T)
+        monkeypatch.setattr(rlhf_ppo.generation.rollout, "draw", lambda weights, u: u)
 
     return use
 
@@ -140,7 +140,7 @@ def test_nothing_is_recorded_at_the_tokens_of_replies(talk, prompts):
 
 def test_sampled_ids_are_trained_whatever_their_text_would_tokenise_to(talk, make_model):
     """A byte-pair tokenizer reads most random token sequences back as other tokens; also from turn to turn."""
-    from rlhf_ppo.sft import train_tokenizer
+    from rlhf_ppo.pipeline.sft import train_tokenizer
 
     pairs = train_tokenizer(["the cat sat on the mat with the hat"] * 50, 280, 64)
     trainer = talk(
@@ -463,7 +463,7 @@ def test_a_template_that_rewrites_what_came_before_is_refused_at_the_start(talk,
 
 
 def test_a_reward_model_reads_the_whole_chat(chat, make_classifier):
-    from rlhf_ppo.rewards import RewardModel
+    from rlhf_ppo.rewards.loading import RewardModel
 
     model = RewardModel(make_classifier(), chat)
     said = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from rlhf_ppo.actor_critic import ActorCritic
-from rlhf_ppo.rollout import sample_responses, sample_tokens
+from rlhf_ppo.generation.rollout import sample_responses, sample_tokens
+from rlhf_ppo.models.actor_critic import ActorCritic
 
 
 def chi_square_bound(freedom: int) -> float:
@@ -136,7 +136,7 @@ def test_custom_stop_tokens_end_a_response(make_trainer, script, prompts):
 
 def test_sampled_ids_are_trained_whatever_their_text_would_tokenise_to(make_trainer, make_model):
     """A byte-pair tokenizer reads most random token sequences back as other tokens."""
-    from rlhf_ppo.sft import train_tokenizer
+    from rlhf_ppo.pipeline.sft import train_tokenizer
 
     pairs = train_tokenizer(["the cat sat on the mat with the hat"] * 50, 280, 64)
     trainer = make_trainer(

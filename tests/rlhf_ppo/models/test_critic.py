@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from rlhf_ppo.actor_critic import ActorCritic
-from rlhf_ppo.experience import estimate
+from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.training.experience import estimate
 
 
 def test_the_first_values_are_0(make_trainer, make_model, prompts):

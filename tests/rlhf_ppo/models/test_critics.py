@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_ppo import RLHFConfig
-from rlhf_ppo.actor_critic import ActorCritic
-from rlhf_ppo.adapters import VALUE_ADAPTER, adapter_parameters, use_adapter
-from rlhf_ppo.experience import estimate
-from rlhf_ppo.reading import Sequences
+from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.models.forward import Sequences
+from rlhf_ppo.models.lora import VALUE_ADAPTER, adapter_parameters, use_adapter
+from rlhf_ppo.training.experience import estimate
 
 INPUTS = ("prompt_ids", "prompt_mask", "response_ids", "mask")
 
@@ -300,7 +300,7 @@ def test_heads_that_do_not_fit(make_trainer, make_model, make_classifier, tmp_pa
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("rlhf_ppo.setup.load_policy", load)
+    monkeypatch.setattr("rlhf_ppo.training.setup.load_policy", load)
     folder = tmp_path / "wide"
     trl_checkpoint(make_model(), folder)
     save_file({"v_head.summary.weight": torch.ones(1, 24)}, folder / "model.safetensors")
@@ -360,7 +360,8 @@ def test_the_warm_up_moves_the_critic_alone(make_trainer, make_model, prompts, k
 def test_the_warm_up_learns_monte_carlo_returns_and_leaves_the_controllers(make_trainer, prompts, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "rlhf_ppo.update.estimate", lambda rollout, args, **kw: seen.append(args) or estimate(rollout, args, **kw)
+        "rlhf_ppo.training.update.estimate",
+        lambda rollout, args, **kw: seen.append(args) or estimate(rollout, args, **kw),
     )
     trainer = make_trainer(critic_warmup_rollouts=1, gae_lambda_value=0.5, kl_target=1.0, objective="adaptive_clip")
     trainer.step(trainer.rollout(prompts))

@@ -11,14 +11,14 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, GPT2LMHeadModel
 
-import rlhf_ppo.reading
-import rlhf_ppo.rollout
-import rlhf_ppo.setup
-from rlhf_ppo.actor_critic import ActorCritic, Reference
+import rlhf_ppo.generation.rollout
+import rlhf_ppo.models.forward
+import rlhf_ppo.training.setup
 from rlhf_ppo.core import Experience, PolicyOutput, PPOConfig, ppo_loss, token_logprobs
-from rlhf_ppo.data import left_pad
-from rlhf_ppo.reading import Reader, Sequences
-from rlhf_ppo.rollout import draw, sample_responses
+from rlhf_ppo.data.prompts import left_pad
+from rlhf_ppo.generation.rollout import draw, sample_responses
+from rlhf_ppo.models.actor_critic import ActorCritic, Reference
+from rlhf_ppo.models.forward import Reader, Sequences
 
 CPU = torch.device("cpu")
 PATHS = {  # architecture -> (the output layer is applied chunk-wise, sequences are packed on CPU)
@@ -342,16 +342,16 @@ def test_rows_that_leave_change_nothing_for_those_that_stay(make_pair, kind, mon
     """The same tokens without it, with transformers' own cache, and log-probs, values, entropies of a plain pass."""
     fast, plain = make_pair(kind)
     left: list[int] = []
-    shrink = rlhf_ppo.rollout.can_shrink
-    monkeypatch.setattr(rlhf_ppo.rollout, "can_shrink", lambda cache: left.append(1) or shrink(cache))
+    shrink = rlhf_ppo.generation.rollout.can_shrink
+    monkeypatch.setattr(rlhf_ppo.generation.rollout, "can_shrink", lambda cache: left.append(1) or shrink(cache))
     prompt_ids, prompt_mask, sampled = decode(fast)
     assert len(left) >= 3 and sampled.mask.sum(dim=1).unique().numel() > 3
     others = []
     with monkeypatch.context() as patch:
-        patch.setattr(rlhf_ppo.reading, "preallocated_cache", lambda config, room: DynamicCache(config=config))
+        patch.setattr(rlhf_ppo.models.forward, "preallocated_cache", lambda config, room: DynamicCache(config=config))
         others.append(decode(fast)[2])
     with monkeypatch.context() as patch:
-        patch.setattr(rlhf_ppo.rollout, "can_shrink", lambda cache: False)
+        patch.setattr(rlhf_ppo.generation.rollout, "can_shrink", lambda cache: False)
         others += [decode(fast)[2], decode(plain)[2]]
     for other in others:
         assert torch.equal(other.response_ids, sampled.response_ids)
@@ -458,7 +458,7 @@ def test_banned_tokens_are_never_drawn_and_the_log_prob_is_that_of_the_distribut
     logits[:, ::7] = -math.inf
     n = 20_000
     u = torch.rand(n, generator=generator, dtype=torch.float64)
-    token, logprob, entropy = rlhf_ppo.rollout._act(logits.repeat(n, 1), u, 0.7)
+    token, logprob, entropy = rlhf_ppo.generation.rollout._act(logits.repeat(n, 1), u, 0.7)
     assert torch.isfinite(logits[0, token]).all()
     torch.testing.assert_close(logprob, token_logprobs(logits.expand(n, -1), token, temperature=0.7))
     exact = torch.distributions.Categorical(logits=(logits[0, torch.isfinite(logits[0])] / 0.7).double())
@@ -482,8 +482,8 @@ def plain_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     init, actor_critic = Reader.__init__, ActorCritic.__init__
     monkeypatch.setattr(Reader, "__init__", lambda self, model, *, plain=False: init(self, model, plain=True))
     monkeypatch.setattr(ActorCritic, "__init__", lambda self, *a, **k: actor_critic(self, *a, **{**k, "plain": True}))
-    monkeypatch.setattr(rlhf_ppo.rollout, "can_shrink", lambda cache: False)
-    monkeypatch.setattr(rlhf_ppo.reading, "preallocated_cache", lambda config, room: DynamicCache(config=config))
+    monkeypatch.setattr(rlhf_ppo.generation.rollout, "can_shrink", lambda cache: False)
+    monkeypatch.setattr(rlhf_ppo.models.forward, "preallocated_cache", lambda config, room: DynamicCache(config=config))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

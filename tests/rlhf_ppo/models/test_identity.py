@@ -24,17 +24,17 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_ppo.adapters import VALUE_ADAPTER
-from rlhf_ppo.checkpoint import load_checkpoint
-from rlhf_ppo.evaluate import EvaluateArgs, evaluate
-from rlhf_ppo.generate import GenerateArgs, generate
-from rlhf_ppo.identity import SavedModelError
-from rlhf_ppo.models import adapter_base, load_classifier, load_policy
-from rlhf_ppo.reading import Sequences
-from rlhf_ppo.reward_training import RewardTrainingArgs, train_reward_model
+from rlhf_ppo.models.forward import Sequences
+from rlhf_ppo.models.identity import SavedModelError
+from rlhf_ppo.models.loading import adapter_base, load_classifier, load_policy
+from rlhf_ppo.models.lora import VALUE_ADAPTER
+from rlhf_ppo.models.saving import write_adapter
+from rlhf_ppo.pipeline.evaluate import EvaluateArgs, evaluate
+from rlhf_ppo.pipeline.generate import GenerateArgs, generate
+from rlhf_ppo.pipeline.reward_training import RewardTrainingArgs, train_reward_model
+from rlhf_ppo.pipeline.sft import SFTArgs, sft
 from rlhf_ppo.runtime.checkpoint import read_checkpoint
-from rlhf_ppo.saving import write_adapter
-from rlhf_ppo.sft import SFTArgs, sft
+from rlhf_ppo.training.checkpoint import load_checkpoint
 
 TASK: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 IDS = torch.arange(3, 15)[None]
@@ -261,7 +261,7 @@ def test_a_quantised_base_is_not_compared_but_its_adapter_is(make_trainer, base,
     merged = trainer.save_model(tmp_path / "merged", merge_adapter=True)
     assert same(load_policy(str(saved)), AutoModelForCausalLM.from_pretrained(merged))
     with monkeypatch.context() as patch:
-        patch.setattr("rlhf_ppo.saving.load_file", lambda file: {})
+        patch.setattr("rlhf_ppo.models.saving.load_file", lambda file: {})
         with pytest.raises(SavedModelError, match=r"the adapter saved in .* is not the one that was trained"):
             trainer.save_model()
 
@@ -370,9 +370,9 @@ def test_sft_and_reward_compare_what_they_saved(base, tmp_path, monkeypatch, com
 
     run()
     # Another model is found there than the one that was saved.
-    monkeypatch.setattr("rlhf_ppo.sft.load_policy", lambda name: tripled(usual["model"]))
+    monkeypatch.setattr("rlhf_ppo.pipeline.sft.load_policy", lambda name: tripled(usual["model"]))
     monkeypatch.setattr(
-        "rlhf_ppo.reward_training.load_classifier",
+        "rlhf_ppo.pipeline.reward_training.load_classifier",
         lambda name, real=load_classifier, **new: real(usual["model"], new_head=True),
     )
     with pytest.raises(SavedModelError, match="is not the one that was trained"):
@@ -380,7 +380,9 @@ def test_sft_and_reward_compare_what_they_saved(base, tmp_path, monkeypatch, com
 
 
 def test_a_reference_that_is_not_the_start_is_an_error_that_names_the_adapter(make_trainer, base, monkeypatch):
-    monkeypatch.setattr("rlhf_ppo.policy_adapter.difference", lambda one, other: 0.0)  # nothing is noticed before
+    monkeypatch.setattr(
+        "rlhf_ppo.models.policy_adapter.difference", lambda one, other: 0.0
+    )  # unnoticed
     with pytest.raises(ValueError, match=r"not the model that training starts from: .*init_lora_weights=False"):
         make_trainer(model=base(), peft_config=lora(init_lora_weights=False))
 

@@ -12,7 +12,7 @@ from huggingface_hub import utils as hub
 from transformers.utils import logging as transformers_logging
 
 from rlhf_ppo.cli import main
-from rlhf_ppo.library_noise import quiet_libraries, without_library_bars
+from rlhf_ppo.models.library_noise import quiet_libraries, without_library_bars
 
 
 def bars() -> tuple[bool, bool, bool]:
@@ -56,7 +56,7 @@ def test_a_library_s_future_is_not_shown_and_the_user_s_own_is(monkeypatch):
         warnings.simplefilter("always")
         with quiet_libraries():
             warn(FutureWarning, "transformers.modeling_utils")
-            warn(FutureWarning, "rlhf_ppo.update")  # a library's, said of the line that called it
+            warn(FutureWarning, "rlhf_ppo.training.update")  # a library's, said of the line that called it
             warn(FutureWarning, "my_reward", "mine")
             warn(FutureWarning, "torchy", "of another package")
             warn(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf_ppo.actor_critic import ActorCritic
-from rlhf_ppo.data import left_pad
-from rlhf_ppo.reading import position_ids
-from rlhf_ppo.rollout import sample_responses
+from rlhf_ppo.data.prompts import left_pad
+from rlhf_ppo.generation.rollout import sample_responses
+from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.models.forward import position_ids
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2", "gpt_neox", "opt", "bloom"]
 CPU = torch.device("cpu")

@@ -25,20 +25,20 @@ from transformers import (
     XLNetConfig,
 )
 
-import rlhf_ppo.probe
+import rlhf_ppo.models.probe
 from rlhf_ppo import RewardModel
-from rlhf_ppo.actor_critic import ActorCritic
-from rlhf_ppo.cache import PreallocatedLayer, TokenCache
-from rlhf_ppo.data import left_pad
-from rlhf_ppo.generate import GenerateArgs, generate
-from rlhf_ppo.models import context_length, load_classifier, load_policy, load_trunk
-from rlhf_ppo.packing import align
-from rlhf_ppo.probe import probe
-from rlhf_ppo.reading import Reader
-from rlhf_ppo.reward_model import text_scores
-from rlhf_ppo.sft import SFTArgs, sft
+from rlhf_ppo.data.prompts import left_pad
+from rlhf_ppo.generation.kv_cache import PreallocatedLayer, TokenCache
+from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.models.forward import Reader
+from rlhf_ppo.models.loading import context_length, load_classifier, load_policy, load_trunk
+from rlhf_ppo.models.packing import align
+from rlhf_ppo.models.probe import probe
+from rlhf_ppo.pipeline.generate import GenerateArgs, generate
+from rlhf_ppo.pipeline.sft import SFTArgs, sft
+from rlhf_ppo.rewards.reward_model import text_scores
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[2]
 SWEEP = runpy.run_path(str(TESTS / "architectures.py"))
 FAST, KEPT, AGAIN = ("packed", "cache"), ("padded", "cache"), ("padded behind", "reads again")
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -128,7 +128,7 @@ def test_f_rows_stay_where_they_cannot_leave(make_model, monkeypatch):
 
 def test_f_windows_are_passed_if_the_run_passes_them():
     def length(longest: int, **settings: Any) -> int:
-        return rlhf_ppo.probe._length(LlamaConfig(**settings), longest)
+        return rlhf_ppo.models.probe._length(LlamaConfig(**settings), longest)
 
     assert length(100) == 8
     assert length(100, sliding_window=20) == 28

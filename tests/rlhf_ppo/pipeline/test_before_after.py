@@ -8,7 +8,7 @@ import math
 import pytest
 from rich.console import Console
 
-from rlhf_ppo.before_after import (
+from rlhf_ppo.pipeline.before_after import (
     first_and_last_evaluation,
     paired_difference,
     print_before_after,

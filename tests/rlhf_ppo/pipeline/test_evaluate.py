@@ -11,8 +11,8 @@ from rich.console import Console
 
 from rlhf_ppo import RewardModel
 from rlhf_ppo.cli import main
-from rlhf_ppo.evaluate import EvaluateArgs, evaluate, print_evaluation
-from rlhf_ppo.reward_calls import RewardError
+from rlhf_ppo.pipeline.evaluate import EvaluateArgs, evaluate, print_evaluation
+from rlhf_ppo.rewards.functions import RewardError
 
 REWARDS = """
 def vowels(prompts, completions, **columns):
@@ -191,7 +191,7 @@ def test_runs_from_python_say_what_they_started_from(make_trainer, tmp_path, mak
 )
 def test_the_opponent_is_checked_before_any_prompt_is_sampled(quick, make_model, monkeypatch, against, message):
     make_model(vocab_size=31).save_pretrained("other")
-    monkeypatch.setattr("rlhf_ppo.evaluate._sample", lambda *_: pytest.fail("sampled"))
+    monkeypatch.setattr("rlhf_ppo.pipeline.evaluate._sample", lambda *_: pytest.fail("sampled"))
     with pytest.raises(ValueError, match=message):
         evaluate(quick(model="first", ref_model="first", against=against))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_ppo.cli import main
-from rlhf_ppo.generate import GenerateArgs, Speaker, chat, forget, generate
+from rlhf_ppo.pipeline.generate import GenerateArgs, Speaker, chat, forget, generate
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] }}.{{ m['content'] }} {% endfor %}"
@@ -46,7 +46,7 @@ def test_a_data_set_becomes_a_file_with_its_other_columns(folder, capsys):
 )
 def test_every_row_is_checked_before_the_model_is_loaded(folder, make_model, monkeypatch, rows, message):
     make_model(vocab_size=28).save_pretrained("model")
-    monkeypatch.setattr("rlhf_ppo.generate.load_speaker", lambda args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("rlhf_ppo.pipeline.generate.load_speaker", lambda args: pytest.fail("the model was loaded"))
     Path("p.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in rows))
     with pytest.raises(ValueError, match=message):
         generate(GenerateArgs(model="model", dataset="p.jsonl", output="o.jsonl", max_new_tokens=3))
@@ -54,7 +54,7 @@ def test_every_row_is_checked_before_the_model_is_loaded(folder, make_model, mon
 
 @pytest.mark.parametrize("output", ["model", "prompts.jsonl/o.jsonl"])
 def test_an_output_that_cannot_be_written_is_one_line_before_the_model_is_loaded(folder, monkeypatch, capsys, output):
-    monkeypatch.setattr("rlhf_ppo.generate.load_speaker", lambda args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("rlhf_ppo.pipeline.generate.load_speaker", lambda args: pytest.fail("the model was loaded"))
     flags = f"generate --model model --dataset prompts.jsonl --prompt-column question --output {output}"
     assert main(flags.split()) == 2
     assert f"output {output} cannot be written" in capsys.readouterr().err
@@ -70,7 +70,7 @@ def test_a_failure_keeps_what_was_made_before_it_or_else_the_earlier_run(
         return ["ok"] * len(prompts)
 
     Path("o.jsonl").write_text('{"prompt": "earlier"}\n')
-    monkeypatch.setattr("rlhf_ppo.generate.load_speaker", lambda args: Speaker(tokenizer, None, reply))
+    monkeypatch.setattr("rlhf_ppo.pipeline.generate.load_speaker", lambda args: Speaker(tokenizer, None, reply))
     with pytest.raises(RuntimeError, match="out of memory"):
         generate(
             GenerateArgs(
@@ -131,7 +131,7 @@ def listening(monkeypatch, tokenizer, room: int | None = None) -> list:
         heard.extend(prompts)
         return ["ok"] * len(prompts)
 
-    monkeypatch.setattr("rlhf_ppo.generate.load_speaker", lambda args: Speaker(tokenizer, room, reply))
+    monkeypatch.setattr("rlhf_ppo.pipeline.generate.load_speaker", lambda args: Speaker(tokenizer, room, reply))
     return heard
 
 

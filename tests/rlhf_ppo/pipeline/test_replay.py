@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_ppo.adapters import lora_config
-from rlhf_ppo.blackbox import MAX_BLACK_BOXES, read_black_box, write_black_box
 from rlhf_ppo.cli import main
-from rlhf_ppo.experience import estimate
-from rlhf_ppo.gradients import clear_gradients
-from rlhf_ppo.guard import Step
-from rlhf_ppo.replay import ReplayArgs, replay
+from rlhf_ppo.models.lora import lora_config
+from rlhf_ppo.pipeline.replay import ReplayArgs, replay
 from rlhf_ppo.trainer import PPOTrainer
+from rlhf_ppo.training.black_box import MAX_BLACK_BOXES, read_black_box, write_black_box
+from rlhf_ppo.training.experience import estimate
+from rlhf_ppo.training.gradients import clear_gradients
+from rlhf_ppo.training.stability import Step
 
 
 def one_extreme(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
@@ -118,7 +118,7 @@ def test_a_healthy_minibatch_is_finite_and_gives_the_same_numbers(make_trainer, 
         trainer.step(trainer.rollout(prompts[:4]))
         folder = healthy_box(trainer, prompts[:4] if kind == "none" else prompts, [1, 3, 6, 0])
     else:
-        from rlhf_ppo.optimization import only_the_critic_learns
+        from rlhf_ppo.training.optimizer import only_the_critic_learns
 
         with only_the_critic_learns(trainer.model):
             folder = healthy_box(trainer, prompts, [1, 3, 6, 0])

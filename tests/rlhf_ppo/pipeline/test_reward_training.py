@@ -15,8 +15,8 @@ from transformers import T5Config
 
 from rlhf_ppo import RewardModel
 from rlhf_ppo.cli import main
-from rlhf_ppo.preferences import Preference, read_preferences, split_by_prompt
-from rlhf_ppo.reward_training import (
+from rlhf_ppo.data.preferences import Preference, read_preferences, split_by_prompt
+from rlhf_ppo.pipeline.reward_training import (
     RewardTrainingArgs,
     bradley_terry_loss,
     calibration,

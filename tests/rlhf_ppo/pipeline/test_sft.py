@@ -13,10 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, MixtralConfig, T5Config
 
-from rlhf_ppo.runtime.errors import NonFiniteGradientError
-from rlhf_ppo.runtime.lock import RunLockedError, run_lock
-from rlhf_ppo.setup import stop_tokens
-from rlhf_ppo.sft import (
+from rlhf_ppo.pipeline.sft import (
     Example,
     SFTArgs,
     _collate,
@@ -26,6 +23,9 @@ from rlhf_ppo.sft import (
     sft,
     train_tokenizer,
 )
+from rlhf_ppo.runtime.errors import NonFiniteGradientError
+from rlhf_ppo.runtime.lock import RunLockedError, run_lock
+from rlhf_ppo.training.setup import stop_tokens
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "a cat and a dog"] * 20
 
@@ -123,7 +123,7 @@ def test_a_run_that_diverges_says_where_and_saves_nothing(
 
 def test_the_perplexity_of_a_loss_beyond_all_floats_is_infinite(quick, data, architecture, monkeypatch):
     """e^710 is the first that a float cannot hold."""
-    monkeypatch.setattr("rlhf_ppo.sft.nats_per_token", lambda *_: 710.0)
+    monkeypatch.setattr("rlhf_ppo.pipeline.sft.nats_per_token", lambda *_: 710.0)
     assert sft(quick(dataset=data, architecture=architecture, num_epochs=0.1))["eval/perplexity"] == math.inf
 
 

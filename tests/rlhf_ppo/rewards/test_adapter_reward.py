@@ -10,9 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
-from rlhf_ppo.adapter_reward import REWARD_ADAPTER, AdapterReward
-from rlhf_ppo.adapters import adapter_parameters
-from rlhf_ppo.rewards import load_reward
+from rlhf_ppo.models.lora import adapter_parameters
+from rlhf_ppo.rewards.adapter_reward import REWARD_ADAPTER, AdapterReward
+from rlhf_ppo.rewards.loading import load_reward
 
 TEXTS = (["once upon", "a", "dog and cow"], [" a cat.", "b", " the longest of them"])
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from rlhf_ppo import StepRewards
-from rlhf_ppo.reward_calls import RewardError
-from rlhf_ppo.score_cache import ScoreCache
-from rlhf_ppo.scoring import Responses, score_responses
+from rlhf_ppo.rewards.cache import ScoreCache
+from rlhf_ppo.rewards.functions import RewardError
+from rlhf_ppo.rewards.scoring import Responses, score_responses
 
 
 class Counting:
@@ -133,7 +133,7 @@ def test_a_run_uses_it_and_logs_the_share(make_trainer):
 
 
 def test_a_reward_that_looks_at_conversations_is_never_cached():
-    from rlhf_ppo.rewards import make_caches
+    from rlhf_ppo.rewards.loading import make_caches
 
     def judge(prompts, completions, conversations=None):
         return [0.0]

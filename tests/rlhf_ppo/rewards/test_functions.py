@@ -9,8 +9,8 @@ import traceback
 
 import pytest
 
-from rlhf_ppo.reward_calls import RewardError, call_rewards, is_async, require_takes, takes
-from rlhf_ppo.rewards import score
+from rlhf_ppo.rewards.functions import RewardError, call_rewards, is_async, require_takes, takes
+from rlhf_ppo.rewards.loading import score
 
 
 class AsyncObject:

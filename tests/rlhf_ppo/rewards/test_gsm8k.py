@@ -9,8 +9,8 @@ from fractions import Fraction
 
 import pytest
 
-from rlhf_ppo.rewards import load_reward
-from rlhf_ppo.verifiable import find_number, gsm8k
+from rlhf_ppo.rewards.gsm8k import find_number, gsm8k
+from rlhf_ppo.rewards.loading import load_reward
 
 
 @pytest.mark.parametrize(
@@ -134,9 +134,9 @@ def test_fault_17_numbers_beyond_reason_are_no_answer():
 
 
 def test_it_is_a_reward_by_name(make_trainer):
-    assert load_reward("rlhf_ppo.verifiable:gsm8k", device="cpu") is gsm8k
+    assert load_reward("rlhf_ppo.rewards.gsm8k:gsm8k", device="cpu") is gsm8k
     with pytest.raises(ValueError, match=r"'gsm8k'.*missing a required argument: 'answer'"):
-        make_trainer(reward_funcs="rlhf_ppo.verifiable:gsm8k")
+        make_trainer(reward_funcs="rlhf_ppo.rewards.gsm8k:gsm8k")
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

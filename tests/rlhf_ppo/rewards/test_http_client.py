@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from rlhf_ppo import HTTPReward, StepRewards
-from rlhf_ppo.http_reward import TOKEN_VARIABLE
-from rlhf_ppo.rewards import RewardError, score
+from rlhf_ppo.rewards.http_client import TOKEN_VARIABLE
+from rlhf_ppo.rewards.loading import RewardError, score
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +125,7 @@ def test_fault_15_a_server_error_is_retried(status):
 
 def test_fault_15_retries_are_bounded_and_wait_longer_each_time(monkeypatch):
     pauses: list[float] = []
-    monkeypatch.setattr("rlhf_ppo.http_reward.time.sleep", pauses.append)
+    monkeypatch.setattr("rlhf_ppo.rewards.http_client.time.sleep", pauses.append)
     with answering(lambda n, items: scores([], 502)) as (url, seen):
         with pytest.raises(RewardError, match=r"no answer after 4 attempts, at last: HTTP 502"):
             asks(url, backoff_s=0.5)
@@ -369,7 +369,7 @@ def test_a_server_that_will_not_do_is_refused_at_the_start_in_one_line(
     make_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "the cat"}\n' * 4)
-    monkeypatch.setattr("rlhf_ppo.setup.load_policy", None)  # refused before
+    monkeypatch.setattr("rlhf_ppo.training.setup.load_policy", None)  # refused before
     capsys.readouterr()
     with answering(lambda n, items: answer) as (url, _):
         flags = f"train --model {tmp_path}/model --reward {url if answer else 'http://127.0.0.1:9'} --eval-size 0 "

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_ppo import HTTPReward
-from rlhf_ppo.http_reward import TOKEN_VARIABLE
-from rlhf_ppo.reward_server import BadRequestError, RewardServer, read_items
-from rlhf_ppo.rewards import RewardError, load_reward, score
+from rlhf_ppo.rewards.http_client import TOKEN_VARIABLE
+from rlhf_ppo.rewards.http_server import BadRequestError, RewardServer, read_items
+from rlhf_ppo.rewards.loading import RewardError, load_reward, score
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +99,7 @@ def test_the_example_serves_a_function_by_name(monkeypatch, capsys):
     import runpy
     from pathlib import Path
 
-    example = runpy.run_path(str(Path(__file__).parents[2] / "examples/reward_server.py"))
+    example = runpy.run_path(str(Path(__file__).parents[3] / "examples/reward_server.py"))
     monkeypatch.setenv(TOKEN_VARIABLE, "t")
     served: list[float | None] = []
 
@@ -111,7 +111,7 @@ def test_the_example_serves_a_function_by_name(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(RewardServer, "serve_forever", serve_one)
-    example["main"](["--reward", "rlhf_ppo.toy_rewards:no_letter_e", "--port", "0"])
+    example["main"](["--reward", "rlhf_ppo.rewards.toy:no_letter_e", "--port", "0"])
     assert len(served) == 1 and "no_letter_e at http://127.0.0.1:" in capsys.readouterr().out
 
 
@@ -136,7 +136,7 @@ def test_the_token_is_compared_in_constant_time(monkeypatch):
         compared.append((a, b))
         return a == b
 
-    monkeypatch.setattr("rlhf_ppo.reward_server.hmac.compare_digest", compare)
+    monkeypatch.setattr("rlhf_ppo.rewards.http_server.hmac.compare_digest", compare)
     with serving(token="right") as address:
         assert raw(address, head(0, "Authorization: Bearer wrong"))[0] == 401
         assert raw(address, head(0, "Authorization: right"))[0] == 401

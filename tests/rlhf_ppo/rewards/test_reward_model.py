@@ -9,9 +9,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForSequenceClassification
 
-from rlhf_ppo.rewards import RewardModel, load_reward
-from rlhf_ppo.sft import train_tokenizer
-from rlhf_ppo.text import encode_text
+from rlhf_ppo.data.text import encode_text
+from rlhf_ppo.pipeline.sft import train_tokenizer
+from rlhf_ppo.rewards.loading import RewardModel, load_reward
 
 
 @pytest.fixture

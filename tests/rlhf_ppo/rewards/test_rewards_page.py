@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rlhf_ppo import RLHFConfig
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs/rewards.md").read_text(encoding="utf-8")
 
 

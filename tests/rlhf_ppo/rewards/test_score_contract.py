@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_ppo.rewards import RewardError, coerce_scores, load_reward, score
-from rlhf_ppo.text import TextPieces
+from rlhf_ppo.data.text import TextPieces
+from rlhf_ppo.rewards.loading import RewardError, coerce_scores, load_reward, score
 
 EXPECTED = [1.0, 0.0, 2.5]
 
@@ -193,7 +193,7 @@ def test_rewards_from_files_and_modules(tmp_path):
     file = tmp_path / "my_rewards.py"
     file.write_text("def short(prompts, completions, **columns):\n    return [-len(c) for c in completions]\n")
     assert load_reward(f"{file}:short", device="cpu")(["p"], ["abc"]) == [-3]
-    toy = load_reward("rlhf_ppo.toy_rewards:dialogue", device="cpu")
+    toy = load_reward("rlhf_ppo.rewards.toy:dialogue", device="cpu")
     # '"hi"' is 4 of the 8 characters of 'she "hi"'.
     assert toy(["p"], ['she "hi"']) == [0.5]
     with pytest.raises(ValueError, match="no function 'long'"):

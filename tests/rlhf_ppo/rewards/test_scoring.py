@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from rlhf_ppo import StepRewards
-from rlhf_ppo.experience import estimate
-from rlhf_ppo.rewards import RewardError, coerce_scores, score
-from rlhf_ppo.scoring import Responses, score_responses, step_rewards_per_token
-from rlhf_ppo.sft import train_tokenizer
+from rlhf_ppo.pipeline.sft import train_tokenizer
+from rlhf_ppo.rewards.loading import RewardError, coerce_scores, score
+from rlhf_ppo.rewards.scoring import Responses, score_responses, step_rewards_per_token
+from rlhf_ppo.training.experience import estimate
 
 
 @pytest.fixture(scope="module")

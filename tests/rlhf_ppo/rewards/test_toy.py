@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_ppo.toy_rewards import dialogue, no_letter_e, positive_sentiment
+from rlhf_ppo.rewards.toy import dialogue, no_letter_e, positive_sentiment
 
 
 def test_positive_sentiment_orders_and_is_bounded():

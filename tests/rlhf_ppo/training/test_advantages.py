@@ -11,10 +11,10 @@ import torch
 
 from rlhf_ppo import RLHFConfig
 from rlhf_ppo.cli import TrainArgs
-from rlhf_ppo.estimators import adaptive_lambda, comparable, estimate_advantages
-from rlhf_ppo.experience import estimate
 from rlhf_ppo.runtime.settings import parse_settings
 from rlhf_ppo.trainer import PPOTrainer
+from rlhf_ppo.training.advantages import adaptive_lambda, comparable, estimate_advantages
+from rlhf_ppo.training.experience import estimate
 
 GROUPS = {"num_generations": 4, "rollout_batch_size": 8}
 ESTIMATORS = [

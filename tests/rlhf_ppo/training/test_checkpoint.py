@@ -13,9 +13,9 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from rlhf_ppo.checkpoint import MAY_CHANGE, load_checkpoint, save_checkpoint
 from rlhf_ppo.runtime.checkpoint import list_checkpoints, verify_checkpoint
 from rlhf_ppo.runtime.lock import run_lock
+from rlhf_ppo.training.checkpoint import MAY_CHANGE, load_checkpoint, save_checkpoint
 
 SETTINGS = {"total_episodes": 32, "save_every": 2}
 LINES = ("metrics.jsonl", "samples.jsonl", "eval_samples.jsonl")
@@ -204,7 +204,7 @@ def test_fault_26_another_run_is_refused_with_a_diff(finished, make_trainer, mak
 
 
 def test_the_page_names_every_setting_that_may_change():
-    page = (Path(__file__).parents[2] / "docs/checkpoints.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs/checkpoints.md").read_text(encoding="utf-8")
     listed = page[page.index("Free to change:") : page.index("## What is in one")]
     # The device in use is compared, whatever the setting said.
     for name in set(MAY_CHANGE) - {"device"}:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf_ppo.experience import estimate
+from rlhf_ppo.training.experience import estimate
 
 
 def test_tokens_are_explained_by_the_updates_own_numbers(make_trainer, prompts, wake_critic, tokenizer, tmp_path):

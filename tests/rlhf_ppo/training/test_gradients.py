@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf_ppo.gradients import accumulate_gradients, clear_gradients, clip_and_step
+from rlhf_ppo.training.gradients import accumulate_gradients, clear_gradients, clip_and_step
 
 VOCABULARY, WIDTH = 11, 4
 

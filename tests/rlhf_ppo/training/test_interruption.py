@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from rlhf_ppo.cli import _how_to_go_on, main
-from rlhf_ppo.reward_calls import RewardError
+from rlhf_ppo.rewards.functions import RewardError
 from rlhf_ppo.runtime.checkpoint import list_checkpoints
 from rlhf_ppo.runtime.signals import Interrupted
 from rlhf_ppo.trainer import PPOTrainer
@@ -125,10 +125,10 @@ def test_fault_22_an_update_that_was_begun_is_finished(make_trainer):
 
 def test_fault_22_one_state_is_saved_once(make_trainer, monkeypatch):
     """The signal comes while the checkpoint that is due anyway is written."""
-    import rlhf_ppo.recovery
+    import rlhf_ppo.training.resume
 
     saves = []
-    save = rlhf_ppo.recovery.save_checkpoint
+    save = rlhf_ppo.training.resume.save_checkpoint
 
     def saving(trainer, boundary):
         saves.append(trainer.iteration)
@@ -136,7 +136,7 @@ def test_fault_22_one_state_is_saved_once(make_trainer, monkeypatch):
             send(signal.SIGINT)
         return save(trainer, boundary)
 
-    monkeypatch.setattr(rlhf_ppo.recovery, "save_checkpoint", saving)
+    monkeypatch.setattr(rlhf_ppo.training.resume, "save_checkpoint", saving)
     trainer = make_trainer(**SETTINGS, save_every=1)
     with pytest.raises(Interrupted, match="checkpoint-2"):
         trainer.train()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf_ppo.core import PPOConfig, ppo_loss
-from rlhf_ppo.experience import estimate
+from rlhf_ppo.training.experience import estimate
 
 EXACT = {"kl_loss_coef": 0.5, "kl_loss": "exact"}
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from rlhf_ppo.experience import estimate
+from rlhf_ppo.training.experience import estimate
 
 OBJECTIVES = ["clip", "penalty", "adaptive_clip", "dual_clip", "cispo", "a2c", "reinforce"]
 

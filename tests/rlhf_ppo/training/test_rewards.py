@@ -7,11 +7,11 @@ import dataclasses
 import pytest
 import torch
 
-from rlhf_ppo import experience
-from rlhf_ppo.estimators import next_decisions
-from rlhf_ppo.rollout import Rollout
+from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.trainer import PPOTrainer
-from rlhf_ppo.update import adapt
+from rlhf_ppo.training import experience
+from rlhf_ppo.training.advantages import next_decisions
+from rlhf_ppo.training.update import adapt
 
 
 def written_rollout(**changes) -> Rollout:

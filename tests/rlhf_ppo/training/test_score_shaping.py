@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from rlhf_ppo import RLHFConfig
-from rlhf_ppo.rollout import Rollout
-from rlhf_ppo.score_shaping import RunningMoments, ScoreStatistics, shape_scores
+from rlhf_ppo.generation.rollout import Rollout
+from rlhf_ppo.training.score_shaping import RunningMoments, ScoreStatistics, shape_scores
 
 
 def written_rollout(**changes) -> Rollout:

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from rlhf_ppo import PPOTrainer, RewardModel, RLHFConfig
-from rlhf_ppo.setup import stop_tokens
+from rlhf_ppo.training.setup import stop_tokens
 
 
 @pytest.fixture
@@ -20,8 +20,8 @@ def no_loading(monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("rlhf_ppo.setup.load_policy", load)
-    monkeypatch.setattr("rlhf_ppo.setup.load_trunk", load)
+    monkeypatch.setattr("rlhf_ppo.training.setup.load_policy", load)
+    monkeypatch.setattr("rlhf_ppo.training.setup.load_trunk", load)
 
 
 def test_an_encoder_decoder_is_refused_by_name(make_trainer, tmp_path, no_loading):

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf_ppo.guard import PolicyDriftError, StepWatch, nonfinite_parameters, spoil_gradient
-from rlhf_ppo.recovery import MAX_ROLLBACKS
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.metrics import MetricAverage
 from rlhf_ppo.trainer import PPOTrainer
+from rlhf_ppo.training.resume import MAX_ROLLBACKS
+from rlhf_ppo.training.stability import PolicyDriftError, StepWatch, nonfinite_parameters, spoil_gradient
 
 NAN = float("nan")
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from rlhf_ppo.reward_training import RewardTrainingArgs, train_reward_model
+from rlhf_ppo.pipeline.reward_training import RewardTrainingArgs, train_reward_model
+from rlhf_ppo.pipeline.sft import SFTArgs, sft
 from rlhf_ppo.runtime.summary import model_rows
-from rlhf_ppo.sft import SFTArgs, sft
 
 
 @pytest.fixture

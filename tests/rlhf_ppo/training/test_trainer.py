@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from rlhf_ppo.core import compute_gae, kl_penalized_rewards
-from rlhf_ppo.experience import estimate
-from rlhf_ppo.reading import Sequences
-from rlhf_ppo.rewards import RewardError
+from rlhf_ppo.models.forward import Sequences
+from rlhf_ppo.rewards.loading import RewardError
 from rlhf_ppo.trainer import PPOTrainer
+from rlhf_ppo.training.experience import estimate
 
 
 def weights(trainer: PPOTrainer) -> list[torch.Tensor]:

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from rlhf_ppo.core import Experience, ppo_loss
-from rlhf_ppo.experience import estimate
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.trainer import PPOTrainer
+from rlhf_ppo.training.experience import estimate
 
 
 def gradients(trainer: PPOTrainer) -> list[torch.Tensor]:

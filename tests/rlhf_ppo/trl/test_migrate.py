@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 from rlhf_ppo.cli import TrainArgs, main
-from rlhf_ppo.migrate import convert, join_command_line, read_trl_flags, read_trl_yaml
-from rlhf_ppo.trl_fields import FATES, FIELDS, KNOWN, field_tables, known_fields
+from rlhf_ppo.trl.fields import FATES, FIELDS, KNOWN, field_tables, known_fields
+from rlhf_ppo.trl.migrate import convert, join_command_line, read_trl_flags, read_trl_yaml
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SETTINGS = {field.name for field in fields(TrainArgs)}
 DATA = {"dataset_name": "prompts.jsonl"}
 
@@ -87,7 +87,7 @@ def test_every_setting_that_the_table_names_exists():
 
 def test_the_page_is_the_table():
     page = (ROOT / "docs/migrating-from-trl.md").read_text(encoding="utf-8")
-    assert page.endswith(field_tables()), "run: python -m rlhf_ppo.trl_fields docs/migrating-from-trl.md"
+    assert page.endswith(field_tables()), "run: python -m rlhf_ppo.trl.fields docs/migrating-from-trl.md"
 
 
 def test_each_field_stands_once_in_the_tables():
