@@ -17,9 +17,9 @@ from classic.changes import still_moved, with_changes
 from classic.config import PPOArgs
 from classic.envs.making import EnvLike
 from classic.envs.spaces import scales_parts
-from rlhf_ppo import __version__
 from rlhf_ppo.runtime.checkpoint import list_checkpoints
 from rlhf_ppo.runtime.files import replacing_files
+from rlhf_ppo.runtime.versions import __version__
 
 if TYPE_CHECKING:
     from classic.ppo import PPO

@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf_ppo import __version__
 from rlhf_ppo.runtime.files import TEMPORARY, follow_umask, require_space, sync_file, sync_folder
+from rlhf_ppo.runtime.versions import __version__
 
 MANIFEST, STATE = "manifest.json", "state.json"
 _PREFIX = "checkpoint-"

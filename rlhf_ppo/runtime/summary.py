@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-import rlhf_ppo
+from rlhf_ppo.runtime import torch_environment
 from rlhf_ppo.runtime.threads import usable_cpus
 
 
@@ -22,7 +22,7 @@ def model_rows(name: str, model: nn.Module, *, device: torch.device, bf16: bool)
     trained = sum(_size(p) for p in parameters if p.requires_grad)
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     threads = f"{torch.get_num_threads()} on {usable_cpus()} CPUs"
-    if rlhf_ppo.THREADS_SPIN and torch.get_num_threads() > 1:
+    if torch_environment.THREADS_SPIN and torch.get_num_threads() > 1:
         threads += "; they spin while they wait: import rlhf_ppo before torch, or set OMP_WAIT_POLICY=PASSIVE"
     return {
         "model": name,

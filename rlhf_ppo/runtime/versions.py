@@ -1,11 +1,11 @@
-"""Versions: what a run was made with, for its run.json."""
+"""Versions: of this package, and of what a run was made with."""
 
 from __future__ import annotations
 
 import platform
 from importlib.metadata import version
 
-from rlhf_ppo import __version__
+__version__ = "0.1.0"
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -59,10 +59,10 @@ def test_a_script_that_loads_torch_first_is_told_so(before, given, spin, tmp_pat
     names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
     environment = {name: value for name, value in os.environ.items() if name not in names} | given
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *sys.path])
-    code = f"{before}import rlhf_ppo; print(rlhf_ppo.THREADS_SPIN)"
+    code = f"{before}from rlhf_ppo.runtime.torch_environment import THREADS_SPIN; print(THREADS_SPIN)"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == str(spin), done.stderr
-    monkeypatch.setattr("rlhf_ppo.THREADS_SPIN", spin)
+    monkeypatch.setattr("rlhf_ppo.runtime.torch_environment.THREADS_SPIN", spin)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     row = model_rows("m", nn.Linear(2, 2), device=torch.device("cpu"), bf16=False)["threads"]
     assert ("import rlhf_ppo before torch" in row) == spin

@@ -380,9 +380,7 @@ def test_sft_and_reward_compare_what_they_saved(base, tmp_path, monkeypatch, com
 
 
 def test_a_reference_that_is_not_the_start_is_an_error_that_names_the_adapter(make_trainer, base, monkeypatch):
-    monkeypatch.setattr(
-        "rlhf_ppo.models.policy_adapter.difference", lambda one, other: 0.0
-    )  # unnoticed
+    monkeypatch.setattr("rlhf_ppo.models.policy_adapter.difference", lambda one, other: 0.0)  # unnoticed
     with pytest.raises(ValueError, match=r"not the model that training starts from: .*init_lora_weights=False"):
         make_trainer(model=base(), peft_config=lora(init_lora_weights=False))
 
