@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.runtime.seeding import resolve_device
 
-ENGINES = ("dynamic", "static", "continuous")
+ENGINES = ("dynamic", "static")
 
 
 @dataclass(frozen=True)

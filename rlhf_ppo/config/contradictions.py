@@ -37,7 +37,7 @@ def _decoding(args: RLHFConfig) -> None:
         )
     if isinstance(args.stop_strings, str) or not all(args.stop_strings):
         raise ValueError(f"stop_strings must be a tuple of texts that are not empty, got {args.stop_strings!r}")
-    if args.generation in ("static", "continuous"):
+    if args.generation == "static":
         for name, default in (("max_turns", 1), ("min_new_tokens", 0), ("stop_strings", ())):
             if (value := getattr(args, name)) != default:
                 raise ValueError(

@@ -51,9 +51,9 @@ class RLHFConfig(PPOConfig):
     """Longest time in seconds that one call of `respond` may take; None: wait for ever."""
     overlong_prompts: Literal["error", "truncate", "drop"] = "error"
     """Prompts that leave no room for max_new_tokens: stop, keep their end, or leave the row out (both are counted)."""
-    generation: Literal["auto", "dynamic", "static", "continuous"] = "auto"
-    """How responses are decoded: dynamic (finished rows leave), static (fixed shapes, CUDA graphs), continuous
-    (transformers' continuous batching), or auto: static on a CUDA GPU if the model allows it, else dynamic."""
+    generation: Literal["auto", "dynamic", "static"] = "auto"
+    """How responses are decoded: dynamic (finished rows leave), static (fixed shapes, CUDA graphs), or
+    auto: static on a CUDA GPU if the model allows it, else dynamic."""
     recompute_logprobs: bool = False
     """Take the old log-probs from a full forward pass instead of the ones recorded while decoding."""
     importance_weight_cap: float | None = None
@@ -277,7 +277,9 @@ class RLHFConfig(PPOConfig):
             self._require_known(name, known)
         self._require_known("lr_scheduler_type", ("constant", "linear", "cosine"))
         self._require_known("precision", ("auto", "fp32", "bf16"))
-        self._require_known("generation", ("auto", "dynamic", "static", "continuous"))
+        if self.generation == "continuous":
+            raise ValueError("generation='continuous' has been removed: use generation='auto'")
+        self._require_known("generation", ("auto", "dynamic", "static"))
         self._require_known("quantization", ("none", "8bit", "4bit"))
         self._require_known("reference_dtype", ("float32", "bfloat16", "8bit", "4bit"))
         self._require_known("on_nonfinite", ("skip", "rollback", "stop"))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal, cast
+from collections.abc import Callable, Collection
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig, StaticCache
+from torch import Tensor
+from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
-from rlhf_ppo.generation.rollout import FixedShape, Rollout, Sampled, Step, decoding_step, sample_responses
+from rlhf_ppo.generation.rollout import FixedShape, Sampled, Step, decoding_step, sample_responses
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward import without_adapter_wrapper
 
@@ -21,22 +20,18 @@ Sampler = Callable[..., Sampled]
 of :func:`rlhf_ppo.generation.rollout.sample_responses`."""
 
 _ROOM = 64
-_PAGE = 16
 
 
 class GenerationError(RuntimeError):
     """An engine did not give one whole response to each prompt."""
 
 
-def choose_engine(
-    generation: Literal["auto", "dynamic", "static", "continuous"], model: ActorCritic, *, max_tokens: int
-) -> Sampler:
+def choose_engine(generation: Literal["auto", "dynamic", "static"], model: ActorCritic) -> Sampler:
     """The engine of that name, tried out on this model; "auto" takes static on a CUDA GPU if the model allows it.
 
     Args:
         generation: the setting.
         model: on its device already.
-        max_tokens: most tokens in one pass outside decoding.
     Raises:
         ValueError: the engine does not give this model's log-probs.
     """
@@ -44,9 +39,8 @@ def choose_engine(
     if generation == "dynamic" or (generation == "auto" and device.type != "cuda"):
         return sample_responses
     # The first try is not compiled: it asks whether the model can use the cache at all.
-    engine = ContinuousEngine(max_tokens) if generation == "continuous" else StaticEngine(compile_step=False)
     try:
-        _try_out(engine, model, device)
+        _try_out(StaticEngine(compile_step=False), model, device)
     except Exception as error:
         if generation == "auto":
             return sample_responses
@@ -54,7 +48,7 @@ def choose_engine(
         raise ValueError(
             f"generation={generation!r} does not work with model={name}: {error}; use generation='dynamic'"
         ) from error
-    return engine if generation == "continuous" else StaticEngine(compile_step=device.type == "cuda")
+    return StaticEngine(compile_step=device.type == "cuda")
 
 
 def _try_out(engine: Sampler, model: ActorCritic, device: torch.device) -> None:
@@ -163,165 +157,3 @@ def _owned(step: Step) -> Step:
         return tuple(None if x is None else x.clone() for x in step(*inputs))  # pyright: ignore[reportCallIssue]
 
     return copied
-
-
-class ContinuousEngine:
-    """transformers' continuous batching, in this process and with the weights that are trained."""
-
-    def __init__(self, max_tokens: int) -> None:
-        """``max_tokens``: most tokens in one pass through the model."""
-        self.max_tokens = max_tokens
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        model: ActorCritic,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        stop_token_ids: Collection[int],
-        generator: torch.Generator | None = None,
-    ) -> Sampled:
-        """See :func:`~rlhf_ppo.generation.rollout.sample_responses`; entropies and values come from one forward pass.
-
-        Raises:
-            GenerationError: transformers failed on a prompt; carries its reason.
-        """
-        from transformers.generation.configuration_utils import ContinuousBatchingConfig  # not in transformers 5.5
-
-        device = prompt_ids.device
-        prompts = [ids[keep].tolist() for ids, keep in zip(prompt_ids, prompt_mask, strict=True)]
-        seed = int(torch.randint(2**62, (), generator=generator, device=device))
-        settings = GenerationConfig(
-            do_sample=True,
-            temperature=temperature,
-            # Whatever is left out here stays as GenerationConfig has it; top_k would be 50.
-            top_k=0,
-            top_p=1.0,
-            repetition_penalty=1.0,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=sorted(stop_token_ids) or -1,
-        )
-        pages = sum(-(-(len(ids) + max_new_tokens) // _PAGE) + 1 for ids in prompts)
-        batching = ContinuousBatchingConfig(
-            return_logprobs=True,
-            # Blocks are found by their tokens alone, so after an update they would answer with the old weights.
-            allow_block_sharing=False,
-            auto_switch_to_flash=False,
-            use_async_batching=False,
-            page_size=_PAGE,
-            # Room for all prompts at once; left alone, the cache takes most of the machine's free memory.
-            num_blocks=2 * pages,
-            max_batch_tokens=max(512, len(prompts)),
-            seed=seed,
-        )
-        results = _generate(without_adapter_wrapper(model.policy), prompts, settings, batching)
-        longest = max(len(result.generated_tokens) for result in results)
-        response_ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-        mask, logprobs = torch.zeros_like(response_ids, dtype=torch.bool), torch.zeros(len(prompts), longest)
-        for row, result in enumerate(results):
-            n = len(result.generated_tokens)
-            response_ids[row, :n], mask[row, :n] = torch.tensor(result.generated_tokens), True
-            logprobs[row, :n] = torch.tensor(result.logprobs)
-        finished = torch.tensor([result.generated_tokens[-1] in stop_token_ids for result in results])
-        response_ids, mask, logprobs, finished = (x.to(device) for x in (response_ids, mask, logprobs, finished))
-        entropy, values = self._read(model, prompt_ids, prompt_mask, response_ids, mask, temperature)
-        return Sampled(response_ids, mask, finished, logprobs, entropy, values)
-
-    def _read(
-        self, model: ActorCritic, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor | None]:
-        """Entropies and values [B, T] of whole responses."""
-        entropy, values = torch.zeros(mask.shape, device=mask.device), torch.zeros(mask.shape, device=mask.device)
-        rollout = Rollout([], {}, prompt_ids, prompt_mask, ids, mask, mask[:, -1], values, entropy, None)
-        padded = not model.reader.packs_on(mask.device)
-        for rows in rollout.batches(range(len(mask)), self.max_tokens, padded=padded):
-            part = rollout.sequences(rows)
-            read, length = model(*part, temperature=temperature), part.mask.shape[1]
-            entropy[rows, :length] = read.entropy.float()
-            if read.values is not None:
-                values[rows, :length] = read.values.float()
-        return entropy, None if model.value_head is None else values
-
-
-def _generate(model: Any, prompts: list[list[int]], settings: GenerationConfig, batching: Any) -> list[Any]:
-    """One finished result for each prompt, in the order of the prompts.
-
-    This is ``model.generate_batch``, but all requests are queued before the loop starts: otherwise it depends on the
-    clock which prompts share the first batch, and with it every draw.
-    """
-    results: dict[str, Any] = {}
-    with _lent(model):
-        manager = model.init_continuous_batching(settings, batching)
-        if torch.is_autocast_enabled(model.device.type):
-            manager.model = cast(Any, _InAutocast(model, model.device.type))
-        names = manager.add_requests(prompts, max_new_tokens=settings.max_new_tokens)
-        manager.warmup()  # what fails before the first step is raised here, and not logged
-        manager.start()
-        try:
-            manager.stop()  # once every request is done
-        except BaseException:
-            manager.stop(hard_stop=True)
-            raise
-        finally:
-            manager.destroy()
-        while (result := manager.get_result(timeout=0)) is not None:
-            results[result.request_id] = result
-    fatal = manager.background_thread_status.fatal_error
-    for number, name in enumerate(names):
-        # A failed request, or a dead loop, is logged by transformers and not raised.
-        result = results.get(name)
-        if result is None or result.error is not None or not result.generated_tokens:
-            raise GenerationError(
-                f"continuous batching gave {len(results)} results for {len(names)} prompts; prompt {number}: "
-                f"{(result and result.error) or fatal or 'no result and no reason'}"
-            ) from fatal
-        if len(result.logprobs) != len(result.generated_tokens):
-            raise GenerationError(
-                f"prompt {number}: {len(result.logprobs)} log-probs for {len(result.generated_tokens)} tokens"
-            )
-    return [results[name] for name in names]
-
-
-@contextmanager
-def _lent(model: nn.Module) -> Iterator[None]:
-    """Lend a model to transformers' generation thread: random state and attention come back as they were."""
-    config, device = cast(Any, model).config, next(model.parameters()).device
-    attention = config._attn_implementation
-    if not hasattr(model, "init_continuous_batching"):
-        raise ValueError(f"{type(model).__name__} has no generate_batch")
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        if config._attn_implementation != attention:
-            cast(Any, model).set_attn_implementation(attention)
-
-
-class _InAutocast:
-    """A model as the generation thread is to see it: in this thread's precision, for autocast is a thread's own."""
-
-    def __init__(self, model: Any, kind: str) -> None:
-        self.model, self.kind = model, kind
-        self.dtype = torch.get_autocast_dtype(kind)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def __call__(self, *args: Any, cache: Any, **kwargs: Any) -> Any:
-        # Not a context manager: leaving it would throw away the weights in bfloat16 after every step.
-        torch.set_autocast_dtype(self.kind, self.dtype)
-        torch.set_autocast_enabled(self.kind, True)
-        if "update" not in vars(cache):
-            cache.update = self._in_one_format(cache.update)
-        return self.model(*args, cache=cache, **kwargs)
-
-    def _in_one_format(self, update: Callable[..., Any]) -> Callable[..., Any]:
-        """Autocast leaves rotary keys in float32 and values in bfloat16; the cache has one format for both."""
-
-        def casting(key_states: Tensor, value_states: Tensor, **kwargs: Any) -> Any:
-            return update(key_states.to(self.dtype), value_states.to(self.dtype), **kwargs)
-
-        return casting

@@ -196,7 +196,7 @@ def set_up(
     with autocast(bf16, device):
         needs_dynamic = args.max_turns > 1 or args.min_new_tokens > 0 or len(args.stop_strings) > 0
         generation = "dynamic" if needs_dynamic else args.generation
-        sample = choose_engine(generation, actor_critic, max_tokens=microbatch_tokens)
+        sample = choose_engine(generation, actor_critic)
     return RunParts(
         device,
         tokenizer,

@@ -13,13 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config
-from transformers.generation.continuous_batching import continuous_api
-from transformers.generation.continuous_batching.model_runner import ModelRunner
 
-import rlhf_ppo.generation.engines
-from rlhf_ppo.cli import main
 from rlhf_ppo.data.prompts import left_pad
-from rlhf_ppo.generation.engines import ContinuousEngine, GenerationError, StaticEngine, choose_engine
+from rlhf_ppo.generation.engines import FixedLayer, StaticEngine, choose_engine
 from rlhf_ppo.generation.rollout import Sampled, sample_responses
 from rlhf_ppo.models.actor_critic import ActorCritic
 
@@ -61,15 +57,11 @@ def assert_equals_a_full_forward(model: ActorCritic, batch: tuple[Tensor, Tensor
     torch.testing.assert_close(sampled.values, full.values, **close)
 
 
-def assert_well_formed(sampled: Sampled) -> None:
-    """Every response ends with its only stop token, or at the limit."""
-    stops = torch.isin(sampled.response_ids, torch.tensor(SETTINGS["stop_token_ids"])) & sampled.mask
-    lengths = sampled.mask.sum(dim=1)
-    assert lengths.max() == sampled.mask.shape[1] and (lengths[~sampled.finished] == SETTINGS["max_new_tokens"]).all()
-    assert (sampled.mask[:, :-1] >= sampled.mask[:, 1:]).all()
-    assert torch.equal(stops.sum(dim=1), sampled.finished.long())
-    assert stops[torch.arange(len(lengths)), lengths - 1].equal(sampled.finished)
-    assert not sampled.response_ids[~sampled.mask].any() and not sampled.logprobs[~sampled.mask].any()
+def change(model: ActorCritic) -> None:
+    """A stand-in for an optimizer step that is large enough to see."""
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=seeded(number)))
 
 
 # Fixed shapes
@@ -141,128 +133,26 @@ def test_a_step_that_cannot_be_compiled_is_a_warning(make, batch, monkeypatch):
     torch.testing.assert_close(static.logprobs, dynamic.logprobs, atol=1e-5, rtol=1e-5)
 
 
-# Continuous batching
-
-
-def change(model: ActorCritic) -> None:
-    """A stand-in for an optimizer step that is large enough to see."""
-    with torch.no_grad():
-        for number, parameter in enumerate(model.parameters()):
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=seeded(number)))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_continuous_records_the_distribution_that_it_sampled_from(make, batch, kind):
-    """At temperature 0.7, with left padding, whatever the model's own generation config says; in the prompts' order."""
-    model = make(kind)
-    policy: Any = model.policy
-    policy.generation_config.update(top_k=2, top_p=0.3, repetition_penalty=5.0, temperature=0.1, do_sample=True)
-    before = policy.config.to_dict(), policy.config._attn_implementation, policy.generation_config.to_dict()
-    random_state = torch.get_rng_state()
-    sampled = ContinuousEngine(max_tokens=16)(model, *batch, generator=seeded(), **SETTINGS)
-    assert_well_formed(sampled)
-    assert_equals_a_full_forward(model, batch, sampled)
-    assert (policy.config.to_dict(), policy.config._attn_implementation, policy.generation_config.to_dict()) == before
-    assert torch.equal(torch.get_rng_state(), random_state)
-
-
-def test_continuous_draws_from_the_softmax(make):
-    """400 draws of one token over a vocabulary of 6 with temperature 0.7, tested against their standard deviations."""
-    model, n = make(vocab_size=6), 400
-    model.policy.generation_config.update(top_k=1, do_sample=False)
-    ids, mask = torch.tensor([[1, 2]]).expand(n, 2), torch.ones(n, 2, dtype=torch.bool)
-    sampled = ContinuousEngine(10_000)(
-        model, ids, mask, max_new_tokens=1, temperature=0.7, stop_token_ids=(), generator=seeded()
-    )
-    with torch.no_grad():
-        p = model.policy(ids[:1]).logits[0, -1].div(0.7).softmax(-1)
-    share = torch.bincount(sampled.response_ids[:, 0], minlength=6) / n
-    assert ((share - p).abs() <= 4 * (p * (1 - p) / n).sqrt() + 1e-6).all()
-
-
-def test_continuous_same_generator_same_rollout(make, batch):
-    model, engine = make(), ContinuousEngine(1000)
-    first, again, other = (engine(model, *batch, generator=seeded(seed), **SETTINGS) for seed in (3, 3, 4))
-    assert torch.equal(first.response_ids, again.response_ids) and torch.equal(first.logprobs, again.logprobs)
-    assert first.response_ids.shape != other.response_ids.shape or not torch.equal(
-        first.response_ids, other.response_ids
-    )
-
-
-@pytest.mark.parametrize("sharing", [False, True])
-def test_continuous_never_answers_with_yesterdays_weights(make, monkeypatch, sharing):
-    """The trap: blocks of a prompt kept from before an update. With persistence and sharing put back it shows."""
-    from transformers.generation.configuration_utils import ContinuousBatchingConfig
-
-    model, engine = make(), ContinuousEngine(1000)
-    ids = torch.arange(1, 25)[None].repeat(3, 1) % 30  # 24 tokens: one whole block of 16 can be shared
-    batch = ids, torch.ones_like(ids, dtype=torch.bool)
-    if sharing:
-        # A persistent manager that may share blocks, as generate_batch(persistent_manager=True) keeps it.
-        made = ContinuousBatchingConfig.__init__
-
-        def share(self: Any, *args: Any, **kwargs: Any) -> None:
-            made(self, *args, **{**kwargs, "allow_block_sharing": True})
-
-        monkeypatch.setattr(ContinuousBatchingConfig, "__init__", share)
-        stop = continuous_api.ContinuousBatchingManager.stop
-        keep = {"keep_for_next_session": True}
-        monkeypatch.setattr(
-            continuous_api.ContinuousBatchingManager, "stop", lambda self, **kwargs: stop(self, **{**kwargs, **keep})
-        )
-        monkeypatch.setattr(continuous_api.BackgroundThreadStatus, "can_accept_new_requests", lambda self: None)
-    engine(model, *batch, generator=seeded(), **SETTINGS)
-    change(model)
-    sampled = engine(model, *batch, generator=seeded(), **SETTINGS)
-    if sharing:
-        with pytest.raises(AssertionError, match="not close"):
-            assert_equals_a_full_forward(model, batch, sampled)
-    else:
-        assert_equals_a_full_forward(model, batch, sampled)
-
-
-def test_continuous_says_why_it_failed(make, batch, monkeypatch):
-    """transformers logs the error and returns what it has."""
-
-    def fail(*_: Any) -> None:
-        raise RuntimeError("out of pages")
-
-    monkeypatch.setattr(ModelRunner, "compute_batch", fail)
-    with pytest.raises(GenerationError, match="prompt 0: out of pages"):
-        ContinuousEngine(1000)(make(), *batch, generator=seeded(), **SETTINGS)
-
-
-def test_continuous_in_bfloat16(make, batch):
-    """Autocast belongs to a thread; the generation thread must compute as this one does."""
-    model = make("llama")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        sampled = ContinuousEngine(1000)(model, *batch, generator=seeded(), **SETTINGS)
-        with torch.no_grad():
-            full = model(*batch, sampled.response_ids, sampled.mask, temperature=0.7)
-    # bfloat16 keeps 8 bits: logits of a few units are right to some hundredths.
-    torch.testing.assert_close(sampled.logprobs, full.logprobs, atol=0.1, rtol=0)
-
-
 # Choosing
 
 
 def test_auto_is_dynamic_without_a_gpu(make):
-    assert choose_engine("auto", make(), max_tokens=100) is sample_responses
+    assert choose_engine("auto", make()) is sample_responses
 
 
-def test_a_model_that_continuous_batching_reads_wrongly_is_refused(make_trainer, make_model):
-    """Bloom's attention does not go through transformers' interface: it would attend across the prompts, silently."""
-    with pytest.raises(ValueError, match=r"generation='continuous' does not work with model=BloomForCausalLM"):
-        make_trainer(model=make_model("bloom"), generation="continuous")
+def test_a_model_that_a_fixed_cache_misleads_is_refused(make, monkeypatch):
+    """The values that attention reads are doubled, so the log-probs are those of another model."""
+    update = FixedLayer.update
+    monkeypatch.setattr(FixedLayer, "update", lambda *states: (lambda k, v: (k, 2 * v))(*update(*states)))
+    with pytest.raises(ValueError, match=r"'static' .* model=GPT2LMHeadModel: its log-probs are .*'dynamic'"):
+        choose_engine("static", make())
 
 
-def test_a_model_without_generate_batch_is_refused(make, monkeypatch):
+def test_a_model_without_a_cache_is_refused(make):
     model = make()
-    monkeypatch.setattr(
-        rlhf_ppo.generation.engines, "without_adapter_wrapper", lambda policy: torch.nn.ModuleDict({"policy": policy})
-    )
-    with pytest.raises(ValueError, match="generation='continuous' does not work with model=ModuleDict"):
-        choose_engine("continuous", model, max_tokens=100)
+    model.reader.keeps_states = False
+    with pytest.raises(ValueError, match=r"generation='static' does not work with model=.*cannot decode from a cache"):
+        choose_engine("static", model)
 
 
 def test_an_unknown_engine_is_refused(make_trainer):
@@ -270,36 +160,24 @@ def test_an_unknown_engine_is_refused(make_trainer):
         make_trainer(generation="vllm")
 
 
-@pytest.mark.parametrize("generation", ["static", "continuous"])
+def test_the_removed_engine_is_named_with_what_to_use_instead(make_trainer):
+    with pytest.raises(ValueError, match=r"generation='continuous'.*generation='auto'"):
+        make_trainer(generation="continuous")
+
+
 @pytest.mark.parametrize("adapter", [False, True])
-def test_a_run_trains_on_what_the_engine_recorded(make_trainer, make_model, generation, adapter):
+def test_a_run_trains_on_what_the_engine_recorded(make_trainer, make_model, adapter):
     """The first ratio of every rollout is 1, after updates too."""
     from peft import LoraConfig
 
     lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if adapter else None
     trainer = make_trainer(
-        model=make_model("llama"), peft_config=lora, generation=generation, learning_rate=1e-2, total_episodes=24
+        model=make_model("llama"), peft_config=lora, generation="static", learning_rate=1e-2, total_episodes=24
     )
     trainer.train()
     rows = [json.loads(line) for line in (trainer.run.path / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 3
     assert all(row["policy/first_minibatch_max_abs_log_ratio"] < 1e-5 for row in rows)
-
-
-def test_continuous_with_a_separate_critic(make_trainer, make_model):
-    trainer = make_trainer(generation="continuous", value_model=make_model("llama", seed=4))
-    rollout = trainer.rollout(["the cat"] * 8)
-    assert rollout.values is not None
-    trainer.step(rollout)
-
-
-def test_continuous_from_the_command_line(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    run = ["--config", "examples/positive.yaml", "--reward", "rlhf_ppo.rewards.toy:no_letter_e", "--device", "cpu"]
-    run += ["--precision", "fp32"]  # "auto" would be bf16 on some CPUs, whose gap between engine and update varies
-    sizes = ["--total-episodes", "32", "--max-new-tokens", "6", "--eval-size", "4", "--output-dir", str(tmp_path)]
-    assert main(["train", *run, "--generation", "continuous", *sizes]) == 0
-    assert json.loads((tmp_path / "run.json").read_text())["generation"] == "continuous"
 
 
 def test_the_gpu_benchmark_measures_every_engine(tmp_path):
@@ -310,9 +188,9 @@ def test_the_gpu_benchmark_measures_every_engine(tmp_path):
     done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(numbers.read_text())["rows"]
-    assert [row["generation"] for row in rows] == ["dynamic", "static", "continuous"]
+    assert [row["generation"] for row in rows] == ["dynamic", "static"]
     assert all(row["generated_tokens_per_second"] == pytest.approx(6 * row["samples_per_second"]) for row in rows)
-    assert done.stdout.count("| tiny GPT-2 |") == 3
+    assert done.stdout.count("| tiny GPT-2 |") == 2
 
 
 def test_the_gpu_benchmark_counts_what_gpt2_needs():

@@ -381,7 +381,6 @@ def test_fault_14_a_run_that_a_hook_ended_goes_on_with_the_same_conversations(ta
         ({"max_turns": 1}, ("max_turns=1", "respond")),
         ({"respond": "file.py"}, ("respond", "str")),
         ({"generation": "static"}, ("generation='static'", "max_turns=3")),
-        ({"generation": "continuous"}, ("generation='continuous'", "max_turns=3")),
         ({"turn_credit": "turn", "gamma": 0.9}, ("gamma_turn", "gamma=0.9")),
         ({"turn_credit": "turn", "max_turns": 1, "respond": None}, ("turn_credit='turn'", "max_turns=1")),
         ({"gamma_turn": 0.9}, ("gamma_turn=0.9", "turn_credit='token'")),
