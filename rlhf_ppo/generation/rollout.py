@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import StaticCache
 
 from rlhf_ppo.data.prompts import Completion, Prompt
-from rlhf_ppo.generation.kv_cache import can_shrink
 from rlhf_ppo.generation.stopping import Barred, TextStop, bar
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward import Sequences, position_ids
+from rlhf_ppo.models.kv_cache import can_shrink
 from rlhf_ppo.models.packing import token_batches
 from rlhf_ppo.runtime.signals import stop_if_asked
 

@@ -14,9 +14,9 @@ from torch.nn.functional import linear
 
 from rlhf_ppo.core import Ban, entropy_from_logits, linear_logprobs, token_logprobs
 from rlhf_ppo.core.logprobs import project
-from rlhf_ppo.generation.kv_cache import TokenCache, preallocated_cache
 from rlhf_ppo.generation.stopping import Barred
 from rlhf_ppo.models.calling import accepts, call, noting_states, probe_ids, states_of, without_adapter_wrapper
+from rlhf_ppo.models.kv_cache import TokenCache, preallocated_cache
 from rlhf_ppo.models.packing import align, pack, packed_attention
 
 
