@@ -13,7 +13,7 @@ from classic.envs.spaces import ActionLayout
 from classic.name_hints import SETTINGS
 from classic.networks.actor_critic import LOG_STD_RANGE
 from classic.networks.layers import ACTIVATIONS
-from classic.preset_files import preset as preset_of
+from classic.presets.resolve import preset as preset_of
 from rlhf_ppo.core import PPOConfig
 from rlhf_ppo.core.config import Objective
 from rlhf_ppo.core.validation import require_types

@@ -16,6 +16,7 @@ from classic.envs.action_masks import ActionMasks
 from classic.envs.copies import ask_copies, normalizing_layers, pass_on
 from classic.envs.episodes import RecordedEpisode, episode_state, restore_episodes
 from classic.envs.making import CRASHES, BrokenEnvironmentError, EnvLike, Vectorization, env_name, make_vector_env
+from classic.envs.seeds import Purpose, derive_seeds
 from classic.envs.spaces import (
     action_layout,
     batch_of_one,
@@ -24,7 +25,6 @@ from classic.envs.spaces import (
     observation_shape,
     to_env_actions,
 )
-from classic.seeds import Purpose, derive_seeds
 
 NO_ENVS = torch.empty(0, dtype=torch.int64)
 

@@ -9,7 +9,7 @@ from typing import Any
 from classic.envs.task import registered_id
 from rlhf_ppo.runtime.settings import read_yaml
 
-FOLDER = Path(__file__).parent / "presets"
+FOLDER = Path(__file__).parent
 
 
 def preset_ids() -> list[str]:
