@@ -14,10 +14,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from speed_workloads import WORKLOADS, config, make_prompts, make_tokenizer
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedModel
 from transformers.utils import logging
@@ -29,10 +27,10 @@ from rlhf_ppo.pipeline.demo import HELD_OUT, OPENINGS
 
 WORK = WORKLOADS["M"]  # GPT-2, 6 layers x 384, vocabulary 50257, random weights
 ARRANGEMENTS = {
-    "four models: policy, reference, critic, reward": {"value_model": "value", "reward": "classifier"},
-    "three: LoRA policy, critic, reward": {"value_model": "value", "reward": "classifier", "lora": True},
-    "two: LoRA policy with a shared trunk, reward": {"reward": "classifier", "lora": True},
-    "one: policy, value and reward adapters": {"critic": "adapter", "reward": "adapter", "lora": True},
+    "four models: policy, reference, critic, reward": {"value_model": "value"},
+    "three: LoRA policy, critic, reward": {"value_model": "value", "lora": True},
+    "two: LoRA policy with a shared trunk, reward": {"lora": True},
+    "two: LoRA policy with a value adapter, reward": {"critic": "adapter", "lora": True},
 }
 CRITICS = {
     "shared trunk": {"critic": "shared"},
@@ -42,7 +40,7 @@ CRITICS = {
 
 
 def write_models(folder: Path) -> None:
-    """The base, a separate critic's trunk, and a reward model both as a classifier and as an adapter of the base."""
+    """Save the base, a separate critic's trunk and a reward model."""
     tokenizer = make_tokenizer(WORK)
 
     def save(model: PreTrainedModel, name: str) -> None:
@@ -53,8 +51,6 @@ def write_models(folder: Path) -> None:
     save(GPT2LMHeadModel(config(WORK)), "base")
     save(GPT2ForSequenceClassification(config(WORK)), "value")
     save(GPT2ForSequenceClassification(config(WORK)), "classifier")
-    classifier: Any = GPT2ForSequenceClassification.from_pretrained(folder / "base", num_labels=1)
-    get_peft_model(classifier, LoraConfig(r=8, lora_alpha=16, task_type="SEQ_CLS")).save_pretrained(folder / "adapter")
 
 
 def memory_of(name: str, folder: Path, episodes: int) -> dict[str, float]:
@@ -63,13 +59,12 @@ def memory_of(name: str, folder: Path, episodes: int) -> dict[str, float]:
     before = _peak()
     trainer = PPOTrainer(
         model=str(folder / "base"),
-        reward_funcs=str(folder / plan["reward"]),
+        reward_funcs=str(folder / "classifier"),
         value_model=str(folder / plan["value_model"]) if "value_model" in plan else None,
         peft_config=lora_config(8) if plan.get("lora") else None,
         args=RLHFConfig(
             output_dir=str(folder / "run"),
             critic=plan.get("critic", "auto"),
-            share_reward_base=plan["reward"] == "adapter",
             rollout_batch_size=episodes,
             max_new_tokens=WORK.new_tokens,
             num_epochs=1,

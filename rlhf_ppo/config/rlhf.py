@@ -97,9 +97,6 @@ class RLHFConfig(PPOConfig):
     """For rewards over HTTP: most responses in one request."""
     http_concurrency: int = 4
     """For rewards over HTTP: most requests to a server at the same time."""
-    share_reward_base: bool = False
-    """Read the reward that is a sequence classifier's adapter on the policy's own base, instead of loading that base
-    again; the policy must be an adapter too (peft_config)."""
     reward_timeout_s: float | None = 600.0
     """Longest time in seconds that a reward function may take over one rollout; None: wait for ever."""
 

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core.validation import is_changed
 from rlhf_ppo.data.prompts import Completion, PromptSet
-from rlhf_ppo.rewards.adapter_reward import AdapterReward
 from rlhf_ppo.rewards.cache import ScoreCache
 from rlhf_ppo.rewards.functions import RewardError, RewardFunction, StepRewards, reward_name, takes
 from rlhf_ppo.rewards.http_client import HTTPReward
@@ -143,7 +142,6 @@ def load_rewards(
             http_batch_size=args.http_batch_size,
             http_concurrency=args.http_concurrency,
         )
-        loaded_here |= isinstance(function, AdapterReward)
         loaded_here |= isinstance(function, RewardModel) and function is not source
         served |= isinstance(function, HTTPReward) and function is not source
         name = reward_name(function)

@@ -39,7 +39,6 @@ from rlhf_ppo.models.probe import probe, probe_gradient
 from rlhf_ppo.models.quantization import check_precision, load_quantized, load_reference
 from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.models.value_head import read_head
-from rlhf_ppo.rewards.adapter_reward import AdapterReward, share_reward_base
 from rlhf_ppo.rewards.cache import ScoreCache
 from rlhf_ppo.rewards.functions import RewardFunction, require_takes
 from rlhf_ppo.rewards.loading import RewardSource, ask_servers, load_rewards, make_caches
@@ -132,14 +131,6 @@ def set_up(
     if respond is not None:
         for prompts in filter(None, (train_prompts, eval_prompts)):
             _check_turns(tokenizer, prompts)
-    if args.share_reward_base:
-        reward_funcs = share_reward_base(
-            reward_funcs,
-            model,
-            has_own_adapter=peft_config is not None,
-            chat_template=args.reward_chat_template,
-            max_length=args.reward_max_length,
-        )
     rewards = load_rewards(reward_funcs, args, device)
     for prompts in filter(None, (train_prompts, eval_prompts)):
         for name, (function, _) in rewards.items():
@@ -181,11 +172,6 @@ def set_up(
     actor_critic.to(device)
     if reference.model is not None:
         reference.model.to(device)
-    for function, _ in rewards.values():
-        if isinstance(function, AdapterReward):
-            tokens = getattr(peft_config, "trainable_token_indices", None)
-            stays = base is not None and not adapted.changed and not adapted.trained and not tokens
-            function.attach(policy, own_base=stays)
     sets = [prompts.longest for prompts in (train_prompts, eval_prompts) if prompts is not None]
     # A conversation grows by replies that nobody knows yet.
     longest = None if respond is not None or not sets else max(sets) + args.max_new_tokens

@@ -217,7 +217,6 @@ def exit_code(words: list[str]) -> int:
         ("--quantization 4bit --lora-rank 2", "needs a CUDA GPU, but device is 'cpu'"),
         ("--reference-dtype bfloat16 --lora-rank 2", "reference_dtype='bfloat16' is about a reference with weights"),
         ("--critic adapter", "critic='adapter' is a second adapter on the policy's base"),
-        ("--share-reward-base True", "share_reward_base=True needs a frozen base"),
         ("--offload-activations True", "offload_activations=True moves activations from a GPU"),
         (
             "--value-head-from nowhere",

@@ -22,7 +22,7 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 from rlhf_ppo.models.forward import Sequences
 from rlhf_ppo.models.identity import SavedModelError
@@ -383,14 +383,3 @@ def test_a_reference_that_is_not_the_start_is_an_error_that_names_the_adapter(ma
     monkeypatch.setattr("rlhf_ppo.models.policy_adapter.difference", lambda one, other: 0.0)  # unnoticed
     with pytest.raises(ValueError, match=r"not the model that training starts from: .*init_lora_weights=False"):
         make_trainer(model=base(), peft_config=lora(init_lora_weights=False))
-
-
-@pytest.mark.parametrize("settings", [{"bias": "all"}, {"init_lora_weights": "olora"}])
-def test_a_reward_does_not_share_a_base_that_moves(make_trainer, base, make_classifier, tmp_path, settings):
-    folder = base("qwen2")  # its projections have biases
-    judge = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
-    get_peft_model(judge, LoraConfig(task_type="SEQ_CLS")).save_pretrained(tmp_path / "judge")
-    options = {"model": folder, "reward_funcs": str(tmp_path / "judge"), "share_reward_base": True}
-    make_trainer(**options, peft_config=lora())
-    with pytest.raises(ValueError, match="share_reward_base=True, but the policy's base is not"):
-        make_trainer(**options, peft_config=lora(**settings))
