@@ -30,9 +30,8 @@ from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.pipeline.before_after import readable
 from rlhf_ppo.runtime.seeding import resolve_device
 from rlhf_ppo.runtime.threads import require_threads, torch_threads
-from rlhf_ppo.training.backward import minibatch_gradient
 from rlhf_ppo.training.black_box import BlackBox, read_black_box
-from rlhf_ppo.training.gradients import clear_gradients
+from rlhf_ppo.training.gradients import clear_gradients, minibatch_gradient
 from rlhf_ppo.training.optimizer import only_the_critic_learns
 from rlhf_ppo.training.stability import nonfinite_parameters, spoil_gradient
 
