@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, get_args
 
-from classic.envs.making import Vectorization
+from classic.envs.make_env import Vectorization
 from classic.envs.spaces import ActionLayout
 from classic.name_hints import SETTINGS
 from classic.networks.actor_critic import LOG_STD_RANGE

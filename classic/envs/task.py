@@ -9,7 +9,7 @@ from typing import Any
 import gymnasium
 from gymnasium.envs.registration import find_highest_version, get_env_id, parse_env_id
 
-from classic.envs.making import CRASHES, EnvLike
+from classic.envs.make_env import CRASHES, EnvLike
 
 
 def registered_id(env_id: str) -> str:

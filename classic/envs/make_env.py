@@ -11,8 +11,8 @@ import gymnasium
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import PassiveEnvChecker
 
-from classic.envs.copies import Heard, OneCopy, OwnArrays, pass_on
-from classic.envs.episodes import RecordedEpisode
+from classic.envs.episode_state import RecordedEpisode
+from classic.envs.wrappers import Heard, OneCopy, OwnArrays, pass_on
 
 MODES = {"next_step": AutoresetMode.NEXT_STEP, "same_step": AutoresetMode.SAME_STEP}
 Vectorization = Literal["auto", "sync", "async", "vector_entry_point"]

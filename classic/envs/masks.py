@@ -9,9 +9,9 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from classic.envs.copies import all_copies_have
 from classic.envs.observed_masks import observed_mask
 from classic.envs.spaces import ActionLayout
+from classic.envs.wrappers import all_copies_have
 
 REMEDY = "give one at the reset and at every step, or set action_masks=False"
 
