@@ -5,7 +5,7 @@ import rlhf_ppo  # noqa: F401 - before torch, whose threads it tells how to wait
 # isort: split
 import classic.envs.cartpole_no_vel  # noqa: F401 - registers its environment
 from classic.config import PPOArgs
-from classic.envs.make_env import BrokenEnvironmentError
+from classic.envs.errors import BrokenEnvironmentError
 from classic.ppo import PPO
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 

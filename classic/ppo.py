@@ -22,10 +22,9 @@ from classic.checkpoint import Progress, load_checkpoint, save_checkpoint
 from classic.config import PPOArgs
 from classic.envs.checks import warn_before_training
 from classic.envs.environments import Environments, Episode
-from classic.envs.make_env import EnvLike, env_name
+from classic.envs.make_env import EnvLike, env_name, identify
 from classic.envs.normalization import Normalizer
 from classic.envs.seeds import derive_seeds
-from classic.envs.task import identify
 from classic.evaluation import MAX_COPIES, MAX_STEPS, evaluate_policy
 from classic.explain import explain_rollout
 from classic.fast.analytic_gradients import gradient_method

@@ -13,7 +13,8 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from torch import Tensor
 
 from classic.envs.episode_state import RecordedEpisode, episode_state, restore_episodes
-from classic.envs.make_env import CRASHES, BrokenEnvironmentError, EnvLike, Vectorization, env_name, make_vector_env
+from classic.envs.errors import CRASHES, BrokenEnvironmentError
+from classic.envs.make_env import EnvLike, Vectorization, env_name, make_vector_env
 from classic.envs.masks import ActionMasks
 from classic.envs.spaces import (
     action_layout,

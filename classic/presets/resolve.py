@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from classic.envs.task import registered_id
+from classic.envs.make_env import registered_id
 from rlhf_ppo.runtime.settings import read_yaml
 
 FOLDER = Path(__file__).parent
