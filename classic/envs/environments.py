@@ -16,6 +16,7 @@ from classic.envs.episode_state import RecordedEpisode, episode_state, restore_e
 from classic.envs.errors import CRASHES, BrokenEnvironmentError
 from classic.envs.make_env import EnvLike, Vectorization, env_name, make_vector_env
 from classic.envs.masks import ActionMasks
+from classic.envs.seeds import Purpose, derive_seeds
 from classic.envs.spaces import (
     action_layout,
     batch_of_one,
@@ -25,7 +26,6 @@ from classic.envs.spaces import (
     to_env_actions,
 )
 from classic.envs.wrappers import ask_copies, normalizing_layers, pass_on
-from classic.envs.seeds import Purpose, derive_seeds
 
 NO_ENVS = torch.empty(0, dtype=torch.int64)
 
