@@ -6,14 +6,13 @@ import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self
 
-from classic.envs.make_env import Vectorization
+from classic.envs.making import Vectorization
 from classic.envs.spaces import ActionLayout
 from classic.name_hints import SETTINGS
 from classic.networks.actor_critic import LOG_STD_RANGE
-from classic.networks.layers import ACTIVATIONS
-from classic.presets.resolve import preset as preset_of
+from classic.preset_files import preset as preset_of
 from rlhf_ppo.core import PPOConfig
 from rlhf_ppo.core.config import Objective
 from rlhf_ppo.core.validation import require_types
@@ -209,18 +208,8 @@ class PPOArgs:
         self._require("save_total_limit", lambda value: value >= 1, "1 or more")
         self._require("learning_rate", lambda value: value >= 0, "0 or more")
         self._require("hidden_sizes", lambda value: bool(value) and min(value) >= 1, "positive widths")
-        for name in ("lr_schedule", "clip_range_schedule", "ent_coef_schedule"):
-            self._require(name, lambda value: value in ("linear", "constant"), "linear or constant")
-        self._require("activation", lambda value: value in ACTIVATIONS, " or ".join(ACTIVATIONS))
-        self._require("recurrent", lambda value: value in ("none", "lstm", "gru"), "none, lstm or gru")
-        self._require(
-            "vectorization",
-            lambda value: value in get_args(Vectorization),
-            "one of " + ", ".join(get_args(Vectorization)),
-        )
         self._require("max_initial_log_ratio", lambda value: value > 0, "positive")
         self._require("log_std_init", lambda value: LOG_STD_RANGE[0] <= value <= LOG_STD_RANGE[1], "between -20 and 2")
-        self._require("autoreset_mode", lambda value: value in ("next_step", "same_step"), "next_step or same_step")
 
     def _require(self, name: str, ok: Any, what: str) -> None:
         value = getattr(self, name)

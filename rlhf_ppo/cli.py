@@ -85,7 +85,7 @@ class TrainArgs(RLHFConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_weights(self.dataset, self.dataset_weights)
-        self._require("eval_size", self.eval_size >= 0, "0 or more")
+        self._require_at_least(0, "eval_size")
         if self.eval_dataset is None and self.eval_split is not None:
             raise ValueError(f"eval_split={self.eval_split!r} is a split of eval_dataset, which is not given: name it")
         if self.eval_dataset is not None and is_changed(self, "eval_size"):
@@ -95,8 +95,7 @@ class TrainArgs(RLHFConfig):
             )
         if self.resume_override and self.resume_from_checkpoint is None:
             raise ValueError("resume_override=True is about a checkpoint to go on from: set resume_from_checkpoint")
-        self._require("lora_rank", self.lora_rank is None or self.lora_rank >= 1, "1 or more, or None")
-        self._require("lora_alpha", self.lora_alpha is None or self.lora_alpha >= 1, "1 or more, or None")
+        self._require_at_least(1, "lora_rank", "lora_alpha")
         for name in ("lora_alpha", "lora_target_modules"):
             if getattr(self, name) is not None and self.lora_rank is None:
                 raise ValueError(f"{name}={getattr(self, name)!r} is about a LoRA adapter: set lora_rank")

@@ -42,15 +42,15 @@ from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.runtime.timing import Stopwatch
 from rlhf_ppo.runtime.trackers import reporting
 from rlhf_ppo.runtime.versions import versions
+from rlhf_ppo.training.backward import minibatch_gradient
 from rlhf_ppo.training.checkpoint import Boundary
 from rlhf_ppo.training.collect import Collector
 from rlhf_ppo.training.explain import explain_rollout
 from rlhf_ppo.training.fingerprints import run_fingerprints
-from rlhf_ppo.training.gradients import minibatch_gradient
 from rlhf_ppo.training.optimizer import make_optimizer, only_the_critic_learns, warmup_settings
 from rlhf_ppo.training.reporting import PANELS, evaluate, log_evaluation, log_update, run_rows
 from rlhf_ppo.training.resume import SafePoint, begin, go_back, keep_checkpoint, save_after, save_model
-from rlhf_ppo.training.rewards import ScoreStatistics
+from rlhf_ppo.training.score_shaping import ScoreStatistics
 from rlhf_ppo.training.setup import RewardSource, set_up
 from rlhf_ppo.training.stability import require_no_drift
 from rlhf_ppo.training.update import update

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from rlhf_ppo.core.validation import require_types
+from rlhf_ppo.core.validation import Settings
 
 Objective = Literal["clip", "penalty", "adaptive_clip", "dual_clip", "cispo", "a2c", "reinforce"]
 RatioLevel = Literal["token", "turn", "sequence"]
@@ -19,7 +19,7 @@ AGGREGATIONS: tuple[str, ...] = get_args(Aggregation)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig:
+class PPOConfig(Settings):
     """Objective, clip, value, entropy, epochs and minibatches."""
 
     objective: Objective = "clip"
@@ -65,23 +65,12 @@ class PPOConfig:
     the other objectives stop an update beyond 1.5 times it (None: never)."""
 
     def __post_init__(self) -> None:
-        require_types(self)
-        self._require_known("objective", OBJECTIVES)
-        self._require_known("ratio_level", RATIO_LEVELS)
-        self._require_known("kl_loss", KL_LOSSES)
-        self._require_known("loss_aggregation", AGGREGATIONS)
-        for name in ("clip_range", "max_grad_norm"):
-            self._require(name, getattr(self, name) > 0, "positive")
-        for name in ("clip_range_high", "clip_range_vf", "target_kl"):
-            value = getattr(self, name)
-            self._require(name, value is None or value > 0, "positive or None")
-        for name in ("vf_coef", "ent_coef", "kl_loss_coef", "penalty_beta"):
-            self._require(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("gamma", "gae_lambda"):
-            self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
-        for name in ("num_epochs", "num_minibatches"):
-            self._require(name, getattr(self, name) >= 1, "1 or more")
-        self._require("dual_clip", self.dual_clip > 1, "above 1")
+        super().__post_init__()
+        self._require_positive("clip_range", "max_grad_norm", "clip_range_high", "clip_range_vf", "target_kl")
+        self._require_at_least(0, "vf_coef", "ent_coef", "kl_loss_coef", "penalty_beta")
+        self._require_between(0, 1, "gamma", "gae_lambda")
+        self._require_at_least(1, "num_epochs", "num_minibatches")
+        self._require("above 1", lambda value: value > 1, "dual_clip")
         if self.objective == "adaptive_clip" and self.clip_range_high is not None:
             raise ValueError("objective='adaptive_clip' moves one symmetric clip_range; remove clip_range_high")
         if self.ratio_level != "token" and self.objective in ("penalty", "a2c", "reinforce"):
@@ -104,12 +93,3 @@ class PPOConfig:
         """The KL beyond which an update takes no further step, or None."""
         steers = self.objective in ("penalty", "adaptive_clip")
         return None if steers or self.target_kl is None else 1.5 * self.target_kl
-
-    def _require(self, name: str, ok: bool, what: str) -> None:
-        value = getattr(self, name)
-        if not ok:
-            raise ValueError(f"{name} must be {what}, got {value}")
-
-    def _require_known(self, name: str, known: tuple[str, ...]) -> None:
-        if getattr(self, name) not in known:
-            raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")

@@ -1,12 +1,14 @@
-"""Settings against their fields: a value of another kind is named before it breaks something far away."""
+"""Settings: check each value against its field's annotation, and a number against its range, when they are made."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import numbers
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
@@ -35,8 +37,37 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base of dataclasses that users fill in: values are checked when an instance is made.
+
+    A subclass calls ``super().__post_init__()``, then checks ranges and contradictions of its own.
+    """
+
+    def __post_init__(self) -> None:
+        require_types(self)
+
+    def _require(self, what: str, holds: Callable[[Any], bool], *names: str) -> None:
+        """Raise a ValueError for the first of these settings whose value breaks the rule; None always passes."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                if _fits(None, _hints(type(self))[name]):
+                    what += ", or None" if " " in what else " or None"
+                raise ValueError(f"{name} must be {what}, got {value}")
+
+    def _require_positive(self, *names: str) -> None:
+        self._require("positive", lambda value: value > 0, *names)
+
+    def _require_at_least(self, low: int, *names: str) -> None:
+        self._require(f"{low} or more", lambda value: value >= low, *names)
+
+    def _require_between(self, low: int, high: int, *names: str) -> None:
+        self._require(f"between {low} and {high}", lambda value: low <= value <= high, *names)
+
+
 def is_changed(settings: Any, name: str) -> bool:
-    """Whether a field of a dataclass instance has another value than its default."""
+    """Return whether a field of a dataclass instance differs from its default."""
     return any(getattr(settings, name) != field.default for field in dataclasses.fields(settings) if field.name == name)
 
 
@@ -44,10 +75,10 @@ def require_types(settings: Any) -> None:
     """Check every field of a dataclass instance against its annotation: a number, text, a tuple of these, or None.
 
     Numbers must be finite, and whole where the annotation is int: 1e6 is, and becomes 1000000 in the field. Lists do
-    for tuples. A Literal takes anything here.
+    for tuples.
 
     Raises:
-        ValueError: names the field, what it takes, and what came.
+        ValueError: names the field, what it takes, and what came; for a Literal the known values and the closest one.
     """
     hints = _hints(cast("type[Any]", type(settings)))
     for field in dataclasses.fields(settings):
@@ -56,6 +87,10 @@ def require_types(settings: Any) -> None:
             continue
         if _fits(whole := _as_whole(value), hint):
             object.__setattr__(settings, field.name, whole)
+        elif known := _choices(hint):
+            close = difflib.get_close_matches(str(value), known, n=1)
+            meant = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ValueError(f"unknown {field.name} {value!r:.80}{meant}; known: {', '.join(known)}")
         else:
             came = f"the text {value!r:.80}" if isinstance(value, str) else f"{value!r:.80}"
             raise ValueError(f"{field.name} must be {_words(hint)}, got {came}")
@@ -76,7 +111,17 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is dict:
         pairs: list[tuple[Any, Any]] = list(value.items()) if isinstance(value, dict) else [(object(), None)]  # pyright: ignore[reportUnknownArgumentType]
         return all(_fits(key, inner[0]) and _fits(item, inner[1]) for key, item in pairs)
-    return origin is Literal or _KINDS[hint][1](value)
+    if origin is Literal:
+        return any(isinstance(value, type(choice)) and value == choice for choice in inner)
+    return _KINDS[hint][1](value)
+
+
+def _choices(hint: Any) -> list[str]:
+    """The values of a Literal, or of a Literal or None."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return [value for kind in inner for value in _choices(kind)]
+    return [str(value) for value in inner] if origin is Literal else []
 
 
 def _as_whole(value: Any) -> Any:

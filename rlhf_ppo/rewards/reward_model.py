@@ -135,8 +135,11 @@ class RewardModel:
             require_vocabulary(ids, self.vocab_size, f"reward model {self.__name__!r}, completion {i}")
         scores: list[float] = []
         for start in range(0, len(rows), self.batch_size):
-            scores += text_scores(self.model, self.tokenizer, rows[start : start + self.batch_size]).tolist()
+            scores += self._logits(rows[start : start + self.batch_size]).tolist()
         return scores
+
+    def _logits(self, rows: list[list[int]]) -> Tensor:
+        return text_scores(self.model, self.tokenizer, rows)
 
 
 def scored_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Completion, where: str) -> str:

@@ -23,37 +23,44 @@ def hint(name: str, known: Iterable[str], elsewhere: Mapping[str, str] | None = 
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def refuse(cls: type, names: Iterable[str], *, where: str = "") -> None:
-    """Say why settings of other libraries are not here, or what they are called.
+def refuse(cls: type, given: Mapping[str, Any], *, where: str = "") -> None:
+    """Refuse settings and values that do not exist here but did earlier, or do in other libraries.
 
     Args:
-        cls: dataclass with the tables ``REFUSED`` (name -> reason) and ``ELSEWHERE`` (name -> ours), if it has them.
-        names: of settings that someone gives.
+        cls: dataclass with the tables ``REFUSED`` (name -> reason), ``REFUSED_VALUES`` (name -> value -> what to do
+            instead) and ``ELSEWHERE`` (name -> ours), if it has them.
+        given: setting -> value that a user gives.
         where: begins the message.
     Raises:
-        ValueError: one of them is in a table, and no field.
+        ValueError: one of them is in a table and is no field; says why, or what it is called here.
     """
-    refused: Mapping[str, str] = getattr(cls, "REFUSED", {})
     elsewhere: Mapping[str, str] = getattr(cls, "ELSEWHERE", {})
     fields = {field.name for field in dataclasses.fields(cls)}
-    for name in names:
-        if name in refused:
-            raise ValueError(f"{where}{name} is not supported: {refused[name]}")
+    _refuse_removed(cls, given, where)
+    for name in given:
         if name in elsewhere and name not in fields:
             raise ValueError(f"{where}{name} is no setting: {elsewhere[name]}")
 
 
-def refuse_unknown_settings(cls: type, given: Iterable[str]) -> None:
+def _refuse_removed(cls: type, given: Mapping[str, Any], where: str = "") -> None:
+    refused: Mapping[str, str] = getattr(cls, "REFUSED", {})
+    values: Mapping[str, Mapping[str, str]] = getattr(cls, "REFUSED_VALUES", {})
+    for name, value in given.items():
+        if name in refused:
+            raise ValueError(f"{where}{name} is not supported: {refused[name]}")
+        if name in values and str(value) in values[name]:
+            raise ValueError(f"{where}{name}={value!r} has been removed: {values[name][str(value)]}")
+
+
+def refuse_unknown_settings(cls: type, given: Mapping[str, Any]) -> None:
     """Raise a TypeError, as Python would, for names that are no fields of a dataclass, with what they could have meant.
 
     Raises:
-        ValueError: the setting is refused for a reason.
+        ValueError: the setting, or its value, is refused for a reason.
     """
-    refused: Mapping[str, str] = getattr(cls, "REFUSED", {})
     known = [field.name for field in dataclasses.fields(cls) if field.init]
+    _refuse_removed(cls, given)
     for name in given:
-        if name in refused:
-            raise ValueError(f"{name} is not supported: {refused[name]}")
         if name not in known:
             raise TypeError(f"{cls.__name__} has no setting {name!r}{hint(name, known, getattr(cls, 'ELSEWHERE', {}))}")
 

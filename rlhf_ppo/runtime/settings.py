@@ -35,7 +35,7 @@ def read_yaml(path: str | Path, cls: type) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"config file {path} does not exist")
     content = load_yaml(path)
-    refuse(cls, [str(key) for key in content], where=f"{path}: ")
+    refuse(cls, {str(key): value for key, value in content.items()}, where=f"{path}: ")
     types = typing.get_type_hints(cls)
     known = [field.name for field in dataclasses.fields(cls) if field.init]
     return {key: _checked(path, key, value, known, types) for key, value in content.items()}
@@ -161,7 +161,7 @@ def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, descr
         else:
             flags.append(word)
     before, given = _grouped(flags, cls)
-    refuse(cls, given)
+    refuse(cls, {name: words[-1].rpartition("=")[2] for name, words in given.items()})
     settings = tyro.cli(
         cls,
         args=[*words, *before, *from_yaml, *_spelt_out(list(itertools.chain(*given.values())), cls)],

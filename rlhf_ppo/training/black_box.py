@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
+from rlhf_ppo.config.removed import REMOVED_VALUES
 from rlhf_ppo.config.rlhf import RLHFConfig
-from rlhf_ppo.core import BannedTokens, Experience
+from rlhf_ppo.core import Experience
 from rlhf_ppo.generation.rollout import Rollout
+from rlhf_ppo.generation.stopping import Barred
 from rlhf_ppo.models.critics import critic_kind
 from rlhf_ppo.models.forward import without_adapter_wrapper
 from rlhf_ppo.runtime.checkpoint import read_checkpoint, write_checkpoint
@@ -98,7 +100,7 @@ def write_black_box(
         "models": _models(trainer),
         "versions": {name: version(name) for name in ("transformers", "peft", "safetensors")},
         "train_dataset": None if trainer.train_prompts is None else data_fingerprint(trainer.train_prompts),
-        "barred_tokens": None if rollout.banned is None else list(rollout.banned.tokens),
+        "barred_tokens": None if rollout.barred is None else list(rollout.barred.tokens),
         "prompts": rollout.prompts,
         "completions": rollout.completions,
         "score_parts": rollout.score_parts,
@@ -128,8 +130,8 @@ def write_black_box(
 
 def _tensors(record: Rollout | Experience) -> dict[str, Tensor]:
     found = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-    if isinstance(record, Rollout) and record.banned is not None:
-        found["barred"] = record.banned.where
+    if isinstance(record, Rollout) and record.barred is not None:
+        found["barred"] = record.barred.where
     return {name: x for name, x in found.items() if isinstance(x, Tensor)}
 
 
@@ -167,7 +169,7 @@ def read_black_box(folder: str | Path) -> BlackBox:
     if not {"trainable", "rollout", "experience"} <= box.tensors.keys():
         raise ValueError(f"{folder} is no black box: name a folder blackbox-<n> of a run")
     state, rollout = box.state, dict(box.tensors["rollout"])
-    banned = rollout.pop("barred", None)
+    barred = rollout.pop("barred", None)
     return BlackBox(
         box.step,
         state["step"],
@@ -178,7 +180,7 @@ def read_black_box(folder: str | Path) -> BlackBox:
             columns={},
             completions=state["completions"],
             score_parts=state["score_parts"],
-            banned=None if banned is None else BannedTokens(banned, tuple(state["barred_tokens"])),
+            barred=None if barred is None else Barred(barred, tuple(state["barred_tokens"])),
             **_complete(rollout, "values"),
         ),
         Experience(**_complete(box.tensors["experience"], "values", "returns")),
@@ -200,7 +202,8 @@ def _complete(tensors: Mapping[str, Tensor], *optional: str) -> dict[str, Any]:
 
 
 def _settings(saved: Mapping[str, Any]) -> RLHFConfig:
-    """Settings as they were before JSON made lists of their tuples, without those of the command line alone."""
+    """Return the settings without those of the command line and those that were removed; JSON made lists of tuples."""
     known = {f.name for f in dataclasses.fields(RLHFConfig)}
+    known -= {name for name, values in REMOVED_VALUES.items() if saved.get(name) in values}
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known}
     return RLHFConfig(**settings)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_ppo.config.removed import REMOVED
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.models.lora import by_present_names, earlier_name
 from rlhf_ppo.runtime.checkpoint import Checkpoint, CheckpointError, read_checkpoint, write_checkpoint
@@ -98,6 +99,7 @@ def load_checkpoint(trainer: PPOTrainer, source: Checkpoint | str | Path, *, ove
         settings=settings,
         fingerprints=trainer.fingerprints,
         defaults={f.name: f.default for f in dataclasses.fields(RLHFConfig) if f.default is not dataclasses.MISSING},
+        removed=REMOVED,
         free=MAY_CHANGE,
         override=override,
     )

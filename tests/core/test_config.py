@@ -123,6 +123,8 @@ def test_all_numbers_are_covered():
 def test_unknown_names_list_the_known_ones(name, known):
     with pytest.raises(ValueError, match=f"unknown {name} 'ppo'; known: {', '.join(known)}"):
         PPOConfig(**{name: "ppo"})
+    with pytest.raises(ValueError, match=rf"unknown {name} '{known[0]}_' \(did you mean '{known[0]}'\?\); known: "):
+        PPOConfig(**{name: f"{known[0]}_"})
 
 
 @pytest.mark.parametrize("name", [*NUMBERS, "num_epochs", "num_minibatches"])

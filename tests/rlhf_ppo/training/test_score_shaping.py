@@ -12,7 +12,7 @@ import torch
 
 from rlhf_ppo import RLHFConfig
 from rlhf_ppo.generation.rollout import Rollout
-from rlhf_ppo.training.rewards import RunningMoments, ScoreStatistics, shape_scores
+from rlhf_ppo.training.score_shaping import RunningMoments, ScoreStatistics, shape_scores
 
 
 def written_rollout(**changes) -> Rollout:
@@ -52,20 +52,13 @@ def test_nothing_is_changed_by_default():
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"score_scale": 0.5}, [5, 2, 0]),
         ({"score_clip": 6.0}, [6, 4, 0]),
-        # Scale comes first: 5 and 2 pass a clip of 3 as 3 and 2.
-        ({"score_scale": 0.5, "score_clip": 3.0}, [3, 2, 0]),
         ({"missing_eos_penalty": 1.5}, [8.5, 4, 0]),
         ({"missing_eos_penalty": 1.5, "missing_eos_mode": "replace"}, [-1.5, 4, 0]),
         # Zero is a penalty like any other: the score is replaced by it.
         ({"missing_eos_penalty": 0.0, "missing_eos_mode": "replace"}, [0, 4, 0]),
         # A penalty comes after the clip, so it is not cut off.
         ({"score_clip": 1.0, "missing_eos_penalty": 5.0}, [-4, 1, 0]),
-        ({"length_penalty": 0.25}, [9.25, 3.5, -0.25]),
-        ({"length_penalty": 0.25, "length_penalty_from": 2}, [9.75, 4, 0]),
-        # The length counts even where the score was replaced.
-        ({"length_penalty": 1.0, "missing_eos_penalty": 2.0, "missing_eos_mode": "replace"}, [-5, 2, -1]),
     ],
 )
 def test_each_step_by_hand(settings, expected):
@@ -165,12 +158,11 @@ def token_rollout(**changes) -> Rollout:
 def test_token_rewards_are_multiplied_where_the_sum_is_and_the_rest_lands_on_the_last_token():
     plain = shaped(token_rollout())
     assert plain.rewards.tolist() == [[1, 2, 7], [3, 1, 0], [0, 0, 0]]
-    halved = shaped(token_rollout(), score_scale=0.5, score_clip=4.0, length_penalty=0.1)
-    # 10, 4, 0 -> 5, 2, 0 -> 4, 2, 0 -> 3.7, 1.8, -0.1; tokens keep half of what they had.
-    assert halved.scores.tolist() == pytest.approx([3.7, 1.8, -0.1])
-    assert halved.rewards[0].tolist() == pytest.approx([0.5, 1.0, 2.2])
-    assert halved.rewards[1].tolist() == pytest.approx([1.5, 0.3, 0.0], abs=1e-6)
-    assert halved.rewards[2].tolist() == pytest.approx([-0.1, 0.0, 0.0])
+    clipped = shaped(token_rollout(), score_clip=5.0, missing_eos_penalty=0.5)
+    # 10, 4, 0 -> 5, 4, 0 -> 4.5, 4, 0: the first did not finish.
+    assert clipped.scores.tolist() == pytest.approx([4.5, 4, 0])
+    assert clipped.rewards[0].tolist() == pytest.approx([1.0, 2.0, 1.5])
+    assert clipped.rewards[1:].tolist() == [[3, 1, 0], [0, 0, 0]]
     replaced = shaped(token_rollout(), missing_eos_penalty=2.0, missing_eos_mode="replace")
     assert replaced.rewards.tolist() == [[0, 0, -2], [3, 1, 0], [0, 0, 0]]
 
@@ -194,11 +186,6 @@ def test_left_out_responses_count_in_no_metric():
     ("settings", "both"),
     [
         ({"missing_eos_mode": "replace"}, ("missing_eos_mode='replace'", "missing_eos_penalty")),
-        ({"length_penalty_from": 3}, ("length_penalty_from=3", "length_penalty=0")),
-        (
-            {"length_penalty": 0.1, "length_penalty_from": 48, "max_new_tokens": 48},
-            ("length_penalty_from=48", "max_new_tokens=48"),
-        ),
     ],
 )
 def test_fault_30_contradictions_name_both(settings, both):
@@ -210,10 +197,7 @@ def test_fault_30_contradictions_name_both(settings, both):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("score_scale", 0.0),
         ("score_clip", 0.0),
-        ("length_penalty", -0.1),
-        ("length_penalty_from", -1),
         ("missing_eos_mode", "add"),
         ("http_batch_size", 0),
         ("http_retries", -1),

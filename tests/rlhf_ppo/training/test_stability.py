@@ -247,7 +247,7 @@ def test_fault_20_a_budget_stops_the_run_with_a_checkpoint(make_trainer, bound, 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"on_nonfinite": "rollback"}, "on_nonfinite='rollback' goes back to a checkpoint, but save_every=0"),
+        ({"on_nonfinite": "rollback"}, "on_nonfinite='rollback' resumes from a checkpoint, but save_every=0"),
         ({"on_nonfinite": "stop", "max_skipped_steps": 3}, "on_nonfinite='stop'.*max_skipped_steps=3"),
         ({"on_nonfinite": "panic"}, "unknown on_nonfinite 'panic'; known: skip, rollback, stop"),
         ({"max_skipped_steps": 0}, "max_skipped_steps must be 1 or more"),

@@ -7,7 +7,7 @@ import pytest
 
 import classic
 from classic.config import DEFAULTS
-from classic.presets.resolve import preset
+from classic.preset_files import preset
 
 
 def cartpole(**kwargs):

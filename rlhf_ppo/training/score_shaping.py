@@ -4,13 +4,11 @@ Each step is off by default. In this order:
 
 1. ``normalize_scores``: each reward function's score s becomes (s - mean) / std over all its scores so far;
 2. the weighted sum over the functions (``reward_weights``);
-3. ``score_scale``: times a factor;
-4. ``score_clip``: into [-score_clip, score_clip];
-5. ``missing_eos_penalty``, for a response that no stop token of the run ended: subtracted, or its negative replaces the
-   score (``missing_eos_mode``);
-6. ``length_penalty``: subtracted for each token beyond ``length_penalty_from``.
+3. ``score_clip``: into [-score_clip, score_clip];
+4. ``missing_eos_penalty``, for a response that no stop token of the run ended: subtracted, or its negative replaces the
+   score (``missing_eos_mode``).
 
-Rewards of single tokens take part with their sum. They are multiplied where the sum is multiplied (1 to 3); whatever
+Rewards of single tokens take part with their sum. They are multiplied where the sum is multiplied (1 and 2); whatever
 else happens to the sum lands on the response's last token, so that a response's rewards add up to its shaped score.
 """
 
@@ -94,7 +92,7 @@ def shape_scores(
     Args:
         rollout: scored.
         mask: [B, T] bool, the tokens that are trained on; its rows without any are left out of the metrics.
-        args: scale, clip and penalties.
+        args: clip and penalties.
         statistics: the running moments for ``normalize_scores``, this rollout taken in; None: no normalisation.
     """
     assert rollout.scores is not None
@@ -104,8 +102,6 @@ def shape_scores(
         for name, moments in statistics.moments.items():
             metrics[f"score/running_mean/{name}"] = moments.mean
             metrics[f"score/running_std/{name}"] = moments.std
-    scores = scores * args.score_scale
-    tokens = None if tokens is None else tokens * args.score_scale
     scored = mask.any(dim=1)
     if args.score_clip is not None:
         metrics["score/clipped_fraction"] = float(masked_mean((scores.abs() > args.score_clip).float(), scored))
@@ -117,9 +113,6 @@ def shape_scores(
             tokens = None if tokens is None else tokens * rollout.finished[:, None]
         else:
             scores = scores - args.missing_eos_penalty * (~rollout.finished).to(scores.dtype)
-    if args.length_penalty:
-        excess = (rollout.lengths - args.length_penalty_from).clamp(min=0)
-        scores = scores - args.length_penalty * excess.to(scores.dtype)
     metrics["score/shaped_mean"] = float(masked_mean(scores, scored))
     metrics["score/shaped_std"] = float(masked_var(scores, scored).sqrt())
     return ShapedScores(scores, scores if tokens is None else _on_tokens(scores, tokens, mask), metrics)

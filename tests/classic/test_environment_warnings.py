@@ -10,7 +10,7 @@ import pytest
 from gymnasium.spaces import Box, Discrete
 
 import classic
-from classic.envs.checks import unexplored
+from classic.environment_warnings import unexplored
 
 
 class Scaled(gymnasium.Env):

@@ -1,1 +1,0 @@
-"""Presets: settings for single environments, one YAML file each."""

@@ -1,0 +1,354 @@
+"""Nine groups of settings by theme, each with its own checks; longer than other files because it is a reference.
+
+A function takes the group that it reads (``args: RewardSettings``); :class:`rlhf_ppo.config.rlhf.RLHFConfig` inherits
+all of them, so that users see one flat list.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rlhf_ppo.core.validation import Settings, is_changed
+from rlhf_ppo.runtime.precision import Precision
+from rlhf_ppo.runtime.trackers import check_trackers
+
+
+def refuse_unread(settings: Settings, why: str, *names: str) -> None:
+    """Raise a ValueError for the first of these settings that was changed although the others leave it without effect.
+
+    Args:
+        settings: the instance.
+        why: which other setting leaves them without effect.
+        names: the settings.
+    """
+    for name in names:
+        if is_changed(settings, name):
+            value = getattr(settings, name)
+            raise ValueError(f"{name}={value!r} has no effect: {why}. Leave it out, or change the other")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSettings(Settings):
+    """How responses are sampled."""
+
+    total_episodes: int = 4096
+    """Responses to train on; rounded up to whole rollouts."""
+    rollout_batch_size: int = 32
+    """Responses per rollout; a multiple of num_minibatches and of num_generations."""
+    num_generations: int = 1
+    """Responses per prompt, side by side in the rollout."""
+    max_new_tokens: int = 48
+    """Maximum response length in tokens; in multi-turn runs, of each turn."""
+    min_new_tokens: int = 0
+    """Minimum response length: stop tokens are masked out, and their probability renormalized, until a response (or
+    turn) has this many tokens."""
+    temperature: float = 1.0
+    """Divides the logits of policy and reference, in sampling and in training."""
+    stop_token_ids: tuple[int, ...] | None = None
+    """Tokens that end a response. None: the end-of-text tokens of the model's generation config or tokenizer."""
+    stop_strings: tuple[str, ...] = ()
+    """Strings that end a response (or turn); rewards see the text before them."""
+    max_turns: int = 1
+    """Maximum number of policy turns in a conversation; above 1, `respond` answers in between."""
+    respond_timeout_s: float | None = 600.0
+    """Timeout in seconds for one call of `respond`; None: no timeout."""
+    chat_template: str | None = None
+    """Jinja chat template for the policy's tokenizer, a file or the text itself; saved with the model. None: the
+    tokenizer's own."""
+    overlong_prompts: Literal["error", "truncate", "drop"] = "error"
+    """What to do with prompts that leave no room for max_new_tokens: raise an error, keep their end (truncate), or drop
+    the row; truncated and dropped prompts are counted."""
+    generation: Literal["auto", "dynamic", "static"] = "auto"
+    """Decoding engine: dynamic (finished rows leave the batch), static (fixed shapes, CUDA graphs), or auto: static on
+    a CUDA GPU if the model supports it, else dynamic."""
+    recompute_logprobs: bool = False
+    """Recompute the old log-probs with a full forward pass instead of using those recorded during decoding."""
+    importance_weight_cap: float | None = None
+    """With recompute_logprobs: weight each action's loss by the ratio of recomputed to recorded probability, truncated
+    at this value (2 is usual). None: no weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_at_least(1, "total_episodes", "rollout_batch_size", "num_generations", "max_new_tokens")
+        self._require_at_least(1, "max_turns", "importance_weight_cap")
+        self._require_at_least(0, "min_new_tokens")
+        self._require_positive("temperature", "respond_timeout_s")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens={self.min_new_tokens} is above max_new_tokens={self.max_new_tokens}: lower the first "
+                "or raise the second"
+            )
+        if isinstance(self.stop_strings, str) or not all(self.stop_strings):
+            raise ValueError(f"stop_strings must be a tuple of non-empty strings, got {self.stop_strings!r}")
+        if self.generation == "static":
+            for name in ("max_turns", "min_new_tokens", "stop_strings"):
+                if is_changed(self, name):
+                    raise ValueError(
+                        f"generation='static' does not support {name}={getattr(self, name)!r}: set generation="
+                        f"'dynamic' (or 'auto'), or leave {name} at its default"
+                    )
+        if self.max_turns == 1:
+            refuse_unread(self, "it is about respond, which max_turns=1 never calls", "respond_timeout_s")
+        if self.importance_weight_cap is not None and not self.recompute_logprobs:
+            raise ValueError(
+                f"importance_weight_cap={self.importance_weight_cap} compares log-probs recorded during decoding with "
+                "recomputed ones, but recompute_logprobs=False: set recompute_logprobs"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSettings(Settings):
+    """How responses are scored, and how scores are shaped."""
+
+    reward_weights: tuple[float, ...] | None = None
+    """One weight per reward function; None: all 1."""
+    normalize_scores: bool = False
+    """Normalize each reward function's scores to mean 0 and standard deviation 1 over all its scores so far."""
+    score_clip: float | None = None
+    """Clip the weighted sum of the scores to +- this, before penalties; None: no clipping."""
+    missing_eos_penalty: float | None = None
+    """Penalty for a response that reaches max_new_tokens without a stop token, on the scale of the final scores."""
+    missing_eos_mode: Literal["subtract", "replace"] = "subtract"
+    """Subtract missing_eos_penalty from the score, or replace the score by minus the penalty."""
+    drop_nonfinite_scores: bool = False
+    """Treat a NaN or infinite score as unscorable (and count it) instead of stopping."""
+    cache_rewards: bool = False
+    """Score each distinct pair of prompt and response once per run; only for rewards that score each row by itself."""
+    reward_chat_template: str | None = None
+    """For reward models loaded by name: a file with a Jinja chat template, or "tokenizer" for the tokenizer's own; text
+    prompts then become a user message. None: the tokenizer's own for chats, none for text."""
+    reward_max_length: int | None = None
+    """For reward models loaded by name: maximum tokens of prompt and completion. None: what tokenizer and model
+    allow."""
+    reward_timeout_s: float | None = 600.0
+    """Timeout in seconds for one reward function over one rollout; None: no timeout."""
+    http_timeout_s: float = 60.0
+    """For rewards over HTTP: timeout in seconds of one request."""
+    http_retries: int = 3
+    """For rewards over HTTP: retries after a 5xx answer, a timeout or a failed connection."""
+    http_batch_size: int = 64
+    """For rewards over HTTP: maximum responses per request."""
+    http_concurrency: int = 4
+    """For rewards over HTTP: maximum simultaneous requests per server."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_at_least(1, "http_batch_size", "http_concurrency")
+        self._require_at_least(0, "http_retries")
+        self._require_positive("http_timeout_s", "reward_timeout_s", "score_clip", "reward_max_length")
+        if self.missing_eos_mode == "replace" and self.missing_eos_penalty is None:
+            raise ValueError("missing_eos_mode='replace' needs a missing_eos_penalty, but missing_eos_penalty is None")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLSettings(Settings):
+    """The KL penalty that keeps the policy near the reference."""
+
+    kl_coef: float = 0.05
+    """Coefficient of the KL penalty in the rewards (the initial value when kl_target is set)."""
+    kl_target: float | None = None
+    """Target KL to the reference in nats per response, toward which kl_coef adapts. None: kl_coef stays fixed."""
+    kl_horizon: float = 10_000.0
+    """Responses over which the adaptive controller corrects an error."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Estimator of the KL in the rewards."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_at_least(0, "kl_coef")
+        self._require_positive("kl_target", "kl_horizon")
+        if self.kl_target is None:
+            refuse_unread(self, "kl_target=None keeps kl_coef fixed", "kl_horizon")
+        elif self.kl_coef == 0:
+            raise ValueError(
+                f"kl_target={self.kl_target} adapts kl_coef by a factor, but kl_coef=0 stays 0: set kl_coef above 0"
+            )
+        if self.kl_coef == 0:
+            refuse_unread(self, "kl_coef=0 leaves no KL in the rewards", "kl_estimator")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvantageSettings(Settings):
+    """How advantages are estimated."""
+
+    advantage_estimator: Literal["gae", "rloo", "grpo", "reinforce"] = "gae"
+    """gae: with the critic's values. Without a critic: rloo (relative to the other responses to the prompt), grpo
+    (rloo divided by their standard deviation, or without it: normalize_advantages=False), reinforce (the return)."""
+    gamma: float = 1.0
+    """Discount per token."""
+    gae_lambda_value: float | None = None
+    """GAE's lambda for the critic's targets; None: gae_lambda."""
+    adaptive_lambda_alpha: float | None = None
+    """Length-adaptive lambda for the policy's advantages: 1 - 1 / (this * response length). None: gae_lambda."""
+    turn_credit: Literal["token", "turn"] = "token"
+    """What counts as one action for GAE: a token, or a whole turn, whose tokens then share its advantage."""
+    gamma_turn: float = 1.0
+    """Discount per turn, under turn_credit="turn"."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_between(0, 1, "gae_lambda_value", "gamma_turn")
+        self._require_positive("adaptive_lambda_alpha")
+        if self.turn_credit == "turn" and self.gamma != 1:
+            raise ValueError(
+                f"turn_credit='turn' discounts turns, not tokens: set gamma_turn instead of gamma={self.gamma}"
+            )
+        if self.turn_credit == "token" and self.gamma_turn != 1:
+            raise ValueError(f"gamma_turn={self.gamma_turn} has no effect under turn_credit='token': set gamma")
+        if self.advantage_estimator in ("rloo", "grpo"):
+            estimator = f"advantage_estimator={self.advantage_estimator!r}"
+            if self.gamma != 1:
+                raise ValueError(
+                    f"{estimator} compares whole responses without a discount, but gamma={self.gamma}: set gamma to 1"
+                )
+            if self.turn_credit == "turn":
+                raise ValueError(f"{estimator} compares whole responses, but turn_credit='turn': drop one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationSettings(Settings):
+    """AdamW and its learning rate."""
+
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW; about 1e-4 for models of a few million parameters, 1e-5 for GPT-2 and larger."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
+    """Learning rate schedule after the warm-up, over all optimizer steps of the run."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW."""
+    max_grad_norm: float = 1.0
+    """Maximum global gradient norm; larger gradients are scaled down to it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_at_least(0, "learning_rate", "warmup_steps", "weight_decay")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticSettings(Settings):
+    """Where values come from, and how the critic learns."""
+
+    critic: Literal["auto", "shared", "separate", "adapter"] = "auto"
+    """Where values come from: shared (a value head on the policy's trunk), separate (value_model), adapter (a second
+    adapter on the policy's base, with peft_config), or auto: separate if there is a value_model, else shared."""
+    vf_coef: float = 0.1
+    """Coefficient of the value loss."""
+    clip_range_vf: float | None = 0.2
+    """Value clipping: the value loss gains nothing from moving a value further than this from the recorded one; None:
+    no value clipping."""
+    value_head_from: str | None = None
+    """Folder or hub id to load the value head from: a run of this project, an old TRL checkpoint with a value head, or
+    a one-label sequence-classification model with a linear head. None: start at 0."""
+    value_learning_rate: float | None = None
+    """Peak learning rate of the value head and of the critic's own trunk or adapter. None: learning_rate."""
+    critic_warmup_rollouts: int = 0
+    """Rollouts at the start that train the critic alone, on Monte Carlo returns and without value clipping; a shared
+    trunk stays frozen too. They count as episodes and optimizer steps; the policy's learning rate schedule starts
+    after them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_at_least(0, "critic_warmup_rollouts")
+        self._require_positive("value_learning_rate")
+        if self.critic_warmup_rollouts and self.vf_coef == 0:
+            raise ValueError(
+                f"critic_warmup_rollouts={self.critic_warmup_rollouts} trains the critic, but vf_coef=0 leaves it no "
+                "loss: set vf_coef above 0, or leave out the warm-up"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafetySettings(Settings):
+    """When a run skips a step, rolls back or stops."""
+
+    on_nonfinite: Literal["skip", "rollback", "stop"] = "skip"
+    """After a non-finite loss or gradient: skip the optimizer step, and stop after max_skipped_steps of them (skip);
+    skip, and then resume from the last checkpoint with other responses (rollback); or stop at once (stop)."""
+    max_skipped_steps: int = 10
+    """Stop (or roll back) after this many consecutive non-finite optimizer steps, also across rollouts."""
+    max_initial_log_ratio: float | None = None
+    """Stop when any |log-ratio| before a rollout's first optimizer step exceeds this many nats. None: 0.1, or 0.5 where
+    bf16 rounds decoding and training differently."""
+    max_kl_nats_per_response: float | None = None
+    """Stop, with a checkpoint, when a rollout's KL to the reference exceeds this. None: no limit."""
+    min_entropy_nats_per_token: float | None = None
+    """Stop, with a checkpoint, when a rollout's entropy falls below this. None: no limit."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_at_least(1, "max_skipped_steps")
+        self._require_positive("max_initial_log_ratio", "max_kl_nats_per_response", "min_entropy_nats_per_token")
+        if self.on_nonfinite == "stop" and is_changed(self, "max_skipped_steps"):
+            raise ValueError(
+                f"on_nonfinite='stop' ends the run at the first non-finite step, but max_skipped_steps="
+                f"{self.max_skipped_steps}: drop one of them"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySettings(Settings):
+    """Trade speed or precision for memory."""
+
+    microbatch_tokens: int | None = None
+    """Maximum tokens, prompts included, per forward pass outside decoding: less memory, the same gradient. A longer
+    response gets a pass of its own. None: 1024 on CPU, 16384 on a GPU."""
+    gradient_checkpointing: bool = False
+    """Keep only each layer's input for the backward pass and recompute the rest: less memory, about a third more
+    compute per update, the same gradients."""
+    offload_activations: bool = False
+    """Keep saved activations in main memory instead of on the GPU."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Load the policy's frozen base in 8 or 4 bits (QLoRA); needs bitsandbytes, a CUDA GPU and an adapter."""
+    reference_dtype: Literal["float32", "bfloat16", "8bit", "4bit"] = "float32"
+    """Number format of a reference with weights of its own; 8bit and 4bit need bitsandbytes and a CUDA GPU."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("microbatch_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Settings):
+    """Where a run goes, on what it runs, and what it reports and saves."""
+
+    output_dir: str
+    """Folder of the run: the model in transformers' format, metrics.jsonl, samples.jsonl, run.json, curve.png."""
+    seed: int = 0
+    """Random seed; the same seed on the same machine gives the same result."""
+    device: str | None = None
+    """cuda, mps or cpu; None: the first of these that is available."""
+    precision: Precision = "auto"
+    """Number format of matrix products: bf16 (autocast; weights and optimizer stay in fp32), fp32, or auto: bf16 where
+    the GPU or CPU computes it faster."""
+    num_threads: int | None = None
+    """CPU threads during train(); None: 1 for models below ten million parameters, else all CPUs available to the
+    process (affinity, container limit); OMP_NUM_THREADS takes precedence."""
+    eval_every: int = 0
+    """Rollouts between evaluations on eval_dataset; 0: only before and after training."""
+    save_every: int = 0
+    """Rollouts between checkpoints (checkpoint-<n> in output_dir), from which a run can resume; the last rollout is
+    saved too. 0: no checkpoints."""
+    save_total_limit: int | None = None
+    """Number of newest checkpoints to keep; older ones are deleted, except that of the best evaluation so far. None:
+    all."""
+    save_best: bool = False
+    """Also save a checkpoint whenever an evaluation's eval/score_mean is the best so far; needs eval_every."""
+    report_to: tuple[str, ...] = ()
+    """Trackers that also receive the metrics: tensorboard (into output_dir/tensorboard), wandb, trackio."""
+    samples_per_rollout: int = 2
+    """Responses of each rollout to write to samples.jsonl."""
+    quiet: bool = False
+    """Show no progress."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not str(self.output_dir).strip():
+            raise ValueError("output_dir is empty: name a folder for the run")
+        self._require("from 0 to 4294967295", lambda value: 0 <= value < 2**32, "seed")
+        self._require_at_least(0, "eval_every", "save_every", "samples_per_rollout")
+        self._require_positive("num_threads", "save_total_limit")
+        check_trackers(self.report_to)
+        if self.eval_every == 0:
+            refuse_unread(self, "it is about evaluations during training, and eval_every=0 makes none", "save_best")
