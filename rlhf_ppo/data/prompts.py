@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.data.chat import Messages, is_chat, prompt_text
+from rlhf_ppo.data.detokenization import encode_text
 from rlhf_ppo.data.rows import RowSource, as_rows, require_column
-from rlhf_ppo.data.text import encode_text
 
 Prompt = str | Messages
 """A prompt is text, or chat messages: ``[{"role": "user", "content": "..."}]``."""

@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.data.chat import Messages, prompt_text, require_next_speaker
+from rlhf_ppo.data.detokenization import Before, TextPieces, encode_after, encode_bare
 from rlhf_ppo.data.prompts import Completion, Prompt, left_pad
-from rlhf_ppo.data.text import Before, TextPieces, encode_after, encode_bare
 from rlhf_ppo.generation.rollout import Sampled
 from rlhf_ppo.generation.stopping import cut_at
 from rlhf_ppo.runtime.waiting import FAILURES, has_ended, start

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_ppo.data.text import Before, GrowingText, TextPieces
+from rlhf_ppo.data.detokenization import Before, GrowingText, TextPieces
 
 
 class TextStop:

@@ -13,6 +13,7 @@ from typing import Any, Literal, TextIO
 import torch
 
 from rlhf_ppo.core.validation import is_changed, require_types
+from rlhf_ppo.data.detokenization import TextPieces, before_each
 from rlhf_ppo.data.mixtures import load_mixture
 from rlhf_ppo.data.prompts import (
     Prompt,
@@ -22,7 +23,6 @@ from rlhf_ppo.data.prompts import (
     tokenize_prompt,
 )
 from rlhf_ppo.data.rows import prompt_rows
-from rlhf_ppo.data.text import TextPieces, before_each
 from rlhf_ppo.generation.rollout import sample_responses
 from rlhf_ppo.generation.stopping import TextStop, cut_at
 from rlhf_ppo.models.actor_critic import ActorCritic

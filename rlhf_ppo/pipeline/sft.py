@@ -28,11 +28,11 @@ from transformers import (
 from rlhf_ppo.core import token_logprobs
 from rlhf_ppo.core.validation import require_types
 from rlhf_ppo.data.chat import answer_text, prompt_text
+from rlhf_ppo.data.detokenization import Before, TextPieces, encode_after, encode_text
 from rlhf_ppo.data.mixtures import load_mixture, require_weights
 from rlhf_ppo.data.preferences import prompt_and_answer
 from rlhf_ppo.data.prompts import Prompt, require_vocabulary, tokenize_prompt
 from rlhf_ppo.data.rows import Rows, RowSource, as_rows, require_column
-from rlhf_ppo.data.text import Before, TextPieces, encode_after, encode_text
 from rlhf_ppo.models.identity import answers, require_saved
 from rlhf_ppo.models.library_noise import without_library_bars
 from rlhf_ppo.models.loading import (

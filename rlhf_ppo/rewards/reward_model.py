@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ppo.data.chat import answered, whole_text
+from rlhf_ppo.data.detokenization import encode_text
 from rlhf_ppo.data.prompts import Completion, Prompt, PromptSet, require_vocabulary
-from rlhf_ppo.data.text import encode_text
 from rlhf_ppo.models.loading import (
     context_length,
     find_config,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlhf_ppo.data.text import GrowingText, TextPieces, before_each, shared
+from rlhf_ppo.data.detokenization import GrowingText, TextPieces, before_each, shared
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.runtime.explain import Explanation, explain_actions
 from rlhf_ppo.runtime.precision import autocast

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_ppo.data.text import TextPieces
+from rlhf_ppo.data.detokenization import TextPieces
 from rlhf_ppo.rewards.loading import RewardError, coerce_scores, load_reward, score
 
 EXPECTED = [1.0, 0.0, 2.5]
