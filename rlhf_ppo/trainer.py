@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_ppo.config.name_hints import ARGUMENTS
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import Experience
-from rlhf_ppo.data.prompts import Prompt, PromptSet
+from rlhf_ppo.data.chat import Prompt
+from rlhf_ppo.data.prompts import PromptSet
 from rlhf_ppo.data.rows import RowSource
 from rlhf_ppo.generation.multi_turn import Respond
 from rlhf_ppo.generation.rollout import Rollout

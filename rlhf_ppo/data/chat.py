@@ -1,20 +1,56 @@
-"""Chats: which messages can be read, and what a chat template makes of them; every call of a template is here."""
+"""Chat templates: which messages are valid, and every call of a chat template.
+
+A *prefill* is an assistant message at the end of a prompt, which the response continues.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 Message = Mapping[str, Any]
 Messages = list[dict[str, Any]]
-"""``[{"role": "user", "content": "..."}]``; other fields, such as ``tool_calls``, reach the template as they are."""
+"""``[{"role": "user", "content": "..."}]``; other fields, such as ``tool_calls``, reach the template unchanged."""
+Prompt = str | Messages
+"""Text or chat messages."""
+Completion = str | Messages
+"""What follows a prompt: text, or after several turns the messages that follow a chat prompt."""
+
+
+def with_chat_template(tokenizer: PreTrainedTokenizerBase, source: str | None) -> PreTrainedTokenizerBase:
+    """Copy the tokenizer with the template that ``source`` gives; the tokenizer itself for None."""
+    if source is None:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = read_chat_template(source)
+    return tokenizer
+
+
+def read_chat_template(source: str) -> str:
+    """Read a Jinja template, given as text or as the name of its file.
+
+    Raises:
+        ValueError: no such file.
+    """
+    if "{" in source:
+        return source
+    if not Path(source).is_file():
+        raise ValueError(
+            f"chat template file {source} does not exist: name a file with a Jinja template, or write the template"
+        )
+    return Path(source).read_text(encoding="utf-8")
+
+
+# Messages
 
 
 def is_chat(value: Any) -> bool:
-    """Whether this is a list of messages: mappings with a role, and content or tool calls."""
+    """Return whether this is a list of messages: mappings with a role, and content or tool calls."""
     return (
         isinstance(value, (list, tuple))
         and len(value) > 0
@@ -23,39 +59,66 @@ def is_chat(value: Any) -> bool:
 
 
 def message_text(message: Message, where: str) -> str:
-    """The content of one message as text: parts of type "text" are joined, tool calls without content are "".
+    """Return a message's content as text: parts of type "text" joined; "" for tool calls without content.
 
     Raises:
-        ValueError: content that is no text, such as an image, or none at all; names ``where`` and the role.
+        ValueError: no content, or content that is not text, such as an image; names ``where`` and the role.
     """
     content = message.get("content")
-    said = f"{where}: the content of the {message['role']} message"
+    what = f"{where}: the content of the {message['role']} message"
     if isinstance(content, str):
         return content
     if isinstance(content, (list, tuple)):
         for part in content:
             if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
                 kind = part.get("type") if isinstance(part, Mapping) else part
-                raise ValueError(f"{said} has a part {kind!r:.80}, but only text is read: remove the part or the row")
+                raise ValueError(
+                    f"{what} has a part {kind!r:.80}, but only text is supported: remove the part or the row"
+                )
         return "".join(part["text"] for part in content)
     if content is None and message.get("tool_calls"):
         return ""
-    raise ValueError(f"{said} must be text, got {content!r:.80}: give it text, or remove the row")
+    raise ValueError(f"{what} must be text, got {content!r:.80}: give it text, or remove the row")
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str) -> str:
-    """The chat through the template, ready for a reply; an assistant's message at its end is left open and goes on.
+def ends_in_prefill(messages: Sequence[Message]) -> bool:
+    """Return whether the chat ends with an assistant message to continue; one with tool calls is complete."""
+    return bool(messages) and messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")
+
+
+def refuse_prefill(messages: Sequence[Message], where: str) -> None:
+    """Raise a ValueError if the chat ends with an assistant message, which several turns cannot continue."""
+    if ends_in_prefill(messages):
+        raise ValueError(
+            f"{where}: the prompt ends with an assistant message, but with several turns (max_turns) each turn is a "
+            "message of its own: end the prompt with the user's, or remove the row"
+        )
+
+
+def with_answer(prompt: Sequence[Message], answer: str, where: str) -> Messages:
+    """Append an answer to the chat as the assistant's message, or to its prefill."""
+    if ends_in_prefill(prompt):
+        continued = {**prompt[-1], "content": message_text(prompt[-1], where) + answer}
+        return [*map(dict, prompt[:-1]), continued]
+    return [*map(dict, prompt), {"role": "assistant", "content": answer}]
+
+
+# Rendering
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str) -> str:
+    """Render a chat that the policy answers: with a generation prompt, or with its prefill left open.
 
     Raises:
-        ValueError: no template, one that fails on this chat, content that is no text, or an empty assistant message at
-            the end; names ``where``.
+        ValueError: no template, one that fails on this chat, content that is not text, or an empty prefill; names
+            ``where``.
     """
     if not tokenizer.chat_template:
         raise ValueError(
             f"{where}: the prompt is a chat, but the tokenizer has no chat template; "
             "give it one (chat_template), take a model whose tokenizer has one, or write prompts as text"
         )
-    if not begins_answer(messages):
+    if not ends_in_prefill(messages):
         return _render(tokenizer, messages, where, add_generation_prompt=True)
     if not message_text(messages[-1], where).strip():
         raise ValueError(
@@ -64,11 +127,11 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message],
     return _render(tokenizer, messages, where, continue_final_message=True)
 
 
-def whole_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str) -> str:
-    """The whole chat through the template, or written out as "role: content" where the tokenizer has none.
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str) -> str:
+    """Render a finished chat; without a template each message is written as "role: content".
 
     Raises:
-        ValueError: the template fails on this chat, or content that is no text; names ``where``.
+        ValueError: the template fails on this chat, or content is not text; names ``where``.
     """
     if tokenizer.chat_template:
         return _render(tokenizer, messages, where)
@@ -79,46 +142,37 @@ def whole_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], 
     )
 
 
-def answered(prompt: Sequence[Message], answer: str, where: str) -> Messages:
-    """The chat with an answer as the assistant's message, or at the end of the one that the prompt begins."""
-    if begins_answer(prompt):
-        begun = {**prompt[-1], "content": message_text(prompt[-1], where) + answer}
-        return [*map(dict, prompt[:-1]), begun]
-    return [*map(dict, prompt), {"role": "assistant", "content": answer}]
-
-
-def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], answer: str, where: str) -> str:
-    """The answer as it follows :func:`prompt_text`: behind the white space that the template puts before it.
+def render_answer(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], answer: str, where: str) -> str:
+    """Return the answer as it follows :func:`render_prompt`, with the white space that the template puts before it.
 
     Raises:
         ValueError: the template fails on the chat with its answer; names ``where``.
     """
-    before, whole = prompt_text(tokenizer, prompt, where), whole_text(tokenizer, answered(prompt, answer, where), where)
+    before = render_prompt(tokenizer, prompt, where)
+    whole = render_chat(tokenizer, with_answer(prompt, answer, where), where)
     rest = whole[len(before) :].lstrip()
     if not whole.startswith(before) or not rest.startswith(answer.strip()):
         return answer
     return whole[len(before) : len(whole) - len(rest)] + answer.lstrip()
 
 
-def begins_answer(messages: Sequence[Message]) -> bool:
-    """Whether the chat ends within the assistant's message; tool calls end it."""
-    return bool(messages) and messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")
+def render_completed(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Completion, where: str) -> str:
+    """Render a prompt with its completion, as a reward model reads them: joined text, or the finished chat.
 
-
-def require_next_speaker(messages: Sequence[Message], where: str) -> None:
-    """Raise a ValueError if the chat ends within the assistant's message, which a conversation of turns cannot do."""
-    if begins_answer(messages):
-        raise ValueError(
-            f"{where}: the prompt ends with an assistant message, but with several turns (max_turns) each turn is a "
-            "message of its own: end the prompt with the user's, or remove the row"
-        )
+    Raises:
+        ValueError: the chat cannot be rendered (see :func:`render_chat`); names ``where``.
+    """
+    if isinstance(prompt, str):
+        return f"{prompt}{completion}"
+    messages = with_answer(prompt, completion, where) if isinstance(completion, str) else [*prompt, *completion]
+    return render_chat(tokenizer, messages, where)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str, **options: Any) -> str:
     readable = [_with_text(message, where) for message in messages]
     try:
         return str(tokenizer.apply_chat_template(readable, tokenize=False, **options))
-    except Exception as error:  # a template raises what it likes: its own refusal, an undefined name, a TypeError
+    except Exception as error:  # a template may raise anything: its own refusal, an undefined name, a TypeError
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(
             f"{where}: the chat template fails on this chat ({type(error).__name__}: {reason}); change or remove the "

@@ -13,7 +13,7 @@ from typing import Any, TextIO, cast
 from datasets import ReadInstruction, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
 
-from rlhf_ppo.data.hub import why_not
+from rlhf_ppo.data.hub import explain_load_failure
 from rlhf_ppo.data.rows import Rows, as_rows
 
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -85,7 +85,7 @@ def _explained(source: str, read: Callable[..., Any], *args: Any, **options: Any
         if "corresponds to no data" in str(error):  # a csv that holds its header alone
             raise ValueError(f"data set {source} has no rows in split {options.get('split')!r}") from None
         local = Path(source).expanduser().exists() or isinstance(error, ValueError)
-        reason = _reason(error) if local else why_not(source, error, kind="dataset")
+        reason = _reason(error) if local else explain_load_failure(source, error, kind="dataset")
         raise ValueError(f"data set {source} cannot be read: {reason}") from error
 
 

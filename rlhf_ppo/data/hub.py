@@ -75,7 +75,7 @@ def read_weights(kind: Any, source: str, *, new: Literal["none", "pooler", "head
             f"model {source!r} cannot be loaded: a safetensors file is damaged ({error}), copy or download it again"
         ) from error
     except (OSError, ValueError) as error:
-        raise ValueError(f"model {source!r} cannot be loaded: {why_not(source, error)}") from error
+        raise ValueError(f"model {source!r} cannot be loaded: {explain_load_failure(source, error)}") from error
     trunk = f"{model.base_model_prefix}."
     missing = [
         name
@@ -91,7 +91,7 @@ def read_weights(kind: Any, source: str, *, new: Literal["none", "pooler", "head
     return model
 
 
-def why_not(source: str, error: BaseException, *, kind: str = "model") -> str:
+def explain_load_failure(source: str, error: BaseException, *, kind: str = "model") -> str:
     """Why a folder or hub id cannot be read, in one line, with the revision that the hub's cache still has.
 
     Args:

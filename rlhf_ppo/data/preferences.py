@@ -1,4 +1,4 @@
-"""Preferences: rows of prompt, chosen and rejected read as pairs of texts, and split by prompt."""
+"""Preferences: prompt, chosen and rejected as pairs of texts, split by prompt."""
 
 from __future__ import annotations
 
@@ -11,22 +11,20 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ppo.data.chat import begins_answer, is_chat, message_text
-from rlhf_ppo.data.prompts import Prompt
+from rlhf_ppo.data.chat import Prompt, ends_in_prefill, is_chat, message_text, render_completed
 from rlhf_ppo.data.rows import RowSource, as_rows, require_column
-from rlhf_ppo.rewards.reward_model import scored_text
 
 
 @dataclass(frozen=True)
 class Preference:
-    """One comparison, as texts that a reward model reads (see :func:`rlhf_ppo.rewards.reward_model.scored_text`)."""
+    """One comparison, as texts that a reward model reads (see :func:`rlhf_ppo.data.chat.render_completed`)."""
 
     prompt: str
-    """What both answers belong to, written out; rows with the same one are never split."""
+    """The common prompt as a key: rows with the same one stay on one side of the split."""
     chosen: str
     rejected: str
     margin: float
-    """By how much the chosen score should at least exceed the rejected one."""
+    """The chosen score should exceed the rejected one by at least this."""
     where: str = ""
     """The row's name in messages."""
 
@@ -40,13 +38,13 @@ def read_preferences(
     rejected_column: str,
     margin_column: str | None = None,
 ) -> list[Preference]:
-    """The comparisons of a data set; rows whose two answers are the same text are left out with a warning.
+    """Read the comparisons of a data set; rows with two equal answers are skipped with a warning.
 
-    Answers are text or chat messages. Without a prompt column they are whole texts or whole conversations; with one, a
-    text belongs to a text prompt or a chat, and messages belong to a chat.
+    Answers are text or chat messages. Without a prompt column they are whole texts or conversations. With one, a text
+    answers a text prompt or a chat, and messages continue a chat.
 
     Raises:
-        ValueError: a missing column, an answer of another kind, an empty one, or no usable row; names the row.
+        ValueError: a missing column, an invalid or empty answer, or no usable row; names the row.
     """
     rows = as_rows(rows)
     for column in (prompt_column, chosen_column, rejected_column, margin_column):
@@ -59,9 +57,9 @@ def read_preferences(
         if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not abs(margin) < float("inf"):
             raise ValueError(f"{where}: {margin_column} must be a finite number, got {margin!r}")
         sides = [prompt_and_answer(prompt, row[c], f"{where}, {c}") for c in (chosen_column, rejected_column)]
-        texts = [scored_text(tokenizer, *side, where) for side in sides]
+        texts = [render_completed(tokenizer, *side, where) for side in sides]
         key = sides[0][0] if prompt is not None or sides[0][0] == sides[1][0] else ""
-        # Whole texts without a prompt share nothing that could leak: each row is a group of its own.
+        # Whole texts without a prompt share nothing that could leak: each row is its own group.
         group = json.dumps(key) if key else where
         found.append(Preference(group, *texts, margin=float(margin), where=where))
     kept = [pair for pair in found if pair.chosen != pair.rejected]
@@ -71,7 +69,7 @@ def read_preferences(
         )
     if len(kept) < len(found):
         warnings.warn(
-            f"left out {len(found) - len(kept)} of {len(found)} rows whose {chosen_column!r} and {rejected_column!r} "
+            f"skipped {len(found) - len(kept)} of {len(found)} rows whose {chosen_column!r} and {rejected_column!r} "
             "are the same text",
             stacklevel=2,
         )
@@ -79,10 +77,10 @@ def read_preferences(
 
 
 def prompt_and_answer(prompt: Any, answer: Any, where: str) -> tuple[Prompt, str]:
-    """(prompt, completion) as PPO's rewards receive them, from an answer that is text or chat messages.
+    """Split an answer that is text or chat messages into (prompt, completion), as reward functions receive them.
 
     Raises:
-        ValueError: an empty answer, one that does not end with the assistant, or a mixture that has no meaning.
+        ValueError: an empty answer, one that does not end with the assistant, or a chat that answers a text prompt.
     """
     if isinstance(answer, str):
         if not answer:
@@ -103,16 +101,16 @@ def prompt_and_answer(prompt: Any, answer: Any, where: str) -> tuple[Prompt, str
             "prompt_column to None"
         )
     given = [*(prompt or []), *answer[:-1]]
-    # A single message may go on from the one that the prompt begins, as a completion does.
-    if len(answer) > 1 and begins_answer(given):
-        raise ValueError(f"{where}: two assistant messages in a row at the end: join them into one")
+    # A single message may continue the prompt's prefill, as a completion does.
+    if len(answer) > 1 and ends_in_prefill(given):
+        raise ValueError(f"{where}: two consecutive assistant messages at the end: join them into one")
     return given, message_text(last, where)
 
 
 def split_by_prompt(
     pairs: Sequence[Preference], fraction: float, seed: int
 ) -> tuple[list[Preference], list[Preference]]:
-    """(training, held-out) pairs: about ``fraction`` of the prompts are held out, with all of their pairs.
+    """Split pairs into (training, held-out): about ``fraction`` of the prompts are held out, with all of their pairs.
 
     Raises:
         ValueError: fewer than two prompts.

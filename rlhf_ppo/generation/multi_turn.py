@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ppo.data.chat import Messages, prompt_text, require_next_speaker
-from rlhf_ppo.data.detokenization import Before, TextPieces, encode_after, encode_bare
-from rlhf_ppo.data.prompts import Completion, Prompt, left_pad
+from rlhf_ppo.data.chat import Completion, Messages, Prompt, refuse_prefill, render_prompt
+from rlhf_ppo.data.detokenization import Before, TextPieces
+from rlhf_ppo.data.tokenization import encode_after, encode_bare, left_pad
 from rlhf_ppo.generation.rollout import Sampled
 from rlhf_ppo.generation.stopping import cut_at
 from rlhf_ppo.runtime.waiting import FAILURES, has_ended, start
@@ -96,7 +96,7 @@ def converse(
     before = [pieces.before(ids, p) for ids, p in zip(context, prompts, strict=True)]
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
-            require_next_speaker(prompt, f"prompt {i}")
+            refuse_prefill(prompt, f"prompt {i}")
     messages: list[Messages] = [
         [{"role": "user", "content": p}] if isinstance(p, str) else [dict(m) for m in p] for p in prompts
     ]
@@ -204,10 +204,10 @@ def reply_ids(
     Raises:
         ValueError: the template renders the conversation differently once it goes on, or fails on it; names ``where``.
     """
-    before = prompt_text(tokenizer, messages[:-1], where)
+    before = render_prompt(tokenizer, messages[:-1], where)
     # What the policy said is there as it was sampled; in the template anything may stand for it.
     answered = [*messages[:-1], {"role": "assistant", "content": _SAID}, {"role": "user", "content": reply}]
-    after = prompt_text(tokenizer, answered, where)
+    after = render_prompt(tokenizer, answered, where)
     # Some templates put a space before what is said; the policy has written its own.
     turn = after[len(before) :].lstrip()
     if not after.startswith(before) or not turn.startswith(_SAID):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from rlhf_ppo.data.prompts import Completion, Prompt
+from rlhf_ppo.data.chat import Completion, Prompt
 from rlhf_ppo.generation.kv_cache import can_shrink
 from rlhf_ppo.generation.stopping import Barred, TextStop, bar
 from rlhf_ppo.models.actor_critic import ActorCritic

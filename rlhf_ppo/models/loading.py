@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import warnings
 from pathlib import Path
@@ -23,7 +22,7 @@ from transformers import (
 from transformers.activations import NewGELUActivation
 from transformers.utils import logging
 
-from rlhf_ppo.data.hub import read_weights, refuse_pickles, why_not
+from rlhf_ppo.data.hub import explain_load_failure, read_weights, refuse_pickles
 from rlhf_ppo.models.lora import refuse_prompt_learning
 from rlhf_ppo.models.merging import merge
 from rlhf_ppo.models.value_head import adapter_labels
@@ -63,7 +62,7 @@ def find_config(model: str | PreTrainedModel) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model {model!r} cannot be loaded: {why_not(model, error)}") from error
+        raise ValueError(f"model {model!r} cannot be loaded: {explain_load_failure(model, error)}") from error
 
 
 def adapter_base(model: Any) -> str | None:
@@ -130,31 +129,7 @@ def load_tokenizer(model: str | PreTrainedModel, **options: Any) -> PreTrainedTo
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
-        raise ValueError(f"the tokenizer of {name!r} cannot be loaded: {why_not(name, error)}") from error
-
-
-def with_chat_template(tokenizer: PreTrainedTokenizerBase, source: str | None) -> PreTrainedTokenizerBase:
-    """A copy of the tokenizer with the chat template of a setting; the tokenizer itself for None."""
-    if source is None:
-        return tokenizer
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = read_chat_template(source)
-    return tokenizer
-
-
-def read_chat_template(source: str) -> str:
-    """A Jinja template that is given as text or as the file it is in.
-
-    Raises:
-        ValueError: no such file.
-    """
-    if "{" in source:
-        return source
-    if not Path(source).is_file():
-        raise ValueError(
-            f"chat template file {source} does not exist: name a file with a Jinja template, or write the template"
-        )
-    return Path(source).read_text(encoding="utf-8")
+        raise ValueError(f"the tokenizer of {name!r} cannot be loaded: {explain_load_failure(name, error)}") from error
 
 
 def load_policy(model: str | PreTrainedModel) -> PreTrainedModel:

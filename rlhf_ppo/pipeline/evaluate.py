@@ -15,9 +15,10 @@ from rich.text import Text
 
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core.validation import require_types
+from rlhf_ppo.data.chat import Completion
 from rlhf_ppo.data.mixtures import load_mixture
-from rlhf_ppo.data.prompts import Completion, require_room
 from rlhf_ppo.data.rows import Rows, prompt_rows
+from rlhf_ppo.data.tokenization import require_room
 from rlhf_ppo.generation.multi_turn import Respond
 from rlhf_ppo.models.loading import (
     BASE_FOLDER,

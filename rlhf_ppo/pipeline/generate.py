@@ -13,16 +13,11 @@ from typing import Any, Literal, TextIO
 import torch
 
 from rlhf_ppo.core.validation import is_changed, require_types
+from rlhf_ppo.data.chat import Prompt, with_chat_template
 from rlhf_ppo.data.detokenization import TextPieces, before_each
 from rlhf_ppo.data.mixtures import load_mixture
-from rlhf_ppo.data.prompts import (
-    Prompt,
-    encode_prompts,
-    fit_prompt,
-    require_vocabulary,
-    tokenize_prompt,
-)
 from rlhf_ppo.data.rows import prompt_rows
+from rlhf_ppo.data.tokenization import encode_prompts, fit_prompt, require_vocabulary, tokenize_prompt
 from rlhf_ppo.generation.rollout import sample_responses
 from rlhf_ppo.generation.stopping import TextStop, cut_at
 from rlhf_ppo.models.actor_critic import ActorCritic
@@ -33,7 +28,6 @@ from rlhf_ppo.models.loading import (
     prompt_room,
     resolve_model,
     vocabulary_size,
-    with_chat_template,
 )
 from rlhf_ppo.models.probe import probe
 from rlhf_ppo.runtime.processes import require_one_process

@@ -16,10 +16,10 @@ from torch.nn.functional import logsigmoid
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from rlhf_ppo.core.validation import require_types
-from rlhf_ppo.data.detokenization import encode_text
+from rlhf_ppo.data.chat import with_chat_template
 from rlhf_ppo.data.mixtures import load_mixture, require_weights
 from rlhf_ppo.data.preferences import Preference, read_preferences, split_by_prompt
-from rlhf_ppo.data.prompts import require_vocabulary
+from rlhf_ppo.data.tokenization import encode_text, require_vocabulary
 from rlhf_ppo.models.identity import answers, require_saved
 from rlhf_ppo.models.library_noise import without_library_bars
 from rlhf_ppo.models.loading import (
@@ -32,7 +32,6 @@ from rlhf_ppo.models.loading import (
     resolve_model,
     saved_bytes,
     vocabulary_size,
-    with_chat_template,
 )
 from rlhf_ppo.models.quantization import round_weights
 from rlhf_ppo.pipeline.comparison import wilson

@@ -27,12 +27,12 @@ from transformers import (
 
 from rlhf_ppo.core import token_logprobs
 from rlhf_ppo.core.validation import require_types
-from rlhf_ppo.data.chat import answer_text, prompt_text
-from rlhf_ppo.data.detokenization import Before, TextPieces, encode_after, encode_text
+from rlhf_ppo.data.chat import Prompt, render_answer, render_prompt, with_chat_template
+from rlhf_ppo.data.detokenization import Before, TextPieces
 from rlhf_ppo.data.mixtures import load_mixture, require_weights
 from rlhf_ppo.data.preferences import prompt_and_answer
-from rlhf_ppo.data.prompts import Prompt, require_vocabulary, tokenize_prompt
 from rlhf_ppo.data.rows import Rows, RowSource, as_rows, require_column
+from rlhf_ppo.data.tokenization import encode_after, encode_text, require_vocabulary, tokenize_prompt
 from rlhf_ppo.models.identity import answers, require_saved
 from rlhf_ppo.models.library_noise import without_library_bars
 from rlhf_ppo.models.loading import (
@@ -44,7 +44,6 @@ from rlhf_ppo.models.loading import (
     resolve_model,
     saved_bytes,
     vocabulary_size,
-    with_chat_template,
 )
 from rlhf_ppo.models.probe import require_decoder
 from rlhf_ppo.models.quantization import round_weights
@@ -260,8 +259,8 @@ def encode_examples(
         elif isinstance(prompt, str):
             answer = pieces.encode(pieces.before(start, prompt), completion)
         else:
-            text = answer_text(tokenizer, prompt, completion, where)
-            whole = encode_after(tokenizer, prompt_text(tokenizer, prompt, where), text)
+            text = render_answer(tokenizer, prompt, completion, where)
+            whole = encode_after(tokenizer, render_prompt(tokenizer, prompt, where), text)
             answer = pieces.encode(Before(start), text) if whole is None else whole
         end = [] if answer[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
         ids = [*start, *answer, *end][:longest]

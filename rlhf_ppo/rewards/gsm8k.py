@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from rlhf_ppo.data.prompts import Completion, Prompt
+from rlhf_ppo.data.chat import Completion, Prompt
 
 _MARK = "####"
 _BOX = "\\boxed{"

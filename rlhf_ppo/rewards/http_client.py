@@ -18,7 +18,7 @@ from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
-from rlhf_ppo.data.prompts import Completion, Prompt
+from rlhf_ppo.data.chat import Completion, Prompt
 from rlhf_ppo.rewards.functions import RewardError, StepRewards
 from rlhf_ppo.runtime.waiting import start
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core.validation import is_changed
-from rlhf_ppo.data.prompts import Completion, PromptSet
+from rlhf_ppo.data.chat import Completion
+from rlhf_ppo.data.prompts import PromptSet
 from rlhf_ppo.rewards.cache import ScoreCache
 from rlhf_ppo.rewards.functions import RewardError, RewardFunction, StepRewards, reward_name, takes
 from rlhf_ppo.rewards.http_client import HTTPReward

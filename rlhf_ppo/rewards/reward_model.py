@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_ppo.data.chat import answered, whole_text
-from rlhf_ppo.data.detokenization import encode_text
-from rlhf_ppo.data.prompts import Completion, Prompt, PromptSet, require_vocabulary
+from rlhf_ppo.data.chat import Completion, Prompt, read_chat_template, render_completed
+from rlhf_ppo.data.prompts import PromptSet
+from rlhf_ppo.data.tokenization import encode_text, require_vocabulary
 from rlhf_ppo.models.loading import (
     context_length,
     find_config,
@@ -22,7 +22,6 @@ from rlhf_ppo.models.loading import (
     fuse_activations,
     load_classifier,
     load_tokenizer,
-    read_chat_template,
     refuse_encoder_decoder,
     vocabulary_size,
 )
@@ -123,7 +122,7 @@ class RewardModel:
     def _text(self, prompt: Prompt, completion: Completion, where: str = "the chat") -> str:
         if isinstance(prompt, str) and self.text_as_chat:
             prompt = [{"role": "user", "content": prompt}]
-        return scored_text(self.tokenizer, prompt, completion, where)
+        return render_completed(self.tokenizer, prompt, completion, where)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Any) -> list[float]:
@@ -140,18 +139,6 @@ class RewardModel:
 
     def _logits(self, rows: list[list[int]]) -> Tensor:
         return text_scores(self.model, self.tokenizer, rows)
-
-
-def scored_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Completion, where: str) -> str:
-    """What a reward model reads: prompt + completion, or a chat through its chat template (written out without one).
-
-    Raises:
-        ValueError: the chat cannot be rendered (see :func:`rlhf_ppo.data.chat.whole_text`); names ``where``.
-    """
-    if isinstance(prompt, str):
-        return f"{prompt}{completion}"
-    messages = answered(prompt, completion, where) if isinstance(completion, str) else [*prompt, *completion]
-    return whole_text(tokenizer, messages, where)
 
 
 @torch.no_grad()

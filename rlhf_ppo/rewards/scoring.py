@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor
 
-from rlhf_ppo.data.prompts import Completion, Prompt
+from rlhf_ppo.data.chat import Completion, Prompt
 from rlhf_ppo.rewards.cache import ScoreCache
 from rlhf_ppo.rewards.functions import RewardError, RewardFunction, StepRewards, call_rewards, reward_name, takes
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from rlhf_ppo.data.prompts import Prompt
+from rlhf_ppo.data.chat import Prompt
 
 
 @cache

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from rlhf_ppo.config.rlhf import RLHFConfig
-from rlhf_ppo.data.prompts import Completion, Prompt, encode_prompts
-from rlhf_ppo.data.text import Before, TextPieces, before_each
+from rlhf_ppo.data.chat import Completion, Prompt
+from rlhf_ppo.data.detokenization import Before, TextPieces, before_each
+from rlhf_ppo.data.tokenization import encode_prompts
 from rlhf_ppo.generation.multi_turn import Respond, RespondError, converse
 from rlhf_ppo.generation.rollout import Rollout, Sampled
 from rlhf_ppo.generation.stopping import Barred, TextStop, cut_at

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlhf_ppo.data.detokenization import GrowingText, TextPieces, before_each, shared
+from rlhf_ppo.data.detokenization import GrowingText, TextPieces, before_each, common_prefix_length
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.runtime.explain import Explanation, explain_actions
 from rlhf_ppo.runtime.precision import autocast
@@ -56,7 +56,7 @@ def _pieces(trainer: PPOTrainer, rollout: Rollout) -> list[list[str]]:
     for start, row in zip(before, rollout.response_ids.tolist(), strict=True):
         growing = GrowingText(pieces, start)
         texts = ["", *map(growing.add, row)]
-        found.append([text[shared(last, text) :] for last, text in pairwise(texts)])
+        found.append([text[common_prefix_length(last, text) :] for last, text in pairwise(texts)])
     return found
 
 

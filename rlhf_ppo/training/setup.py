@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ppo.config.rlhf import RLHFConfig
-from rlhf_ppo.data.chat import require_next_speaker
+from rlhf_ppo.data.chat import refuse_prefill, with_chat_template
 from rlhf_ppo.data.prompts import PromptSet
 from rlhf_ppo.data.rows import RowSource
 from rlhf_ppo.generation.engines import Sampler, choose_engine
@@ -31,7 +31,6 @@ from rlhf_ppo.models.loading import (
     prompt_room,
     resolve_model,
     vocabulary_size,
-    with_chat_template,
 )
 from rlhf_ppo.models.lora import refuse_prompt_learning
 from rlhf_ppo.models.policy_adapter import make_adapter, without_new_adapter
@@ -233,7 +232,7 @@ def _check_turns(tokenizer: PreTrainedTokenizerBase, prompts: PromptSet) -> None
         if isinstance(prompt, str) or (roles := tuple(message["role"] for message in prompt)) in seen:
             continue
         seen.add(roles)
-        require_next_speaker(prompt, where)
+        refuse_prefill(prompt, where)
         reply_ids(tokenizer, [*prompt, {"role": "assistant", "content": ""}], "and then?", None, where)
 
 

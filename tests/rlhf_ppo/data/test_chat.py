@@ -11,11 +11,10 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 import rlhf_ppo.models.loading
 from rlhf_ppo import RewardModel
 from rlhf_ppo.cli import main
-from rlhf_ppo.data.chat import prompt_text, whole_text
+from rlhf_ppo.data.chat import render_chat, render_completed, render_prompt
 from rlhf_ppo.data.preferences import prompt_and_answer
-from rlhf_ppo.data.prompts import tokenize_prompt
+from rlhf_ppo.data.tokenization import tokenize_prompt
 from rlhf_ppo.pipeline.sft import SFTArgs, encode_examples, read_examples
-from rlhf_ppo.rewards.reward_model import scored_text
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }} {{ m.content }}. {% endfor %}"
@@ -97,17 +96,17 @@ def test_a_reward_models_template_is_tried_on_every_prompt_before_the_policy_is_
 def test_parts_of_text_are_joined_and_others_refused(tokenizer):
     tokenizer.chat_template = TEMPLATE
     parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
-    assert prompt_text(tokenizer, [{"role": "user", "content": parts}], "row 3") == "user hi. assistant "
+    assert render_prompt(tokenizer, [{"role": "user", "content": parts}], "row 3") == "user hi. assistant "
     assert prompt_and_answer([USER], [{"role": "assistant", "content": parts}], "row 3") == ([USER], "hi")
-    assert scored_text(tokenizer, [{"role": "user", "content": parts}], "yo", "row 3") == "user hi. assistant yo. "
+    assert render_completed(tokenizer, [{"role": "user", "content": parts}], "yo", "row 3") == "user hi. assistant yo. "
     for content, said in (
-        ([*parts, {"type": "image", "image": "cat.png"}], "has a part 'image', but only text is read"),
+        ([*parts, {"type": "image", "image": "cat.png"}], "has a part 'image', but only text is supported"),
         ([{"type": "text"}], "has a part 'text'"),
         (["hi"], "has a part 'hi'"),
         (3, "must be text, got 3"),
         (None, "must be text, got None"),
     ):
-        for read in (tokenize_prompt, lambda prompt, tokenizer, where: whole_text(tokenizer, prompt, where)):
+        for read in (tokenize_prompt, lambda prompt, tokenizer, where: render_chat(tokenizer, prompt, where)):
             with pytest.raises(ValueError, match=f"row 3: the content of the user message {said}"):
                 read([{"role": "user", "content": content}], tokenizer, "row 3")
 
@@ -119,7 +118,7 @@ def test_a_begun_answer_goes_on_in_every_reading(make_trainer, tokenizer):
     chat = [USER, BEGUN]
     rollout = make_trainer(train_dataset=[{"prompt": chat}] * 8).rollout([chat] * 2)
     assert tokenizer.decode(rollout.prompt_ids[0][rollout.prompt_mask[0]]) == text
-    assert scored_text(tokenizer, chat, " four", "row 3") == f"{text} four. "
+    assert render_completed(tokenizer, chat, " four", "row 3") == f"{text} four. "
     args = SFTArgs(dataset=("x",), output_dir="o", model="m", prompt_column="prompt", completion_column="answer")
     for answer in (" four", [{"role": "assistant", "content": " four"}]):
         (example,) = read_examples([{"prompt": chat, "answer": answer}], args)
@@ -144,9 +143,9 @@ def test_a_completion_is_encoded_within_the_message_that_the_prompt_begins(token
 def test_an_answer_that_is_not_clear_is_refused_by_row(tokenizer, make_trainer):
     tokenizer.chat_template = TEMPLATE
     with pytest.raises(ValueError, match="row 3: the chat ends with an empty assistant message: remove it"):
-        prompt_text(tokenizer, [USER, {"role": "assistant", "content": " "}], "row 3")
+        render_prompt(tokenizer, [USER, {"role": "assistant", "content": " "}], "row 3")
     for prompt, answer in ((None, [USER, BEGUN, BEGUN]), ([USER, BEGUN], [USER, BEGUN, BEGUN])):
-        with pytest.raises(ValueError, match="row 3: two assistant messages in a row at the end: join them"):
+        with pytest.raises(ValueError, match="row 3: two consecutive assistant messages at the end: join them"):
             prompt_and_answer(prompt, answer, "row 3")
     args = SFTArgs(dataset=("x",), output_dir="o", model="m", text_column="chat")
     with pytest.raises(ValueError, match="row 0, chat: a conversation needs a message before the assistant's answer"):
@@ -173,11 +172,11 @@ def test_tool_calls_and_other_fields_reach_the_template_as_they_are(tokenizer, m
     calls = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome", "at": None}}}]
     chat = [{"role": "assistant", "tool_calls": calls}, {"role": "tool", "name": "weather", "content": "sun"}]
     read = f"assistant{json.dumps(calls)};toolsunweather;"
-    assert prompt_text(tokenizer, chat, "row") == f"{read}assistant"
-    assert prompt_text(tokenizer, chat[:1], "row") == f"assistant{json.dumps(calls)};assistant"  # calls end a message
+    assert render_prompt(tokenizer, chat, "row") == f"{read}assistant"
+    assert render_prompt(tokenizer, chat[:1], "row") == f"assistant{json.dumps(calls)};assistant"  # calls end a message
     assert RewardModel(make_classifier(), tokenizer)._text(chat, "ok") == f"{read}assistantok;"
     tokenizer.chat_template = None
-    assert whole_text(tokenizer, chat, "row") == f"assistant: {json.dumps(calls)}\n\ntool: sun"
+    assert render_chat(tokenizer, chat, "row") == f"assistant: {json.dumps(calls)}\n\ntool: sun"
 
 
 def test_every_call_of_a_template_is_in_one_module():

@@ -9,7 +9,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from rlhf_ppo.cli import main
-from rlhf_ppo.models.loading import load_tokenizer, with_chat_template
+from rlhf_ppo.data.chat import with_chat_template
+from rlhf_ppo.models.loading import load_tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}.{% endfor %}{% if add_generation_prompt %}a{% endif %}"
 

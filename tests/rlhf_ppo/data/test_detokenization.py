@@ -17,7 +17,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 import rlhf_ppo.generation.rollout
-from rlhf_ppo.data.detokenization import Before, GrowingText, TextPieces, encode_text
+from rlhf_ppo.data.detokenization import Before, GrowingText, TextPieces
+from rlhf_ppo.data.tokenization import encode_text
 from rlhf_ppo.generation.multi_turn import reply_ids
 from rlhf_ppo.pipeline.generate import GenerateArgs, generate
 from rlhf_ppo.pipeline.sft import Example, encode_examples

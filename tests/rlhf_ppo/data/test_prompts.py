@@ -12,8 +12,9 @@ from datasets import Dataset, DatasetDict, IterableDataset
 
 from rlhf_ppo import RLHFConfig
 from rlhf_ppo.data.files import load_rows
-from rlhf_ppo.data.prompts import PromptSet, tokenize_prompt
+from rlhf_ppo.data.prompts import PromptSet
 from rlhf_ppo.data.rows import ROW_NAME
+from rlhf_ppo.data.tokenization import tokenize_prompt
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}. {% endfor %}"
@@ -72,7 +73,7 @@ def test_fault_2_or_dropped_or_truncated_with_a_count(prompt_set):
     rows = rows_of("short", "x" * 21, "y" * 30)
     with pytest.warns(UserWarning, match="dropped 2 of 3 prompts longer than 20 tokens"):
         assert len(prompt_set(rows, overlong_prompts="drop")) == 1
-    with pytest.warns(UserWarning, match="2 of 3 prompts keep their last 20 tokens"):
+    with pytest.warns(UserWarning, match="truncated 2 of 3 prompts to their last 20 tokens"):
         assert len(prompt_set(rows, overlong_prompts="truncate")) == 3
     with pytest.raises(ValueError, match="every prompt is longer than the 20 tokens"):
         prompt_set(rows_of("x" * 21), overlong_prompts="drop")

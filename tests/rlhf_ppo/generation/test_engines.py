@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from rlhf_ppo.data.prompts import left_pad
+from rlhf_ppo.data.tokenization import left_pad
 from rlhf_ppo.generation.engines import FixedLayer, StaticEngine, choose_engine
 from rlhf_ppo.generation.rollout import Sampled, sample_responses
 from rlhf_ppo.models.actor_critic import ActorCritic

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_ppo.core import Ban, linear_logprobs
-from rlhf_ppo.data.text import Before, TextPieces
+from rlhf_ppo.data.detokenization import Before, TextPieces
 from rlhf_ppo.generation.stopping import Barred, TextStop, cut_at
 from rlhf_ppo.models.actor_critic import ActorCritic
 

@@ -15,7 +15,7 @@ import rlhf_ppo.generation.rollout
 import rlhf_ppo.models.forward
 import rlhf_ppo.training.setup
 from rlhf_ppo.core import Experience, PolicyOutput, PPOConfig, ppo_loss, token_logprobs
-from rlhf_ppo.data.prompts import left_pad
+from rlhf_ppo.data.tokenization import left_pad
 from rlhf_ppo.generation.rollout import draw, sample_responses
 from rlhf_ppo.models.actor_critic import ActorCritic, Reference
 from rlhf_ppo.models.forward import Reader, Sequences

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config
 
-from rlhf_ppo.data.prompts import left_pad
+from rlhf_ppo.data.tokenization import left_pad
 from rlhf_ppo.models.packing import pack, packed_attention, token_batches
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf_ppo.data.prompts import left_pad
+from rlhf_ppo.data.tokenization import left_pad
 from rlhf_ppo.generation.rollout import sample_responses
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward import position_ids

@@ -27,7 +27,7 @@ from transformers import (
 
 import rlhf_ppo.models.probe
 from rlhf_ppo import RewardModel
-from rlhf_ppo.data.prompts import left_pad
+from rlhf_ppo.data.tokenization import left_pad
 from rlhf_ppo.generation.kv_cache import PreallocatedLayer, TokenCache
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward import Reader

@@ -337,7 +337,7 @@ def test_a_token_id_beyond_the_vocabulary_is_named_with_its_row(quick, write, ma
 def test_identical_answers_are_left_out_with_a_count(quick, write):
     rows = pairs(20)
     rows[3]["rejected"] = rows[3]["chosen"]
-    with pytest.warns(UserWarning, match="left out 1 of 20 rows"):
+    with pytest.warns(UserWarning, match="skipped 1 of 20 rows"):
         assert train_reward_model(quick(write(rows)))["train_pairs"] == 17
 
 

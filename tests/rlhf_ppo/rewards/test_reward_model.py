@@ -9,7 +9,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForSequenceClassification
 
-from rlhf_ppo.data.detokenization import encode_text
+from rlhf_ppo.data.tokenization import encode_text
 from rlhf_ppo.pipeline.sft import train_tokenizer
 from rlhf_ppo.rewards.loading import RewardModel, load_reward
 
