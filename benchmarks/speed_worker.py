@@ -201,7 +201,7 @@ def run_floor(work: Workload) -> dict:
     Every product is made in the fastest of the layouts in use, into memory that is there already. Attention's own
     products are left out. bf16 where the defaults use it.
     """
-    from rlhf_ppo.runtime.precision import cpu_multiplies_bf16
+    from rlhf_ppo.runtime.device import cpu_multiplies_bf16
 
     d, vocabulary = work.width, work.vocabulary
     trunk = [(d, 3 * d), (d, d), (d, 4 * d), (4 * d, d)]

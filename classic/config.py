@@ -16,8 +16,8 @@ from classic.preset_files import preset as preset_of
 from rlhf_ppo.core import PPOConfig
 from rlhf_ppo.core.config import Objective
 from rlhf_ppo.core.validation import require_types
-from rlhf_ppo.runtime.names import refuse_unknown_settings
 from rlhf_ppo.runtime.trackers import check_trackers
+from rlhf_ppo.runtime.unknown_names import refuse_unknown_settings
 
 # What an environment without a preset of its own gets: common values for low-dimensional control tasks. Neither these
 # nor presets set a field whose None already means "off", so that "off" can always be asked for.

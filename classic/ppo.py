@@ -42,13 +42,13 @@ from rlhf_ppo.runtime.callbacks import require_callbacks
 from rlhf_ppo.runtime.checkpoint import checkpoint_folder, find_checkpoint
 from rlhf_ppo.runtime.explain import Explanation
 from rlhf_ppo.runtime.lock import run_lock
-from rlhf_ppo.runtime.names import refuse_unknown_arguments
 from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.signals import Interrupted, asked_to_stop, stop_if_asked, stop_on_signals
 from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.runtime.trackers import reporting, require_installed
+from rlhf_ppo.runtime.unknown_names import refuse_unknown_arguments
 from rlhf_ppo.runtime.versions import versions
 
 MAX_FORGETFUL = 3

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import rlhf_ppo.runtime.torch_environment  # noqa: F401 - before torch
 from rlhf_ppo.runtime.lazy import lazy_names
-from rlhf_ppo.runtime.moved import find_moved_modules
+from rlhf_ppo.runtime.package import find_moved_modules
 from rlhf_ppo.runtime.versions import __version__
 
 if TYPE_CHECKING:

@@ -32,7 +32,6 @@ from rlhf_ppo.runtime.explain import Explanation
 from rlhf_ppo.runtime.files import require_space
 from rlhf_ppo.runtime.lock import run_lock
 from rlhf_ppo.runtime.metrics import MetricAverage
-from rlhf_ppo.runtime.names import refuse_unknown_arguments
 from rlhf_ppo.runtime.plots import plot_curves
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory
@@ -42,6 +41,7 @@ from rlhf_ppo.runtime.summary import print_summary
 from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.runtime.timing import Stopwatch
 from rlhf_ppo.runtime.trackers import reporting
+from rlhf_ppo.runtime.unknown_names import refuse_unknown_arguments
 from rlhf_ppo.runtime.versions import versions
 from rlhf_ppo.training.backward import minibatch_gradient
 from rlhf_ppo.training.checkpoint import Boundary

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_ppo.core.validation import Settings, is_changed
-from rlhf_ppo.runtime.precision import Precision
+from rlhf_ppo.runtime.device import Precision
 from rlhf_ppo.runtime.trackers import check_trackers
 
 

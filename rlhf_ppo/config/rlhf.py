@@ -22,7 +22,7 @@ from rlhf_ppo.config.groups import (
 from rlhf_ppo.config.name_hints import SETTINGS
 from rlhf_ppo.config.removed import REMOVED, REMOVED_VALUES
 from rlhf_ppo.core.config import PPOConfig
-from rlhf_ppo.runtime.names import refuse_unknown_settings
+from rlhf_ppo.runtime.unknown_names import refuse_unknown_settings
 
 _FILTERS = (
     "it would sample from another distribution than the one whose log-probs are trained, so ratios and KL would be "

@@ -14,7 +14,7 @@ from rlhf_ppo.models.activation_memory import checkpoint_layers
 from rlhf_ppo.models.actor_critic import ActorCritic, Reference
 from rlhf_ppo.models.calling import accepts, noting_states, without_adapter_wrapper
 from rlhf_ppo.models.forward import Reader, Sequences, position_ids
-from rlhf_ppo.runtime.precision import autocast
+from rlhf_ppo.runtime.device import autocast
 
 _LONG, _SHORT = 8, 3
 """Tokens of the two rows, so that the short one lies behind five left pads; the long one may be longer."""

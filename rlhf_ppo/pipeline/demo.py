@@ -11,7 +11,7 @@ from pathlib import Path
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.data.files import load_rows
 from rlhf_ppo.pipeline.before_after import print_before_after
-from rlhf_ppo.runtime.precision import Precision
+from rlhf_ppo.runtime.device import Precision
 from rlhf_ppo.trainer import PPOTrainer
 
 OPENINGS = str(Path(__file__).parents[1] / "assets" / "story-openings.jsonl")

@@ -32,7 +32,7 @@ from rlhf_ppo.models.loading import (
 )
 from rlhf_ppo.pipeline.comparison import differences, distinct, interval, win_rate
 from rlhf_ppo.pipeline.generate import require_prompts
-from rlhf_ppo.runtime.precision import Precision
+from rlhf_ppo.runtime.device import Precision
 from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory, read_run

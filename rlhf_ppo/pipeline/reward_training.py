@@ -36,11 +36,11 @@ from rlhf_ppo.models.loading import (
 from rlhf_ppo.models.quantization import round_weights
 from rlhf_ppo.pipeline.comparison import wilson
 from rlhf_ppo.rewards.reward_model import ONE_STACK, padding_is_harmless, text_scores
+from rlhf_ppo.runtime.device import Precision, autocast, compute_in_bf16
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space, save_or_rescue
 from rlhf_ppo.runtime.lock import run_lock
 from rlhf_ppo.runtime.plots import plot_calibration
-from rlhf_ppo.runtime.precision import Precision, autocast, compute_in_bf16
 from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory

@@ -15,7 +15,7 @@ import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from rlhf_ppo.runtime.names import hint, refuse
+from rlhf_ppo.runtime.unknown_names import hint, refuse
 from rlhf_ppo.runtime.versions import __version__
 
 Settings = TypeVar("Settings")

@@ -12,8 +12,8 @@ from rlhf_ppo.core import Experience, loss_denominator, ppo_diagnostics, ppo_los
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.models.activation_memory import offload_activations
 from rlhf_ppo.models.actor_critic import ActorCritic, Reference
+from rlhf_ppo.runtime.device import autocast
 from rlhf_ppo.runtime.metrics import MetricAverage
-from rlhf_ppo.runtime.precision import autocast
 from rlhf_ppo.training.gradients import accumulate_gradients
 
 

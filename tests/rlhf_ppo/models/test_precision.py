@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf_ppo.runtime.precision import autocast, compute_in_bf16
+from rlhf_ppo.runtime.device import autocast, compute_in_bf16
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
