@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Pretrain
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
-from rlhf_ppo.runtime.seeding import resolve_device
+from rlhf_ppo.runtime.device import resolve_device
 
 ENGINES = ("dynamic", "static")
 

@@ -16,9 +16,10 @@ from classic.changes import still_moved
 from classic.envs.environments import Episode
 from classic.envs.spaces import scales_parts
 from classic.save import freeze, frozen_parameters, in_force, layer_types, spaces
-from rlhf_ppo.runtime.checkpoint import Checkpoint, CheckpointError, as_json, write_checkpoint
+from rlhf_ppo.runtime.checkpoint import Checkpoint, CheckpointError, as_json
+from rlhf_ppo.runtime.checkpoint_commit import write_checkpoint
+from rlhf_ppo.runtime.resume import require_unchanged
 from rlhf_ppo.runtime.run_directory import RunDirectory
-from rlhf_ppo.runtime.unchanged import require_unchanged
 
 if TYPE_CHECKING:
     from classic.ppo import PPO

@@ -24,9 +24,9 @@ from classic.video import record_video
 from rlhf_ppo.runtime.advice import AdviseArgs, print_advice
 from rlhf_ppo.runtime.checkpoint import list_checkpoints
 from rlhf_ppo.runtime.errors import NonFiniteGradientError, RatioTripwireError
+from rlhf_ppo.runtime.processes import require_threads
 from rlhf_ppo.runtime.settings import Command, run_command
 from rlhf_ppo.runtime.signals import Interrupted
-from rlhf_ppo.runtime.threads import require_threads
 
 RUN_ENDERS = (BrokenEnvironmentError, NonFiniteGradientError, RatioTripwireError, OSError)
 """What ends a run although its input was good; an OSError is a full disk, mostly."""

@@ -38,18 +38,17 @@ from classic.save import in_force
 from classic.seeds import derive_seeds
 from classic.update import update
 from rlhf_ppo.core import PPOConfig
-from rlhf_ppo.runtime.callbacks import require_callbacks
-from rlhf_ppo.runtime.checkpoint import checkpoint_folder, find_checkpoint
+from rlhf_ppo.runtime.checkpoint import checkpoint_folder
 from rlhf_ppo.runtime.explain import Explanation
-from rlhf_ppo.runtime.lock import run_lock
-from rlhf_ppo.runtime.processes import require_one_process
+from rlhf_ppo.runtime.package import versions
+from rlhf_ppo.runtime.processes import require_one_process, torch_threads
 from rlhf_ppo.runtime.progress import ProgressDisplay
-from rlhf_ppo.runtime.run_directory import RunDirectory
+from rlhf_ppo.runtime.resume import find_checkpoint
+from rlhf_ppo.runtime.run_directory import RunDirectory, run_lock
 from rlhf_ppo.runtime.signals import Interrupted, asked_to_stop, stop_if_asked, stop_on_signals
-from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.runtime.trackers import reporting, require_installed
 from rlhf_ppo.runtime.unknown_names import refuse_unknown_arguments
-from rlhf_ppo.runtime.versions import versions
+from rlhf_ppo.runtime.user_code import require_callbacks
 
 MAX_FORGETFUL = 3
 """Predictions in a row without a state before a warning: single ones are the beginnings of episodes."""

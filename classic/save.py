@@ -19,7 +19,7 @@ from classic.envs.making import EnvLike
 from classic.envs.spaces import scales_parts
 from rlhf_ppo.runtime.checkpoint import list_checkpoints
 from rlhf_ppo.runtime.files import replacing_files
-from rlhf_ppo.runtime.versions import __version__
+from rlhf_ppo.runtime.package import __version__
 
 if TYPE_CHECKING:
     from classic.ppo import PPO

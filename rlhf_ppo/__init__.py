@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import rlhf_ppo.runtime.torch_environment  # noqa: F401 - before torch
-from rlhf_ppo.runtime.lazy import lazy_names
-from rlhf_ppo.runtime.package import find_moved_modules
-from rlhf_ppo.runtime.versions import __version__
+# Before torch: it sets variables that torch reads.
+from rlhf_ppo.runtime.package import __version__, find_moved_modules, lazy_names
 
 if TYPE_CHECKING:
     from rlhf_ppo.config.rlhf import RLHFConfig

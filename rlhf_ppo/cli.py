@@ -27,8 +27,8 @@ from rlhf_ppo.pipeline.reward_training import RewardTrainingArgs, train_reward_m
 from rlhf_ppo.pipeline.sft import SFTArgs, sft
 from rlhf_ppo.rewards.functions import RewardError
 from rlhf_ppo.runtime.advice import AdviseArgs, print_advice
-from rlhf_ppo.runtime.check import CheckArgs, check
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
+from rlhf_ppo.runtime.resume import CheckArgs, check
 from rlhf_ppo.runtime.settings import Command, run_command
 from rlhf_ppo.runtime.signals import Interrupted
 from rlhf_ppo.runtime.user_code import load_function

@@ -26,23 +26,20 @@ from rlhf_ppo.models.library_noise import without_library_bars
 from rlhf_ppo.models.loading import BASE_FOLDER, REFERENCE_FOLDER
 from rlhf_ppo.models.saving import bytes_to_save, save_actor_critic, save_reference
 from rlhf_ppo.rewards.functions import reward_source
-from rlhf_ppo.runtime.callbacks import callback_name, require_callbacks
 from rlhf_ppo.runtime.errors import RatioTripwireError as RatioTripwireError
 from rlhf_ppo.runtime.explain import Explanation
 from rlhf_ppo.runtime.files import require_space
-from rlhf_ppo.runtime.lock import run_lock
 from rlhf_ppo.runtime.metrics import MetricAverage
+from rlhf_ppo.runtime.package import versions
 from rlhf_ppo.runtime.plots import plot_curves
-from rlhf_ppo.runtime.progress import ProgressDisplay
-from rlhf_ppo.runtime.run_directory import RunDirectory
+from rlhf_ppo.runtime.processes import torch_threads
+from rlhf_ppo.runtime.progress import ProgressDisplay, Stopwatch, print_summary
+from rlhf_ppo.runtime.run_directory import RunDirectory, run_lock
+from rlhf_ppo.runtime.seeding import TRAIN, numbered_generator
 from rlhf_ppo.runtime.signals import stop_if_asked, stop_on_signals
-from rlhf_ppo.runtime.streams import TRAIN, numbered_generator
-from rlhf_ppo.runtime.summary import print_summary
-from rlhf_ppo.runtime.threads import torch_threads
-from rlhf_ppo.runtime.timing import Stopwatch
 from rlhf_ppo.runtime.trackers import reporting
 from rlhf_ppo.runtime.unknown_names import refuse_unknown_arguments
-from rlhf_ppo.runtime.versions import versions
+from rlhf_ppo.runtime.user_code import callback_name, require_callbacks
 from rlhf_ppo.training.backward import minibatch_gradient
 from rlhf_ppo.training.checkpoint import Boundary
 from rlhf_ppo.training.collect import Collector

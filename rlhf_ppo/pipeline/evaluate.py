@@ -33,11 +33,9 @@ from rlhf_ppo.models.loading import (
 from rlhf_ppo.pipeline.comparison import differences, distinct, interval, win_rate
 from rlhf_ppo.pipeline.generate import require_prompts
 from rlhf_ppo.runtime.device import Precision
-from rlhf_ppo.runtime.processes import require_one_process
-from rlhf_ppo.runtime.progress import ProgressDisplay
+from rlhf_ppo.runtime.processes import require_one_process, torch_threads
+from rlhf_ppo.runtime.progress import ProgressDisplay, Stopwatch
 from rlhf_ppo.runtime.run_directory import RunDirectory, read_run
-from rlhf_ppo.runtime.threads import torch_threads
-from rlhf_ppo.runtime.timing import Stopwatch
 from rlhf_ppo.runtime.user_code import load_function
 from rlhf_ppo.training.collect import Collector
 from rlhf_ppo.training.experience import describe

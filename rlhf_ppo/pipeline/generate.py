@@ -30,11 +30,10 @@ from rlhf_ppo.models.loading import (
     vocabulary_size,
 )
 from rlhf_ppo.models.probe import probe
-from rlhf_ppo.runtime.processes import require_one_process
+from rlhf_ppo.runtime.device import resolve_device
+from rlhf_ppo.runtime.processes import require_one_process, require_threads, torch_threads
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import read_run
-from rlhf_ppo.runtime.seeding import resolve_device
-from rlhf_ppo.runtime.threads import require_threads, torch_threads
 from rlhf_ppo.training.setup import stop_tokens, warn_of_unread_end
 
 

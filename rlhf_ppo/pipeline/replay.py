@@ -27,8 +27,8 @@ from rlhf_ppo.models.policy_adapter import make_adapter
 from rlhf_ppo.models.probe import probe
 from rlhf_ppo.models.quantization import load_quantized, load_reference
 from rlhf_ppo.pipeline.before_after import readable
-from rlhf_ppo.runtime.seeding import resolve_device
-from rlhf_ppo.runtime.threads import require_threads, torch_threads
+from rlhf_ppo.runtime.device import resolve_device
+from rlhf_ppo.runtime.processes import require_threads, torch_threads
 from rlhf_ppo.training.backward import minibatch_gradient
 from rlhf_ppo.training.black_box import BlackBox, read_black_box
 from rlhf_ppo.training.gradients import clear_gradients

@@ -36,18 +36,15 @@ from rlhf_ppo.models.loading import (
 from rlhf_ppo.models.quantization import round_weights
 from rlhf_ppo.pipeline.comparison import wilson
 from rlhf_ppo.rewards.reward_model import ONE_STACK, padding_is_harmless, text_scores
-from rlhf_ppo.runtime.device import Precision, autocast, compute_in_bf16
+from rlhf_ppo.runtime.device import Precision, autocast, compute_in_bf16, resolve_device
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space, save_or_rescue
-from rlhf_ppo.runtime.lock import run_lock
+from rlhf_ppo.runtime.package import versions
 from rlhf_ppo.runtime.plots import plot_calibration
-from rlhf_ppo.runtime.processes import require_one_process
-from rlhf_ppo.runtime.progress import ProgressDisplay
-from rlhf_ppo.runtime.run_directory import RunDirectory
-from rlhf_ppo.runtime.seeding import resolve_device, seed_everything
-from rlhf_ppo.runtime.summary import model_rows, print_summary
-from rlhf_ppo.runtime.threads import require_threads, torch_threads
-from rlhf_ppo.runtime.versions import versions
+from rlhf_ppo.runtime.processes import require_one_process, require_threads, torch_threads
+from rlhf_ppo.runtime.progress import ProgressDisplay, model_rows, print_summary
+from rlhf_ppo.runtime.run_directory import RunDirectory, run_lock
+from rlhf_ppo.runtime.seeding import seed_everything
 from rlhf_ppo.training.optimizer import fit_warmup
 from rlhf_ppo.training.stability import nonfinite_parameters
 

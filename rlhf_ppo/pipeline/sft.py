@@ -49,12 +49,9 @@ from rlhf_ppo.models.probe import require_decoder
 from rlhf_ppo.models.quantization import round_weights
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space, save_or_rescue
-from rlhf_ppo.runtime.lock import run_lock
-from rlhf_ppo.runtime.processes import require_one_process
-from rlhf_ppo.runtime.progress import ProgressDisplay
-from rlhf_ppo.runtime.run_directory import RunDirectory
-from rlhf_ppo.runtime.summary import model_rows, print_summary
-from rlhf_ppo.runtime.threads import require_threads, torch_threads
+from rlhf_ppo.runtime.processes import require_one_process, require_threads, torch_threads
+from rlhf_ppo.runtime.progress import ProgressDisplay, model_rows, print_summary
+from rlhf_ppo.runtime.run_directory import RunDirectory, run_lock
 from rlhf_ppo.training.optimizer import fit_warmup
 from rlhf_ppo.training.stability import nonfinite_parameters
 

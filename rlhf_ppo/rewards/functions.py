@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-from rlhf_ppo.runtime.waiting import FAILURES, has_ended, start
+from rlhf_ppo.runtime.user_code import FAILURES, has_ended, start
 
 RewardFunction = Callable[..., Any]
 """``fn(prompts, completions, completion_ids=..., **columns)``, sync or async: one score per completion, in their order.

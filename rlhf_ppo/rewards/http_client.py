@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from rlhf_ppo.data.chat import Completion, Prompt
 from rlhf_ppo.rewards.functions import RewardError, StepRewards
-from rlhf_ppo.runtime.waiting import start
+from rlhf_ppo.runtime.user_code import start
 
 TOKEN_VARIABLE = "RLHF_PPO_REWARD_TOKEN"
 """Environment variable with the bearer token; a token in the settings would be written down with them."""

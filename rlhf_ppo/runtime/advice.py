@@ -8,9 +8,8 @@ from typing import Any
 
 import tyro
 
-from rlhf_ppo.runtime.figures import FEWEST_UPDATES, Figures
 from rlhf_ppo.runtime.run_directory import RunDirectory, read_run
-from rlhf_ppo.runtime.tuning_rules import CLIPPING, RULES, Rule
+from rlhf_ppo.runtime.tuning_rules import CLIPPING, FEWEST_UPDATES, RULES, Figures, Rule
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Precision: in which number format the matrix products of a run are made."""
+"""Device and precision: where a run computes, and in which number format its matrix products are."""
 
 from __future__ import annotations
 
@@ -7,6 +7,20 @@ from typing import Literal
 import torch
 
 Precision = Literal["auto", "fp32", "bf16"]
+
+
+def resolve_device(name: str | None = None) -> torch.device:
+    """The device the user named, else cuda, else mps, else cpu.
+
+    Raises:
+        ValueError: the name is no device, or no such device is here.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
 def compute_in_bf16(precision: Precision, device: torch.device) -> bool:

@@ -1,15 +1,59 @@
-"""Modules that had other names: an import of the old name gives the new module, with a DeprecationWarning."""
+"""The package as Python loads it: its version, variables that torch reads, names loaded on demand, modules that moved.
+
+Imported before torch, so it imports the standard library alone.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.abc
 import importlib.util
+import os
+import platform
 import sys
 import warnings
+from collections.abc import Callable, Mapping
 from importlib.machinery import ModuleSpec
+from importlib.metadata import version
 from types import ModuleType
 from typing import Any
+
+__version__ = "0.1.0"
+
+# torch backs large CPU tensors with huge pages if it finds this before the first one is made (Linux; elsewhere nothing
+# happens): logits and gradients of a vocabulary otherwise cost thousands of page faults each time.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+# OpenMP threads that wait for each other sleep instead of keeping a CPU busy, which on a machine with other work makes
+# an iteration many times slower (docs/performance.md). Worker processes inherit it. GOMP_SPINCOUNT and KMP_BLOCKTIME,
+# if set, still win.
+THREADS_SPIN = "torch" in sys.modules and os.environ.keys().isdisjoint(
+    ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+)
+"""Whether torch was loaded before this could be set; runs with several threads then say so."""
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return this package's version, Python's, and those of installed packages."""
+    return {"rlhf_ppo": __version__, **{name: version(name) for name in packages}, "python": platform.python_version()}
+
+
+def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return a module's ``__getattr__`` that imports each name from its home when it is first used.
+
+    Args:
+        package: the module's ``__name__``.
+        homes: name -> module that defines it.
+    """
+
+    def get(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(homes[name]), name)
+
+    return get
+
 
 MOVED = {
     "rlhf_ppo.adapters": "rlhf_ppo.models.lora",
@@ -35,20 +79,25 @@ MOVED = {
 
 
 class MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Find a module by the name it had."""
+    """Import a module by its old name: the same module object, with a DeprecationWarning."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         return importlib.util.spec_from_loader(fullname, self) if fullname in MOVED else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        warnings.warn(f"{spec.name} is now {MOVED[spec.name]}", DeprecationWarning, stacklevel=2)
-        return importlib.import_module(MOVED[spec.name])
+        new_name = MOVED[spec.name]
+        warnings.warn(f"{spec.name} is now {new_name}", DeprecationWarning, stacklevel=2)
+        module = importlib.import_module(new_name)
+        spec.loader_state = module.__spec__
+        return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """The module has run under its new name."""
+        """Restore the module's own spec, which importlib has just replaced by the old name's; its code has run."""
+        assert module.__spec__ is not None
+        module.__spec__ = module.__spec__.loader_state
 
 
 def find_moved_modules() -> None:
-    """Make Python look here for modules that it does not find."""
+    """Let Python find modules by their old names, after it has looked everywhere else."""
     if not any(isinstance(finder, MovedModules) for finder in sys.meta_path):
         sys.meta_path.append(MovedModules())

@@ -1,19 +1,24 @@
-"""Live progress: a bar with the phase, the time left and the latest numbers; without a terminal plain lines."""
+"""What a run shows while it lasts: a summary at its start, a live bar or plain lines, and the seconds of each phase."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
 
+import torch
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Column
+from rich.table import Column, Table
 from rich.text import Text
+from torch import nn
+
+from rlhf_ppo.runtime import package
+from rlhf_ppo.runtime.processes import usable_cpus
 
 PHASES = {
     "collect": "collecting",
@@ -159,3 +164,86 @@ def _seconds(seconds: float) -> str:
     if seconds >= 100:
         return _clock(seconds)
     return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+class Stopwatch:
+    """Adds up the seconds of named phases."""
+
+    def __init__(self, device: torch.device) -> None:
+        """``device``: waited for at the end of each phase, so that its work is counted where it belongs."""
+        self.device = device
+        self._seconds: dict[str, float] = {}
+        self._show: Callable[[str], None] | None = None
+
+    @contextmanager
+    def shown_by(self, show: Callable[[str], None]) -> Iterator[None]:
+        """Inside, call ``show`` with the name of each phase that begins."""
+        self._show = show
+        try:
+            yield
+        finally:
+            self._show = None
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count what happens inside as ``name``."""
+        if self._show is not None:
+            self._show(name)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase since the last call."""
+        taken, self._seconds = self._seconds, {}
+        return taken
+
+
+def model_rows(name: str, model: nn.Module, *, device: torch.device, bf16: bool) -> dict[str, str]:
+    """The rows on a model that is about to be trained: its parameters, its device, its number format."""
+    parameters = list(model.parameters())  # shared ones once
+    total = sum(map(_size, parameters))
+    trained = sum(_size(p) for p in parameters if p.requires_grad)
+    on = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    threads = f"{torch.get_num_threads()} on {usable_cpus()} CPUs"
+    if package.THREADS_SPIN and torch.get_num_threads() > 1:
+        threads += "; they spin while they wait: import rlhf_ppo before torch, or set OMP_WAIT_POLICY=PASSIVE"
+    return {
+        "model": name,
+        "trained": f"{_count(trained)} of {_count(total)} parameters ({100 * trained / total:.3g} %)",
+        "device": f"{device} {on}".strip(),
+        "precision": "bf16 products, fp32 weights" if bf16 else "fp32",
+        "threads": threads,
+    }
+
+
+def print_summary(rows: Mapping[str, str], *, quiet: bool = False) -> None:
+    """Write the rows to standard error, which is where the progress goes, too."""
+    if quiet:
+        return
+    console = Console(file=sys.stderr)
+    if console.is_terminal:
+        table = Table.grid(padding=(0, 2))
+        for name, text in rows.items():
+            table.add_row(Text(name, style="bold"), Text(text))  # as it is: a name may hold [/x]
+        console.print(table)
+        return
+    width = max(map(len, rows))
+    for name, text in rows.items():
+        print(f"{name:<{width}}  {text}", file=sys.stderr, flush=True)
+
+
+def _size(parameter: nn.Parameter) -> int:
+    # bitsandbytes keeps two 4-bit numbers in a byte.
+    return parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)

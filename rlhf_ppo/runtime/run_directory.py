@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rlhf_ppo.runtime.checkpoint import list_checkpoints
 from rlhf_ppo.runtime.files import read_json, replace_text, sync_file
-from rlhf_ppo.runtime.lock import LOCK_FILE
 from rlhf_ppo.runtime.metrics import require_known_metrics
+
+try:
+    import fcntl
+except ImportError:  # not POSIX
+    fcntl = None
+
+LOCK_FILE = "run.lock"
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -152,3 +161,41 @@ class RunDirectory:
         # Not splitlines(): a model may write U+2028 or U+0085, which end a line there but not in a JSON line.
         whole, _, _ = file.read_bytes().rpartition(b"\n")
         return [_row(file, number, line) for number, line in enumerate(whole.split(b"\n"), start=1) if line]
+
+
+class RunLockedError(ValueError):
+    """Another run is writing into the folder."""
+
+
+@contextmanager
+def run_lock(folder: str | Path) -> Iterator[None]:
+    """Hold a run's folder while this lasts. The file stays; what counts is the system's lock on it.
+
+    Where the system has no such locks nothing is held: on a network file system with a warning.
+
+    Raises:
+        RunLockedError: another run holds it; names its process.
+    """
+    if fcntl is None:
+        yield
+        return
+    file = Path(folder) / LOCK_FILE
+    handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
+            raise RunLockedError(
+                f"{folder} is in use by another run (process {holder}): wait for it, stop it, or name another "
+                "output_dir"
+            ) from None
+        except OSError as error:
+            warnings.warn(
+                f"{file} cannot be locked ({error.strerror}): make sure that no other run writes here", stacklevel=3
+            )
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(handle)

@@ -1,4 +1,4 @@
-"""Seeds and devices: one seed, one machine, one result."""
+"""Seeds: one seed, one machine, one result."""
 
 from __future__ import annotations
 
@@ -44,15 +44,11 @@ def restore_rng_state(state: Mapping[str, torch.Tensor]) -> None:
             torch.cuda.set_rng_state(saved, i)
 
 
-def resolve_device(name: str | None = None) -> torch.device:
-    """The device the user named, else cuda, else mps, else cpu.
+TRAIN, SHUFFLE, EVALUATION = range(3)
+"""What a stream is for."""
 
-    Raises:
-        ValueError: the name is no device, or no such device is here.
-    """
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+
+def numbered_generator(seed: int, stream: int, number: int, device: torch.device | str) -> torch.Generator:
+    """A generator that depends on seed, purpose and number alone."""
+    state = np.random.SeedSequence([seed, stream, number]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))

@@ -15,8 +15,8 @@ import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from rlhf_ppo.runtime.package import __version__
 from rlhf_ppo.runtime.unknown_names import hint, refuse
-from rlhf_ppo.runtime.versions import __version__
 
 Settings = TypeVar("Settings")
 Command = tuple[type, Callable[[Any], int | None]]

@@ -1,18 +1,30 @@
-"""Functions of the user's own, by name: ``file.py:function`` or ``module:function``."""
+"""The user's own code: functions loaded by name, callbacks checked before a run, calls with a time limit."""
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import difflib
 import importlib
 import importlib.util
+import inspect
+import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rlhf_ppo.runtime.waiting import FAILURES
+from rlhf_ppo.runtime.signals import stop_if_asked
+
+FAILURES = (Exception, SystemExit, asyncio.CancelledError)
+"""What code of the user's own may raise and fail with: sys.exit() in it must not end a run as if it had succeeded."""
+
+_LOOK_UP_S = 0.25
+"""Seconds between two looks for a signal while a call is waited for."""
 
 
 def load_function(source: str, what: str) -> Callable[..., Any]:
@@ -88,3 +100,78 @@ def _run(file: Path, changed: int) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+# Callbacks
+
+
+def require_callbacks(callbacks: Any, arguments: str) -> list[Any]:
+    """The callbacks as a list.
+
+    Args:
+        callbacks: what the user gave; None: none.
+        arguments: what they are called with, for messages, such as "trainer, metrics".
+    Raises:
+        ValueError: it is no list, or one of them cannot be called like that; says which.
+    """
+    if callbacks is not None and (isinstance(callbacks, (str, Mapping)) or not isinstance(callbacks, Iterable)):
+        raise ValueError(f"callbacks must be a list of functions of ({arguments}), got {callbacks!r}")
+    found = [] if callbacks is None else list(callbacks)
+    for i, callback in enumerate(found):
+        if isinstance(callback, type) or not callable(callback):
+            raise ValueError(f"callbacks[{i}] must be a function of ({arguments}), got {callback!r}")
+        try:
+            signature = inspect.signature(callback)
+        except ValueError:  # some functions written in C do not tell
+            continue
+        try:
+            signature.bind(*arguments.split(", "))
+        except TypeError as error:
+            raise ValueError(f"callbacks[{i}] is called with ({arguments}), but takes {signature}: {error}") from None
+    return found
+
+
+def callback_name(callback: Any) -> str:
+    """What a callback is called in messages."""
+    return getattr(callback, "__name__", type(callback).__name__)
+
+
+# Time limits
+
+
+def start(call: Callable[[], Any], timeout_s: float | None) -> Future[Any]:
+    """Run ``call`` in a daemon thread: if it hangs, it can be left behind and cannot keep the process from ending.
+
+    Without a time limit it runs here and now.
+    """
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    if timeout_s is None:
+        run()
+    else:
+        threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def has_ended(future: Future[Any], wait_s: float | None) -> bool:
+    """Wait, at most ``wait_s`` seconds, looking up now and then for a signal that asks the run to stop.
+
+    Waiting and asking for the result are kept apart, because the call may raise a TimeoutError of its own.
+    """
+    end = None if wait_s is None else time.monotonic() + wait_s
+    while True:
+        left = _LOOK_UP_S if end is None else min(_LOOK_UP_S, max(0.0, end - time.monotonic()))
+        done = concurrent.futures.wait([future], timeout=left).done
+        # Before the result: Ctrl-C also ends the processes that a reward has started, which looks like a failure.
+        stop_if_asked()
+        if done:
+            return True
+        if end is not None and time.monotonic() >= end:
+            return False

@@ -23,7 +23,8 @@ from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.generation.stopping import Barred
 from rlhf_ppo.models.critics import critic_kind
 from rlhf_ppo.models.forward import without_adapter_wrapper
-from rlhf_ppo.runtime.checkpoint import read_checkpoint, write_checkpoint
+from rlhf_ppo.runtime.checkpoint import read_checkpoint
+from rlhf_ppo.runtime.checkpoint_commit import write_checkpoint
 from rlhf_ppo.training.fingerprints import data_fingerprint
 from rlhf_ppo.training.stability import Step
 

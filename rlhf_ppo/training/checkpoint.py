@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from rlhf_ppo.config.removed import REMOVED
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.models.lora import by_present_names, earlier_name
-from rlhf_ppo.runtime.checkpoint import Checkpoint, CheckpointError, read_checkpoint, write_checkpoint
+from rlhf_ppo.runtime.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from rlhf_ppo.runtime.checkpoint_commit import write_checkpoint
+from rlhf_ppo.runtime.resume import require_unchanged
 from rlhf_ppo.runtime.seeding import global_rng_state, restore_rng_state
-from rlhf_ppo.runtime.unchanged import require_unchanged
 
 if TYPE_CHECKING:
     from rlhf_ppo.trainer import PPOTrainer

@@ -23,9 +23,9 @@ from rlhf_ppo.generation.stopping import Barred, TextStop, cut_at
 from rlhf_ppo.rewards.functions import RewardError
 from rlhf_ppo.rewards.scoring import Responses, Score, score_responses, total
 from rlhf_ppo.runtime.device import autocast
+from rlhf_ppo.runtime.progress import Stopwatch
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.signals import stop_if_asked
-from rlhf_ppo.runtime.timing import Stopwatch
 from rlhf_ppo.training.setup import RunParts
 
 

@@ -9,10 +9,8 @@ import numpy as np
 
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.rewards.functions import RewardError
-from rlhf_ppo.runtime.progress import ProgressDisplay
-from rlhf_ppo.runtime.seeding import global_rng_state, restore_rng_state
-from rlhf_ppo.runtime.streams import EVALUATION, numbered_generator
-from rlhf_ppo.runtime.summary import model_rows
+from rlhf_ppo.runtime.progress import ProgressDisplay, model_rows
+from rlhf_ppo.runtime.seeding import EVALUATION, global_rng_state, numbered_generator, restore_rng_state
 from rlhf_ppo.training.experience import describe
 from rlhf_ppo.training.resume import keep_checkpoint
 

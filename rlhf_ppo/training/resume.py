@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from rlhf_ppo.generation.multi_turn import RespondError
 from rlhf_ppo.models.identity import SavedModelError
 from rlhf_ppo.rewards.functions import RewardError
-from rlhf_ppo.runtime.checkpoint import find_checkpoint
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
+from rlhf_ppo.runtime.resume import find_checkpoint
 from rlhf_ppo.runtime.signals import Interrupted, asked_to_stop
 from rlhf_ppo.training.checkpoint import Boundary, load_checkpoint, save_checkpoint
 from rlhf_ppo.training.stability import PolicyDriftError, nonfinite_parameters

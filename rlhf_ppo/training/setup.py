@@ -41,9 +41,9 @@ from rlhf_ppo.rewards.cache import ScoreCache
 from rlhf_ppo.rewards.functions import RewardFunction, require_takes
 from rlhf_ppo.rewards.loading import RewardSource, ask_servers, load_rewards, make_caches
 from rlhf_ppo.rewards.reward_model import RewardModel
-from rlhf_ppo.runtime.device import autocast, compute_in_bf16
+from rlhf_ppo.runtime.device import autocast, compute_in_bf16, resolve_device
 from rlhf_ppo.runtime.processes import require_one_process
-from rlhf_ppo.runtime.seeding import resolve_device, seed_everything
+from rlhf_ppo.runtime.seeding import seed_everything
 from rlhf_ppo.runtime.trackers import require_installed
 
 

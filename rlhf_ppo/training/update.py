@@ -15,7 +15,7 @@ from rlhf_ppo.core import Experience, adapt_clip_range, adapt_kl_coef, adapt_pen
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.runtime.errors import RatioTripwireError
 from rlhf_ppo.runtime.metrics import MetricAverage
-from rlhf_ppo.runtime.streams import SHUFFLE, numbered_generator
+from rlhf_ppo.runtime.seeding import SHUFFLE, numbered_generator
 from rlhf_ppo.training.black_box import write_black_box
 from rlhf_ppo.training.experience import estimate
 from rlhf_ppo.training.gradients import clear_gradients, clip_and_step

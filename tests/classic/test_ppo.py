@@ -10,8 +10,8 @@ import torch
 
 import classic
 from classic.fast.gradients import ClosedForm
+from rlhf_ppo.runtime.processes import torch_threads
 from rlhf_ppo.runtime.run_directory import RunDirectory
-from rlhf_ppo.runtime.threads import torch_threads
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_ppo.runtime.seeding import global_rng_state, resolve_device, restore_rng_state, seed_everything
+from rlhf_ppo.runtime.device import resolve_device
+from rlhf_ppo.runtime.seeding import global_rng_state, restore_rng_state, seed_everything
 
 
 def draws() -> tuple[float, float, float]:

@@ -17,8 +17,8 @@ from torch import nn
 import classic.cli
 import rlhf_ppo.cli
 from classic.envs.making import make_vector_env
-from rlhf_ppo.runtime.summary import model_rows
-from rlhf_ppo.runtime.threads import choose_threads, usable_cpus
+from rlhf_ppo.runtime.processes import choose_threads, usable_cpus
+from rlhf_ppo.runtime.progress import model_rows
 
 # Stops at the first of torch's own modules (torch itself may only be looked for), and says what OpenMP will read there.
 LOOK = """
@@ -59,10 +59,10 @@ def test_a_script_that_loads_torch_first_is_told_so(before, given, spin, tmp_pat
     names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
     environment = {name: value for name, value in os.environ.items() if name not in names} | given
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *sys.path])
-    code = f"{before}from rlhf_ppo.runtime.torch_environment import THREADS_SPIN; print(THREADS_SPIN)"
+    code = f"{before}from rlhf_ppo.runtime.package import THREADS_SPIN; print(THREADS_SPIN)"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == str(spin), done.stderr
-    monkeypatch.setattr("rlhf_ppo.runtime.torch_environment.THREADS_SPIN", spin)
+    monkeypatch.setattr("rlhf_ppo.runtime.package.THREADS_SPIN", spin)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     row = model_rows("m", nn.Linear(2, 2), device=torch.device("cpu"), bf16=False)["threads"]
     assert ("import rlhf_ppo before torch" in row) == spin
@@ -108,7 +108,7 @@ def test_usable_cpus_are_what_affinity_and_container_leave(files, cpus, tmp_path
 
 def test_small_models_get_one_thread_and_others_the_cpus_unless_the_user_says(monkeypatch):
     small, large = nn.Linear(10, 10), nn.Linear(4000, 2500, device="meta")
-    monkeypatch.setattr("rlhf_ppo.runtime.threads.usable_cpus", lambda: 3)
+    monkeypatch.setattr("rlhf_ppo.runtime.processes.usable_cpus", lambda: 3)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert (choose_threads(small), choose_threads(large), choose_threads()) == (1, 3, 3)

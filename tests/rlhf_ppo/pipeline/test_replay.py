@@ -162,7 +162,7 @@ def test_black_boxes_are_few(make_trainer, prompts):
 
 def test_a_full_disk_is_a_warning_and_leaves_nothing(make_trainer, prompts, monkeypatch):
     trainer = make_trainer(reward_funcs=one_extreme)
-    monkeypatch.setattr("rlhf_ppo.runtime.checkpoint.shutil.disk_usage", lambda path: type("", (), {"free": 10})())
+    monkeypatch.setattr("rlhf_ppo.runtime.files.shutil.disk_usage", lambda path: type("", (), {"free": 10})())
     with pytest.warns(UserWarning, match=r"black box of rollout 1 could not be written.*free"):
         trainer.step(trainer.rollout(prompts))
     assert not list(trainer.run.path.glob("*blackbox-*"))

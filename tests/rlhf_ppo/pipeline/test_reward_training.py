@@ -24,7 +24,7 @@ from rlhf_ppo.pipeline.reward_training import (
     train_reward_model,
 )
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
-from rlhf_ppo.runtime.lock import LOCK_FILE, RunLockedError, run_lock
+from rlhf_ppo.runtime.run_directory import LOCK_FILE, RunLockedError, run_lock
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from rlhf_ppo.pipeline.sft import (
     train_tokenizer,
 )
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
-from rlhf_ppo.runtime.lock import RunLockedError, run_lock
+from rlhf_ppo.runtime.run_directory import RunLockedError, run_lock
 from rlhf_ppo.training.setup import stop_tokens
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "a cat and a dog"] * 20

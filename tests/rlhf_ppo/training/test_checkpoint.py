@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig
 
 from rlhf_ppo.runtime.checkpoint import list_checkpoints, verify_checkpoint
-from rlhf_ppo.runtime.lock import run_lock
+from rlhf_ppo.runtime.run_directory import run_lock
 from rlhf_ppo.training.checkpoint import MAY_CHANGE, load_checkpoint, save_checkpoint
 
 SETTINGS = {"total_episodes": 32, "save_every": 2}

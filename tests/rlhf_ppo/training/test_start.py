@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from rlhf_ppo.pipeline.reward_training import RewardTrainingArgs, train_reward_model
 from rlhf_ppo.pipeline.sft import SFTArgs, sft
-from rlhf_ppo.runtime.summary import model_rows
+from rlhf_ppo.runtime.progress import model_rows
 
 
 @pytest.fixture

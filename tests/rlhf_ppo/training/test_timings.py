@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import time
 from itertools import count
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-import rlhf_ppo.runtime.timing
-from rlhf_ppo.runtime.timing import Stopwatch
+from rlhf_ppo.runtime import progress
+from rlhf_ppo.runtime.progress import Stopwatch
 
 
 def test_phases_add_up_and_are_taken_once(monkeypatch):
     clock = iter([0.0, 1.0, 10.0, 12.0, 20.0, 25.0, 100.0, 107.0])
-    monkeypatch.setattr(rlhf_ppo.runtime.timing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     watch = Stopwatch(torch.device("cpu"))
     for name in ("a", "b", "a"):
         with watch.phase(name):
@@ -31,7 +32,8 @@ def test_phases_add_up_and_are_taken_once(monkeypatch):
 def test_each_iteration_writes_its_own_and_evaluations_are_left_out(make_trainer, prompts, monkeypatch):
     """By a clock that goes on by one second at each look, so that a phase entered once takes one."""
     ticks = count()
-    monkeypatch.setattr(rlhf_ppo.runtime.timing, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    clock = SimpleNamespace(perf_counter=lambda: float(next(ticks)), monotonic=time.monotonic)
+    monkeypatch.setattr(progress, "time", clock)
     seen = []
     trainer = make_trainer(
         total_episodes=24,

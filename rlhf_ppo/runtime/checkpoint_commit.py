@@ -1,0 +1,151 @@
+"""Commit a checkpoint: a folder that is written whole or not at all.
+
+Write into ``.tmp-<step>``, fsync every file, write the manifest (sizes, SHA-256, settings, fingerprints) last, rename
+to ``checkpoint-<step>``, fsync the parent, and only then delete older ones. A process that is killed at any point
+leaves the earlier checkpoints as they were.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rlhf_ppo.runtime.checkpoint import (
+    FORMAT,
+    MANIFEST,
+    STATE,
+    as_json,
+    checkpoint_folder,
+    checkpoint_step,
+    file_facts,
+    list_checkpoints,
+    manifest_text,
+    verify_checkpoint,
+)
+from rlhf_ppo.runtime.files import TEMPORARY, follow_umask, require_space, sync_file, sync_folder
+from rlhf_ppo.runtime.package import __version__
+
+
+def write_checkpoint(
+    root: str | Path,
+    step: int,
+    *,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    settings: Mapping[str, Any] | None = None,
+    fingerprints: Mapping[str, Any] | None = None,
+    keep: int | None = None,
+    spare: Collection[int] = (),
+) -> Path:
+    """Commit ``checkpoint-<step>`` into a run's folder.
+
+    Args:
+        root: the run's folder.
+        step: how far the run is.
+        tensors: group -> name -> tensor; each group is one file ``<group>.safetensors``.
+        state: the rest, as JSON.
+        settings, fingerprints: what a run that resumes is compared with (:mod:`rlhf_ppo.runtime.resume`), as JSON.
+        keep: good checkpoints to keep, this one among them, the older ones being deleted after the commit. None: all.
+        spare: steps that rotation never deletes, such as the best so far; they do not count in ``keep``.
+    Returns:
+        The checkpoint's folder.
+    Raises:
+        FileExistsError: a good checkpoint of this step is there; what is committed is never touched again.
+        OSError: it could not be written (a full disk, mostly). Earlier checkpoints are untouched, nothing half is left.
+    """
+    root, folder = Path(root), checkpoint_folder(root, step)
+    if folder.exists() and not verify_checkpoint(folder):
+        raise FileExistsError(errno.EEXIST, "a good checkpoint of this step is there already", str(folder))
+    ready = {group: {n: x.detach().contiguous() for n, x in named.items()} for group, named in tensors.items()}
+    content = {STATE: json.dumps(state, indent=1) + "\n"}
+    header = {
+        "format": FORMAT,
+        "step": step,
+        "versions": {"rlhf_ppo": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "settings": as_json(settings or {}),
+        "fingerprints": as_json(fingerprints or {}),
+    }
+    root.mkdir(parents=True, exist_ok=True)
+    _discard_leftovers(root)
+    temporary = root / f"{TEMPORARY}{step}"
+    try:
+        require_space(root, _bytes(ready, content))
+        temporary.mkdir()
+        files: dict[str, dict[str, Any]] = {}
+        for group, named in ready.items():
+            file = temporary / f"{group}.safetensors"
+            save_file(named, file)
+            files[file.name] = _settle(file)
+        for name, text in content.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+            files[name] = _settle(temporary / name)
+        (temporary / MANIFEST).write_text(manifest_text({**header, "files": files}), encoding="utf-8")
+        _settle(temporary / MANIFEST)
+        sync_folder(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)  # a bad one: see above
+        os.rename(temporary, folder)
+        sync_folder(root)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(
+            getattr(error, "errno", None) or errno.EIO,
+            f"checkpoint of step {step} could not be written into {root}: {getattr(error, 'strerror', None) or error}. "
+            "Earlier checkpoints are untouched; free some space, or keep fewer checkpoints, then resume from the last",
+        ) from error
+    if keep is not None:
+        prune(root, keep=keep, spare=spare)
+    return folder
+
+
+def prune(root: str | Path, *, keep: int, spare: Collection[int] = ()) -> list[Path]:
+    """Delete all checkpoints but the ``keep`` newest good ones and the steps in ``spare``; returns the deleted.
+
+    Bad ones stay (they are evidence) and do not count.
+    """
+    if keep < 1:
+        raise ValueError(f"keep={keep} must be 1 or more: the newest checkpoint is the run")
+    # Of an old checkpoint the manifest's presence is enough here: its checksums were right when it was committed, and
+    # reading all of them again at every save would take longer than the save.
+    good = [p for p in list_checkpoints(root) if (p / MANIFEST).is_file() and checkpoint_step(p) not in spare]
+    deleted = good[:-keep]
+    for folder in deleted:
+        # Renamed first: a process that is killed while deleting leaves no half checkpoint under that name.
+        doomed = folder.with_name(f"{TEMPORARY}old-{folder.name}")
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed)
+    return deleted
+
+
+def _discard_leftovers(root: Path) -> None:
+    """What a killed save left; the run's lock keeps other processes from saving here."""
+    for leftover in root.glob(f"{TEMPORARY}*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
+def _bytes(tensors: Mapping[str, Mapping[str, Tensor]], content: Mapping[str, str]) -> int:
+    """What a checkpoint takes on the disk, and a little more."""
+    tensor_bytes = sum(x.numel() * x.element_size() for named in tensors.values() for x in named.values())
+    names = sum(len(name) + 128 for named in tensors.values() for name in named)
+    return tensor_bytes + names + sum(len(text.encode()) for text in content.values()) + 2**16
+
+
+def _settle(file: Path) -> dict[str, Any]:
+    """Bring a file to the disk; returns its size and checksum."""
+    follow_umask(file)
+    sync_file(file)
+    return file_facts(file)

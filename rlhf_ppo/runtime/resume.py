@@ -1,0 +1,179 @@
+"""Resume: choose the checkpoint that a run goes on from, and check that it is the same run.
+
+The `check` command says the same of a run's folder: which checkpoints are good, and which one would be resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from rlhf_ppo.runtime.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    CheckpointError,
+    as_json,
+    checkpoint_step,
+    list_checkpoints,
+    read_checkpoint,
+    read_manifest,
+    verify_checkpoint,
+)
+
+
+def newest_good(root: str | Path) -> Checkpoint | None:
+    """The newest unharmed checkpoint of a run, with a warning for each newer one that is harmed; None: it has none.
+
+    Raises:
+        CheckpointError: there are checkpoints and none is good. A run with a past never starts afresh by itself.
+    """
+    bad: list[str] = []
+    for folder in reversed(list_checkpoints(root)):
+        try:
+            checkpoint = read_checkpoint(folder)
+        except CheckpointError as error:
+            bad.append(str(error))
+            continue
+        for line in bad:
+            warnings.warn(f"{line}. Going on from {folder.name} instead", stacklevel=2)
+        return checkpoint
+    if bad:
+        raise CheckpointError(
+            f"no checkpoint in {root} is good, and a run that has some never starts afresh by itself. "
+            f"{'. '.join(bad)}. Restore one from a copy, or name another output_dir to start anew"
+        )
+    return None
+
+
+def find_checkpoint(wanted: str | Path, root: str | Path | None) -> Checkpoint | None:
+    """What ``resume_from_checkpoint`` means, verified and read: once, however large it is.
+
+    Args:
+        wanted: a checkpoint's folder, a run's folder for the newest good one in it, or "auto": the newest good one in
+            ``root``.
+        root: the folder of the run that resumes.
+    Returns:
+        The checkpoint. None: "auto", and there is none, so that the run starts afresh. To ask for one never does.
+    Raises:
+        ValueError: "auto" without a root.
+        FileNotFoundError: what is asked for is not there.
+        CheckpointError: it is damaged, or the run has some and none is good.
+    """
+    if wanted == "auto":
+        if root is None:
+            raise ValueError("resume_from_checkpoint='auto' looks in output_dir, which is None: set it")
+        return newest_good(root)
+    path = Path(wanted)
+    if not path.is_dir():
+        there = ", ".join(folder.name for folder in list_checkpoints(path.parent)) or "none"
+        raise FileNotFoundError(
+            f"resume_from_checkpoint={path}: there is no such folder; checkpoints in {path.parent}: {there}"
+        )
+    if checkpoint_step(path) is not None or (path / MANIFEST).is_file():
+        return read_checkpoint(path)
+    if (newest := newest_good(path)) is None:
+        raise FileNotFoundError(f"resume_from_checkpoint={path}: this is no checkpoint, and no run with one")
+    return newest
+
+
+def require_unchanged(
+    checkpoint: Checkpoint,
+    *,
+    settings: Mapping[str, Any],
+    fingerprints: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+    free: Collection[str] = (),
+    override: bool = False,
+) -> None:
+    """Refuse to resume another run than the checkpoint's, or warn of it under ``override``.
+
+    Args:
+        checkpoint: the one to resume.
+        settings, fingerprints: of the run that resumes.
+        defaults: what settings that the checkpoint does not know were then (they came with a later version).
+        free: settings that may change from one part of a run to the next.
+        override: the user wants it so.
+    Raises:
+        CheckpointError: something else differs; shows each as old -> new.
+    """
+    pairs = [
+        ({**(defaults or {}), **checkpoint.settings}, as_json(settings)),
+        (checkpoint.fingerprints, as_json(fingerprints)),
+    ]
+    changed = [
+        f"{name}: {_short(old.get(name))} -> {_short(new.get(name))}"
+        for old, new in ((as_json(old), new) for old, new in pairs)
+        for name in sorted({*old, *new} - set(free))
+        if old.get(name) != new.get(name)
+    ]
+    if not changed:
+        return
+    listed = "\n  ".join(changed)
+    message = f"checkpoint {checkpoint.folder} is of a run with other settings or data (old -> new):\n  {listed}\n"
+    if not override:
+        raise CheckpointError(
+            f"{message}Put them back, or go on with the new ones by resume_override=True (--resume-override): the run "
+            "is then no longer the one that it would have been"
+        )
+    warnings.warn(f"{message}Going on with the new ones (resume_override)", stacklevel=3)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckArgs:
+    """Verify all checkpoints of a run; exit code 1 if one is damaged."""
+
+    run: tyro.conf.Positional[str]
+    """Folder of a run (language model or classic), or one checkpoint-<n>."""
+
+
+def check(args: CheckArgs) -> int:
+    """Print a row for each checkpoint; returns the exit code.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no checkpoint in it.
+    """
+    run = Path(args.run)
+    if not run.is_dir():
+        raise FileNotFoundError(f"{run} does not exist: name the folder of a run")
+    folders = list_checkpoints(run) or ([run] if (run / "manifest.json").is_file() else [])
+    if not folders:
+        raise FileNotFoundError(f"{run} holds no checkpoint-<n>: runs write them with save_every")
+    table = Table(title=f"checkpoints of {run}", title_justify="left")
+    for heading in ("checkpoint", "state", "MB", "written by", "problems"):
+        table.add_column(heading, overflow="fold")
+    good: list[Path] = []
+    for folder in folders:
+        problems = verify_checkpoint(folder)
+        if not problems:
+            good.append(folder)
+        table.add_row(folder.name, "BAD" if problems else "good", *_facts(folder), "\n".join(problems))
+    console = Console(markup=False, emoji=False)  # a folder's name may hold [/x] or :x:
+    console.print(table)
+    if good:
+        console.print(f"a resumed run goes on from {good[-1].name}", highlight=False)
+    else:
+        console.print("none can be resumed", highlight=False)
+    return int(len(good) < len(folders))
+
+
+def _facts(folder: Path) -> tuple[str, str]:
+    """Size in MB and version, as the manifest says, if it can be read."""
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError:
+        return "?", "?"
+    size = sum(facts["bytes"] for facts in manifest["files"].values())
+    return f"{size / 1e6:.1f}", f"rlhf-ppo {manifest['versions']['rlhf_ppo']}, torch {manifest['versions']['torch']}"
