@@ -90,6 +90,7 @@ def require_unchanged(
     settings: Mapping[str, Any],
     fingerprints: Mapping[str, Any],
     defaults: Mapping[str, Any] | None = None,
+    removed: Mapping[str, tuple[Any, str]] | None = None,
     free: Collection[str] = (),
     override: bool = False,
 ) -> None:
@@ -99,18 +100,23 @@ def require_unchanged(
         checkpoint: the one to resume.
         settings, fingerprints: of the run that resumes.
         defaults: what settings that the checkpoint does not know were then (they came with a later version).
+        removed: removed setting -> its old default, at which it is ignored, and what to do instead.
         free: settings that may change from one part of a run to the next.
         override: the user wants it so.
     Raises:
         CheckpointError: something else differs; shows each as old -> new.
     """
-    pairs = [
-        ({**(defaults or {}), **checkpoint.settings}, as_json(settings)),
-        (checkpoint.fingerprints, as_json(fingerprints)),
-    ]
+    removed = removed or {}
+    known = {
+        name: value
+        for name, value in checkpoint.settings.items()
+        if name not in removed or name in settings or value != removed[name][0]
+    }
+    pairs = [({**(defaults or {}), **known}, settings), (checkpoint.fingerprints, fingerprints)]
     changed = [
-        f"{name}: {_short(old.get(name))} -> {_short(new.get(name))}"
-        for old, new in ((as_json(old), new) for old, new in pairs)
+        f"{name}: {_short(old.get(name))} -> "
+        + (f"removed; {removed[name][1]}" if name in removed and name not in new else _short(new.get(name)))
+        for old, new in ((as_json(old), as_json(new)) for old, new in pairs)
         for name in sorted({*old, *new} - set(free))
         if old.get(name) != new.get(name)
     ]
