@@ -22,7 +22,7 @@ from classic_speed import peer_python
 
 import classic
 from classic.compare import RESULT, Variant, compare, draw_learning_curve
-from classic.statistics import bootstrap_iqm, mean_and_error
+from rlhf_ppo.runtime.statistics import bootstrap_iqm, mean_and_error
 
 # Published results (mean +- spread as given there), with their source.
 PUBLISHED = {

@@ -27,9 +27,10 @@ from rlhf_ppo.pipeline.demo import HELD_OUT, OPENINGS
 
 WORK = WORKLOADS["M"]  # GPT-2, 6 layers x 384, vocabulary 50257, random weights
 ARRANGEMENTS = {
-    "four models: policy, reference, critic, reward": {"value_model": "value", "reward": "classifier"},
-    "three: LoRA policy, critic, reward": {"value_model": "value", "reward": "classifier", "lora": True},
-    "two: LoRA policy with a shared trunk, reward": {"reward": "classifier", "lora": True},
+    "four models: policy, reference, critic, reward": {"value_model": "value"},
+    "three: LoRA policy, critic, reward": {"value_model": "value", "lora": True},
+    "two: LoRA policy with a shared trunk, reward": {"lora": True},
+    "two: LoRA policy with a value adapter, reward": {"critic": "adapter", "lora": True},
 }
 CRITICS = {
     "shared trunk": {"critic": "shared"},
@@ -39,7 +40,7 @@ CRITICS = {
 
 
 def write_models(folder: Path) -> None:
-    """The base, a separate critic's trunk, and a reward model."""
+    """Save the base, a separate critic's trunk and a reward model."""
     tokenizer = make_tokenizer(WORK)
 
     def save(model: PreTrainedModel, name: str) -> None:
@@ -58,7 +59,7 @@ def memory_of(name: str, folder: Path, episodes: int) -> dict[str, float]:
     before = _peak()
     trainer = PPOTrainer(
         model=str(folder / "base"),
-        reward_funcs=str(folder / plan["reward"]),
+        reward_funcs=str(folder / "classifier"),
         value_model=str(folder / plan["value_model"]) if "value_model" in plan else None,
         peft_config=lora_config(8) if plan.get("lora") else None,
         args=RLHFConfig(

@@ -3,9 +3,9 @@
 import rlhf_ppo  # noqa: F401 - before torch, whose threads it tells how to wait
 
 # isort: split
-import classic.envs.no_velocity  # noqa: F401 - registers its environment
+import classic.envs.cartpole_no_vel  # noqa: F401 - registers its environment
 from classic.config import PPOArgs
-from classic.envs.making import BrokenEnvironmentError
+from classic.envs.errors import BrokenEnvironmentError
 from classic.ppo import PPO
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from classic import compare as comparison
 from classic.callbacks import evaluate_every, stop_at_return
 from classic.config import PPOArgs
-from classic.envs.making import BrokenEnvironmentError
+from classic.envs.errors import BrokenEnvironmentError
 from classic.ppo import PPO
 from classic.video import record_video
 from rlhf_ppo.runtime.advice import AdviseArgs, print_advice

@@ -15,10 +15,10 @@ import yaml
 
 from classic.config import PPOArgs
 from classic.ppo import PPO
-from classic.statistics import bootstrap_iqm, mean_and_error
 from rlhf_ppo.runtime.files import read_json
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.settings import as_type
+from rlhf_ppo.runtime.statistics import bootstrap_iqm, mean_and_error
 
 RESULT = "result.json"
 NEEDED = ("env_id", "episodes", "settings", "env_steps", "mean_return")

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
-from classic.envs.making import Vectorization
+from classic.envs.make_env import Vectorization
 from classic.envs.spaces import ActionLayout
 from classic.name_hints import SETTINGS
 from classic.networks.actor_critic import LOG_STD_RANGE
-from classic.preset_files import preset as preset_of
+from classic.presets.resolve import preset as preset_of
 from rlhf_ppo.core import PPOConfig
 from rlhf_ppo.core.config import Objective
 from rlhf_ppo.core.validation import require_types

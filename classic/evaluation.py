@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from classic.envs.environments import Environments, Episode
+from classic.envs.seeds import derive_seeds
 from classic.networks.actor_critic import ActorCritic
-from classic.seeds import derive_seeds
 from rlhf_ppo.runtime.signals import stop_if_asked
 
 MAX_COPIES = 32

@@ -20,22 +20,21 @@ from classic.callbacks import Callback, run_callbacks
 from classic.changes import OF_COPIES, OF_WEIGHTS, differing, still_moved
 from classic.checkpoint import Progress, load_checkpoint, save_checkpoint
 from classic.config import PPOArgs
-from classic.environment_warnings import warn_before_training
+from classic.envs.checks import warn_before_training
 from classic.envs.environments import Environments, Episode
-from classic.envs.making import EnvLike, env_name
+from classic.envs.make_env import EnvLike, env_name, identify
 from classic.envs.normalization import Normalizer
-from classic.envs.task import identify
+from classic.envs.seeds import derive_seeds
 from classic.evaluation import MAX_COPIES, MAX_STEPS, evaluate_policy
 from classic.explain import explain_rollout
-from classic.fast.flat import FlatAdam, FlatParameters, trained
-from classic.fast.gradients import gradient_method
+from classic.fast.analytic_gradients import gradient_method
+from classic.fast.flat_adam import FlatAdam, FlatParameters, trained
 from classic.networks.actor_critic import ActorCritic
 from classic.prediction import predict
-from classic.preset_files import preset_ids
+from classic.presets.resolve import preset_ids
 from classic.report import draw_curve, run_metrics, show_progress
 from classic.rollout import Estimate, Rollout, collect, estimate_advantages
 from classic.save import in_force
-from classic.seeds import derive_seeds
 from classic.update import update
 from rlhf_ppo.core import PPOConfig
 from rlhf_ppo.runtime.checkpoint import checkpoint_folder

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from classic.envs.action_masks import mask_row
 from classic.envs.environments import Environments
+from classic.envs.masks import mask_row
 from classic.envs.spaces import batch_of_one, is_batch, is_finite, to_env_actions
 from classic.networks.actor_critic import ActorCritic
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from classic.envs.environments import Environments, Episode
 from classic.envs.normalization import Normalizer
-from classic.fast.acting import acting
+from classic.fast.numpy_acting import acting
 from classic.networks.actor_critic import ActorCritic, Decisions
 from rlhf_ppo.core import PPOConfig, compute_gae
 

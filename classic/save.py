@@ -15,7 +15,7 @@ from torch import Tensor
 
 from classic.changes import still_moved, with_changes
 from classic.config import PPOArgs
-from classic.envs.making import EnvLike
+from classic.envs.make_env import EnvLike
 from classic.envs.spaces import scales_parts
 from rlhf_ppo.runtime.checkpoint import list_checkpoints
 from rlhf_ppo.runtime.files import replacing_files

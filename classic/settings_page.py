@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from classic.cli import COMMANDS
 from classic.config import DEFAULTS, PPOArgs
-from classic.preset_files import preset, preset_ids
+from classic.presets.resolve import preset, preset_ids
 from rlhf_ppo.runtime.settings_page import command_sections
 
 HEAD = """\

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import gymnasium
 import numpy as np
 
-from classic.envs.making import CRASHES, BrokenEnvironmentError, make_vector_env
+from classic.envs.errors import CRASHES, BrokenEnvironmentError
+from classic.envs.make_env import make_vector_env
+from classic.envs.seeds import derive_seeds
 from classic.evaluation import warn_of_cut
-from classic.seeds import derive_seeds
 from rlhf_ppo.runtime.signals import stop_if_asked
 
 if TYPE_CHECKING:

@@ -40,15 +40,15 @@ from rlhf_ppo.runtime.signals import stop_if_asked, stop_on_signals
 from rlhf_ppo.runtime.trackers import reporting
 from rlhf_ppo.runtime.unknown_names import refuse_unknown_arguments
 from rlhf_ppo.runtime.user_code import callback_name, require_callbacks
-from rlhf_ppo.training.backward import minibatch_gradient
 from rlhf_ppo.training.checkpoint import Boundary
 from rlhf_ppo.training.collect import Collector
 from rlhf_ppo.training.explain import explain_rollout
 from rlhf_ppo.training.fingerprints import run_fingerprints
+from rlhf_ppo.training.gradients import minibatch_gradient
 from rlhf_ppo.training.optimizer import make_optimizer, only_the_critic_learns, warmup_settings
 from rlhf_ppo.training.reporting import PANELS, evaluate, log_evaluation, log_update, run_rows
 from rlhf_ppo.training.resume import SafePoint, begin, go_back, keep_checkpoint, save_after, save_model
-from rlhf_ppo.training.score_shaping import ScoreStatistics
+from rlhf_ppo.training.rewards import ScoreStatistics
 from rlhf_ppo.training.setup import RewardSource, set_up
 from rlhf_ppo.training.stability import require_no_drift
 from rlhf_ppo.training.update import update

@@ -12,10 +12,11 @@ from gymnasium.spaces import Box
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from torch import Tensor
 
-from classic.envs.action_masks import ActionMasks
-from classic.envs.copies import ask_copies, normalizing_layers, pass_on
-from classic.envs.episodes import RecordedEpisode, episode_state, restore_episodes
-from classic.envs.making import CRASHES, BrokenEnvironmentError, EnvLike, Vectorization, env_name, make_vector_env
+from classic.envs.episode_state import RecordedEpisode, episode_state, restore_episodes
+from classic.envs.errors import CRASHES, BrokenEnvironmentError
+from classic.envs.make_env import EnvLike, Vectorization, env_name, make_vector_env
+from classic.envs.masks import ActionMasks
+from classic.envs.seeds import Purpose, derive_seeds
 from classic.envs.spaces import (
     action_layout,
     batch_of_one,
@@ -24,7 +25,7 @@ from classic.envs.spaces import (
     observation_shape,
     to_env_actions,
 )
-from classic.seeds import Purpose, derive_seeds
+from classic.envs.wrappers import ask_copies, normalizing_layers, pass_on
 
 NO_ENVS = torch.empty(0, dtype=torch.int64)
 

@@ -6,7 +6,6 @@ from rlhf_ppo.core.controllers import adapt_clip_range, adapt_kl_coef, adapt_pen
 from rlhf_ppo.core.diagnostics import explained_variance, ppo_diagnostics
 from rlhf_ppo.core.dpo import dpo_loss
 from rlhf_ppo.core.kernels.linear_kl import kl_from_logits, linear_kl
-from rlhf_ppo.core.kernels.vocabulary import Ban
 from rlhf_ppo.core.kl import kl_estimate, kl_penalized_rewards
 from rlhf_ppo.core.logprobs import entropy_from_logits, linear_logprobs, token_logprobs
 from rlhf_ppo.core.losses import (
@@ -23,10 +22,11 @@ from rlhf_ppo.core.losses import (
 from rlhf_ppo.core.masked import masked_mean, masked_var, masked_whiten
 from rlhf_ppo.core.minibatches import minibatch_indices
 from rlhf_ppo.core.ratios import pool_old_logprobs, probability_ratio, truncated_importance_weights
-from rlhf_ppo.core.types import Experience, PolicyOutput, PPOLoss
+from rlhf_ppo.core.types import Ban, BannedTokens, Experience, PolicyOutput, PPOLoss
 
 __all__ = [
     "Ban",
+    "BannedTokens",
     "Experience",
     "PPOConfig",
     "PPOLoss",

@@ -11,7 +11,6 @@ from torch.autograd.function import once_differentiable
 
 from rlhf_ppo.core.kernels.vocabulary import (
     CHUNK_LOGITS,
-    Ban,
     ChunkLogits,
     HeadGradients,
     below_largest,
@@ -21,7 +20,7 @@ from rlhf_ppo.core.kernels.vocabulary import (
     product_dtype,
     without_autocast,
 )
-from rlhf_ppo.core.types import compute_dtype, require_same_shape, require_temperature, result_dtype
+from rlhf_ppo.core.types import BannedTokens, compute_dtype, require_same_shape, require_temperature, result_dtype
 
 
 def token_logprobs(
@@ -97,7 +96,7 @@ def linear_logprobs(
     temperature: float = 1.0,
     chunk_size: int | None = None,
     return_entropy: bool = False,
-    ban: Ban | None = None,
+    ban: BannedTokens | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probs of ``tokens`` under ``softmax((hidden @ weight.T + bias) / temperature)``, without the [N, V] logits.
 
@@ -156,7 +155,7 @@ class _LinearLogprobs(torch.autograd.Function):
         temperature: float,
         chunk_size: int,
         return_entropy: bool,
-        ban: Ban | None,
+        ban: BannedTokens | None,
     ) -> tuple[Tensor, Tensor]:
         count = hidden.shape[0]
         ctx.low = product_dtype(hidden)

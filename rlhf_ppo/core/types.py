@@ -1,9 +1,9 @@
-"""The three records that the core passes around: what a policy says now, what was recorded, what to minimise."""
+"""Records that the core passes around (policy output, experience, losses, banned tokens) and checks of tensors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,6 +65,19 @@ class PPOLoss:
     """Mean entropy in nats (a bonus, so larger is better); 0 when it was not computed."""
     kl: Tensor = field(default_factory=lambda: torch.zeros(()))
     """The KL to the reference as a loss term; 0 when kl_loss_coef is."""
+
+
+class BannedTokens(NamedTuple):
+    """Tokens that cannot be sampled at some places: the other tokens share their probability."""
+
+    where: Tensor
+    """[*] bool, True where they are banned."""
+    tokens: tuple[int, ...]
+    """The banned ids."""
+
+
+Ban = BannedTokens
+"""Its earlier name."""
 
 
 def require_same_shape(**tensors: Tensor | None) -> None:

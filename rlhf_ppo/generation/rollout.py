@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
+from rlhf_ppo.core import BannedTokens
 from rlhf_ppo.data.chat import Completion, Prompt
-from rlhf_ppo.generation.kv_cache import can_shrink
-from rlhf_ppo.generation.stopping import Barred, TextStop, bar
+from rlhf_ppo.generation.stopping import TextStop
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward import Sequences, position_ids
+from rlhf_ppo.models.kv_cache import can_shrink
 from rlhf_ppo.models.packing import token_batches
 from rlhf_ppo.runtime.signals import stop_if_asked
 
@@ -64,8 +66,8 @@ class Rollout:
     """[B, T] log-probs as recorded while decoding, where recompute_logprobs has replaced them in ``logprobs``."""
     decode_gap: float | None = None
     """Largest |decoding log-prob - full forward log-prob| in nats, measured under recompute_logprobs."""
-    barred: Barred | None = None
-    """Where min_new_tokens kept stop tokens from being drawn."""
+    banned: BannedTokens | None = None
+    """Stop tokens, banned at [B, T] places before min_new_tokens; True only where ``mask`` is."""
     environment: Tensor | None = None
     """[B, T] bool, True on the tokens of replies; None without ``respond``, like the fields below."""
     turns: Tensor | None = None
@@ -101,7 +103,7 @@ class Rollout:
             self.response_ids[index, :t],
             self.mask[index, :t],
             None if self.environment is None else self.real[index, :t],
-            None if self.barred is None else Barred(self.barred.where[index, :t], self.barred.tokens),
+            None if self.banned is None else BannedTokens(self.banned.where[index, :t], self.banned.tokens),
         )
 
     def batches(self, rows: Sequence[int], max_tokens: int, *, padded: bool) -> list[list[int]]:
@@ -243,7 +245,7 @@ def sample_responses(
         first = decoding_step(model, cache, temperature)  # the prompt is of any length
     early = first
     if min_new_tokens:
-        early = decoding_step(model, cache, temperature, barred=sorted(stop_token_ids))
+        early = decoding_step(model, cache, temperature, banned=sorted(stop_token_ids))
     attention = torch.cat([prompt_mask, prompt_mask.new_ones(batch, room - prompt_length)], dim=1)
     with model.reader.decoding():
         for t in range(max_new_tokens):
@@ -278,15 +280,15 @@ def sample_responses(
     return Sampled(response_ids, mask, finished, logprobs, entropy, values if model.shares_trunk else None)
 
 
-def decoding_step(model: ActorCritic, cache: Any, temperature: float, *, barred: Sequence[int] = ()) -> Step:
-    """One forward pass over new tokens and one draw per row, never of a ``barred`` token."""
+def decoding_step(model: ActorCritic, cache: Any, temperature: float, *, banned: Sequence[int] = ()) -> Step:
+    """Return a step: one forward pass over new tokens and one draw per row, never of a ``banned`` token."""
 
     def step(
         ids: Tensor, positions: Tensor, attention: Tensor, u: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         logits, value = model.decode(ids, positions, attention, cache)
-        if barred:
-            bar(logits, barred)
+        if banned:
+            logits.index_fill_(-1, torch.tensor(banned, device=logits.device), -math.inf)
         return *_act(logits, u, temperature), value
 
     return step

@@ -1,10 +1,8 @@
-"""Decoding limits: strings that end a response, and a least length before which no stop token can be drawn."""
+"""Stop strings: detect them in responses as they are sampled, and cut the text before them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,17 +31,3 @@ class TextStop:
 def cut_at(text: str, strings: Sequence[str]) -> str:
     """``text`` up to the first of the stop strings in it."""
     return text[: min((place for string in strings if (place := text.find(string)) >= 0), default=len(text))]
-
-
-class Barred(NamedTuple):
-    """Tokens that could not be drawn at some places of B responses: their distribution is renormalised without them."""
-
-    where: Tensor
-    """[B, T] bool, True only where the response's mask is."""
-    tokens: tuple[int, ...]
-    """The ids that were barred there."""
-
-
-def bar(logits: Tensor, tokens: Sequence[int]) -> Tensor:
-    """Logits [*, V] with -inf at ``tokens``, in the same memory."""
-    return logits.index_fill_(-1, torch.tensor(tokens, dtype=torch.long, device=logits.device), -math.inf)

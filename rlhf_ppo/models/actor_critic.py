@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from rlhf_ppo.core import PolicyOutput
-from rlhf_ppo.generation.stopping import Barred
+from rlhf_ppo.core import BannedTokens, PolicyOutput
 from rlhf_ppo.models.forward import Outputs, Reader, Sequences, place
-from rlhf_ppo.models.loading import freeze, fuse_activations
-from rlhf_ppo.models.lora import adapter_parameters, use_adapter, without_adapters
+from rlhf_ppo.models.loading import fuse_activations
+from rlhf_ppo.models.lora import adapter_parameters, use_adapter
 from rlhf_ppo.models.reference import exact_kl
 from rlhf_ppo.models.value_head import VALUE_HEAD_FILE
 
@@ -116,7 +112,7 @@ class ActorCritic(nn.Module):
         response_ids: Tensor,
         mask: Tensor,
         real: Tensor | None = None,
-        barred: Barred | None = None,
+        banned: BannedTokens | None = None,
         *,
         temperature: float = 1.0,
         entropy: bool = True,
@@ -127,12 +123,12 @@ class ActorCritic(nn.Module):
         Args:
             prompt_ids, prompt_mask: [B, P], left-padded.
             response_ids, mask: [B, T], right-padded.
-            real, barred: see :class:`rlhf_ppo.models.forward.Sequences`.
+            real, banned: see :class:`rlhf_ppo.models.forward.Sequences`.
             temperature: divides the logits; the same one as at sampling.
             entropy: compute it (otherwise None).
             reference: what the reference gives at the same tokens, for the exact KL to it (otherwise None).
         """
-        sequences = Sequences(prompt_ids, prompt_mask, response_ids, mask, real, barred)
+        sequences = Sequences(prompt_ids, prompt_mask, response_ids, mask, real, banned)
         outputs = self.reader.outputs(sequences, hidden=self.shares_trunk)
         logprobs, entropies, states = self.reader.logprobs(
             sequences, temperature=temperature, entropy=entropy, outputs=outputs
@@ -156,37 +152,3 @@ class ActorCritic(nn.Module):
         save_file(self.value_head.state_dict(), folder / VALUE_HEAD_FILE)
         if self.value_trunk is not None:
             self.value_trunk.save_pretrained(folder / "critic")
-
-
-class Reference:
-    """The frozen policy that the KL is measured against: a model of its own, or the policy with its adapter off."""
-
-    def __init__(self, policy: nn.Module, model: PreTrainedModel | None, *, adapter_off: bool) -> None:
-        """Freeze ``model``, or a copy of the policy as it is now; under ``adapter_off`` no copy is needed."""
-        self.policy = policy
-        self.model = None if adapter_off else freeze(copy.deepcopy(policy) if model is None else model)
-        if self.model is not None:
-            fuse_activations(self.model)
-        self.reader = Reader(policy if self.model is None else self.model)
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """While this lasts, the model that the reference reads is the reference."""
-        if self.model is not None:
-            yield
-        else:
-            with without_adapters(self.policy):
-                yield
-
-    @torch.no_grad()
-    def logprobs(self, sequences: Sequences, *, temperature: float) -> Tensor:
-        """[B, T] log-probs under the reference at the policy's temperature, 0 outside the mask."""
-        with self.active():
-            logprobs, _, _ = self.reader.logprobs(sequences, temperature=temperature)
-        return place(logprobs, sequences.mask)
-
-    @torch.no_grad()
-    def outputs(self, sequences: Sequences) -> Outputs:
-        """The reference's distributions at the response tokens."""
-        with self.active():
-            return self.reader.outputs(sequences)

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear
 
-from rlhf_ppo.core import Ban, entropy_from_logits, linear_logprobs, token_logprobs
+from rlhf_ppo.core import BannedTokens, entropy_from_logits, linear_logprobs, token_logprobs
 from rlhf_ppo.core.logprobs import project
-from rlhf_ppo.generation.kv_cache import TokenCache, preallocated_cache
-from rlhf_ppo.generation.stopping import Barred
 from rlhf_ppo.models.calling import accepts, call, noting_states, probe_ids, states_of, without_adapter_wrapper
+from rlhf_ppo.models.kv_cache import TokenCache, preallocated_cache
 from rlhf_ppo.models.packing import align, pack, packed_attention
 
 
@@ -33,8 +32,8 @@ class Sequences(NamedTuple):
     """[B, T] bool, True on tokens that the policy chose."""
     real: Tensor | None = None
     """[B, T] bool, True on every token that is read, an environment's included; None: there are only the policy's."""
-    barred: Barred | None = None
-    """Where stop tokens could not be drawn; None: nowhere."""
+    banned: BannedTokens | None = None
+    """Tokens that could not be sampled at [B, T] places, True only where ``mask`` is; None: nowhere."""
 
 
 class Outputs(NamedTuple):
@@ -46,19 +45,19 @@ class Outputs(NamedTuple):
     """The output layer, if the logits are nothing but that layer on the states."""
     logits: Tensor | None
     """[n, V], of a model without a plain output layer."""
-    ban: Ban | None = None
-    """Where stop tokens could not be drawn, of the n; None: nowhere."""
+    banned: BannedTokens | None = None
+    """Tokens that could not be sampled at [n] of them; None: none."""
 
     def all_logits(self) -> Tensor:
-        """[n, V], -inf at what is barred."""
+        """[n, V], -inf at banned tokens."""
         logits = self.logits
         if logits is None:
             assert self.states is not None and self.head is not None
             logits = linear(self.states, self.head.weight, self.head.bias)
-        if self.ban is None:
+        if self.banned is None:
             return logits
-        ids = torch.tensor(self.ban.tokens, dtype=torch.long, device=logits.device)
-        return logits.index_copy(1, ids, logits[:, ids].masked_fill(self.ban.rows[:, None], -math.inf))
+        ids = torch.tensor(self.banned.tokens, dtype=torch.long, device=logits.device)
+        return logits.index_copy(1, ids, logits[:, ids].masked_fill(self.banned.where[:, None], -math.inf))
 
 
 def position_ids(mask: Tensor) -> Tensor:
@@ -120,13 +119,14 @@ class Reader:
 
     def outputs(self, sequences: Sequences, *, hidden: bool = False) -> Outputs:
         """What determines the distributions of the response tokens, with the hidden states if asked."""
-        barred = sequences.barred
-        ban = None if barred is None else Ban(select(barred.where, sequences.mask), barred.tokens)
+        banned = sequences.banned
+        if banned is not None:
+            banned = BannedTokens(select(banned.where, sequences.mask), banned.tokens)
         if self.head is not None:
-            return Outputs(self.hidden(sequences), self.head, None, ban)
+            return Outputs(self.hidden(sequences), self.head, None, banned)
         with vocabulary_as_rows(self.output_layer):
             logits, states = self._logits(sequences, hidden=hidden)
-        return Outputs(states, None, logits, ban)
+        return Outputs(states, None, logits, banned)
 
     def logprobs(
         self, sequences: Sequences, *, temperature: float, entropy: bool = False, outputs: Outputs | None = None
@@ -146,7 +146,7 @@ class Reader:
                 bias=head.bias,
                 temperature=temperature,
                 return_entropy=entropy,
-                ban=outputs.ban,
+                ban=outputs.banned,
             )
             logprobs, entropies = result if isinstance(result, tuple) else (result, None)
             return logprobs, entropies, states

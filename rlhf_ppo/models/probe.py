@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from rlhf_ppo.models.activation_memory import checkpoint_layers
-from rlhf_ppo.models.actor_critic import ActorCritic, Reference
+from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.calling import accepts, noting_states, without_adapter_wrapper
 from rlhf_ppo.models.forward import Reader, Sequences, position_ids
+from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.runtime.device import autocast
 
 _LONG, _SHORT = 8, 3

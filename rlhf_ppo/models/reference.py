@@ -1,11 +1,53 @@
-"""Exact KL to the reference: two models' distributions at the same tokens, over the whole vocabulary."""
+"""The frozen reference that the KL is measured against (the policy with its adapter off, or another model)."""
 
 from __future__ import annotations
 
-from torch import Tensor
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rlhf_ppo.core import kl_from_logits, linear_kl
-from rlhf_ppo.models.forward import Outputs
+from rlhf_ppo.models.forward import Outputs, Reader, Sequences, place
+from rlhf_ppo.models.loading import freeze, fuse_activations
+from rlhf_ppo.models.lora import without_adapters
+
+
+class Reference:
+    """The frozen policy that the KL is measured against: a model of its own, or the policy with its adapter off."""
+
+    def __init__(self, policy: nn.Module, model: PreTrainedModel | None, *, adapter_off: bool) -> None:
+        """Freeze ``model``, or a copy of the policy as it is now; under ``adapter_off`` no copy is needed."""
+        self.policy = policy
+        self.model = None if adapter_off else freeze(copy.deepcopy(policy) if model is None else model)
+        if self.model is not None:
+            fuse_activations(self.model)
+        self.reader = Reader(policy if self.model is None else self.model)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """While this lasts, the model that the reference reads is the reference."""
+        if self.model is not None:
+            yield
+        else:
+            with without_adapters(self.policy):
+                yield
+
+    @torch.no_grad()
+    def logprobs(self, sequences: Sequences, *, temperature: float) -> Tensor:
+        """[B, T] log-probs under the reference at the policy's temperature, 0 outside the mask."""
+        with self.active():
+            logprobs, _, _ = self.reader.logprobs(sequences, temperature=temperature)
+        return place(logprobs, sequences.mask)
+
+    @torch.no_grad()
+    def outputs(self, sequences: Sequences) -> Outputs:
+        """The reference's distributions at the response tokens."""
+        with self.active():
+            return self.reader.outputs(sequences)
 
 
 def exact_kl(policy: Outputs, reference: Outputs, *, temperature: float) -> Tensor:
@@ -24,5 +66,5 @@ def exact_kl(policy: Outputs, reference: Outputs, *, temperature: float) -> Tens
         bias=policy.head.bias,
         ref_bias=reference.head.bias,
         temperature=temperature,
-        ban=policy.ban,
+        ban=policy.banned,
     )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from rlhf_ppo.models.activation_memory import checkpoint_layers
-from rlhf_ppo.models.actor_critic import ActorCritic, Reference
+from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.critics import build_actor_critic
 from rlhf_ppo.models.identity import OBJECT
 from rlhf_ppo.models.loading import BASE_FOLDER, REFERENCE_FOLDER, load_policy, resolve_model
@@ -26,12 +26,12 @@ from rlhf_ppo.models.lora import by_present_names
 from rlhf_ppo.models.policy_adapter import make_adapter
 from rlhf_ppo.models.probe import probe
 from rlhf_ppo.models.quantization import load_quantized, load_reference
+from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.pipeline.before_after import readable
 from rlhf_ppo.runtime.device import resolve_device
 from rlhf_ppo.runtime.processes import require_threads, torch_threads
-from rlhf_ppo.training.backward import minibatch_gradient
 from rlhf_ppo.training.black_box import BlackBox, read_black_box
-from rlhf_ppo.training.gradients import clear_gradients
+from rlhf_ppo.training.gradients import clear_gradients, minibatch_gradient
 from rlhf_ppo.training.optimizer import only_the_critic_learns
 from rlhf_ppo.training.stability import nonfinite_parameters, spoil_gradient
 
@@ -252,8 +252,8 @@ def _moved(box: BlackBox, device: torch.device) -> BlackBox:
     def moved(record: Any) -> Any:
         tensors = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
         found = {name: x.to(device) for name, x in tensors.items() if isinstance(x, Tensor)}
-        if tensors.get("barred") is not None:
-            found["barred"] = tensors["barred"]._replace(where=tensors["barred"].where.to(device))
+        if tensors.get("banned") is not None:
+            found["banned"] = tensors["banned"]._replace(where=tensors["banned"].where.to(device))
         return dataclasses.replace(record, **found)
 
     return dataclasses.replace(box, rollout=moved(box.rollout), old=moved(box.old))

@@ -134,11 +134,8 @@ class RewardModel:
             require_vocabulary(ids, self.vocab_size, f"reward model {self.__name__!r}, completion {i}")
         scores: list[float] = []
         for start in range(0, len(rows), self.batch_size):
-            scores += self._logits(rows[start : start + self.batch_size]).tolist()
+            scores += text_scores(self.model, self.tokenizer, rows[start : start + self.batch_size]).tolist()
         return scores
-
-    def _logits(self, rows: list[list[int]]) -> Tensor:
-        return text_scores(self.model, self.tokenizer, rows)
 
 
 @torch.no_grad()

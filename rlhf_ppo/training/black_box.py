@@ -18,9 +18,8 @@ from torch import Tensor
 
 from rlhf_ppo.config.removed import REMOVED_VALUES
 from rlhf_ppo.config.rlhf import RLHFConfig
-from rlhf_ppo.core import Experience
+from rlhf_ppo.core import BannedTokens, Experience
 from rlhf_ppo.generation.rollout import Rollout
-from rlhf_ppo.generation.stopping import Barred
 from rlhf_ppo.models.critics import critic_kind
 from rlhf_ppo.models.forward import without_adapter_wrapper
 from rlhf_ppo.runtime.checkpoint import read_checkpoint
@@ -101,7 +100,7 @@ def write_black_box(
         "models": _models(trainer),
         "versions": {name: version(name) for name in ("transformers", "peft", "safetensors")},
         "train_dataset": None if trainer.train_prompts is None else data_fingerprint(trainer.train_prompts),
-        "barred_tokens": None if rollout.barred is None else list(rollout.barred.tokens),
+        "barred_tokens": None if rollout.banned is None else list(rollout.banned.tokens),
         "prompts": rollout.prompts,
         "completions": rollout.completions,
         "score_parts": rollout.score_parts,
@@ -131,8 +130,8 @@ def write_black_box(
 
 def _tensors(record: Rollout | Experience) -> dict[str, Tensor]:
     found = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-    if isinstance(record, Rollout) and record.barred is not None:
-        found["barred"] = record.barred.where
+    if isinstance(record, Rollout) and record.banned is not None:
+        found["barred"] = record.banned.where
     return {name: x for name, x in found.items() if isinstance(x, Tensor)}
 
 
@@ -170,7 +169,7 @@ def read_black_box(folder: str | Path) -> BlackBox:
     if not {"trainable", "rollout", "experience"} <= box.tensors.keys():
         raise ValueError(f"{folder} is no black box: name a folder blackbox-<n> of a run")
     state, rollout = box.state, dict(box.tensors["rollout"])
-    barred = rollout.pop("barred", None)
+    banned = rollout.pop("barred", None)
     return BlackBox(
         box.step,
         state["step"],
@@ -181,7 +180,7 @@ def read_black_box(folder: str | Path) -> BlackBox:
             columns={},
             completions=state["completions"],
             score_parts=state["score_parts"],
-            barred=None if barred is None else Barred(barred, tuple(state["barred_tokens"])),
+            banned=None if banned is None else BannedTokens(banned, tuple(state["barred_tokens"])),
             **_complete(rollout, "values"),
         ),
         Experience(**_complete(box.tensors["experience"], "values", "returns")),

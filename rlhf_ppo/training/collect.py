@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.core import BannedTokens
 from rlhf_ppo.data.chat import Completion, Prompt
 from rlhf_ppo.data.detokenization import Before, TextPieces, before_each
 from rlhf_ppo.data.tokenization import encode_prompts
 from rlhf_ppo.generation.multi_turn import Respond, RespondError, converse
 from rlhf_ppo.generation.rollout import Rollout, Sampled
-from rlhf_ppo.generation.stopping import Barred, TextStop, cut_at
+from rlhf_ppo.generation.stopping import TextStop, cut_at
 from rlhf_ppo.rewards.functions import RewardError
 from rlhf_ppo.rewards.scoring import Responses, Score, score_responses, total
 from rlhf_ppo.runtime.device import autocast
@@ -101,7 +102,7 @@ class Collector:
             prompt_mask,
             **sampled._asdict(),
             completions=completions,
-            barred=self._barred(sampled.mask, place),
+            banned=self._banned(sampled.mask, place),
         )
 
     def _sample(self, ids: Tensor, mask: Tensor, before: list[Before], generator: torch.Generator) -> Sampled:
@@ -121,10 +122,10 @@ class Collector:
             **limits,
         )
 
-    def _barred(self, mask: Tensor, place: Tensor) -> Barred | None:
+    def _banned(self, mask: Tensor, place: Tensor) -> BannedTokens | None:
         if not self.args.min_new_tokens:
             return None
-        return Barred(mask & (place < self.args.min_new_tokens), self.parts.stop_token_ids)
+        return BannedTokens(mask & (place < self.args.min_new_tokens), self.parts.stop_token_ids)
 
     def _converse(
         self,
@@ -155,7 +156,7 @@ class Collector:
             prompt_mask,
             **said.sampled._asdict(),
             completions=said.completions,
-            barred=self._barred(said.sampled.mask, said.place),
+            banned=self._banned(said.sampled.mask, said.place),
             environment=said.environment,
             turns=said.turns,
             context_full=said.context_full,

@@ -21,7 +21,7 @@ from rlhf_ppo.core import (
 )
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.training.advantages import comparable, estimate_advantages
-from rlhf_ppo.training.score_shaping import ScoreStatistics, shape_scores
+from rlhf_ppo.training.rewards import ScoreStatistics, shape_scores
 
 
 class Credit(NamedTuple):

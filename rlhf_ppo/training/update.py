@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MinibatchGradient = Callable[[Rollout, Experience, list[int]], tuple[MetricAverage, dict[str, Tensor]]]
 """Adds the gradient of a minibatch, named by its rows, to ``.grad``; see
-:func:`rlhf_ppo.training.backward.minibatch_gradient`."""
+:func:`rlhf_ppo.training.gradients.minibatch_gradient`."""
 
 
 def update(trainer: PPOTrainer, rollout: Rollout, accumulate: MinibatchGradient) -> tuple[dict[str, float], str | None]:

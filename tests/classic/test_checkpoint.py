@@ -310,7 +310,7 @@ def test_an_episode_is_remembered_only_where_a_checkpoint_can_be_written(small, 
 
 def test_an_endless_episode_is_let_go_and_the_run_goes_on_with_new_ones(small, tmp_path, monkeypatch):
     monkeypatch.setattr("classic.ppo.draw_curve", lambda *_: None)
-    monkeypatch.setattr("classic.envs.episodes.MAX_ACTIONS", 120)
+    monkeypatch.setattr("classic.envs.episode_state.MAX_ACTIONS", 120)
     args = small(num_envs=2, num_steps=50, output_dir=str(tmp_path), save_every=1)
     agent = classic.PPO(Endless, args)
     with pytest.warns(UserWarning, match=r"gone on for more than 120 steps: they are no longer remembered"):

@@ -10,7 +10,7 @@ import torch
 
 import classic
 from classic.config import DEFAULTS, PPOArgs
-from classic.preset_files import FOLDER, preset, preset_ids
+from classic.presets.resolve import FOLDER, preset, preset_ids
 from rlhf_ppo.core import clipped_value_loss
 
 # These mean "off" as None; every other None means "the preset's".
@@ -129,7 +129,7 @@ def test_every_preset_resolves(env_id):
 
 
 def test_a_misspelt_key_in_a_preset_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("classic.preset_files.FOLDER", tmp_path)
+    monkeypatch.setattr("classic.presets.resolve.FOLDER", tmp_path)
     (tmp_path / "tests-Odd-v0.yaml").write_text("learning_rat: 1e-3")
     with pytest.raises(
         ValueError, match=r"tests-Odd-v0\.yaml: unknown key 'learning_rat'; did you mean 'learning_rate'"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import classic
-from classic.fast.gradients import ClosedForm
+from classic.fast.analytic_gradients import ClosedForm
 from rlhf_ppo.runtime.processes import torch_threads
 from rlhf_ppo.runtime.run_directory import RunDirectory
 

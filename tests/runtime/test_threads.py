@@ -16,7 +16,7 @@ from torch import nn
 
 import classic.cli
 import rlhf_ppo.cli
-from classic.envs.making import make_vector_env
+from classic.envs.make_env import make_vector_env
 from rlhf_ppo.runtime.processes import choose_threads, usable_cpus
 from rlhf_ppo.runtime.progress import model_rows
 

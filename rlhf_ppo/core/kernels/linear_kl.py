@@ -11,7 +11,6 @@ from torch.autograd.function import once_differentiable
 
 from rlhf_ppo.core.kernels.vocabulary import (
     CHUNK_LOGITS,
-    Ban,
     ChunkLogits,
     HeadGradients,
     below_largest,
@@ -21,7 +20,7 @@ from rlhf_ppo.core.kernels.vocabulary import (
     product_dtype,
     without_autocast,
 )
-from rlhf_ppo.core.types import compute_dtype, require_same_shape, require_temperature, result_dtype
+from rlhf_ppo.core.types import BannedTokens, compute_dtype, require_same_shape, require_temperature, result_dtype
 
 
 def kl_from_logits(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -56,7 +55,7 @@ def linear_kl(
     ref_bias: Tensor | None = None,
     temperature: float = 1.0,
     chunk_size: int | None = None,
-    ban: Ban | None = None,
+    ban: BannedTokens | None = None,
 ) -> Tensor:
     """:func:`kl_from_logits` of ``hidden @ weight.T + bias`` against the reference's, without the [N, V] logits.
 
@@ -118,7 +117,7 @@ class _LinearKL(torch.autograd.Function):
         ref_bias: Tensor | None,
         temperature: float,
         chunk_size: int,
-        ban: Ban | None,
+        ban: BannedTokens | None,
     ) -> Tensor:
         count, vocabulary = len(hidden), len(weight)
         dtype, low = compute_dtype(hidden), product_dtype(hidden)

@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_ppo.core.types import compute_dtype
+from rlhf_ppo.core.types import BannedTokens, compute_dtype
 
 CHUNK_LOGITS = 2**25
 """Most logits held at once unless told otherwise: 128 MiB in float32."""
@@ -24,18 +24,10 @@ _SAMPLE = 1024
 as many spread over the rest."""
 
 
-class Ban(NamedTuple):
-    """Tokens that have no probability in some rows; the others share it."""
-
-    rows: Tensor
-    """[N] bool."""
-    tokens: tuple[int, ...]
-
-
-def check_ban(ban: Ban | None, rows: int) -> None:
-    """Refuse a ban of another number of rows."""
-    if ban is not None and ban.rows.shape != (rows,):
-        raise ValueError(f"ban.rows {tuple(ban.rows.shape)} must be [N] for N = {rows} hidden states")
+def check_ban(ban: BannedTokens | None, rows: int) -> None:
+    """Raise a ValueError unless ``ban`` has one flag for each of the N rows."""
+    if ban is not None and ban.where.shape != (rows,):
+        raise ValueError(f"ban.where {tuple(ban.where.shape)} must be [N] for N = {rows} hidden states")
 
 
 def blocks_of(vocabulary: int, rows: int, device: torch.device) -> list[slice]:
@@ -80,7 +72,7 @@ class ChunkLogits:
         temperature: float = 1.0,
         low: torch.dtype,
         rows: slice = slice(None),
-        ban: Ban | None = None,
+        ban: BannedTokens | None = None,
     ) -> None:
         """Take the states of some rows.
 
@@ -96,7 +88,7 @@ class ChunkLogits:
         self.states = (states if temperature == 1 else states / temperature).to(low).T
         """[O, n] in the format of the products."""
         self._weight, self._bias, self._temperature = weight, bias, temperature
-        self._ban = None if ban is None else Ban(ban.rows[rows], ban.tokens)
+        self._ban = None if ban is None else BannedTokens(ban.where[rows], ban.tokens)
 
     @cached_property
     def shift(self) -> Tensor | None:
@@ -123,7 +115,7 @@ class ChunkLogits:
         if self._ban is not None:
             for token in self._ban.tokens:
                 if block.start <= token < block.stop:
-                    logits[token - block.start].masked_fill_(self._ban.rows, -math.inf)
+                    logits[token - block.start].masked_fill_(self._ban.where, -math.inf)
         return logits
 
 

@@ -9,7 +9,7 @@ import torch
 from gymnasium.spaces import Box, Dict, Discrete
 
 import classic
-from classic.envs.making import BrokenEnvironmentError
+from classic.envs.errors import BrokenEnvironmentError
 from classic.envs.normalization import Normalizer, RunningStatistics
 
 

@@ -219,7 +219,7 @@ def test_one_turn_needs_no_second_mask(make_trainer, prompts):
     rollout = make_trainer().rollout(prompts)
     assert rollout.real is rollout.mask
     assert rollout.sequences([0, 1])[4:] == (None, None)
-    assert rollout.turns is rollout.environment is rollout.barred is None
+    assert rollout.turns is rollout.environment is rollout.banned is None
 
 
 # Limits

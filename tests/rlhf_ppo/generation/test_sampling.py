@@ -50,7 +50,7 @@ def test_frequencies_match_the_models_softmax_whatever_its_generation_config_say
 
 
 def test_frequencies_match_the_distribution_without_the_stop_tokens(make_model):
-    """Chi-square over the pairs of a vocabulary of 6, of which ids 1 and 4 are barred at the first token only."""
+    """Chi-square over the pairs of a vocabulary of 6, of which ids 1 and 4 are banned at the first token only."""
     model = make_model(vocab_size=6).eval()
     n, prompt = 20_000, torch.tensor([[1, 2]])
     sampled = sample_responses(

@@ -1,4 +1,4 @@
-"""Decoding limits: one distribution wherever stop tokens are barred; stop strings found however tokens split them."""
+"""Decoding limits: one distribution wherever stop tokens are banned; stop strings found however tokens split them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_ppo.core import Ban, linear_logprobs
+from rlhf_ppo.core import BannedTokens, linear_logprobs
 from rlhf_ppo.data.detokenization import Before, TextPieces
-from rlhf_ppo.generation.stopping import Barred, TextStop, cut_at
+from rlhf_ppo.generation.stopping import TextStop, cut_at
 from rlhf_ppo.models.actor_critic import ActorCritic
 
 STOPS = (0, 12, 16)
@@ -46,10 +46,10 @@ def test_the_renormalised_log_probs_and_their_gradients_are_exact(chunk_size):
     hidden = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
-    tokens, barred = torch.tensor([0, 1, 2, 3, 6]), torch.tensor([True, False, True, False, True])
+    tokens, banned = torch.tensor([0, 1, 2, 3, 6]), torch.tensor([True, False, True, False, True])
 
     def ours(hidden, weight, bias):
-        ban = Ban(barred, (4, 5))
+        ban = BannedTokens(banned, (4, 5))
         return linear_logprobs(
             hidden, weight, tokens, bias=bias, temperature=0.7, return_entropy=True, chunk_size=chunk_size, ban=ban
         )
@@ -57,7 +57,7 @@ def test_the_renormalised_log_probs_and_their_gradients_are_exact(chunk_size):
     def written_out(hidden, weight, bias):
         p = ((hidden @ weight.T + bias) / 0.7).softmax(-1)
         left = torch.ones(5, 7, dtype=torch.float64)
-        left[barred] = torch.tensor([1.0, 1, 1, 1, 0, 0, 1], dtype=torch.float64)
+        left[banned] = torch.tensor([1.0, 1, 1, 1, 0, 0, 1], dtype=torch.float64)
         q = p * left / (p * left).sum(-1, keepdim=True)
         entropy = -(q * torch.where(q > 0, q, 1).log()).sum(-1)
         return q.gather(1, tokens[:, None]).squeeze(1).log(), entropy
@@ -76,19 +76,19 @@ def test_the_renormalised_log_probs_and_their_gradients_are_exact(chunk_size):
 def test_a_stop_token_with_nearly_all_probability_is_no_cancellation():
     """p(stop) rounds to 1 in float32, yet the other two tokens share what is left as 1 to e."""
     hidden, weight = torch.ones(1, 1), torch.tensor([[60.0], [0.0], [1.0]])
-    logprobs = linear_logprobs(hidden, weight, torch.tensor([2]), ban=Ban(torch.tensor([True]), (0,)))
+    logprobs = linear_logprobs(hidden, weight, torch.tensor([2]), ban=BannedTokens(torch.tensor([True]), (0,)))
     assert float(logprobs[0]) == pytest.approx(-math.log(1 + math.exp(-1)), abs=1e-6)
 
 
-def test_barred_nowhere_is_the_plain_distribution(make_model, prompts):
+def test_tokens_banned_nowhere_give_the_plain_distribution(make_model, prompts):
     model = ActorCritic(make_model())
     ids, mask = torch.randint(1, 30, (3, 4)), torch.ones(3, 4, dtype=torch.bool)
-    nowhere = Barred(torch.zeros(3, 4, dtype=torch.bool), STOPS)
+    nowhere = BannedTokens(torch.zeros(3, 4, dtype=torch.bool), STOPS)
     with torch.no_grad():
         plain = model(ids, mask, ids, mask)
-        barred = model(ids, mask, ids, mask, None, nowhere)
-    torch.testing.assert_close(barred.logprobs, plain.logprobs)
-    torch.testing.assert_close(barred.entropy, plain.entropy)
+        banned = model(ids, mask, ids, mask, None, nowhere)
+    torch.testing.assert_close(banned.logprobs, plain.logprobs)
+    torch.testing.assert_close(banned.entropy, plain.entropy)
 
 
 def test_the_entropy_bonus_sees_the_same_distribution(make_trainer, prompts):

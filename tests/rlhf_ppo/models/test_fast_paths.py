@@ -17,8 +17,9 @@ import rlhf_ppo.training.setup
 from rlhf_ppo.core import Experience, PolicyOutput, PPOConfig, ppo_loss, token_logprobs
 from rlhf_ppo.data.tokenization import left_pad
 from rlhf_ppo.generation.rollout import draw, sample_responses
-from rlhf_ppo.models.actor_critic import ActorCritic, Reference
+from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward import Reader, Sequences
+from rlhf_ppo.models.reference import Reference
 
 CPU = torch.device("cpu")
 PATHS = {  # architecture -> (the output layer is applied chunk-wise, sequences are packed on CPU)

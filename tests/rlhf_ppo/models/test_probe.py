@@ -28,9 +28,9 @@ from transformers import (
 import rlhf_ppo.models.probe
 from rlhf_ppo import RewardModel
 from rlhf_ppo.data.tokenization import left_pad
-from rlhf_ppo.generation.kv_cache import PreallocatedLayer, TokenCache
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward import Reader
+from rlhf_ppo.models.kv_cache import PreallocatedLayer, TokenCache
 from rlhf_ppo.models.loading import context_length, load_classifier, load_policy, load_trunk
 from rlhf_ppo.models.packing import align
 from rlhf_ppo.models.probe import probe

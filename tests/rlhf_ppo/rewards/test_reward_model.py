@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForSequenceClassification,
+)
 
 from rlhf_ppo.data.tokenization import encode_text
 from rlhf_ppo.pipeline.sft import train_tokenizer
@@ -201,3 +209,53 @@ def test_a_real_sentiment_model_prefers_praise(real_data):
     assert praise > blame
     # Alone and in a batch with a longer text: the same score up to rounding.
     assert reward(["The film was "], ["wonderful, a joy to watch."]) == pytest.approx([praise], abs=1e-4)
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def base(request, make_model, tokenizer, tmp_path) -> str:
+    make_model(request.param).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+@pytest.fixture
+def classifier_adapter(base) -> Any:
+    """A sequence-classification model with a random LoRA adapter on ``base``."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model: Any = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+        config = LoraConfig(r=3, task_type="SEQ_CLS", init_lora_weights=False, lora_dropout=0.5)
+        return get_peft_model(model, config)
+
+
+def test_an_adapter_folder_loads_on_a_base_of_its_own_and_stays_frozen(
+    make_trainer, base, classifier_adapter, tokenizer, prompts, tmp_path
+):
+    classifier_adapter.save_pretrained(tmp_path / "judge")
+    expected = one_at_a_time(classifier_adapter, tokenizer, ["once upon a cat.", "ab", "dog and cow the longest"])
+    texts = (["once upon", "a", "dog and cow"], [" a cat.", "b", " the longest"])
+    policy = LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False)
+    trainer = make_trainer(model=base, reward_funcs=str(tmp_path / "judge"), peft_config=policy)
+    ((name, (reward, _)),) = trainer.parts.rewards.items()
+    assert name == "judge" and max(expected) - min(expected) > 0.01
+    # Its adapter is merged into its base: the same up to float32 rounding.
+    assert reward(*texts) == pytest.approx(expected, abs=1e-4)
+    trainer.step(trainer.rollout(prompts))
+    assert reward(*texts) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("critic", ["adapter", "separate"])
+def test_a_critic_that_starts_as_the_reward_adapter(make_trainer, base, classifier_adapter, prompts, tmp_path, critic):
+    """Value adapter and head are the reward's, or a whole trunk and its head: the value of a text is its score."""
+    folder = str(tmp_path / "judge")
+    classifier_adapter.save_pretrained(folder)
+    kind = {"critic": critic, "value_model": folder if critic == "separate" else None}
+    policy = LoraConfig(r=3, task_type="CAUSAL_LM", init_lora_weights=False)
+    trainer = make_trainer(model=base, reward_funcs=folder, peft_config=policy, value_head_from=folder, **kind)
+    rollout = trainer.rollout(prompts)
+    # V_t has read the response's first t tokens, as text when they are decoded.
+    parts = trainer.tokenizer.batch_decode([ids[:2].tolist() for ids in rollout.response_ids])
+    ((reward, _),) = trainer.parts.rewards.values()
+    rows = [i for i, n in enumerate(rollout.lengths.tolist()) if n > 2]
+    scores = reward([prompts[i] for i in rows], [parts[i] for i in rows])
+    assert len(rows) > 2 and rollout.values[rows, 2].tolist() == pytest.approx(scores, abs=1e-4)

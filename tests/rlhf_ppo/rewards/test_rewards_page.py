@@ -30,4 +30,4 @@ def test_json_blocks_are_json_and_settings_exist():
     ]
     fields = {field.name for field in dataclasses.fields(RLHFConfig)}
     named = re.findall(r"`((?:score|reward|http|length|missing_eos|cache|normalize|drop)_[a-z_]+)`", PAGE)
-    assert len(set(named)) > 10 and set(named) - {"score_shaping"} <= fields
+    assert len(set(named)) > 10 and set(named) <= fields

@@ -23,7 +23,7 @@ def plain_kl(trainer, rollout, reference, temperature: float) -> torch.Tensor:
         logits = [model(ids).logits[0, len(prompt) - 1 : -1].double() for model in (trainer.model.policy, reference)]
         for t in range(min(trainer.args.min_new_tokens, len(response))):
             for x in logits:
-                x[t, list(trainer.stop_token_ids)] = -1e4  # as good as barred
+                x[t, list(trainer.stop_token_ids)] = -1e4  # as good as banned
         log_p, log_q = ((x / temperature).log_softmax(-1) for x in logits)
         kl[row, : len(response)] = (log_p.exp() * (log_p - log_q)).sum(-1)
     return kl
@@ -51,7 +51,7 @@ def test_exact_kl_equals_a_plain_computation(make_trainer, make_model, prompts, 
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2"])
-def test_barred_stop_tokens_have_no_part_in_it(make_trainer, make_model, prompts, kind):
+def test_banned_stop_tokens_have_no_part_in_it(make_trainer, make_model, prompts, kind):
     trainer = make_trainer(model=make_model(kind), ref_model=make_model(kind, seed=7), min_new_tokens=3, **EXACT)
     rollout = trainer.rollout(prompts)
     assert rollout.lengths.min() >= 3 and rollout.lengths.max() > 3

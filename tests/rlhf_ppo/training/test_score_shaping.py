@@ -12,7 +12,7 @@ import torch
 
 from rlhf_ppo import RLHFConfig
 from rlhf_ppo.generation.rollout import Rollout
-from rlhf_ppo.training.score_shaping import RunningMoments, ScoreStatistics, shape_scores
+from rlhf_ppo.training.rewards import RunningMoments, ScoreStatistics, shape_scores
 
 
 def written_rollout(**changes) -> Rollout:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from rlhf_ppo.generation.rollout import Rollout
+from rlhf_ppo.training.advantages import to_tokens, to_turns
 from rlhf_ppo.training.experience import estimate
-from rlhf_ppo.training.turn_credit import to_tokens, to_turns
 
 # Row 0: a turn of two tokens, a reply of one, a turn of one. Row 1: one turn of two tokens.
 MASK = torch.tensor([[True, True, False, True], [True, True, False, False]])

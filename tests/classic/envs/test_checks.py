@@ -10,7 +10,7 @@ import pytest
 from gymnasium.spaces import Box, Discrete
 
 import classic
-from classic.environment_warnings import unexplored
+from classic.envs.checks import unexplored
 
 
 class Scaled(gymnasium.Env):

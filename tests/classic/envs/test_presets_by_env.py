@@ -7,7 +7,7 @@ import pytest
 
 import classic
 from classic.config import DEFAULTS
-from classic.preset_files import preset
+from classic.presets.resolve import preset
 
 
 def cartpole(**kwargs):

@@ -12,7 +12,7 @@ import numpy as np
 from gymnasium.spaces import Box, Dict, Tuple
 
 from classic.envs.images import unscaled
-from classic.envs.observed_masks import unread_masks
+from classic.envs.masks import unread_masks
 
 if TYPE_CHECKING:
     from classic.config import PPOArgs

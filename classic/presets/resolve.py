@@ -6,10 +6,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from classic.envs.task import registered_id
+from classic.envs.make_env import registered_id
 from rlhf_ppo.runtime.settings import read_yaml
 
-FOLDER = Path(__file__).parent / "presets"
+FOLDER = Path(__file__).parent
 
 
 def preset_ids() -> list[str]:

@@ -9,8 +9,8 @@ import torch
 
 import classic
 from classic.envs.spaces import ActionLayout
-from classic.fast.flat import FlatParameters
-from classic.fast.gradients import Autograd, ClosedForm, gradient_method, update_loss
+from classic.fast.analytic_gradients import Autograd, ClosedForm, gradient_method, update_loss
+from classic.fast.flat_adam import FlatParameters
 from classic.networks.actor_critic import ActorCritic, Decisions
 from rlhf_ppo.core import Experience, PPOConfig
 

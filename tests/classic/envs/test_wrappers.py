@@ -12,7 +12,7 @@ from gymnasium.spaces import Box, Dict, Discrete, Tuple
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 import classic
-from classic.envs import copies
+from classic.envs import wrappers
 from classic.envs.environments import Environments
 
 
@@ -136,7 +136,7 @@ class Careless(gymnasium.Env):
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 def test_each_place_is_warned_of_once(vectorization, small, monkeypatch, capfd):
-    monkeypatch.setattr(copies, "_passed_on", set())
+    monkeypatch.setattr(wrappers, "_passed_on", set())
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         agent = classic.PPO(Careless, small(vectorization=vectorization)).learn(64)

@@ -12,7 +12,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import TimeLimit
 
 import classic
-from classic.envs.making import env_name, make_vector_env
+from classic.envs.make_env import env_name, make_vector_env
 from classic.video import record_video
 
 

@@ -35,4 +35,6 @@ def make(**kwargs: Any) -> gymnasium.Env:
 
 
 if ID not in gymnasium.registry:
-    gymnasium.register(ID, entry_point="classic.envs.no_velocity:make", max_episode_steps=500, reward_threshold=475.0)
+    gymnasium.register(
+        ID, entry_point="classic.envs.cartpole_no_vel:make", max_episode_steps=500, reward_threshold=475.0
+    )

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from classic.envs.spaces import ActionLayout
-from classic.fast import acting as acting_module
-from classic.fast.acting import acting
+from classic.fast import numpy_acting as acting_module
+from classic.fast.numpy_acting import acting
 from classic.networks.actor_critic import ActorCritic
 
 CHOICE, NUMBERS = ActionLayout(choices=(3,)), ActionLayout(numbers=2)

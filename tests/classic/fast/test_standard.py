@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import classic
-from classic.fast.acting import acting
-from classic.fast.gradients import Autograd, ClosedForm
-from classic.fast.plain import is_plain
+from classic.fast.analytic_gradients import Autograd, ClosedForm
+from classic.fast.numpy_acting import acting
+from classic.fast.standard import is_plain
 from rlhf_ppo.runtime.errors import RatioTripwireError
 
 FIRST_RATIO = "policy/first_minibatch_max_abs_log_ratio"

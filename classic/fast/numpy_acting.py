@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from classic.fast.plain import is_plain
+from classic.fast.standard import is_plain
 from classic.networks.actor_critic import ActorCritic
 from classic.networks.layers import Tanh
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from typing import Any, Literal
 
 import gymnasium
+from gymnasium.envs.registration import find_highest_version, get_env_id, parse_env_id
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import PassiveEnvChecker
 
-from classic.envs.copies import Heard, OneCopy, OwnArrays, pass_on
-from classic.envs.episodes import RecordedEpisode
+from classic.envs.episode_state import RecordedEpisode
+from classic.envs.errors import CRASHES, BrokenEnvironmentError
+from classic.envs.wrappers import Heard, OneCopy, OwnArrays, pass_on
 
 MODES = {"next_step": AutoresetMode.NEXT_STEP, "same_step": AutoresetMode.SAME_STEP}
 Vectorization = Literal["auto", "sync", "async", "vector_entry_point"]
@@ -23,14 +26,6 @@ EXTRAS = {"mujoco": "mujoco", "box2d": "box2d"}
 """Part of an environment's entry point -> the extra of this package that installs what it needs."""
 
 
-CRASHES = (Exception, SystemExit)
-"""What a crashing environment raises: sys.exit() in one must not end a run as if it had gone well."""
-
-
-class BrokenEnvironmentError(RuntimeError):
-    """An environment crashed or returned something that cannot be learned from; says which one, and at which step."""
-
-
 def env_name(env: EnvLike) -> str:
     """What messages, folders and presets call an environment: its id if it has one."""
     if isinstance(env, str):
@@ -38,6 +33,40 @@ def env_name(env: EnvLike) -> str:
     if isinstance(env, gymnasium.Env):
         return env.spec.id if env.spec is not None else type(env.unwrapped).__name__
     return getattr(env, "__name__", type(env).__name__)
+
+
+def registered_id(env_id: str) -> str:
+    """An id as it is registered: without its module, and with the newest version where it names none."""
+    name = env_id.rpartition(":")[2]
+    try:
+        namespace, task, version = parse_env_id(name)
+    except gymnasium.error.Error:
+        return name  # what is wrong with it is said where it is made
+    return get_env_id(namespace, task, find_highest_version(namespace, task) if version is None else version)
+
+
+def identify(env: EnvLike, *, in_this_process: bool = True) -> tuple[str | None, EnvLike]:
+    """The registered id of the task (None: it has none), and what the training copies are to be made from.
+
+    A function is called for that, and what it made is the first of the copies, if they are to live in this process.
+    """
+    if isinstance(env, str):
+        return registered_id(env), env
+    if isinstance(env, gymnasium.Env):
+        return _spec_id(env), env
+    if not callable(env):
+        return None, env
+    try:
+        first: Any = env()
+    except CRASHES:
+        return None, env  # it is called again where copies are made, and that error says more
+    if not isinstance(first, gymnasium.Env):
+        return None, env
+    task = _spec_id(first)
+    if not in_this_process:
+        first.close()
+        return task, env
+    return task, _beginning_with(first, env)
 
 
 def make_vector_env(
@@ -190,3 +219,18 @@ def _extra(env: EnvLike) -> str:
 
 def _spelt(mode: AutoresetMode) -> str:
     return next(name for name, value in MODES.items() if value == mode)
+
+
+def _spec_id(env: gymnasium.Env) -> str | None:
+    spec = env.unwrapped.spec
+    return None if spec is None else spec.id
+
+
+def _beginning_with(first: gymnasium.Env, make: Callable[[], gymnasium.Env]) -> Callable[[], gymnasium.Env]:
+    waiting = [first]
+
+    @wraps(make)
+    def made() -> gymnasium.Env:
+        return waiting.pop() if waiting else make()
+
+    return made

@@ -11,7 +11,7 @@ from gymnasium.spaces import Box, Discrete
 
 import classic
 from classic.cli import main
-from classic.seeds import PURPOSES, derive_seeds
+from classic.envs.seeds import PURPOSES, derive_seeds
 from classic.video import record_video
 
 

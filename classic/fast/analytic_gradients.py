@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from classic.fast.flat import FlatParameters
-from classic.fast.plain import is_plain, trains_plainly
+from classic.fast.flat_adam import FlatParameters
+from classic.fast.standard import is_plain, trains_plainly
 from classic.networks.actor_critic import ActorCritic, Decisions
 from classic.networks.distributions import gaussian_entropy, gaussian_logprobs
 from classic.networks.layers import Tanh, tanh_

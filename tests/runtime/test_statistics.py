@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from classic.statistics import bootstrap_iqm, iqm, mean_and_error
+from rlhf_ppo.runtime.statistics import bootstrap_iqm, iqm, mean_and_error
 
 
 @pytest.mark.parametrize(

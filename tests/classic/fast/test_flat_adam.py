@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from classic.envs.spaces import ActionLayout
-from classic.fast.flat import FlatAdam, FlatParameters
+from classic.fast.flat_adam import FlatAdam, FlatParameters
 from classic.networks.actor_critic import ActorCritic
 
 

@@ -1,0 +1,1 @@
+"""Presets: settings for single environments, one YAML file each."""
