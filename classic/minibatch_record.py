@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from classic.fast.analytic_gradients import update_loss
+from classic.gradient_step import update_loss
 from rlhf_ppo.core import Experience, PolicyOutput, PPOConfig, ppo_diagnostics
 
 

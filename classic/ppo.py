@@ -27,8 +27,8 @@ from classic.envs.normalization import Normalizer
 from classic.envs.seeds import derive_seeds
 from classic.evaluation import MAX_COPIES, MAX_STEPS, evaluate_policy
 from classic.explain import explain_rollout
-from classic.fast.analytic_gradients import gradient_method
-from classic.fast.flat_adam import FlatAdam, FlatParameters, trained
+from classic.fast.switch import choose
+from classic.gradient_step import trained_parameters
 from classic.networks.actor_critic import ActorCritic
 from classic.prediction import predict
 from classic.presets.resolve import preset_ids
@@ -179,13 +179,15 @@ class PPO:
                 f"the network's parameters are {' and '.join(sorted(formats))}, but classic computes in float32 on the "
                 "CPU: agent.network.float().cpu()"
             )
-        if not trained(self.network):
+        if not trained_parameters(self.network):
             raise ValueError("every parameter of the network is frozen (requires_grad False): nothing is left to train")
-        if afresh or not self.weights.fits(self.network):
-            self.weights = FlatParameters(self.network)
-            self.optimizer = FlatAdam(self.weights, lr=self._setting("learning_rate"))
-        self.weights.attach(self.network)
-        self.gradients = gradient_method(self.network, self.weights, self.config)
+        self.sample, self.gradients, self.optimizer = choose(
+            self.network,
+            self.config,
+            batch=self.envs.num_envs,
+            learning_rate=self._setting("learning_rate"),
+            optimizer=None if afresh else self.optimizer,
+        )
 
     def learn(
         self,
@@ -315,7 +317,13 @@ class PPO:
             # 1. Collect.
             display.phase("collect")
             rollout = collect(
-                self.envs, self.network, self._setting("num_steps"), self.generator, self.memory, self.normalizer
+                self.envs,
+                self.network,
+                self._setting("num_steps"),
+                self.generator,
+                self.memory,
+                self.normalizer,
+                sample=self.sample,
             )
             self.memory, mask = rollout.state_after, rollout.mask
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from classic.envs.environments import Environments, Episode
 from classic.envs.normalization import Normalizer
-from classic.fast.numpy_acting import acting
-from classic.networks.actor_critic import ActorCritic, Decisions
+from classic.networks.actor_critic import ActorCritic, Decisions, Sample
 from rlhf_ppo.core import PPOConfig, compute_gae
 
 
@@ -74,12 +73,15 @@ def collect(
     generator: torch.Generator,
     state: Tensor | None = None,
     normalizer: Normalizer | None = None,
+    *,
+    sample: Sample | None = None,
 ) -> Rollout:
     """Play ``num_steps`` steps of every copy; episodes go on from one rollout to the next.
 
     Args:
         state: [B, K] of the network's memory, where the last rollout left it; None without a memory.
         normalizer: moves with what it sees; the rollout holds what the network saw and is to learn from.
+        sample: samples the actions; None: ``network.sample``.
     Raises:
         BrokenEnvironmentError: see :meth:`Environments.step`.
     """
@@ -88,10 +90,10 @@ def collect(
     before = state
     normalizer = normalizer or Normalizer(None, None, 1.0)
     noise = network.noise((num_steps, envs.num_envs), generator).unbind()
-    act = acting(network, envs.num_envs)
+    sample = sample or network.sample
     for t in range(num_steps):
         observation = normalizer.observe(envs.observations, ~envs.resetting)
-        output, action, state = act(observation, noise[t], envs.action_masks, envs.starting, state)
+        output, action, state = sample(observation, noise[t], envs.action_masks, envs.starting, state)
         observations.append(observation)
         starts.append(envs.starting)
         masks.append(envs.action_masks)

@@ -67,8 +67,9 @@ def update(agent: PPO, rollout: Rollout, estimate: Estimate, progress: Progress)
                 _check_tripwire(agent, largest_gap(new, part))
             if stop := went_too_far(new, part, config):
                 break
-            loss = agent.gradients.differentiate(new, part, config)
-            norm = agent.weights.clip_gradient(config.max_grad_norm)
+            agent.optimizer.zero_grad()
+            loss = agent.gradients.backward(new, part, config)
+            norm = agent.optimizer.clip_gradient(config.max_grad_norm)
             steps += 1
             # A loss may overflow while its gradient does not.
             if not math.isfinite(norm + loss):

@@ -1,32 +1,23 @@
-"""The gradient of one minibatch: by autograd for any network and objective, in closed form for plain networks.
+"""Gradients of standard networks with the derivatives written out.
 
-Autograd is the reference. Plain networks are so small that its bookkeeping costs more than the arithmetic, so for them
-the same derivatives are written out, and tests compare the two.
+These networks are so small that autograd's bookkeeping costs more than the arithmetic. Tests hold every gradient to
+:class:`classic.gradient_step.Autograd`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from classic.fast.flat_adam import FlatParameters
-from classic.fast.standard import is_plain, trains_plainly
+from classic.fast.standard import is_standard, trains_every_parameter
 from classic.networks.actor_critic import ActorCritic, Decisions
 from classic.networks.distributions import gaussian_entropy, gaussian_logprobs
 from classic.networks.layers import Tanh, tanh_
-from rlhf_ppo.core import (
-    Experience,
-    PolicyOutput,
-    PPOConfig,
-    PPOLoss,
-    aggregate_loss,
-    clipped_value_loss,
-    ppo_loss,
-)
+from rlhf_ppo.core import Experience, PolicyOutput, PPOConfig
 from rlhf_ppo.core.kernels.analytic_gradients import clipped_policy_slope, clipped_value_slope
 
 SLOPES: dict[type[nn.Module], Callable[[Tensor, Tensor], Tensor]] = {
@@ -36,40 +27,7 @@ SLOPES: dict[type[nn.Module], Callable[[Tensor, Tensor], Tensor]] = {
 """Activation -> (gradient of its output, its output) -> gradient of its input."""
 
 
-def update_loss(new: PolicyOutput, old: Experience, config: PPOConfig) -> PPOLoss:
-    """The core's loss; its reinforce has no critic, but here the critic closes cut rollouts and must learn that."""
-    loss = ppo_loss(new, old, config, denominator=float(old.mask.sum()))
-    if config.objective != "reinforce" or new.values is None:
-        return loss
-    assert old.returns is not None
-    errors = clipped_value_loss(new.values, old.values, old.returns, clip_range=config.clip_range_vf)
-    value = aggregate_loss(errors, old.mask)
-    return replace(loss, total=loss.total + config.vf_coef * value, value=value)
-
-
-class Autograd:
-    """Any network, any objective."""
-
-    def __init__(self, network: ActorCritic, weights: FlatParameters) -> None:
-        self.network, self.weights = network, weights
-
-    def evaluate(self, decisions: Decisions) -> PolicyOutput:
-        """What the policy and the critic say about a minibatch."""
-        return self.network.evaluate(decisions)
-
-    def differentiate(self, new: PolicyOutput, old: Experience, config: PPOConfig) -> float:
-        """Fill the gradient with that of the loss of what :meth:`evaluate` said last.
-
-        Returns:
-            A number that is finite where the loss is: a loss may overflow while its gradient does not.
-        """
-        loss = update_loss(new, old, config).total
-        self.weights.gradient.zero_()
-        loss.backward()
-        return loss.item()
-
-
-class ClosedForm:
+class AnalyticGradients:
     """Layers with tanh or relu between them, then a softmax or a Gaussian, under a clipped objective.
 
     Everything is kept features first, [features, N]: then the layers of actor and critic stack without a copy.
@@ -80,7 +38,7 @@ class ClosedForm:
         """Whether this is the gradient that autograd would find."""
         head = len(network.actions.choices) == 1 or (network.log_std is not None and not network.squash)
         clipped = config.objective in ("clip", "adaptive_clip", "dual_clip") and config.kl_loss_coef == 0
-        return is_plain(network) and trains_plainly(network) and head and clipped
+        return is_standard(network) and trains_every_parameter(network) and head and clipped
 
     def __init__(self, network: ActorCritic, weights: FlatParameters) -> None:
         self.network, self.weights = network, weights
@@ -107,7 +65,7 @@ class ClosedForm:
         self.log_std_gradient = None if network.log_std is None else weights.of(gradient, "log_std")
 
     def evaluate(self, decisions: Decisions) -> PolicyOutput:
-        """What the policy and the critic say about a minibatch; remembered for :meth:`differentiate`."""
+        """What the policy and the critic say about a minibatch; remembered for :meth:`backward`."""
         self.decisions = decisions
         (weight, bias), *deeper = self.hidden
         networks, count = weight.shape[0], len(decisions)
@@ -136,8 +94,8 @@ class ClosedForm:
             self.entropy = gaussian_entropy(self.log_std).expand(count)
         return PolicyOutput(logprobs=logprobs, values=values[0], entropy=self.entropy)
 
-    def differentiate(self, new: PolicyOutput, old: Experience, config: PPOConfig) -> float:
-        """See :meth:`Autograd.differentiate`."""
+    def backward(self, new: PolicyOutput, old: Experience, config: PPOConfig) -> float:
+        """Write the gradient of the loss; as in :meth:`Autograd.backward`."""
         assert new.values is not None and old.returns is not None
         count = new.logprobs.shape[0]
         slope = clipped_policy_slope(
@@ -192,8 +150,3 @@ class ClosedForm:
             else:
                 torch.bmm(slope, self.layers[depth - 1].transpose(1, 2), out=weight)
                 below = torch.bmm(self.hidden[depth][0].transpose(1, 2), slope)
-
-
-def gradient_method(network: ActorCritic, weights: FlatParameters, config: PPOConfig) -> Autograd | ClosedForm:
-    """How this network's gradients are found: in closed form where that is the same."""
-    return ClosedForm(network, weights) if ClosedForm.fits(network, config) else Autograd(network, weights)

@@ -8,10 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-
-def trained(network: nn.Module) -> dict[str, nn.Parameter]:
-    """A network's parameters that are not frozen, by name."""
-    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+from classic.gradient_step import parameter_shapes, trained_parameters
 
 
 class FlatParameters:
@@ -24,7 +21,7 @@ class FlatParameters:
 
     def __init__(self, network: nn.Module) -> None:
         groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
-        for name, parameter in trained(network).items():
+        for name, parameter in trained_parameters(network).items():
             depth = name.removeprefix("policy.").removeprefix("critic.")
             groups.setdefault(depth, []).append((name, parameter))
         self._parameters = {name: parameter for group in groups.values() for name, parameter in group}
@@ -39,11 +36,11 @@ class FlatParameters:
 
     def fits(self, network: nn.Module) -> bool:
         """Whether a network trains parameters of the names and shapes that this vector has a place for."""
-        return {n: p.shape for n, p in trained(network).items()} == {n: p.shape for n, p in self._parameters.items()}
+        return parameter_shapes(trained_parameters(network)) == parameter_shapes(self._parameters)
 
     def attach(self, network: nn.Module) -> None:
         """Make a network's parameters views, where they are not: one was replaced, or all were copied."""
-        for name, parameter in trained(network).items():
+        for name, parameter in trained_parameters(network).items():
             self._parameters[name] = parameter
             place = self.of(self.vector.detach(), name)
             if parameter.data_ptr() != place.data_ptr():
@@ -75,13 +72,6 @@ class FlatParameters:
         """A vector like :attr:`vector`, by the names of the parameters."""
         return {name: self.of(vector, name) for name in self._parameters}
 
-    def clip_gradient(self, limit: float) -> float:
-        """Scale the gradient down to a norm of ``limit`` at most; returns its norm before."""
-        norm = torch.linalg.vector_norm(self.gradient).item()
-        if norm > limit:
-            self.gradient.mul_(limit / (norm + 1e-6))
-        return norm
-
 
 class FlatAdam:
     """Adam on one vector: the kernel of ``torch.optim.Adam(fused=True)`` without what surrounds it.
@@ -91,10 +81,31 @@ class FlatAdam:
     Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization" (2015).
     """
 
-    def __init__(self, weights: FlatParameters, lr: float, eps: float = 1e-5) -> None:
-        self.weights, self.lr, self.eps = weights, lr, eps
+    def __init__(self, network: nn.Module, lr: float, eps: float = 1e-5) -> None:
+        self.weights, self.lr, self.eps = FlatParameters(network), lr, eps
         self.steps = torch.zeros((), dtype=torch.float32)
-        self.mean, self.square = torch.zeros_like(weights.gradient), torch.zeros_like(weights.gradient)
+        gradient = self.weights.gradient
+        self.mean, self.square = torch.zeros_like(gradient), torch.zeros_like(gradient)
+
+    def fits(self, network: nn.Module) -> bool:
+        """See :meth:`Adam.fits`."""
+        return self.weights.fits(network)
+
+    def attach(self, network: nn.Module) -> None:
+        """See :meth:`Adam.attach`."""
+        self.weights.attach(network)
+
+    def zero_grad(self) -> None:
+        """Clear the gradient."""
+        self.weights.gradient.zero_()
+
+    def clip_gradient(self, limit: float) -> float:
+        """Scale the gradient down to a norm of at most ``limit``; return its norm before."""
+        gradient = self.weights.gradient
+        norm = torch.linalg.vector_norm(gradient).item()
+        if norm > limit:
+            gradient.mul_(limit / (norm + 1e-6))
+        return norm
 
     def step(self) -> None:
         """Move the weights by their gradient."""

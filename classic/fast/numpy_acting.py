@@ -1,62 +1,56 @@
-"""Acting: one step's choices for every copy, in numpy where that is a handful of rows through small layers."""
+"""Sample actions in numpy, which for a few rows and small layers costs less than one torch call after another."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from classic.fast.standard import is_plain
+from classic.fast.standard import is_standard
 from classic.networks.actor_critic import ActorCritic
 from classic.networks.layers import Tanh
 
-Act = Callable[
-    [Tensor, Tensor, Tensor | None, Tensor, Tensor | None],
-    tuple[Tensor, Tensor, Tensor | None],
-]
-"""(observations, noise, action masks, starts, state) -> (the policy's outputs, actions, state after)."""
-
 MAX_PRODUCT = 2**18
-"""Rows x inputs x outputs up to which numpy's matrix product is quicker, and keeps to one thread by itself."""
+"""Rows x inputs x outputs up to which numpy's matrix product is faster and stays on one thread."""
 
 
-def acting(network: ActorCritic, rows: int) -> Act:
-    """How the network is asked for actions, ``rows`` at a time; valid until its weights change."""
-    one_choice = len(network.actions.choices) == 1
-    if not is_plain(network) or not (one_choice or (network.log_std is not None)):
-        return _with_torch(network)
-    bodies = list(network.bodies)
-    layers: list[nn.Module] = [*(bodies[0].layers if bodies else ()), *network.policy]  # pyright: ignore
-    if rows * max(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear)) > MAX_PRODUCT:
-        return _with_torch(network)
-    forward = numpy_forward(layers)
-    std = None if network.log_std is None else network.log_std.detach().exp().numpy()
+class NumpyPolicy:
+    """A standard network's policy in numpy; it shares the network's weights, as long as these are changed in place."""
 
-    def act(
-        observations: Tensor, noise: Tensor, action_masks: Tensor | None, starts: Tensor, state: Tensor | None
+    @staticmethod
+    def fits(network: ActorCritic, batch: int) -> bool:
+        """Whether this samples what the network would, and faster."""
+        one_choice = len(network.actions.choices) == 1
+        if not is_standard(network) or not (one_choice or network.log_std is not None):
+            return False
+        return batch * max(x.weight.numel() for x in _layers(network) if isinstance(x, nn.Linear)) <= MAX_PRODUCT
+
+    def __init__(self, network: ActorCritic) -> None:
+        self._steps = [
+            (x.weight.detach().numpy().T, x.bias.detach().numpy()) if isinstance(x, nn.Linear) else isinstance(x, Tanh)
+            for x in _layers(network)
+        ]
+        self._log_std = None if network.log_std is None else network.log_std.detach()
+
+    def sample(
+        self,
+        observations: Tensor,
+        noise: Tensor | None,
+        action_masks: Tensor | None = None,
+        starts: Tensor | None = None,
+        state: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        output = forward(observations.numpy())
-        if std is not None:
+        """Do what :meth:`ActorCritic.sample` does."""
+        assert noise is not None
+        output = self._forward(observations.numpy())
+        if self._log_std is not None:
+            std = self._log_std.exp().numpy()
             return torch.from_numpy(output), torch.from_numpy(output + std * noise.numpy()), None
         allowed = output if action_masks is None else np.where(action_masks.numpy(), output, -np.inf)
         return torch.from_numpy(output), torch.from_numpy((allowed + noise.numpy()).argmax(axis=1)), None
 
-    return act
-
-
-def numpy_forward(layers: Iterable[nn.Module]) -> Callable[[np.ndarray], np.ndarray]:
-    """Linear layers, tanh and relu as one function of arrays [B, I]; the weights are shared, not copied."""
-    steps: list[tuple[np.ndarray, np.ndarray] | bool | None] = []
-    for layer in layers:
-        if isinstance(layer, nn.Linear):
-            steps.append((layer.weight.detach().numpy().T, layer.bias.detach().numpy()))
-        else:
-            steps.append(isinstance(layer, Tanh))
-
-    def forward(x: np.ndarray) -> np.ndarray:
-        for step in steps:
+    def _forward(self, x: np.ndarray) -> np.ndarray:
+        for step in self._steps:
             if isinstance(step, tuple):
                 x = x @ step[0]
                 x += step[1]
@@ -66,14 +60,8 @@ def numpy_forward(layers: Iterable[nn.Module]) -> Callable[[np.ndarray], np.ndar
                 np.maximum(x, 0, out=x)
         return x
 
-    return forward
 
-
-def _with_torch(network: ActorCritic) -> Act:
-    def act(
-        observations: Tensor, noise: Tensor, action_masks: Tensor | None, starts: Tensor, state: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        output, state = network.step(observations, starts, state)
-        return output, network.choose(output, noise, action_masks), state
-
-    return act
+def _layers(network: ActorCritic) -> list[nn.Module]:
+    """Return the layers that the policy's outputs pass through."""
+    shared: list[nn.Module] = list(network.bodies[0].layers) if len(network.bodies) else []  # pyright: ignore
+    return [*shared, *network.policy]

@@ -1,4 +1,4 @@
-"""Which networks the shortcuts of acting and of the gradient know; every other one is asked through torch itself."""
+"""Recognise the standard networks, which the shortcuts compute; every other network takes the plain way."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ KNOWN = (ActorCritic, Body, nn.ModuleList, nn.Sequential, nn.Linear, *ACTIVATION
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def is_plain(network: nn.Module) -> bool:
-    """Whether a network is, layer by layer, what :class:`ActorCritic` makes of linear layers, tanh and relu.
+def is_standard(network: nn.Module) -> bool:
+    """Whether a network is, layer by layer, what :class:`ActorCritic` builds from linear layers, tanh and relu.
 
     Exactly that: a subclass, a hook, a parametrization, a method replaced on one object, a shared or missing parameter
-    or another order of layers computes something that no shortcut knows of.
+    or another order of layers computes something that no shortcut computes.
     """
     parts = list(network.modules())
     named = list(network.named_parameters(remove_duplicate=False))
@@ -33,8 +33,8 @@ def is_plain(network: nn.Module) -> bool:
     )
 
 
-def trains_plainly(network: nn.Module) -> bool:
-    """Whether its gradient is one of all parameters alike: none is frozen, has a hook or a format of its own."""
+def trains_every_parameter(network: nn.Module) -> bool:
+    """Whether no parameter is frozen, has a hook or another dtype than the rest."""
     parameters: list[Any] = list(network.parameters())
     return len({parameter.dtype for parameter in parameters}) == 1 and not any(
         not p.requires_grad or p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters
@@ -42,7 +42,7 @@ def trains_plainly(network: nn.Module) -> bool:
 
 
 def _is_changed(part: nn.Module) -> bool:
-    """Whether an object has hooks, or attributes of its own in the place of its class's functions."""
+    """Whether an object has hooks, or attributes that replace its class's functions."""
     return any(getattr(part, name) for name in HOOKS) or not _functions(type(part)).isdisjoint(vars(part))
 
 
@@ -73,7 +73,7 @@ def _is_in_order(network: ActorCritic) -> bool:
 
 
 def _widths(layers: nn.Module) -> list[int] | None:
-    """Outputs of each of some linear layers with a bias; None if one is something else."""
+    """Return the widths of linear layers with a bias; None if one is something else."""
     listed: list[Any] = list(cast(nn.Sequential, layers))
     if any(type(x) is not nn.Linear or x.bias is None or not isinstance(x.weight, torch.Tensor) for x in listed):
         return None

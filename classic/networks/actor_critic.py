@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,13 @@ from rlhf_ppo.core import PolicyOutput
 
 LOG_STD_RANGE = (-20.0, 2.0)
 """Where a standard deviation that depends on the observation is kept; beyond, exp() of it is of no use."""
+
+
+Sample = Callable[
+    [Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    tuple[Tensor, Tensor, Tensor | None],
+]
+"""As :meth:`ActorCritic.sample`: (observations, noise, masks, starts, state) -> (outputs, actions, state after)."""
 
 
 @dataclass(frozen=True)
@@ -152,10 +159,26 @@ class ActorCritic(nn.Module):
         Returns:
             (actions, logprobs, state): [B] or [B, choices] int64, or [B, numbers] float; [B] in nats; the state after.
         """
-        output, state = self.step(observations, starts, state)
         noise = None if generator is None else self.noise((len(observations),), generator)
-        actions = self.choose(output, noise, action_masks)
+        output, actions, state = self.sample(observations, noise, action_masks, starts, state)
         return actions, self.logprobs(output, actions, action_masks), state
+
+    def sample(
+        self,
+        observations: Tensor,
+        noise: Tensor | None,
+        action_masks: Tensor | None = None,
+        starts: Tensor | None = None,
+        state: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Choose actions with noise drawn before; arguments otherwise as in :meth:`act`.
+
+        Returns:
+            (output, actions, state): the policy's outputs [B, outputs], from which :meth:`logprobs` computes log-probs
+            later; the actions; the state after.
+        """
+        output, state = self.step(observations, starts, state)
+        return output, self.choose(output, noise, action_masks), state
 
     def step(
         self, observations: Tensor, starts: Tensor | None = None, state: Tensor | None = None

@@ -92,7 +92,7 @@ def test_changed_settings_give_the_run_of_an_agent_that_was_made_with_them(way, 
     made.normalizer.load(agent.normalizer.state())
     made.counters = dict(agent.counters)
     assert learned(agent, monkeypatch) == learned(made, monkeypatch)
-    assert torch.equal(agent.weights.vector, made.weights.vector)
+    assert torch.equal(agent.optimizer.weights.vector, made.optimizer.weights.vector)
     assert agent.last_metrics["optim/learning_rate"] == 1e-5
     assert agent.normalizer.gamma == 0.5
 
@@ -232,4 +232,4 @@ def test_a_callback_may_change_settings_from_the_next_rollout_on(small):
 
     classic.PPO("tests/Match-v0", small(lr_schedule="constant")).learn(130, callbacks=[change])
     assert [rate for rate, _, _ in seen] == [3e-3, 1e-5, 1e-5]
-    assert [kind for _, _, kind in seen] == ["ClosedForm", "Autograd", "Autograd"]
+    assert [kind for _, _, kind in seen] == ["AnalyticGradients", "Autograd", "Autograd"]

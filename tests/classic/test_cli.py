@@ -122,7 +122,7 @@ def test_an_agent_that_diverged_is_saved_while_its_weights_are_finite(tmp_path, 
     def diverge(weight):
         def learn(self, **options):
             self.counters["iteration"] = 5
-            self.weights.vector.data[0] = weight
+            self.optimizer.weights.vector.data[0] = weight
             raise classic.NonFiniteGradientError("10 gradients in a row")
 
         monkeypatch.setattr(classic.PPO, "learn", learn)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import classic
-from classic.fast.analytic_gradients import ClosedForm
+from classic.fast.analytic_gradients import AnalyticGradients
 from rlhf_ppo.runtime.processes import torch_threads
 from rlhf_ppo.runtime.run_directory import RunDirectory
 
@@ -178,13 +178,13 @@ def test_clip_range_and_entropy_bonus_fall_with_the_steps_when_told_to(small, tm
         output_dir=str(tmp_path),
     )
     agent = classic.PPO("tests/Match-v0", args)
-    seen, differentiate = [], ClosedForm.differentiate
+    seen, backward = [], AnalyticGradients.backward
 
     def watched(self, new, old, config):
         seen.append(config)
-        return differentiate(self, new, old, config)
+        return backward(self, new, old, config)
 
-    monkeypatch.setattr(ClosedForm, "differentiate", watched)
+    monkeypatch.setattr(AnalyticGradients, "backward", watched)
     agent.learn(640)
     assert [row["policy/clip_range"] for row in log_of(tmp_path)] == pytest.approx(
         [0.2 * k / 10 for k in range(10, 0, -1)]

@@ -1,4 +1,4 @@
-"""The gradient in closed form is autograd's, for every network and objective that it is used for."""
+"""Analytic gradients equal autograd's, for every network and objective that they are used for."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import itertools
 import pytest
 import torch
 
-import classic
 from classic.envs.spaces import ActionLayout
-from classic.fast.analytic_gradients import Autograd, ClosedForm, gradient_method, update_loss
+from classic.fast.analytic_gradients import AnalyticGradients
 from classic.fast.flat_adam import FlatParameters
+from classic.gradient_step import Autograd, update_loss
 from classic.networks.actor_critic import ActorCritic, Decisions
 from rlhf_ppo.core import Experience, PPOConfig
 
@@ -74,53 +74,21 @@ CONFIGS = {
         (NUMBERS, {"shared": True, "activation": "relu", "hidden_sizes": (5, 6, 7)}, False),
     ],
 )
-def test_closed_form_is_autograd(actions, settings, masked, config):
+def test_analytic_gradients_equal_autograds(actions, settings, masked, config):
     config = PPOConfig(**config)
     for seed, count in itertools.product(range(3), (1, 40)):
         network, weights = make(actions, seed, **settings)
         decisions, old = minibatch(network, count, seed, masked)
-        reference, ours = Autograd(network, weights), ClosedForm(network, weights)
+        reference, ours = Autograd(network), AnalyticGradients(network, weights)
         expected = reference.evaluate(decisions)
-        reference.differentiate(expected, old, config)
+        weights.gradient.zero_()
+        reference.backward(expected, old, config)
         gradient = weights.gradient.clone()
         weights.gradient.fill_(torch.nan)  # every entry is written
         new = ours.evaluate(decisions)
-        ours.differentiate(new, old, config)
+        ours.backward(new, old, config)
         torch.testing.assert_close(weights.gradient, gradient, rtol=1e-9, atol=1e-12)
         for name in ("logprobs", "values", "entropy"):
             torch.testing.assert_close(getattr(new, name), getattr(expected, name).detach(), rtol=1e-9, atol=1e-12)
         losses = [update_loss(output, old, config).total.item() for output in (new, expected)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("actions", "settings", "config", "kind"),
-    [
-        (CHOICE, {}, {}, ClosedForm),
-        (CHOICE, {"shared": True}, {"objective": "dual_clip"}, ClosedForm),
-        (NUMBERS, {}, {"objective": "adaptive_clip"}, ClosedForm),
-        (NUMBERS, {"squash": True}, {}, Autograd),
-        (NUMBERS, {"state_dependent_std": True}, {}, Autograd),
-        (ActionLayout(choices=(2, 3)), {}, {}, Autograd),
-        (CHOICE, {"recurrent": "gru"}, {}, Autograd),
-        *((CHOICE, {}, {"objective": name}, Autograd) for name in ("penalty", "cispo", "a2c", "reinforce")),
-    ],
-)
-def test_where_the_closed_form_is_used(actions, settings, config, kind):
-    network, weights = make(actions, **settings)
-    assert type(gradient_method(network, weights, PPOConfig(**config))) is kind
-
-
-@pytest.mark.parametrize("env_id", ["tests/Match-v0", "tests/Aim-v0"])
-def test_a_run_by_autograd_takes_the_same_way(env_id, small, monkeypatch):
-    """Not to the last digit: sums are taken in another order."""
-    runs = []
-    for kind in (ClosedForm, Autograd):
-        monkeypatch.setattr(
-            "classic.ppo.gradient_method", lambda network, weights, _, kind=kind: kind(network, weights)
-        )
-        agent = classic.PPO(env_id, small(ent_coef=0.01)).learn(300)
-        assert type(agent.gradients) is kind
-        runs.append((agent.weights.vector.detach(), agent.last_metrics))
-    torch.testing.assert_close(runs[0][0], runs[1][0], rtol=1e-3, atol=1e-4)
-    assert runs[0][1] == pytest.approx(runs[1][1], rel=1e-2, abs=1e-3)

@@ -8,6 +8,7 @@ from torch import nn
 
 from classic.envs.spaces import ActionLayout
 from classic.fast.flat_adam import FlatAdam, FlatParameters
+from classic.gradient_step import Adam
 from classic.networks.actor_critic import ActorCritic
 
 
@@ -40,16 +41,28 @@ def test_actor_and_critic_lie_side_by_side_where_shapes_agree():
         weights.of(weights.vector, "policy.4.weight", "critic.4.weight")
 
 
-def test_gradients_of_autograd_arrive_in_the_vector_and_are_clipped_as_one():
+def test_gradients_of_autograd_arrive_in_the_vector():
     network = make()
     weights = FlatParameters(network)
     network.critic(torch.ones(2, 3)).sum().mul(100).backward()
     norm = torch.stack([p.grad.norm() for p in network.critic.parameters()]).norm().item()
     assert norm > 1 and weights.gradient.norm().item() == pytest.approx(norm)
-    assert weights.clip_gradient(0.5) == pytest.approx(norm)
-    assert weights.gradient.norm().item() == pytest.approx(0.5, rel=1e-5)
-    assert weights.clip_gradient(0.6) == pytest.approx(0.5, rel=1e-5)
-    assert weights.gradient.norm().item() == pytest.approx(0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [FlatAdam, Adam])
+def test_the_gradient_is_clipped_as_one(kind):
+    network = make()
+    optimizer = kind(network, lr=1e-2)
+    network.critic(torch.ones(2, 3)).sum().mul(100).backward()
+
+    def norm() -> float:
+        return torch.stack([p.grad.norm() for p in network.critic.parameters()]).norm().item()
+
+    before = norm()
+    assert before > 1 and optimizer.clip_gradient(0.5) == pytest.approx(before)
+    assert norm() == pytest.approx(0.5, rel=1e-5)
+    assert optimizer.clip_gradient(0.6) == pytest.approx(0.5, rel=1e-5)
+    assert norm() == pytest.approx(0.5, rel=1e-5)
 
 
 def test_a_tensor_put_in_the_place_of_a_parameter_is_taken_over():
@@ -64,15 +77,13 @@ def test_a_tensor_put_in_the_place_of_a_parameter_is_taken_over():
     assert (network.policy[0].weight == 0).all() and (network.critic[0].weight == 0).all()
 
 
-def test_adam_is_torchs():
+def test_adam_on_one_vector_is_torchs():
     networks = [make(), make()]
-    weights = FlatParameters(networks[0])
-    ours = FlatAdam(weights, lr=1e-2)
-    theirs = torch.optim.Adam(networks[1].parameters(), lr=1e-2, eps=1e-5, fused=True)
-    assert ours.state() == {}
+    ours, theirs = FlatAdam(networks[0], lr=1e-2), Adam(networks[1], lr=1e-2)
+    assert ours.state() == theirs.state() == {}
     generator = torch.Generator().manual_seed(1)
     for k in range(5):
-        ours.lr = theirs.param_groups[0]["lr"] = 1e-2 / (k + 1)
+        ours.lr = theirs.lr = 1e-2 / (k + 1)
         for mine, other in zip(*(network.parameters() for network in networks), strict=True):
             mine.grad.copy_(torch.randn(mine.shape, generator=generator))
             other.grad = mine.grad.clone()
@@ -80,10 +91,27 @@ def test_adam_is_torchs():
         theirs.step()
     for mine, other in zip(*(network.parameters() for network in networks), strict=True):
         torch.testing.assert_close(mine, other)
-    state = ours.state()
-    for name, parameter in networks[1].named_parameters():
-        for key, value in theirs.state[parameter].items():
-            torch.testing.assert_close(state[f"{name}/{key}"], value)
-    again = FlatAdam(weights, lr=1.0)
+    state, expected = ours.state(), theirs.state()
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(state[name], value)
+
+
+@pytest.mark.parametrize("kind", [FlatAdam, Adam])
+def test_moments_are_loaded_and_stay_when_parameters_are_replaced(kind):
+    network = make()
+    before = kind(network, lr=1e-2)
+    network.critic(torch.ones(2, 3)).sum().backward()
+    network.policy(torch.ones(2, 3)).sum().backward()
+    before.step()
+    state = before.state()
+    again = kind(make(), lr=1.0)
     again.load(state)
-    assert all(torch.equal(value, state[key]) for key, value in again.state().items()) and again.steps == 5
+    copied = make()
+    assert again.fits(copied)
+    again.attach(copied)
+    assert again.lr == 1.0 and again.state().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in again.state().items())
+    assert state["policy.0.weight/step"] == 1
+    copied.policy[0].requires_grad_(False)
+    assert not again.fits(copied)

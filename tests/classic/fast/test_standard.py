@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import classic
-from classic.fast.analytic_gradients import Autograd, ClosedForm
-from classic.fast.numpy_acting import acting
-from classic.fast.standard import is_plain
+from classic.fast.analytic_gradients import AnalyticGradients
+from classic.fast.standard import is_standard
+from classic.gradient_step import Autograd
 from rlhf_ppo.runtime.errors import RatioTripwireError
 
 FIRST_RATIO = "policy/first_minibatch_max_abs_log_ratio"
@@ -93,14 +93,14 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_changed_network_acts_and_learns_as_changed(change, small):
     agent = classic.PPO("tests/Match-v0", small(vf_coef=0.3, seed=2))
-    assert type(agent.gradients) is ClosedForm
+    assert type(agent.gradients) is AnalyticGradients
     change(agent.network)
     agent.learn(1)
     assert type(agent.gradients) is Autograd
     assert agent.last_metrics[FIRST_RATIO] < 1e-5
     observations, noise = torch.randn(4, 1), agent.network.noise((4,), torch.Generator())
     with torch.no_grad():
-        output, _, _ = acting(agent.network, 4)(observations, noise, None, torch.zeros(4, dtype=torch.bool), None)
+        output, _, _ = agent.sample(observations, noise, None, torch.zeros(4, dtype=torch.bool), None)
         torch.testing.assert_close(output, agent.network.step(observations)[0], rtol=1e-5, atol=1e-6)
 
 
@@ -111,9 +111,9 @@ def test_a_subclass_is_not_taken_for_what_it_is_made_from(small):
         def evaluate(self, decisions):
             return super().evaluate(decisions)
 
-    assert is_plain(agent.network)
+    assert is_standard(agent.network)
     agent.network.__class__ = Own
-    assert not is_plain(agent.network)
+    assert not is_standard(agent.network)
 
 
 @pytest.mark.parametrize("settings", [{}, {"shared_network": True}, {"recurrent": "lstm", "recurrent_size": 8}])

@@ -1,0 +1,115 @@
+"""One gradient step, the plain way: PPO's loss, autograd, gradient clipping and Adam as torch has them.
+
+It fits any network and any objective. Small networks take the shortcuts of :mod:`classic.fast`, which compute the same
+numbers faster; :mod:`classic.fast.switch` chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from classic.networks.actor_critic import ActorCritic, Decisions
+from rlhf_ppo.core import Experience, PolicyOutput, PPOConfig, PPOLoss, aggregate_loss, clipped_value_loss, ppo_loss
+
+
+def update_loss(new: PolicyOutput, old: Experience, config: PPOConfig) -> PPOLoss:
+    """Compute the core's loss, plus a value loss under reinforce.
+
+    The core's reinforce has no critic, but here the critic closes cut rollouts and must learn to.
+    """
+    loss = ppo_loss(new, old, config, denominator=float(old.mask.sum()))
+    if config.objective != "reinforce" or new.values is None:
+        return loss
+    assert old.returns is not None
+    errors = clipped_value_loss(new.values, old.values, old.returns, clip_range=config.clip_range_vf)
+    value = aggregate_loss(errors, old.mask)
+    return replace(loss, total=loss.total + config.vf_coef * value, value=value)
+
+
+def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Return a network's parameters by name, frozen ones (``requires_grad`` False) left out."""
+    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
+def parameter_shapes(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Size]:
+    """Return the parameters' shapes by name."""
+    return {name: parameter.shape for name, parameter in parameters.items()}
+
+
+class Autograd:
+    """Gradients of one minibatch by autograd."""
+
+    def __init__(self, network: ActorCritic) -> None:
+        self.network = network
+
+    def evaluate(self, decisions: Decisions) -> PolicyOutput:
+        """Compute log-probs, values and entropies of a minibatch's decisions."""
+        return self.network.evaluate(decisions)
+
+    def backward(self, new: PolicyOutput, old: Experience, config: PPOConfig) -> float:
+        """Add the gradient of the loss of what :meth:`evaluate` returned last to the parameters' own.
+
+        Returns:
+            A number that is finite if the loss is: a loss may overflow while its gradient does not.
+        """
+        loss = update_loss(new, old, config).total
+        loss.backward()
+        return loss.item()
+
+
+class Adam:
+    """torch's Adam over the trained parameters, and torch's ``clip_grad_norm_``.
+
+    Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization" (2015).
+    """
+
+    def __init__(self, network: nn.Module, lr: float, eps: float = 1e-5) -> None:
+        self.parameters, self.eps = trained_parameters(network), eps
+        self._adam = torch.optim.Adam(self.parameters.values(), lr=lr, eps=eps)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate."""
+        return self._adam.param_groups[0]["lr"]
+
+    @lr.setter
+    def lr(self, lr: float) -> None:
+        self._adam.param_groups[0]["lr"] = lr
+
+    def fits(self, network: nn.Module) -> bool:
+        """Whether a network trains parameters of the names and shapes that its moments belong to."""
+        return parameter_shapes(trained_parameters(network)) == parameter_shapes(self.parameters)
+
+    def attach(self, network: nn.Module) -> None:
+        """Train this network, which it fits, from here on: parameters may have been replaced or copied."""
+        state, lr = self.state(), self.lr
+        self.parameters = trained_parameters(network)
+        self._adam = torch.optim.Adam(self.parameters.values(), lr=lr, eps=self.eps)
+        self.load(state)
+
+    def zero_grad(self) -> None:
+        """Clear the gradient."""
+        self._adam.zero_grad()
+
+    def clip_gradient(self, limit: float) -> float:
+        """Scale the gradient down to a norm of at most ``limit``; return its norm before."""
+        return nn.utils.clip_grad_norm_(self.parameters.values(), limit).item()
+
+    def step(self) -> None:
+        """Move the parameters by their gradient."""
+        self._adam.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return ``<parameter>/step``, ``<parameter>/exp_avg`` and ``<parameter>/exp_avg_sq``; {} before a step."""
+        moments = self._adam.state
+        return {f"{n}/{key}": x.clone() for n, p in self.parameters.items() for key, x in moments.get(p, {}).items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from :meth:`state`."""
+        for name, parameter in self.parameters.items() if tensors else ():
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            self._adam.state[parameter] = {key: tensors[f"{name}/{key}"].clone() for key in keys}
