@@ -3,7 +3,7 @@
 import rlhf_ppo  # noqa: F401 - before torch, whose threads it tells how to wait
 
 # isort: split
-import classic.envs.cartpole_no_vel  # noqa: F401 - registers its environment
+import classic.envs.wrappers  # noqa: F401 - registers CartPoleNoVel-v1
 from classic.config import PPOArgs
 from classic.envs.errors import BrokenEnvironmentError
 from classic.ppo import PPO

@@ -48,7 +48,7 @@ def predict(
     masks = envs.observed_masks(torch.from_numpy(array))
     if action_masks is not None:
         if not envs.actions.choices:
-            raise ValueError(f"{where} has actions that are numbers, which cannot be masked")
+            raise ValueError(f"{where} has continuous actions, which cannot be masked")
         given = action_masks if batched else [action_masks]
         if len(given) != count:
             raise ValueError(f"{where}: {count} observations need as many action masks, got {len(given)}")

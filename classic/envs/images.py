@@ -1,4 +1,4 @@
-"""Images: which observations are images, in whatever order of axes and scale, and how the networks get them."""
+"""Images: recognise observations that are images, in any order of axes and scale, and encode them for the networks."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ import numpy as np
 from gymnasium.spaces import Box
 
 MIN_IMAGE_SIDE = 36
-"""Pixels a side below which the convolutional network has nothing left to look at."""
+"""Smallest side, in pixels, that the convolutional network takes."""
 
 
 class ImageLayout(NamedTuple):
-    """How an observation is an image."""
+    """How an image lies in an observation."""
 
     frames: int
-    """Images stacked on the first axis, 1 without such an axis; they become channels."""
+    """Images stacked on the first axis, which become channels; 1 without such an axis."""
     sides: tuple[int, int, int]
-    """The three axes of one of them; [1, height, width] of a grayscale one without channels."""
+    """The three axes of one image; (1, height, width) for grayscale without a channel axis."""
     channels_last: bool
     white: float | None
-    """What counts as 1; None: bytes, which stay bytes."""
+    """The value scaled to 1; None: bytes, which stay bytes."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) as the network gets it."""
+        """(channels, height, width) of the encoded image."""
         height, width, channels = self.sides if self.channels_last else (*self.sides[1:], self.sides[0])
         return (self.frames * channels, height, width)
 
 
 def image_layout(space: gymnasium.Space) -> ImageLayout | None:
-    """Recognise [H, W], [H, W, C], [C, H, W], and stacks of these; None if it is no image.
+    """Recognise [H, W], [H, W, C], [C, H, W], and stacks of these; None if it is not an image.
 
-    Bytes with three axes are images whatever their bounds. Other numbers and other axes are where the bounds are 0 to
-    255 or 0 to 1.
+    Bytes with three axes are images whatever their bounds; other dtypes and other axes only if the bounds are 0 to 255
+    or 0 to 1.
     """
     if not isinstance(space, Box) or len(space.shape) not in (2, 3, 4):
         return None
     sides: Any = (1, *space.shape) if len(space.shape) == 2 else space.shape[-3:]
-    if not _looks_like_one(sides):
+    if not _is_image_shaped(sides):
         return None
     white: float | None = None
     if space.dtype != np.uint8 or len(space.shape) != 3:
@@ -53,7 +53,7 @@ def image_layout(space: gymnasium.Space) -> ImageLayout | None:
 
 
 def image_encoder(layout: ImageLayout) -> Callable[[np.ndarray], np.ndarray]:
-    """The function from a batch of images to [B, channels, height, width], bytes or floats from 0 to 1."""
+    """Return a function that encodes a batch of images as [B, channels, height, width], bytes or floats from 0 to 1."""
 
     def encode(batch: np.ndarray) -> np.ndarray:
         images = batch.reshape(-1, *layout.sides)
@@ -66,25 +66,25 @@ def image_encoder(layout: ImageLayout) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def unscaled(space: gymnasium.Space) -> str | None:
-    """Why the networks would get numbers of this Box on a bad scale, with the way out; None: they would not."""
+    """Explain why this Box would reach the networks on a bad scale, with the remedy; None: it would not."""
     if not isinstance(space, Box) or not space.shape:
         return None
     layout = image_layout(space)
     if layout is not None:
         dark = layout.white is None and (space.high <= 1).all()
         return "are read as bytes up to 255, but their bounds end at 1: multiply them by 255" if dark else None
-    if len(space.shape) in (3, 4) and _looks_like_one(space.shape[-3:]) and np.isinf(space.high).any():
+    if len(space.shape) in (3, 4) and _is_image_shaped(space.shape[-3:]) and np.isinf(space.high).any():
         return (
-            "look like images, but their bounds do not say how large white is, so they are flattened: declare 0 to 255 "
-            "or 0 to 1 (TransformObservation) to have them read as images"
+            "look like images, but their bounds do not say which value is white, so they are flattened: declare 0 to "
+            "255 or 0 to 1 (TransformObservation) to have them read as images"
         )
     if (space.low == 0).all() and (space.high == 255).all():
         return (
-            f"are numbers up to 255 but no image (of at least {MIN_IMAGE_SIDE} pixels a side), so the networks get "
+            f"are numbers up to 255 but not an image (of at least {MIN_IMAGE_SIDE} pixels a side), so the networks get "
             "them as they are: set normalize_observations=True, or divide them (TransformObservation)"
         )
     return None
 
 
-def _looks_like_one(sides: Any) -> bool:
+def _is_image_shaped(sides: Any) -> bool:
     return min(sides[0], sides[2]) <= sides[1] and sorted(sides)[1] >= MIN_IMAGE_SIDE

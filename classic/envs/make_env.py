@@ -1,4 +1,4 @@
-"""Making environments: an id, an instance or a factory becomes a Gymnasium vector environment."""
+"""Make a Gymnasium vector environment from an id, an instance or a function, and find the task's registered id."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from gymnasium.envs.registration import find_highest_version, get_env_id, parse_
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import PassiveEnvChecker
 
-from classic.envs.episode_state import RecordedEpisode
 from classic.envs.errors import CRASHES, BrokenEnvironmentError
-from classic.envs.wrappers import Heard, OneCopy, OwnArrays, pass_on
+from classic.envs.wrappers import CaughtWarning, CopyArrays, OneCopy, RecordedEpisode, warn_once
 
 MODES = {"next_step": AutoresetMode.NEXT_STEP, "same_step": AutoresetMode.SAME_STEP}
 Vectorization = Literal["auto", "sync", "async", "vector_entry_point"]
@@ -23,11 +22,11 @@ EnvLike = str | gymnasium.Env | Callable[[], gymnasium.Env]
 """A registered id (or ``module:id``), one environment, or a function that makes one."""
 
 EXTRAS = {"mujoco": "mujoco", "box2d": "box2d"}
-"""Part of an environment's entry point -> the extra of this package that installs what it needs."""
+"""Part of an environment's entry point -> the extra of this package that installs its simulator."""
 
 
 def env_name(env: EnvLike) -> str:
-    """What messages, folders and presets call an environment: its id if it has one."""
+    """Return an environment's name in messages and folders: its id if it has one."""
     if isinstance(env, str):
         return env
     if isinstance(env, gymnasium.Env):
@@ -36,19 +35,19 @@ def env_name(env: EnvLike) -> str:
 
 
 def registered_id(env_id: str) -> str:
-    """An id as it is registered: without its module, and with the newest version where it names none."""
+    """Return an id as it is registered: without its module, and with the newest version if it names none."""
     name = env_id.rpartition(":")[2]
     try:
         namespace, task, version = parse_env_id(name)
     except gymnasium.error.Error:
-        return name  # what is wrong with it is said where it is made
+        return name  # making it says what is wrong
     return get_env_id(namespace, task, find_highest_version(namespace, task) if version is None else version)
 
 
 def identify(env: EnvLike, *, in_this_process: bool = True) -> tuple[str | None, EnvLike]:
-    """The registered id of the task (None: it has none), and what the training copies are to be made from.
+    """Return the registered id of the task (None: it has none), and what to make the training copies from.
 
-    A function is called for that, and what it made is the first of the copies, if they are to live in this process.
+    A function is called to find out; its environment becomes the first copy if the copies live in this process.
     """
     if isinstance(env, str):
         return registered_id(env), env
@@ -59,14 +58,14 @@ def identify(env: EnvLike, *, in_this_process: bool = True) -> tuple[str | None,
     try:
         first: Any = env()
     except CRASHES:
-        return None, env  # it is called again where copies are made, and that error says more
+        return None, env  # making the copies calls it again, and that error says more
     if not isinstance(first, gymnasium.Env):
         return None, env
     task = _spec_id(first)
     if not in_this_process:
         first.close()
         return task, env
-    return task, _beginning_with(first, env)
+    return task, _returning_first(first, env)
 
 
 def make_vector_env(
@@ -78,36 +77,36 @@ def make_vector_env(
     env_kwargs: Mapping[str, Any] | None = None,
     wrappers: Sequence[str] = (),
 ) -> VectorEnv:
-    """Copies of an environment side by side, with the wanted autoreset mode.
+    """Make copies of an environment, stepped together, with the given autoreset mode.
 
     Args:
         env: id, instance (one copy alone) or factory.
         num_envs: copies.
-        autoreset_mode: next_step or same_step; None takes what Gymnasium's default for the environment does.
-        vectorization: auto takes the environment's own vector version if it has one that fits, and otherwise steps the
-            copies one after another; async steps each in a process of its own.
-        env_kwargs: arguments of the environment; with an id alone.
+        autoreset_mode: next_step or same_step; None: Gymnasium's default for the environment.
+        vectorization: sync steps the copies one after another, async each in a process of its own, vector_entry_point
+            is the environment's own vector version; auto: that version if it has one that fits, else sync.
+        env_kwargs: keyword arguments of the environment; only with an id.
         wrappers: names of Gymnasium wrappers, or module:Name, the innermost first.
     Raises:
-        ValueError: unknown id (with Gymnasium's suggestion), something else than an environment, a missing package, or
-            an autoreset mode that is missing or not supported.
+        ValueError: unknown id (with Gymnasium's suggestion), not an environment, a missing package, or an autoreset
+            mode that is missing or not supported.
         BrokenEnvironmentError: the environment cannot be created.
     """
     name = env_name(env)
     layers: list[Callable[[gymnasium.Env], gymnasium.Wrapper]] = [_wrapper(name, wrapper) for wrapper in wrappers]
-    if layers:  # which may keep what they are given, as a stack of frames does
-        layers = [OwnArrays, *layers]
+    if layers:  # they may keep the observations that they get, as a stack of frames does
+        layers = [CopyArrays, *layers]
     wanted = MODES[autoreset_mode] if autoreset_mode else None
     try:
-        with warnings.catch_warnings(record=True) as heard:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            # Missing metadata is an error of ours, which says more.
+            # Missing metadata is our own error below, which says more.
             warnings.filterwarnings("ignore", message=".*AutoresetMode.*")
             if isinstance(env, str):
                 envs = _from_id(env, num_envs, wanted, vectorization, dict(env_kwargs or {}), layers)
             else:
                 envs = _from_object(env, num_envs, wanted, vectorization, dict(env_kwargs or {}), layers)
-        pass_on([Heard(str(x.message), x.category, x.filename, x.lineno) for x in heard])
+        warn_once([CaughtWarning(str(x.message), x.category, x.filename, x.lineno) for x in caught])
     except gymnasium.error.Error as error:
         raise ValueError(f"cannot make environment {name!r}: {error}{_extra(env)}") from error
     except (ImportError, ValueError):
@@ -188,7 +187,7 @@ def _from_object(
         made = env if single else env()
         if not isinstance(made, gymnasium.Env):
             raise ValueError(f"{name!r} made a {type(made).__name__}, not a gymnasium.Env")
-        # Gymnasium puts its checker around what it makes from an id; here its words are wanted too.
+        # Gymnasium puts its checker around what it makes from an id; a function's environment needs it, too.
         made = PassiveEnvChecker(made)
         for layer in [*layers, OneCopy] if vectorization == "async" else layers:
             made = layer(made)
@@ -226,7 +225,8 @@ def _spec_id(env: gymnasium.Env) -> str | None:
     return None if spec is None else spec.id
 
 
-def _beginning_with(first: gymnasium.Env, make: Callable[[], gymnasium.Env]) -> Callable[[], gymnasium.Env]:
+def _returning_first(first: gymnasium.Env, make: Callable[[], gymnasium.Env]) -> Callable[[], gymnasium.Env]:
+    """Wrap a function that makes environments so that its first call returns one that was made already."""
     waiting = [first]
 
     @wraps(make)

@@ -1,4 +1,4 @@
-"""Action masks: what an environment says about which options are allowed, as one bool tensor."""
+"""Action masks: read which options are allowed from infos, from a method, or from the observations."""
 
 from __future__ import annotations
 
@@ -13,53 +13,54 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from classic.envs.spaces import ActionLayout, observation_shape
-from classic.envs.wrappers import all_copies_have
+from classic.envs.wrappers import all_have
 
 NAMES = ("action_mask", "action_masks", "mask")
-"""Keys of a Dict that name a mask; "mask" alone does where it holds whole numbers."""
+"""Keys of a Dict that name a mask; "mask" only if it holds integers."""
 LOOKALIKES = ("mask", "legal", "avail", "valid")
-"""What the name of a mask holds under another convention."""
+"""Parts of a mask's key under other conventions."""
 REMEDY = "give one at the reset and at every step, or set action_masks=False"
 
 
 class ActionMasks:
-    """Reads masks from ``info["action_mask"]``, from an environment's method ``action_masks()``, or from observations.
+    """Read masks from ``info["action_mask"]``, the environment's method ``action_masks()``, or its observations.
 
-    A mask lists every option of every choice in a row, True (or 1) where it is allowed; MultiBinary has two options a
-    bit, off and on. The same two sources as in sb3-contrib's MaskablePPO and Gymnasium's own environments (Taxi).
+    A mask is one row of all options of all choices, True (or 1) where allowed; MultiBinary has two options per bit, off
+    and on. Gymnasium's own environments (Taxi) use the first source, sb3-contrib's MaskablePPO the second, PettingZoo,
+    RLlib and Tianshou the third.
     """
 
     def __init__(self, envs: VectorEnv, actions: ActionLayout, where: str, wanted: bool | None) -> None:
-        """Find out whether the environment has the method.
+        """Find out which sources the environment has.
 
         Args:
             envs: the copies.
             actions: what an action consists of.
             where: begins each message.
-            wanted: None uses masks where the environment offers them, True insists, False ignores them.
+            wanted: None: use masks if the environment provides them; True: require them; False: ignore them.
         Raises:
-            ValueError: masks are wanted, but actions are numbers.
+            ValueError: masks are wanted, but actions are continuous.
         """
         if wanted and not actions.choices:
-            raise ValueError(f"{where}: action_masks=True, but its actions are numbers, which cannot be masked")
+            raise ValueError(f"{where}: action_masks=True, but its actions are continuous, which cannot be masked")
         self.envs, self.actions, self.where, self.wanted = envs, actions, where, wanted
         possible = bool(actions.choices) and wanted is not False
-        self._method = possible and all_copies_have(envs, "action_masks")
+        self._method = possible and all_have(envs, "action_masks")
         self.observed = observed_mask(envs.single_observation_space, actions) if possible else None
-        """Where an observation's mask lies in its encoding; read where neither of the other two is there."""
+        """Columns of the mask in an encoded observation; read if there is neither of the other two sources."""
 
     def read(
         self, info: dict[str, Any], observations: Tensor, resetting: Tensor, *, expected: bool | None
     ) -> Tensor | None:
-        """Masks [B, options] for the next action, or None if there are none.
+        """Return masks [B, options] for the next action, or None if there are none.
 
         Args:
             info: what reset or step returned.
             observations: [B, *O], encoded.
             resetting: [B] bool, copies whose next action is ignored: everything is allowed there.
-            expected: whether there were masks before; None: nothing was asked before.
+            expected: whether there were masks at the step before; None: this is a reset.
         Raises:
-            ValueError: a mask is missing, or there although there was none before; it has the wrong length, or allows
+            ValueError: a mask is missing, or there was none at the step before; it has the wrong length, or allows
                 nothing.
         """
         if self.wanted is False or not self.actions.choices:
@@ -93,7 +94,7 @@ class ActionMasks:
 
 
 def mask_row(mask: Any, actions: ActionLayout, name: str) -> np.ndarray:
-    """[options] bool from one mask: a row, or one array a choice.
+    """Return one mask as [options] bool; it may be a row, or one array per choice.
 
     Raises:
         ValueError: the wrong length, or a choice without an allowed option; ``name`` begins the message.
@@ -108,13 +109,13 @@ def mask_row(mask: Any, actions: ActionLayout, name: str) -> np.ndarray:
 
 
 def observed_mask(space: gymnasium.Space, actions: ActionLayout) -> slice | None:
-    """Where a mask of all options lies in an encoded observation, or None if none is recognised."""
+    """Return the columns of a mask of all options in an encoded observation; None if none is recognised."""
     found = [part for name, part in _zeros_and_ones(space) if name in NAMES and _width(part) == actions.num_outputs]
     return found[0] if len(found) == 1 else None
 
 
 def unread_masks(space: gymnasium.Space, actions: ActionLayout) -> list[str]:
-    """Keys that look like a mask, where none is recognised."""
+    """Return keys that look like a mask, if none is recognised."""
     if observed_mask(space, actions) is not None:
         return []
     parts = list(_zeros_and_ones(space))
@@ -128,7 +129,7 @@ def _width(part: slice) -> int:
 
 
 def _zeros_and_ones(space: gymnasium.Space, name: str = "", start: int = 0) -> Iterator[tuple[str, slice]]:
-    """(key, columns in the encoded observation) of the parts that hold only zeros and ones."""
+    """Yield (key, columns in the encoded observation) of the parts that hold only zeros and ones."""
     if isinstance(space, Dict | Tuple):
         for key, part in space.spaces.items() if isinstance(space, Dict) else enumerate(space.spaces):
             yield from _zeros_and_ones(part, str(key), start)

@@ -1,4 +1,4 @@
-"""Normalisation: running means and spreads of observations and discounted returns, kept inside the agent."""
+"""Normalise observations and rewards by running statistics, which are the agent's and saved with it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 LIMIT = 10.0
-"""Normalised values are kept within this."""
+"""Normalised values are clipped to +- this."""
 
 
 class RunningStatistics:
-    """Mean and variance of everything seen, in float64, batch by batch.
+    """Mean and variance of all rows so far, in float64.
 
     Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
     """
@@ -21,7 +21,7 @@ class RunningStatistics:
         self.mean, self.variance = np.zeros(shape), np.ones(shape)
 
     def update(self, batch: np.ndarray) -> None:
-        """Count a batch [N, *shape] in; nothing happens without a row."""
+        """Count a batch [N, *shape] in; an empty one changes nothing."""
         count = len(batch)
         if not count:
             return
@@ -33,7 +33,7 @@ class RunningStatistics:
         self.count = total
 
     def state(self) -> dict[str, Tensor]:
-        """What :meth:`load` takes, bit for bit."""
+        """Return what :meth:`load` takes, bit for bit."""
         values = {"count": np.array(self.count), "mean": self.mean, "variance": self.variance}
         return {name: torch.from_numpy(np.array(value, dtype=np.float64)) for name, value in values.items()}
 
@@ -44,15 +44,15 @@ class RunningStatistics:
 
 
 class Normalizer:
-    """Observations to mean 0 and variance 1; rewards divided by the spread of the discounted return.
+    """Scale observations to mean 0 and variance 1; divide rewards by the standard deviation of the discounted return.
 
-    Statistics move only in :meth:`observe` and :meth:`scale_rewards`, which training calls. Steps that only reset count
-    in neither, so both autoreset modes give the same numbers. Where a return is cut or ends, its sum begins again.
+    Statistics change only in :meth:`observe` and :meth:`scale_rewards`, which training calls. Steps that only reset are
+    left out, so both autoreset modes give the same numbers. A discounted sum starts again with each episode.
 
     Args:
         observation_shape: (O,), or None to leave observations alone.
-        num_envs: copies whose returns are summed, or None to leave rewards alone.
-        gamma: discount of those sums.
+        num_envs: copies whose rewards are scaled, or None to leave rewards alone.
+        gamma: discount of the returns.
     """
 
     def __init__(self, observation_shape: tuple[int, ...] | None, num_envs: int | None, gamma: float) -> None:
@@ -62,13 +62,13 @@ class Normalizer:
         self.begin_episodes()
 
     def observe(self, observations: Tensor, mask: Tensor) -> Tensor:
-        """Count the rows [B, O] where mask [B] is True, then normalise all."""
+        """Count in the rows [B, O] where mask [B] is True, then normalise all."""
         if self.observations is not None:
             self.observations.update(observations[mask].numpy())
         return self.normalize(observations)
 
     def normalize(self, observations: Tensor) -> Tensor:
-        """[N, O] with the statistics as they are, float32; the mean is subtracted in float64, as observations came."""
+        """Normalise [N, O] with the current statistics, to float32; the mean is subtracted in float64."""
         if self.observations is None:
             return observations.float() if observations.dtype == torch.float64 else observations
         spread = np.sqrt(self.observations.variance + 1e-8)
@@ -76,11 +76,11 @@ class Normalizer:
         return torch.from_numpy(scaled.clip(-LIMIT, LIMIT).astype(np.float32))
 
     def scale_rewards(self, rewards: Tensor, done: Tensor, mask: Tensor) -> Tensor:
-        """Count the discounted returns up to here in, then divide the rewards [B] by their spread.
+        """Count in the discounted returns so far, then divide the rewards [B] by their standard deviation.
 
         Args:
             rewards: [B].
-            done: [B] bool, the episode ended or was cut here.
+            done: [B] bool, the episode was terminated or truncated here.
             mask: [B] bool, False at steps that only reset.
         """
         if self.returns is None:
@@ -93,11 +93,11 @@ class Normalizer:
         return torch.from_numpy(scaled.clip(-LIMIT, LIMIT).astype(np.float32))
 
     def begin_episodes(self) -> None:
-        """Every copy starts anew: the sums of running episodes are dropped."""
+        """Drop the sums of running episodes: every copy begins a new one."""
         self.sums = np.zeros(self.num_envs)
 
     def state(self) -> dict[str, Tensor]:
-        """What :meth:`load` takes, bit for bit."""
+        """Return what :meth:`load` takes, bit for bit."""
         parts = {"observations": self.observations, "returns": self.returns}
         state = {f"{p}.{n}": x for p, s in parts.items() if s is not None for n, x in s.state().items()}
         return {**state, "sums": torch.from_numpy(self.sums.copy())}

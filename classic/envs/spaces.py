@@ -1,47 +1,49 @@
-"""Spaces: what Gymnasium hands out becomes one tensor, what the policy chose becomes what Gymnasium wants."""
+"""Spaces: encode observations as one array, and turn the policy's actions into the environment's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
-from torch import Tensor
 
 from classic.envs.images import MIN_IMAGE_SIDE, image_encoder, image_layout
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Encoder = Callable[[Any], np.ndarray]
 
 
 @dataclass(frozen=True)
 class ActionLayout:
-    """What an action consists of: several choices at once, or several numbers at once."""
+    """What an action consists of: one or several discrete choices, or a vector of numbers."""
 
     choices: tuple[int, ...] = ()
-    """Options of each choice; () for numbers."""
-    numbers: int = 0
+    """Number of options of each choice; () for continuous actions."""
+    dimensions: int = 0
     """Length of a continuous action; 0 for choices."""
 
     @property
     def num_outputs(self) -> int:
-        """Logits or means that the policy puts out."""
-        return sum(self.choices) or self.numbers
+        """Logits or means that the policy outputs."""
+        return sum(self.choices) or self.dimensions
 
     @cached_property
     def offsets(self) -> np.ndarray:
-        """[choices] where the options of each choice begin in a row of all of them."""
+        """[choices] index of each choice's first option in a row of all options."""
         return np.cumsum([0, *self.choices[:-1]])
 
 
 def action_layout(space: gymnasium.Space, where: str) -> ActionLayout:
-    """Discrete, MultiDiscrete and MultiBinary (choices), Box of floats (numbers).
+    """Return the layout of Discrete, MultiDiscrete and MultiBinary (choices) or Box of floats (continuous).
 
     Raises:
-        ValueError: another space; names it and the way out. ``where`` begins the message.
+        ValueError: another space; names it and the remedy. ``where`` begins the message.
     """
     if isinstance(space, Discrete):
         return ActionLayout(choices=(int(space.n),))
@@ -50,7 +52,7 @@ def action_layout(space: gymnasium.Space, where: str) -> ActionLayout:
     if isinstance(space, MultiBinary):
         return ActionLayout(choices=(2,) * int(np.prod(space.shape)))
     if isinstance(space, Box) and np.issubdtype(space.dtype, np.floating) and np.prod(space.shape):
-        return ActionLayout(numbers=int(np.prod(space.shape)))
+        return ActionLayout(dimensions=int(np.prod(space.shape)))
     raise ValueError(
         f"{where}: {_kind(space)} actions are not supported; Discrete, MultiDiscrete, MultiBinary and Box of floats "
         "are: wrap with TransformAction (gymnasium.wrappers) to turn one of those into yours"
@@ -58,12 +60,12 @@ def action_layout(space: gymnasium.Space, where: str) -> ActionLayout:
 
 
 def to_env_actions(actions: Tensor, space: gymnasium.Space, squash: bool = False) -> np.ndarray:
-    """The policy's actions as the environment wants them.
+    """Convert the policy's actions to the environment's.
 
     Args:
-        actions: [B] or [B, choices] indices, or [B, numbers].
-        space: of one action; choices begin at its own start, numbers are kept within its bounds.
-        squash: numbers are brought within the bounds by tanh instead of being clipped to them.
+        actions: [B] or [B, choices] indices, or [B, dimensions] numbers.
+        space: of one action; indices are shifted to its start, numbers clipped to its bounds.
+        squash: numbers are squashed into the bounds by tanh instead of clipped.
     """
     array = actions.numpy()
     if isinstance(space, Box):
@@ -79,21 +81,21 @@ def to_env_actions(actions: Tensor, space: gymnasium.Space, squash: bool = False
 
 
 def observation_shape(space: gymnasium.Space, where: str) -> tuple[int, ...]:
-    """Shape of one encoded observation: (O,) features, or (channels, height, width) of an image.
+    """Return the shape of one encoded observation: (O,) features, or (channels, height, width) of an image.
 
     Raises:
-        ValueError: a space that no encoding is known for; ``where`` begins the message.
+        ValueError: an unsupported space; ``where`` begins the message.
     """
     if (layout := image_layout(space)) is not None:
         return layout.shape
     features = _num_features(space, where)
     if features < 1:
-        raise ValueError(f"{where}: its observations {space} hold nothing to decide on")
+        raise ValueError(f"{where}: its observations {space} are empty")
     return (features,)
 
 
 def scales_parts(space: gymnasium.Space) -> bool:
-    """Whether a Dict or Tuple has an array inside that is scaled as an image; earlier versions did not."""
+    """Whether a Dict or Tuple has an array inside that is scaled as an image, as earlier versions did not."""
     if not isinstance(space, (Dict, Tuple)):
         return False
     parts = space.spaces.values() if isinstance(space, Dict) else space.spaces
@@ -101,13 +103,13 @@ def scales_parts(space: gymnasium.Space) -> bool:
 
 
 def observation_encoder(space: gymnasium.Space) -> Encoder:
-    """The function from a batch of observations, as vector environments return it, to one array [B, *shape].
+    """Return a function that encodes a batch from a vector environment as one array [B, *shape].
 
-    Box: its numbers in a row. Discrete and MultiDiscrete: one-hot. MultiBinary: 0 and 1. Dict and Tuple: their parts
-    one after another, Dict's in the order of its keys. Images: channels first, bytes or 0 to 1. What
-    float32 cannot hold, such as float64, is float64 until it is normalised.
+    Box: flattened. Discrete and MultiDiscrete: one-hot. MultiBinary: 0 and 1. Dict and Tuple: their encoded parts
+    concatenated, Dict's in the order of its keys. Images: channels first, bytes or 0 to 1. Types that float32 cannot
+    hold, such as float64, are float64 until they are normalised.
 
-    The encoder raises a ValueError when an observation is not in the space's shape. What it returns is a copy.
+    The encoder raises a ValueError if an observation does not have the space's shape, and returns a copy.
     """
     shape = space.shape or ()
     if (layout := image_layout(space)) is not None:
@@ -130,24 +132,24 @@ def observation_encoder(space: gymnasium.Space) -> Encoder:
             return ones
 
         return one_hot
-    dtype = _kept_format(space)
+    dtype = _encoded_dtype(space)
     return lambda batch: _shaped(batch, shape, dtype).reshape(len(batch), -1)
 
 
-def _kept_format(space: gymnasium.Space) -> type[np.floating]:
-    """float32 where it holds the space's numbers, else float64: a mean has to be taken from them as they are."""
+def _encoded_dtype(space: gymnasium.Space) -> type[np.floating]:
+    """Return float32 if it holds the space's numbers, else float64: their mean must be subtracted before rounding."""
     return np.float32 if np.can_cast(space.dtype or np.float64, np.float32) else np.float64
 
 
 def is_finite(array: np.ndarray) -> np.ndarray:
-    """Where encoded observations or rewards are finite, also once they are float32, as networks read them."""
+    """Where encoded observations or rewards are finite in float32, which networks read."""
     if array.dtype == np.float64:
         return np.abs(array) <= np.finfo(np.float32).max
     return np.isfinite(array)
 
 
 def batch_of_one(space: gymnasium.Space, observation: Any) -> Any:
-    """A single observation as a batch that :func:`observation_encoder` reads."""
+    """Turn a single observation into a batch for :func:`observation_encoder`."""
     if isinstance(space, Dict):
         return {key: batch_of_one(part, observation[key]) for key, part in space.spaces.items()}
     if isinstance(space, Tuple):
@@ -156,7 +158,7 @@ def batch_of_one(space: gymnasium.Space, observation: Any) -> Any:
 
 
 def is_batch(space: gymnasium.Space, observation: Any) -> bool:
-    """Whether this is a batch of the space's observations rather than one.
+    """Whether this is a batch of observations rather than one.
 
     Raises:
         ValueError: it has the wrong number of axes for either.

@@ -68,7 +68,7 @@ def _is_in_order(network: ActorCritic) -> bool:
         and kinds <= set(ACTIVATIONS)
         and None not in shapes
         and all(shape == shapes[0] for shape in shapes)
-        and (network.log_std is None or network.log_std.shape == (network.actions.numbers,))
+        and (network.log_std is None or network.log_std.shape == (network.actions.dimensions,))
     )
 
 

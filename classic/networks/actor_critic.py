@@ -119,10 +119,10 @@ class ActorCritic(nn.Module):
         self.policy = mlp((*sizes, outputs), 0.01, generator, activation)
         self.critic = mlp((*sizes, 1), 1.0, generator, activation)
         self.log_std: nn.Parameter | None = None
-        if actions.numbers and not state_dependent_std:
-            self.log_std = nn.Parameter(torch.full((actions.numbers,), log_std_init, dtype=torch.float32))
-        elif actions.numbers:
-            nn.init.constant_(self.policy[-1].bias[actions.numbers :], log_std_init)  # pyright: ignore
+        if actions.dimensions and not state_dependent_std:
+            self.log_std = nn.Parameter(torch.full((actions.dimensions,), log_std_init, dtype=torch.float32))
+        elif actions.dimensions:
+            nn.init.constant_(self.policy[-1].bias[actions.dimensions :], log_std_init)  # pyright: ignore
 
     @property
     def recurrent(self) -> bool:
@@ -190,21 +190,21 @@ class ActorCritic(nn.Module):
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """What :meth:`choose` needs for decisions of this shape, drawn at once."""
-        if self.actions.numbers:
-            return normal_noise((*shape, self.actions.numbers), generator)
+        if self.actions.dimensions:
+            return normal_noise((*shape, self.actions.dimensions), generator)
         choices = self.actions.choices
         options = choices if len(choices) == 1 else (len(choices), max(choices))
         return gumbel_noise((*shape, *options), generator)
 
     def choose(self, output: Tensor, noise: Tensor | None, action_masks: Tensor | None = None) -> Tensor:
         """Actions [*] from the policy's outputs [*, outputs]: draws, or the most likely ones without noise."""
-        if self.actions.numbers:
+        if self.actions.dimensions:
             return sample_gaussian(*self._gaussian(output), noise)
         return sample_categorical(self._logits(output, action_masks), noise)
 
     def logprobs(self, output: Tensor, actions: Tensor, action_masks: Tensor | None = None) -> Tensor:
         """log pi(a|s) [*] in nats, from the policy's outputs [*, outputs]."""
-        if self.actions.numbers:
+        if self.actions.dimensions:
             density = squashed_logprobs if self.squash else gaussian_logprobs
             return density(*self._gaussian(output), actions)
         logits = self._logits(output, action_masks)
@@ -215,7 +215,7 @@ class ActorCritic(nn.Module):
         """Log-probs, entropy and the critic's values of recorded decisions, each [*], with gradients."""
         features = self._features(0, decisions.observations, decisions.starts, decisions.state)
         output = self.policy(features)
-        if self.actions.numbers:
+        if self.actions.dimensions:
             mean, log_std = self._gaussian(output)
             if self.squash:
                 logprobs = squashed_logprobs(mean, log_std, decisions.actions)

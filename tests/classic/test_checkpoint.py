@@ -310,10 +310,10 @@ def test_an_episode_is_remembered_only_where_a_checkpoint_can_be_written(small, 
 
 def test_an_endless_episode_is_let_go_and_the_run_goes_on_with_new_ones(small, tmp_path, monkeypatch):
     monkeypatch.setattr("classic.ppo.draw_curve", lambda *_: None)
-    monkeypatch.setattr("classic.envs.episode_state.MAX_ACTIONS", 120)
+    monkeypatch.setattr("classic.envs.wrappers.MAX_ACTIONS", 120)
     args = small(num_envs=2, num_steps=50, output_dir=str(tmp_path), save_every=1)
     agent = classic.PPO(Endless, args)
-    with pytest.warns(UserWarning, match=r"gone on for more than 120 steps: they are no longer remembered"):
+    with pytest.warns(UserWarning, match=r"gone on for more than 120 steps: they are no longer recorded"):
         agent.learn(400, callbacks=[lambda agent, metrics: agent.counters["iteration"] == 3])
     assert recorded(agent) == [0, 0]
     with pytest.warns(UserWarning, match="so new episodes begin"):

@@ -35,7 +35,7 @@ def test_masks_can_be_ignored_or_insisted_on(small):
         ignoring.learn(200)
     with pytest.raises(classic.BrokenEnvironmentError, match="action_masks=True, but there is neither"):
         classic.PPO("tests/Match-v0", small(action_masks=True)).learn(10)
-    with pytest.raises(ValueError, match="action_masks=True, but its actions are numbers"):
+    with pytest.raises(ValueError, match="action_masks=True, but its actions are continuous"):
         classic.PPO("tests/Aim-v0", small(action_masks=True))
 
 

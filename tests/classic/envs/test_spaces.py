@@ -82,7 +82,7 @@ def test_an_observation_outside_its_space_is_refused(space, batch, words):
 )
 def test_action_layouts(space, choices, numbers, outputs):
     layout = action_layout(space, "here")
-    assert (layout.choices, layout.numbers, layout.num_outputs) == (choices, numbers, outputs)
+    assert (layout.choices, layout.dimensions, layout.num_outputs) == (choices, numbers, outputs)
 
 
 @pytest.mark.parametrize(
@@ -181,5 +181,5 @@ def test_three_axes_with_channels_in_the_middle_are_no_image():
 
 
 def test_an_observation_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="hold nothing to decide on"):
+    with pytest.raises(ValueError, match=r"its observations .* are empty"):
         observation_shape(Box(0, 1, (0,)), "environment 'Empty'")

@@ -136,7 +136,7 @@ class Careless(gymnasium.Env):
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 def test_each_place_is_warned_of_once(vectorization, small, monkeypatch, capfd):
-    monkeypatch.setattr(wrappers, "_passed_on", set())
+    monkeypatch.setattr(wrappers, "_warned", set())
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         agent = classic.PPO(Careless, small(vectorization=vectorization)).learn(64)

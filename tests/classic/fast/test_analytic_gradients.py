@@ -14,7 +14,7 @@ from classic.gradient_step import Autograd, update_loss
 from classic.networks.actor_critic import ActorCritic, Decisions
 from rlhf_ppo.core import Experience, PPOConfig
 
-CHOICE, NUMBERS = ActionLayout(choices=(3,)), ActionLayout(numbers=2)
+CHOICE, NUMBERS = ActionLayout(choices=(3,)), ActionLayout(dimensions=2)
 
 
 def make(actions: ActionLayout, seed: int = 0, **settings) -> tuple[ActorCritic, FlatParameters]:

@@ -9,7 +9,7 @@ from classic.envs.spaces import ActionLayout
 from classic.fast.numpy_acting import NumpyPolicy
 from classic.networks.actor_critic import ActorCritic
 
-CHOICE, NUMBERS = ActionLayout(choices=(3,)), ActionLayout(numbers=2)
+CHOICE, NUMBERS = ActionLayout(choices=(3,)), ActionLayout(dimensions=2)
 
 
 def draw(seed: int) -> torch.Generator:

@@ -16,7 +16,7 @@ from classic.gradient_step import Adam, Autograd
 from classic.networks.actor_critic import ActorCritic
 from rlhf_ppo.core import PPOConfig
 
-CHOICE, NUMBERS = ActionLayout(choices=(3,)), ActionLayout(numbers=2)
+CHOICE, NUMBERS = ActionLayout(choices=(3,)), ActionLayout(dimensions=2)
 MATCH = "tests/Match-v0"
 
 

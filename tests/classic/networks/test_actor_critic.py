@@ -12,7 +12,7 @@ from classic.networks.actor_critic import ActorCritic, Decisions
 
 def make(continuous=False, num_actions=3, hidden=(32, 16), seed=0):
     generator = torch.Generator().manual_seed(seed)
-    layout = ActionLayout(numbers=num_actions) if continuous else ActionLayout(choices=(num_actions,))
+    layout = ActionLayout(dimensions=num_actions) if continuous else ActionLayout(choices=(num_actions,))
     return ActorCritic((4,), layout, hidden_sizes=hidden, generator=generator)
 
 
