@@ -15,9 +15,9 @@ from rlhf_ppo.core.validation import is_changed
 from rlhf_ppo.data.mixtures import load_mixture, require_weights
 from rlhf_ppo.data.rows import Rows, prompt_rows
 from rlhf_ppo.generation.multi_turn import RespondError
-from rlhf_ppo.models.identity import SavedModelError
-from rlhf_ppo.models.library_noise import quiet_libraries
+from rlhf_ppo.models.compare import SavedModelError
 from rlhf_ppo.models.lora import lora_config
+from rlhf_ppo.models.quiet_libraries import quiet_libraries
 from rlhf_ppo.pipeline.before_after import print_before_after
 from rlhf_ppo.pipeline.demo import DemoArgs, demo, print_paths
 from rlhf_ppo.pipeline.evaluate import EvaluateArgs, evaluate, print_evaluation

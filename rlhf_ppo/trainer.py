@@ -21,9 +21,9 @@ from rlhf_ppo.data.prompts import PromptSet
 from rlhf_ppo.data.rows import RowSource
 from rlhf_ppo.generation.multi_turn import Respond
 from rlhf_ppo.generation.rollout import Rollout
-from rlhf_ppo.models.identity import source_name
-from rlhf_ppo.models.library_noise import without_library_bars
+from rlhf_ppo.models.compare import source_name
 from rlhf_ppo.models.loading import BASE_FOLDER, REFERENCE_FOLDER
+from rlhf_ppo.models.quiet_libraries import without_library_bars
 from rlhf_ppo.models.saving import bytes_to_save, save_actor_critic, save_reference
 from rlhf_ppo.rewards.functions import reward_source
 from rlhf_ppo.runtime.errors import RatioTripwireError as RatioTripwireError
@@ -371,7 +371,7 @@ class PPOTrainer:
         """Save policy and tokenizer as an ordinary transformers folder, the critic beside them, and load it again.
 
         What is loaded must be the policy in memory; that takes another copy of it in main memory while it lasts (see
-        :func:`rlhf_ppo.models.identity.require_saved`). An adapter is saved alone, unless no folder or hub id holds its
+        :func:`rlhf_ppo.models.compare.require_saved`). An adapter is saved alone, unless no folder or hub id holds its
         base as it is here (a model object that was changed, an adapter merged into it, PiSSA and its like): then
         ``base/`` does.
 

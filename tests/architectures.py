@@ -33,7 +33,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
-from rlhf_ppo.models.calling import call, noting_states
+from rlhf_ppo.models.forward.hidden_states import call, noting_states
 from rlhf_ppo.models.lora import use_adapter
 
 # Not an import: beside this file lies a folder rlhf_ppo, of tests, so that its folder is no place to import from.

@@ -13,7 +13,7 @@ from transformers.cache_utils import StaticLayer
 
 from rlhf_ppo.generation.rollout import FixedShape, Sampled, Step, decoding_step, sample_responses
 from rlhf_ppo.models.actor_critic import ActorCritic
-from rlhf_ppo.models.forward import without_adapter_wrapper
+from rlhf_ppo.models.forward.hidden_states import without_adapter_wrapper
 
 Sampler = Callable[..., Sampled]
 """``sample(model, prompt_ids, prompt_mask, *, max_new_tokens, temperature, stop_token_ids, generator)``, by the rules

@@ -16,9 +16,9 @@ from rlhf_ppo.core import BannedTokens
 from rlhf_ppo.data.chat import Completion, Prompt
 from rlhf_ppo.generation.stopping import TextStop
 from rlhf_ppo.models.actor_critic import ActorCritic
-from rlhf_ppo.models.forward import Sequences, position_ids
-from rlhf_ppo.models.kv_cache import can_shrink
-from rlhf_ppo.models.packing import token_batches
+from rlhf_ppo.models.forward.kv_cache import can_shrink
+from rlhf_ppo.models.forward.packing import token_batches
+from rlhf_ppo.models.forward.runner import Sequences, position_ids
 from rlhf_ppo.runtime.signals import stop_if_asked
 
 
@@ -107,7 +107,7 @@ class Rollout:
         )
 
     def batches(self, rows: Sequence[int], max_tokens: int, *, padded: bool) -> list[list[int]]:
-        """``rows`` in groups of at most ``max_tokens`` tokens (see :func:`rlhf_ppo.models.packing.token_batches`)."""
+        """``rows`` in groups of at most ``max_tokens`` tokens (see :func:`.token_batches`)."""
         groups = token_batches([sum(self.token_counts[row]) for row in rows], max_tokens, padded=padded)
         return [[rows[i] for i in group] for group in groups]
 

@@ -14,8 +14,8 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from rlhf_ppo.models.forward.packing import same_packing
 from rlhf_ppo.models.lora import same_adapter
-from rlhf_ppo.models.packing import same_packing
 
 
 def checkpoint_layers(model: nn.Module) -> None:

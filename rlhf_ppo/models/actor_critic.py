@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from rlhf_ppo.core import BannedTokens, PolicyOutput
-from rlhf_ppo.models.forward import Outputs, Reader, Sequences, place
+from rlhf_ppo.models.forward.runner import Outputs, Reader, Sequences, place
 from rlhf_ppo.models.loading import fuse_activations
 from rlhf_ppo.models.lora import adapter_parameters, use_adapter
 from rlhf_ppo.models.reference import exact_kl
@@ -123,7 +123,7 @@ class ActorCritic(nn.Module):
         Args:
             prompt_ids, prompt_mask: [B, P], left-padded.
             response_ids, mask: [B, T], right-padded.
-            real, banned: see :class:`rlhf_ppo.models.forward.Sequences`.
+            real, banned: see :class:`rlhf_ppo.models.forward.runner.Sequences`.
             temperature: divides the logits; the same one as at sampling.
             entropy: compute it (otherwise None).
             reference: what the reference gives at the same tokens, for the exact KL to it (otherwise None).

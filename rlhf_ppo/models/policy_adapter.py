@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rlhf_ppo.models.identity import answers, difference, named_base
+from rlhf_ppo.models.compare import answers, difference, named_base
 from rlhf_ppo.models.loading import adapter_base
 from rlhf_ppo.models.lora import without_adapters
 from rlhf_ppo.models.merging import require_mergeable

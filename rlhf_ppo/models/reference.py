@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_ppo.core import kl_from_logits, linear_kl
-from rlhf_ppo.models.forward import Outputs, Reader, Sequences, place
+from rlhf_ppo.models.forward.runner import Outputs, Reader, Sequences, place
 from rlhf_ppo.models.loading import freeze, fuse_activations
 from rlhf_ppo.models.lora import without_adapters
 

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.models.actor_critic import ActorCritic
-from rlhf_ppo.models.forward import without_adapter_wrapper
-from rlhf_ppo.models.identity import SavedModelError, answers, require_saved
+from rlhf_ppo.models.compare import SavedModelError, answers, require_saved
+from rlhf_ppo.models.forward.hidden_states import without_adapter_wrapper
 from rlhf_ppo.models.loading import BASE_FOLDER, REFERENCE_FOLDER, load_policy, merge_adapter, saved_bytes
 from rlhf_ppo.models.lora import VALUE_FOLDER
 from rlhf_ppo.models.merging import merge

@@ -21,6 +21,7 @@ from rlhf_ppo.data.tokenization import encode_prompts, fit_prompt, require_vocab
 from rlhf_ppo.generation.rollout import sample_responses
 from rlhf_ppo.generation.stopping import TextStop, cut_at
 from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.models.forward_checks import probe
 from rlhf_ppo.models.loading import (
     load_config,
     load_policy,
@@ -29,7 +30,6 @@ from rlhf_ppo.models.loading import (
     resolve_model,
     vocabulary_size,
 )
-from rlhf_ppo.models.probe import probe
 from rlhf_ppo.runtime.device import resolve_device
 from rlhf_ppo.runtime.processes import require_one_process, require_threads, torch_threads
 from rlhf_ppo.runtime.progress import ProgressDisplay

@@ -19,12 +19,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from rlhf_ppo.models.activation_memory import checkpoint_layers
 from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.models.compare import OBJECT
 from rlhf_ppo.models.critics import build_actor_critic
-from rlhf_ppo.models.identity import OBJECT
+from rlhf_ppo.models.forward_checks import probe
 from rlhf_ppo.models.loading import BASE_FOLDER, REFERENCE_FOLDER, load_policy, resolve_model
 from rlhf_ppo.models.lora import by_present_names
 from rlhf_ppo.models.policy_adapter import make_adapter
-from rlhf_ppo.models.probe import probe
 from rlhf_ppo.models.quantization import load_quantized, load_reference
 from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.pipeline.before_after import readable

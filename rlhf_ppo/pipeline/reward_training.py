@@ -20,8 +20,7 @@ from rlhf_ppo.data.chat import with_chat_template
 from rlhf_ppo.data.mixtures import load_mixture, require_weights
 from rlhf_ppo.data.preferences import Preference, read_preferences, split_by_prompt
 from rlhf_ppo.data.tokenization import encode_text, require_vocabulary
-from rlhf_ppo.models.identity import answers, require_saved
-from rlhf_ppo.models.library_noise import without_library_bars
+from rlhf_ppo.models.compare import answers, require_saved
 from rlhf_ppo.models.loading import (
     adapter_base,
     context_length,
@@ -34,6 +33,7 @@ from rlhf_ppo.models.loading import (
     vocabulary_size,
 )
 from rlhf_ppo.models.quantization import round_weights
+from rlhf_ppo.models.quiet_libraries import without_library_bars
 from rlhf_ppo.pipeline.comparison import wilson
 from rlhf_ppo.rewards.reward_model import ONE_STACK, padding_is_harmless, text_scores
 from rlhf_ppo.runtime.device import Precision, autocast, compute_in_bf16, resolve_device

@@ -33,8 +33,8 @@ from rlhf_ppo.data.mixtures import load_mixture, require_weights
 from rlhf_ppo.data.preferences import prompt_and_answer
 from rlhf_ppo.data.rows import Rows, RowSource, as_rows, require_column
 from rlhf_ppo.data.tokenization import encode_after, encode_text, require_vocabulary, tokenize_prompt
-from rlhf_ppo.models.identity import answers, require_saved
-from rlhf_ppo.models.library_noise import without_library_bars
+from rlhf_ppo.models.compare import answers, require_saved
+from rlhf_ppo.models.forward_checks import require_decoder
 from rlhf_ppo.models.loading import (
     context_length,
     load_config,
@@ -45,8 +45,8 @@ from rlhf_ppo.models.loading import (
     saved_bytes,
     vocabulary_size,
 )
-from rlhf_ppo.models.probe import require_decoder
 from rlhf_ppo.models.quantization import round_weights
+from rlhf_ppo.models.quiet_libraries import without_library_bars
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space, save_or_rescue
 from rlhf_ppo.runtime.processes import require_one_process, require_threads, torch_threads

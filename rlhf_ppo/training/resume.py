@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ppo.generation.multi_turn import RespondError
-from rlhf_ppo.models.identity import SavedModelError
+from rlhf_ppo.models.compare import SavedModelError
 from rlhf_ppo.rewards.functions import RewardError
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.resume import find_checkpoint

@@ -19,8 +19,9 @@ from rlhf_ppo.generation.engines import Sampler, choose_engine
 from rlhf_ppo.generation.multi_turn import Respond, reply_ids
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.models.compare import answers, kl
 from rlhf_ppo.models.critics import build_actor_critic, choose_critic
-from rlhf_ppo.models.identity import answers, kl
+from rlhf_ppo.models.forward_checks import probe, probe_gradient
 from rlhf_ppo.models.loading import (
     adapter_base,
     in_float32,
@@ -34,7 +35,6 @@ from rlhf_ppo.models.loading import (
 )
 from rlhf_ppo.models.lora import refuse_prompt_learning
 from rlhf_ppo.models.policy_adapter import make_adapter, without_new_adapter
-from rlhf_ppo.models.probe import probe, probe_gradient
 from rlhf_ppo.models.quantization import check_precision, load_quantized, load_reference
 from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.models.value_head import read_head

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf_ppo import RLHFConfig
 from rlhf_ppo.models.actor_critic import ActorCritic
-from rlhf_ppo.models.forward import Sequences
+from rlhf_ppo.models.forward.runner import Sequences
 from rlhf_ppo.models.lora import VALUE_ADAPTER, adapter_parameters, use_adapter
 from rlhf_ppo.training.experience import estimate
 

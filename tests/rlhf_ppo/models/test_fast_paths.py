@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, GPT2LMHeadModel
 
 import rlhf_ppo.generation.rollout
-import rlhf_ppo.models.forward
+import rlhf_ppo.models.forward.runner
 import rlhf_ppo.training.setup
 from rlhf_ppo.core import Experience, PolicyOutput, PPOConfig, ppo_loss, token_logprobs
 from rlhf_ppo.data.tokenization import left_pad
 from rlhf_ppo.generation.rollout import draw, sample_responses
 from rlhf_ppo.models.actor_critic import ActorCritic
-from rlhf_ppo.models.forward import Reader, Sequences
+from rlhf_ppo.models.forward.runner import Reader, Sequences
 from rlhf_ppo.models.reference import Reference
 
 CPU = torch.device("cpu")
@@ -349,7 +349,9 @@ def test_rows_that_leave_change_nothing_for_those_that_stay(make_pair, kind, mon
     assert len(left) >= 3 and sampled.mask.sum(dim=1).unique().numel() > 3
     others = []
     with monkeypatch.context() as patch:
-        patch.setattr(rlhf_ppo.models.forward, "preallocated_cache", lambda config, room: DynamicCache(config=config))
+        patch.setattr(
+            rlhf_ppo.models.forward.runner, "preallocated_cache", lambda config, room: DynamicCache(config=config)
+        )
         others.append(decode(fast)[2])
     with monkeypatch.context() as patch:
         patch.setattr(rlhf_ppo.generation.rollout, "can_shrink", lambda cache: False)
@@ -484,7 +486,9 @@ def plain_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Reader, "__init__", lambda self, model, *, plain=False: init(self, model, plain=True))
     monkeypatch.setattr(ActorCritic, "__init__", lambda self, *a, **k: actor_critic(self, *a, **{**k, "plain": True}))
     monkeypatch.setattr(rlhf_ppo.generation.rollout, "can_shrink", lambda cache: False)
-    monkeypatch.setattr(rlhf_ppo.models.forward, "preallocated_cache", lambda config, room: DynamicCache(config=config))
+    monkeypatch.setattr(
+        rlhf_ppo.models.forward.runner, "preallocated_cache", lambda config, room: DynamicCache(config=config)
+    )
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

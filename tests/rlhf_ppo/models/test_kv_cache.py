@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, LlamaConfig, MistralConfig, Qwen2Config, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from rlhf_ppo.models.kv_cache import PreallocatedLayer, can_shrink, preallocated_cache
+from rlhf_ppo.models.forward.kv_cache import PreallocatedLayer, can_shrink, preallocated_cache
 
 
 @given(st.integers(0, 1000), st.lists(st.integers(1, 3), min_size=1, max_size=6))

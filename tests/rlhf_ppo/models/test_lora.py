@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from rlhf_ppo.models.forward import Sequences
+from rlhf_ppo.models.forward.runner import Sequences
 
 
 def lora(**settings) -> LoraConfig:

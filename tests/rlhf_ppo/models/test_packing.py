@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import GPT2Config
 
 from rlhf_ppo.data.tokenization import left_pad
-from rlhf_ppo.models.packing import pack, packed_attention, token_batches
+from rlhf_ppo.models.forward.packing import pack, packed_attention, token_batches
 
 CPU = torch.device("cpu")
 

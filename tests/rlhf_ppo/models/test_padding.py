@@ -8,7 +8,7 @@ import torch
 from rlhf_ppo.data.tokenization import left_pad
 from rlhf_ppo.generation.rollout import sample_responses
 from rlhf_ppo.models.actor_critic import ActorCritic
-from rlhf_ppo.models.forward import position_ids
+from rlhf_ppo.models.forward.runner import position_ids
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2", "gpt_neox", "opt", "bloom"]
 CPU = torch.device("cpu")

@@ -14,9 +14,16 @@ from torch.nn.functional import linear
 
 from rlhf_ppo.core import BannedTokens, entropy_from_logits, linear_logprobs, token_logprobs
 from rlhf_ppo.core.logprobs import project
-from rlhf_ppo.models.calling import accepts, call, noting_states, probe_ids, states_of, without_adapter_wrapper
-from rlhf_ppo.models.kv_cache import TokenCache, preallocated_cache
-from rlhf_ppo.models.packing import align, pack, packed_attention
+from rlhf_ppo.models.forward.hidden_states import (
+    accepts,
+    call,
+    noting_states,
+    probe_ids,
+    states_of,
+    without_adapter_wrapper,
+)
+from rlhf_ppo.models.forward.kv_cache import TokenCache, preallocated_cache
+from rlhf_ppo.models.forward.packing import align, pack, packed_attention
 
 
 class Sequences(NamedTuple):
@@ -71,7 +78,7 @@ class Reader:
     The plain way is one forward pass over the padded batch and log-probs from its logits. Where a look at the model
     shows that they give the same, it takes shortcuts: the output layer is applied by ``linear_logprobs`` (a model whose
     logits are nothing but a linear map of its last hidden states), and on CPU sequences are packed end to end. Where
-    :func:`rlhf_ppo.models.probe.probe` finds that the model needs it, it takes slower ways: ``pads_left``,
+    :func:`rlhf_ppo.models.forward_checks.probe` finds that the model needs it, it takes slower ways: ``pads_left``,
     ``keeps_states`` and ``rows_leave`` say which.
     """
 

@@ -24,8 +24,8 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from rlhf_ppo.models.forward import Sequences
-from rlhf_ppo.models.identity import SavedModelError
+from rlhf_ppo.models.compare import SavedModelError
+from rlhf_ppo.models.forward.runner import Sequences
 from rlhf_ppo.models.loading import adapter_base, load_classifier, load_policy
 from rlhf_ppo.models.lora import VALUE_ADAPTER
 from rlhf_ppo.models.saving import write_adapter

@@ -12,8 +12,8 @@ from transformers import PretrainedConfig
 
 from rlhf_ppo.models.activation_memory import checkpoint_layers
 from rlhf_ppo.models.actor_critic import ActorCritic
-from rlhf_ppo.models.calling import accepts, noting_states, without_adapter_wrapper
-from rlhf_ppo.models.forward import Reader, Sequences, position_ids
+from rlhf_ppo.models.forward.hidden_states import accepts, noting_states, without_adapter_wrapper
+from rlhf_ppo.models.forward.runner import Reader, Sequences, position_ids
 from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.runtime.device import autocast
 
@@ -61,7 +61,7 @@ class Plain(NamedTuple):
 def probe(
     model: ActorCritic, reference: Reference | None = None, *, longest: int | None = None, bf16: bool = False
 ) -> None:
-    """Settle how each model is read (see :class:`rlhf_ppo.models.forward.Reader`): the fastest way that is right.
+    """Settle how each model is read (see :class:`.Reader`): the fastest way that is right.
 
     Args:
         model: policy and critic, on their device.

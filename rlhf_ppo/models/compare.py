@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_ppo.models.calling import call, probe_ids, without_adapter_wrapper
+from rlhf_ppo.models.forward.hidden_states import call, probe_ids, without_adapter_wrapper
 from rlhf_ppo.models.loading import adapter_base, load_policy
 
 OBJECT = "object"

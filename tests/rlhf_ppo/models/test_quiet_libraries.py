@@ -12,7 +12,7 @@ from huggingface_hub import utils as hub
 from transformers.utils import logging as transformers_logging
 
 from rlhf_ppo.cli import main
-from rlhf_ppo.models.library_noise import quiet_libraries, without_library_bars
+from rlhf_ppo.models.quiet_libraries import quiet_libraries, without_library_bars
 
 
 def bars() -> tuple[bool, bool, bool]:
