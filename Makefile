@@ -75,15 +75,15 @@ mutation: ## Mutation testing of rlhf_ppo/core in a copy, about half an hour on 
 	test -d $(MUTATION)/venv || $(PYTHON) -m venv $(MUTATION)/venv
 	$(MUTATION)/venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		torch numpy pytest hypothesis mutmut==3.8.1
-	cp rlhf_ppo/__init__.py $(MUTATION)/tree/rlhf_ppo/ && cp -r rlhf_ppo/core $(MUTATION)/tree/rlhf_ppo/
+	touch $(MUTATION)/tree/rlhf_ppo/__init__.py && cp -r rlhf_ppo/core $(MUTATION)/tree/rlhf_ppo/
 	cp tests/conftest.py $(MUTATION)/tree/tests/ && cp -r tests/core $(MUTATION)/tree/tests/
 	cp tests/core/mutmut.toml $(MUTATION)/tree/pyproject.toml
 	@# mutmut leaves decorated functions alone; decorating after the definition lets it in.
 	sed -i '/^@torch.no_grad()$$/d' $(MUTATION)/tree/rlhf_ppo/core/diagnostics.py
 	printf '\n\nppo_diagnostics = torch.no_grad()(ppo_diagnostics)\n' >> $(MUTATION)/tree/rlhf_ppo/core/diagnostics.py
-	sed -i '/^    @once_differentiable$$/d' $(MUTATION)/tree/rlhf_ppo/core/logprobs.py
+	sed -i '/^    @once_differentiable$$/d' $(MUTATION)/tree/rlhf_ppo/core/kernels/linear_logprobs.py
 	printf '\n\n_LinearLogprobs.backward = staticmethod(once_differentiable(_LinearLogprobs.backward))\n' \
-		>> $(MUTATION)/tree/rlhf_ppo/core/logprobs.py
+		>> $(MUTATION)/tree/rlhf_ppo/core/kernels/linear_logprobs.py
 	sed -i '/^    @once_differentiable$$/d' $(MUTATION)/tree/rlhf_ppo/core/kernels/linear_kl.py
 	printf '\n\n_LinearKL.backward = staticmethod(once_differentiable(_LinearKL.backward))\n' \
 		>> $(MUTATION)/tree/rlhf_ppo/core/kernels/linear_kl.py

@@ -5,9 +5,10 @@ from rlhf_ppo.core.config import PPOConfig
 from rlhf_ppo.core.controllers import adapt_clip_range, adapt_kl_coef, adapt_penalty_beta
 from rlhf_ppo.core.diagnostics import explained_variance, ppo_diagnostics
 from rlhf_ppo.core.dpo import dpo_loss
-from rlhf_ppo.core.kernels.linear_kl import kl_from_logits, linear_kl
-from rlhf_ppo.core.kl import kl_estimate, kl_penalized_rewards
-from rlhf_ppo.core.logprobs import entropy_from_logits, linear_logprobs, token_logprobs
+from rlhf_ppo.core.kernels.linear_kl import linear_kl
+from rlhf_ppo.core.kernels.linear_logprobs import linear_logprobs
+from rlhf_ppo.core.kl import kl_estimate, kl_from_logits, kl_penalized_rewards
+from rlhf_ppo.core.logprobs import entropy_from_logits, token_logprobs
 from rlhf_ppo.core.losses import (
     aggregate_loss,
     cispo_policy_loss,

@@ -1,4 +1,4 @@
-"""KL to the frozen reference: its per-action estimates, and how they become a cost inside the rewards."""
+"""KL to the frozen reference: estimates per action, the exact KL, and the penalty inside the rewards."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ppo.core.masked import keep
-from rlhf_ppo.core.types import compute_dtype, require_bool, require_same_shape, result_dtype
+from rlhf_ppo.core.types import compute_dtype, require_bool, require_same_shape, require_temperature, result_dtype
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
@@ -45,6 +45,28 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -
         exponent = (-log_ratio).clamp(max=MAX_LOG_RATIO)
         kl = torch.expm1(exponent) - exponent
     return kl.to(result_dtype(logprobs))
+
+
+def kl_from_logits(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """``KL(pi || ref) = sum_v p_v (log p_v - log q_v)`` of two softmax distributions.
+
+    Args:
+        logits: [*, V] the policy's, with gradients; -inf bans a token, which then adds nothing.
+        ref_logits: [*, V] the reference's.
+        temperature: divides both.
+    Returns:
+        [*] nats; infinite where the reference bans a token that the policy does not.
+    Raises:
+        ValueError: shapes differ, or temperature is not positive.
+    """
+    require_same_shape(logits=logits, ref_logits=ref_logits)
+    require_temperature(temperature)
+    dtype = compute_dtype(logits)
+    log_p, log_q = ((x.to(dtype) / temperature).log_softmax(dim=-1) for x in (logits, ref_logits))
+    # A banned token has probability 0; what it would multiply must not be infinite, forward or backward.
+    banned = log_p == -torch.inf
+    difference = log_p.masked_fill(banned, 0.0) - log_q.masked_fill(banned, 0.0)
+    return (log_p.exp() * difference).sum(dim=-1).to(result_dtype(logits))
 
 
 def kl_penalized_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float | Tensor) -> Tensor:

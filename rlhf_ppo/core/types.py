@@ -105,6 +105,19 @@ def require_temperature(temperature: float) -> None:
         raise ValueError(f"temperature must be positive, got {temperature}")
 
 
+def require_token_ids(tokens: Tensor, vocabulary: int) -> None:
+    """Raise a ValueError unless token ids are integers and, on CPU, in [0, vocabulary)."""
+    if tokens.is_floating_point():
+        raise ValueError(f"token ids must be integers, got {tokens.dtype}")
+    # On a GPU this look would stall the queue at every call.
+    if (
+        tokens.device.type == "cpu"
+        and tokens.numel()
+        and not (int(tokens.min()) >= 0 and int(tokens.max()) < vocabulary)
+    ):
+        raise ValueError(f"token ids must lie in [0, {vocabulary}), got {int(tokens.min())} to {int(tokens.max())}")
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype to compute in: float32 for bf16, fp16 and integers, otherwise the tensor's own."""
     return x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from rlhf_ppo.core import kl_estimate, kl_penalized_rewards
+from rlhf_ppo.core import kl_estimate, kl_from_logits, kl_penalized_rewards
 
 ESTIMATORS = ["k1", "k2", "k3"]
 seeds = st.integers(0, 10_000)
@@ -270,3 +270,32 @@ def test_a_coefficient_that_broadcasts_is_taken(shape):
     mask = torch.ones(2, 3, dtype=torch.bool)
     rewards = kl_penalized_rewards(torch.ones(2), torch.ones(2, 3), mask, torch.full(shape, 0.5))
     assert rewards.tolist() == [[-0.5, -0.5, 0.5]] * 2  # -0.5 a token, and the score 1 on the last
+
+
+class TestExact:
+    def test_by_hand(self):
+        # p = (.8, .2), q = (.5, .5): .8 log 1.6 + .2 log .4
+        p, q = f64([[0.8, 0.2]]).log(), f64([[0.5, 0.5]]).log()
+        assert_close(kl_from_logits(p, q), f64([0.8 * math.log(1.6) + 0.2 * math.log(0.4)]))
+        assert kl_from_logits(p, p + 3) == 0  # a shift of all logits is no difference
+
+    def test_the_gradient_is_p_times_what_the_log_ratio_exceeds_the_kl_by(self):
+        logits, ref = torch.randn(4, 6, dtype=torch.float64, requires_grad=True), torch.randn(4, 6, dtype=torch.float64)
+        kl = kl_from_logits(logits, ref, temperature=0.7)
+        log_p, log_q = ((x / 0.7).log_softmax(-1) for x in (logits.detach(), ref))
+        expected = log_p.exp() * (log_p - log_q - kl.detach()[:, None]) / 0.7
+        assert_close(torch.autograd.grad(kl.sum(), logits)[0], expected)
+
+    def test_banned_tokens_add_nothing(self):
+        ban = f64([0, 0, -math.inf, 0])
+        logits, ref = f64([1.0, 2, 5, 0]).requires_grad_(), f64([0.5, 0, 1, 3])
+        open_only = [0, 1, 3]
+        for reference in (ref + ban, ref):  # with the reference banning it too, or not
+            kl = kl_from_logits(logits + ban, reference)
+            log_p, log_q = (logits + ban).log_softmax(-1)[open_only], reference.log_softmax(-1)[open_only]
+            assert_close(kl, (log_p.exp() * (log_p - log_q)).sum())
+            gradient = torch.autograd.grad(kl, logits)[0]
+            assert torch.isfinite(gradient).all() and gradient[2] == 0
+
+    def test_what_the_reference_alone_bans_is_infinite(self):
+        assert kl_from_logits(f64([1.0, 2]), f64([1.0, -math.inf])) == math.inf

@@ -1,4 +1,4 @@
-"""Exact KL to the reference: over the whole vocabulary at each position, from logits or from hidden states."""
+"""Exact KL to the reference straight from hidden states, without ever holding the [N, V] logits."""
 
 from __future__ import annotations
 
@@ -20,29 +20,7 @@ from rlhf_ppo.core.kernels.vocabulary import (
     product_dtype,
     without_autocast,
 )
-from rlhf_ppo.core.types import BannedTokens, compute_dtype, require_same_shape, require_temperature, result_dtype
-
-
-def kl_from_logits(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """``KL(pi || ref) = sum_v p_v (log p_v - log q_v)`` of two softmax distributions.
-
-    Args:
-        logits: [*, V] the policy's, with gradients; -inf bans a token, which then adds nothing.
-        ref_logits: [*, V] the reference's.
-        temperature: divides both.
-    Returns:
-        [*] nats; infinite where the reference bans a token that the policy does not.
-    Raises:
-        ValueError: shapes differ, or temperature is not positive.
-    """
-    require_same_shape(logits=logits, ref_logits=ref_logits)
-    require_temperature(temperature)
-    dtype = compute_dtype(logits)
-    log_p, log_q = ((x.to(dtype) / temperature).log_softmax(dim=-1) for x in (logits, ref_logits))
-    # A banned token has probability 0; what it would multiply must not be infinite, forward or backward.
-    banned = log_p == -torch.inf
-    difference = log_p.masked_fill(banned, 0.0) - log_q.masked_fill(banned, 0.0)
-    return (log_p.exp() * difference).sum(dim=-1).to(result_dtype(logits))
+from rlhf_ppo.core.types import BannedTokens, compute_dtype, require_temperature, result_dtype
 
 
 def linear_kl(
@@ -57,7 +35,9 @@ def linear_kl(
     chunk_size: int | None = None,
     ban: BannedTokens | None = None,
 ) -> Tensor:
-    """:func:`kl_from_logits` of ``hidden @ weight.T + bias`` against the reference's, without the [N, V] logits.
+    """Compute the exact KL of ``softmax(hidden @ weight.T + bias)`` to the reference's, without the [N, V] logits.
+
+    The same as :func:`~rlhf_ppo.core.kl.kl_from_logits` of both logits.
 
     Works on ``chunk_size`` rows at a time. Rows that fit one chunk are computed once; of more rows, nothing of size V
     is kept for the backward pass, which computes each chunk again. Gradients reach hidden, weight and bias alone.

@@ -40,6 +40,13 @@ def chunks_of(total: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, total, size)]
 
 
+def places_in(tokens: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """Return each token's place in a block [1, n], 0 if it is in another, and whether it is in this one [n]."""
+    place = tokens - block.start
+    inside = (place >= 0) & (tokens < block.stop)
+    return torch.where(inside, place, 0)[None], inside
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """The format of the products: autocast's where it is on, else the tensor's own."""
     kind = x.device.type

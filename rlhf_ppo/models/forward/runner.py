@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear
 
 from rlhf_ppo.core import BannedTokens, entropy_from_logits, linear_logprobs, token_logprobs
-from rlhf_ppo.core.logprobs import project
+from rlhf_ppo.core.kernels.linear_logprobs import project
 from rlhf_ppo.models.forward.hidden_states import (
     accepts,
     call,
