@@ -15,7 +15,7 @@ from rlhf_ppo.data.chat import Completion, Messages, Prompt, refuse_prefill, ren
 from rlhf_ppo.data.detokenization import Before, TextPieces
 from rlhf_ppo.data.tokenization import encode_after, encode_bare, left_pad
 from rlhf_ppo.generation.rollout import Sampled
-from rlhf_ppo.generation.stopping import cut_at
+from rlhf_ppo.generation.stop_strings import cut_at
 from rlhf_ppo.runtime.user_code import FAILURES, has_ended, start
 
 Respond = Callable[[Messages], str | None]

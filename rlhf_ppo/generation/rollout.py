@@ -14,7 +14,7 @@ from transformers import StaticCache
 
 from rlhf_ppo.core import BannedTokens
 from rlhf_ppo.data.chat import Completion, Prompt
-from rlhf_ppo.generation.stopping import TextStop
+from rlhf_ppo.generation.stop_strings import TextStop
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward.kv_cache import can_shrink
 from rlhf_ppo.models.forward.packing import token_batches

@@ -19,7 +19,7 @@ from rlhf_ppo.data.mixtures import load_mixture
 from rlhf_ppo.data.rows import prompt_rows
 from rlhf_ppo.data.tokenization import encode_prompts, fit_prompt, require_vocabulary, tokenize_prompt
 from rlhf_ppo.generation.rollout import sample_responses
-from rlhf_ppo.generation.stopping import TextStop, cut_at
+from rlhf_ppo.generation.stop_strings import TextStop, cut_at
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward_checks import probe
 from rlhf_ppo.models.loading import (

@@ -20,7 +20,7 @@ from rlhf_ppo.data.detokenization import Before, TextPieces, before_each
 from rlhf_ppo.data.tokenization import encode_prompts
 from rlhf_ppo.generation.multi_turn import Respond, RespondError, converse
 from rlhf_ppo.generation.rollout import Rollout, Sampled
-from rlhf_ppo.generation.stopping import TextStop, cut_at
+from rlhf_ppo.generation.stop_strings import TextStop, cut_at
 from rlhf_ppo.rewards.functions import RewardError
 from rlhf_ppo.rewards.scoring import Responses, Score, score_responses, total
 from rlhf_ppo.runtime.device import autocast

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_ppo.core import BannedTokens, linear_logprobs
 from rlhf_ppo.data.detokenization import Before, TextPieces
-from rlhf_ppo.generation.stopping import TextStop, cut_at
+from rlhf_ppo.generation.stop_strings import TextStop, cut_at
 from rlhf_ppo.models.actor_critic import ActorCritic
 
 STOPS = (0, 12, 16)
