@@ -281,7 +281,7 @@ class PPOTrainer:
         Raises:
             ValueError: a prompt is bad (names its number), or a column has another length.
             RewardError: see ``score_responses``; the responses are in failed_rollout.jsonl.
-            RespondError: see :func:`rlhf_ppo.generation.multi_turn.converse`; likewise.
+            RespondError: see :func:`rlhf_ppo.generation.multi_turn.sample_conversations`; likewise.
         """
         if isinstance(prompts, str) or not len(prompts):
             raise ValueError(f"rollout() takes a list of one or more prompts, got {prompts!r}")

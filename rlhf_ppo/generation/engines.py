@@ -1,33 +1,46 @@
-"""Engines: other ways to run the model while sampling, each recording what ``sample_responses`` records."""
+"""Engines: run the decoding loop as it is (dynamic) or with static shapes and CUDA graphs, and choose between them."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
-from rlhf_ppo.generation.rollout import FixedShape, Sampled, Step, decoding_step, sample_responses
+from rlhf_ppo.generation.decoding import FixedShape, Step, decode_step, sample_responses
+from rlhf_ppo.generation.rollout import SampledResponses, SamplingParams
+from rlhf_ppo.generation.stop_strings import StopStringDetector
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward.hidden_states import without_adapter_wrapper
-
-Sampler = Callable[..., Sampled]
-"""``sample(model, prompt_ids, prompt_mask, *, max_new_tokens, temperature, stop_token_ids, generator)``, by the rules
-of :func:`rlhf_ppo.generation.rollout.sample_responses`."""
 
 _ROOM = 64
 
 
-class GenerationError(RuntimeError):
-    """An engine did not give one whole response to each prompt."""
+class Sampler(Protocol):
+    """What samples responses: :func:`rlhf_ppo.generation.decoding.sample_responses`, or an engine by its rules."""
+
+    def __call__(
+        self,
+        model: ActorCritic,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        params: SamplingParams,
+        /,
+        *,
+        generator: torch.Generator | None = None,
+        stop_detector: StopStringDetector | None = None,
+    ) -> SampledResponses: ...
+
+
+class EngineError(RuntimeError):
+    """An engine does not sample from this model's distribution."""
 
 
 def choose_engine(generation: Literal["auto", "dynamic", "static"], model: ActorCritic) -> Sampler:
-    """The engine of that name, tried out on this model; "auto" takes static on a CUDA GPU if the model allows it.
+    """Return the engine of that name, checked on this model; "auto": static on a CUDA GPU if the model allows it.
 
     Args:
         generation: the setting.
@@ -38,9 +51,9 @@ def choose_engine(generation: Literal["auto", "dynamic", "static"], model: Actor
     device = next(model.parameters()).device
     if generation == "dynamic" or (generation == "auto" and device.type != "cuda"):
         return sample_responses
-    # The first try is not compiled: it asks whether the model can use the cache at all.
     try:
-        _try_out(StaticEngine(compile_step=False), model, device)
+        # Not compiled: the question is whether the model can use a cache of fixed size at all.
+        _require_exact_logprobs(StaticEngine(compile_step=False), model, device)
     except Exception as error:
         if generation == "auto":
             return sample_responses
@@ -51,44 +64,43 @@ def choose_engine(generation: Literal["auto", "dynamic", "static"], model: Actor
     return StaticEngine(compile_step=device.type == "cuda")
 
 
-def _try_out(engine: Sampler, model: ActorCritic, device: torch.device) -> None:
-    """Two responses, whose log-probs and entropies a full forward pass must confirm."""
+def _require_exact_logprobs(engine: Sampler, model: ActorCritic, device: torch.device) -> None:
+    """Sample two responses; raise an EngineError unless a full forward pass confirms log-probs and entropies."""
     if not (model.reader.pads_left and model.reader.keeps_states):
-        raise GenerationError("it cannot decode from a cache beside padded prompts")
+        raise EngineError("it cannot decode from a cache beside padded prompts")
     ids = model.reader.probe_ids().repeat(2, 1)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[0, :5] = False
     generator = torch.Generator(device).manual_seed(0)
-    sampled = engine(model, ids, mask, max_new_tokens=6, temperature=1.0, stop_token_ids=(), generator=generator)
+    sampled = engine(model, ids, mask, SamplingParams(max_new_tokens=6), generator=generator)
     with torch.no_grad():
-        again = model(ids, mask, sampled.response_ids, sampled.mask)
-    assert again.entropy is not None
-    pairs = ((again.logprobs, sampled.logprobs), (again.entropy, sampled.entropy))
+        full = model(ids, mask, sampled.response_ids, sampled.mask)
+    assert full.entropy is not None
+    pairs = ((full.logprobs, sampled.logprobs), (full.entropy, sampled.entropy))
     gap = max(float((a - b).abs().max()) for a, b in pairs)
     # A model that attends to the wrong tokens is off by whole nats, or by hundredths if it is small; bfloat16, too.
-    exact = again.logprobs.dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
-    if not gap < (1e-4 * max(1.0, float(again.logprobs.abs().max())) if exact else 0.25):
-        raise GenerationError(f"its log-probs are {gap:.3g} nats from those of a full forward pass")
+    exact = full.logprobs.dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
+    if not gap < (1e-4 * max(1.0, float(full.logprobs.abs().max())) if exact else 0.25):
+        raise EngineError(f"its log-probs are {gap:.3g} nats from those of a full forward pass")
 
 
 class FixedLayer(StaticLayer):
-    """transformers' layer of fixed size, which also takes keys and values of different precision."""
+    """transformers' cache layer of fixed size, which also takes keys and values of different precision."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write new states; under autocast in the format in which attention will read them."""
+        """Write new states, under autocast in the format in which attention reads them."""
         kind = key_states.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else key_states.dtype
         return super().update(key_states.to(dtype), value_states.to(dtype), *args, **kwargs)
 
 
 class StaticEngine:
-    """Decoding with fixed shapes: on a CUDA GPU each step is one CUDA graph, whatever the length of the responses.
+    """Decoding with static shapes: on a CUDA GPU each decode step is one CUDA graph, however long the responses.
 
     Cache and compiled step are kept for the next rollout of the same shape; only the last shape is kept.
     """
 
     def __init__(self, *, compile_step: bool, backend: str = "inductor") -> None:
-        """Compile the step or not."""
         self.compile_step = compile_step
         self.backend = backend
         self._shape: tuple[Any, ...] = ()
@@ -99,35 +111,41 @@ class StaticEngine:
         model: ActorCritic,
         prompt_ids: Tensor,
         prompt_mask: Tensor,
+        params: SamplingParams,
         *,
-        max_new_tokens: int,
-        temperature: float,
-        stop_token_ids: Collection[int],
         generator: torch.Generator | None = None,
-    ) -> Sampled:
-        """See :func:`rlhf_ppo.generation.rollout.sample_responses`: the same draws give the same tokens.
+        stop_detector: StopStringDetector | None = None,
+    ) -> SampledResponses:
+        """See :func:`rlhf_ppo.generation.decoding.sample_responses`: the same draws give the same tokens.
 
-        A step that cannot be compiled is a warning, and the rollout starts again without compiling.
+        If the step cannot be compiled, warn and sample again without compiling.
+
+        Raises:
+            ValueError: ``params`` has stop strings or a minimum length, which take the dynamic loop.
         """
+        if params.stop_strings or params.min_new_tokens:
+            raise ValueError("static decoding has neither stop_strings nor min_new_tokens: use generation='dynamic'")
         state = None if generator is None else generator.get_state()
-        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "stop_token_ids": stop_token_ids}
 
-        def sample() -> Sampled:
-            fixed = self._prepare(model, len(prompt_ids), prompt_ids.shape[1] + max_new_tokens, temperature)
-            return sample_responses(model, prompt_ids, prompt_mask, generator=generator, fixed=fixed, **settings)
+        def sample() -> SampledResponses:
+            fixed = self._prepare(
+                model, len(prompt_ids), prompt_ids.shape[1] + params.max_new_tokens, params.temperature
+            )
+            return sample_responses(model, prompt_ids, prompt_mask, params, generator=generator, fixed=fixed)
 
         try:
             return sample()
         except Exception as error:
             if not self.compile_step:
                 raise
-            warnings.warn(f"the decoding step cannot be compiled, so it runs as it is: {error}", stacklevel=2)
+            warnings.warn(f"the decode step cannot be compiled, so it runs uncompiled: {error}", stacklevel=2)
         self.compile_step, self._fixed = False, None
         if generator is not None and state is not None:
             generator.set_state(state)
         return sample()
 
     def _prepare(self, model: ActorCritic, batch: int, room: int, temperature: float) -> FixedShape:
+        """Return cache and step for this shape: the last ones, emptied, where they fit."""
         # Rounded up, so that prompts of other lengths meet the same shape.
         room = -(-room // _ROOM) * _ROOM
         kind = next(model.parameters()).device.type
@@ -141,16 +159,16 @@ class StaticEngine:
         self._fixed = None  # the old cache is freed before the new one is made
         cache = StaticCache(model.reader.config, room)
         cache.layers = [FixedLayer(room) if type(layer) is StaticLayer else layer for layer in cache.layers]
-        step = decoding_step(model, cache, temperature)
+        step = decode_step(model, cache, temperature)
         if self.compile_step:
             mode = "reduce-overhead" if self.backend == "inductor" else None
-            step = _owned(torch.compile(step, backend=self.backend, mode=mode, fullgraph=True, dynamic=False))
+            step = _copying(torch.compile(step, backend=self.backend, mode=mode, fullgraph=True, dynamic=False))
         self._shape, self._fixed = shape, FixedShape(cache, room, step)
         return self._fixed
 
 
-def _owned(step: Step) -> Step:
-    """Copies of what ``step`` returns: a CUDA graph overwrites its results at the next step."""
+def _copying(step: Step) -> Step:
+    """Copy what ``step`` returns: a CUDA graph overwrites its results at the next step."""
 
     def copied(*inputs: Tensor) -> Any:
         torch.compiler.cudagraph_mark_step_begin()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_ppo.generation.multi_turn import Messages
+from rlhf_ppo.data.chat import Messages
 
 
 @dataclass

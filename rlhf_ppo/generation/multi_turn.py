@@ -1,8 +1,8 @@
-"""Conversations: turns of the policy with an environment's replies between them, as one sequence to train on."""
+"""Multi-turn: conversations of the policy with an environment, each one sequence to train on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,21 +11,21 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ppo.data.chat import Completion, Messages, Prompt, refuse_prefill, render_prompt
+from rlhf_ppo.core import BannedTokens
+from rlhf_ppo.data.chat import Completion, Messages, Prompt, refuse_prefill
 from rlhf_ppo.data.detokenization import Before, TextPieces
-from rlhf_ppo.data.tokenization import encode_after, encode_bare, left_pad
-from rlhf_ppo.generation.rollout import Sampled
-from rlhf_ppo.generation.stop_strings import cut_at
+from rlhf_ppo.data.tokenization import left_pad
+from rlhf_ppo.generation.reply_tokens import chat_reply_ids
+from rlhf_ppo.generation.rollout import SampledResponses, SamplingParams
+from rlhf_ppo.generation.stop_strings import cut_at_stop_string
 from rlhf_ppo.runtime.user_code import FAILURES, has_ended, start
 
 Respond = Callable[[Messages], str | None]
 """``respond(messages)``, called after each turn of the policy with the whole conversation: the prompt's messages, then
 assistant and user by turns (a text prompt is one user message). Text is the next message; None ends the conversation.
-What it says after the last turn of all (max_turns, or a full context) is not used. One conversation is one list that
+What it returns after the last turn of all (max_turns, or a full context) is not used. One conversation is one list that
 grows from call to call; it must not be changed. If ``respond`` has a method ``close_episodes()``, it is called when a
 rollout is over, or has failed."""
-
-_SAID = "x"
 
 
 class RespondError(RuntimeError):
@@ -37,16 +37,14 @@ class RespondError(RuntimeError):
 
 
 class Conversations(NamedTuple):
-    """B conversations. T tokens after the prompt at most, each row without holes and padded on the right."""
+    """B conversations. At most T tokens after the prompt, each row without holes and padded on the right."""
 
-    sampled: Sampled
-    """The policy's turns; ids of the replies' tokens lie between them, outside the mask."""
+    sampled: SampledResponses
+    """The policy's turns; the ids of replies lie between them, outside the mask."""
     environment: Tensor
     """[B, T] bool, True on tokens of replies."""
     turns: Tensor
     """[B, T] long, the number of the turn, from 0; a reply's tokens count to the turn before it."""
-    place: Tensor
-    """[B, T] long, the number of each action within its turn, from 0."""
     context_full: Tensor
     """[B] bool, True where the reply left no room for another turn of full length."""
     messages: list[Messages]
@@ -55,173 +53,202 @@ class Conversations(NamedTuple):
     """[B] for chat prompts the messages after the prompt; for text prompts the text after it, as the policy read it."""
 
 
-def converse(
-    sample: Callable[[Tensor, Tensor, list[Before]], Sampled],
+def sample_conversations(
+    sample: Callable[[Tensor, Tensor, list[Before]], SampledResponses],
     prompts: Sequence[Prompt],
     prompt_ids: Tensor,
     prompt_mask: Tensor,
+    params: SamplingParams,
     *,
     respond: Respond,
     timeout_s: float | None = None,
     max_turns: int,
     room: int | None,
     tokenizer: PreTrainedTokenizerBase,
-    stop_token_ids: Collection[int],
-    stop_strings: Sequence[str] = (),
 ) -> Conversations:
-    """Let the policy and ``respond`` speak in turn.
+    """Sample turns of the policy, with the replies of ``respond`` between them.
 
-    A turn goes on from the very ids that were sampled before it; of text only what is new is encoded.
+    Each turn continues from the very ids that were sampled before it; only the reply is encoded.
 
     Args:
-        sample: one turn: (ids [N, P] left-padded, mask [N, P], [N] the same as what a piece of text lies behind) ->
-            :class:`rlhf_ppo.generation.rollout.Sampled`.
+        sample: samples one turn with ``params``: (ids [N, P] left-padded, mask [N, P], [N] the same as what a piece
+            of text lies behind) -> responses.
         prompts: [B] text or chat messages.
         prompt_ids, prompt_mask: [B, P], left-padded.
+        params: what ends a turn.
         respond: see :data:`Respond`.
-        timeout_s: longest time in seconds for one call of ``respond``; one that takes longer is left behind.
+        timeout_s: longest time in seconds for one call of ``respond``; a call that takes longer is abandoned.
         max_turns: most turns of the policy.
         room: most tokens that may lie before a turn; None: no limit. A reply that would pass it is not added, and the
             conversation ends.
         tokenizer: the policy's.
-        stop_token_ids: those that end a turn.
-        stop_strings: a turn's text is cut before the first of them.
     Raises:
-        RespondError: ``respond`` raised, ran out of time, or returned what is no text; shows the conversation.
+        RespondError: ``respond`` raised, timed out, or returned something else than text; shows the conversation.
         ValueError: the chat template does not render a conversation by adding to its end.
     """
     device = prompt_ids.device
-    pieces, spelled = TextPieces(tokenizer), TextPieces(tokenizer, special=True)
-    context = [ids[keep].tolist() for ids, keep in zip(prompt_ids, prompt_mask, strict=True)]
-    before = [pieces.before(ids, p) for ids, p in zip(context, prompts, strict=True)]
-    for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            refuse_prefill(prompt, f"prompt {i}")
-    messages: list[Messages] = [
-        [{"role": "user", "content": p}] if isinstance(p, str) else [dict(m) for m in p] for p in prompts
+    codec = _Codec(tokenizer, TextPieces(tokenizer), TextPieces(tokenizer, special=True))
+    rows = [ids[keep].tolist() for ids, keep in zip(prompt_ids, prompt_mask, strict=True)]
+    conversations = [
+        _Conversation(prompt, ids, codec, params, f"prompt {i}")
+        for i, (prompt, ids) in enumerate(zip(prompts, rows, strict=True))
     ]
-    spoken = [""] * len(prompts)
-    records: list[list[tuple[Tensor, ...]]] = [[] for _ in prompts]
-    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    full = torch.zeros_like(finished)
-    has_values = False
-    live = list(range(len(prompts)))
+    live, has_values = conversations, False
     for turn in range(max_turns):
-        turns_ids, turns_mask = left_pad([context[i] for i in live], filler=0, device=device)
-        sampled = sample(turns_ids, turns_mask, [before[i] for i in live])
+        ids, mask = left_pad([conversation.context for conversation in live], filler=0, device=device)
+        sampled = sample(ids, mask, [conversation.before for conversation in live])
         has_values = sampled.values is not None
-        values = sampled.logprobs if sampled.values is None else sampled.values
-        finished[live] = sampled.finished
         speakers, live = live, []
-        for k, i in enumerate(speakers):
-            n = int(sampled.mask[k].sum())
-            ids = sampled.response_ids[k, :n]
-            recorded = (x[k, :n] for x in (sampled.mask, sampled.logprobs, sampled.entropy, values))
-            records[i].append((ids, *recorded, torch.full_like(ids, turn), torch.arange(n, device=device)))
-            said = ids.tolist()
-            text = pieces.decode(before[i], said)
-            messages[i].append({"role": "assistant", "content": cut_at(text, stop_strings)})
-            reply = _ask(respond, messages, i, timeout_s)
+        for row, conversation in enumerate(speakers):
+            conversation.add_turn(sampled, row, turn)
+            reply = _ask(respond, conversation, conversations, timeout_s)
             if reply is None or turn == max_turns - 1:
-                spoken[i] += cut_at(text, stop_strings)
                 continue
-            if isinstance(prompts[i], str):
-                new = spelled.encode(Before(context[i] + said), reply)
-            else:
-                new = reply_ids(tokenizer, messages[i], reply, said[-1] if said[-1] in stop_token_ids else None)
-            if room is not None and len(context[i]) + len(said) + len(new) > room:
-                spoken[i] += cut_at(text, stop_strings)
-                full[i] = True
+            ids = conversation.encode(reply)
+            if room is not None and len(conversation.context) + len(ids) > room:
+                conversation.context_full = True
                 continue
-            heard = torch.tensor(new, dtype=torch.long, device=device)
-            nothing = torch.zeros(len(new), device=device)
-            silent = torch.zeros_like(heard)
-            records[i].append((heard, silent.bool(), nothing, nothing, nothing, silent + turn, silent))
-            context[i] += said + new
-            before[i] = pieces.before(context[i], reply if isinstance(prompts[i], str) else None)
-            messages[i].append({"role": "user", "content": reply})
-            spoken[i] += text + reply
-            live.append(i)
+            conversation.add_reply(reply, ids, turn)
+            live.append(conversation)
         if not live:
             break
-    response_ids, mask, logprobs, entropy, values, turns, place = (
-        pad_sequence([torch.cat(parts) for parts in rows], batch_first=True)
-        for rows in zip(*([*zip(*row, strict=True)] for row in records), strict=True)
-    )
-    real = (
-        pad_sequence([torch.ones(sum(len(p[0]) for p in row)) for row in records], batch_first=True).bool().to(device)
+    return _collect(conversations, params, has_values=has_values)
+
+
+class _Codec(NamedTuple):
+    """The policy's tokenizer, and how it reads and writes pieces of text."""
+
+    tokenizer: PreTrainedTokenizerBase
+    pieces: TextPieces
+    """With special tokens left out, as messages show them."""
+    spelled: TextPieces
+    """With special tokens spelled out, as the policy reads them."""
+
+
+class _Part(NamedTuple):
+    """Consecutive tokens [n] of a conversation: a turn of the policy, or a reply."""
+
+    ids: Tensor
+    mask: Tensor
+    """True: a turn; False: a reply."""
+    logprobs: Tensor
+    entropy: Tensor
+    values: Tensor
+    banned: Tensor
+    turn: Tensor
+
+
+class _Conversation:
+    """One conversation as it grows."""
+
+    def __init__(self, prompt: Prompt, ids: list[int], codec: _Codec, params: SamplingParams, where: str) -> None:
+        if isinstance(prompt, str):
+            self.messages: Messages = [{"role": "user", "content": prompt}]
+        else:
+            refuse_prefill(prompt, where)
+            self.messages = [dict(message) for message in prompt]
+        self.prompt, self.codec, self.params = prompt, codec, params
+        self.context = ids
+        """Every token so far, the prompt's first."""
+        self.before = codec.pieces.before(ids, prompt)
+        self.parts: list[_Part] = []
+        self.finished = torch.tensor(False)
+        """[] bool, True if a stop token or string ended the last turn."""
+        self.context_full = False
+        self._text, self._turn_text = "", ""  # after the prompt up to the last turn, and the last turn
+
+    def add_turn(self, sampled: SampledResponses, row: int, turn: int) -> None:
+        """Add one row of what was sampled as the policy's turn."""
+        n = int(sampled.mask[row].sum())
+        ids, logprobs = sampled.response_ids[row, :n], sampled.logprobs[row, :n]
+        values = torch.zeros_like(logprobs) if sampled.values is None else sampled.values[row, :n]
+        mask = sampled.mask[row, :n]
+        banned = torch.zeros_like(mask) if sampled.banned is None else sampled.banned.where[row, :n]
+        self.parts.append(
+            _Part(ids, mask, logprobs, sampled.entropy[row, :n], values, banned, torch.full_like(ids, turn))
+        )
+        self.finished = sampled.finished[row]
+        said = ids.tolist()
+        self._turn_text = self.codec.pieces.decode(self.before, said)
+        self.context = self.context + said
+        content = cut_at_stop_string(self._turn_text, self.params.stop_strings)
+        self.messages.append({"role": "assistant", "content": content})
+
+    def encode(self, reply: str) -> list[int]:
+        """Return the ids of a reply to the last turn."""
+        if isinstance(self.prompt, str):
+            return self.codec.spelled.encode(Before(self.context), reply)
+        last = self.context[-1]
+        stop = last if last in self.params.stop_token_ids else None
+        return chat_reply_ids(self.codec.tokenizer, self.messages, reply, stop)
+
+    def add_reply(self, reply: str, ids: list[int], turn: int) -> None:
+        """Add a reply, whose tokens are read and masked from the loss."""
+        device = self.parts[-1].ids.device
+        no, zeros = (torch.zeros(len(ids), dtype=dtype, device=device) for dtype in (torch.bool, torch.float32))
+        heard = torch.tensor(ids, dtype=torch.long, device=device)
+        self.parts.append(_Part(heard, no, zeros, zeros, zeros, no, torch.full_like(heard, turn)))
+        self.context = self.context + ids
+        self.before = self.codec.pieces.before(self.context, reply if isinstance(self.prompt, str) else None)
+        self.messages.append({"role": "user", "content": reply})
+        self._text, self._turn_text = self._text + self._turn_text + reply, ""
+
+    @property
+    def completion(self) -> Completion:
+        """What came after the prompt: the text as the policy read it, or the messages of a chat."""
+        if isinstance(self.prompt, str):
+            return self._text + cut_at_stop_string(self._turn_text, self.params.stop_strings)
+        return self.messages[len(self.prompt) :]
+
+
+def _collect(conversations: Sequence[_Conversation], params: SamplingParams, *, has_values: bool) -> Conversations:
+    """Pad what was recorded to [B, T]."""
+
+    def padded(field: str) -> Tensor:
+        rows = [torch.cat([getattr(part, field) for part in one.parts]) for one in conversations]
+        return pad_sequence(rows, batch_first=True)
+
+    mask = padded("mask")
+    lengths = torch.tensor([sum(len(part.ids) for part in one.parts) for one in conversations], device=mask.device)
+    real = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
+    sampled = SampledResponses(
+        padded("ids"),
+        mask,
+        torch.stack([one.finished for one in conversations]),
+        padded("logprobs"),
+        padded("entropy"),
+        padded("values") if has_values else None,
+        BannedTokens(padded("banned"), params.stop_token_ids) if params.min_new_tokens else None,
     )
     return Conversations(
-        Sampled(response_ids, mask, finished, logprobs, entropy, values if has_values else None),
+        sampled,
         real & ~mask,
-        turns,
-        place,
-        full,
-        messages,
-        [
-            spoken[i] if isinstance(prompt, str) else messages[i][len(prompt) :]  # the transcript, or what it says
-            for i, prompt in enumerate(prompts)
-        ],
+        padded("turn"),
+        torch.tensor([one.context_full for one in conversations], device=mask.device),
+        [one.messages for one in conversations],
+        [one.completion for one in conversations],
     )
 
 
-def _ask(respond: Respond, conversations: Sequence[Messages], i: int, timeout_s: float | None) -> str | None:
-    messages = conversations[i]
+def _ask(
+    respond: Respond, conversation: _Conversation, conversations: Sequence[_Conversation], timeout_s: float | None
+) -> str | None:
+    """Call ``respond`` on one of the conversations and return its reply; errors carry all of them."""
+    messages = conversation.messages
+
+    def failure(what: str) -> RespondError:
+        return RespondError(f"respond {what}", [one.messages for one in conversations])
+
     call = start(partial(respond, messages), timeout_s)
     if not has_ended(call, timeout_s):
-        raise RespondError(
-            f"respond did not return within respond_timeout_s={timeout_s}, asked about {messages!r:.500}", conversations
-        )
+        raise failure(f"did not return within respond_timeout_s={timeout_s}, asked about {messages!r:.500}")
     try:
         reply: Any = call.result()
     except FAILURES as error:
-        raise RespondError(
-            f"respond raised {type(error).__name__}: {error}, asked about {messages!r:.500}", conversations
-        ) from error
+        raise failure(f"raised {type(error).__name__}: {error}, asked about {messages!r:.500}") from error
     if reply is None or isinstance(reply, str):
         return reply
-    raise RespondError(
-        f"respond must return text, or None to end the conversation; it returned {type(reply).__name__} "
-        f"{reply!r:.80} about {messages!r:.500}",
-        conversations,
+    raise failure(
+        f"must return text, or None to end the conversation; it returned {type(reply).__name__} "
+        f"{reply!r:.80} about {messages!r:.500}"
     )
-
-
-def reply_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Messages,
-    reply: str,
-    stop: int | None,
-    where: str = "the conversation",
-) -> list[int]:
-    """Token ids to append after the policy's turn, ``messages[-1]``, so that it can answer ``reply`` in a chat.
-
-    They are what the chat template puts behind the turn: its end, the reply as a user's message, the opening of the
-    next turn.
-
-    Args:
-        stop: the stop token that the policy's turn ended with, or None. Where the template would put it, it is there.
-    Raises:
-        ValueError: the template renders the conversation differently once it goes on, or fails on it; names ``where``.
-    """
-    before = render_prompt(tokenizer, messages[:-1], where)
-    # What the policy said is there as it was sampled; in the template anything may stand for it.
-    answered = [*messages[:-1], {"role": "assistant", "content": _SAID}, {"role": "user", "content": reply}]
-    after = render_prompt(tokenizer, answered, where)
-    # Some templates put a space before what is said; the policy has written its own.
-    turn = after[len(before) :].lstrip()
-    if not after.startswith(before) or not turn.startswith(_SAID):
-        raise ValueError(
-            f"{where}: the chat template does not render a conversation by adding to its end, so a further turn would "
-            "change what came before it: use a template that keeps earlier messages as they were, or write prompts as "
-            "text "
-            f"(before the turn: {before[-80:]!r}; with an answer: {after[-160:]!r})"
-        )
-    rest = turn[len(_SAID) :]
-    ids = encode_after(tokenizer, _SAID, rest)
-    if ids is None:
-        ids = encode_bare(tokenizer, rest)
-    # Some templates put a space before the end of a turn.
-    if stop in ids and not str(tokenizer.decode(ids[: ids.index(stop)])).strip():
-        return ids[ids.index(stop) + 1 :]
-    return ids

@@ -10,10 +10,10 @@ from torch import Tensor
 from rlhf_ppo.data.detokenization import Before, GrowingText, TextPieces
 
 
-class TextStop:
-    """Follows the text of B responses as they grow, and says which of them have come to contain a stop string.
+class StopStringDetector:
+    """Follows the text of B responses as they grow, to find the stop strings in it.
 
-    At each token only the last few are decoded, so the cost of a response is linear in its length.
+    Only the last few tokens are decoded each time, so the cost of a response is linear in its length.
     """
 
     def __init__(self, pieces: TextPieces, strings: Sequence[str], before: Sequence[Before]) -> None:
@@ -21,13 +21,17 @@ class TextStop:
         self.strings = tuple(strings)
         self._texts = [GrowingText(pieces, start, keep=max(map(len, strings)) - 1) for start in before]
 
-    def __call__(self, tokens: Tensor, rows: Tensor) -> Tensor:
-        """[n] bool for the tokens [n] just drawn in the responses ``rows`` [n]."""
+    def add(self, tokens: Tensor, rows: Tensor) -> Tensor:
+        """Add the tokens [n] just sampled in the responses ``rows`` [n].
+
+        Returns:
+            [n] bool, True where the text now contains a stop string.
+        """
         texts = [self._texts[row].add(token) for row, token in zip(rows.tolist(), tokens.tolist(), strict=True)]
         found = [any(string in text for string in self.strings) for text in texts]
         return torch.tensor(found, dtype=torch.bool, device=tokens.device)
 
 
-def cut_at(text: str, strings: Sequence[str]) -> str:
-    """``text`` up to the first of the stop strings in it."""
+def cut_at_stop_string(text: str, strings: Sequence[str]) -> str:
+    """Return ``text`` up to the first stop string in it."""
     return text[: min((place for string in strings if (place := text.find(string)) >= 0), default=len(text))]

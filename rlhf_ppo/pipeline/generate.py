@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -18,8 +17,9 @@ from rlhf_ppo.data.detokenization import TextPieces, before_each
 from rlhf_ppo.data.mixtures import load_mixture
 from rlhf_ppo.data.rows import prompt_rows
 from rlhf_ppo.data.tokenization import encode_prompts, fit_prompt, require_vocabulary, tokenize_prompt
-from rlhf_ppo.generation.rollout import sample_responses
-from rlhf_ppo.generation.stop_strings import TextStop, cut_at
+from rlhf_ppo.generation.decoding import sample_responses
+from rlhf_ppo.generation.rollout import SamplingParams
+from rlhf_ppo.generation.stop_strings import StopStringDetector, cut_at_stop_string
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward_checks import probe
 from rlhf_ppo.models.loading import (
@@ -125,28 +125,27 @@ def load_speaker(args: GenerateArgs) -> Speaker:
         warn_of_unread_end(stops, tokenizer)
     else:
         stops = tuple(given)
-    strings = tuple(run.get("stop_strings", ()) if args.stop_strings is None else args.stop_strings)
-    least = min(run.get("min_new_tokens", 0), args.max_new_tokens)
+    params = SamplingParams(
+        max_new_tokens=args.max_new_tokens,
+        min_new_tokens=min(run.get("min_new_tokens", 0), args.max_new_tokens),
+        temperature=args.temperature,
+        stop_token_ids=stops,
+        stop_strings=tuple(run.get("stop_strings", ()) if args.stop_strings is None else args.stop_strings),
+    )
     generator = torch.Generator(device).manual_seed(args.seed)
 
     def reply(prompts: Sequence[Prompt]) -> list[str]:
         prompt_ids, prompt_mask = encode_prompts(prompts, tokenizer, room=room, truncate=False, device=device)
         pieces = TextPieces(tokenizer)
         before = before_each(pieces, prompts, prompt_ids, prompt_mask)
+        strings = params.stop_strings
+        detector = StopStringDetector(pieces, strings, before) if strings else None
         with torch_threads(args.num_threads, model):
             sampled = sample_responses(
-                model,
-                prompt_ids,
-                prompt_mask,
-                max_new_tokens=args.max_new_tokens,
-                min_new_tokens=least,
-                temperature=args.temperature,
-                stop_token_ids=stops,
-                generator=generator,
-                text_stop=partial(TextStop, pieces, strings, before) if strings else None,
+                model, prompt_ids, prompt_mask, params, generator=generator, stop_detector=detector
             )
         rows = zip(before, sampled.response_ids, sampled.mask, strict=True)
-        return [cut_at(pieces.decode(start, ids[keep].tolist()), strings) for start, ids, keep in rows]
+        return [cut_at_stop_string(pieces.decode(start, ids[keep].tolist()), strings) for start, ids, keep in rows]
 
     return Speaker(tokenizer, room, reply)
 

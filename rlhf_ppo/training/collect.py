@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from rlhf_ppo.config.rlhf import RLHFConfig
-from rlhf_ppo.core import BannedTokens
 from rlhf_ppo.data.chat import Completion, Prompt
 from rlhf_ppo.data.detokenization import Before, TextPieces, before_each
 from rlhf_ppo.data.tokenization import encode_prompts
-from rlhf_ppo.generation.multi_turn import Respond, RespondError, converse
-from rlhf_ppo.generation.rollout import Rollout, Sampled
-from rlhf_ppo.generation.stop_strings import TextStop, cut_at
+from rlhf_ppo.generation.multi_turn import Respond, RespondError, sample_conversations
+from rlhf_ppo.generation.rollout import Rollout, SampledResponses, SamplingParams
+from rlhf_ppo.generation.stop_strings import StopStringDetector, cut_at_stop_string
 from rlhf_ppo.rewards.functions import RewardError
 from rlhf_ppo.rewards.scoring import Responses, Score, score_responses, total
 from rlhf_ppo.runtime.device import autocast
@@ -92,9 +91,9 @@ class Collector:
             sampled = self._sample(prompt_ids, prompt_mask, before, generator)
         rows = zip(before, sampled.response_ids, sampled.mask, strict=True)
         completions: list[Completion] = [
-            cut_at(pieces.decode(start, ids[keep].tolist()), self.args.stop_strings) for start, ids, keep in rows
+            cut_at_stop_string(pieces.decode(start, ids[keep].tolist()), self.args.stop_strings)
+            for start, ids, keep in rows
         ]
-        place = torch.arange(sampled.mask.shape[1], device=sampled.mask.device)
         return Rollout(
             prompts,
             columns,
@@ -102,30 +101,24 @@ class Collector:
             prompt_mask,
             **sampled._asdict(),
             completions=completions,
-            banned=self._banned(sampled.mask, place),
         )
 
-    def _sample(self, ids: Tensor, mask: Tensor, before: list[Before], generator: torch.Generator) -> Sampled:
-        args, limits = self.args, {}
-        if args.min_new_tokens:
-            limits["min_new_tokens"] = args.min_new_tokens
-        if args.stop_strings:
-            limits["text_stop"] = partial(TextStop, TextPieces(self.parts.tokenizer), args.stop_strings, before)
-        return self.parts.sample(
-            self.parts.model,
-            ids,
-            mask,
+    @property
+    def _sampling(self) -> SamplingParams:
+        args = self.args
+        return SamplingParams(
             max_new_tokens=args.max_new_tokens,
+            min_new_tokens=args.min_new_tokens,
             temperature=args.temperature,
             stop_token_ids=self.parts.stop_token_ids,
-            generator=generator,
-            **limits,
+            stop_strings=args.stop_strings,
         )
 
-    def _banned(self, mask: Tensor, place: Tensor) -> BannedTokens | None:
-        if not self.args.min_new_tokens:
-            return None
-        return BannedTokens(mask & (place < self.args.min_new_tokens), self.parts.stop_token_ids)
+    def _sample(self, ids: Tensor, mask: Tensor, before: list[Before], generator: torch.Generator) -> SampledResponses:
+        params, detector = self._sampling, None
+        if params.stop_strings:
+            detector = StopStringDetector(TextPieces(self.parts.tokenizer), params.stop_strings, before)
+        return self.parts.sample(self.parts.model, ids, mask, params, generator=generator, stop_detector=detector)
 
     def _converse(
         self,
@@ -136,18 +129,17 @@ class Collector:
         prompt_mask: Tensor,
         generator: torch.Generator,
     ) -> Rollout:
-        said = converse(
+        said = sample_conversations(
             lambda ids, mask, before: self._sample(ids, mask, before, generator),
             prompts,
             prompt_ids,
             prompt_mask,
+            self._sampling,
             respond=respond,
             timeout_s=self.args.respond_timeout_s,
             max_turns=self.args.max_turns,
             room=self.parts.room,
             tokenizer=self.parts.tokenizer,
-            stop_token_ids=self.parts.stop_token_ids,
-            stop_strings=self.args.stop_strings,
         )
         return Rollout(
             prompts,
@@ -156,7 +148,6 @@ class Collector:
             prompt_mask,
             **said.sampled._asdict(),
             completions=said.completions,
-            banned=self._banned(said.sampled.mask, said.place),
             environment=said.environment,
             turns=said.turns,
             context_full=said.context_full,

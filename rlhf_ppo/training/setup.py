@@ -16,7 +16,8 @@ from rlhf_ppo.data.chat import refuse_prefill, with_chat_template
 from rlhf_ppo.data.prompts import PromptSet
 from rlhf_ppo.data.rows import RowSource
 from rlhf_ppo.generation.engines import Sampler, choose_engine
-from rlhf_ppo.generation.multi_turn import Respond, reply_ids
+from rlhf_ppo.generation.multi_turn import Respond
+from rlhf_ppo.generation.reply_tokens import chat_reply_ids
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.compare import answers, kl
@@ -234,7 +235,7 @@ def _check_turns(tokenizer: PreTrainedTokenizerBase, prompts: PromptSet) -> None
             continue
         seen.add(roles)
         refuse_prefill(prompt, where)
-        reply_ids(tokenizer, [*prompt, {"role": "assistant", "content": ""}], "and then?", None, where)
+        chat_reply_ids(tokenizer, [*prompt, {"role": "assistant", "content": ""}], "and then?", None, where)
 
 
 def _copy_if_shared(model: Any, *others: Any) -> Any:

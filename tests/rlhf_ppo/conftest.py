@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import string
 import traceback
@@ -30,8 +31,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-import rlhf_ppo.generation.rollout
 from rlhf_ppo import PPOTrainer, RLHFConfig
+from rlhf_ppo.generation import sampling
 from rlhf_ppo.models.actor_critic import ActorCritic
 
 logging.disable_progress_bar()  # models that tests save would draw them among what commands print
@@ -178,12 +179,13 @@ def wake_critic():
 
 @pytest.fixture
 def script(monkeypatch):
-    """Replace the draws by written tokens: one row of the list a response."""
+    """Replace the draws by written tokens, one row a response: one list for every call of the sampler, or one each."""
 
-    def use(rows: list[list[int]]) -> None:
+    def use(*calls: list[list[int]]) -> None:
+        remaining = itertools.repeat(calls[0]) if len(calls) == 1 else iter(calls)
         # Rows leave the batch when they end; each keeps its own draws.
-        monkeypatch.setattr(rlhf_ppo.generation.rollout, "uniforms", lambda *_: torch.tensor(rows).T)
-        monkeypatch.setattr(rlhf_ppo.generation.rollout, "draw", lambda weights, u: u)
+        monkeypatch.setattr(sampling, "uniforms", lambda *_: torch.tensor(next(remaining)).T)
+        monkeypatch.setattr(sampling, "draw", lambda weights, u: u)
 
     return use
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache, PretrainedConfig, StaticCache
+from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 
@@ -91,8 +91,3 @@ def preallocated_cache(config: PretrainedConfig, capacity: int) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
-
-
-def can_shrink(cache: Any) -> bool:
-    """Whether rows can leave the cache: not if its shape is fixed."""
-    return not isinstance(cache, StaticCache)

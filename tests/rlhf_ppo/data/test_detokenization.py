@@ -9,17 +9,15 @@ from functools import cache
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-import rlhf_ppo.generation.rollout
 from rlhf_ppo.data.detokenization import Before, GrowingText, TextPieces
 from rlhf_ppo.data.tokenization import encode_text
-from rlhf_ppo.generation.multi_turn import reply_ids
+from rlhf_ppo.generation.reply_tokens import chat_reply_ids
 from rlhf_ppo.pipeline.generate import GenerateArgs, generate
 from rlhf_ppo.pipeline.sft import Example, encode_examples
 from rlhf_ppo.rewards.functions import StepRewards
@@ -299,7 +297,7 @@ def test_rewards_and_stop_strings_read_what_was_written(make_trainer, make_model
 
 
 @pytest.mark.parametrize("reply", [" said tom.", "the dog"])
-def test_turns_and_replies_are_one_text(make_trainer, make_model, words, monkeypatch, reply):
+def test_turns_and_replies_are_one_text(make_trainer, make_model, words, script, reply):
     trainer = make_trainer(
         model=make_model(vocab_size=len(words)),
         processing_class=words,
@@ -313,9 +311,7 @@ def test_turns_and_replies_are_one_text(make_trainer, make_model, words, monkeyp
         rollout_batch_size=1,
         num_minibatches=1,
     )
-    turns = iter([[*behind(words, " friend was"), 1], behind(words, " long. day")])
-    monkeypatch.setattr(rlhf_ppo.generation.rollout, "uniforms", lambda *_: torch.tensor([next(turns)]).T)
-    monkeypatch.setattr(rlhf_ppo.generation.rollout, "draw", lambda weights, u: u)
+    script([[*behind(words, " friend was"), 1]], [behind(words, " long. day")])
     rollout = trainer.rollout(["lily and her"])
     ids = rollout.prompt_ids[0].tolist() + rollout.response_ids[0][rollout.real[0]].tolist()
     assert words.decode(ids, skip_special_tokens=True) == f"lily and her friend was{reply} long. day"
@@ -388,5 +384,5 @@ def test_the_end_of_a_turn_that_the_template_sets_apart_is_not_doubled(words):
     )
     said = [{"role": "user", "content": "tom saw"}, {"role": "assistant", "content": " the dog"}]
     glue = words("<s>[a cat]", add_special_tokens=False)["input_ids"]
-    assert reply_ids(words, said, "a cat", words.eos_token_id) == glue
-    assert reply_ids(words, said, "a cat", None)[-len(glue) - 1 :] == [words.eos_token_id, *glue]
+    assert chat_reply_ids(words, said, "a cat", words.eos_token_id) == glue
+    assert chat_reply_ids(words, said, "a cat", None)[-len(glue) - 1 :] == [words.eos_token_id, *glue]

@@ -1,4 +1,4 @@
-"""Sampling draws from exactly softmax(logits / temperature), and records what it drew."""
+"""Decoding samples from exactly softmax(logits / temperature), records it, and ends where it should."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from rlhf_ppo.generation.rollout import sample_responses, sample_tokens
+from rlhf_ppo.generation.decoding import sample_responses
+from rlhf_ppo.generation.rollout import SamplingParams
 from rlhf_ppo.models.actor_critic import ActorCritic
 
 
@@ -31,9 +32,7 @@ def test_frequencies_match_the_models_softmax_whatever_its_generation_config_say
         ActorCritic(model),
         prompt.expand(n, 2),
         torch.ones(n, 2, dtype=torch.bool),
-        max_new_tokens=2,
-        temperature=temperature,
-        stop_token_ids=(),
+        SamplingParams(max_new_tokens=2, temperature=temperature),
         generator=torch.Generator().manual_seed(0),
     )
     assert mask.all()
@@ -57,10 +56,7 @@ def test_frequencies_match_the_distribution_without_the_stop_tokens(make_model):
         ActorCritic(model),
         prompt.expand(n, 2),
         torch.ones(n, 2, dtype=torch.bool),
-        max_new_tokens=2,
-        min_new_tokens=1,
-        temperature=0.8,
-        stop_token_ids=(1, 4),
+        SamplingParams(max_new_tokens=2, min_new_tokens=1, temperature=0.8, stop_token_ids=(1, 4)),
         generator=torch.Generator().manual_seed(0),
     )
     with torch.no_grad():
@@ -77,25 +73,6 @@ def test_frequencies_match_the_distribution_without_the_stop_tokens(make_model):
     counts = torch.cat([counts[common], counts[~common].sum()[None]])
     expected = torch.cat([expected[common], expected[~common].sum()[None] + 1e-9])
     assert chi_square(counts, expected) < chi_square_bound(len(expected) - 1)
-
-
-def test_tokens_of_tiny_or_no_probability():
-    # softmax of (0, -inf, -2) is (0.881, 0, 0.119).
-    logits = torch.tensor([0.0, -math.inf, -2.0]).expand(50_000, 3)
-    counts = torch.bincount(sample_tokens(logits, torch.Generator().manual_seed(1)), minlength=3)
-    assert counts[1] == 0
-    p = 1 / (1 + math.exp(2))
-    # Four standard deviations of a binomial share.
-    assert counts[2] / 50_000 == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / 50_000))
-    # A banned last token is not drawn either.
-    assert sample_tokens(torch.tensor([[0.0, -math.inf]]).expand(10_000, 2)).max() == 0
-
-
-def test_same_generator_same_tokens():
-    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0))
-    draws = [sample_tokens(logits, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
-    assert torch.equal(draws[0], draws[1])
-    assert not torch.equal(draws[0], draws[2])
 
 
 def test_eos_first_eos_at_the_limit_and_eos_never(make_trainer, script, prompts):

@@ -15,14 +15,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from rlhf_ppo.data.tokenization import left_pad
+from rlhf_ppo.generation.decoding import sample_responses
 from rlhf_ppo.generation.engines import FixedLayer, StaticEngine, choose_engine
-from rlhf_ppo.generation.rollout import Sampled, sample_responses
+from rlhf_ppo.generation.rollout import SampledResponses, SamplingParams
 from rlhf_ppo.models.actor_critic import ActorCritic
 
 KINDS = ["gpt2", "llama", "qwen2", "gpt_neox", "opt"]
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
-SETTINGS: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0.7, "stop_token_ids": (0, 12, 16, 20)}
+PARAMS = SamplingParams(max_new_tokens=8, temperature=0.7, stop_token_ids=(0, 12, 16, 20))
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def seeded(seed: int = 3) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def assert_equals_a_full_forward(model: ActorCritic, batch: tuple[Tensor, Tensor], sampled: Sampled) -> None:
+def assert_equals_a_full_forward(model: ActorCritic, batch: tuple[Tensor, Tensor], sampled: SampledResponses) -> None:
     with torch.no_grad():
         full = model(*batch, sampled.response_ids, sampled.mask, temperature=0.7)
     # Decoding adds up the same products in another order: a few rounding errors of float32.
@@ -71,8 +72,8 @@ def change(model: ActorCritic) -> None:
 def test_static_gives_the_same_responses_as_dynamic(make, batch, kind):
     model, engine = make(kind), StaticEngine(compile_step=False)
     for seed in (3, 4):  # the second rollout meets a used cache
-        dynamic = sample_responses(model, *batch, generator=seeded(seed), **SETTINGS)
-        static = engine(model, *batch, generator=seeded(seed), **SETTINGS)
+        dynamic = sample_responses(model, *batch, PARAMS, generator=seeded(seed))
+        static = engine(model, *batch, PARAMS, generator=seeded(seed))
         assert torch.equal(static.response_ids, dynamic.response_ids) and torch.equal(static.mask, dynamic.mask)
         assert torch.equal(static.finished, dynamic.finished)
         for ours, theirs in zip(static[3:], dynamic[3:], strict=True):
@@ -81,19 +82,19 @@ def test_static_gives_the_same_responses_as_dynamic(make, batch, kind):
 
 def test_static_keeps_one_cache_and_makes_another_for_another_shape(make, batch):
     model, engine = make(), StaticEngine(compile_step=False)
-    engine(model, *batch, **SETTINGS)
+    engine(model, *batch, PARAMS)
     first = engine._fixed
-    engine(model, batch[0][:, 1:], batch[1][:, 1:], **SETTINGS)  # shorter prompts fit the same room
+    engine(model, batch[0][:, 1:], batch[1][:, 1:], PARAMS)  # shorter prompts fit the same room
     assert engine._fixed is first
-    engine(model, batch[0][:4], batch[1][:4], **SETTINGS)
+    engine(model, batch[0][:4], batch[1][:4], PARAMS)
     assert engine._fixed is not first
 
 
 def test_static_reads_the_weights_of_today(make, batch):
     model, engine = make(), StaticEngine(compile_step=False)
-    engine(model, *batch, generator=seeded(), **SETTINGS)
+    engine(model, *batch, PARAMS, generator=seeded())
     change(model)
-    assert_equals_a_full_forward(model, batch, engine(model, *batch, generator=seeded(), **SETTINGS))
+    assert_equals_a_full_forward(model, batch, engine(model, *batch, PARAMS, generator=seeded()))
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
@@ -101,13 +102,13 @@ def test_static_reads_the_weights_of_today(make, batch):
 def test_the_static_step_is_one_graph(make, batch, kind):
     """fullgraph=True fails at anything that torch.compile cannot capture; "eager" runs what was captured."""
     model, engine = make(kind), StaticEngine(compile_step=True, backend="eager")
-    dynamic = sample_responses(model, *batch, generator=seeded(), **SETTINGS)
+    dynamic = sample_responses(model, *batch, PARAMS, generator=seeded())
     for _ in range(2):
-        static = engine(model, *batch, generator=seeded(), **SETTINGS)
+        static = engine(model, *batch, PARAMS, generator=seeded())
         assert torch.equal(static.response_ids, dynamic.response_ids)
         torch.testing.assert_close(static.logprobs, dynamic.logprobs, atol=1e-5, rtol=1e-5)
     change(model)  # the graph holds the weights by reference
-    assert_equals_a_full_forward(model, batch, engine(model, *batch, generator=seeded(), **SETTINGS))
+    assert_equals_a_full_forward(model, batch, engine(model, *batch, PARAMS, generator=seeded()))
     torch.compiler.reset()
 
 
@@ -125,10 +126,10 @@ def test_a_step_that_cannot_be_compiled_is_a_warning(make, batch, monkeypatch):
         return fails_at_the_second
 
     model, engine = make(), StaticEngine(compile_step=True)
-    dynamic = sample_responses(model, *batch, generator=seeded(), **SETTINGS)
+    dynamic = sample_responses(model, *batch, PARAMS, generator=seeded())
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.warns(UserWarning, match="no such kernel"):
-        static = engine(model, *batch, generator=seeded(), **SETTINGS)
+        static = engine(model, *batch, PARAMS, generator=seeded())
     assert torch.equal(static.response_ids, dynamic.response_ids)
     torch.testing.assert_close(static.logprobs, dynamic.logprobs, atol=1e-5, rtol=1e-5)
 

@@ -11,9 +11,9 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-import rlhf_ppo.generation.rollout
 from rlhf_ppo.core import compute_gae
-from rlhf_ppo.generation.multi_turn import RespondError, reply_ids
+from rlhf_ppo.generation.multi_turn import RespondError
+from rlhf_ppo.generation.reply_tokens import chat_reply_ids
 from rlhf_ppo.rewards.loading import RewardError, StepRewards
 from rlhf_ppo.training.advantages import next_decisions
 from rlhf_ppo.training.experience import estimate
@@ -45,18 +45,6 @@ def talk(make_trainer):
         )
 
     return make
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """Replace the draws by written tokens: for each call of the sampler the next list, one row a response."""
-
-    def use(*turns: list[list[int]]) -> None:
-        rows = iter(turns)
-        monkeypatch.setattr(rlhf_ppo.generation.rollout, "uniforms", lambda *_: torch.tensor(next(rows)).T)
-        monkeypatch.setattr(rlhf_ppo.generation.rollout, "draw", lambda weights, u: u)
-
-    return use
 
 
 def real_ids(rollout, row: int) -> list[int]:
@@ -155,9 +143,9 @@ def test_sampled_ids_are_trained_whatever_their_text_would_tokenise_to(talk, mak
     given: list[list[int]] = []
     sample = trainer.parts.sample
 
-    def watched(model, ids, mask, **settings):
+    def watched(model, ids, mask, params, **settings):
         given.extend(row[keep].tolist() for row, keep in zip(ids, mask, strict=True))
-        return sample(model, ids, mask, **settings)
+        return sample(model, ids, mask, params, **settings)
 
     trainer.collector = dataclasses.replace(trainer.collector, parts=dataclasses.replace(trainer.parts, sample=watched))
     rollout = trainer.rollout(["the cat"] * 8)
@@ -419,10 +407,10 @@ def test_a_chats_glue_is_what_the_template_adds(chat):
     """ "<u>hi.<a>" before the turn, "<u>hi.<a>x.<u>yes.<a>" with an answer: what is new is ".<u>yes.<a>"."""
     spoken = [*MESSAGES, {"role": "assistant", "content": "whatever  it was"}]
     glue = chat(".<u>yes.<a>")["input_ids"]
-    assert reply_ids(chat, spoken, "yes", None) == glue
+    assert chat_reply_ids(chat, spoken, "yes", None) == glue
     # "." is id 29: if the policy ended its turn with it, it is there already; another stop token is not.
-    assert reply_ids(chat, spoken, "yes", 29) == glue[1:]
-    assert reply_ids(chat, spoken, "yes", 0) == glue
+    assert chat_reply_ids(chat, spoken, "yes", 29) == glue[1:]
+    assert chat_reply_ids(chat, spoken, "yes", 0) == glue
 
 
 def test_a_chat_is_trained_on_as_the_template_would_show_it(talk, chat, script):

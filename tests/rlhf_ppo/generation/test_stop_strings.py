@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_ppo.core import BannedTokens, linear_logprobs
 from rlhf_ppo.data.detokenization import Before, TextPieces
-from rlhf_ppo.generation.stop_strings import TextStop, cut_at
+from rlhf_ppo.generation.stop_strings import StopStringDetector, cut_at_stop_string
 from rlhf_ppo.models.actor_critic import ActorCritic
 
 STOPS = (0, 12, 16)
@@ -138,8 +138,8 @@ def test_strings_are_found_however_tokens_split_text_and_characters():
     ):
         ids = pairs(text, add_special_tokens=False)["input_ids"]
         expected = [any(s in pairs.decode(ids[: n + 1]) for s in stops) for n in range(len(ids))]
-        watch = TextStop(TextPieces(pairs), stops, [Before()] * 2)
-        found = [bool(watch(torch.tensor([i]), torch.tensor([1]))) for i in ids]
+        detector = StopStringDetector(TextPieces(pairs), stops, [Before()] * 2)
+        found = [bool(detector.add(torch.tensor([i]), torch.tensor([1]))) for i in ids]
         first = expected.index(True) if True in expected else None
         assert (found.index(True) if True in found else None) == first, text
 
@@ -150,16 +150,16 @@ def test_a_space_that_a_token_alone_would_lose_counts():
     core.decoder = decoders.Metaspace()
     words = PreTrainedTokenizerFast(tokenizer_object=core)
     assert words.decode([1, 2]) == "the cat" and words.decode([2]) == "cat"
-    watch = TextStop(TextPieces(words), ("e c",), [Before()])
-    assert [bool(watch(torch.tensor([i]), torch.tensor([0]))) for i in (2, 1, 2)] == [False, False, True]
+    detector = StopStringDetector(TextPieces(words), ("e c",), [Before()])
+    assert [bool(detector.add(torch.tensor([i]), torch.tensor([0]))) for i in (2, 1, 2)] == [False, False, True]
 
 
 def test_the_cost_of_a_token_does_not_grow_with_the_response(tokenizer, monkeypatch):
-    watch, sizes = TextStop(TextPieces(tokenizer), ("zzz",), [Before()]), []
+    detector, sizes = StopStringDetector(TextPieces(tokenizer), ("zzz",), [Before()]), []
     decode = tokenizer.decode
     monkeypatch.setattr(tokenizer, "decode", lambda ids, **settings: sizes.append(len(ids)) or decode(ids, **settings))
     for _ in range(100):
-        watch(torch.tensor([5]), torch.tensor([0]))
+        detector.add(torch.tensor([5]), torch.tensor([0]))
     assert max(sizes) <= 8
 
 
@@ -170,18 +170,18 @@ def test_bytes_that_never_make_a_character_do_not_hold_it_up(monkeypatch):
     broken = pairs("\u00e9", add_special_tokens=False)["input_ids"][0]  # the first of two bytes
     assert pairs.decode([broken]) == "\ufffd"
     pieces, sizes = TextPieces(pairs), []
-    watch = TextStop(pieces, ("cat",), [Before()])
+    detector = StopStringDetector(pieces, ("cat",), [Before()])
     text = pieces.text
     monkeypatch.setattr(pieces, "text", lambda ids: sizes.append(len(ids)) or text(ids))
     ids = [broken] * 50 + pairs(" cat", add_special_tokens=False)["input_ids"]
-    assert [bool(watch(torch.tensor([i]), torch.tensor([0]))) for i in ids][-1]
+    assert [bool(detector.add(torch.tensor([i]), torch.tensor([0]))) for i in ids][-1]
     assert max(sizes) <= 8
 
 
-def test_cut_at():
-    assert cut_at("a. b! c.", ("!", ".")) == "a"
-    assert cut_at("abc", ("x",)) == "abc" == cut_at("abc", ())
-    assert cut_at("xabc", ("x",)) == ""
+def test_cut_at_stop_string():
+    assert cut_at_stop_string("a. b! c.", ("!", ".")) == "a"
+    assert cut_at_stop_string("abc", ("x",)) == "abc" == cut_at_stop_string("abc", ())
+    assert cut_at_stop_string("xabc", ("x",)) == ""
 
 
 def test_stop_strings_end_turns_too(make_trainer, script):

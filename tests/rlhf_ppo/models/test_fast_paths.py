@@ -11,12 +11,12 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, GPT2LMHeadModel
 
-import rlhf_ppo.generation.rollout
 import rlhf_ppo.models.forward.runner
 import rlhf_ppo.training.setup
-from rlhf_ppo.core import Experience, PolicyOutput, PPOConfig, ppo_loss, token_logprobs
+from rlhf_ppo.core import Experience, PolicyOutput, PPOConfig, ppo_loss
 from rlhf_ppo.data.tokenization import left_pad
-from rlhf_ppo.generation.rollout import draw, sample_responses
+from rlhf_ppo.generation.decoding import sample_responses
+from rlhf_ppo.generation.rollout import SamplingParams
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward.runner import Reader, Sequences
 from rlhf_ppo.models.reference import Reference
@@ -330,9 +330,7 @@ def decode(model: ActorCritic, temperature: float = 0.8, rows: int = 6) -> Any:
         model,
         prompt_ids,
         prompt_mask,
-        max_new_tokens=12,
-        temperature=temperature,
-        stop_token_ids=[0, 4, 8, 12, 16, 20],
+        SamplingParams(max_new_tokens=12, temperature=temperature, stop_token_ids=(0, 4, 8, 12, 16, 20)),
         generator=torch.Generator().manual_seed(5),
     )
     return prompt_ids, prompt_mask, sampled
@@ -343,8 +341,8 @@ def test_rows_that_leave_change_nothing_for_those_that_stay(make_pair, kind, mon
     """The same tokens without it, with transformers' own cache, and log-probs, values, entropies of a plain pass."""
     fast, plain = make_pair(kind)
     left: list[int] = []
-    shrink = rlhf_ppo.generation.rollout.can_shrink
-    monkeypatch.setattr(rlhf_ppo.generation.rollout, "can_shrink", lambda cache: left.append(1) or shrink(cache))
+    leave = DynamicCache.reorder_cache
+    monkeypatch.setattr(DynamicCache, "reorder_cache", lambda cache, rows: left.append(1) or leave(cache, rows))
     prompt_ids, prompt_mask, sampled = decode(fast)
     assert len(left) >= 3 and sampled.mask.sum(dim=1).unique().numel() > 3
     others = []
@@ -354,7 +352,7 @@ def test_rows_that_leave_change_nothing_for_those_that_stay(make_pair, kind, mon
         )
         others.append(decode(fast)[2])
     with monkeypatch.context() as patch:
-        patch.setattr(rlhf_ppo.generation.rollout, "can_shrink", lambda cache: False)
+        patch.setattr(Reader, "rows_leave", False)
         others += [decode(fast)[2], decode(plain)[2]]
     for other in others:
         assert torch.equal(other.response_ids, sampled.response_ids)
@@ -388,95 +386,6 @@ def test_weights_that_are_no_longer_finite_sample_tokens_of_the_vocabulary(make_
     assert rollout.response_ids.max() < 30
 
 
-# Draws
-
-
-def spread(vocabulary: int, seed: int = 0) -> torch.Tensor:
-    """Weights over a few powers of ten, with single zeros and, if there is room, a whole block of them."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = torch.randn(vocabulary, generator=generator).mul(2).exp()
-    weights[torch.rand(vocabulary, generator=generator) < 0.2] = 0
-    if vocabulary > 512:
-        weights[256:512] = 0
-    weights[-1] = 0
-    return weights
-
-
-@pytest.mark.parametrize("vocabulary", [255, 256, 257, 600, 768, 1000])
-def test_draws_follow_the_weights(vocabulary):
-    """An even grid of u instead of random ones: each token's share is its weight to within one grid step."""
-    weights = spread(vocabulary)
-    n = 20_000
-    u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    tokens = draw(weights.expand(n, vocabulary), u)
-    counts = torch.bincount(tokens, minlength=vocabulary)
-    expected = weights.double() / weights.double().sum() * n
-    assert counts.shape == (vocabulary,)
-    assert (counts[weights == 0] == 0).all()
-    # A token covers an interval of u; a grid of step 1/n puts its length * n in it, give or take one.
-    assert (counts - expected).abs().max() <= 1 + 1e-3
-    # Inverting the cumulative distribution never goes down as u goes up.
-    assert (tokens.diff() >= 0).all()
-
-
-@pytest.mark.parametrize("vocabulary", [255, 256, 257, 600, 768, 1000])
-def test_the_ends_of_u_never_reach_a_token_without_weight(vocabulary):
-    weights = torch.stack([spread(vocabulary, seed) for seed in range(50)])
-    weights[:, :3] = 0
-    if vocabulary > 512:
-        weights[25:, :256] = 0
-    first, last = (weights > 0).int().argmax(dim=1), vocabulary - 1 - (weights > 0).flip(1).int().argmax(dim=1)
-    for dtype in (torch.float64, torch.float32):
-        one = torch.ones(50, dtype=dtype)
-        assert torch.equal(draw(weights, torch.zeros_like(one)), first)
-        drawn = draw(weights, torch.nextafter(one, torch.zeros_like(one)))
-        assert (weights[torch.arange(50), drawn] > 0).all()
-        if dtype == torch.float64:
-            assert torch.equal(drawn, last)
-
-
-def test_tokens_of_tiny_weight():
-    """Alone they share all the mass; beside a token of weight 1 a weight that float64 still sees keeps its share."""
-    weights = torch.zeros(1, 1000)
-    weights[0, [5, 300, 999]] = 1e-30
-    u = torch.tensor([0.0, 0.2, 0.4, 0.6, 0.7, 0.999])
-    assert draw(weights.expand(6, -1), u.double()).tolist() == [5, 5, 300, 300, 999, 999]
-    # 1 + 1e-9 is 1 in float32, so a sum of the block in float32 must not hide the token at its end.
-    for end in (255, 511, 999):
-        weights = torch.zeros(1, 1000)
-        weights[0, end // 256 * 256], weights[0, end] = 1.0, 1e-9
-        for u, expected in ((1 - 2e-9, end // 256 * 256), (1 - 5e-10, end)):
-            assert draw(weights, torch.tensor([u], dtype=torch.float64)).tolist() == [expected]
-    # Beyond float64 it is as good as impossible, and nothing else is drawn in its place.
-    weights = torch.zeros(1, 600)
-    weights[0, [0, 599]] = torch.tensor([1.0, 1e-30])
-    assert draw(weights, torch.tensor([math.nextafter(1, 0)], dtype=torch.float64)).item() in (0, 599)
-
-
-def test_banned_tokens_are_never_drawn_and_the_log_prob_is_that_of_the_distribution_drawn_from():
-    """Over a vocabulary of three blocks, the middle one banned whole."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(1, 700, generator=generator) * 3
-    logits[:, 256:512] = -math.inf
-    logits[:, ::7] = -math.inf
-    n = 20_000
-    u = torch.rand(n, generator=generator, dtype=torch.float64)
-    token, logprob, entropy = rlhf_ppo.generation.rollout._act(logits.repeat(n, 1), u, 0.7)
-    assert torch.isfinite(logits[0, token]).all()
-    torch.testing.assert_close(logprob, token_logprobs(logits.expand(n, -1), token, temperature=0.7))
-    exact = torch.distributions.Categorical(logits=(logits[0, torch.isfinite(logits[0])] / 0.7).double())
-    torch.testing.assert_close(entropy, exact.entropy().float().expand(n))
-    expected = (logits[0].double() / 0.7).softmax(-1) * n
-    counts = torch.bincount(token, minlength=700)
-    common = expected >= 5  # the chi-square approximation needs 5 expected counts a cell; the rest share one cell
-    counts = torch.cat([counts[common], counts[~common].sum()[None]])
-    expected = torch.cat([expected[common], expected[~common].sum()[None]])
-    freedom = len(expected) - 1
-    # chi-square passes this with probability 1e-4 (Wilson-Hilferty).
-    bound = freedom * (1 - 2 / (9 * freedom) + 3.719 * math.sqrt(2 / (9 * freedom))) ** 3
-    assert float(((counts - expected) ** 2 / expected).sum()) < bound
-
-
 # Whole runs
 
 
@@ -485,7 +394,7 @@ def plain_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     init, actor_critic = Reader.__init__, ActorCritic.__init__
     monkeypatch.setattr(Reader, "__init__", lambda self, model, *, plain=False: init(self, model, plain=True))
     monkeypatch.setattr(ActorCritic, "__init__", lambda self, *a, **k: actor_critic(self, *a, **{**k, "plain": True}))
-    monkeypatch.setattr(rlhf_ppo.generation.rollout, "can_shrink", lambda cache: False)
+    monkeypatch.setattr(Reader, "rows_leave", False)
     monkeypatch.setattr(
         rlhf_ppo.models.forward.runner, "preallocated_cache", lambda config, room: DynamicCache(config=config)
     )

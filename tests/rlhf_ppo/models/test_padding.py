@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rlhf_ppo.data.tokenization import left_pad
-from rlhf_ppo.generation.rollout import sample_responses
+from rlhf_ppo.generation.decoding import sample_responses
+from rlhf_ppo.generation.rollout import SamplingParams
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward.runner import position_ids
 
@@ -107,13 +108,11 @@ def test_log_probs_and_values_while_decoding_equal_a_full_forward(make_model, wa
     model = ActorCritic(make_model(kind, vocab_size=8))
     wake_critic(model)
     prompt_ids, prompt_mask = left_pad([[1], [2, 3, 4], [5, 6], [7, 1, 2, 3, 4]] * 4, 0, CPU)
-    ids, mask, finished, logprobs, entropy, values = sample_responses(
+    ids, mask, finished, logprobs, entropy, values, _ = sample_responses(
         model,
         prompt_ids,
         prompt_mask,
-        max_new_tokens=8,
-        temperature=temperature,
-        stop_token_ids=[0],
+        SamplingParams(max_new_tokens=8, temperature=temperature, stop_token_ids=(0,)),
         generator=torch.Generator().manual_seed(2),
     )
     assert int(finished.sum()) > 0 and mask.sum(dim=1).unique().numel() > 2
@@ -136,10 +135,9 @@ def test_a_real_llama_with_grouped_query_attention(real_data, wake_critic):
     model = ActorCritic(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     wake_critic(model)
     prompt_ids, prompt_mask = left_pad([[1, 403, 407], [1, 403], [1]], 0, CPU)
+    params = SamplingParams(max_new_tokens=12, temperature=0.8, stop_token_ids=(2,))
     generator = torch.Generator().manual_seed(0)
-    ids, mask, _, logprobs, _, _ = sample_responses(
-        model, prompt_ids, prompt_mask, max_new_tokens=12, temperature=0.8, stop_token_ids=[2], generator=generator
-    )
+    ids, mask, _, logprobs, *_ = sample_responses(model, prompt_ids, prompt_mask, params, generator=generator)
     with torch.no_grad():
         wide = model(*pad_more(prompt_ids, prompt_mask, 5, content=2), ids, mask, temperature=0.8)
     # Cached decoding and one forward pass round differently: about 1e-6 a logit, and logits reach 20.
