@@ -210,7 +210,7 @@ def test_stop_strings_end_turns_too(make_trainer, script):
         ({"min_new_tokens": 1, "generation": "static"}, ("min_new_tokens=1", "generation='static'")),
         ({"stop_strings": ("x",), "generation": "static"}, ("stop_strings=('x',)", "generation='static'")),
         ({"stop_strings": "x"}, ("stop_strings", "'x'")),
-        ({"stop_strings": ("x", "")}, ("stop_strings", "not empty")),
+        ({"stop_strings": ("x", "")}, ("stop_strings", "non-empty")),
         ({"min_new_tokens": -1}, ("min_new_tokens", "0 or more")),
     ],
 )
