@@ -37,7 +37,7 @@ def static_bytes(*models: torch.nn.Module, trained: tuple[torch.nn.Module, ...])
 def trainer_for(work: Workload, folder: str, *, separate_critic: bool, precision: str, **arguments: Any) -> Any:
     """This project's trainer for a workload, and the bytes of its static state."""
     from rlhf_ppo import PPOTrainer, RLHFConfig
-    from rlhf_ppo.rewards.loading import RewardModel
+    from rlhf_ppo.rewards.reward_model import RewardModel
 
     models, tokenizer = make_models(work), make_tokenizer(work)
     trainer = PPOTrainer(

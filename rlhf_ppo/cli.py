@@ -25,7 +25,7 @@ from rlhf_ppo.pipeline.generate import GenerateArgs, chat, generate
 from rlhf_ppo.pipeline.replay import ReplayArgs, print_replay
 from rlhf_ppo.pipeline.reward_training import RewardTrainingArgs, train_reward_model
 from rlhf_ppo.pipeline.sft import SFTArgs, sft
-from rlhf_ppo.rewards.functions import RewardError
+from rlhf_ppo.rewards.validation import RewardError
 from rlhf_ppo.runtime.advice import AdviseArgs, print_advice
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.resume import CheckArgs, check

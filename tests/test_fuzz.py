@@ -17,9 +17,8 @@ import classic
 from rlhf_ppo import HTTPReward, RLHFConfig, StepRewards
 from rlhf_ppo.cli import TrainArgs
 from rlhf_ppo.core.validation import require_types
-from rlhf_ppo.rewards.functions import RewardError
-from rlhf_ppo.rewards.loading import score
-from rlhf_ppo.rewards.scoring import coerce_scores
+from rlhf_ppo.rewards.scoring import score
+from rlhf_ppo.rewards.validation import RewardError, coerce_scores
 from rlhf_ppo.runtime.settings import parse_settings, read_yaml
 
 FUZZ = settings(

@@ -1,20 +1,20 @@
-"""Score cache: the same response to the same prompt is scored once a run."""
+"""Score cache: score each distinct pair of prompt and response once per run."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_ppo.rewards.functions import StepRewards
+from rlhf_ppo.rewards.functions import RewardFunction, StepRewards, accepts
 
 
 class ScoreCache:
-    """Answers of one reward function whose scores depend on their own row alone; the least recently used leave first.
+    """Scores of one reward function that scores each row by itself; the least recently used are evicted first.
 
-    What cannot be written as JSON (a column of objects) is never kept: such rows are asked about again each time.
+    Rows that JSON cannot hold (a column of objects) are never cached: they are scored again each time.
     """
 
     def __init__(self, size: int = 100_000) -> None:
@@ -24,22 +24,22 @@ class ScoreCache:
 
     @staticmethod
     def key(*row: Any) -> bytes | None:
-        """What identifies a row: a digest of everything that the function sees of it."""
+        """Hash everything that the function sees of a row; None if JSON cannot hold it."""
         try:
             return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).digest()
         except (TypeError, ValueError):
             return None
 
     def state_dict(self) -> list[tuple[str, Any]]:
-        """What a checkpoint keeps: keys in hexadecimal and answers, the least recently used first."""
+        """Return keys in hexadecimal and scores for a checkpoint, the least recently used first."""
         return [(key.hex(), _encoded(answer)) for key, answer in self._answers.items()]
 
     def load_state_dict(self, answers: Sequence[Sequence[Any]]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Restore what :meth:`state_dict` returned."""
         self._answers = OrderedDict((bytes.fromhex(key), _decoded(answer)) for key, answer in answers)
 
     def to_ask(self, keys: Sequence[bytes | None]) -> list[int]:
-        """Rows whose answer is not known: each key once, at its first row, and every row without a key."""
+        """Return the rows to score: each unknown key once, at its first row, and every row without a key."""
         seen: set[bytes] = set()
         rows: list[int] = []
         for i, key in enumerate(keys):
@@ -52,7 +52,7 @@ class ScoreCache:
         return rows
 
     def complete(self, keys: Sequence[bytes | None], asked: Sequence[int], answers: Sequence[Any]) -> list[Any]:
-        """Answers to all rows from those to the rows that were asked; keeps them, but for None (perhaps next time)."""
+        """Return all rows' scores from those of the rows ``asked``, and cache these, except None (asked again)."""
         by_row = dict(zip(asked, answers, strict=True))
         fresh = {keys[i]: answer for i, answer in by_row.items()}
         whole = []
@@ -62,14 +62,14 @@ class ScoreCache:
             if key is not None and answer is not None:
                 self._answers[key] = answer
                 self._answers.move_to_end(key)
-        # Only now, so that every row that was known when asked still is.
+        # Evict last, so that every row that was cached in to_ask still is.
         while len(self._answers) > self.size:
             self._answers.popitem(last=False)
         return whole
 
 
 def _encoded(answer: Any) -> Any:
-    """An answer as JSON holds it; NumPy's numbers may stand in steps."""
+    """Convert a score for JSON; steps may hold NumPy numbers."""
     if isinstance(answer, StepRewards):
         return {"steps": [[*map(int, places), float(value)] for *places, value in answer.steps]}
     return answer
@@ -79,3 +79,23 @@ def _decoded(answer: Any) -> Any:
     if isinstance(answer, dict):
         return StepRewards([(*places, value) for *places, value in answer["steps"]])  # pyright: ignore
     return answer
+
+
+def make_caches(rewards: Mapping[str, tuple[RewardFunction, float]]) -> dict[str, ScoreCache]:
+    """Make a cache for each reward function that scores text alone (``cache_rewards``).
+
+    Raises:
+        ValueError: there is none.
+    """
+    # A function that receives conversations may know more about them than their text, such as an environment's state.
+    names = [
+        name
+        for name, (f, _) in rewards.items()
+        if not accepts(f, "conversations") and not accepts(f, "completion_turns")
+    ]
+    if not names:
+        raise ValueError(
+            f"cache_rewards=True has no effect: all of the rewards {list(rewards)} receive conversations or "
+            "completion_turns, about which they may know more than the text. Leave it out"
+        )
+    return {name: ScoreCache() for name in names}

@@ -19,7 +19,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rlhf_ppo.data.chat import Completion, Prompt
-from rlhf_ppo.rewards.functions import RewardError, StepRewards
+from rlhf_ppo.rewards.functions import StepRewards
+from rlhf_ppo.rewards.validation import RewardError
 from rlhf_ppo.runtime.user_code import start
 
 TOKEN_VARIABLE = "RLHF_PPO_REWARD_TOKEN"

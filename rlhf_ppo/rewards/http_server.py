@@ -12,8 +12,9 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from rlhf_ppo.rewards.functions import RewardError, RewardFunction
+from rlhf_ppo.rewards.functions import RewardFunction
 from rlhf_ppo.rewards.scoring import score
+from rlhf_ppo.rewards.validation import RewardError
 
 Score = Callable[[list[Any], list[Any], dict[str, list[Any]]], list[float | None]]
 

@@ -1,4 +1,4 @@
-"""Rewards: functions, reward models and servers, by object or by name, behind one signature."""
+"""Load rewards: a function, reward model or server, given as an object or by name."""
 
 from __future__ import annotations
 
@@ -8,32 +8,17 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel
 
-from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.config.groups import RewardSettings
 from rlhf_ppo.core.validation import is_changed
 from rlhf_ppo.data.chat import Completion
 from rlhf_ppo.data.prompts import PromptSet
-from rlhf_ppo.rewards.cache import ScoreCache
-from rlhf_ppo.rewards.functions import RewardError, RewardFunction, StepRewards, reward_name, takes
+from rlhf_ppo.rewards.functions import RewardFunction, reward_name
 from rlhf_ppo.rewards.http_client import HTTPReward
 from rlhf_ppo.rewards.reward_model import RewardModel
-from rlhf_ppo.rewards.scoring import coerce_scores, score
+from rlhf_ppo.rewards.validation import RewardError, coerce_scores
 from rlhf_ppo.runtime.user_code import load_function
 
-__all__ = [
-    "HTTPReward",
-    "RewardError",
-    "RewardFunction",
-    "RewardModel",
-    "RewardSource",
-    "StepRewards",
-    "ask_servers",
-    "coerce_scores",
-    "load_reward",
-    "load_rewards",
-    "make_caches",
-    "reward_name",
-    "score",
-]
+__all__ = ["RewardSource", "check_servers", "load_reward", "load_rewards", "reward_name"]
 
 RewardSource = RewardFunction | str | PreTrainedModel
 
@@ -49,7 +34,7 @@ def load_reward(
     http_batch_size: int = 64,
     http_concurrency: int = 4,
 ) -> RewardFunction:
-    """A reward function from a callable, a model, an address or a name.
+    """Load a reward function from a callable, a model, an address or a name.
 
     Args:
         source: function, model, ``file.py:function``, ``module:function``, ``http(s)://...``, folder or hub id.
@@ -58,8 +43,8 @@ def load_reward(
         http_timeout_s, http_retries, http_batch_size, http_concurrency: for addresses, see
             :class:`rlhf_ppo.rewards.http_client.HTTPReward`.
     Raises:
-        ValueError: the file, module or function is not there, the model does not fit (see
-            :class:`rlhf_ppo.RewardModel`), or the address is none.
+        ValueError: no such file, module or function, an invalid address, or a model that is not a reward model (see
+            :class:`rlhf_ppo.RewardModel`).
     """
     if isinstance(source, type):
         raise ValueError(f"reward {source.__name__} is a class: pass one of its instances, {source.__name__}(...)")
@@ -84,45 +69,13 @@ def load_reward(
     return load_function(source, "reward")
 
 
-def ask_servers(rewards: dict[str, tuple[RewardFunction, float]], prompts: PromptSet, *, conversations: bool) -> None:
-    """Ask each reward server about an empty answer to the first prompt, before models are loaded.
-
-    Raises:
-        ValueError: it is not to be reached, refuses, or answers something else than one score.
-    """
-    batch = prompts.take([0])
-    said: Completion = ""
-    if conversations and not isinstance(batch.prompts[0], str):
-        said = [{"role": "assistant", "content": ""}]
-    for name, (function, _) in rewards.items():
-        if isinstance(function, HTTPReward):
-            try:
-                coerce_scores(function(batch.prompts, [said], **batch.columns), 1, name, [0])
-            except RewardError as error:
-                raise ValueError(f"{error}. Start the server or correct the address; nothing was generated") from None
-
-
-def make_caches(rewards: dict[str, tuple[RewardFunction, float]]) -> dict[str, ScoreCache]:
-    """A cache for each reward function whose answer may be kept (``cache_rewards``); ValueError: there is none."""
-    # Who asks for conversations may know more about them than their text, such as an environment's state.
-    kept = [
-        name for name, (f, _) in rewards.items() if not takes(f, "conversations") and not takes(f, "completion_turns")
-    ]
-    if not kept:
-        raise ValueError(
-            f"cache_rewards=True has no effect: all of the rewards {list(rewards)} ask for conversations or "
-            "completion_turns, about which they may know more than their text says. Leave it out"
-        )
-    return {name: ScoreCache() for name in kept}
-
-
 def load_rewards(
-    reward_funcs: RewardSource | Sequence[RewardSource], args: RLHFConfig, device: torch.device
+    reward_funcs: RewardSource | Sequence[RewardSource], args: RewardSettings, device: torch.device
 ) -> dict[str, tuple[RewardFunction, float]]:
-    """Name -> reward function and its weight, of one source or several.
+    """Load one or several rewards: name -> function and its weight.
 
     Raises:
-        ValueError: see :func:`load_reward`; weights that do not fit, or settings that none of the rewards reads.
+        ValueError: see :func:`load_reward`; the wrong number of weights, or settings that none of the rewards reads.
     """
     sources = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [cast(RewardSource, reward_funcs)]
     if not sources:
@@ -131,7 +84,7 @@ def load_rewards(
     if len(weights) != len(sources):
         raise ValueError(f"reward_weights has {len(weights)} weights for {len(sources)} reward functions")
     rewards: dict[str, tuple[RewardFunction, float]] = {}
-    loaded_here = served = False
+    any_model = any_server = False
     for source, weight in zip(sources, weights, strict=True):
         function = load_reward(
             source,
@@ -143,24 +96,43 @@ def load_rewards(
             http_batch_size=args.http_batch_size,
             http_concurrency=args.http_concurrency,
         )
-        loaded_here |= isinstance(function, RewardModel) and function is not source
-        served |= isinstance(function, HTTPReward) and function is not source
+        any_model |= isinstance(function, RewardModel) and function is not source
+        any_server |= isinstance(function, HTTPReward) and function is not source
         name = reward_name(function)
         if name in rewards:
             name = f"{name}_{len(rewards) + 1}"
         rewards[name] = (function, weight)
-    by_name = {
-        "reward models loaded by name": (("reward_chat_template", "reward_max_length"), loaded_here),
-        "reward servers given by address": (
-            ("http_timeout_s", "http_retries", "http_batch_size", "http_concurrency"),
-            served,
-        ),
-    }
-    for what, (settings, there) in by_name.items():
-        for setting in settings:
-            if not there and is_changed(args, setting):
-                raise ValueError(
-                    f"{setting}={getattr(args, setting)!r} is for {what}, but none of the rewards {list(rewards)} is "
-                    "one: leave it out, or give it to RewardModel(...) or HTTPReward(...)"
-                )
+    models, servers = "reward models loaded by name", "reward servers given by address"
+    _refuse_unread(args, rewards, models, any_model, "reward_chat_template", "reward_max_length")
+    http = ("http_timeout_s", "http_retries", "http_batch_size", "http_concurrency")
+    _refuse_unread(args, rewards, servers, any_server, *http)
     return rewards
+
+
+def _refuse_unread(
+    args: RewardSettings, names: dict[str, tuple[RewardFunction, float]], kind: str, found: bool, *settings: str
+) -> None:
+    for setting in settings:
+        if not found and is_changed(args, setting):
+            raise ValueError(
+                f"{setting}={getattr(args, setting)!r} is for {kind}, but none of the rewards {list(names)} is "
+                "one: leave it out, or give it to RewardModel(...) or HTTPReward(...)"
+            )
+
+
+def check_servers(rewards: dict[str, tuple[RewardFunction, float]], prompts: PromptSet, *, conversations: bool) -> None:
+    """Send each reward server an empty answer to the first prompt, before models are loaded.
+
+    Raises:
+        ValueError: it is unreachable, refuses, or does not answer with one score.
+    """
+    batch = prompts.take([0])
+    empty: Completion = ""
+    if conversations and not isinstance(batch.prompts[0], str):
+        empty = [{"role": "assistant", "content": ""}]
+    for name, (function, _) in rewards.items():
+        if isinstance(function, HTTPReward):
+            try:
+                coerce_scores(function(batch.prompts, [empty], **batch.columns), 1, name, [0])
+            except RewardError as error:
+                raise ValueError(f"{error}. Start the server or correct the address; nothing was generated") from None

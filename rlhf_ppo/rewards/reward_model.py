@@ -1,4 +1,4 @@
-"""RewardModel: a sequence-classification model as a reward function, with a tokenizer of its own."""
+"""Reward models: a sequence-classification model as a reward function, with its own tokenizer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ppo.data.chat import Completion, Prompt, read_chat_template, render_completed
 from rlhf_ppo.data.prompts import PromptSet
@@ -30,11 +30,11 @@ NO_LIMIT = 2**31
 """Some tokenizers give 1e30 for "no limit"."""
 
 ONE_STACK = "a decoder (GPT-2, Llama, Qwen, ...) or an encoder (BERT, DeBERTa, ...)"
-"""What a reward model may be, for messages."""
+"""The architectures of reward models, for messages."""
 
 
 class RewardModel:
-    """A sequence-classification model with one label as a reward function; it reads text with its own tokenizer.
+    """A sequence-classification model with one label as a reward function, with its own tokenizer.
 
     Text prompts are scored as prompt + completion; chats through the reward tokenizer's chat template. With a
     ``chat_template`` given, a text prompt becomes a chat of one user message.
@@ -50,26 +50,26 @@ class RewardModel:
         chat_template: str | None = None,
         max_length: int | None = None,
     ) -> None:
-        """Load a hub id or folder, or wrap a model; it is frozen and put into evaluation mode.
+        """Load a hub id or folder, or wrap a model; freeze it in evaluation mode.
 
         Args:
             model: hub id, folder or model with ``num_labels=1``.
-            tokenizer: its own, if it does not lie beside the model. It is never changed.
+            tokenizer: the model's; None: the one in its folder. It is not modified.
             device: where to score.
-            batch_size: texts in one pass.
+            batch_size: texts per forward pass.
             chat_template: Jinja text for chats, a file with it, or "tokenizer" for the tokenizer's own; text prompts
                 then become a user message. None: chats through the tokenizer's own template, text as it is.
-            max_length: most tokens of a text, special ones included; a longer one loses its beginning, because the
-                completion is at its end. None: the smaller of the tokenizer's and the model's limit.
+            max_length: at most this many tokens, special ones included; longer texts lose their beginning, because
+                the completion is at the end. None: the smaller of the tokenizer's and the model's limit.
         Raises:
-            ValueError: more than one label, an encoder-decoder model, a bare model without a tokenizer, or no template
-                where one is asked for.
+            ValueError: more than one label, an encoder-decoder model, a bare model without a tokenizer, or
+                ``chat_template="tokenizer"`` where the tokenizer has none.
         """
         source = model if isinstance(model, str) else model.config._name_or_path
         config = find_config(model)
         self.__name__ = Path(source).name or type(model).__name__
         refuse_encoder_decoder(
-            config, f"reward model {self.__name__!r}", f"use {ONE_STACK}, or call it in a reward function of your own"
+            config, f"reward model {self.__name__!r}", f"use {ONE_STACK}, or call it in your own reward function"
         )
         if config.num_labels != 1:
             raise ValueError(
@@ -81,8 +81,11 @@ class RewardModel:
                 "a reward model that was not loaded from a folder or hub id needs its tokenizer: "
                 "pass RewardModel(model, tokenizer) as the reward function"
             )
-        tokenizer = tokenizer or load_tokenizer(source)
-        self.read_with(tokenizer, config, chat_template=chat_template, max_length=max_length)
+        self._set_tokenizer(tokenizer or load_tokenizer(source), chat_template)
+        # Positions beyond the model's own would be an index error.
+        limits = (max_length, self.tokenizer.model_max_length, context_length(config))
+        self.max_length = min((limit for limit in limits if limit is not None and limit < NO_LIMIT), default=None)
+        self.vocab_size = int(getattr(config.get_text_config(), "vocab_size", NO_LIMIT))  # CANINE reads characters
         if isinstance(model, str):
             model = load_classifier(model)
         self.model: Any = freeze(cast(PreTrainedModel, model)).to(device)
@@ -91,17 +94,8 @@ class RewardModel:
         if batch_size > 1 and not padding_is_harmless(self.model, self.tokenizer, self.__name__):
             self.batch_size = 1
 
-    def read_with(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        config: PretrainedConfig,
-        *,
-        chat_template: str | None,
-        max_length: int | None,
-    ) -> None:
-        """Settle how text becomes ids: the arguments are those of the class, ``config`` is the model's."""
+    def _set_tokenizer(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
         self.tokenizer: PreTrainedTokenizerBase = copy.deepcopy(tokenizer)
-        self.vocab_size = int(getattr(config.get_text_config(), "vocab_size", NO_LIMIT))  # CANINE reads characters
         self.text_as_chat = chat_template is not None
         if chat_template is not None and chat_template != "tokenizer":
             self.tokenizer.chat_template = read_chat_template(chat_template)
@@ -110,12 +104,9 @@ class RewardModel:
                 f"reward model {self.__name__!r}: its tokenizer has no chat template; "
                 "give the template itself instead of 'tokenizer'"
             )
-        # Positions beyond the model's own would be an index error.
-        limits = (max_length, self.tokenizer.model_max_length, context_length(config))
-        self.max_length = min((limit for limit in limits if limit is not None and limit < NO_LIMIT), default=None)
 
     def require_readable(self, prompts: PromptSet) -> None:
-        """Raise a ValueError that names the first row whose prompt, once answered, the chat template fails on."""
+        """Raise a ValueError that names the first row on whose prompt, once answered, the chat template fails."""
         for prompt, row in zip(prompts.rows["prompt"], prompts.rows.names, strict=True):
             self._text(prompt, "x", f"reward model {self.__name__!r}, {row}")
 
@@ -126,7 +117,7 @@ class RewardModel:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Any) -> list[float]:
-        """The model's one logit for each prompt with its completion."""
+        """Return the model's one logit for each prompt with its completion."""
         pairs = zip(prompts, completions, strict=True)
         texts = [self._text(*pair, f"reward model {self.__name__!r}, completion {i}") for i, pair in enumerate(pairs)]
         rows = [encode_text(self.tokenizer, text, ended=True, limit=self.max_length) for text in texts]
@@ -140,10 +131,10 @@ class RewardModel:
 
 @torch.no_grad()
 def padding_is_harmless(model: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
-    """Whether a text's score is the same alone and beside a longer one; a warning if not.
+    """Check whether a text has the same score alone and padded beside a longer one; warn if not.
 
     Raises:
-        ValueError: the model cannot score token ids; names it.
+        ValueError: the model cannot score token ids; says which.
     """
     size = getattr(model.config.get_text_config(), "vocab_size", 256)
     rows = [[i * 7 % size for i in range(1, 9)], [i * 5 % size for i in range(1, 4)]]
@@ -154,13 +145,13 @@ def padding_is_harmless(model: Any, tokenizer: PreTrainedTokenizerBase, name: st
         raise
     except Exception as error:
         why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        raise ValueError(f"reward model {name!r} cannot score token ids ({why}): take another model") from error
+        raise ValueError(f"reward model {name!r} cannot score token ids ({why}): use another model") from error
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
     if (together - alone).abs().max() <= (0.05 if half else 1e-4) * alone.abs().max():
         return True
     warnings.warn(
-        f"reward model {name!r} ({model.config.model_type}) scores a text otherwise when padding follows it, so texts "
-        "are scored one by one, which is right but slow",
+        f"reward model {name!r} ({model.config.model_type}) scores a padded text differently, so texts are "
+        "scored one by one, which is right but slow",
         stacklevel=4,
     )
     return False
@@ -169,17 +160,17 @@ def padding_is_harmless(model: Any, tokenizer: PreTrainedTokenizerBase, name: st
 def text_scores(
     model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], *, padded: bool = True
 ) -> Tensor:
-    """A one-label classifier's logit [B] for each row of token ids, with gradients; padded by length, or each alone."""
+    """Compute a one-label classifier's logit [B] of each row of token ids, with gradients; padded, or one by one."""
     if not padded:
         return torch.cat([text_scores(model, tokenizer, [row]) for row in rows])
-    # Decoder classifiers pool at the last token whose id is not the pad id. With pad == eos that is one token early, so
-    # padding takes an id that occurs in no row.
+    # Decoder classifiers pool at the last token that is not the pad id: one token early if pad == eos. So pad with an
+    # id that occurs in no row.
     used = {token for row in rows for token in row}
     pad = tokenizer.pad_token_id
     if pad is None or pad in used:
         pad = next((i for i in range(vocabulary_size(model.config)) if i not in used), None)
     if pad is None and len(rows) > 1:
-        # Together the rows use the whole vocabulary; one by one at the latest they need no padding.
+        # Together the rows use the whole vocabulary; one by one they need no padding.
         middle = len(rows) // 2
         return torch.cat([text_scores(model, tokenizer, part) for part in (rows[:middle], rows[middle:])])
     model.config.get_text_config().pad_token_id = pad

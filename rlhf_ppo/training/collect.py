@@ -20,8 +20,8 @@ from rlhf_ppo.data.tokenization import encode_prompts
 from rlhf_ppo.generation.multi_turn import Respond, RespondError, sample_conversations
 from rlhf_ppo.generation.rollout import Rollout, SampledResponses, SamplingParams
 from rlhf_ppo.generation.stop_strings import StopStringDetector, cut_at_stop_string
-from rlhf_ppo.rewards.functions import RewardError
-from rlhf_ppo.rewards.scoring import Responses, Score, score_responses, total
+from rlhf_ppo.rewards.scoring import Responses, score_responses, total_score
+from rlhf_ppo.rewards.validation import RewardError, Score
 from rlhf_ppo.runtime.device import autocast
 from rlhf_ppo.runtime.progress import Stopwatch
 from rlhf_ppo.runtime.run_directory import RunDirectory
@@ -249,7 +249,7 @@ def with_scores(rollout: Rollout, parts: dict[str, list[Score]], weights: Sequen
         weights: one per function.
     """
     device = rollout.mask.device
-    score_parts = {name: [total(value) for value in part] for name, part in parts.items()}
+    score_parts = {name: [total_score(value) for value in part] for name, part in parts.items()}
     rows = list(zip(*score_parts.values(), strict=True))
     scored = torch.tensor([None not in row for row in rows], device=device)
     totals = [

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlhf_ppo.generation.rollout import Rollout
-from rlhf_ppo.rewards.functions import RewardError
+from rlhf_ppo.rewards.validation import RewardError
 from rlhf_ppo.runtime.progress import ProgressDisplay, model_rows
 from rlhf_ppo.runtime.seeding import EVALUATION, global_rng_state, numbered_generator, restore_rng_state
 from rlhf_ppo.training.experience import describe

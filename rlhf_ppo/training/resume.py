@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_ppo.generation.multi_turn import RespondError
 from rlhf_ppo.models.compare import SavedModelError
-from rlhf_ppo.rewards.functions import RewardError
+from rlhf_ppo.rewards.validation import RewardError
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.resume import find_checkpoint
 from rlhf_ppo.runtime.signals import Interrupted, asked_to_stop

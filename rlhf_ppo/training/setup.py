@@ -39,9 +39,9 @@ from rlhf_ppo.models.policy_adapter import make_adapter, without_new_adapter
 from rlhf_ppo.models.quantization import check_precision, load_quantized, load_reference
 from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.models.value_head import read_head
-from rlhf_ppo.rewards.cache import ScoreCache
-from rlhf_ppo.rewards.functions import RewardFunction, require_takes
-from rlhf_ppo.rewards.loading import RewardSource, ask_servers, load_rewards, make_caches
+from rlhf_ppo.rewards.cache import ScoreCache, make_caches
+from rlhf_ppo.rewards.functions import RewardFunction, require_accepts_columns
+from rlhf_ppo.rewards.loading import RewardSource, check_servers, load_rewards
 from rlhf_ppo.rewards.reward_model import RewardModel
 from rlhf_ppo.runtime.device import autocast, compute_in_bf16, resolve_device
 from rlhf_ppo.runtime.processes import require_one_process
@@ -134,11 +134,11 @@ def set_up(
     rewards = load_rewards(reward_funcs, args, device)
     for prompts in filter(None, (train_prompts, eval_prompts)):
         for name, (function, _) in rewards.items():
-            require_takes(function, name, prompts.columns, prompts.name, conversations=respond is not None)
+            require_accepts_columns(function, name, prompts.columns, prompts.name, conversations=respond is not None)
             if isinstance(function, RewardModel):
                 function.require_readable(prompts)
     if (asked := train_prompts or eval_prompts) is not None:
-        ask_servers(rewards, asked, conversations=respond is not None)
+        check_servers(rewards, asked, conversations=respond is not None)
     caches = make_caches(rewards) if args.cache_rewards else {}
     seed_everything(args.seed)
     policy: Any

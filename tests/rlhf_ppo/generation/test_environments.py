@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_ppo.generation.environments import Environments
 from rlhf_ppo.generation.multi_turn import RespondError
-from rlhf_ppo.rewards.loading import RewardError
+from rlhf_ppo.rewards.validation import RewardError
 
 
 class GuessTheLetter:

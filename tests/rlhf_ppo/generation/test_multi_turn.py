@@ -14,7 +14,8 @@ from torch import Tensor
 from rlhf_ppo.core import compute_gae
 from rlhf_ppo.generation.multi_turn import RespondError
 from rlhf_ppo.generation.reply_tokens import chat_reply_ids
-from rlhf_ppo.rewards.loading import RewardError, StepRewards
+from rlhf_ppo.rewards.functions import StepRewards
+from rlhf_ppo.rewards.validation import RewardError
 from rlhf_ppo.training.advantages import next_decisions
 from rlhf_ppo.training.experience import estimate
 
@@ -450,7 +451,7 @@ def test_a_template_that_rewrites_what_came_before_is_refused_at_the_start(talk,
 
 
 def test_a_reward_model_reads_the_whole_chat(chat, make_classifier):
-    from rlhf_ppo.rewards.loading import RewardModel
+    from rlhf_ppo.rewards.reward_model import RewardModel
 
     model = RewardModel(make_classifier(), chat)
     said = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]

@@ -12,7 +12,7 @@ from rich.console import Console
 from rlhf_ppo import RewardModel
 from rlhf_ppo.cli import main
 from rlhf_ppo.pipeline.evaluate import EvaluateArgs, evaluate, print_evaluation
-from rlhf_ppo.rewards.functions import RewardError
+from rlhf_ppo.rewards.validation import RewardError
 
 REWARDS = """
 def vowels(prompts, completions, **columns):

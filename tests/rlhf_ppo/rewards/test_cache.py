@@ -10,8 +10,8 @@ import pytest
 
 from rlhf_ppo import StepRewards
 from rlhf_ppo.rewards.cache import ScoreCache
-from rlhf_ppo.rewards.functions import RewardError
 from rlhf_ppo.rewards.scoring import Responses, score_responses
+from rlhf_ppo.rewards.validation import RewardError
 
 
 class Counting:
@@ -133,7 +133,7 @@ def test_a_run_uses_it_and_logs_the_share(make_trainer):
 
 
 def test_a_reward_that_looks_at_conversations_is_never_cached():
-    from rlhf_ppo.rewards.loading import make_caches
+    from rlhf_ppo.rewards.cache import make_caches
 
     def judge(prompts, completions, conversations=None):
         return [0.0]

@@ -16,7 +16,8 @@ import pytest
 
 from rlhf_ppo import HTTPReward, StepRewards
 from rlhf_ppo.rewards.http_client import TOKEN_VARIABLE
-from rlhf_ppo.rewards.loading import RewardError, score
+from rlhf_ppo.rewards.scoring import score
+from rlhf_ppo.rewards.validation import RewardError
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from rlhf_ppo import HTTPReward
 from rlhf_ppo.rewards.http_client import TOKEN_VARIABLE
 from rlhf_ppo.rewards.http_server import BadRequestError, RewardServer, read_items
-from rlhf_ppo.rewards.loading import RewardError, load_reward, score
+from rlhf_ppo.rewards.loading import load_reward
+from rlhf_ppo.rewards.scoring import score
+from rlhf_ppo.rewards.validation import RewardError
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,8 @@ from transformers import (
 
 from rlhf_ppo.data.tokenization import encode_text
 from rlhf_ppo.pipeline.sft import train_tokenizer
-from rlhf_ppo.rewards.loading import RewardModel, load_reward
+from rlhf_ppo.rewards.loading import load_reward
+from rlhf_ppo.rewards.reward_model import RewardModel
 
 
 @pytest.fixture

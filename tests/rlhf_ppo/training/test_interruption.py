@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from rlhf_ppo.cli import _how_to_go_on, main
-from rlhf_ppo.rewards.functions import RewardError
+from rlhf_ppo.rewards.validation import RewardError
 from rlhf_ppo.runtime.checkpoint import list_checkpoints
 from rlhf_ppo.runtime.signals import Interrupted
 from rlhf_ppo.trainer import PPOTrainer

@@ -11,7 +11,7 @@ import torch
 
 from rlhf_ppo.core import compute_gae, kl_penalized_rewards
 from rlhf_ppo.models.forward.runner import Sequences
-from rlhf_ppo.rewards.loading import RewardError
+from rlhf_ppo.rewards.validation import RewardError
 from rlhf_ppo.trainer import PPOTrainer
 from rlhf_ppo.training.experience import estimate
 

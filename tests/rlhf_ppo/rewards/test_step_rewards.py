@@ -10,8 +10,9 @@ import torch
 
 from rlhf_ppo import StepRewards
 from rlhf_ppo.pipeline.sft import train_tokenizer
-from rlhf_ppo.rewards.loading import RewardError, coerce_scores, score
-from rlhf_ppo.rewards.scoring import Responses, score_responses, step_rewards_per_token
+from rlhf_ppo.rewards.scoring import Responses, score, score_responses
+from rlhf_ppo.rewards.step_rewards import step_rewards_per_token
+from rlhf_ppo.rewards.validation import RewardError, coerce_scores
 from rlhf_ppo.training.experience import estimate
 
 
@@ -66,11 +67,11 @@ def test_steps_skip_special_tokens_and_add_up(tokenizer):
         ([(0, 1.0)], r"ends at character 0, outside 1\.\.3"),
         ([(4, 1.0)], r"ends at character 4, outside 1\.\.3"),
         ([(1.5, 1.0)], r"ends at character 1\.5"),
-        ([(1, "good")], "has the score 'good', which is no number"),
+        ([(1, "good")], "has the score 'good', which is not a number"),
         ([1], r"a step must be a pair \(end, score\), got 1"),
     ],
 )
-def test_steps_that_will_not_do_name_function_and_completion(tokenizer, steps, message):
+def test_invalid_steps_name_function_and_completion(tokenizer, steps, message):
     def judge(prompts, completions):
         return [StepRewards(steps)]
 

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from rlhf_ppo.data.detokenization import TextPieces
-from rlhf_ppo.rewards.loading import RewardError, coerce_scores, load_reward, score
+from rlhf_ppo.rewards.loading import load_reward
+from rlhf_ppo.rewards.scoring import score
+from rlhf_ppo.rewards.validation import RewardError, coerce_scores
 
 EXPECTED = [1.0, 0.0, 2.5]
 
