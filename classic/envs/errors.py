@@ -46,7 +46,7 @@ class OutputChecks:
         except UNREADABLE as error:
             raise self.fault(f"observation cannot be read: {error}") from error
         if len(array) != self.num_envs:
-            raise self.fault(f"there must be {self.num_envs} observations, one a copy, got {len(array)}")
+            raise self.fault(f"there must be {self.num_envs} observations, one per copy, got {len(array)}")
         self._require_finite("observation", array)
         return array
 
@@ -59,7 +59,7 @@ class OutputChecks:
         except UNREADABLE as error:
             raise self.fault(f"final observation cannot be read: {error}", copy) from error
         if not is_finite(row).all():
-            raise self.fault(f"final observation is not finite: {row.tolist()}", copy)
+            raise self.fault(f"final observation is non-finite: {row.tolist()}", copy)
         return row
 
     def rewards(self, rewards: Any, mask: np.ndarray) -> np.ndarray:
@@ -95,4 +95,4 @@ class OutputChecks:
         finite = is_finite(array)
         if not finite.all():
             copy = int(np.argwhere(~finite)[0][0])
-            raise self.fault(f"{name} is not finite: {array[copy].tolist()}", copy)
+            raise self.fault(f"{name} is non-finite: {array[copy].tolist()}", copy)

@@ -151,8 +151,8 @@ def _from_id(
         envs.close()
         if mode == "vector_entry_point":
             raise ValueError(
-                f"autoreset_mode={_spelt(wanted)!r} but vectorization='vector_entry_point', and {env_id!r} has it "
-                "otherwise: remove one of the two"
+                f"autoreset_mode={_mode_name(wanted)!r} but vectorization='vector_entry_point', and {env_id!r}'s own "
+                "vector version has another mode: remove one of the two"
             )
         mode = "sync"
     vector_kwargs = {} if wanted is None else {"autoreset_mode": wanted}
@@ -216,7 +216,7 @@ def _extra(env: EnvLike) -> str:
     return ""
 
 
-def _spelt(mode: AutoresetMode) -> str:
+def _mode_name(mode: AutoresetMode) -> str:
     return next(name for name, value in MODES.items() if value == mode)
 
 

@@ -28,14 +28,14 @@ SLOPES: dict[type[nn.Module], Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class AnalyticGradients:
-    """Layers with tanh or relu between them, then a softmax or a Gaussian, under a clipped objective.
+    """Gradients of layers with tanh or relu between them, then a softmax or a Gaussian, under a clipped objective.
 
-    Everything is kept features first, [features, N]: then the layers of actor and critic stack without a copy.
+    Everything is [features, N], features first, so that the layers of actor and critic stack without a copy.
     """
 
     @staticmethod
     def fits(network: ActorCritic, config: PPOConfig) -> bool:
-        """Whether this is the gradient that autograd would find."""
+        """Whether this computes the gradient that autograd would."""
         head = len(network.actions.choices) == 1 or (network.log_std is not None and not network.squash)
         clipped = config.objective in ("clip", "adaptive_clip", "dual_clip") and config.kl_loss_coef == 0
         return is_standard(network) and trains_every_parameter(network) and head and clipped
@@ -65,7 +65,7 @@ class AnalyticGradients:
         self.log_std_gradient = None if network.log_std is None else weights.of(gradient, "log_std")
 
     def evaluate(self, decisions: Decisions) -> PolicyOutput:
-        """What the policy and the critic say about a minibatch; remembered for :meth:`backward`."""
+        """Compute log-probs, values and entropies of a minibatch, and keep what :meth:`backward` needs."""
         self.decisions = decisions
         (weight, bias), *deeper = self.hidden
         networks, count = weight.shape[0], len(decisions)
@@ -113,7 +113,7 @@ class AnalyticGradients:
         return torch.dot(error, error).item()
 
     def _head_slope(self, slope: Tensor, ent_coef: float) -> Tensor:
-        """From d loss / d log pi [N] to d loss / d output of the policy's last layer, [outputs, N]."""
+        """Turn d loss / d log pi [N] into d loss / d output of the policy's last layer, [outputs, N]."""
         if self.log_std is None:
             # d log p_a / d logit_j = [j = a] - p_j, and d entropy / d logit_j = -p_j * (log p_j + entropy).
             result = self.p * -slope
@@ -128,7 +128,7 @@ class AnalyticGradients:
         return (weighted * (-self.log_std).exp()).T
 
     def _backward(self, policy: Tensor, values: Tensor) -> None:
-        """Fill the gradient, from the loss's derivatives by both last layers' outputs, [outputs, N] and [1, N]."""
+        """Write the gradient, given the loss's derivatives by both last layers' outputs, [outputs, N] and [1, N]."""
         top = self.layers[-1]
         (policy_weight, _), (value_weight, _) = self.heads
         for slope, x, (weight, bias) in zip((policy, values), (top[0], top[-1]), self.head_gradients, strict=True):

@@ -1,4 +1,4 @@
-"""One vector: a network's weights side by side, and their gradients, so that a norm or Adam's step is one operation."""
+"""Adam on one vector: all parameters and gradients are views of it, so that a norm or a step is one operation."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from classic.gradient_step import parameter_shapes, trained_parameters
 
 
 class FlatParameters:
-    """A network's trained parameters as views of ``vector``, and their gradients as views of its gradient.
+    """A network's trained parameters as views of ``vector``, and their gradients as views of ``gradient``.
 
     Frozen ones (``requires_grad`` False) are left out. The network keeps its parameters, names and shapes. Layers of
-    ``policy`` and ``critic`` at the same depth lie next to each other, so that layers of the same shape are one stacked
-    matrix as well.
+    ``policy`` and ``critic`` at the same depth are adjacent, so that layers of the same shape are one stacked matrix.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -35,11 +34,11 @@ class FlatParameters:
         self.attach(network)
 
     def fits(self, network: nn.Module) -> bool:
-        """Whether a network trains parameters of the names and shapes that this vector has a place for."""
+        """Whether a network trains parameters of the names and shapes that this vector holds."""
         return parameter_shapes(trained_parameters(network)) == parameter_shapes(self._parameters)
 
     def attach(self, network: nn.Module) -> None:
-        """Make a network's parameters views, where they are not: one was replaced, or all were copied."""
+        """Make a network's parameters views of the vector, if some were replaced or all were copied since."""
         for name, parameter in trained_parameters(network).items():
             self._parameters[name] = parameter
             place = self.of(self.vector.detach(), name)
@@ -49,36 +48,34 @@ class FlatParameters:
             parameter.grad = self.of(self.gradient, name)
 
     def of(self, vector: Tensor, *names: str) -> Tensor:
-        """A parameter's part of a vector like :attr:`vector`; for several of one shape [names, *shape]."""
+        """Return a parameter's part of a vector like :attr:`vector`; for several of one shape [names, *shape]."""
         parts = [self._slices[name] for name in names]
         shape = self._parameters[names[0]].shape
         if any(self._parameters[name].shape != shape for name in names) or any(
             left.stop != right.start for left, right in pairwise(parts)
         ):
-            raise ValueError(f"{', '.join(names)} do not lie side by side in one shape")
+            raise ValueError(f"{', '.join(names)} are not adjacent in one shape")
         part = vector[parts[0].start : parts[-1].stop]
         return part.view(shape) if len(names) == 1 else part.view(len(names), *shape)
 
     @property
     def names(self) -> list[str]:
-        """Of the parameters, in the vector's order."""
+        """Names of the parameters, in the vector's order."""
         return list(self._parameters)
 
     def joined(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """What :meth:`split` takes apart."""
+        """Join parts by name into one vector."""
         return torch.cat([parts[name].flatten() for name in self.names])
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
-        """A vector like :attr:`vector`, by the names of the parameters."""
+        """Split a vector like :attr:`vector` into parts by name."""
         return {name: self.of(vector, name) for name in self._parameters}
 
 
 class FlatAdam:
-    """Adam on one vector: the kernel of ``torch.optim.Adam(fused=True)`` without what surrounds it.
+    """The kernel of ``torch.optim.Adam(fused=True)`` alone.
 
-    That surroundings takes ten times as long as the kernel does on a few thousand weights.
-
-    Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization" (2015).
+    On a few thousand weights the bookkeeping around it takes ten times as long as the kernel.
     """
 
     def __init__(self, network: nn.Module, lr: float, eps: float = 1e-5) -> None:
@@ -108,7 +105,7 @@ class FlatAdam:
         return norm
 
     def step(self) -> None:
-        """Move the weights by their gradient."""
+        """Move the parameters by their gradient."""
         self.steps.add_(1)
         torch.ops.aten._fused_adam_.default(
             [self.weights.vector.detach()],
@@ -127,7 +124,7 @@ class FlatAdam:
         )
 
     def state(self) -> dict[str, Tensor]:
-        """Step counts and moments by the parameter's name, called as in ``torch.optim.Adam``; {} before a step."""
+        """Return step counts and moments; see :meth:`Adam.state`."""
         if not self.steps:
             return {}
         tensors = {f"{name}/step": self.steps.clone() for name in self.weights.names}
@@ -136,7 +133,7 @@ class FlatAdam:
         return tensors
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from :meth:`state`."""
+        """Continue from :meth:`state`."""
         if not tensors:
             return
         names = self.weights.names

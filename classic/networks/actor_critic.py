@@ -1,4 +1,4 @@
-"""Actor and critic: a policy over any supported action, a value, and what connects them (nothing, layers, a memory)."""
+"""Actor and critic: a policy over any supported action space and a value function, separate or with a shared body."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from classic.networks.layers import IMAGE_FEATURES, Body, Memory, image_network,
 from rlhf_ppo.core import PolicyOutput
 
 LOG_STD_RANGE = (-20.0, 2.0)
-"""Where a standard deviation that depends on the observation is kept; beyond, exp() of it is of no use."""
+"""Bounds of a log standard deviation; beyond them exp() of it is of no use."""
 
 
 Sample = Callable[
@@ -40,21 +40,21 @@ Sample = Callable[
 
 @dataclass(frozen=True)
 class Decisions:
-    """Recorded decisions to ask the policy about again; ``decisions[rows]`` indexes every field on axis 0.
+    """Recorded steps for the policy to evaluate again; ``decisions[rows]`` indexes every field on axis 0.
 
-    Rows are single decisions [N], or with a memory whole sequences [B, T] of one environment copy each.
+    Rows are single steps [N], or with a recurrent layer whole sequences [B, T] of one copy each.
     """
 
     observations: Tensor
-    """[*, *O] what the actions were chosen on."""
+    """[*, *O] the observations of the actions."""
     actions: Tensor
-    """[*] or [*, choices] int64, or [*, numbers] float (before tanh when squashed)."""
+    """[*] or [*, choices] int64, or [*, dimensions] float (before tanh if squashed)."""
     action_masks: Tensor | None = None
-    """[*, options] bool, True where an option was allowed; None: all were."""
+    """[*, options] bool, True for allowed options; None: all."""
     starts: Tensor | None = None
-    """[B, T] bool, True where an episode begins; with a memory alone."""
+    """[B, T] bool, True where an episode begins; only with a recurrent layer."""
     state: Tensor | None = None
-    """[B, K] the memory's state before the first step; with a memory alone."""
+    """[B, K] recurrent state before the first step; only with a recurrent layer."""
 
     def __getitem__(self, rows: Tensor | slice) -> Decisions:
         whole = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -68,8 +68,8 @@ class Decisions:
 class ActorCritic(nn.Module):
     """A policy pi(a|s) and a critic V(s).
 
-    ``policy`` and ``critic`` are the layers up to the outputs. What comes before them, if anything, is in ``bodies``:
-    one shared by both, or one each.
+    ``policy`` and ``critic`` are the heads. What comes before them, if anything, is in ``bodies``: one shared by both,
+    or one each.
 
     Args:
         observation_shape: (O,) features or (channels, height, width) of an image.
@@ -77,11 +77,11 @@ class ActorCritic(nn.Module):
         hidden_sizes: widths of the hidden layers.
         generator: source of the initial weights.
         activation: tanh or relu, between the hidden layers.
-        shared: hidden layers, image network and memory serve both; otherwise they share no weight.
-        recurrent: none, lstm or gru: a memory before the hidden layers.
-        recurrent_size: width of the memory.
-        squash: numbers pass through tanh, which the log-probs take into account.
-        log_std_init: first log standard deviation of numbers.
+        shared: policy and critic share hidden layers, image network and recurrent layer; otherwise no weight.
+        recurrent: none, lstm or gru: the recurrent layer before the hidden layers.
+        recurrent_size: its width.
+        squash: continuous actions pass through tanh; the log-probs account for it.
+        log_std_init: initial log standard deviation of continuous actions.
         state_dependent_std: the standard deviation is a second output of the policy instead of one learned number per
             action dimension.
     """
@@ -126,16 +126,16 @@ class ActorCritic(nn.Module):
 
     @property
     def recurrent(self) -> bool:
-        """Whether there is a memory."""
+        """Whether there is a recurrent layer."""
         return self.state_size > 0
 
     @property
     def state_size(self) -> int:
-        """K, the length of one copy's recurrent state; 0 without a memory."""
+        """K, the length of one copy's recurrent state; 0 without a recurrent layer."""
         return sum(body.memory.state_size for body in self._all_bodies() if body.memory is not None)
 
     def initial_state(self, batch: int) -> Tensor | None:
-        """The state [B, K] before anything was seen; None without a memory."""
+        """Return the recurrent state [B, K] of new episodes; None without a recurrent layer."""
         return torch.zeros(batch, self.state_size, dtype=torch.float32) if self.recurrent else None
 
     @torch.no_grad()
@@ -152,12 +152,13 @@ class ActorCritic(nn.Module):
 
         Args:
             observations: [B, *O].
-            generator: draws from the policy; None takes the most likely action.
-            action_masks: [B, options] bool, True where allowed; a masked option is never chosen.
-            starts: [B] bool, True where an episode begins; with a memory alone.
-            state: [B, K] of the memory; with a memory alone.
+            generator: samples from the policy; None: take the most likely action.
+            action_masks: [B, options] bool, True for allowed options; others are never chosen.
+            starts: [B] bool, True where an episode begins; only with a recurrent layer.
+            state: [B, K] recurrent state; only with a recurrent layer.
         Returns:
-            (actions, logprobs, state): [B] or [B, choices] int64, or [B, numbers] float; [B] in nats; the state after.
+            (actions, logprobs, state): [B] or [B, choices] int64, or [B, dimensions] float; [B] in nats; the state
+            after.
         """
         noise = None if generator is None else self.noise((len(observations),), generator)
         output, actions, state = self.sample(observations, noise, action_masks, starts, state)
@@ -183,13 +184,13 @@ class ActorCritic(nn.Module):
     def step(
         self, observations: Tensor, starts: Tensor | None = None, state: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """The policy's outputs [B, outputs] for one step of every copy, and the state after it."""
+        """Compute the policy's outputs [B, outputs] for one step of every copy, and the recurrent state after it."""
         if self.bodies:
             observations, state = self._step(observations, starts, state)
         return self.policy(observations), state
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """What :meth:`choose` needs for decisions of this shape, drawn at once."""
+        """Draw the noise with which :meth:`choose` samples actions of this shape."""
         if self.actions.dimensions:
             return normal_noise((*shape, self.actions.dimensions), generator)
         choices = self.actions.choices
@@ -197,13 +198,13 @@ class ActorCritic(nn.Module):
         return gumbel_noise((*shape, *options), generator)
 
     def choose(self, output: Tensor, noise: Tensor | None, action_masks: Tensor | None = None) -> Tensor:
-        """Actions [*] from the policy's outputs [*, outputs]: draws, or the most likely ones without noise."""
+        """Choose actions [*] from the policy's outputs [*, outputs]: samples, or without noise the most likely ones."""
         if self.actions.dimensions:
             return sample_gaussian(*self._gaussian(output), noise)
         return sample_categorical(self._logits(output, action_masks), noise)
 
     def logprobs(self, output: Tensor, actions: Tensor, action_masks: Tensor | None = None) -> Tensor:
-        """log pi(a|s) [*] in nats, from the policy's outputs [*, outputs]."""
+        """Compute log pi(a|s) [*] in nats from the policy's outputs [*, outputs]."""
         if self.actions.dimensions:
             density = squashed_logprobs if self.squash else gaussian_logprobs
             return density(*self._gaussian(output), actions)
@@ -212,7 +213,7 @@ class ActorCritic(nn.Module):
         return logprobs if len(self.actions.choices) == 1 else logprobs.sum(dim=-1)
 
     def evaluate(self, decisions: Decisions) -> PolicyOutput:
-        """Log-probs, entropy and the critic's values of recorded decisions, each [*], with gradients."""
+        """Compute log-probs, entropies and values of recorded steps, each [*], with gradients."""
         features = self._features(0, decisions.observations, decisions.starts, decisions.state)
         output = self.policy(features)
         if self.actions.dimensions:
@@ -233,11 +234,11 @@ class ActorCritic(nn.Module):
         return PolicyOutput(logprobs=logprobs, values=self.critic(features).squeeze(-1), entropy=entropy)
 
     def values(self, observations: Tensor, starts: Tensor | None = None, state: Tensor | None = None) -> Tensor:
-        """V(s): [N, *O] -> [N]; with a memory [B, L, *O] -> [B, L], from its state [B, K] before the first step."""
+        """Compute V(s): [N, *O] -> [N], or with a recurrent layer [B, L, *O] -> [B, L] from its state [B, K] before."""
         return self.critic(self._features(1, observations, starts, state)).squeeze(-1)
 
     def _features(self, head: int, observations: Tensor, starts: Tensor | None, state: Tensor | None) -> Tensor:
-        """What the policy (head 0) or the critic (head 1) reads."""
+        """Compute the input of the policy (head 0) or the critic (head 1)."""
         bodies = self._all_bodies()
         if not bodies:
             return observations
@@ -246,7 +247,7 @@ class ActorCritic(nn.Module):
         return bodies[min(head, len(bodies) - 1)](observations, starts, state)
 
     def _step(self, observations: Tensor, starts: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The policy's features of one step, and the state of both memories after it."""
+        """Compute the policy's features of one step, and the state of both recurrent layers after it."""
         bodies = self._all_bodies()
         if state is None or len(bodies) == 1:
             return bodies[0].step(observations, starts, state)
@@ -260,14 +261,14 @@ class ActorCritic(nn.Module):
         return list(self.bodies)  # pyright: ignore
 
     def _gaussian(self, output: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log standard deviation of each number, [*, A] and broadcastable to it."""
+        """Return mean [*, A] and log standard deviation, which broadcasts to it."""
         if self.log_std is not None:
             return output, self.log_std
         mean, log_std = output.tensor_split(2, dim=-1)
         return mean, log_std.clamp(*LOG_STD_RANGE)
 
     def _logits(self, output: Tensor, action_masks: Tensor | None) -> Tensor:
-        """[*, options] for one choice, [*, choices, options] for several; -inf where an option is not allowed."""
+        """Return logits [*, options] for one choice, [*, choices, options] for several; masked options are -inf."""
         if action_masks is not None:
             output = output.masked_fill(~action_masks, -math.inf)
         return output if len(self.actions.choices) == 1 else split_choices(output, self.actions.choices)

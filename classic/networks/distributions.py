@@ -1,4 +1,4 @@
-"""Distributions over actions as pure functions: log-probs, entropy and draws of choices, Gaussians, squashed ones."""
+"""Distributions over actions: log-probs, entropies and samples of categoricals, Gaussians and squashed Gaussians."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ LOG_2 = math.log(2)
 
 
 def split_choices(logits: Tensor, choices: tuple[int, ...]) -> Tensor:
-    """Logits of several choices side by side, [*, sum(choices)] -> [*, len(choices), max(choices)].
+    """Split the logits of several choices, [*, sum(choices)] -> [*, len(choices), max(choices)].
 
-    Options that a choice does not have get -inf, which is probability 0.
+    Options that a choice does not have are padded with -inf, which is probability 0.
     """
     if len(set(choices)) == 1:
         return logits.unflatten(-1, (len(choices), choices[0]))
@@ -31,7 +31,7 @@ def split_choices(logits: Tensor, choices: tuple[int, ...]) -> Tensor:
 
 
 def categorical_logprobs(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """log p of the chosen options and the entropy, both [*] in nats; options at -inf have probability 0.
+    """Compute log p of the chosen options and the entropy, both [*] in nats; options at -inf have probability 0.
 
     Args:
         logits: [*, C].
@@ -39,15 +39,15 @@ def categorical_logprobs(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tenso
     """
     log_p = logits.log_softmax(dim=-1)
     chosen = log_p.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-    # 0 * -inf is NaN: what cannot be chosen adds nothing to the entropy.
+    # 0 * -inf is NaN, but an option of probability 0 adds nothing to the entropy.
     finite = log_p.masked_fill(log_p == -math.inf, 0.0)
     return chosen, -(log_p.exp() * finite).sum(dim=-1)
 
 
 def gumbel_noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Draws that make the largest of logits + noise a draw from their softmax, whatever the logits.
+    """Draw Gumbel noise: the argmax of logits + noise is a sample from their softmax.
 
-    The uniform numbers come one after another, so that many steps' draws at once are those of step after step.
+    The underlying uniform numbers are drawn in order, so that drawing many steps at once equals drawing step by step.
     """
     uniform = torch.rand(tuple(shape), generator=generator, dtype=torch.float32).clamp_min_(
         torch.finfo(torch.float32).tiny
@@ -56,34 +56,34 @@ def gumbel_noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 
 
 def normal_noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Standard normal draws, one after another like :func:`gumbel_noise`'s; torch.randn's depend on the shape."""
+    """Draw standard normal noise, in order like :func:`gumbel_noise`; torch.randn's order depends on the shape."""
     uniform = torch.rand(tuple(shape), generator=generator, dtype=torch.float64)
     return torch.special.ndtri(uniform.clamp_min_(torch.finfo(torch.float64).tiny)).float()
 
 
 def sample_categorical(logits: Tensor, noise: Tensor | None) -> Tensor:
-    """[*, C] -> [*] int64: a draw, given :func:`gumbel_noise` of that shape, or the most likely option without."""
+    """Sample options [*] int64 from logits [*, C] with :func:`gumbel_noise` of that shape; None: the most likely."""
     return (logits if noise is None else logits + noise).argmax(dim=-1)
 
 
 def gaussian_logprobs(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
-    """log N(actions; mean, std) summed over the last axis: [*, A] -> [*] nats; log_std broadcasts."""
+    """Compute log N(actions; mean, std) summed over the last axis: [*, A] -> [*] nats; log_std broadcasts."""
     scaled = (actions - mean) * (-log_std).exp()
     return (-0.5 * scaled.square() - log_std - LOG_SQRT_2PI).sum(dim=-1)
 
 
 def gaussian_entropy(log_std: Tensor) -> Tensor:
-    """[*, A] -> [*] nats."""
+    """Compute the entropy of a Gaussian, [*, A] -> [*] nats."""
     return (log_std + LOG_SQRT_2PI + 0.5).sum(dim=-1)
 
 
 def sample_gaussian(mean: Tensor, log_std: Tensor, noise: Tensor | None) -> Tensor:
-    """A draw [*, A], given :func:`normal_noise` of that shape, or the mean without."""
+    """Sample [*, A] with :func:`normal_noise` of that shape; None: the mean."""
     return mean if noise is None else mean + log_std.exp() * noise
 
 
 def log_tanh_slope(x: Tensor) -> Tensor:
-    """log(d tanh(x) / dx) = log(1 - tanh(x)^2), in a form that stays finite where tanh rounds to 1.
+    """Compute log(d tanh(x) / dx) = log(1 - tanh(x)^2), finite even where tanh rounds to 1.
 
     Source: the identity 1 - tanh^2 = 4 / (e^x + e^-x)^2.
     """
@@ -91,15 +91,15 @@ def log_tanh_slope(x: Tensor) -> Tensor:
 
 
 def squashed_logprobs(mean: Tensor, log_std: Tensor, before: Tensor) -> Tensor:
-    """log-density of tanh(before), where ``before`` is Gaussian: [*, A] -> [*] nats.
+    """Compute the log-density of tanh(before), where ``before`` is Gaussian: [*, A] -> [*] nats.
 
-    The action before tanh is what is recorded: tanh cannot be undone where it rounds to 1.
+    Actions are recorded before tanh, which cannot be inverted where it rounds to 1.
     """
     return gaussian_logprobs(mean, log_std, before) - log_tanh_slope(before).sum(dim=-1)
 
 
 def squashed_entropy(mean: Tensor, log_std: Tensor) -> Tensor:
-    """Entropy of tanh of a Gaussian, [*, A] -> [*] nats, with gradients: H(Gaussian) + E[log slope].
+    """Compute the entropy of tanh of a Gaussian, [*, A] -> [*] nats, with gradients: H(Gaussian) + E[log slope].
 
     There is no closed form; Gauss-Hermite quadrature with 32 nodes is within 1e-3 nats for standard deviations to 2.
     """

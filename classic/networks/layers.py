@@ -1,4 +1,4 @@
-"""Networks: tanh layers, the convolutional eye for images, and a memory that is cleared where episodes begin."""
+"""Layers: MLPs, the convolutional network for images, and a recurrent layer that is reset where episodes begin."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 
 def tanh_(x: Tensor) -> Tensor:
-    """tanh in place, without a graph: 2 * sigmoid(2 x) - 1, which torch computes four times as fast as its tanh.
+    """Compute tanh in place, without a graph, as 2 * sigmoid(2 x) - 1: four times as fast as torch's tanh.
 
-    The last digit differs: the error is some 1e-7 everywhere, not that part of the result.
+    The absolute error is about 1e-7 everywhere, so the relative error is larger near 0.
     """
     return x.mul_(2).sigmoid_().mul_(2).sub_(1)
 
@@ -35,7 +35,7 @@ class _Tanh(torch.autograd.Function):
 
 
 class Tanh(nn.Module):
-    """See :func:`tanh_`."""
+    """tanh by :func:`tanh_`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _Tanh.apply(x) if torch.is_grad_enabled() else tanh_(x.clone())
@@ -44,11 +44,11 @@ class Tanh(nn.Module):
 ACTIVATIONS = {"tanh": Tanh, "relu": nn.ReLU}
 IMAGE_FEATURES = 512
 SHORTEST_PADDED = 8
-"""Steps to which an LSTM's shortest sequences are padded; others to the next power of two times this."""
+"""Pad an LSTM's shortest sequences to this many steps, and longer ones to the next power of two times this."""
 
 
 def layer(kind: Any, *sizes: Any, gain: float, generator: torch.Generator, **kwargs: Any) -> Any:
-    """A Linear or Conv2d layer with an orthogonal weight and a zero bias."""
+    """Make a Linear or Conv2d layer with an orthogonal weight and a zero bias."""
     # skip_init: the default initialisation would draw from torch's global generator.
     made = cast(Any, skip_init(kind, *sizes, dtype=torch.float32, **kwargs))
     nn.init.orthogonal_(made.weight, gain, generator=generator)
@@ -59,9 +59,9 @@ def layer(kind: Any, *sizes: Any, gain: float, generator: torch.Generator, **kwa
 def mlp(
     sizes: Sequence[int], output_gain: float | None, generator: torch.Generator, activation: str = "tanh"
 ) -> nn.Sequential:
-    """Linear layers with an activation between them; orthogonal weights (gain sqrt 2, the last ``output_gain``).
+    """Make linear layers with an activation between them; orthogonal weights (gain sqrt 2, the last ``output_gain``).
 
-    ``output_gain`` None: the last layer is a hidden one too, and its activation follows it.
+    ``output_gain`` None: the last layer is a hidden one too, followed by its activation.
 
     Source: Andrychowicz et al., "What Matters in On-Policy RL" (2021): a small last policy layer starts the policy
     near uniform, whatever the observation.
@@ -77,7 +77,7 @@ def mlp(
 
 
 def image_network(shape: tuple[int, ...], generator: torch.Generator) -> nn.Sequential:
-    """Pixels [N, C, H, W], bytes or 0 to 1, to features [N, 512].
+    """Make the network from pixels [N, C, H, W], bytes or 0 to 1, to features [N, 512].
 
     Source: Mnih et al., "Human-level control through deep reinforcement learning" (2015), its three convolutions.
     """
@@ -95,14 +95,14 @@ def image_network(shape: tuple[int, ...], generator: torch.Generator) -> nn.Sequ
 
 
 class Pixels(nn.Module):
-    """Bytes to 0..1; floats are there already."""
+    """Scale bytes to 0..1; floats are scaled already."""
 
     def forward(self, images: Tensor) -> Tensor:
         return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 class Memory(nn.Module):
-    """An LSTM or GRU over steps; its state is one tensor [B, K], cleared before each step that starts an episode."""
+    """An LSTM or GRU; its state is one tensor [B, K], reset to 0 before each step that starts an episode."""
 
     def __init__(self, kind: str, num_features: int, size: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -123,16 +123,15 @@ class Memory(nn.Module):
         return 2 * self.size if self.lstm else self.size
 
     def step(self, x: Tensor, starts: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """One step: x [B, I], starts [B] bool, state [B, K] -> (output [B, size], the state after it [B, K])."""
+        """Take one step: x [B, I], starts [B] bool, state [B, K] -> (output [B, size], state after it [B, K])."""
         state = state.masked_fill(starts.unsqueeze(-1), 0.0)
         output, after = self.rnn(x.unsqueeze(0), self._split(state))
         return output[0], torch.cat(after, dim=-1)[0] if self.lstm else after[0]
 
     def forward(self, x: Tensor, starts: Tensor, state: Tensor) -> Tensor:
-        """Whole sequences at once.
+        """Run whole sequences: x [B, L, I], starts [B, L] bool, state [B, K] before them -> outputs [B, L, size].
 
-        x [B, L, I], starts [B, L] bool, state [B, K] before the first step -> outputs [B, L, size].
-        Episodes are independent, so they become sequences of their own, each in one call with others.
+        Episodes are independent, so each becomes a sequence of its own, and they run in batches.
         """
         batch, length = starts.shape
         begins = starts.clone()
@@ -149,10 +148,10 @@ class Memory(nn.Module):
         return outputs[back].unflatten(0, (batch, length))
 
     def _padded(self, x: Tensor, first: Tensor, lengths: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the sequences x[first : first + length]; returns outputs and their places in x.
+        """Run the sequences x[first : first + length]; return outputs and their places in x.
 
-        Those of about one length run together, with steps at their ends that nobody reads: torch's fused LSTM is for
-        equal lengths, and several times as fast as what it does with others.
+        Sequences of similar length are padded and run together: torch's fused LSTM needs equal lengths, and is several
+        times as fast as its packed one.
         """
         outputs, places = [], []
         shorter, longest, last = 0, SHORTEST_PADDED, int(lengths.max())
@@ -170,7 +169,7 @@ class Memory(nn.Module):
         return torch.cat(outputs), torch.cat(places)
 
     def _packed(self, x: Tensor, first: Tensor, lengths: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
-        """What :meth:`_padded` does, all at once: all first steps, all second steps, ..., longest sequences first."""
+        """Do the same in one packed call: all first steps, all second steps, ..., longest sequences first."""
         lengths, order = lengths.sort(descending=True, stable=True)
         steps = torch.arange(int(lengths[0])).unsqueeze(-1)
         alive = steps < lengths
@@ -184,14 +183,14 @@ class Memory(nn.Module):
 
 
 class Body(nn.Module):
-    """What comes before the heads, as far as a network has it: the image network, the memory, shared layers."""
+    """What comes before the heads, each if the network has it: image network, recurrent layer, shared layers."""
 
     def __init__(self, image: nn.Module | None, memory: Memory | None, layers: nn.Module | None) -> None:
         super().__init__()
         self.image, self.memory, self.layers = image, memory, layers
 
     def step(self, observations: Tensor, starts: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """One step of every copy: observations [B, *O] -> (features [B, I], recurrent state [B, K] or None)."""
+        """Take one step of every copy: observations [B, *O] -> (features [B, I], recurrent state [B, K] or None)."""
         x = observations if self.image is None else self.image(observations)
         if self.memory is not None:
             assert starts is not None and state is not None
@@ -199,7 +198,7 @@ class Body(nn.Module):
         return x if self.layers is None else self.layers(x), state
 
     def forward(self, observations: Tensor, starts: Tensor | None = None, state: Tensor | None = None) -> Tensor:
-        """Features of observations [N, *O], or with a memory of whole sequences [B, L, *O]."""
+        """Compute features of observations [N, *O], or of whole sequences [B, L, *O] with a recurrent layer."""
         if self.memory is None:
             x = observations if self.image is None else self.image(observations)
         else:

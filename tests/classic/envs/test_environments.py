@@ -1,4 +1,4 @@
-"""Environments: what is refused and in which words; faults name the environment and the step."""
+"""Environments: unsupported ones are refused before training; faults name the environment and the step."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def test_missing_or_unsupported_autoreset_metadata_is_an_error(name):
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("nan_observation", r"copy 0, step 3: observation is not finite: \[nan\]"),
-        ("inf_observation", r"copy 0, step 3: observation is not finite: \[inf\]"),
-        ("nan_reward", "copy 0, step 3: reward is not finite: nan"),
+        ("nan_observation", r"copy 0, step 3: observation is non-finite: \[nan\]"),
+        ("inf_observation", r"copy 0, step 3: observation is non-finite: \[inf\]"),
+        ("nan_reward", "copy 0, step 3: reward is non-finite: nan"),
         ("crash", "failed at step 3: ZeroDivisionError: the simulator exploded"),
         ("wrong_shape", "failed at step 3"),
     ],
@@ -58,7 +58,7 @@ def test_faults_name_environment_and_step(fault, words, mode, small):
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("nan", r"copy 0, step 3: observation is not finite: \[.*nan.*\]"),
+        ("nan", r"copy 0, step 3: observation is non-finite: \[.*nan.*\]"),
         ("outside", r"step 3: observation cannot be read: an observation is outside Discrete\(3\)"),
         ("crash", "failed at step 3: ZeroDivisionError: the simulator exploded"),
     ],
@@ -71,14 +71,14 @@ def test_fault_35_names_environment_and_step_for_composed_spaces_memories_and_pr
         agent.learn(100)
 
 
-def test_cartpole_follows_the_asked_autoreset_mode():
+def test_cartpole_has_the_given_autoreset_mode():
     for mode, next_step in ((None, True), ("next_step", True), ("same_step", False)):
         envs = Environments("CartPole-v1", 2, mode)
         assert envs.next_step_autoreset is next_step
         envs.close()
 
 
-def test_discrete_actions_start_where_the_space_does_and_boxes_are_kept_within_bounds():
+def test_indices_are_shifted_to_the_spaces_start_and_numbers_clipped_to_its_bounds():
     match, aim = Environments("tests/Match-v0", 1), Environments("tests/Aim-v0", 1)
     assert to_env_actions(torch.tensor([0, 1]), match.action_space).tolist() == [3, 4]
     assert to_env_actions(torch.tensor([[-7.0], [0.25]]), aim.action_space).tolist() == [[-1.0], [0.25]]

@@ -1,4 +1,4 @@
-"""Images: every order of axes and scale becomes channels first between 0 and 1; what cannot be recognised is said."""
+"""Images: every order of axes and scale becomes channels first from 0 to 1; arrays that look like images warn."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_images_of_every_order_and_scale(shape, order, dtype, white):
     assert np.allclose(seen(space, image).numpy(), expected / white, atol=1e-6)
 
 
-def test_what_is_no_image_keeps_its_numbers_and_is_said_where_they_are_large():
+def test_other_arrays_are_not_scaled_and_large_values_warn():
     for space, words in (
         (Box(0, 255, (7, 7, 3), np.uint8), "normalize_observations=True"),  # too small
         (Box(0, 255, (128,), np.uint8), "normalize_observations=True"),  # memory of a console
@@ -86,7 +86,7 @@ def test_an_image_of_floats_inside_a_dict_is_flattened_and_scaled():
     assert encoded.shape == (1, *observation_shape(space, "")) and encoded.max() == 1
 
 
-def test_training_says_so_once_and_learns_from_images_of_floats(small):
+def test_training_warns_once_and_learns_from_float_images(small):
     def env(space):
         return lambda: Shown(space)
 
@@ -99,7 +99,7 @@ def test_training_says_so_once_and_learns_from_images_of_floats(small):
     assert agent.predict(np.ones((H, W)))[0].shape == ()
 
 
-def test_an_agent_that_saw_them_flattened_is_refused_in_words(small, tmp_path):
+def test_a_saved_agent_that_flattened_images_is_refused(small, tmp_path):
     space = Box(0, 1, (H, W), np.float32)
     classic.PPO(lambda: Shown(space), small()).save(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
@@ -108,7 +108,7 @@ def test_an_agent_that_saw_them_flattened_is_refused_in_words(small, tmp_path):
         classic.PPO.load(tmp_path, env=lambda: Shown(space))
 
 
-def test_an_agent_that_saw_them_unscaled_inside_a_dict_is_refused_in_words(small, tmp_path):
+def test_a_saved_agent_that_left_images_in_a_dict_unscaled_is_refused(small, tmp_path):
     space = Dict(cam=Box(0, 255, (H, W, 3), np.float32), v=Box(-1, 1, (2,)))
     classic.PPO(lambda: Shown(space), small()).save(tmp_path)
     content = json.loads((tmp_path / "agent.json").read_text())

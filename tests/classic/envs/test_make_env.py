@@ -1,4 +1,4 @@
-"""Making environments: ids, instances and factories, every vectorisation, wrappers, and gymnasium's own words."""
+"""Make environments from ids, instances and functions, with every vectorization, wrappers, and Gymnasium's warnings."""
 
 from __future__ import annotations
 
@@ -78,19 +78,19 @@ def test_a_factory_makes_the_copies_and_is_needed_again_to_load(small, tmp_path)
         (NoSpace, "'NoSpace'.*must specify an action space"),
     ],
 )
-def test_what_is_no_environment_is_refused_before_training(env, words, small):
+def test_other_objects_are_refused_before_training(env, words, small):
     with pytest.raises((ValueError, classic.BrokenEnvironmentError), match=words):
         classic.PPO(env, small())
 
 
-def test_an_environment_that_breaks_the_api_gets_the_checkers_words(small):
+def test_an_environment_that_breaks_the_api_shows_the_checkers_warnings(small):
     words = r"'NoTuple' failed at step 0: ValueError: not enough values(.|\n)*`env.reset\(\)` was not a tuple"
     with pytest.raises(classic.BrokenEnvironmentError, match=words):
         classic.PPO(NoTuple, small()).learn(10)
 
 
 class Leaves(Walk):
-    """Calls sys.exit() where it is told to."""
+    """Calls sys.exit() at the given place."""
 
     def __init__(self, where):
         self.where = where

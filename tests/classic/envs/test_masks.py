@@ -1,4 +1,4 @@
-"""Action masks from both sources, under both autoreset modes: the environment asserts that they are kept to."""
+"""Action masks from infos, a method or observations, in both autoreset modes; environments assert that they hold."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MODES = ["next_step", "same_step"]
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("source", ["info", "method"])
-def test_training_and_evaluating_keep_to_the_masks(source, mode, small, tmp_path):
+def test_training_and_evaluation_respect_masks(source, mode, small, tmp_path):
     """Two options at equal probability: entropy log 2 = 0.69, where five would have 1.61."""
     agent = classic.PPO(f"tests/Allowed_{source}-v0", small(autoreset_mode=mode, output_dir=str(tmp_path))).learn(200)
     rows = RunDirectory(tmp_path).read()
@@ -29,7 +29,7 @@ def test_training_and_evaluating_keep_to_the_masks(source, mode, small, tmp_path
     agent.evaluate(episodes=5)
 
 
-def test_masks_can_be_ignored_or_insisted_on(small):
+def test_masks_can_be_ignored_or_required(small):
     ignoring = classic.PPO("tests/Allowed_info-v0", small(action_masks=False))
     with pytest.raises(classic.BrokenEnvironmentError, match="is not allowed now"):
         ignoring.learn(200)
@@ -70,7 +70,7 @@ def test_predict_takes_masks(small):
 
 
 class Sometimes(gymnasium.Env):
-    """Five steps; gives its mask, which shuts nothing, at the times of an episode that it is told."""
+    """Five steps; gives a mask, which allows everything, at the given times of an episode."""
 
     observation_space = Box(0, 5, (1,), np.float32)
     action_space = Discrete(2)
@@ -116,7 +116,7 @@ def test_masks_that_come_and_go_are_refused(times, words, small):
 
 
 class TwoChoices(gymnasium.Env):
-    """Its mask comes as one array a choice."""
+    """Its mask is one array per choice."""
 
     observation_space = Box(0, 1, (1,), np.float32)
     action_space = MultiDiscrete([2, 3])
@@ -131,7 +131,7 @@ class TwoChoices(gymnasium.Env):
         return observation, 1.0, False, True, info
 
 
-def test_a_mask_may_be_one_array_a_choice_everywhere(small):
+def test_a_mask_may_be_one_array_per_choice(small):
     agent = classic.PPO(TwoChoices, small()).learn(60)
     agent.evaluate(episodes=2)
     mask = ([1, 0], [0, 0, 1])
@@ -178,11 +178,11 @@ class Game(gymnasium.Env):
         (BITS, None),
     ],
 )
-def test_where_a_mask_lies(space, columns):
+def test_columns_of_a_mask(space, columns):
     assert observed_mask(space, FOUR) == columns
 
 
-def test_what_looks_like_a_mask_and_is_none():
+def test_keys_that_look_like_a_mask():
     assert unread_masks(Dict(board=Discrete(3), action_mask=MultiBinary(3)), FOUR) == ["action_mask"]
     assert unread_masks(Dict(board=Discrete(3), legal_moves=BITS), FOUR) == ["legal_moves"]
     assert not unread_masks(Dict(board=Discrete(3), legal_moves=BITS, action_mask=BITS), FOUR)
@@ -190,7 +190,7 @@ def test_what_looks_like_a_mask_and_is_none():
 
 
 @pytest.mark.parametrize("autoreset_mode", ["next_step", "same_step"])
-def test_a_mask_in_the_observation_is_kept_to(autoreset_mode, small):
+def test_masks_in_observations_are_respected(autoreset_mode, small):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         agent = classic.PPO(Game, small(autoreset_mode=autoreset_mode)).learn(200)
@@ -202,7 +202,7 @@ def test_a_mask_in_the_observation_is_kept_to(autoreset_mode, small):
         ignoring.learn(200)
 
 
-def test_a_mask_under_another_name_is_said(small):
+def test_a_mask_under_another_name_warns(small):
     with pytest.warns(UserWarning, match=r"'legal' of its observations looks like a mask .* infos\['action_mask'\]"):
         classic.PPO(lambda: Game("legal"), small()).learn(10)
     with warnings.catch_warnings():
@@ -210,7 +210,7 @@ def test_a_mask_under_another_name_is_said(small):
         classic.PPO(lambda: Game("legal"), small(action_masks=False)).learn(10)
 
 
-def test_running_episodes_saved_before_masks_were_read_there_go_on(small, tmp_path, monkeypatch):
+def test_episodes_saved_before_masks_were_read_there_resume(small, tmp_path, monkeypatch):
     monkeypatch.setattr("classic.ppo.draw_curve", lambda *_: None)
     agent = classic.PPO(Game, small(output_dir=str(tmp_path))).learn(60)
     tensors, state = agent.envs.state()

@@ -1,4 +1,4 @@
-"""Normalisation: statistics of decisions alone, the same in both autoreset modes, frozen outside training."""
+"""Normalisation: statistics of unmasked steps, the same in both autoreset modes, frozen outside training."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_rewards_are_divided_by_the_spread_of_discounted_returns_which_begin_aga
     assert scaled[2] == pytest.approx(4 / np.std([1, 2.5, 4])) and scaled[3] == 0
 
 
-def test_only_what_was_decided_on_counts_and_frozen_statistics_stay():
+def test_only_unmasked_rows_count_and_frozen_statistics_stay():
     normalizer = Normalizer((1,), None, 0.9)
     seen = torch.tensor([[1.0], [3.0], [100.0]])
     scaled = normalizer.observe(seen, torch.tensor([True, True, False]))
@@ -134,7 +134,7 @@ WIDE = {
 
 @pytest.mark.parametrize(("space", "offset"), WIDE.values(), ids=WIDE)
 @pytest.mark.parametrize("mode", ["next_step", "same_step"])
-def test_the_mean_is_taken_from_numbers_as_they_came(mode, space, offset, small, tmp_path):
+def test_the_mean_is_subtracted_before_rounding_to_float32(mode, space, offset, small, tmp_path):
     """In float32 neighbouring signs would be the same number: in training, evaluation, prediction, and once saved."""
     args = small(normalize_observations=True, learning_rate=1e-2, gamma=0.5, autoreset_mode=mode, num_envs=8)
     agent = classic.PPO(lambda: FarOff(space, offset), args).learn(3_000)
@@ -147,6 +147,6 @@ def test_the_mean_is_taken_from_numbers_as_they_came(mode, space, offset, small,
     assert loaded.evaluate(episodes=50) == agent.evaluate(episodes=50)
 
 
-def test_numbers_that_a_network_cannot_read_are_refused_before_it_does(small):
-    with pytest.raises(BrokenEnvironmentError, match="observation is not finite"):
+def test_values_beyond_float32_are_refused(small):
+    with pytest.raises(BrokenEnvironmentError, match="observation is non-finite"):
         classic.PPO(lambda: FarOff(WIDE["float64"][0], 1e300), small()).learn(10)

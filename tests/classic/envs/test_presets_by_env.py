@@ -1,4 +1,4 @@
-"""A task has its preset whichever way it is named, and a run says whose settings it takes."""
+"""A task has one preset, whichever way it is named, and a run prints where its settings come from."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_loaded_agent_says_where_its_settings_come_from(small, tmp_path, capsy
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
-def test_looking_at_a_functions_environment_makes_none_too_many(vectorization, small):
+def test_identifying_a_functions_task_makes_no_extra_environment(vectorization, small):
     made = []
 
     def make():

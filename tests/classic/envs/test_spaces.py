@@ -51,7 +51,7 @@ def test_images_are_channels_first_and_stay_bytes():
     assert observation_encoder(stacked)(stacked.sample()[None]).shape == (1, 4, 84, 84)
 
 
-def test_what_is_no_image_is_flattened():
+def test_other_arrays_are_flattened():
     assert image_layout(Box(-1, 1, (64, 64, 3), np.float32)) is None
     assert image_layout(Box(0, 255, (7, 7, 3), np.uint8)) is None
     assert observation_shape(Box(0, 255, (7, 7, 3), np.uint8), "") == (147,)
@@ -165,7 +165,7 @@ def test_squashed_and_state_dependent_policies_learn_to_aim(settings, small):
     assert agent.predict([0.0])[0][0] == pytest.approx(0.5, abs=0.1)
 
 
-def test_one_hot_of_a_large_space_holds_its_rows_alone():
+def test_one_hot_of_a_large_space_allocates_only_its_rows():
     """An identity matrix of this size would take 4 TB."""
     encode = observation_encoder(Discrete(1_000_000))
     encoded = encode(np.array([7, 999_999]))
@@ -174,12 +174,12 @@ def test_one_hot_of_a_large_space_holds_its_rows_alone():
     assert parts.tolist() == [[0, 1, 1, 0, 0], [1, 0, 0, 0, 1]]
 
 
-def test_three_axes_with_channels_in_the_middle_are_no_image():
+def test_three_axes_with_channels_in_the_middle_are_not_an_image():
     assert image_layout(Box(0, 255, (40, 3, 44), np.uint8)) is None
     for shape in ((40, 44, 3), (3, 40, 44)):
         assert observation_shape(Box(0, 255, shape, np.uint8), "") == (3, 40, 44)
 
 
-def test_an_observation_of_nothing_is_refused():
+def test_an_empty_observation_is_refused():
     with pytest.raises(ValueError, match=r"its observations .* are empty"):
         observation_shape(Box(0, 1, (0,)), "environment 'Empty'")

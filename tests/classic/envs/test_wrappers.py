@@ -1,4 +1,4 @@
-"""Copies: arrays that an environment uses again, the checker's words once, wrappers with statistics of their own."""
+"""Wrappers: reused arrays are copied, and the checker's warnings appear once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from classic.envs.environments import Environments
 
 
 class Reusing(gymnasium.Env):
-    """Counts to three in arrays that are made once, and shared by all copies of a process."""
+    """Counts to three in arrays that are allocated once and shared by all copies of a process."""
 
     observation_space = Dict({"x": Box(0, 9, (1,), np.float32), "pair": Tuple([Box(0, 9, (1,), np.float32)])})
     action_space = Discrete(2)
@@ -121,7 +121,7 @@ def test_last_observations_may_be_one_batch_of_parts(small):
 
 
 class Careless(gymnasium.Env):
-    """Hands out float64 where its space says float32, and a copy after another says so."""
+    """Returns float64 although its space is float32, so every copy warns."""
 
     observation_space = Box(-1, 1, (1,), np.float32)
     action_space = Discrete(2)
@@ -135,7 +135,7 @@ class Careless(gymnasium.Env):
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
-def test_each_place_is_warned_of_once(vectorization, small, monkeypatch, capfd):
+def test_each_checker_warning_appears_once(vectorization, small, monkeypatch, capfd):
     monkeypatch.setattr(wrappers, "_warned", set())
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
@@ -149,7 +149,7 @@ def test_each_place_is_warned_of_once(vectorization, small, monkeypatch, capfd):
 
 
 @pytest.mark.filterwarnings("ignore:.*(ERROR|closing).*")
-def test_a_crash_in_a_process_comes_with_the_checkers_words(small):
+def test_a_crash_in_a_process_shows_the_checkers_warnings(small):
     class Alone(Careless):
         def reset(self, *, seed=None, options=None):
             return super().reset(seed=seed)[0]

@@ -1,4 +1,4 @@
-"""One vector of weights: the network's own memory, whatever is loaded into it."""
+"""Adam on one vector: the network's parameters are views of it, and its steps are torch's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def make(**settings) -> ActorCritic:
 
 
 @pytest.mark.parametrize("settings", [{}, {"shared": True}, {"recurrent": "lstm", "recurrent_size": 6}])
-def test_the_network_stays_what_it_was_and_shares_the_vectors_memory(settings):
+def test_the_network_keeps_its_values_and_shares_the_vectors_memory(settings):
     network, other = make(**settings), make(**settings)
     weights = FlatParameters(network)
     assert list(network.state_dict()) == list(other.state_dict())
@@ -32,12 +32,12 @@ def test_the_network_stays_what_it_was_and_shares_the_vectors_memory(settings):
     assert torch.equal(weights.joined(parts), weights.vector)
 
 
-def test_actor_and_critic_lie_side_by_side_where_shapes_agree():
+def test_actor_and_critic_are_adjacent_if_shapes_agree():
     network = make()
     weights = FlatParameters(network)
     both = weights.of(weights.vector.detach(), "policy.2.weight", "critic.2.weight")
     assert torch.equal(both, torch.stack([network.policy[2].weight, network.critic[2].weight]))
-    with pytest.raises(ValueError, match=r"policy\.4\.weight, critic\.4\.weight do not lie side by side"):
+    with pytest.raises(ValueError, match=r"policy\.4\.weight, critic\.4\.weight are not adjacent"):
         weights.of(weights.vector, "policy.4.weight", "critic.4.weight")
 
 
@@ -65,7 +65,7 @@ def test_the_gradient_is_clipped_as_one(kind):
     assert norm() == pytest.approx(0.5, rel=1e-5)
 
 
-def test_a_tensor_put_in_the_place_of_a_parameter_is_taken_over():
+def test_replaced_parameters_are_copied_into_the_vector():
     network = make()
     weights = FlatParameters(network)
     network.policy[0].weight.data = torch.full((5, 3), 7.0)

@@ -1,4 +1,4 @@
-"""The network is trained and asked as it is now: copied, loaded into, frozen, hooked or rebuilt since it was made."""
+"""The network acts and learns as it is now: copied, loaded into, frozen, hooked or rebuilt since it was made."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_deep_copy_learns_what_the_original_learns(settings, steps_before, sma
     assert any(not torch.equal(x, before[name]) for name, x in weights_of(other).items())
 
 
-def test_weights_that_are_put_in_are_the_ones_that_learn(small):
+def test_replaced_weights_are_the_ones_trained(small):
     """By assignment, by a network of its own, and by copying values, which was always right."""
     agents = [classic.PPO("tests/Match-v0", small()) for _ in range(3)]
     given = classic.PPO("tests/Match-v0", small(seed=7)).network
@@ -104,7 +104,7 @@ def test_a_changed_network_acts_and_learns_as_changed(change, small):
         torch.testing.assert_close(output, agent.network.step(observations)[0], rtol=1e-5, atol=1e-6)
 
 
-def test_a_subclass_is_not_taken_for_what_it_is_made_from(small):
+def test_a_subclass_is_not_standard(small):
     agent = classic.PPO("tests/Match-v0", small())
 
     class Own(type(agent.network)):
@@ -117,7 +117,7 @@ def test_a_subclass_is_not_taken_for_what_it_is_made_from(small):
 
 
 @pytest.mark.parametrize("settings", [{}, {"shared_network": True}, {"recurrent": "lstm", "recurrent_size": 8}])
-def test_frozen_means_frozen_from_the_start_and_in_the_middle(settings, small, tmp_path):
+def test_frozen_parameters_stay_frozen(settings, small, tmp_path):
     """In the middle Adam's momentum would move it on; thawed by a saved file, it would train again."""
     agent = classic.PPO("tests/Match-v0", small(**settings)).learn(100)
     layer = (agent.network.bodies[0] if settings else agent.network.policy[0]).requires_grad_(False)
@@ -133,7 +133,7 @@ def test_frozen_means_frozen_from_the_start_and_in_the_middle(settings, small, t
     assert len(kept) == len(before) and all(torch.equal(x, weights_of(agent)[name]) for name, x in kept.items())
 
 
-def test_a_callback_may_freeze_on_the_way_and_a_resumed_run_keeps_to_it(small, tmp_path, monkeypatch):
+def test_a_callback_may_freeze_layers_and_a_resumed_run_keeps_them_frozen(small, tmp_path, monkeypatch):
     monkeypatch.setattr("classic.ppo.draw_curve", lambda *_: None)
 
     def freeze(agent, metrics):
@@ -152,7 +152,7 @@ def test_a_callback_may_freeze_on_the_way_and_a_resumed_run_keeps_to_it(small, t
     assert_equal_weights(*runs)
 
 
-def test_what_cannot_be_trained_is_refused_in_words(small):
+def test_untrainable_networks_are_refused(small):
     agent = classic.PPO("tests/Match-v0", small())
     agent.network.requires_grad_(False)
     with pytest.raises(ValueError, match="every parameter of the network is frozen"):
@@ -167,7 +167,7 @@ def test_what_cannot_be_trained_is_refused_in_words(small):
     agent.learn(100)
 
 
-def test_a_network_of_other_layers_is_not_taken_for_the_settings_own(small, tmp_path):
+def test_a_network_with_other_layers_warns_when_loaded(small, tmp_path):
     agent = classic.PPO("tests/Match-v0", small())
     agent.network.policy[1] = nn.GELU()
     agent.learn(100).save(tmp_path)
@@ -178,7 +178,7 @@ def test_a_network_of_other_layers_is_not_taken_for_the_settings_own(small, tmp_
     assert np.array_equal(agent.predict(observations)[0], loaded.predict(observations)[0])
 
 
-def test_noise_between_acting_and_training_ends_the_run_with_its_reason(small):
+def test_dropout_between_acting_and_training_ends_the_run(small):
     def noisy(**settings):
         agent = classic.PPO("tests/Match-v0", small(**settings))
         agent.network.policy[1] = nn.Sequential(agent.network.policy[1], nn.Dropout(0.5))
@@ -209,7 +209,7 @@ ENVIRONMENTS = {
 
 
 @pytest.mark.parametrize(("env_id", "settings"), ENVIRONMENTS.values(), ids=ENVIRONMENTS)
-def test_torchs_default_format_changes_nothing(env_id, settings, small, tmp_path):
+def test_torchs_default_dtype_changes_nothing(env_id, settings, small, tmp_path):
     agents = []
     for kind in (torch.float32, torch.float64):
         torch.set_default_dtype(kind)

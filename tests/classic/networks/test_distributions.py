@@ -1,4 +1,4 @@
-"""Distributions against torch.distributions, and what torch.distributions cannot do against numbers of our own."""
+"""Distributions against torch.distributions, or against integrals and hand-computed numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks: the memory against a loop over steps, resets, one call a sequence; images; what is shared."""
+"""Layers: recurrent ones against a loop over steps, resets, one call per sequence; images; what is shared."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_whole_sequences_equal_steps_one_by_one_with_gradients(kind, length):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_whole_sequences_of_about_one_length_are_one_call(kind, monkeypatch):
+def test_sequences_of_similar_length_are_one_call(kind, monkeypatch):
     memory = Memory(kind, 3, 5, draw())
     calls, forward = [], memory.rnn.forward
     monkeypatch.setattr(memory.rnn, "forward", lambda *a: (calls.append(1), forward(*a))[1])
@@ -61,7 +61,7 @@ def test_whole_sequences_of_about_one_length_are_one_call(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_is_remembered_across_the_start_of_an_episode(kind):
+def test_the_recurrent_state_is_reset_where_episodes_start(kind):
     memory = Memory(kind, 3, 5, draw())
     x, starts = sequences(1, 6)
     starts[:] = False
@@ -99,7 +99,7 @@ def test_the_critic_trains_the_policys_layers_only_when_shared(shared, recurrent
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_acting_step_by_step_records_what_evaluating_the_sequence_says(kind, shared):
+def test_acting_step_by_step_equals_evaluating_the_sequence(kind, shared):
     network = make(recurrent=kind, shared=shared)
     nn.init.normal_(network.policy[-1].weight, generator=draw(4))
     observations, starts = sequences()
