@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from classic.ppo import PPO
+from classic.config import PPOArgs
+from classic.envs.environments import Episode
 
-Callback = Callable[["PPO", Mapping[str, float]], "bool | None"]
-"""Decides by the agent's counters alone, so that a resumed run calls it where the run that never stopped did."""
+Callback = Callable[[Any, Mapping[str, float]], "bool | None"]
+"""A function of the agent and its metrics; it decides by the agent's counters alone, so that a resumed run calls it
+when the run that never stopped did."""
 
 
-def run_callbacks(callbacks: Sequence[Callback], agent: PPO, metrics: Mapping[str, float]) -> bool:
-    """Call all of them; whether any wants training to end."""
+class Agent(Protocol):
+    """What the callbacks here read and call of :class:`classic.PPO`."""
+
+    args: PPOArgs
+    counters: dict[str, int]
+    recent: deque[Episode]
+    best_return: float | None
+
+    def evaluate(self, episodes: int = 20) -> dict[str, float]: ...
+    def log(self, metrics: Mapping[str, float]) -> None: ...
+    def save(self, folder: str | Path) -> Path: ...
+
+
+def run_callbacks(callbacks: Sequence[Callback], agent: Any, metrics: Mapping[str, float]) -> bool:
+    """Call all of them; return whether any wants training to end."""
     return any([bool(callback(agent, metrics)) for callback in callbacks])  # noqa: C419 - the others are called too
 
 
 def evaluate_every(rollouts: int, *, episodes: int = 20, keep_best: bool = True) -> Callback:
-    """Evaluate every so many rollouts: a line ``eval/...`` in metrics.jsonl, the best agent in ``<output_dir>/best``.
+    """Evaluate every few rollouts: ``eval/...`` in metrics.jsonl, the best agent in ``<output_dir>/best``.
 
     Raises:
         ValueError: less than one rollout or episode.
@@ -28,7 +43,7 @@ def evaluate_every(rollouts: int, *, episodes: int = 20, keep_best: bool = True)
         if value < 1:
             raise ValueError(f"evaluate_every: {name} must be 1 or more, got {value}")
 
-    def evaluate(agent: PPO, metrics: Mapping[str, float]) -> None:
+    def evaluate(agent: Agent, metrics: Mapping[str, float]) -> None:
         if agent.counters["iteration"] % rollouts:
             return
         result = agent.evaluate(episodes=episodes)
@@ -42,14 +57,14 @@ def evaluate_every(rollouts: int, *, episodes: int = 20, keep_best: bool = True)
 
 
 def save_every(rollouts: int, folder: str | Path) -> Callback:
-    """Save the agent into ``<folder>/<iteration>`` every so many rollouts, to look at later.
+    """Save the agent into ``<folder>/<iteration>`` every few rollouts, to look at later.
 
-    What a run is resumed from is written by the setting ``save_every``.
+    Checkpoints, which a run resumes from, are written by the setting ``save_every``.
     """
     if rollouts < 1:
         raise ValueError(f"save_every: rollouts must be 1 or more, got {rollouts}")
 
-    def save(agent: PPO, metrics: Mapping[str, float]) -> None:
+    def save(agent: Agent, metrics: Mapping[str, float]) -> None:
         if agent.counters["iteration"] % rollouts == 0:
             agent.save(Path(folder) / str(agent.counters["iteration"]))
 
@@ -61,7 +76,7 @@ def stop_at_return(threshold: float, *, episodes: int = 100) -> Callback:
     if not 1 <= episodes <= 100:
         raise ValueError(f"stop_at_return: episodes must be between 1 and 100, got {episodes}")
 
-    def stop(agent: PPO, metrics: Mapping[str, float]) -> bool:
+    def stop(agent: Agent, metrics: Mapping[str, float]) -> bool:
         last = list(agent.recent)[-episodes:]
         return len(last) == episodes and sum(episode.total_reward for episode in last) / episodes >= threshold
 

@@ -1,4 +1,4 @@
-"""Settings that change once an agent is there: which ones can, and which coefficients stay where they were moved to."""
+"""Settings that change once an agent exists: which ones can, and which adapted coefficients are kept."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from classic.config import PPOArgs, never_read
+from classic.config import PPOArgs
+from classic.envs.checks import require_fit
+from classic.presets.resolve import unread
+from classic.state import Run, TrainState
+from rlhf_ppo.core import PPOConfig
 
-OF_WEIGHTS = (
+WEIGHT_SETTINGS = (
     "hidden_sizes",
     "activation",
     "shared_network",
@@ -22,7 +26,7 @@ OF_WEIGHTS = (
 )
 """Settings that the weights were made with or trained for."""
 
-OF_COPIES = (
+COPY_SETTINGS = (
     "seed",
     "num_envs",
     "autoreset_mode",
@@ -34,35 +38,65 @@ OF_COPIES = (
 )
 """Settings that environments, generators and statistics were made with."""
 
-MOVED_BY = {"clip_range": "adaptive_clip", "penalty_beta": "penalty"}
-"""Coefficient -> the objective that moves it."""
+ADAPTED_BY = {"clip_range": "adaptive_clip", "penalty_beta": "penalty"}
+"""Coefficient -> the objective that adapts it."""
 
 
-def still_moved(before: Mapping[str, Any], after: Mapping[str, Any], in_force: Mapping[str, float]) -> dict[str, float]:
-    """The coefficients that a controller has moved and that other settings leave alone: a new value wins over it.
+def adapted_coefficients(config: PPOConfig) -> dict[str, float]:
+    """Return the coefficients that objectives adapt, as they are now."""
+    return {name: getattr(config, name) for name in ADAPTED_BY}
+
+
+def kept_coefficients(
+    before: Mapping[str, Any], after: Mapping[str, Any], adapted: Mapping[str, float]
+) -> dict[str, float]:
+    """Return the adapted coefficients that a change of settings leaves alone; a new value replaces them.
 
     Args:
         before, after: settings.
-        in_force: coefficients as they are under ``before``.
+        adapted: coefficients as they are under ``before``.
     """
     return {
-        name: in_force[name]
-        for name, objective in MOVED_BY.items()
+        name: adapted[name]
+        for name, objective in ADAPTED_BY.items()
         if before.get("objective") == after.get("objective") == objective and before.get(name) == after.get(name)
     }
 
 
 def differing(before: PPOArgs, after: PPOArgs, names: Iterable[str]) -> list[str]:
-    """Which of some settings differ."""
+    """List the settings of ``names`` that differ."""
     return [name for name in names if getattr(before, name) != getattr(after, name)]
 
 
-def with_changes(saved: PPOArgs, changes: Mapping[str, Any], *, where: str) -> PPOArgs:
-    """A saved agent's settings with changes; what nothing reads any more is the preset's again.
+def change_args(run: Run, state: TrainState, args: PPOArgs) -> Run:
+    """Return the run with other resolved settings, which count from the next rollout on.
 
     Raises:
-        TypeError: there is no such setting; says the closest.
-        ValueError: a value is out of range, or the weights were made with another one. ``where`` the agent lies.
+        ValueError: the weights or the environments were made with another value, or it does not fit them.
+    """
+    if fixed := differing(run.args, args, (*WEIGHT_SETTINGS, *COPY_SETTINGS)):
+        raise ValueError(
+            f"the agent was made with {', '.join(f'{name}={getattr(run.args, name)!r}' for name in fixed)}, which "
+            "cannot change any more: make a new agent; settings that its weights do not depend on "
+            f"({', '.join(COPY_SETTINGS)}) can change when a saved one is loaded, as PPO.load(folder, num_envs=2)"
+        )
+    require_fit(args, run.envs)
+    kept = kept_coefficients(vars(run.args), vars(args), adapted_coefficients(state.config))
+    state.config = dataclasses.replace(args.ppo_config(), **kept)
+    state.normalizer.gamma = state.config.gamma
+    return dataclasses.replace(run, args=args)
+
+
+def with_changes(saved: PPOArgs, changes: Mapping[str, Any], *, where: str) -> PPOArgs:
+    """Apply changes to a saved agent's settings; a setting that nothing reads any more is the preset's again.
+
+    Args:
+        saved: the settings as saved.
+        changes: setting -> new value.
+        where: the agent's folder, for messages.
+    Raises:
+        TypeError: there is no such setting; names the closest.
+        ValueError: a value is out of range, or the weights were made with another one.
     """
     known = [field.name for field in dataclasses.fields(PPOArgs)]
     for name in changes:
@@ -70,14 +104,14 @@ def with_changes(saved: PPOArgs, changes: Mapping[str, Any], *, where: str) -> P
             close = difflib.get_close_matches(name, known, n=1)
             raise TypeError(f"there is no setting {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
     changed = dataclasses.replace(saved, **changes)
-    if fixed := [name for name in differing(saved, changed, OF_WEIGHTS) if getattr(changed, name) is not None]:
+    if fixed := [name for name in differing(saved, changed, WEIGHT_SETTINGS) if getattr(changed, name) is not None]:
         was = ", ".join(f"{name}={getattr(saved, name)!r}" for name in fixed)
         raise ValueError(
             f"the network in {where} was made with {was}: its weights mean nothing under another value, so remove "
             f"{', '.join(fixed)}, or train a new agent"
         )
-    unread = [name for name, _ in never_read(vars(changed)) if name not in changes]
+    dropped = [name for name, _ in unread(vars(changed)) if name not in changes]
     if changed.objective == "reinforce" and "gae_lambda" not in changes:
-        unread.append("gae_lambda")
-    weights = {name: getattr(saved, name) for name in OF_WEIGHTS if name in changes}
-    return dataclasses.replace(changed, **weights, **dict.fromkeys(unread))
+        dropped.append("gae_lambda")
+    weights = {name: getattr(saved, name) for name in WEIGHT_SETTINGS if name in changes}
+    return dataclasses.replace(changed, **weights, **dict.fromkeys(dropped))

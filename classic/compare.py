@@ -15,6 +15,7 @@ import yaml
 
 from classic.config import PPOArgs
 from classic.ppo import PPO
+from classic.presets.resolve import resolve
 from rlhf_ppo.runtime.files import read_json
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.settings import as_type
@@ -97,7 +98,7 @@ def compare(
         if name in dict(wanted):
             raise ValueError(f"two variants are {name}: name each value once")
         variant = dataclasses.replace(args, **change, output_dir=str(Path(folder) / name))
-        wanted.append((name, variant.resolve(env_id)))
+        wanted.append((name, resolve(variant, env_id)))
     variants = []
     # Seed by seed, so that a comparison stopped early is still one.
     results: dict[str, list[dict[str, Any]]] = {name: [] for name, _ in wanted}

@@ -1,10 +1,12 @@
-"""Evaluation: whole episodes, shared out so that short ones do not count twice, and bounded so that it ends."""
+"""Evaluate a policy: whole episodes, shared out in advance so that short ones are not favoured, of bounded length."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+import gymnasium
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,11 +14,52 @@ from torch import Tensor
 from classic.envs.environments import Environments, Episode
 from classic.envs.seeds import derive_seeds
 from classic.networks.actor_critic import ActorCritic
+from classic.state import Run, TrainState, make_copies
 from rlhf_ppo.runtime.signals import stop_if_asked
 
 MAX_COPIES = 32
 MAX_STEPS = 10_000
-"""Steps of an episode where neither the environment nor a setting limits them."""
+"""Steps of an episode that neither the environment nor a setting limits."""
+
+
+def max_episode_steps(run: Run) -> int:
+    """Return the steps after which an episode of an evaluation or a video is cut."""
+    return run.args.eval_max_steps or max(MAX_STEPS, run.envs.time_limit() or 0)
+
+
+class EvaluationCopies:
+    """Environments to evaluate on, made once and kept."""
+
+    def __init__(self) -> None:
+        self._envs: Environments | None = None
+
+    @contextmanager
+    def lend(self, run: Run, state: TrainState, episodes: int) -> Iterator[Environments]:
+        """Lend copies for an evaluation: training's own if there is only one environment or training has not begun."""
+        if episodes < 1:
+            raise ValueError(f"episodes must be 1 or more, got {episodes}")
+        wanted = min(episodes, run.args.eval_envs or min(run.envs.num_envs, MAX_COPIES))
+        if isinstance(run.env, gymnasium.Env) or (not state.playing and wanted == run.envs.num_envs):
+            try:
+                yield run.envs
+            finally:
+                state.playing = False
+            return
+        # Another number of copies would play other episodes.
+        if self._envs is not None and self._envs.num_envs != wanted:
+            self.close()
+        self._envs = envs = self._envs or make_copies(run.env, run.args, wanted)
+        try:
+            yield envs
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Release the environments."""
+        if self._envs is not None:
+            self._envs.close()
+        self._envs = None
 
 
 def evaluate_policy(
@@ -29,10 +72,10 @@ def evaluate_policy(
     view: Callable[[Tensor], Tensor],
     max_steps: int,
 ) -> dict[str, float]:
-    """Mean and spread of the undiscounted return over ``episodes`` episodes.
+    """Compute mean and standard deviation of the undiscounted return over ``episodes`` episodes.
 
-    Each copy plays a share fixed beforehand. Taking the first episodes to finish anywhere would favour short ones. A
-    copy whose episode is cut waits until all that still owe episodes do; then all begin anew.
+    Each copy plays a share fixed in advance; taking the first episodes to finish would favour short ones. A copy whose
+    episode is cut waits until no copy with episodes left is playing; then all are reset.
 
     Args:
         envs: at most as many copies as episodes.
@@ -40,8 +83,8 @@ def evaluate_policy(
         episodes: how many.
         deterministic: take the most likely action instead of a sampled one.
         seed: of the environments and the draws.
-        view: what the network sees of observations (their normalised form, with the statistics as they are).
-        max_steps: steps after which an episode is cut; what it has brought by then counts.
+        view: normalises observations, without updating the statistics.
+        max_steps: steps after which an episode is cut; its return so far counts.
     Returns:
         mean_return, std_return (population) and mean_length in steps.
     Warns:
@@ -50,6 +93,8 @@ def evaluate_policy(
         BrokenEnvironmentError: see :class:`Environments`.
         Interrupted: a signal came while a run listens for them.
     """
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more, got {seed}")
     generator = None if deterministic else torch.Generator().manual_seed(derive_seeds(seed, "prediction", 1)[0])
     owed = np.array([(episodes + i) // envs.num_envs for i in range(envs.num_envs)])
     playing = np.zeros(envs.num_envs, dtype=bool)
@@ -85,11 +130,11 @@ def evaluate_policy(
 
 
 def warn_of_cut(envs: Environments, cut: int, episodes: int, max_steps: int) -> None:
-    """Say which limit was missing, and which one was reached instead."""
+    """Warn of cut episodes, and say which limit was missing."""
     limit = envs.time_limit()
     own = "has no time limit of its own (max_episode_steps)" if limit is None else f"has its own at {limit:,} steps"
     warnings.warn(
-        f"{cut} of {episodes} episodes were cut after {max_steps:,} steps (eval_max_steps) and count as they were by "
-        f"then: environment {envs.env_id!r} {own}",
+        f"{cut} of {episodes} episodes were cut after {max_steps:,} steps (eval_max_steps) and count with their "
+        f"return so far: environment {envs.env_id!r} {own}",
         stacklevel=4,
     )

@@ -1,28 +1,25 @@
-"""A rollout of environment steps, step by step: what each earned, was believed to be worth, and taught."""
+"""Explain a rollout step by step: reward, value, advantage and ratio of every decision."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from classic.rollout import Estimate, Rollout
+from classic.advantages import Estimate
+from classic.networks.actor_critic import ActorCritic
+from classic.rollout import Rollout
 from rlhf_ppo.core import Experience, PPOConfig, masked_whiten
 from rlhf_ppo.runtime.explain import Explanation, explain_actions
 
-if TYPE_CHECKING:
-    from classic.ppo import PPO
-
 
 @torch.no_grad()
-def explain_rollout(agent: PPO, rollout: Rollout, estimate: Estimate, config: PPOConfig) -> Explanation:
-    """Every decision of a rollout, with the estimates and the settings of its update, and the policy as it is now."""
+def explain_rollout(network: ActorCritic, rollout: Rollout, estimate: Estimate, config: PPOConfig) -> Explanation:
+    """Explain every decision of a rollout, with its update's estimates and settings and the current policy."""
     mask = rollout.mask
     advantages = estimate.advantages
     whitened = masked_whiten(advantages, mask) if config.normalize_advantages else advantages
-    now = agent.network.evaluate(rollout.decisions()).logprobs
-    if rollout.state is None:  # rows of real decisions alone
+    now = network.evaluate(rollout.decisions()).logprobs
+    if rollout.state is None:  # rows of unmasked steps only
         now = torch.zeros_like(rollout.logprobs).masked_scatter(mask, now)
     return explain_actions(
         rewards=rollout.rewards,

@@ -1,9 +1,8 @@
-"""Rollouts: a fixed number of steps of every environment copy, recorded as [B, T] with time last."""
+"""Collect rollouts: a fixed number of steps of every environment copy, recorded as [B, T] with time last."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,46 +10,45 @@ from torch import Tensor
 from classic.envs.environments import Environments, Episode
 from classic.envs.normalization import Normalizer
 from classic.networks.actor_critic import ActorCritic, Decisions, Sample
-from rlhf_ppo.core import PPOConfig, compute_gae
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """What happened, as recorded under the old policy. B copies, T steps, *O one observation."""
+    """Steps recorded under the old policy. B copies, T steps, *O one observation."""
 
     observations: Tensor
-    """[B, T + 1, *O] what each action was chosen on, and the one after the last."""
+    """[B, T + 1, *O] the observation of each action, and the one after the last."""
     starts: Tensor
     """[B, T + 1] bool, True where an observation begins an episode."""
     state: Tensor | None
-    """[B, K] the memory's state before the first step, or None without a memory."""
+    """[B, K] recurrent state before the first step, or None without a recurrent layer."""
     state_after: Tensor | None
-    """[B, K] the memory's state after the last step."""
+    """[B, K] recurrent state after the last step."""
     actions: Tensor
     """[B, T] or [B, T, choices] indices, or [B, T, numbers]."""
     action_masks: Tensor | None
-    """[B, T, options] bool, what was allowed, or None if the environment does not say."""
+    """[B, T, options] bool, True for allowed options, or None if the environment has no masks."""
     logprobs: Tensor
     """[B, T] log pi(a|s) in nats."""
     rewards: Tensor
     """[B, T]."""
     terminated: Tensor
-    """[B, T] bool, the episode ended here."""
+    """[B, T] bool, the episode ended here: no value follows."""
     truncated: Tensor
-    """[B, T] bool, the episode was cut here."""
+    """[B, T] bool, the episode was cut here (a time limit): the value of the next observation still counts."""
     mask: Tensor
-    """[B, T] bool, False at autoreset dummy steps."""
+    """[B, T] bool, False at steps that only reset (NEXT_STEP autoreset)."""
     final_index: tuple[Tensor, Tensor]
-    """([K], [K]) copies and steps whose next observation in ``observations`` is already a new episode's (SAME_STEP)."""
+    """([K], [K]) copies and steps after which ``observations`` is already in the new episode (SAME_STEP)."""
     final_observations: Tensor
-    """[K, *O] the true last observations there."""
+    """[K, *O] the last observations of those episodes."""
     final_state: Tensor | None
-    """[K, state] the memory's state before those, or None without a memory."""
+    """[K, state] recurrent state before those, or None without a recurrent layer."""
     episodes: list[Episode]
     """Episodes that ended during the rollout."""
 
     def decisions(self) -> Decisions:
-        """What the policy is asked about again, in the rows that :meth:`rows` makes of anything [B, T]."""
+        """Return what the policy is evaluated on again, in the rows of :meth:`rows`."""
         masks = self.action_masks
         return Decisions(
             self.rows(self.observations[:, :-1]),
@@ -61,7 +59,7 @@ class Rollout:
         )
 
     def rows(self, x: Tensor) -> Tensor:
-        """[B, T, ...] as rows for minibatches: real decisions alone [N, ...], or with a memory whole sequences."""
+        """Turn [B, T, ...] into minibatch rows: unmasked steps [N, ...], or whole sequences with a recurrent layer."""
         return x[self.mask] if self.state is None else x
 
 
@@ -76,11 +74,11 @@ def collect(
     *,
     sample: Sample | None = None,
 ) -> Rollout:
-    """Play ``num_steps`` steps of every copy; episodes go on from one rollout to the next.
+    """Play ``num_steps`` steps of every copy; episodes continue from one rollout to the next.
 
     Args:
-        state: [B, K] of the network's memory, where the last rollout left it; None without a memory.
-        normalizer: moves with what it sees; the rollout holds what the network saw and is to learn from.
+        state: [B, K] recurrent state after the last rollout; None without a recurrent layer.
+        normalizer: its statistics are updated; the rollout holds normalised observations and rewards.
         sample: samples the actions; None: ``network.sample``.
     Raises:
         BrokenEnvironmentError: see :meth:`Environments.step`.
@@ -134,57 +132,3 @@ def collect(
         final_state=None if state is None else torch.cat(final_states) if finals else state[:0],
         episodes=[episode for step in steps for episode in step.episodes],
     )
-
-
-@torch.no_grad()
-def critic_values(network: ActorCritic, rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """V(s_t) and V of the observation that really followed, both [B, T], from one pass of the critic.
-
-    Under NEXT_STEP the last observation of an episode is the one after its last step in ``observations``; under
-    SAME_STEP that place already holds the next episode's first, so the recorded last one is evaluated instead.
-    """
-    grid_shape = rollout.observations.shape[:2]
-    if rollout.state is None:
-        everything = torch.cat([rollout.observations.flatten(0, 1), rollout.final_observations])
-        values = network.values(everything)
-        grid, finals = values[: grid_shape.numel()].unflatten(0, grid_shape), values[grid_shape.numel() :]
-    else:
-        grid = network.values(rollout.observations, rollout.starts, rollout.state)
-        last = rollout.final_observations.unsqueeze(1)
-        never = torch.zeros(last.shape[:2], dtype=torch.bool)
-        finals = network.values(last, never, rollout.final_state).squeeze(1) if len(last) else grid[:0, 0]
-    next_values = grid[:, 1:].clone()
-    next_values[rollout.final_index] = finals
-    return grid[:, :-1], next_values
-
-
-class Estimate(NamedTuple):
-    """What the critic made of a rollout, each [B, T]; nothing is whitened."""
-
-    values: Tensor
-    """V(s_t)."""
-    next_values: Tensor
-    """V of the observation that really followed."""
-    advantages: Tensor
-    """GAE, or the returns under reinforce."""
-    returns: Tensor
-    """What the critic is to learn."""
-
-
-def estimate_advantages(network: ActorCritic, rollout: Rollout, config: PPOConfig) -> Estimate:
-    """Values, advantages and returns of a rollout, with the critic as it is now."""
-    values, next_values = critic_values(network, rollout)
-    advantages, returns = compute_gae(
-        rollout.rewards,
-        values,
-        next_values,
-        rollout.terminated,
-        rollout.truncated,
-        gamma=config.gamma,
-        gae_lambda=config.gae_lambda,
-        mask=rollout.mask,
-    )
-    if config.objective == "reinforce":
-        # Monte Carlo returns without a baseline; the critic closes the sums that the rollout's end cut off.
-        advantages = returns
-    return Estimate(values, next_values, advantages, returns)

@@ -1,28 +1,26 @@
-"""Saving and loading an agent: safetensors for numbers, JSON for the rest; nothing that could run code."""
+"""Save and load an agent: safetensors for numbers, JSON for the rest; nothing that could run code."""
 
 from __future__ import annotations
 
 import json
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from classic.changes import still_moved, with_changes
+from classic.changes import adapted_coefficients, kept_coefficients
 from classic.config import PPOArgs
-from classic.envs.make_env import EnvLike
+from classic.envs.environments import Environments
 from classic.envs.spaces import scales_parts
+from classic.networks.actor_critic import ActorCritic
+from classic.state import Run, TrainState
 from rlhf_ppo.runtime.checkpoint import list_checkpoints
 from rlhf_ppo.runtime.files import replacing_files
 from rlhf_ppo.runtime.package import __version__
-
-if TYPE_CHECKING:
-    from classic.ppo import PPO
 
 MODEL, OPTIMIZER, NORMALIZER, AGENT = (
     "model.safetensors",
@@ -32,45 +30,67 @@ MODEL, OPTIMIZER, NORMALIZER, AGENT = (
 )
 
 
-def save(agent: PPO, folder: str | Path) -> Path:
+@dataclass(frozen=True)
+class SavedAgent:
+    """What ``agent.json`` says."""
+
+    folder: Path
+    env_id: str
+    args: PPOArgs
+    spaces: dict[str, str]
+    counters: dict[str, int]
+    adapted: dict[str, float]
+    """Coefficients that the objective had adapted."""
+    layers: dict[str, str] | None
+    """Name of each part of the network -> its class; None: saved by an earlier version."""
+    frozen: list[str]
+    """Parameters that were not trained."""
+
+
+def save_agent(folder: str | Path, run: Run, state: TrainState) -> Path:
     """Write model, optimizer and normalizer (safetensors) and ``agent.json``; each file is replaced as a whole.
 
-    Random generators and running episodes are not part of it: training goes on from here, but not bit for bit. What a
-    run goes on from exactly is a checkpoint (:mod:`classic.checkpoint`).
+    Random generators and running episodes are not saved: training continues from here, but not bit for bit. What a run
+    resumes from exactly is a checkpoint (:mod:`classic.checkpoint`).
 
     Raises:
         ValueError: the folder is a file.
-        OSError: it could not be written (a full disk, mostly); an agent that lies there already stays.
+        OSError: it could not be written (a full disk, mostly); an agent saved there before stays.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"cannot save to {folder}: it is a file; name a folder")
     content = {
-        "env_id": agent.env_id,
-        "made_from_id": isinstance(agent.env, str),
+        "env_id": run.env_id,
+        "made_from_id": isinstance(run.env, str),
         "version": __version__,
-        "args": asdict(agent.args),
-        "spaces": spaces(agent),
-        "counters": agent.counters,
-        "in_force": in_force(agent),
-        "layers": layer_types(agent),
-        "frozen": frozen_parameters(agent),
+        "args": asdict(run.args),
+        "spaces": describe_spaces(run.envs),
+        "counters": state.counters,
+        "in_force": adapted_coefficients(state.config),
+        "layers": layer_types(state.network),
+        "frozen": frozen_parameters(state.network),
     }
     with replacing_files(folder) as new:
-        save_file(_copies(agent.network.state_dict()), new / MODEL)
-        save_file(agent.optimizer.state(), new / OPTIMIZER)
-        save_file(agent.normalizer.state(), new / NORMALIZER)
+        save_file(_copies(state.network.state_dict()), new / MODEL)
+        save_file(state.optimizer.state(), new / OPTIMIZER)
+        save_file(state.normalizer.state(), new / NORMALIZER)
         (new / AGENT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return folder
 
 
-def load(cls: type[PPO], folder: str | Path, env: EnvLike | None, changes: Mapping[str, Any]) -> PPO:
-    """Build the agent in ``folder``; errors are those of :meth:`classic.PPO.load`."""
+def read_agent(folder: str | Path, *, env_given: bool) -> SavedAgent:
+    """Read ``agent.json`` of a saved agent.
+
+    Raises:
+        FileNotFoundError: no agent there.
+        ValueError: the file is of another version, or the agent was made from an environment and none was given.
+    """
     folder = Path(folder)
     if folder in list_checkpoints(folder.parent):
         raise FileNotFoundError(
-            f"{folder} is a checkpoint, which --resume goes on from; the saved agent lies in {folder.parent} once the "
-            "run has ended"
+            f"{folder} is a checkpoint, which --resume continues from; the saved agent lies in {folder.parent} once "
+            "the run has ended"
         )
     for name in (AGENT, MODEL, OPTIMIZER, NORMALIZER):
         if not (folder / name).is_file():
@@ -79,88 +99,96 @@ def load(cls: type[PPO], folder: str | Path, env: EnvLike | None, changes: Mappi
             )
     try:
         content = json.loads((folder / AGENT).read_text(encoding="utf-8"))
-        if env is None and not content["made_from_id"]:
+        if not env_given and not content["made_from_id"]:
             raise ValueError(
                 f"the agent in {folder} was made from an environment object, {content['env_id']!r}: pass one as env"
             )
-        saved = PPOArgs(**content["args"])
-        env_id, saved_spaces, counters = content["env_id"], content["spaces"], content["counters"]
-        moved, layers, frozen = content["in_force"], content.get("layers"), content.get("frozen", [])
+        return SavedAgent(
+            folder,
+            content["env_id"],
+            PPOArgs(**content["args"]),
+            content["spaces"],
+            dict(content["counters"]),
+            content["in_force"],
+            content.get("layers"),
+            content.get("frozen", []),
+        )
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / AGENT} was not written by this version ({__version__}): {error!r}") from error
-    args = with_changes(saved, changes, where=str(folder))
-    # To use an agent takes no tracker; where training goes on, one that is not there is a warning.
-    agent = cls(env_id if env is None else env, replace(args, report_to=()))
-    agent.args, agent.origin = replace(agent.args, report_to=args.report_to), f"settings as saved in {folder}"
-    if saved_spaces != spaces(agent):
-        raise ValueError(
-            f"environment {agent.env_id!r} has changed since {folder} was saved: spaces were {saved_spaces}, "
-            f"now {spaces(agent)}"
-        )
-    if layers is None and scales_parts(agent.envs.observation_space):
-        raise ValueError(
-            f"the agent in {folder} is of an earlier version, which gave the network the images inside its "
-            "observations unscaled: train it again"
-        )
-    if layers is not None and layers != layer_types(agent):
-        warnings.warn(
-            f"the network saved in {folder} had other layers than its settings make ({_difference(layers, agent)}): it "
-            "acts otherwise until they are put back into agent.network",
-            stacklevel=3,
-        )
+
+
+def restore_agent(saved: SavedAgent, run: Run, state: TrainState) -> None:
+    """Give a fresh agent the saved weights, moments, statistics and counters.
+
+    Raises:
+        ValueError: the environment's spaces or the tensors do not fit.
+    """
+    folder = saved.folder
+    _check_fit(saved, run, state)
     try:
         weights = load_file(folder / MODEL)
-        if len(agent.envs.observation_shape) == 3 and not any(".image." in name for name in weights):
+        if len(run.envs.observation_shape) == 3 and not any(".image." in name for name in weights):
             raise ValueError(
-                f"{folder} was saved by a version that flattened the observations of environment {agent.env_id!r}, "
+                f"{folder} was saved by a version that flattened the observations of environment {run.env_id!r}, "
                 "which are read as images now: train it again"
             )
-        agent.network.load_state_dict(weights)
-        freeze(agent, frozen)
-        agent.optimizer.load(load_file(folder / OPTIMIZER))
+        state.network.load_state_dict(weights)
+        freeze(state, saved.frozen)
+        state.optimizer.load(load_file(folder / OPTIMIZER))
         statistics = load_file(folder / NORMALIZER)
-        if not saved.normalize_rewards:  # if they are now, their statistics begin afresh
-            statistics |= {name: x for name, x in agent.normalizer.state().items() if name.startswith("returns.")}
-        agent.normalizer.load(statistics)
+        if not saved.args.normalize_rewards:  # if they are now, their statistics start afresh
+            statistics |= {name: x for name, x in state.normalizer.state().items() if name.startswith("returns.")}
+        state.normalizer.load(statistics)
     except (SafetensorError, RuntimeError, KeyError) as error:
         raise ValueError(f"the tensors in {folder} cannot be read: {error}") from error
-    agent.counters = dict(counters)
-    agent.config = replace(agent.config, **still_moved(vars(saved), vars(agent.args), moved))
-    return agent
+    state.counters = saved.counters
+    state.config = replace(state.config, **kept_coefficients(vars(saved.args), vars(run.args), saved.adapted))
 
 
-def layer_types(agent: PPO) -> dict[str, str]:
-    """What an agent's network consists of: the name of each part -> its class."""
-    return {name: type(part).__name__ for name, part in agent.network.named_modules()}
+def _check_fit(saved: SavedAgent, run: Run, state: TrainState) -> None:
+    spaces = describe_spaces(run.envs)
+    if saved.spaces != spaces:
+        raise ValueError(
+            f"environment {run.env_id!r} has changed since {saved.folder} was saved: spaces were {saved.spaces}, "
+            f"now {spaces}"
+        )
+    if saved.layers is None and scales_parts(run.envs.observation_space):
+        raise ValueError(
+            f"the agent in {saved.folder} is of an earlier version, which gave the network the images inside its "
+            "observations unscaled: train it again"
+        )
+    now = layer_types(state.network)
+    if saved.layers is not None and saved.layers != now:
+        name = next(name for name in {**saved.layers, **now} if saved.layers.get(name) != now.get(name))
+        was = f"{name} was {saved.layers.get(name, 'absent')}, now it is {now.get(name, 'absent')}"
+        warnings.warn(
+            f"the network saved in {saved.folder} had other layers than its settings make ({was}): it acts differently "
+            "until they are put back into agent.network",
+            stacklevel=4,
+        )
 
 
-def frozen_parameters(agent: PPO) -> list[str]:
-    """Names of the parameters that training leaves alone."""
-    return [name for name, parameter in agent.network.named_parameters() if not parameter.requires_grad]
+def layer_types(network: ActorCritic) -> dict[str, str]:
+    """Return the name of each part of a network -> its class."""
+    return {name: type(part).__name__ for name, part in network.named_modules()}
 
 
-def freeze(agent: PPO, names: Collection[str]) -> None:
+def frozen_parameters(network: ActorCritic) -> list[str]:
+    """List the parameters that are not trained."""
+    return [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
+
+
+def freeze(state: TrainState, names: Collection[str]) -> None:
     """Freeze these parameters and no others."""
-    for name, parameter in agent.network.named_parameters():
+    for name, parameter in state.network.named_parameters():
         parameter.requires_grad_(name not in names)
-    agent.follow_network()
+    state.follow_network()
 
 
-def _difference(layers: Mapping[str, str], agent: PPO) -> str:
-    now = layer_types(agent)
-    name = next(name for name in {**layers, **now} if layers.get(name) != now.get(name))
-    return f"{name} was {layers.get(name, 'not there')}, now it is {now.get(name, 'not there')}"
+def describe_spaces(envs: Environments) -> dict[str, str]:
+    """Describe the spaces that an environment must still have when its agent is loaded."""
+    return {"observation": str(envs.observation_space), "action": str(envs.action_space)}
 
 
-def spaces(agent: PPO) -> dict[str, str]:
-    """What an agent's environment must still look like when it is loaded."""
-    return {"observation": str(agent.envs.observation_space), "action": str(agent.envs.action_space)}
-
-
-def in_force(agent: PPO) -> dict[str, float]:
-    """Where objective=adaptive_clip and objective=penalty have moved their coefficients to."""
-    return {"clip_range": agent.config.clip_range, "penalty_beta": agent.config.penalty_beta}
-
-
-def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}

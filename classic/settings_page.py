@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from classic.cli import COMMANDS
-from classic.config import DEFAULTS, PPOArgs
-from classic.presets.resolve import preset, preset_ids
+from classic.presets.resolve import DEFAULTS, preset, preset_ids
 from rlhf_ppo.runtime.settings_page import command_sections
 
 HEAD = """\
@@ -20,7 +19,7 @@ default shown here. This page is generated: `make docs`. Those of `rlhf-ppo`: [s
 def settings_page() -> str:
     """`docs/classic-settings.md`, made from the commands' dataclasses and the preset files."""
     presets = [
-        f"| {env_id} | {', '.join(f'`{name}={value}`' for name, value in preset(env_id, PPOArgs).items())} |\n"
+        f"| {env_id} | {', '.join(f'`{name}={value}`' for name, value in preset(env_id).items())} |\n"
         for env_id in preset_ids()
     ]
     table = "## Presets\n\n| environment | what its preset sets |\n|---|---|\n" + "".join(presets)

@@ -1,4 +1,4 @@
-"""One PPO update on a rollout: epochs of minibatches, when to stop, and controllers that move after it."""
+"""Update the policy on a rollout: epochs of minibatches, when to stop, and the controllers after it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import repeat
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from classic.checkpoint import Progress
-from classic.minibatch_record import UpdateRecord, largest_gap
-from classic.networks.actor_critic import ActorCritic, Decisions
-from classic.report import estimate_metrics
-from classic.rollout import Estimate, Rollout, estimate_advantages
+from classic.advantages import estimate_advantages, to_experience
+from classic.config import PPOArgs, filled
+from classic.networks.actor_critic import Decisions
+from classic.report import UpdateRecord, largest_gap
+from classic.rollout import Rollout
+from classic.state import Run, TrainState
 from rlhf_ppo.core import (
     Experience,
     PolicyOutput,
@@ -24,89 +25,84 @@ from rlhf_ppo.core import (
     adapt_penalty_beta,
     kl_estimate,
     masked_mean,
-    masked_whiten,
     minibatch_indices,
     ppo_diagnostics,
 )
 from rlhf_ppo.runtime.errors import NonFiniteGradientError, RatioTripwireError
 
-if TYPE_CHECKING:
-    from classic.ppo import PPO
-
-MAX_SKIPPED_IN_A_ROW = 10
+MAX_CONSECUTIVE_SKIPS = 10
+DEFAULT_MAX_INITIAL_LOG_RATIO = 0.1
 
 
-def update(agent: PPO, rollout: Rollout, estimate: Estimate, progress: Progress) -> dict[str, float]:
-    """Train on a rollout.
+def follow_schedules(state: TrainState, args: PPOArgs) -> None:
+    """Set the learning rate, the clip range and the entropy bonus for the share of steps that is done."""
+    done = state.done / state.progress.total
+    state.optimizer.lr = filled(args.learning_rate) * (1 - done if args.lr_schedule == "linear" else 1)
+    state.config = args.scheduled(state.config, done)
+
+
+def update(state: TrainState, run: Run, rollout: Rollout, old: Experience) -> dict[str, float]:
+    """Train on a rollout: ppo_loss, backward, clip, check and step for every minibatch of every epoch.
 
     Args:
-        agent: its weights, optimizer, controllers and count of optimizer steps move.
-        rollout: what was collected; only its real decisions are learned from, since autoreset steps are gone from its
-            rows, or masked inside sequences.
-        estimate: its values and advantages.
-        progress: counts skipped steps from one update to the next.
+        state: its weights, optimizer and counts of steps change.
+        run: settings, and the environment's name for messages.
+        rollout: what was collected; masked steps are not learned from.
+        old: its experience, in minibatch rows.
     Returns:
         The update's metrics.
     Raises:
-        NonFiniteGradientError: ten steps in a row had to be skipped.
+        NonFiniteGradientError: ten consecutive steps had to be skipped.
         RatioTripwireError: old and new log-probs differ before the first optimizer step.
     """
-    args, config = agent.args, agent.config
-    decisions, old = rollout.decisions(), _experience(rollout, estimate, config)
+    args, config, progress = run.args, state.config, state.progress
+    where = f"environment {run.env_id!r}, iteration {state.counters['iteration'] + 1}"
+    decisions = rollout.decisions()
     record = UpdateRecord()
     steps = skipped = epochs = 0
     stop = False
     while epochs < config.num_epochs and not stop:
         epochs += 1
         if args.recompute_advantages and epochs > 1:
-            old = _experience(rollout, estimate_advantages(agent.network, rollout, config), config)
-        for taken, part in shuffled_minibatches(decisions, old, config.num_minibatches, agent.generator):
-            new = agent.gradients.evaluate(taken)
-            record.saw(new, part)
+            old = to_experience(rollout, estimate_advantages(state.network, rollout, config), config)
+        for taken, part in shuffled_minibatches(decisions, old, config.num_minibatches, state.generator):
+            new = state.gradients.evaluate(taken)
+            record.add(new, part)
             if steps == 0:
-                _check_tripwire(agent, largest_gap(new, part))
-            if stop := went_too_far(new, part, config):
+                _check_initial_ratio(largest_gap(new, part), args.max_initial_log_ratio, where)
+            if stop := exceeds_target_kl(new, part, config):
                 break
-            agent.optimizer.zero_grad()
-            loss = agent.gradients.backward(new, part, config)
-            norm = agent.optimizer.clip_gradient(config.max_grad_norm)
+            state.optimizer.zero_grad()
+            loss = state.gradients.backward(new, part, config)
+            norm = state.optimizer.clip_gradient(config.max_grad_norm)
             steps += 1
             # A loss may overflow while its gradient does not.
             if not math.isfinite(norm + loss):
-                record.forget()
+                record.drop()
                 skipped += 1
-                progress.skipped_in_a_row += 1
-                _stop_if_diverged(agent, progress.skipped_in_a_row)
+                progress.consecutive_skips += 1
+                _check_consecutive_skips(progress.consecutive_skips, where)
                 continue
-            progress.skipped_in_a_row = 0
-            agent.optimizer.step()
+            progress.consecutive_skips = 0
+            state.optimizer.step()
             record.stepped(norm)
-    agent.counters["optimizer_steps"] += steps - skipped
-    agent.config = adapted(config, agent.network, decisions, old)
+    state.counters["optimizer_steps"] += steps - skipped
     return {
         **record.metrics(config),
-        **estimate_metrics(estimate, rollout.mask),
         "policy/clip_range": config.clip_range,
         "policy/penalty_beta": config.penalty_beta,
-        "optim/learning_rate": agent.optimizer.lr,
+        "optim/learning_rate": state.optimizer.lr,
         "optim/skipped_steps": skipped,
         "optim/epochs": epochs,
     }
 
 
-def _experience(rollout: Rollout, estimate: Estimate, config: PPOConfig) -> Experience:
-    """What was recorded and estimated, in rows for minibatches. Returns keep the scale that the critic learns."""
-    values, _, advantages, returns = estimate
-    weights = masked_whiten(advantages, rollout.mask) if config.normalize_advantages else advantages
-    return Experience(*map(rollout.rows, (rollout.logprobs, values, weights, returns, rollout.mask)))
-
-
 def shuffled_minibatches(
     decisions: Decisions, old: Experience, num_minibatches: int, generator: torch.Generator
 ) -> Iterator[tuple[Decisions, Experience]]:
-    """One epoch: every row once, in a fresh order, as parts of (decisions, old).
+    """Yield one epoch: every row once, in a fresh order, as parts of (decisions, old).
 
-    The rollout is gathered as a whole; the parts are slices of that, which cost nothing.
+    The whole rollout is gathered once; the parts are slices of it, which cost nothing.
     """
     parts = minibatch_indices(len(decisions), num_minibatches, generator=generator)
     order, sizes = torch.cat(parts), [part.shape[0] for part in parts]
@@ -114,15 +110,15 @@ def shuffled_minibatches(
 
 
 def _parts(record: Any, order: Tensor, sizes: list[int]) -> Iterator[Any]:
-    """The rows of a record of tensors (some None) in an order, as one record for each size."""
+    """Yield the rows of a record of tensors (some None) in an order, one record per size."""
     fields = vars(record)
     columns = [repeat(None) if x is None else x.index_select(0, order).split(sizes) for x in fields.values()]
     for _, *row in zip(sizes, *columns, strict=False):
         yield type(record)(**dict(zip(fields, row, strict=True)))
 
 
-def went_too_far(new: PolicyOutput, old: Experience, config: PPOConfig) -> bool:
-    """Whether the update ends before its step on this minibatch (target_kl)."""
+def exceeds_target_kl(new: PolicyOutput, old: Experience, config: PPOConfig) -> bool:
+    """Whether the update stops before its step on this minibatch (target_kl)."""
     if config.stopping_kl is None:
         return False
     kl = kl_estimate(old.logprobs, new.logprobs.detach(), "k3")
@@ -130,32 +126,34 @@ def went_too_far(new: PolicyOutput, old: Experience, config: PPOConfig) -> bool:
 
 
 @torch.no_grad()
-def adapted(config: PPOConfig, network: ActorCritic, decisions: Decisions, old: Experience) -> PPOConfig:
-    """Once per update: beta or the clip range moved by the KL that the update brought about."""
+def adapt(state: TrainState, rollout: Rollout, old: Experience) -> None:
+    """Adapt the penalty's beta or the clip range to the KL that the update caused over the whole rollout."""
+    config = state.config
     if (target := config.steering_kl) is None:
-        return config
-    kl = float(ppo_diagnostics(network.evaluate(decisions), old, config)["approx_kl"])
+        return
+    kl = float(ppo_diagnostics(state.network.evaluate(rollout.decisions()), old, config)["approx_kl"])
     if config.objective == "penalty":
-        return replace(config, penalty_beta=adapt_penalty_beta(config.penalty_beta, kl, target=target))
-    return replace(config, clip_range=adapt_clip_range(config.clip_range, kl, target=target))
+        beta = adapt_penalty_beta(config.penalty_beta, kl, target=target)
+        state.config = replace(config, penalty_beta=beta)
+    else:
+        state.config = replace(config, clip_range=adapt_clip_range(config.clip_range, kl, target=target))
 
 
-def _check_tripwire(agent: PPO, gap: float) -> None:
-    bound = agent.args.max_initial_log_ratio or 0.1
-    if gap > bound:  # not where it is NaN: that is a gradient to be skipped
+def _check_initial_ratio(gap: float, bound: float | None, where: str) -> None:
+    bound = bound or DEFAULT_MAX_INITIAL_LOG_RATIO
+    if gap > bound:  # a NaN passes: that step is skipped
         raise RatioTripwireError(
-            f"environment {agent.env_id!r}, iteration {agent.counters['iteration'] + 1}: before the first optimizer "
-            f"step some |log(new/old)| is {gap:.3g} nats, above max_initial_log_ratio={bound}: acting and training "
-            "disagree. Usual causes: a layer that draws noise or follows statistics of its batch (dropout, batch "
-            "normalisation; agent.network.eval() turns both off), weights or layers that changed between a rollout and "
-            "its update, or a standard deviation so small that rounding shows (lower learning_rate, or raise the bound)"
+            f"{where}: before the first optimizer step some |log(new/old)| is {gap:.3g} nats, above "
+            f"max_initial_log_ratio={bound}: acting and training disagree. Usual causes: a layer that draws noise or "
+            "uses batch statistics (dropout, batch normalisation; agent.network.eval() turns both off), weights or "
+            "layers that changed between a rollout and its update, or a standard deviation so small that rounding "
+            "shows (lower learning_rate, or raise the bound)"
         )
 
 
-def _stop_if_diverged(agent: PPO, skipped: int) -> None:
-    if skipped >= MAX_SKIPPED_IN_A_ROW:
+def _check_consecutive_skips(skips: int, where: str) -> None:
+    if skips >= MAX_CONSECUTIVE_SKIPS:
         raise NonFiniteGradientError(
-            f"environment {agent.env_id!r}, iteration {agent.counters['iteration'] + 1}: {skipped} gradients in a "
-            "row, or their losses, were not finite and their steps skipped; lower learning_rate, or scale the "
-            "rewards down"
+            f"{where}: {skips} consecutive gradients, or their losses, were non-finite and their steps skipped; lower "
+            "learning_rate, or scale the rewards down"
         )

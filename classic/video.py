@@ -1,12 +1,13 @@
-"""Videos: an agent's episodes as mp4, gif, or a still of a few moments."""
+"""Record videos of an agent's episodes: mp4, gif, or a still of a few moments."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -14,21 +15,20 @@ import numpy as np
 from classic.envs.errors import CRASHES, BrokenEnvironmentError
 from classic.envs.make_env import make_vector_env
 from classic.envs.seeds import derive_seeds
-from classic.evaluation import warn_of_cut
+from classic.evaluation import max_episode_steps, warn_of_cut
+from classic.ppo import PPO
+from classic.state import Run, TrainState
 from rlhf_ppo.runtime.signals import stop_if_asked
-
-if TYPE_CHECKING:
-    from classic.ppo import PPO
 
 INSTALL = "pip install 'rlhf-ppo[video]'"
 MOMENTS = 5
-"""Frames of a still."""
+"""Frames in a still."""
 MAX_FRAMES = 2_000
-"""Frames held at once; of a longer video every second one is dropped, as often as needed."""
+"""Frames kept in memory; of a longer video every second one is dropped, as often as needed."""
 
 
 def record_video(agent: PPO, file: str | Path, *, episodes: int = 1, seed: int = 0, deterministic: bool = True) -> Path:
-    """Play whole episodes in one copy and write what it looks like.
+    """Play whole episodes in one copy and write its frames to a file.
 
     Args:
         agent: made from an id, or from an environment or a function that has ``render_mode="rgb_array"``. On one
@@ -52,7 +52,8 @@ def record_video(agent: PPO, file: str | Path, *, episodes: int = 1, seed: int =
         raise ValueError(f"episodes must be 1 or more, got {episodes}")
     if seed < 0:
         raise ValueError(f"seed must be 0 or more, got {seed}")
-    frames, fps = _play(agent, episodes, seed, deterministic)
+    predict = partial(agent.predict, deterministic=deterministic)
+    frames, fps = _play(agent.run, agent.state, predict, episodes, seed)
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix != ".mp4":
         from PIL import Image  # comes with matplotlib
@@ -72,25 +73,28 @@ def record_video(agent: PPO, file: str | Path, *, episodes: int = 1, seed: int =
     return file
 
 
-def _play(agent: PPO, episodes: int, seed: int, deterministic: bool) -> tuple[list[np.ndarray], float]:
+def _play(
+    run: Run, state: TrainState, predict: Callable[..., Any], episodes: int, seed: int
+) -> tuple[list[np.ndarray], float]:
+    """Play episodes and return their frames and the frames per second."""
     frames, cut = _Frames(), 0
-    max_steps = agent.max_episode_steps()
-    with _stage(agent) as env:
+    max_steps = max_episode_steps(run)
+    with _stage(run, state) as env:
         for episode_seed in derive_seeds(seed, "video", episodes):
             observation, info = env.reset(seed=episode_seed)
-            state, over, steps = None, False, 0
+            memory, over, steps = None, False, 0
             frames.add(_frame(env))
             while not over and steps < max_steps:
                 stop_if_asked()
-                masks = None if agent.args.action_masks is False else _allowed(env, info)
-                action, state = agent.predict(observation, deterministic, state=state, action_masks=masks)
+                masks = None if run.args.action_masks is False else _allowed(env, info)
+                action, memory = predict(observation, state=memory, action_masks=masks)
                 observation, _, terminated, truncated, info = env.step(action)
                 frames.add(_frame(env))
                 over, steps = terminated or truncated, steps + 1
             cut += not over
         fps = float(env.metadata.get("render_fps", 30))
     if cut:
-        warn_of_cut(agent.envs, cut, episodes, max_steps)
+        warn_of_cut(run.envs, cut, episodes, max_steps)
     if frames.every > 1:
         warnings.warn(f"the video is long, so it shows every {frames.every}th step", stacklevel=4)
     return frames.kept, fps
@@ -113,9 +117,9 @@ class _Frames:
 
 
 @contextmanager
-def _stage(agent: PPO) -> Iterator[gymnasium.Env]:
-    """A copy to play on: a new one, or the only one, where training then begins a new episode."""
-    args, env = agent.args, agent.env
+def _stage(run: Run, state: TrainState) -> Iterator[gymnasium.Env]:
+    """Make a copy to play on, or lend the only one, on which training then begins a new episode."""
+    args, env = run.args, run.env
     single = isinstance(env, gymnasium.Env)
     drawn: Any = {"render_mode": "rgb_array"} if isinstance(env, str) else {}
     kwargs = {**(args.env_kwargs or {}), **drawn}
@@ -127,31 +131,31 @@ def _stage(agent: PPO) -> Iterator[gymnasium.Env]:
         )
     except (BrokenEnvironmentError, ValueError) as error:
         raise ValueError(f"a video needs an environment made with render_mode='rgb_array', but {error}") from None
-    copy: gymnasium.Env = (made or agent.envs.envs).unwrapped.envs[0]  # pyright: ignore
+    copy: gymnasium.Env = (made or run.envs.envs).unwrapped.envs[0]  # pyright: ignore
     try:
         if copy.render_mode != "rgb_array":
             raise ValueError(
-                f"environment {agent.env_id!r} has render_mode={copy.render_mode!r}: a video needs one made with "
+                f"environment {run.env_id!r} has render_mode={copy.render_mode!r}: a video needs one made with "
                 "render_mode='rgb_array'"
             )
         yield copy
     except gymnasium.error.DependencyNotInstalled as error:
-        raise ModuleNotFoundError(f"environment {agent.env_id!r} cannot draw itself: {error} (or: {INSTALL})") from None
+        raise ModuleNotFoundError(f"environment {run.env_id!r} cannot draw itself: {error} (or: {INSTALL})") from None
     except (BrokenEnvironmentError, ModuleNotFoundError, ValueError):
         raise
     except CRASHES as error:
         raise BrokenEnvironmentError(
-            f"environment {agent.env_id!r} failed while it was filmed: {type(error).__name__}: {error}"
+            f"environment {run.env_id!r} failed while it was filmed: {type(error).__name__}: {error}"
         ) from error
     finally:
         if made is None:
-            agent.end_episodes()
+            state.playing = False
         else:
             made.close()
 
 
 def _allowed(env: gymnasium.Env, info: dict[str, Any]) -> Any:
-    """What the environment says is allowed, by either of its two ways, or None."""
+    """Return the environment's action mask, from its method or its infos, or None."""
     if "action_mask" not in info and env.has_wrapper_attr("action_masks"):
         return env.get_wrapper_attr("action_masks")()
     return info.get("action_mask")

@@ -107,10 +107,10 @@ def control_task() -> Train:
     import gymnasium.envs.classic_control.cartpole  # noqa: F401 - as above
 
     import classic
-    import classic.ppo
+    import classic.report
     from classic.callbacks import evaluate_every
 
-    classic.ppo.draw_curve = lambda *_: None
+    classic.report.plot_curves = lambda *_, **__: None
 
     def train(folder: Path, rollouts: int, seed: int) -> None:
         copies = {"vectorization": "sync", "recurrent": "gru", "recurrent_size": 4} if seed % 2 else {}

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import classic
+from classic.presets.resolve import resolve
 from rlhf_ppo import HTTPReward, RLHFConfig, StepRewards
 from rlhf_ppo.cli import TrainArgs
 from rlhf_ppo.core.validation import require_types
@@ -66,7 +67,7 @@ def test_fault_30_any_value_of_a_language_models_setting_is_kept_or_refused_by_n
 @given(mapping(classic.PPOArgs, OTHERS, known=True))
 def test_fault_30_any_value_of_a_control_tasks_setting_is_kept_or_refused_by_name(given_settings):
     try:
-        classic.PPOArgs(**given_settings).resolve("CartPole-v1")
+        resolve(classic.PPOArgs(**given_settings), "CartPole-v1")
     except ValueError as error:
         assert any(name in str(error) for name in given_settings), error
 

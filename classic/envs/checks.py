@@ -1,33 +1,69 @@
-"""Warnings of what an environment and the settings do without a word: masks nobody reads, pixels nobody scales, ..."""
+"""Check settings against the environment: refuse what cannot work, warn of what would silently go wrong."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict, Tuple
 
+from classic.config import PPOArgs
+from classic.envs.environments import Environments
 from classic.envs.images import unscaled
 from classic.envs.masks import unread_masks
-
-if TYPE_CHECKING:
-    from classic.config import PPOArgs
-    from classic.envs.environments import Environments
+from classic.presets.resolve import DEFAULTS
 
 REACH = 3.0
-"""Standard deviations within which a Gaussian policy explores."""
+"""Standard deviations that a Gaussian policy reaches in practice."""
 EXPLORED = 0.5
-"""Share of the range between the bounds that it should explore at least."""
+"""Share of the range between the bounds that it should reach, at least."""
 INSIDE = 0.1
-"""Share of its draws that should lie between the bounds at least."""
+"""Share of its draws that should lie between the bounds, at least."""
+
+
+def require_fit(args: PPOArgs, envs: Environments) -> None:
+    """Raise a ValueError unless resolved settings fit the environment's spaces and autoreset mode."""
+    _require_full_minibatches(args, next_step_autoreset=envs.next_step_autoreset)
+    if args.normalize_observations and len(envs.observation_shape) == 3:
+        raise ValueError(
+            f"normalize_observations=True, but environment {envs.env_id!r} has images, which are scaled to 0..1 "
+            "already: remove it"
+        )
+    for name in ("squash", "state_dependent_std", "log_std_init"):
+        if envs.actions.choices and getattr(args, name) != DEFAULTS[name]:
+            raise ValueError(
+                f"{name}={getattr(args, name)} is for continuous actions, but environment {envs.env_id!r} has choices: "
+                "remove it"
+            )
+
+
+def _require_full_minibatches(args: PPOArgs, *, next_step_autoreset: bool) -> None:
+    """Raise a ValueError unless any rollout can fill every minibatch.
+
+    Under NEXT_STEP every second step may be a reset in the worst case, which is episodes of one step.
+    """
+    assert args.num_envs and args.num_steps and args.num_minibatches
+    if args.recurrent != "none":  # whole sequences, of which there are always num_envs
+        if next_step_autoreset and args.num_steps < 2:
+            raise ValueError(
+                f"num_steps={args.num_steps} may hold no decision at all with recurrent={args.recurrent!r} "
+                "(NEXT_STEP autoreset may spend it): raise num_steps to 2 or more"
+            )
+        return
+    decisions = args.num_envs * (args.num_steps // 2 if next_step_autoreset else args.num_steps)
+    if args.num_minibatches > decisions:
+        raise ValueError(
+            f"num_minibatches={args.num_minibatches} needs as many decisions, but num_envs={args.num_envs} x "
+            f"num_steps={args.num_steps} guarantees only {decisions} (NEXT_STEP autoreset may spend every second "
+            "step): lower num_minibatches or raise num_steps"
+        )
 
 
 def warn_before_training(envs: Environments, args: PPOArgs) -> None:
-    """Warn of what would train, but on other numbers or rules than meant."""
+    """Warn of masks that are not read, unscaled observations, unbounded or unexplored actions, and the like."""
     for words in _findings(envs, args):
         warnings.warn(f"environment {envs.env_id!r}: {words}", stacklevel=4)
 
@@ -35,8 +71,8 @@ def warn_before_training(envs: Environments, args: PPOArgs) -> None:
 def _findings(envs: Environments, args: PPOArgs) -> Iterator[str]:
     if names := envs.own_statistics():
         yield (
-            f"each copy has statistics of its own in {' and '.join(names)}: they are not saved, begin anew in "
-            "evaluations and loaded agents, and returns may be shown scaled. Use normalize_observations=True and "
+            f"each copy has statistics of its own in {' and '.join(names)}: they are not saved, start afresh in "
+            "evaluations and loaded agents, and returns may be reported scaled. Use normalize_observations=True and "
             "normalize_rewards=True instead, whose statistics belong to the agent"
         )
     if envs.actions.choices and args.action_masks is not False:
@@ -44,7 +80,7 @@ def _findings(envs: Environments, args: PPOArgs) -> Iterator[str]:
             yield (
                 f"the part {name!r} of its observations looks like a mask of actions, but is read as numbers: give "
                 f"infos['action_mask'], a method action_masks(), or a part 'action_mask' of {envs.actions.num_outputs} "
-                "zeros and ones; action_masks=False says that it is none"
+                "zeros and ones; action_masks=False if it is not one"
             )
     if not args.normalize_observations:
         for part in _boxes(envs.observation_space):
@@ -56,7 +92,7 @@ def _findings(envs: Environments, args: PPOArgs) -> Iterator[str]:
 
 
 def unexplored(space: Box, log_std: float) -> str | None:
-    """Why a Gaussian policy that begins around 0 cannot try all actions between these bounds; None: it can."""
+    """Explain why a Gaussian policy that starts around 0 cannot reach all actions in these bounds; None: it can."""
     if not np.isfinite([space.low, space.high]).all():
         return (
             "have no bounds, so the policy begins around 0 with a standard deviation of exp(log_std_init) whatever "

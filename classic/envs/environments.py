@@ -11,9 +11,10 @@ from gymnasium.spaces import Box
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from torch import Tensor
 
+from classic.config import Vectorization
 from classic.envs.episode_state import episode_state, restore_episodes
 from classic.envs.errors import CRASHES, BrokenEnvironmentError, OutputChecks
-from classic.envs.make_env import EnvLike, Vectorization, env_name, make_vector_env
+from classic.envs.make_env import EnvLike, env_name, make_vector_env
 from classic.envs.masks import ActionMasks
 from classic.envs.seeds import Purpose, derive_seeds
 from classic.envs.spaces import action_layout, batch_of_one, observation_shape, to_env_actions

@@ -6,18 +6,18 @@ import importlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from typing import Any, Literal
+from typing import Any
 
 import gymnasium
 from gymnasium.envs.registration import find_highest_version, get_env_id, parse_env_id
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import PassiveEnvChecker
 
+from classic.config import Vectorization
 from classic.envs.errors import CRASHES, BrokenEnvironmentError
 from classic.envs.wrappers import CaughtWarning, CopyArrays, OneCopy, RecordedEpisode, warn_once
 
 MODES = {"next_step": AutoresetMode.NEXT_STEP, "same_step": AutoresetMode.SAME_STEP}
-Vectorization = Literal["auto", "sync", "async", "vector_entry_point"]
 EnvLike = str | gymnasium.Env | Callable[[], gymnasium.Env]
 """A registered id (or ``module:id``), one environment, or a function that makes one."""
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from classic.config import LOG_STD_RANGE
 from classic.envs.spaces import ActionLayout
 from classic.networks.distributions import (
     categorical_logprobs,
@@ -26,10 +27,6 @@ from classic.networks.distributions import (
 )
 from classic.networks.layers import IMAGE_FEATURES, Body, Memory, image_network, mlp
 from rlhf_ppo.core import PolicyOutput
-
-LOG_STD_RANGE = (-20.0, 2.0)
-"""Bounds of a log standard deviation; beyond them exp() of it is of no use."""
-
 
 Sample = Callable[
     [Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None],

@@ -108,7 +108,7 @@ def test_load_says_what_is_missing(small, tmp_path):
 
 
 def test_what_a_preset_set_for_nothing_does_not_keep_an_agent_from_loading_under_another(small, tmp_path, monkeypatch):
-    monkeypatch.setattr("classic.config.preset_of", lambda *_: {"clip_range": 0.1, "recurrent_size": 8})
+    monkeypatch.setattr("classic.presets.resolve.preset", lambda *_: {"clip_range": 0.1, "recurrent_size": 8})
     classic.PPO("tests/Match-v0", small(objective="a2c", num_epochs=1)).save(tmp_path)
     monkeypatch.undo()
     assert classic.PPO.load(tmp_path).args.objective == "a2c"

@@ -9,11 +9,6 @@ from classic.callbacks import evaluate_every, save_every, stop_at_return
 from rlhf_ppo.runtime.run_directory import RunDirectory
 
 
-@pytest.fixture(autouse=True)
-def no_curve(monkeypatch):
-    monkeypatch.setattr("classic.ppo.draw_curve", lambda *_: None)
-
-
 def test_evaluations_on_the_way_are_logged_and_the_best_agent_is_kept(small, tmp_path):
     args = small(output_dir=str(tmp_path / "watched"), learning_rate=1e-2, gamma=0.5)
     agent = classic.PPO("tests/Match-v0", args).learn(1_000, callbacks=[evaluate_every(3, episodes=7)])

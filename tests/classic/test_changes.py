@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import classic
-from classic.changes import OF_COPIES, OF_WEIGHTS
+from classic.changes import COPY_SETTINGS, WEIGHT_SETTINGS
 from classic.config import PPOArgs
+from classic.update import update
 from rlhf_ppo.core import PPOConfig
 
 # Every setting that the core reads as well, at a value that no preset has.
@@ -55,7 +56,7 @@ def test_every_setting_is_known_to_change_or_to_stay():
     where_it_goes = {"output_dir", "quiet", "num_threads", "save_every", "save_total_limit", "report_to"}
     where_it_goes |= {"eval_envs", "eval_max_steps"}
     adapted = {"penalty_beta"}  # penalty's own; below
-    listed = [*OF_WEIGHTS, *OF_COPIES, *OF_THE_CORE, *OF_THE_RUN, *where_it_goes, *adapted]
+    listed = [*WEIGHT_SETTINGS, *COPY_SETTINGS, *OF_THE_CORE, *OF_THE_RUN, *where_it_goes, *adapted]
     assert sorted(listed) == sorted(field.name for field in dataclasses.fields(PPOArgs))
     in_core = {field.name for field in dataclasses.fields(PPOConfig)} & {
         field.name for field in dataclasses.fields(PPOArgs)
@@ -66,10 +67,9 @@ def test_every_setting_is_known_to_change_or_to_stay():
 def learned(agent, monkeypatch):
     """Learn, and return what stood in force in the first update."""
     seen = []
-    update = classic.ppo.update
     monkeypatch.setattr(
         "classic.ppo.update",
-        lambda agent, *rest: (seen.append((agent.config, agent.optimizer.lr)), update(agent, *rest))[1],
+        lambda state, *rest: (seen.append((state.config, state.optimizer.lr)), update(state, *rest))[1],
     )
     agent.learn(250)
     monkeypatch.undo()
@@ -100,7 +100,7 @@ def test_changed_settings_give_the_run_of_an_agent_that_was_made_with_them(way, 
 def test_copies_and_generators_of_a_loaded_agent_may_be_others(saved):
     agent = classic.PPO.load(saved, seed=5, num_envs=2, autoreset_mode="same_step", normalize_rewards=False)
     assert agent.envs.num_envs == 2 and not agent.envs.next_step_autoreset and agent.normalizer.returns is None
-    assert agent.generator.initial_seed() != classic.PPO.load(saved).generator.initial_seed()
+    assert agent.state.generator.initial_seed() != classic.PPO.load(saved).state.generator.initial_seed()
     assert agent.learn(100).last_metrics["policy/first_minibatch_max_abs_log_ratio"] < 1e-5
 
 
@@ -111,7 +111,7 @@ def test_rewards_may_be_normalised_from_here_on(small, tmp_path):
     assert agent.learn(100).normalizer.returns.count > 0
 
 
-@pytest.mark.parametrize("name", OF_WEIGHTS)
+@pytest.mark.parametrize("name", WEIGHT_SETTINGS)
 def test_what_the_weights_depend_on_stays(name, saved):
     other = {
         "hidden_sizes": (8,),
@@ -184,7 +184,6 @@ def test_a_clip_range_that_fell_does_not_outlive_its_schedule(small, tmp_path):
 
 
 def test_another_folder_from_here_on(small, tmp_path, monkeypatch):
-    monkeypatch.setattr("classic.ppo.draw_curve", lambda *_: None)
     agent = classic.PPO("tests/Match-v0", small(output_dir=str(tmp_path / "first"))).learn(100)
     lines = (tmp_path / "first/metrics.jsonl").read_text()
     agent.args = dataclasses.replace(agent.args, output_dir=str(tmp_path / "second"))
@@ -209,7 +208,6 @@ def test_an_agent_that_an_earlier_version_saved_is_loaded(small, tmp_path):
 
 
 def test_the_run_holds_the_steps_that_it_was_asked_for(small, tmp_path, monkeypatch):
-    monkeypatch.setattr("classic.ppo.draw_curve", lambda *_: None)
     agent = classic.PPO("tests/Match-v0", small(output_dir=str(tmp_path), autoreset_mode="same_step"))
     asked = []
     for steps in (128, 1e2):
@@ -224,7 +222,9 @@ def test_a_callback_may_change_settings_from_the_next_rollout_on(small):
     seen = []
 
     def change(agent, metrics):
-        seen.append((metrics["optim/learning_rate"], metrics["policy/clip_range"], agent.gradients.__class__.__name__))
+        seen.append(
+            (metrics["optim/learning_rate"], metrics["policy/clip_range"], agent.state.gradients.__class__.__name__)
+        )
         if len(seen) == 1:
             agent.args = dataclasses.replace(
                 agent.args, objective="penalty", clip_range=None, learning_rate=1e-5, lr_schedule="constant"

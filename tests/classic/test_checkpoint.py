@@ -17,6 +17,7 @@ import torch
 
 import classic
 from classic.callbacks import evaluate_every
+from classic.state import begin_episodes
 from rlhf_ppo.runtime.checkpoint import CheckpointError, list_checkpoints
 from rlhf_ppo.runtime.signals import Interrupted
 
@@ -44,11 +45,6 @@ def kill_after(rollouts):
             raise KilledError
 
     return callback
-
-
-@pytest.fixture(autouse=True)
-def no_curve(monkeypatch):
-    monkeypatch.setattr("classic.ppo.draw_curve", lambda *_: None)
 
 
 def settings(small, folder, extra, **more):
@@ -99,7 +95,7 @@ def test_where_an_environment_cannot_be_set_up_again_new_episodes_begin_and_it_i
         classic.PPO(env_id, args).learn(200, callbacks=[kill_after(2)])
     runs = []
     for _ in range(2):
-        with pytest.warns(UserWarning, match=r"cannot be set up where .*checkpoint-2 left it, so new episodes begin"):
+        with pytest.warns(UserWarning, match=r"cannot be restored to where .*checkpoint-2 left it, so new"):
             agent = classic.PPO(env_id, args)
             agent.learn(200, resume_from_checkpoint=tmp_path / "checkpoint-2")
         runs.append((tmp_path / "metrics.jsonl").read_bytes())
@@ -270,7 +266,7 @@ def test_episodes_whose_rewards_do_not_come_back_begin_anew_with_a_warning(env, 
 
 def test_a_checkpoint_is_not_taken_for_a_saved_agent(small, tmp_path):
     classic.PPO("tests/Match-v0", settings(small, tmp_path, {})).learn(120)
-    with pytest.raises(FileNotFoundError, match="checkpoint-2 is a checkpoint, which --resume goes on from"):
+    with pytest.raises(FileNotFoundError, match="checkpoint-2 is a checkpoint, which --resume continues from"):
         classic.PPO.load(tmp_path / "checkpoint-2")
 
 
@@ -296,20 +292,18 @@ def recorded(agent):
 
 def test_an_episode_is_remembered_only_where_a_checkpoint_can_be_written(small, tmp_path, monkeypatch):
     """Endless's episodes have no end: without a folder they would be kept for ever."""
-    monkeypatch.setattr("classic.ppo.draw_curve", lambda *_: None)
     args = small(num_envs=2, num_steps=50)
     agent = classic.PPO(Endless, args).learn(200)
     assert recorded(agent) == [0, 0]
     agent.args = dataclasses.replace(agent.args, output_dir=str(tmp_path), save_every=1)
     assert agent.learn(100).envs.state()[1] is None  # these episodes began before
-    agent.begin_episodes()
+    begin_episodes(agent.run, agent.state)
     assert recorded(agent.learn(100)) == [50, 50] and agent.envs.state()[1] is not None
     agent.args = dataclasses.replace(agent.args, output_dir=None, save_every=0)
     assert recorded(agent.learn(100)) == [0, 0]
 
 
 def test_an_endless_episode_is_let_go_and_the_run_goes_on_with_new_ones(small, tmp_path, monkeypatch):
-    monkeypatch.setattr("classic.ppo.draw_curve", lambda *_: None)
     monkeypatch.setattr("classic.envs.wrappers.MAX_ACTIONS", 120)
     args = small(num_envs=2, num_steps=50, output_dir=str(tmp_path), save_every=1)
     agent = classic.PPO(Endless, args)

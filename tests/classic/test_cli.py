@@ -32,7 +32,7 @@ SMALL = [
 ]
 
 
-def test_train_saves_evaluates_and_says_where_everything_is(tmp_path, capsys, monkeypatch):
+def test_train_saves_evaluates_and_says_where_everything_is(tmp_path, capsys, monkeypatch, pictures):
     monkeypatch.chdir(tmp_path)
     assert main(["train", "tests/Match-v0", "--seed", "3", "--eval-episodes", "4", *SMALL]) == 0
     folder = tmp_path / "runs" / "tests-Match-v0-seed3"
@@ -123,14 +123,14 @@ def test_an_agent_that_diverged_is_saved_while_its_weights_are_finite(tmp_path, 
         def learn(self, **options):
             self.counters["iteration"] = 5
             self.optimizer.weights.vector.data[0] = weight
-            raise classic.NonFiniteGradientError("10 gradients in a row")
+            raise classic.NonFiniteGradientError("10 consecutive gradients")
 
         monkeypatch.setattr(classic.PPO, "learn", learn)
 
     diverge(0.5)
     assert main([*words, "--output-dir", str(tmp_path / "finite")]) == 1
     assert capsys.readouterr().err == (
-        f"error: 10 gradients in a row\nthe agent as it is lies in {tmp_path / 'finite'}\n"
+        f"error: 10 consecutive gradients\nthe agent as it is lies in {tmp_path / 'finite'}\n"
     )
     assert _iteration(tmp_path / "finite") == 5
     diverge(float("nan"))
@@ -148,7 +148,7 @@ def test_a_full_disk_is_one_line_and_the_agent_is_saved_where_it_can_be(what, tm
         raise SafetensorError(str(FULL)) if what == "agent" else FULL
 
     place = {
-        "checkpoint": ("classic.ppo.save_checkpoint", full),
+        "checkpoint": ("classic.session.save_checkpoint", full),
         "metrics": (f"{RunDirectory.__module__}.RunDirectory.append", full),
         "agent": ("classic.save.save_file", full),
     }[what]

@@ -26,7 +26,6 @@ def trained(monkeypatch):
             return super().learn(*args)
 
     monkeypatch.setattr("classic.compare.PPO", Recorded)
-    monkeypatch.setattr("classic.ppo.draw_curve", lambda *_: None)
     return runs
 
 
@@ -96,7 +95,7 @@ def test_a_damaged_result_is_named_with_what_to_do(trained, tmp_path, capsys):
 def test_a_run_under_another_preset_is_not_taken_for_this_one(trained, tmp_path, capsys, monkeypatch):
     command = ["compare", "tests/Match-v0", "--vary", "num_epochs=1", "--seeds", "1", *SMALL]
     assert main([*command, "--output-dir", str(tmp_path)]) == 0
-    monkeypatch.setattr("classic.config.preset_of", lambda *_: {"gamma": 0.9})
+    monkeypatch.setattr("classic.presets.resolve.preset", lambda *_: {"gamma": 0.9})
     assert main([*command, "--output-dir", str(tmp_path)]) == 2
     assert "finished with gamma=0.99, now it is 0.9" in capsys.readouterr().err
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import classic
-from classic.config import DEFAULTS, PPOArgs
-from classic.presets.resolve import FOLDER, preset, preset_ids
+from classic.config import PPOArgs
+from classic.presets.resolve import DEFAULTS, FOLDER, preset, preset_ids, resolve
 from rlhf_ppo.core import clipped_value_loss
 
 # These mean "off" as None; every other None means "the preset's".
@@ -30,26 +30,26 @@ OPTIONAL = (
 
 
 def test_none_means_the_preset_and_a_value_wins_over_it():
-    args = PPOArgs(num_steps=64).resolve("CartPole-v1")
+    args = resolve(PPOArgs(num_steps=64), "CartPole-v1")
     assert args.num_steps == 64
-    assert args.num_envs == preset("CartPole-v1", PPOArgs)["num_envs"] == 32
+    assert args.num_envs == preset("CartPole-v1")["num_envs"] == 32
     assert args.vf_coef == DEFAULTS["vf_coef"]
-    assert PPOArgs().resolve("tests/Match-v0").num_steps == DEFAULTS["num_steps"]
+    assert resolve(PPOArgs(), "tests/Match-v0").num_steps == DEFAULTS["num_steps"]
 
 
 def test_every_field_is_filled_or_documented_as_off():
     names = {field.name for field in dataclasses.fields(PPOArgs)}
-    for settings in (DEFAULTS, *(preset(env_id, PPOArgs) for env_id in preset_ids())):
+    for settings in (DEFAULTS, *(preset(env_id) for env_id in preset_ids())):
         assert set(settings) <= names
         assert not set(settings) & set(OPTIONAL), "a preset must not turn on what None turns off"
-    resolved = PPOArgs().resolve("CartPole-v1")
+    resolved = resolve(PPOArgs(), "CartPole-v1")
     assert {name for name in names if getattr(resolved, name) is None} == set(OPTIONAL)
 
 
 @pytest.mark.parametrize("objective", ["clip", "penalty", "adaptive_clip", "dual_clip", "cispo", "a2c", "reinforce"])
 def test_resolving_twice_changes_nothing(objective):
-    once = PPOArgs(objective=objective, target_kl=0.01).resolve("CartPole-v1")
-    assert once.resolve("CartPole-v1") == once
+    once = resolve(PPOArgs(objective=objective, target_kl=0.01), "CartPole-v1")
+    assert resolve(once, "CartPole-v1") == once
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_contradictions_name_both_settings(settings, first, second):
 
 
 def test_what_a_preset_sets_for_its_own_objective_is_not_refused_under_another():
-    assert PPOArgs(objective="a2c").resolve("HalfCheetah-v5").clip_range == 0.1
+    assert resolve(PPOArgs(objective="a2c"), "HalfCheetah-v5").clip_range == 0.1
 
 
 def test_minibatches_that_reset_steps_could_empty_are_refused_before_training(small):
@@ -118,14 +118,14 @@ def test_minibatches_that_reset_steps_could_empty_are_refused_before_training(sm
 )
 def test_values_out_of_range_name_the_setting(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
-        PPOArgs(**settings).resolve("CartPole-v1")
+        resolve(PPOArgs(**settings), "CartPole-v1")
 
 
 @pytest.mark.parametrize("env_id", preset_ids())
 def test_every_preset_resolves(env_id):
-    resolved = PPOArgs().resolve(env_id)
-    assert resolved.resolve(env_id) == resolved
-    assert all(getattr(resolved, name) == value for name, value in preset(env_id, PPOArgs).items())
+    resolved = resolve(PPOArgs(), env_id)
+    assert resolve(resolved, env_id) == resolved
+    assert all(getattr(resolved, name) == value for name, value in preset(env_id).items())
 
 
 def test_a_misspelt_key_in_a_preset_is_an_error(tmp_path, monkeypatch):
@@ -134,16 +134,16 @@ def test_a_misspelt_key_in_a_preset_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match=r"tests-Odd-v0\.yaml: unknown key 'learning_rat'; did you mean 'learning_rate'"
     ):
-        PPOArgs().resolve("tests-Odd-v0")
+        resolve(PPOArgs(), "tests-Odd-v0")
 
 
 @pytest.mark.parametrize("objective", ["a2c", "reinforce"])
 def test_data_reuse_without_a_ratio_warns(objective):
     with pytest.warns(UserWarning, match="num_epochs=3 reuses it off-policy"):
-        PPOArgs(objective=objective, num_epochs=3).resolve("CartPole-v1")
+        resolve(PPOArgs(objective=objective, num_epochs=3), "CartPole-v1")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert PPOArgs(objective=objective).resolve("CartPole-v1").num_epochs == 1
+        assert resolve(PPOArgs(objective=objective), "CartPole-v1").num_epochs == 1
 
 
 def test_presets_that_take_another_librarys_critic_weight_say_what_it_is_here():
@@ -155,6 +155,6 @@ def test_presets_that_take_another_librarys_critic_weight_say_what_it_is_here():
     for env_id in preset_ids():
         head = (FOLDER / f"{env_id}.yaml").read_text()
         if "twice" in head:
-            assert PPOArgs().resolve(env_id).vf_coef == 2 * theirs.get(env_id, 0.5)
+            assert resolve(PPOArgs(), env_id).vf_coef == 2 * theirs.get(env_id, 0.5)
         elif "The RL Zoo's values" in head or "Tianshou" in head:
             assert "half of its weight for the critic" in head

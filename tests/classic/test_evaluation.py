@@ -95,14 +95,16 @@ def test_some_copies_cut_and_others_not_play_their_shares(autoreset_mode, small)
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 def test_the_environments_own_limit_may_be_longer_than_ours(vectorization, small, monkeypatch):
-    monkeypatch.setattr("classic.ppo.MAX_STEPS", 20)
+    monkeypatch.setattr("classic.evaluation.MAX_STEPS", 20)
     agent = classic.PPO("tests/Long-v0", small(vectorization=vectorization))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert agent.evaluate(2)["mean_return"] == 90
     agent.close()
     cart = classic.PPO("CartPole-v1", small())
-    assert cart.max_episode_steps() == 500 and evaluation.MAX_STEPS == 10_000
+    assert evaluation.max_episode_steps(cart.run) == 500
+    monkeypatch.undo()
+    assert evaluation.max_episode_steps(cart.run) == 10_000
     with pytest.warns(UserWarning, match="'CartPole-v1' has its own at 500 steps"):
         assert classic.PPO("CartPole-v1", small(eval_max_steps=7)).evaluate(3)["mean_length"] == 7
 

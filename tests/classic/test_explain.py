@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import classic
+from classic.advantages import estimate_advantages
 from classic.cli import main
-from classic.rollout import estimate_advantages
 
 
 def test_the_last_update_is_explained_by_its_own_numbers(small, tmp_path):

@@ -10,15 +10,9 @@ import torch
 
 import classic
 from classic.fast.analytic_gradients import AnalyticGradients
+from classic.update import shuffled_minibatches
 from rlhf_ppo.runtime.processes import torch_threads
 from rlhf_ppo.runtime.run_directory import RunDirectory
-
-
-@pytest.fixture(autouse=True)
-def no_curve(request, monkeypatch):
-    """Drawing takes longer than these runs; the test of the picture draws it."""
-    if "curve" not in request.node.name:
-        monkeypatch.setattr("classic.ppo.draw_curve", lambda *_: None)
 
 
 def log_of(folder):
@@ -28,7 +22,7 @@ def log_of(folder):
 @pytest.fixture
 def minibatches(monkeypatch):
     """Every minibatch that is learned from, as (decisions, old)."""
-    seen, shuffled = [], classic.update.shuffled_minibatches
+    seen, shuffled = [], shuffled_minibatches
 
     def watched(*args):
         for taken, part in shuffled(*args):
@@ -262,7 +256,7 @@ def test_evaluating_and_predicting_in_between_changes_no_training(small, tmp_pat
     assert (tmp_path / "plain/metrics.jsonl").read_bytes() == (tmp_path / "watched/metrics.jsonl").read_bytes()
 
 
-def test_metrics_are_finite_and_the_curve_is_drawn(small, tmp_path):
+def test_metrics_are_finite_and_the_curve_is_drawn(small, tmp_path, pictures):
     agent = classic.PPO("tests/Match-v0", small(output_dir=str(tmp_path)))
     agent.learn(500)
     rows = log_of(tmp_path)
@@ -279,7 +273,7 @@ def test_gradients_that_are_not_finite_are_skipped_and_end_the_run(small):
     agent = classic.PPO("tests/Match-v0", small(num_epochs=10))
     agent.network.critic[-1].weight.data.fill_(float("nan"))
     policy = [x.clone() for x in agent.network.policy.parameters()]
-    with pytest.raises(classic.NonFiniteGradientError, match="'tests/Match-v0', iteration 1: 10 gradients in a row"):
+    with pytest.raises(classic.NonFiniteGradientError, match="'tests/Match-v0', iteration 1: 10 consecutive gradients"):
         agent.learn(500)
     assert all(torch.equal(x, y) for x, y in zip(policy, agent.network.policy.parameters(), strict=True))
 
@@ -289,7 +283,7 @@ def test_a_loss_that_overflows_while_its_gradient_does_not_is_skipped(objective,
     """Returns of 1e20 are within float32, and so is V - R times a small weight; its square is not."""
     args = small(objective=objective, vf_coef=1e-6, output_dir=str(tmp_path), num_epochs=1)
     agent = classic.PPO("tests/Match-v0", args)
-    shuffled = classic.update.shuffled_minibatches
+    shuffled = shuffled_minibatches
 
     def overflowing(*args):
         for i, (taken, part) in enumerate(shuffled(*args)):
@@ -314,13 +308,12 @@ def test_thread_count_is_scoped():
     assert torch.get_num_threads() == before
 
 
-def test_learning_runs_on_one_thread_by_default(small, monkeypatch):
+def test_learning_runs_on_one_thread_by_default(small):
     seen = []
     agent = classic.PPO("tests/Match-v0", small())
-    monkeypatch.setattr(agent, "_train", lambda *_: seen.append(torch.get_num_threads()))
     torch.set_num_threads(2)
     try:
-        agent.learn(1)
+        agent.learn(1, callbacks=[lambda agent, metrics: seen.append(torch.get_num_threads())])
         assert seen == [1] and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)

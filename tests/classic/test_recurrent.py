@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import classic
+from classic.advantages import critic_values
 from classic.envs.environments import Environments
 from classic.networks.actor_critic import ActorCritic
-from classic.rollout import collect, critic_values
+from classic.presets.resolve import resolve
+from classic.rollout import collect
 
 MODES = ["next_step", "same_step"]
 
@@ -102,22 +104,22 @@ def test_predict_carries_the_state_and_clears_it_where_told(small):
     np.testing.assert_allclose(many, np.concatenate([second, fresh]), atol=1e-6)
     with pytest.raises(ValueError, match=r"takes a state \(1, 5\), got \(1, 3\)"):
         agent.predict([0.0, 0.0], state=np.zeros((1, 3)))
-    with pytest.raises(ValueError, match="no state: there is no memory"):
+    with pytest.raises(ValueError, match="no state: the policy is not recurrent"):
         classic.PPO("tests/Recall-v0", small()).predict([0.0, 0.0], state=first)
 
 
 def test_minibatches_of_a_recurrent_policy_are_at_most_one_a_copy(small):
     with pytest.raises(ValueError, match="num_minibatches=5 is more than num_envs=4, but with recurrent='lstm'"):
         classic.PPO("tests/Recall-v0", small(recurrent="lstm", num_minibatches=5))
-    assert classic.PPOArgs(recurrent="lstm", num_envs=4).resolve("tests/Recall-v0").num_minibatches == 4
-    with pytest.raises(ValueError, match="recurrent_size=7 is read by recurrent='lstm' or 'gru' alone"):
-        classic.PPOArgs(recurrent_size=7).resolve("tests/Recall-v0")
+    assert resolve(classic.PPOArgs(recurrent="lstm", num_envs=4), "tests/Recall-v0").num_minibatches == 4
+    with pytest.raises(ValueError, match="recurrent_size=7 is read only by recurrent='lstm' or 'gru'"):
+        resolve(classic.PPOArgs(recurrent_size=7), "tests/Recall-v0")
 
 
 @pytest.mark.parametrize("recurrent", ["lstm", "gru"])
 def test_one_copy_has_a_memory_too(recurrent, small):
     agent = classic.PPO("tests/Recall-v0", small(recurrent=recurrent, num_envs=1, num_minibatches=1)).learn(40)
-    assert agent.memory is not None and agent.last_metrics["policy/first_minibatch_max_abs_log_ratio"] < 1e-5
+    assert agent.state.memory is not None and agent.last_metrics["policy/first_minibatch_max_abs_log_ratio"] < 1e-5
 
 
 def test_a_rollout_of_a_memory_holds_a_decision_of_every_copy(small):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from classic.advantages import critic_values
 from classic.envs.environments import Environments
 from classic.networks.actor_critic import ActorCritic
-from classic.rollout import collect, critic_values
+from classic.rollout import collect
 from rlhf_ppo.core import compute_gae, masked_whiten
 
 

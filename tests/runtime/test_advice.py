@@ -10,6 +10,7 @@ import pytest
 
 import classic
 from classic.cli import main as classic_main
+from classic.presets.resolve import resolve
 from rlhf_ppo import RLHFConfig
 from rlhf_ppo.cli import main
 from rlhf_ppo.runtime.advice import advise, tuning_page
@@ -132,7 +133,7 @@ def test_a_critics_warm_up_is_no_timid_policy(tmp_path):
     assert advise(write_run(tmp_path / "run", still, settings)) == []
 
 
-@pytest.mark.parametrize("args", [classic.PPOArgs().resolve("Other-v0"), RLHFConfig(output_dir="runs/x")])
+@pytest.mark.parametrize("args", [resolve(classic.PPOArgs(), "Other-v0"), RLHFConfig(output_dir="runs/x")])
 def test_every_move_leads_to_settings_that_are_allowed(tmp_path, args):
     """Name by name and one at a time, as the advice says."""
     args = dataclasses.replace(args, **{name: value for name, value in SETTINGS.items() if hasattr(args, name)})
@@ -158,7 +159,7 @@ def test_a_real_run_with_a_wrong_learning_rate_is_told_to_move_it(tmp_path, lear
 
 def test_the_steps_that_a_run_was_asked_for_are_the_ones_to_double(tmp_path, monkeypatch):
     """Not those of the preset, which learn was told to leave aside."""
-    monkeypatch.setattr("classic.ppo.draw_curve", lambda *_: None)
+    monkeypatch.setattr("classic.report.plot_curves", lambda *_, **__: None)
     settings = classic.PPOArgs(num_envs=2, num_steps=16, num_minibatches=2, output_dir=str(tmp_path), quiet=True)
     classic.PPO("CartPole-v1", settings).learn(320)
     made = write_run(tmp_path, SYMPTOMS["not finished"], json.loads((tmp_path / "run.json").read_text()))

@@ -8,8 +8,8 @@ import re
 import pytest
 
 import classic
-import classic.name_hints
 import rlhf_ppo
+from classic.config import OTHER_NAMES
 from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.cli import TrainArgs
 from rlhf_ppo.cli import main as rlhf_main
@@ -54,7 +54,7 @@ def test_files_and_flags_say_the_same(tmp_path, capsys):
 def test_what_others_call_our_settings_leads_to_settings_that_exist():
     ours = {field.name for field in dataclasses.fields(TrainArgs)}
     settings = {field.name for field in dataclasses.fields(classic.PPOArgs)}
-    for table, known in ((SETTINGS, ours), (classic.name_hints.SETTINGS, settings)):
+    for table, known in ((SETTINGS, ours), (OTHER_NAMES, settings)):
         for name, text in table.items():
             named = re.match(r"here (?:it is|they are) (\w+)", text)
             assert named is None or named[1] in known, (name, text)

@@ -125,7 +125,7 @@ def test_a_memory_that_is_not_given_back_is_said_once(small):
             agent.predict(observation, episode_start=True)
         for _ in range(5):
             classic.PPO("tests/Recall-v0", small()).predict(observation)
-    with pytest.warns(UserWarning, match=r"without a state, so the memory .* was cleared each time") as heard:
+    with pytest.warns(UserWarning, match=r"without a state, so the recurrent layer .* was reset each time") as heard:
         for _ in range(20):
             agent.predict(observation)
     assert len(heard) == 1

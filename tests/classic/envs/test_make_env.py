@@ -13,6 +13,7 @@ from gymnasium.wrappers import TimeLimit
 
 import classic
 from classic.envs.make_env import env_name, make_vector_env
+from classic.presets.resolve import resolve
 from classic.video import record_video
 
 
@@ -55,8 +56,8 @@ def test_one_instance_is_one_copy_that_evaluation_uses_too(small):
     with pytest.raises(ValueError, match="num_envs=4, but 'Walk' is one instance: pass its id or a function"):
         classic.PPO(env, small(num_envs=4))
     # What the preset's copies do side by side, one copy does one after another.
-    resolved = classic.PPOArgs().resolve("Walk", single=True)
-    many = classic.PPOArgs().resolve("Walk")
+    resolved = resolve(classic.PPOArgs(), "Walk", single=True)
+    many = resolve(classic.PPOArgs(), "Walk")
     assert resolved.num_envs == 1 and resolved.num_steps == many.num_envs * many.num_steps
 
 
@@ -242,4 +243,4 @@ def test_arguments_that_an_environment_does_not_take_are_named(small):
 
 
 def test_the_preset_is_found_by_module_and_id_too():
-    assert classic.PPOArgs().resolve("gymnasium:CartPole-v1") == classic.PPOArgs().resolve("CartPole-v1")
+    assert resolve(classic.PPOArgs(), "gymnasium:CartPole-v1") == resolve(classic.PPOArgs(), "CartPole-v1")

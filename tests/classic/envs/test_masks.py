@@ -210,8 +210,7 @@ def test_a_mask_under_another_name_warns(small):
         classic.PPO(lambda: Game("legal"), small(action_masks=False)).learn(10)
 
 
-def test_episodes_saved_before_masks_were_read_there_resume(small, tmp_path, monkeypatch):
-    monkeypatch.setattr("classic.ppo.draw_curve", lambda *_: None)
+def test_episodes_saved_before_masks_were_read_there_resume(small, tmp_path):
     agent = classic.PPO(Game, small(output_dir=str(tmp_path))).learn(60)
     tensors, state = agent.envs.state()
     expected = tensors.pop("action_masks")

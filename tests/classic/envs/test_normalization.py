@@ -60,9 +60,8 @@ def test_both_autoreset_modes_give_the_same_statistics_on_the_same_trajectory(se
 def test_normalised_runs_record_what_the_policy_saw(small, tmp_path, monkeypatch):
     """The first minibatch's ratio is 1 although the statistics have moved on; episode returns are not scaled."""
     args = small(normalize_observations=True, normalize_rewards=True, output_dir=str(tmp_path))
-    monkeypatch.setattr("classic.ppo.draw_curve", lambda *_: None)
     agent = classic.PPO("tests/Clock-v0", args).learn(300)
-    rows = agent._run.read()
+    rows = agent.run.folder.read()
     assert max(row["policy/first_minibatch_max_abs_log_ratio"] for row in rows) < 1e-5
     assert rows[0]["episode/return_mean"] == pytest.approx(np.mean([5, 9, 13]))
 

@@ -6,8 +6,7 @@ import gymnasium
 import pytest
 
 import classic
-from classic.config import DEFAULTS
-from classic.presets.resolve import preset
+from classic.presets.resolve import DEFAULTS, preset
 
 
 def cartpole(**kwargs):
@@ -32,9 +31,7 @@ WAYS = {
 def test_one_task_has_one_preset(way):
     agent = classic.PPO(way() if callable(way) else way)
     assert agent.task == "CartPole-v1" and agent.origin == "preset of CartPole-v1"
-    known = {
-        name: x for name, x in preset("CartPole-v1", classic.PPOArgs).items() if name not in ("num_envs", "num_steps")
-    }
+    known = {name: x for name, x in preset("CartPole-v1").items() if name not in ("num_envs", "num_steps")}
     assert {name: getattr(agent.args, name) for name in known} == known
 
 

@@ -93,14 +93,14 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_changed_network_acts_and_learns_as_changed(change, small):
     agent = classic.PPO("tests/Match-v0", small(vf_coef=0.3, seed=2))
-    assert type(agent.gradients) is AnalyticGradients
+    assert type(agent.state.gradients) is AnalyticGradients
     change(agent.network)
     agent.learn(1)
-    assert type(agent.gradients) is Autograd
+    assert type(agent.state.gradients) is Autograd
     assert agent.last_metrics[FIRST_RATIO] < 1e-5
     observations, noise = torch.randn(4, 1), agent.network.noise((4,), torch.Generator())
     with torch.no_grad():
-        output, _, _ = agent.sample(observations, noise, None, torch.zeros(4, dtype=torch.bool), None)
+        output, _, _ = agent.state.sample(observations, noise, None, torch.zeros(4, dtype=torch.bool), None)
         torch.testing.assert_close(output, agent.network.step(observations)[0], rtol=1e-5, atol=1e-6)
 
 
@@ -134,7 +134,6 @@ def test_frozen_parameters_stay_frozen(settings, small, tmp_path):
 
 
 def test_a_callback_may_freeze_layers_and_a_resumed_run_keeps_them_frozen(small, tmp_path, monkeypatch):
-    monkeypatch.setattr("classic.ppo.draw_curve", lambda *_: None)
 
     def freeze(agent, metrics):
         if agent.counters["iteration"] == 2:

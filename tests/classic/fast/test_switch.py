@@ -78,7 +78,7 @@ def test_a_run_the_plain_way_takes_the_same_course(env_id, settings, small, monk
         monkeypatch.setattr("classic.fast.switch.ENABLED", enabled)
         agent = classic.PPO(env_id, small(ent_coef=0.01, **settings)).learn(200)
         assert type(agent.optimizer) is (FlatAdam if enabled else Adam)
-        assert enabled or (type(agent.gradients) is Autograd and agent.sample == agent.network.sample)
+        assert enabled or (type(agent.state.gradients) is Autograd and agent.state.sample == agent.network.sample)
         runs.append((dict(agent.network.named_parameters()), agent.last_metrics))
     for name, parameter in runs[0][0].items():
         torch.testing.assert_close(runs[1][0][name], parameter, rtol=1e-3, atol=1e-4)
@@ -87,7 +87,6 @@ def test_a_run_the_plain_way_takes_the_same_course(env_id, settings, small, monk
 
 def test_a_run_by_shortcuts_resumes_the_plain_way(small, tmp_path, monkeypatch):
     """Checkpoints are the same either way."""
-    monkeypatch.setattr("classic.ppo.draw_curve", lambda *_: None)
     args = small(output_dir=str(tmp_path), save_every=1)
     expected = classic.PPO(MATCH, dataclasses.replace(args, output_dir=None, save_every=0)).learn(192)
     classic.PPO(MATCH, args).learn(192, callbacks=[lambda agent, metrics: agent.counters["iteration"] == 2])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from classic.minibatch_record import UpdateRecord
+from classic.report import UpdateRecord
 from rlhf_ppo.core import Experience, PolicyOutput, PPOConfig, ppo_diagnostics, ppo_loss
 
 
@@ -22,7 +22,7 @@ def test_numbers_are_averages_over_decisions_whatever_the_minibatches():
     record, expected = UpdateRecord(), {"policy/loss": 0.0, "value/loss": 0.0}
     for rows, share, norm in ((slice(0, 7), 0.7, 5.0), (slice(7, 10), 0.3, 10.0)):
         part = PolicyOutput(new.logprobs[rows], values[rows], new.entropy[rows])
-        record.saw(part, old[rows])
+        record.add(part, old[rows])
         record.stepped(norm)
         loss = ppo_loss(part, old[rows], config)
         expected["policy/loss"] += share * loss.policy.item()
@@ -41,9 +41,9 @@ def test_a_minibatch_that_ended_the_update_is_in_the_ratios_but_not_in_the_losse
     record, stepped = UpdateRecord(), UpdateRecord()
     for rows, factor in ((slice(0, 3), 1.01), (slice(3, 6), 1.5)):
         new = PolicyOutput(old.logprobs[rows] * factor, old.values[rows])
-        record.saw(new, old[rows])
+        record.add(new, old[rows])
         if factor < 1.5:
-            stepped.saw(new, old[rows])
+            stepped.add(new, old[rows])
             record.stepped(1.0)
             stepped.stepped(1.0)
     both, alone = record.metrics(PPOConfig()), stepped.metrics(PPOConfig())
@@ -54,7 +54,7 @@ def test_a_minibatch_that_ended_the_update_is_in_the_ratios_but_not_in_the_losse
 def test_an_update_without_a_step_has_no_losses():
     old = experience(4)
     record = UpdateRecord()
-    record.saw(PolicyOutput(old.logprobs), old)
+    record.add(PolicyOutput(old.logprobs), old)
     metrics = record.metrics(PPOConfig())
     assert "policy/loss" not in metrics and "policy/entropy" not in metrics
     assert metrics["policy/approx_kl"] == 0
@@ -66,9 +66,9 @@ def test_what_was_not_finite_is_in_no_average(bad):
     parts = [slice(0, 3), slice(3, 6), slice(6, 9)]
     record, sound = UpdateRecord(), UpdateRecord()
     for i, rows in enumerate(parts):
-        record.saw(PolicyOutput(old.logprobs[rows] * (float("nan") if i in bad else 1.01)), old[rows])
+        record.add(PolicyOutput(old.logprobs[rows] * (float("nan") if i in bad else 1.01)), old[rows])
         if i in bad:
-            record.forget()
+            record.drop()
         else:
-            sound.saw(PolicyOutput(old.logprobs[rows] * 1.01), old[rows])
+            sound.add(PolicyOutput(old.logprobs[rows] * 1.01), old[rows])
     assert record.metrics(PPOConfig()) == sound.metrics(PPOConfig())

@@ -1,0 +1,219 @@
+"""What an agent consists of: Run is fixed while it learns, TrainState is what training changes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import gymnasium
+import torch
+from torch import Tensor
+
+from classic.advantages import Estimate
+from classic.config import PPOArgs, filled
+from classic.envs.checks import require_fit
+from classic.envs.environments import Environments, Episode
+from classic.envs.make_env import EnvLike, env_name, identify
+from classic.envs.normalization import Normalizer
+from classic.envs.seeds import derive_seeds
+from classic.fast.switch import Gradients, Optimizer, choose
+from classic.gradient_step import trained_parameters
+from classic.networks.actor_critic import ActorCritic, Sample
+from classic.presets.resolve import preset_ids, resolve
+from classic.rollout import Rollout
+from rlhf_ppo.core import PPOConfig
+from rlhf_ppo.runtime.run_directory import RunDirectory
+from rlhf_ppo.runtime.trackers import require_installed
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is fixed while an agent learns; the environments keep their running episodes themselves."""
+
+    env: EnvLike
+    """The environment as it was given."""
+    env_id: str
+    """Its name in messages."""
+    task: str | None
+    """The registered id that the preset is looked up by; None: the environment is not registered."""
+    args: PPOArgs
+    """The settings, every None filled in."""
+    origin: str
+    """Where settings that were not given come from."""
+    envs: Environments
+    """Training's copies."""
+    folder: RunDirectory | None = None
+    """Where metrics and checkpoints go; None: nothing is written."""
+
+
+@dataclass
+class Progress:
+    """How far a call of learn is."""
+
+    total: int
+    """Environment steps that the call was asked for."""
+    first_step: int
+    """Environment steps before the call."""
+    consecutive_skips: int = 0
+    """Optimizer steps skipped since the last one with a finite gradient."""
+
+
+class LastUpdate(NamedTuple):
+    """What the last update learned from."""
+
+    rollout: Rollout
+    estimate: Estimate
+    config: PPOConfig
+    """The core's settings as they were."""
+
+
+@dataclass
+class TrainState:
+    """What training changes; a checkpoint is this and the running episodes."""
+
+    network: ActorCritic
+    batch: int
+    """Rows that act at a time: training's copies."""
+    sample: Sample
+    """Samples one step's actions."""
+    gradients: Gradients
+    """Forward and backward pass of one minibatch."""
+    optimizer: Optimizer
+    """Gradient clipping and Adam."""
+    config: PPOConfig
+    """The core's settings; schedules and controllers move some of them."""
+    normalizer: Normalizer
+    memory: Tensor | None
+    """[B, K] state of the recurrent layer, or None without one."""
+    generator: torch.Generator
+    """Draws of training: the initial weights, actions, minibatches."""
+    predict_generator: torch.Generator
+    """Draws of :meth:`classic.PPO.predict`."""
+    counters: dict[str, int]
+    """Iterations, environment steps, optimizer steps and episodes so far."""
+    recent: deque[Episode] = field(default_factory=lambda: deque(maxlen=100))
+    """The last finished episodes."""
+    progress: Progress = field(default_factory=lambda: Progress(0, 0))
+    playing: bool = False
+    """Whether episodes are running that training goes on with."""
+    best_return: float | None = None
+    """The best evaluation so far (:func:`classic.callbacks.evaluate_every`)."""
+    last_metrics: Mapping[str, float] = field(default_factory=dict)
+    last_update: LastUpdate | None = None
+
+    @property
+    def done(self) -> int:
+        """Environment steps of this call of learn."""
+        return self.counters["env_steps"] - self.progress.first_step
+
+    def count(self, rollout: Rollout) -> None:
+        """Count an iteration, and the steps and episodes of its rollout."""
+        self.counters["iteration"] += 1
+        self.counters["env_steps"] += int(rollout.mask.sum())
+        self.counters["episodes"] += len(rollout.episodes)
+        self.recent.extend(rollout.episodes)
+
+    def follow_network(self) -> None:
+        """Train the network as it is now: parts may have been replaced, frozen, loaded or copied.
+
+        Adam keeps its moments if names and shapes of the trained parameters are the same; otherwise it starts afresh.
+
+        Raises:
+            ValueError: nothing is left to train, or a parameter is not in float32 on the CPU.
+        """
+        formats = {f"{p.dtype} on {p.device}" for p in self.network.parameters()}
+        if formats - {"torch.float32 on cpu"}:
+            raise ValueError(
+                f"the network's parameters are {' and '.join(sorted(formats))}, but classic computes in float32 on the "
+                "CPU: agent.network.float().cpu()"
+            )
+        if not trained_parameters(self.network):
+            raise ValueError("every parameter of the network is frozen (requires_grad False): nothing is left to train")
+        self.sample, self.gradients, self.optimizer = choose(
+            self.network,
+            self.config,
+            batch=self.batch,
+            learning_rate=self.optimizer.lr,
+            optimizer=self.optimizer,
+        )
+
+
+def make_run(env: EnvLike, args: PPOArgs) -> Run:
+    """Fill in the settings and make the environments.
+
+    Raises:
+        ValueError, ModuleNotFoundError, BrokenEnvironmentError: see :class:`classic.PPO`.
+    """
+    task, copies_of = identify(env, in_this_process=args.vectorization != "async")
+    args = resolve(args, task, single=isinstance(env, gymnasium.Env))
+    require_installed(args.report_to)
+    envs = make_copies(copies_of, args, filled(args.num_envs))
+    try:
+        require_fit(args, envs)
+    except ValueError:
+        envs.close()
+        raise
+    has_preset = task in preset_ids()
+    origin = f"preset of {task}" if has_preset else "no preset for this environment: general defaults"
+    return Run(env, env_name(env), task, args, origin, envs)
+
+
+def make_copies(env: EnvLike, args: PPOArgs, num_envs: int) -> Environments:
+    """Make ``num_envs`` copies of an environment as the settings say."""
+    return Environments(
+        env,
+        num_envs,
+        args.autoreset_mode,
+        vectorization=args.vectorization,
+        env_kwargs=args.env_kwargs,
+        wrappers=args.wrappers,
+        action_masks=args.action_masks,
+        squash=filled(args.squash),
+    )
+
+
+def initial_state(run: Run) -> TrainState:
+    """Draw a fresh network, with all that trains it."""
+    args, envs = run.args, run.envs
+    # Own generators: a run neither disturbs torch's global one nor depends on it.
+    generator = torch.Generator().manual_seed(args.seed)
+    network = ActorCritic(
+        envs.observation_shape,
+        envs.actions,
+        hidden_sizes=filled(args.hidden_sizes),
+        generator=generator,
+        activation=filled(args.activation),
+        shared=filled(args.shared_network),
+        recurrent=filled(args.recurrent),
+        recurrent_size=filled(args.recurrent_size),
+        squash=filled(args.squash),
+        log_std_init=filled(args.log_std_init),
+        state_dependent_std=filled(args.state_dependent_std),
+    )
+    config = args.ppo_config()
+    methods = choose(network, config, batch=envs.num_envs, learning_rate=filled(args.learning_rate))
+    return TrainState(
+        network,
+        envs.num_envs,
+        *methods,
+        config,
+        Normalizer(
+            envs.observation_shape if args.normalize_observations else None,
+            envs.num_envs if args.normalize_rewards else None,
+            config.gamma,
+        ),
+        network.initial_state(envs.num_envs),
+        generator,
+        torch.Generator().manual_seed(derive_seeds(args.seed, "prediction", 1)[0]),
+        {"iteration": 0, "env_steps": 0, "optimizer_steps": 0, "episodes": 0},
+    )
+
+
+def begin_episodes(run: Run, state: TrainState) -> None:
+    """Reset every copy: at the start, after an evaluation on a single one, or if a checkpoint has no episodes."""
+    run.envs.reset(run.args.seed, begun=state.counters["env_steps"])
+    state.memory = state.network.initial_state(run.envs.num_envs)
+    state.normalizer.begin_episodes()
+    state.playing = True
