@@ -19,9 +19,10 @@ from rlhf_ppo.models.compare import SavedModelError
 from rlhf_ppo.models.lora import lora_config
 from rlhf_ppo.models.quiet_libraries import quiet_libraries
 from rlhf_ppo.pipeline.before_after import print_before_after
+from rlhf_ppo.pipeline.chat_session import chat
 from rlhf_ppo.pipeline.demo import DemoArgs, demo, print_paths
 from rlhf_ppo.pipeline.evaluate import EvaluateArgs, evaluate, print_evaluation
-from rlhf_ppo.pipeline.generate import GenerateArgs, chat, generate
+from rlhf_ppo.pipeline.generate import GenerateArgs, generate
 from rlhf_ppo.pipeline.replay import ReplayArgs, print_replay
 from rlhf_ppo.pipeline.reward_training import RewardTrainingArgs, train_reward_model
 from rlhf_ppo.pipeline.sft import SFTArgs, sft

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
+from rlhf_ppo.config.groups import RolloutSettings
 from rlhf_ppo.generation.decoding import FixedShape, Step, decode_step, sample_responses
 from rlhf_ppo.generation.rollout import SampledResponses, SamplingParams
 from rlhf_ppo.generation.stop_strings import StopStringDetector
@@ -39,27 +40,31 @@ class EngineError(RuntimeError):
     """An engine does not sample from this model's distribution."""
 
 
-def choose_engine(generation: Literal["auto", "dynamic", "static"], model: ActorCritic) -> Sampler:
-    """Return the engine of that name, checked on this model; "auto": static on a CUDA GPU if the model allows it.
+def choose_engine(args: RolloutSettings, model: ActorCritic) -> Sampler:
+    """Return the engine of ``args.generation``, checked on this model.
+
+    "auto" is static on a CUDA GPU if the model allows it and no setting needs the dynamic loop.
 
     Args:
-        generation: the setting.
+        args: the settings.
         model: on its device already.
     Raises:
         ValueError: the engine does not give this model's log-probs.
     """
     device = next(model.parameters()).device
-    if generation == "dynamic" or (generation == "auto" and device.type != "cuda"):
+    dynamic_only = args.max_turns > 1 or args.min_new_tokens > 0 or len(args.stop_strings) > 0
+    auto = args.generation == "auto"
+    if args.generation == "dynamic" or (auto and (dynamic_only or device.type != "cuda")):
         return sample_responses
     try:
         # Not compiled: the question is whether the model can use a cache of fixed size at all.
         _require_exact_logprobs(StaticEngine(compile_step=False), model, device)
     except Exception as error:
-        if generation == "auto":
+        if auto:
             return sample_responses
         name = type(without_adapter_wrapper(model.policy)).__name__
         raise ValueError(
-            f"generation={generation!r} does not work with model={name}: {error}; use generation='dynamic'"
+            f"generation={args.generation!r} does not work with model={name}: {error}; use generation='dynamic'"
         ) from error
     return StaticEngine(compile_step=device.type == "cuda")
 

@@ -1,4 +1,4 @@
-"""Text environments (OpenEnv clients, Gymnasium-like objects) as the other side of a conversation and its reward."""
+"""Text environments (OpenEnv clients, Gymnasium-like objects): they reply to the policy's turns and reward them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rlhf_ppo.data.chat import Messages
 @dataclass
 class _Episode:
     messages: Messages
-    """The conversation's own list; holding it keeps its id from being given to another."""
+    """The conversation's own list; holding it keeps its id from being reused."""
     environment: Any
     rewards: list[float] = field(default_factory=list)
     """One per turn."""
 
 
 class Environments:
-    """One environment per conversation: answers the policy's turns, and rewards each on its last token.
+    """One environment per conversation: it replies to the policy's turns, and rewards each on its last token.
 
     ``PPOTrainer(..., respond=environments, reward_funcs=environments.reward)``, with ``max_turns`` above 1. Each turn
     of the policy is one action; the observation is the reply. The prompt stands for what ``reset`` shows.
@@ -34,21 +34,21 @@ class Environments:
         action: Callable[[str], Any] = str,
         text: Callable[[Any], str] | None = None,
     ) -> None:
-        """Say how an environment is made and spoken to.
+        """Set how environments are made, how text becomes actions, and how observations become text.
 
         Args:
             make: from a prompt's messages to an environment with ``reset()`` and ``step(action)``. ``step`` returns
                 (observation, reward, done), Gymnasium's (observation, reward, terminated, truncated, info), or
                 OpenEnv's result with these as attributes. Of an OpenEnv client take the synchronous side:
                 ``lambda prompt: EchoEnv(base_url=...).sync()``.
-            action: the action that a turn's text stands for, such as ``lambda text: EchoAction(message=text)``.
-            text: an observation as text; None: it is text.
+            action: from a turn's text to an action, such as ``lambda text: EchoAction(message=text)``.
+            text: from an observation to text; None: observations are text.
         """
         self.make, self.action, self.text = make, action, text
         self._episodes: dict[int, _Episode] = {}
 
     def __call__(self, messages: Messages) -> str | None:
-        """The environment's observation after the policy's last turn, or None once the episode is done."""
+        """Step with the policy's last turn and return the observation, or None once the episode is done."""
         episode = self._episodes.get(id(messages))
         if episode is None:
             episode = self._episodes[id(messages)] = _Episode(messages, self.make(messages[:-1]))
@@ -76,7 +76,7 @@ class Environments:
         completion_turns: Sequence[Sequence[int]],
         **columns: Any,
     ) -> list[list[float]]:
-        """A reward function: what ``step`` gave for each turn, on its last token."""
+        """Return the reward that ``step`` gave for each turn, on its last token (this is a reward function)."""
         scores: list[list[float]] = []
         for messages, turns in zip(conversations, completion_turns, strict=True):
             rewards = self._end(messages)
@@ -85,24 +85,24 @@ class Environments:
         return scores
 
     def close_episodes(self) -> None:
-        """End the episodes still open; called when a rollout is over, or has failed."""
+        """Close the episodes still open; called when a rollout is over, or has failed."""
         episodes, self._episodes = list(self._episodes.values()), {}
         for episode in episodes:
             try:
                 _close(episode)
-            except Exception as error:  # the others are to be closed all the same
+            except Exception as error:  # close the others all the same
                 warnings.warn(f"an environment could not be closed: {type(error).__name__}: {error}", stacklevel=2)
 
     def _end(self, messages: Messages) -> list[float]:
         episode = self._episodes.pop(id(messages), None)
         if episode is None:
-            raise LookupError("this conversation was not led by these Environments: pass them as respond, too")
+            raise LookupError("this conversation was not held with these Environments: pass them as respond, too")
         _close(episode)
         return episode.rewards
 
 
 def _outcome(result: Any) -> tuple[Any, float, bool]:
-    """(observation, reward, done) of what ``step`` returned; an OpenEnv reward of None counts 0."""
+    """Read (observation, reward, done) from what ``step`` returned; an OpenEnv reward of None counts as 0."""
     result = _synchronous(result)
     if isinstance(result, tuple):
         if len(result) in (3, 5):
@@ -118,6 +118,7 @@ def _outcome(result: Any) -> tuple[Any, float, bool]:
 
 
 def _synchronous(result: Any) -> Any:
+    """Return the result, or refuse an awaitable one."""
     if inspect.isawaitable(result):
         if inspect.iscoroutine(result):
             result.close()  # nobody will await it

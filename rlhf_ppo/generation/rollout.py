@@ -21,15 +21,15 @@ class SamplingParams:
     """How responses are sampled, and where they end."""
 
     max_new_tokens: int
-    """Longest response in tokens (of one turn, where there are several)."""
+    """Maximum response length in tokens; in multi-turn runs, of each turn."""
     min_new_tokens: int = 0
-    """Stop tokens are masked out of the first so many tokens, and the distribution is renormalised."""
+    """Minimum response length: stop tokens are masked out, and their probability renormalized, until then."""
     temperature: float = 1.0
     """Divides the logits."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end a response; they are actions too, so they are recorded."""
     stop_strings: tuple[str, ...] = ()
-    """Texts that end a response; it is cut before them."""
+    """Strings that end a response; its text is cut before them."""
 
 
 class SampledResponses(NamedTuple):
@@ -118,7 +118,7 @@ class Rollout:
         return [(prompt, response) for prompt, response in counts]
 
     def sequences(self, rows: Sequence[int]) -> Sequences:
-        """Prompts and responses of some rows, trimmed to the longest of each."""
+        """Return prompts and responses of some rows, trimmed to the longest of each."""
         p, t = (max(1, *(self.token_counts[row][side] for row in rows)) for side in (0, 1))
         index = torch.tensor(rows, device=self.mask.device)
         return Sequences(
@@ -131,6 +131,6 @@ class Rollout:
         )
 
     def batches(self, rows: Sequence[int], max_tokens: int, *, padded: bool) -> list[list[int]]:
-        """``rows`` in groups of at most ``max_tokens`` tokens (see :func:`.token_batches`)."""
+        """Group ``rows`` into batches of at most ``max_tokens`` tokens (see :func:`.token_batches`)."""
         groups = token_batches([sum(self.token_counts[row]) for row in rows], max_tokens, padded=padded)
         return [[rows[i] for i in group] for group in groups]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ppo.data.detokenization import Before, GrowingText, TextPieces
+from rlhf_ppo.generation.rollout import SampledResponses
 
 
 class StopStringDetector:
@@ -35,3 +36,11 @@ class StopStringDetector:
 def cut_at_stop_string(text: str, strings: Sequence[str]) -> str:
     """Return ``text`` up to the first stop string in it."""
     return text[: min((place for string in strings if (place := text.find(string)) >= 0), default=len(text))]
+
+
+def response_texts(
+    sampled: SampledResponses, pieces: TextPieces, before: Sequence[Before], strings: Sequence[str]
+) -> list[str]:
+    """Decode responses behind what lies ``before`` each, and cut them at their first stop string."""
+    rows = zip(before, sampled.response_ids, sampled.mask, strict=True)
+    return [cut_at_stop_string(pieces.decode(start, ids[keep].tolist()), strings) for start, ids, keep in rows]

@@ -1,10 +1,9 @@
-"""Generating text with a trained model, by the sampler it was trained with: for prompts, a data set, or in a chat."""
+"""Generate completions of prompts or of a data set, with the sampler that the model was trained with."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -19,7 +18,7 @@ from rlhf_ppo.data.rows import prompt_rows
 from rlhf_ppo.data.tokenization import encode_prompts, fit_prompt, require_vocabulary, tokenize_prompt
 from rlhf_ppo.generation.decoding import sample_responses
 from rlhf_ppo.generation.rollout import SamplingParams
-from rlhf_ppo.generation.stop_strings import StopStringDetector, cut_at_stop_string
+from rlhf_ppo.generation.stop_strings import StopStringDetector, response_texts
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward_checks import probe
 from rlhf_ppo.models.loading import (
@@ -42,35 +41,35 @@ class GenerateArgs:
     """Sample completions of prompts from a model, or chat with it."""
 
     model: str
-    """Folder (an adapter's, too) or hub id, or "embedded"."""
+    """Folder of a model or adapter, hub id, or "embedded"."""
     prompt: tuple[str, ...] = ()
     """One or more prompts."""
     dataset: str | None = None
-    """Prompts from a hub id, a folder, or a csv, jsonl or parquet file (also .gz) instead."""
+    """Data set with the prompts instead: a hub id, a folder, or a csv, jsonl or parquet file (also .gz)."""
     split: str = "train"
     """Split of the data set."""
     prompt_column: str = "prompt"
     """Column with the prompts, text or chat messages."""
     output: str | None = None
-    """With dataset: the jsonl file to write, one row a completion, the data set's other columns beside it."""
+    """With dataset: jsonl file to write, one row per completion, with the data set's other columns."""
     chat_template: str | None = None
-    """Jinja chat template for the tokenizer, a file or the text itself. None: the tokenizer's own."""
+    """Jinja chat template for the tokenizer, a file or the text itself; None: the tokenizer's own."""
     chat: bool = False
-    """Talk to the model: lines from the keyboard or a pipe, until end of input or /exit."""
+    """Chat with the model: lines from the keyboard or a pipe, until end of input or /exit."""
     num_samples: int = 1
     """Completions per prompt."""
     batch_size: int = 32
-    """Completions made at the same time."""
+    """Completions sampled at once."""
     max_new_tokens: int = 48
-    """Longest completion in tokens."""
+    """Maximum completion length in tokens."""
     stop_strings: tuple[str, ...] | None = None
-    """Texts that end a completion and are left out of it; None: those of the run in the model's folder."""
+    """Strings that end a completion and are cut from it; None: those of the run in the model's folder."""
     temperature: float = 1.0
     """Divides the logits; below 1 is safer, above 1 wilder."""
     seed: int = 0
     """Seed of the draws."""
     device: str | None = None
-    """cuda, mps or cpu; None: the first of these that is there."""
+    """cuda, mps or cpu; None: the first of these that is available."""
     num_threads: int | None = None
     """CPU threads; None: 1 for models below ten million parameters, every usable CPU for others."""
 
@@ -88,7 +87,7 @@ class GenerateArgs:
         if (self.dataset is None) != (self.output is None):
             raise ValueError(f"dataset and output go together, got dataset={self.dataset!r} and output={self.output!r}")
         if self.chat and self.num_samples > 1:
-            raise ValueError(f"chat has one reply a turn, got num_samples={self.num_samples}")
+            raise ValueError(f"chat gives one reply per turn, got num_samples={self.num_samples}")
         for name, unread in (
             ("split", self.dataset is None),
             ("prompt_column", self.dataset is None),
@@ -99,18 +98,18 @@ class GenerateArgs:
 
 
 @dataclass(frozen=True)
-class Speaker:
-    """A loaded model that answers prompts."""
+class TextGenerator:
+    """A loaded model that completes prompts."""
 
     tokenizer: Any
     room: int | None
-    """Most tokens a prompt may have beside max_new_tokens; None: the model sets no limit."""
-    reply: Callable[[Sequence[Prompt]], list[str]]
+    """Maximum prompt length in tokens beside max_new_tokens; None: the model sets no limit."""
+    complete: Callable[[Sequence[Prompt]], list[str]]
     """[B] prompts -> [B] completions; an overlong prompt is an error."""
 
 
-def load_speaker(args: GenerateArgs) -> Speaker:
-    """The model of ``args`` with its sampler; its draws go on from call to call."""
+def load_generator(args: GenerateArgs) -> TextGenerator:
+    """Load the model of ``args`` with its sampler, whose random stream continues from call to call."""
     require_one_process()
     device = resolve_device(args.device)
     name = resolve_model(args.model)
@@ -134,27 +133,23 @@ def load_speaker(args: GenerateArgs) -> Speaker:
     )
     generator = torch.Generator(device).manual_seed(args.seed)
 
-    def reply(prompts: Sequence[Prompt]) -> list[str]:
-        prompt_ids, prompt_mask = encode_prompts(prompts, tokenizer, room=room, truncate=False, device=device)
+    def complete(prompts: Sequence[Prompt]) -> list[str]:
+        ids, mask = encode_prompts(prompts, tokenizer, room=room, truncate=False, device=device)
         pieces = TextPieces(tokenizer)
-        before = before_each(pieces, prompts, prompt_ids, prompt_mask)
-        strings = params.stop_strings
-        detector = StopStringDetector(pieces, strings, before) if strings else None
+        before = before_each(pieces, prompts, ids, mask)
+        detector = StopStringDetector(pieces, params.stop_strings, before) if params.stop_strings else None
         with torch_threads(args.num_threads, model):
-            sampled = sample_responses(
-                model, prompt_ids, prompt_mask, params, generator=generator, stop_detector=detector
-            )
-        rows = zip(before, sampled.response_ids, sampled.mask, strict=True)
-        return [cut_at_stop_string(pieces.decode(start, ids[keep].tolist()), strings) for start, ids, keep in rows]
+            sampled = sample_responses(model, ids, mask, params, generator=generator, stop_detector=detector)
+        return response_texts(sampled, pieces, before, params.stop_strings)
 
-    return Speaker(tokenizer, room, reply)
+    return TextGenerator(tokenizer, room, complete)
 
 
 def generate(args: GenerateArgs) -> list[tuple[Prompt, str]]:
-    """(prompt, completion) pairs, ``num_samples`` per prompt; those of a data set are also written to ``output``.
+    """Return (prompt, completion) pairs, ``num_samples`` per prompt; write those of a data set to ``output``, too.
 
     Every prompt is checked, and ``output`` opened, before the model is loaded. Completions are written batch by batch,
-    so that what was made is there if something fails later.
+    so that a later failure does not lose them.
 
     Raises:
         ValueError: a bad model, data set or prompt (names the row), or ``output`` cannot be written.
@@ -170,17 +165,17 @@ def generate(args: GenerateArgs) -> list[tuple[Prompt, str]]:
     pairs: list[tuple[Prompt, str]] = []
     if args.output is not None:
         _open(args.output, "a").close()
-    speaker = load_speaker(args)
+    generator = load_generator(args)
     # Without an output the completions themselves are printed.
     with ProgressDisplay("completions", len(rows), each="batch", quiet=args.output is None) as progress:
         progress.phase("generate")
         for start in range(0, len(rows), args.batch_size):
             batch = rows[start : start + args.batch_size]
-            completions = speaker.reply([row["prompt"] for row in batch])
+            completions = generator.complete([row["prompt"] for row in batch])
             pairs += zip([row["prompt"] for row in batch], completions, strict=True)
             if args.output is not None:
                 written = [{**row, "completion": text} for row, text in zip(batch, completions, strict=True)]
-                # An earlier run's completions stay until there are others to replace them.
+                # An earlier run's completions are kept until there are new ones to replace them.
                 with _open(args.output, "a" if start else "w") as file:
                     file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in written)
             progress.update(len(pairs))
@@ -190,7 +185,7 @@ def generate(args: GenerateArgs) -> list[tuple[Prompt, str]]:
 def require_prompts(
     prompts: Sequence[Prompt], names: Sequence[str], model: str, max_new_tokens: int, chat_template: str | None
 ) -> None:
-    """Raise a ValueError that names the first prompt that the model cannot read; its weights are not needed."""
+    """Raise a ValueError naming the first prompt that the model cannot read; its weights are not loaded."""
     name = resolve_model(model)
     config, tokenizer = load_config(name), with_chat_template(load_tokenizer(name), chat_template)
     room = prompt_room(config, max_new_tokens)
@@ -207,66 +202,3 @@ def _open(output: str, mode: Literal["a", "w"]) -> TextIO:
         return file.open(mode, encoding="utf-8")
     except OSError as error:
         raise ValueError(f"output {output} cannot be written ({error.strerror}): name another file") from None
-
-
-def chat(args: GenerateArgs, lines: Iterable[str] | None = None) -> None:
-    """Answer line after line, keeping what was said, until the lines end or one is /exit.
-
-    With a chat template lines are the user's messages; without one the model goes on writing one text, to which each
-    line is added. What no longer fits the context is forgotten, oldest first.
-
-    Args:
-        args: model and sampler.
-        lines: what the user says; None: standard input.
-    """
-    speaker = load_speaker(args)
-    interactive = lines is None and sys.stdin.isatty()
-    history: Prompt = [] if speaker.tokenizer.chat_template else ""
-    if interactive:
-        print("/exit or end of input ends the chat." + ("" if isinstance(history, list) else " No chat template: the "
-              "model goes on with the text."))  # fmt: skip
-    for line in _prompted(sys.stdin if lines is None else lines, interactive=interactive):
-        text = line.rstrip("\r\n")
-        if text.strip() == "/exit":
-            break
-        if not text.strip():
-            continue
-        history = history + text if isinstance(history, str) else [*history, {"role": "user", "content": text}]
-        history = forget(history, speaker)
-        (answer,) = speaker.reply([history])
-        print(answer.strip() if isinstance(history, list) else answer, flush=True)
-        reply = {"role": "assistant", "content": answer}
-        history = history + answer if isinstance(history, str) else [*history, reply]
-
-
-def _prompted(lines: Iterable[str], *, interactive: bool) -> Iterable[str]:
-    """The lines, each asked for with a "> " if someone is there to see it."""
-    source = iter(lines)
-    while True:
-        if interactive:
-            print("> ", end="", flush=True)
-        line = next(source, None)
-        if line is None:
-            return
-        yield line
-
-
-def forget(history: Prompt, speaker: Speaker) -> Prompt:
-    """The history without what does not fit beside a reply: whole turns of a chat (never its last), or a text's start.
-
-    Raises:
-        ValueError: the last message alone is too long.
-    """
-    if speaker.room is None:
-        return history
-    ids = tokenize_prompt(history, speaker.tokenizer, "chat")
-    if isinstance(history, str):
-        kept = speaker.room
-        while len(ids) > speaker.room:  # text cut between two tokens may have one more when it is read again
-            history = TextPieces(speaker.tokenizer, special=True).text(ids[-kept:])
-            ids, kept = tokenize_prompt(history, speaker.tokenizer, "chat"), kept - 1
-        return history
-    while len(ids) > speaker.room and len(history) > 2:
-        history = history[2:]
-        ids = tokenize_prompt(history, speaker.tokenizer, "chat")
-    return history

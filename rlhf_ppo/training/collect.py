@@ -19,7 +19,7 @@ from rlhf_ppo.data.detokenization import Before, TextPieces, before_each
 from rlhf_ppo.data.tokenization import encode_prompts
 from rlhf_ppo.generation.multi_turn import Respond, RespondError, sample_conversations
 from rlhf_ppo.generation.rollout import Rollout, SampledResponses, SamplingParams
-from rlhf_ppo.generation.stop_strings import StopStringDetector, cut_at_stop_string
+from rlhf_ppo.generation.stop_strings import StopStringDetector, response_texts
 from rlhf_ppo.rewards.scoring import Responses, score_responses, total_score
 from rlhf_ppo.rewards.validation import RewardError, Score
 from rlhf_ppo.runtime.device import autocast
@@ -89,11 +89,7 @@ class Collector:
             pieces = TextPieces(self.parts.tokenizer)
             before = before_each(pieces, prompts, prompt_ids, prompt_mask)
             sampled = self._sample(prompt_ids, prompt_mask, before, generator)
-        rows = zip(before, sampled.response_ids, sampled.mask, strict=True)
-        completions: list[Completion] = [
-            cut_at_stop_string(pieces.decode(start, ids[keep].tolist()), self.args.stop_strings)
-            for start, ids, keep in rows
-        ]
+        completions: list[Completion] = [*response_texts(sampled, pieces, before, self.args.stop_strings)]
         return Rollout(
             prompts,
             columns,

@@ -181,9 +181,7 @@ def set_up(
     probe_gradient(actor_critic, bf16=bf16, checkpoint=args.gradient_checkpointing)
     microbatch_tokens = args.microbatch_tokens or (1024 if device.type == "cpu" else 16384)
     with autocast(bf16, device):
-        needs_dynamic = args.max_turns > 1 or args.min_new_tokens > 0 or len(args.stop_strings) > 0
-        generation = "dynamic" if needs_dynamic else args.generation
-        sample = choose_engine(generation, actor_critic)
+        sample = choose_engine(args, actor_critic)
     return RunParts(
         device,
         tokenizer,

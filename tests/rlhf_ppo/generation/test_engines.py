@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from rlhf_ppo.config.groups import RolloutSettings
 from rlhf_ppo.data.tokenization import left_pad
 from rlhf_ppo.generation.decoding import sample_responses
 from rlhf_ppo.generation.engines import FixedLayer, StaticEngine, choose_engine
@@ -134,11 +135,17 @@ def test_a_step_that_cannot_be_compiled_is_a_warning(make, batch, monkeypatch):
     torch.testing.assert_close(static.logprobs, dynamic.logprobs, atol=1e-5, rtol=1e-5)
 
 
+def test_static_refuses_what_only_the_dynamic_loop_does(make, batch):
+    for limits in ({"min_new_tokens": 1}, {"stop_strings": ("a",)}):
+        with pytest.raises(ValueError, match="use generation='dynamic'"):
+            StaticEngine(compile_step=False)(make(), *batch, SamplingParams(max_new_tokens=8, **limits))
+
+
 # Choosing
 
 
 def test_auto_is_dynamic_without_a_gpu(make):
-    assert choose_engine("auto", make()) is sample_responses
+    assert choose_engine(RolloutSettings(generation="auto"), make()) is sample_responses
 
 
 def test_a_model_that_a_fixed_cache_misleads_is_refused(make, monkeypatch):
@@ -146,14 +153,14 @@ def test_a_model_that_a_fixed_cache_misleads_is_refused(make, monkeypatch):
     update = FixedLayer.update
     monkeypatch.setattr(FixedLayer, "update", lambda *states: (lambda k, v: (k, 2 * v))(*update(*states)))
     with pytest.raises(ValueError, match=r"'static' .* model=GPT2LMHeadModel: its log-probs are .*'dynamic'"):
-        choose_engine("static", make())
+        choose_engine(RolloutSettings(generation="static"), make())
 
 
 def test_a_model_without_a_cache_is_refused(make):
     model = make()
     model.reader.keeps_states = False
     with pytest.raises(ValueError, match=r"generation='static' does not work with model=.*cannot decode from a cache"):
-        choose_engine("static", model)
+        choose_engine(RolloutSettings(generation="static"), model)
 
 
 def test_an_unknown_engine_is_refused(make_trainer):

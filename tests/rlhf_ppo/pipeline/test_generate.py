@@ -1,20 +1,14 @@
-"""Generation: for prompts, for a data set, in a chat that remembers, and what it refuses."""
+"""Generation: for prompts and for a data set, and what it refuses."""
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import pytest
 
 from rlhf_ppo.cli import main
-from rlhf_ppo.pipeline.generate import GenerateArgs, Speaker, chat, forget, generate
-
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'][0] }}.{{ m['content'] }} {% endfor %}"
-    "{% if add_generation_prompt %}a.{% endif %}"
-)
+from rlhf_ppo.pipeline.generate import GenerateArgs, TextGenerator, generate
 
 
 @pytest.fixture
@@ -46,7 +40,7 @@ def test_a_data_set_becomes_a_file_with_its_other_columns(folder, capsys):
 )
 def test_every_row_is_checked_before_the_model_is_loaded(folder, make_model, monkeypatch, rows, message):
     make_model(vocab_size=28).save_pretrained("model")
-    monkeypatch.setattr("rlhf_ppo.pipeline.generate.load_speaker", lambda args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("rlhf_ppo.pipeline.generate.load_generator", lambda args: pytest.fail("the model was loaded"))
     Path("p.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in rows))
     with pytest.raises(ValueError, match=message):
         generate(GenerateArgs(model="model", dataset="p.jsonl", output="o.jsonl", max_new_tokens=3))
@@ -54,7 +48,7 @@ def test_every_row_is_checked_before_the_model_is_loaded(folder, make_model, mon
 
 @pytest.mark.parametrize("output", ["model", "prompts.jsonl/o.jsonl"])
 def test_an_output_that_cannot_be_written_is_one_line_before_the_model_is_loaded(folder, monkeypatch, capsys, output):
-    monkeypatch.setattr("rlhf_ppo.pipeline.generate.load_speaker", lambda args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("rlhf_ppo.pipeline.generate.load_generator", lambda args: pytest.fail("the model was loaded"))
     flags = f"generate --model model --dataset prompts.jsonl --prompt-column question --output {output}"
     assert main(flags.split()) == 2
     assert f"output {output} cannot be written" in capsys.readouterr().err
@@ -64,13 +58,15 @@ def test_an_output_that_cannot_be_written_is_one_line_before_the_model_is_loaded
 def test_a_failure_keeps_what_was_made_before_it_or_else_the_earlier_run(
     folder, tokenizer, monkeypatch, batch_size, kept
 ):
-    def reply(prompts):
+    def complete(prompts):
         if "the cow" in prompts:
             raise RuntimeError("out of memory")
         return ["ok"] * len(prompts)
 
     Path("o.jsonl").write_text('{"prompt": "earlier"}\n')
-    monkeypatch.setattr("rlhf_ppo.pipeline.generate.load_speaker", lambda args: Speaker(tokenizer, None, reply))
+    monkeypatch.setattr(
+        "rlhf_ppo.pipeline.generate.load_generator", lambda args: TextGenerator(tokenizer, None, complete)
+    )
     with pytest.raises(RuntimeError, match="out of memory"):
         generate(
             GenerateArgs(
@@ -114,55 +110,6 @@ def test_stop_tokens_and_the_least_length_are_the_runs(folder, tokenizer):
     assert max(len(text) for _, text in generate(GenerateArgs(**small))) > 3
 
 
-@pytest.mark.parametrize("template", [None, TEMPLATE])
-def test_a_chat_through_a_pipe_answers_each_line_until_exit(folder, tokenizer, monkeypatch, capsys, template):
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained("model")
-    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n\nyou\r\n/exit\nno more\n"))
-    assert main(["generate", "--model", "model", "--chat", "--max-new-tokens", "3", "--device", "cpu"]) == 0
-    assert len(capsys.readouterr().out.split("\n")) == 3  # two answers, and no prompt sign in a pipe
-
-
-def listening(monkeypatch, tokenizer, room: int | None = None) -> list:
-    """Replace the model by one that says "ok" and notes what it was asked."""
-    heard: list = []
-
-    def reply(prompts):
-        heard.extend(prompts)
-        return ["ok"] * len(prompts)
-
-    monkeypatch.setattr("rlhf_ppo.pipeline.generate.load_speaker", lambda args: Speaker(tokenizer, room, reply))
-    return heard
-
-
-def test_the_history_is_kept_as_messages_or_as_one_text(monkeypatch, tokenizer, capsys):
-    args = GenerateArgs(model="m", chat=True)
-    heard = listening(monkeypatch, tokenizer)
-    chat(args, ["once ", "upon"])
-    assert heard == ["once ", "once okupon"]
-    tokenizer.chat_template = TEMPLATE
-    heard = listening(monkeypatch, tokenizer)
-    chat(args, ["hi\n", "and\n"])
-    assert heard[1] == [
-        {"role": "user", "content": "hi"},
-        {"role": "assistant", "content": "ok"},
-        {"role": "user", "content": "and"},
-    ]
-    assert capsys.readouterr().out == "ok\n" * 4
-
-
-def test_what_no_longer_fits_is_forgotten_oldest_first(tokenizer):
-    """One token a character. "u.three a." is 10 tokens, with "u.one a.two " before it 22."""
-    assert forget("abcdefgh", Speaker(tokenizer, 5, lambda _: [])) == "defgh"
-    assert forget("abc", Speaker(tokenizer, None, lambda _: [])) == "abc"
-    tokenizer.chat_template = TEMPLATE
-    turns = [("user", "one"), ("assistant", "two"), ("user", "three")]
-    history = [{"role": role, "content": text} for role, text in turns]
-    assert forget(history, Speaker(tokenizer, 22, lambda _: [])) == history
-    assert forget(history, Speaker(tokenizer, 21, lambda _: [])) == history[2:]
-    assert forget(history, Speaker(tokenizer, 5, lambda _: [])) == history[2:]  # its own error follows
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -170,7 +117,7 @@ def test_what_no_longer_fits_is_forgotten_oldest_first(tokenizer):
         ({"prompt": ("a",), "chat": True}, "got prompt and chat"),
         ({"dataset": "x.jsonl"}, "dataset and output go together"),
         ({"prompt": ("a",), "output": "x"}, "dataset and output go together"),
-        ({"chat": True, "num_samples": 2}, "chat has one reply a turn"),
+        ({"chat": True, "num_samples": 2}, "chat gives one reply per turn"),
         ({"prompt": ("a",), "batch_size": 0}, "batch_size must be 1 or more"),
         ({"prompt": ("a",), "split": "test"}, "split='test' has no effect on prompt"),
         ({"chat": True, "prompt_column": "q"}, "prompt_column='q' has no effect on chat"),

@@ -1,0 +1,73 @@
+"""Chat with a model on the command line: a conversation that fits the context, line by line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+from rlhf_ppo.data.chat import Prompt
+from rlhf_ppo.data.detokenization import TextPieces
+from rlhf_ppo.data.tokenization import tokenize_prompt
+from rlhf_ppo.pipeline.generate import GenerateArgs, TextGenerator, load_generator
+
+
+def chat(args: GenerateArgs, lines: Iterable[str] | None = None) -> None:
+    """Answer line after line, with the conversation so far as context, until the lines end or one is /exit.
+
+    With a chat template, lines are user messages; without one, each line is appended to one text that the model
+    continues. What no longer fits into the context is dropped, oldest first.
+
+    Args:
+        args: model and sampler.
+        lines: the user's lines; None: standard input.
+    """
+    generator = load_generator(args)
+    interactive = lines is None and sys.stdin.isatty()
+    history: Prompt = [] if generator.tokenizer.chat_template else ""
+    if interactive:
+        print("/exit or end of input ends the chat."
+              + ("" if isinstance(history, list) else " No chat template: the model continues the text."))  # fmt: skip
+    for line in _prompted(sys.stdin if lines is None else lines, interactive=interactive):
+        text = line.rstrip("\r\n")
+        if text.strip() == "/exit":
+            break
+        if not text.strip():
+            continue
+        history = history + text if isinstance(history, str) else [*history, {"role": "user", "content": text}]
+        history = drop_oldest(history, generator)
+        (answer,) = generator.complete([history])
+        print(answer.strip() if isinstance(history, list) else answer, flush=True)
+        reply = {"role": "assistant", "content": answer}
+        history = history + answer if isinstance(history, str) else [*history, reply]
+
+
+def _prompted(lines: Iterable[str], *, interactive: bool) -> Iterable[str]:
+    """Yield the lines, each behind a "> " prompt if a person types them."""
+    source = iter(lines)
+    while True:
+        if interactive:
+            print("> ", end="", flush=True)
+        line = next(source, None)
+        if line is None:
+            return
+        yield line
+
+
+def drop_oldest(history: Prompt, generator: TextGenerator) -> Prompt:
+    """Drop what does not fit beside a reply: whole turns of a chat (never the last message), or a text's beginning.
+
+    The last message may still be too long; sampling it is an error.
+    """
+    if generator.room is None:
+        return history
+    ids = tokenize_prompt(history, generator.tokenizer, "chat")
+    if isinstance(history, str):
+        kept = generator.room
+        while len(ids) > generator.room:  # text cut between two tokens may have one more when it is encoded again
+            history = TextPieces(generator.tokenizer, special=True).text(ids[-kept:])
+            ids, kept = tokenize_prompt(history, generator.tokenizer, "chat"), kept - 1
+        return history
+    while len(ids) > generator.room and len(history) > 2:
+        history = history[2:]
+        ids = tokenize_prompt(history, generator.tokenizer, "chat")
+    return history
