@@ -71,7 +71,7 @@ class Rollout:
     values: Tensor | None
     """[B, T] the critic's value of the state before each token, or None without a critic."""
     completions: list[Completion] = field(default_factory=list)
-    """[B] the responses as text, special tokens left out; after several turns a chat's are messages."""
+    """[B] the responses as text, special tokens left out; of multi-turn chats, lists of messages."""
     ref_logprobs: Tensor | None = None
     """[B, T] the same tokens under the frozen reference."""
     scores: Tensor | None = None
@@ -87,7 +87,7 @@ class Rollout:
     cache_hit_fraction: float | None = None
     """Share of the scores that came from the cache, under cache_rewards."""
     sampled_logprobs: Tensor | None = None
-    """[B, T] log-probs as recorded while decoding, where recompute_logprobs has replaced them in ``logprobs``."""
+    """[B, T] log-probs as recorded during decoding, where recompute_logprobs has replaced them in ``logprobs``."""
     decode_gap: float | None = None
     """Largest |decoding log-prob - full forward log-prob| in nats, measured under recompute_logprobs."""
     banned: BannedTokens | None = None
@@ -103,12 +103,12 @@ class Rollout:
 
     @property
     def real(self) -> Tensor:
-        """[B, T] bool, True on every real token, an environment's included; without one, ``mask`` itself."""
+        """[B, T] bool, True on every token that is no padding, replies included; without replies, ``mask`` itself."""
         return self.mask if self.environment is None else self.mask | self.environment
 
     @property
     def lengths(self) -> Tensor:
-        """[B] tokens of each response that the policy chose."""
+        """[B] number of tokens that the policy chose in each response."""
         return self.mask.sum(dim=1)
 
     @cached_property
