@@ -59,7 +59,7 @@ docs: env ## Make the pages of metrics, tuning and settings, and the tables of d
 	$(BIN)/python -m rlhf_ppo.runtime.advice > docs/tuning.md
 	$(BIN)/python -m rlhf_ppo.settings_page > docs/settings.md
 	$(BIN)/python -m classic.settings_page > docs/classic-settings.md
-	$(BIN)/python -m rlhf_ppo.trl.fields docs/migrating-from-trl.md
+	$(BIN)/python -m rlhf_ppo.trl.page docs/migrating-from-trl.md
 
 trl-fields: ## Read the field list of TRL 1.12's PPO arguments again, with an interpreter that has trl: make trl-fields PEER=...
 	$(PEER) tests/rlhf_ppo/trl/dump_trl_fields.py > build/trl-fields.json

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from rlhf_ppo.trl.fields import ROWS, Row
+from rlhf_ppo.config.trl_names import ROWS, Row
 
 
 def _ours(row: Row) -> str:
     if not row.ours:
-        return f"not needed, or not here. {row.note}".rstrip()
-    return f"here it is {' and '.join(row.ours)}" + (f". {row.note}" if row.fate == "changed" else "")
+        return f"not needed, or not supported. {row.note}".rstrip()
+    return f"here it is {' and '.join(row.ours)}" + (f". {row.note}" if row.fate == "converted" else "")
 
 
 _OTHERS = {

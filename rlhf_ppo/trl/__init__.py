@@ -1,1 +1,1 @@
-"""Coming from TRL: where its arguments went."""
+"""Migrating from TRL: read, convert and document its PPO arguments."""
