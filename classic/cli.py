@@ -1,4 +1,4 @@
-"""The command line: `classic-ppo train ENV`, `compare ENV --vary a=1,2`; `evaluate`, `explain`, `advise` FOLDER."""
+"""The `classic-ppo` command: train ENV, compare ENV --vary a=1,2; evaluate, explain and advise FOLDER."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from classic import compare as comparison
 from classic.callbacks import evaluate_every, stop_at_return
@@ -29,7 +30,7 @@ from rlhf_ppo.runtime.settings import Command, run_command
 from rlhf_ppo.runtime.signals import Interrupted
 
 RUN_ENDERS = (BrokenEnvironmentError, NonFiniteGradientError, RatioTripwireError, OSError)
-"""What ends a run although its input was good; an OSError is a full disk, mostly."""
+"""Errors that end a run with good input; an OSError is a full disk, mostly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,17 +40,17 @@ class TrainCommand(PPOArgs):
     env: tyro.conf.Positional[str]
     """Environment id, such as CartPole-v1, or module:id to import a module first."""
     output_dir: str | None = None
-    """Where the run goes; None: runs/<env>-seed<seed>."""
+    """Folder of the run; None: runs/<env>-seed<seed>."""
     eval_episodes: int = 20
     """Episodes of the evaluation at the end."""
     eval_every: int = 0
-    """Rollouts between evaluations on the way, the best agent being kept in best/; 0: none."""
+    """Rollouts between evaluations while training; the best agent is saved in best/. 0: none."""
     stop_at_return: float | None = None
-    """End training once the mean return of the last 100 episodes reaches this; None: never."""
+    """Stop training once the mean return of the last 100 episodes reaches this; None: never."""
     resume: str | None = None
-    """Go on from a checkpoint: auto (the newest good one, a fresh start if there is none), its folder, or a run's."""
+    """Resume from a checkpoint: auto (the newest good one; a fresh start if there is none), its folder, or a run's."""
     resume_override: bool = False
-    """Resume although settings, steps or the environment have changed; what did is shown."""
+    """Resume although settings, steps or the environment have changed; the changes are shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,52 +62,53 @@ class EvaluateCommand:
     episodes: int = 20
     """Episodes to play."""
     seed: int | None = None
-    """Seed of the episodes and draws; None: the agent's, as in the evaluation at the end of training."""
+    """Seed of the episodes and sampled actions; None: the agent's, as in the evaluation at the end of training."""
     deterministic: bool = True
-    """Take the most likely action; False samples from the policy."""
+    """Take the most likely action; False: sample from the policy."""
     num_threads: int | None = None
     """Torch threads; None: as in training."""
     video: str | None = None
-    """Also play one episode into this file: an .mp4, a .gif, or a .png with a few moments of it; None: no video."""
+    """Also record one episode into this file: an .mp4, a .gif, or a .png with a few moments; None: no video."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareCommand(PPOArgs):
-    """Train variants of one setting over several seeds and compare them; run again, it goes on where it stopped."""
+    """Train variants of settings over several seeds and compare them; run again, it continues where it stopped."""
 
     env: tyro.conf.Positional[str]
     """Environment id, such as CartPole-v1."""
     output_dir: str | None = None
-    """Where the runs go, in <variant>/seed<k>/; None: runs/compare-<env>."""
+    """Folder of the runs, each in <variant>/seed<k>/; None: runs/compare-<env>."""
     vary: tuple[str, ...]
-    """What differs, as name=value,value: num_epochs=1,4,10 or objective=clip,a2c; several: every combination."""
+    """Settings to vary, as name=value,value: num_epochs=1,4,10 or objective=clip,a2c; several: every combination."""
     seeds: int = 5
-    """Runs of each variant, with seeds from --seed on."""
+    """Runs of each variant, with consecutive seeds from --seed."""
     eval_episodes: int = 20
     """Episodes of the evaluation after each run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExplainCommand:
-    """Make one more update in memory, schedules at their start, and explain it; the folder stays as it is."""
+    """Make one more update in memory, with schedules at their start, and explain it; the folder is unchanged."""
 
     folder: tyro.conf.Positional[str]
     """Folder of a run, or any folder written by agent.save."""
     max_rows: int = 60
     """Rows to print, 1 or more."""
     picture: str | None = None
-    """PNG to draw the first environment copy's steps to; None: no picture."""
+    """PNG file for a plot of the first environment copy's steps; None: no picture."""
 
 
 def train(command: TrainCommand) -> int:
-    """`classic-ppo train ENV`: learn, save, evaluate, say where everything is.
+    """Run `classic-ppo train ENV`: learn, save, evaluate, print where everything is.
 
-    1 for a run that failed, 130 after Ctrl-C, 143 after SIGTERM; the agent is saved as it is then.
+    Returns:
+        The exit code: 0, 1 for a run that failed, 130 after Ctrl-C, 143 after SIGTERM; the agent is saved in any case.
     """
     if command.eval_episodes < 1:
         raise ValueError(f"eval_episodes must be 1 or more, got {command.eval_episodes}")
     if command.resume_override and command.resume is None:
-        raise ValueError("resume_override=True is about a checkpoint to go on from: set resume")
+        raise ValueError("resume_override=True is about a checkpoint to resume from: set resume")
     given = _args(command)
     given["output_dir"] = command.output_dir or f"runs/{_file_name(command.env)}-seed{command.seed}"
     agent = PPO(command.env, PPOArgs(**given))
@@ -130,13 +132,13 @@ def train(command: TrainCommand) -> int:
             resume_override=command.resume_override,
         )
     except Interrupted as stop:
-        print(f"{stop}; {_rescued(agent, given['output_dir'])}", file=sys.stderr)
+        print(f"{stop}; {_rescued(agent.network, agent.save, given['output_dir'])}", file=sys.stderr)
         return stop.exit_code
     except RUN_ENDERS as error:
         if agent.counters["iteration"] == 0:
             raise  # nothing was learned, or it was not even begun
         code = _failed(error)
-        print(_rescued(agent, given["output_dir"]), file=sys.stderr)
+        print(_rescued(agent.network, agent.save, given["output_dir"]), file=sys.stderr)
         return code
     folder = given["output_dir"]
     table = Table(title=f"{command.env}: {agent.counters['env_steps']:,} steps in {seconds:.1f} s", show_header=False)
@@ -149,7 +151,7 @@ def train(command: TrainCommand) -> int:
 
 
 def evaluate(command: EvaluateCommand) -> None:
-    """`classic-ppo evaluate FOLDER`: play episodes with a saved agent."""
+    """Run `classic-ppo evaluate FOLDER`: play episodes with a saved agent."""
     require_threads(command.num_threads)
     agent = PPO.load(command.folder)
     agent.args = dataclasses.replace(agent.args, num_threads=command.num_threads or agent.args.num_threads)
@@ -164,7 +166,7 @@ def evaluate(command: EvaluateCommand) -> None:
 
 
 def explain(command: ExplainCommand) -> None:
-    """`classic-ppo explain FOLDER`: rewards, values, advantages and ratios of one more update."""
+    """Run `classic-ppo explain FOLDER`: rewards, values, advantages and ratios of one more update."""
     if command.max_rows < 1:
         raise ValueError(f"max_rows must be 1 or more, got {command.max_rows}")
     agent = PPO.load(command.folder)
@@ -176,7 +178,7 @@ def explain(command: ExplainCommand) -> None:
 
 
 def compare(command: CompareCommand) -> int:
-    """`classic-ppo compare ENV --vary ...`: train what is not there yet, then the table and the picture."""
+    """Run `classic-ppo compare ENV --vary ...`: train the missing runs, then print the table and draw the picture."""
     args = PPOArgs(**_args(command))
     folder = Path(command.output_dir or f"runs/compare-{_file_name(command.env)}")
     changes = comparison.read_variants(command.vary)
@@ -185,7 +187,7 @@ def compare(command: CompareCommand) -> int:
             command.env, args, changes, seeds=command.seeds, episodes=command.eval_episodes, folder=folder
         )
     except KeyboardInterrupt as stop:
-        print(f"interrupted; finished runs stay in {folder}, and the same command goes on from there", file=sys.stderr)
+        print(f"interrupted; finished runs stay in {folder}; the same command continues from there", file=sys.stderr)
         return stop.exit_code if isinstance(stop, Interrupted) else 130
     table = Table(title=f"{command.env}, {max(variant.env_steps for variant in variants):,} steps a run")
     for column in ("variant", "seeds", "IQM of the return [95 %]", "mean +- standard error", "worst seed"):
@@ -198,21 +200,21 @@ def compare(command: CompareCommand) -> int:
     return 0
 
 
-def _rescued(agent: PPO, folder: str) -> str:
-    """Save the agent of a run that ended early, and say where it lies and how the run goes on."""
-    if not all(parameter.isfinite().all() for parameter in agent.network.parameters()):
-        said = "the agent was not saved: its weights are not finite"
+def _rescued(network: nn.Module, save: Callable[[str], Path], folder: str) -> str:
+    """Save the agent of a run that ended early; return where it lies and how the run resumes."""
+    if not all(parameter.isfinite().all() for parameter in network.parameters()):
+        said = "the agent was not saved: its weights are non-finite"
     else:
         try:
-            said = f"the agent as it is lies in {agent.save(folder)}"
+            said = f"the agent as it is lies in {save(folder)}"
         except OSError as error:  # most likely the full disk that ended the run
             said = f"the agent could not be saved: {error}"
     # Without save_every there are checkpoints only if a signal came.
-    return said + ("; --resume auto goes on" if list_checkpoints(folder) else "")
+    return said + ("; --resume auto continues" if list_checkpoints(folder) else "")
 
 
 def _failed(error: Exception) -> int:
-    """Say why a run failed; a crash of the environment's own comes with its traceback."""
+    """Print why a run failed, with the traceback of a crash inside the environment."""
     if error.__cause__ is not None and not isinstance(error, OSError):
         traceback.print_exception(error.__cause__)
     print(f"error: {error}", file=sys.stderr)
@@ -251,9 +253,10 @@ COMMANDS: dict[str, Command] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `classic-ppo`; returns the exit code.
+    """Run `classic-ppo`.
 
-    0, 1 for a failed run, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
+    Returns:
+        The exit code: 0, 1 for a failed run, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
     """
     try:
         return run_command("classic-ppo", COMMANDS, argv)

@@ -1,4 +1,4 @@
-"""Ablations: the same environment under several settings, over several seeds, as a table and a picture."""
+"""Compare settings on one environment over several seeds, as a table and a picture."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from rlhf_ppo.runtime.statistics import bootstrap_iqm, mean_and_error
 RESULT = "result.json"
 NEEDED = ("env_id", "episodes", "settings", "env_steps", "mean_return")
 SEEDING = "independent"
-"""How the episodes of a run follow from its seed; in earlier versions neighbouring seeds shared some."""
+"""How episodes are seeded; in earlier versions neighbouring seeds shared some."""
 CURVE_POINTS = 100
 
-# What may differ between a finished run and the same run asked for again.
+# Settings that may differ between a finished run and the same run asked for again.
 NOT_COMPARED = ("output_dir", "quiet", "eval_envs")
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One column of settings, its finished runs, and what they say."""
+    """The finished runs of one variant of the settings."""
 
     name: str
     """The varied settings, such as ``num_epochs=4``."""
     folders: list[Path]
-    """One folder a seed."""
+    """One folder per seed."""
     returns: np.ndarray
     """[seeds] mean return of the final policy, deterministic actions."""
     env_steps: int
@@ -46,7 +46,7 @@ class Variant:
 
 
 def read_variants(words: Sequence[str]) -> list[dict[str, Any]]:
-    """``name=value,value`` words as settings to replace, every combination of them.
+    """Read ``name=value,value`` words as settings to vary; return every combination.
 
     Values are YAML: ``num_epochs=1,4,10``, ``normalize_advantages=true,false``, ``hidden_sizes=[64,64],[32]``.
 
@@ -76,31 +76,31 @@ def read_variants(words: Sequence[str]) -> list[dict[str, Any]]:
 def compare(
     env_id: str, args: PPOArgs, changes: Sequence[Mapping[str, Any]], *, seeds: int, episodes: int, folder: str | Path
 ) -> list[Variant]:
-    """Train ``args`` with each of ``changes`` over seeds ``args.seed`` and on; runs already finished are read instead.
+    """Train ``args`` with each of ``changes`` over consecutive seeds from ``args.seed``; finished runs are only read.
 
     Args:
         env_id: the environment.
         args: settings common to all variants.
         changes: settings that make a variant.
         seeds: runs of each variant; variants share their seeds.
-        episodes: length of the evaluation after each run.
+        episodes: how many the evaluation after each run plays.
         folder: ``<folder>/<variant>/seed<k>/`` is one run.
     Raises:
-        ValueError: settings contradict each other, or two variants are the same (both before any training), or a
-            finished run has other settings.
+        ValueError: settings contradict each other, two variants are the same (both before any training), or a finished
+            run has other settings.
     """
     if seeds < 1 or episodes < 1:
         raise ValueError(f"seeds and episodes must be 1 or more, got seeds={seeds} and episodes={episodes}")
     wanted = []
     for change in changes:
-        # With the preset's values, so that a run finished under another preset is not taken for one under this.
+        # Resolved, so that a run finished under another preset is not taken for one under this.
         name = _name(change)
         if name in dict(wanted):
             raise ValueError(f"two variants are {name}: name each value once")
         variant = dataclasses.replace(args, **change, output_dir=str(Path(folder) / name))
         wanted.append((name, resolve(variant, env_id)))
     variants = []
-    # Seed by seed, so that a comparison stopped early is still one.
+    # Seed by seed, so that a comparison stopped early is complete for its seeds.
     results: dict[str, list[dict[str, Any]]] = {name: [] for name, _ in wanted}
     for seed in range(args.seed, args.seed + seeds):
         for name, variant in wanted:
@@ -138,7 +138,7 @@ def _settings(args: PPOArgs) -> dict[str, Any]:
 def _finished(path: Path, env_id: str, args: PPOArgs, episodes: int) -> dict[str, Any] | None:
     if not (path / RESULT).is_file():
         return None
-    remedy = "remove it, and the run is made again"
+    remedy = "remove it, and the run is repeated"
     result = read_json(path / RESULT, remedy)
     if missing := [name for name in NEEDED if name not in result]:
         raise ValueError(f"{path / RESULT} is damaged (it has no {', '.join(missing)}): {remedy}")
@@ -177,7 +177,7 @@ def _train(path: Path, env_id: str, args: PPOArgs, episodes: int) -> dict[str, A
 
 
 def rows(variants: Sequence[Variant]) -> list[tuple[str, str, str, str, str]]:
-    """Table rows: variant, seeds, IQM with its 95 % interval, mean and standard error, worst seed."""
+    """Return table rows: variant, seeds, IQM with its 95 % interval, mean and standard error, worst seed."""
     lines = []
     for variant in variants:
         middle, low, high = bootstrap_iqm([variant.returns])
@@ -194,7 +194,7 @@ def rows(variants: Sequence[Variant]) -> list[tuple[str, str, str, str, str]]:
 
 
 def draw(variants: Sequence[Variant], path: str | Path, *, title: str) -> Path:
-    """Learning curves: the IQM over seeds of the training return, with its 95 % bootstrap band, and the final returns.
+    """Draw learning curves (the IQM over seeds of the training return with its 95 % bootstrap band) and final returns.
 
     Returns:
         The PNG's path.
@@ -224,7 +224,7 @@ def draw(variants: Sequence[Variant], path: str | Path, *, title: str) -> Path:
 
 
 def draw_learning_curve(axes: Any, variant: Variant, color: str) -> None:
-    """The IQM over seeds of the training return, and its 95 % bootstrap band; nothing where no step is in all."""
+    """Draw the IQM over seeds of the training return and its 95 % bootstrap band, over steps of all seeds."""
     if (curve := _curve(variant)) is not None:
         steps, middle, low, high = curve
         axes.plot(steps, middle, linewidth=1.8, color=color)
@@ -232,7 +232,7 @@ def draw_learning_curve(axes: Any, variant: Variant, color: str) -> None:
 
 
 def _curve(variant: Variant) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
-    """(steps, iqm, low, high), each [CURVE_POINTS], where every seed has a value; None where that is nowhere."""
+    """Return (steps, iqm, low, high), each [CURVE_POINTS], over the steps that all seeds have; None without any."""
     runs = []
     for folder in variant.folders:
         points = [

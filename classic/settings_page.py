@@ -1,4 +1,4 @@
-"""The documentation page of `classic-ppo`'s settings and presets: python -m classic.settings_page."""
+"""Write the documentation page of `classic-ppo`'s settings and presets: python -m classic.settings_page."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ HEAD = """\
 # Settings of `classic-ppo`
 
 In Python a field of `PPOArgs`, in a YAML file (`--config FILE`) a key, on the command line a flag (`num_envs` is
-`--num-envs`; a flag wins over the file). What is not given comes from the environment's preset (below), else it is the
-default shown here. This page is generated: `make docs`. Those of `rlhf-ppo`: [settings.md](settings.md).
+`--num-envs`; a flag wins over the file). Settings that are not given come from the environment's preset (below), else
+they have the default shown here. This page is generated: `make docs`. Settings of `rlhf-ppo`:
+[settings.md](settings.md).
 
 """
 
 
 def settings_page() -> str:
-    """`docs/classic-settings.md`, made from the commands' dataclasses and the preset files."""
+    """Return `docs/classic-settings.md`, made from the commands' dataclasses and the preset files."""
     presets = [
         f"| {env_id} | {', '.join(f'`{name}={value}`' for name, value in preset(env_id).items())} |\n"
         for env_id in preset_ids()

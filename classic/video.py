@@ -31,8 +31,8 @@ def record_video(agent: PPO, file: str | Path, *, episodes: int = 1, seed: int =
     """Play whole episodes in one copy and write its frames to a file.
 
     Args:
-        agent: made from an id, or from an environment or a function that has ``render_mode="rgb_array"``. On one
-            environment this plays instead of training, which begins a new episode afterwards.
+        agent: made from an id, or from an environment or a function with ``render_mode="rgb_array"``. If made from one
+            environment, training begins a new episode on it afterwards.
         file: ``*.mp4``, ``*.gif``, or ``*.png``: a few of the frames side by side, from the first to the last.
         episodes: how many, one after another.
         seed: of the episodes, which are neither training's nor an evaluation's.
@@ -42,8 +42,8 @@ def record_video(agent: PPO, file: str | Path, *, episodes: int = 1, seed: int =
     Warns:
         UserWarning: an episode was cut (``eval_max_steps``), or only every n-th frame is shown (``MAX_FRAMES``).
     Raises:
-        ValueError: another ending, a negative seed, or the environment does not draw itself.
-        ModuleNotFoundError: a package for drawing or writing is missing; says how to install it.
+        ValueError: another file type, a negative seed, or the environment has no pictures.
+        ModuleNotFoundError: a package for rendering or writing is missing; says how to install it.
     """
     file = Path(file)
     if file.suffix not in (".mp4", ".gif", ".png"):
@@ -140,12 +140,12 @@ def _stage(run: Run, state: TrainState) -> Iterator[gymnasium.Env]:
             )
         yield copy
     except gymnasium.error.DependencyNotInstalled as error:
-        raise ModuleNotFoundError(f"environment {run.env_id!r} cannot draw itself: {error} (or: {INSTALL})") from None
+        raise ModuleNotFoundError(f"environment {run.env_id!r} cannot be rendered: {error} (or: {INSTALL})") from None
     except (BrokenEnvironmentError, ModuleNotFoundError, ValueError):
         raise
     except CRASHES as error:
         raise BrokenEnvironmentError(
-            f"environment {run.env_id!r} failed while it was filmed: {type(error).__name__}: {error}"
+            f"environment {run.env_id!r} failed while it was recorded: {type(error).__name__}: {error}"
         ) from error
     finally:
         if made is None:

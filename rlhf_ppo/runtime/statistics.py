@@ -1,4 +1,4 @@
-"""Comparing few runs honestly: the interquartile mean and its bootstrap interval."""
+"""Compare few runs: the interquartile mean and its bootstrap interval."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ RESAMPLES = 2000
 
 
 def iqm(scores: np.ndarray) -> np.ndarray:
-    """Interquartile mean over the last axis: the mean of the middle half of the values.
+    """Compute the interquartile mean over the last axis: the mean of the middle half of the values.
 
-    A value that straddles a quartile counts by the share of it that lies inside, so any number of runs will do. One
-    lucky or failed seed moves it less than the mean, and it wastes less data than the median.
+    A value that straddles a quartile counts with the share inside, so any number of runs works. One lucky or failed
+    seed moves it less than the mean, and it discards less data than the median.
 
     Args:
-        scores: [..., n] one value a run, n at least 1.
+        scores: [..., n] one value per run, n at least 1.
     Returns:
         [...] the means.
     Source: Agarwal et al., "Deep RL at the Edge of the Statistical Precipice" (2021), section 4.3; the fractional
@@ -32,14 +32,14 @@ def iqm(scores: np.ndarray) -> np.ndarray:
 def bootstrap_iqm(
     strata: Sequence[np.ndarray], *, level: float = 0.95, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The IQM of all runs, and the interval that resampling the runs of each stratum with replacement gives.
+    """Compute the IQM of all runs and its bootstrap interval, from resampling the runs of each stratum.
 
     Args:
         strata: one [..., n] array for each environment, its runs last; resampling never mixes environments.
         level: share of resamples within the interval.
-        seed: of the resampling, so that a table can be made again.
+        seed: of the resampling, so that a table is reproducible.
     Returns:
-        (iqm, low, high), each [...]. With one run the interval is that run's value: it says nothing.
+        (iqm, low, high), each [...]. With one run the interval is that run's value and means nothing.
     """
     draw = np.random.default_rng(seed)
     resampled = []
@@ -52,10 +52,10 @@ def bootstrap_iqm(
 
 
 def mean_and_error(scores: np.ndarray) -> str:
-    """Mean and standard error over runs, for a table; the mean alone where there is one run.
+    """Format mean and standard error over runs for a table; only the mean of a single run.
 
     Args:
-        scores: [n] one value a run.
+        scores: [n] one value per run.
     """
     n = len(scores)
     error = f" +- {scores.std(ddof=1) / np.sqrt(n):.1f}" if n > 1 else ""

@@ -106,7 +106,7 @@ def test_an_environment_that_breaks_late_loses_nothing_learned(fault, tmp_path, 
     assert main([*words, "--output-dir", str(folder), "--env-kwargs", "at", "40", "--save-every", "1"]) == 1
     err = capsys.readouterr().err
     where = rf"error: environment 'tests/Faulty_{fault}-v0'.* step 40: .*\n"
-    assert re.search(where + rf"the agent as it is lies in {re.escape(str(folder))}; --resume auto goes on\n$", err)
+    assert re.search(where + rf"the agent as it is lies in {re.escape(str(folder))}; --resume auto continues\n$", err)
     assert _iteration(folder) == 2
     # The user's own traceback, and not ours around it.
     assert ("ZeroDivisionError: the simulator exploded" in err) == ("Traceback" in err) == (fault == "crash")
@@ -135,7 +135,7 @@ def test_an_agent_that_diverged_is_saved_while_its_weights_are_finite(tmp_path, 
     assert _iteration(tmp_path / "finite") == 5
     diverge(float("nan"))
     assert main([*words, "--output-dir", str(tmp_path / "nan")]) == 1
-    assert capsys.readouterr().err.endswith("the agent was not saved: its weights are not finite\n")
+    assert capsys.readouterr().err.endswith("the agent was not saved: its weights are non-finite\n")
     assert not (tmp_path / "nan" / "agent.json").exists()
 
 
@@ -158,7 +158,7 @@ def test_a_full_disk_is_one_line_and_the_agent_is_saved_where_it_can_be(what, tm
     error, rescued = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ") and "No space left on device" in error
     if what == "agent":
-        assert rescued.startswith("the agent could not be saved: ") and rescued.endswith("; --resume auto goes on")
+        assert rescued.startswith("the agent could not be saved: ") and rescued.endswith("; --resume auto continues")
         assert not (tmp_path / "agent.json").exists()
     else:
         assert rescued == f"the agent as it is lies in {tmp_path}" and _iteration(tmp_path) == 1
@@ -182,7 +182,7 @@ def test_a_signal_outside_training_leaves_no_traceback(stop, words, code, capsys
     [
         (["train", "CartPol-v1"], "Did you mean: `CartPole`"),
         (["train", "CartPole-v1", "--dual-clip", "2"], "dual_clip=2.0"),
-        (["train", "CartPole-v1", "--resume-override"], "resume_override=True is about a checkpoint to go on from"),
+        (["train", "CartPole-v1", "--resume-override"], "resume_override=True is about a checkpoint to resume from"),
         (["evaluate", "no-such-folder"], "no saved agent in no-such-folder"),
         (["trian"], "did you mean 'train'"),
     ],

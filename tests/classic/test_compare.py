@@ -89,7 +89,7 @@ def test_a_damaged_result_is_named_with_what_to_do(trained, tmp_path, capsys):
         result.write_text(text)
         assert main(command) == 2
         err = capsys.readouterr().err
-        assert f"{result} is damaged ({why}" in err and "remove it, and the run is made again" in err
+        assert f"{result} is damaged ({why}" in err and "remove it, and the run is repeated" in err
 
 
 def test_a_run_under_another_preset_is_not_taken_for_this_one(trained, tmp_path, capsys, monkeypatch):

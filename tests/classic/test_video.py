@@ -76,7 +76,7 @@ class Leaves(Drawn):
 
 
 def test_an_environment_that_exits_does_not_end_the_program_as_if_all_were_well(small, tmp_path):
-    with pytest.raises(classic.BrokenEnvironmentError, match="'Leaves' failed while it was filmed: SystemExit"):
+    with pytest.raises(classic.BrokenEnvironmentError, match="'Leaves' failed while it was recorded: SystemExit"):
         record_video(classic.PPO(Leaves, small()), tmp_path / "a.gif")
 
 
@@ -108,6 +108,6 @@ def test_what_cannot_be_drawn_is_refused(small, tmp_path):
 def test_a_missing_drawing_package_is_said(small, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pygame", None)
     with pytest.raises(
-        ModuleNotFoundError, match=r"'CartPole-v1' cannot draw itself: .*pip install 'rlhf-ppo\[video\]'"
+        ModuleNotFoundError, match=r"'CartPole-v1' cannot be rendered: .*pip install 'rlhf-ppo\[video\]'"
     ):
         record_video(classic.PPO("CartPole-v1", small()), tmp_path / "a.gif")
