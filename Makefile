@@ -12,7 +12,7 @@ MUTATION := build/mutation
 MUTATION_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HYPOTHESIS_PROFILE=mutation
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo train-cartpole test test-all test-architectures soak check lint types docs trl-fields audit mutation clean
+.PHONY: help env demo train-cartpole test test-all test-shake test-versions test-architectures soak check lint types docs trl-fields audit mutation clean
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -47,6 +47,12 @@ test: check ## Lint, types and the tests
 test-all: check ## The same with the long learning runs
 	$(TEST_ENV) $(BIN)/pytest -n 2
 
+test-shake: env ## The tests on other kinds of CPU, and each learning test on twenty seeds; about half an hour
+	$(TEST_ENV) $(BIN)/python -P tests/shake.py
+
+test-versions: env ## The tests with the oldest and the newest transformers, peft, datasets and gymnasium that pyproject.toml allows
+	$(TEST_ENV) $(PYTHON) tests/versions.py
+
 test-architectures: env ## Every causal architecture of transformers, tiny: right or refused; writes the table of docs/models.md
 	$(TEST_ENV) $(BIN)/python -P tests/architectures.py --write docs/models.md
 
@@ -60,6 +66,7 @@ docs: env ## Make the pages of metrics, tuning and settings, and the tables of d
 	$(BIN)/python -m rlhf_ppo.settings_page > docs/settings.md
 	$(BIN)/python -m classic.settings_page > docs/classic-settings.md
 	$(BIN)/python -m rlhf_ppo.trl.page docs/migrating-from-trl.md
+	$(BIN)/python docs/module_map.py
 
 trl-fields: ## Read the field list of TRL 1.12's PPO arguments again, with an interpreter that has trl: make trl-fields PEER=...
 	$(PEER) tests/rlhf_ppo/trl/dump_trl_fields.py > build/trl-fields.json

@@ -9,10 +9,28 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import pytest
 import torch
 
 # Tiny networks on a shared machine: a second thread costs more than it brings.
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("RLHF_PPO_TEST_THREADS", "1")))
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so would what they start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--learning-seeds", type=int, default=1, help="run each learning test on this many seeds")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that learns takes ``learning_seed``: 0, or each of --learning-seeds."""
+    if "learning_seed" in metafunc.fixturenames:
+        seeds = range(metafunc.config.getoption("--learning-seeds"))
+        metafunc.parametrize("learning_seed", seeds, ids=[f"seed{seed}" for seed in seeds])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "learning_seed" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.learning)

@@ -240,9 +240,9 @@ def banned(code: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("file", CODE, ids=[str(file.relative_to(ROOT)) for file in CODE])
-def test_faults_17_28_33_no_file_runs_text_as_code_opens_a_pickle_or_trusts_remote_code(file):
-    assert not banned(file.read_text(encoding="utf-8"))
+def test_faults_17_28_33_no_file_runs_text_as_code_opens_a_pickle_or_trusts_remote_code():
+    found = {str(file.relative_to(ROOT)): banned(file.read_text(encoding="utf-8")) for file in CODE}
+    assert len(found) > 100 and not {name: calls for name, calls in found.items() if calls}
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,6 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
 ROWS = {
@@ -44,6 +42,7 @@ def test_every_topic_and_every_mistake_has_a_test():
     assert len(rows) > 35 and all("](../tests/" in row for row in rows)
 
 
-@pytest.mark.parametrize(("name", "file"), LINKS, ids=[name for name, _ in LINKS])
-def test_each_test_that_a_page_names_is_there(name, file):
-    assert name in names_in(file)
+def test_each_test_that_a_page_names_is_there():
+    known = {file: names_in(file) for _, file in LINKS if (ROOT / file).is_file()}
+    assert len(LINKS) > 250
+    assert not [f"{file}::{name}" for name, file in LINKS if name not in known.get(file, ())]

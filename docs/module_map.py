@@ -1,0 +1,44 @@
+"""Write the module map of docs/architecture.md: each package and module with the first line of its docstring."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "architecture.md"
+START = "<!-- module map: made by `make docs` -->\n"
+PACKAGES = ["core", "core/kernels", "runtime", "config", "data", "models", "generation", "rewards", "training"]
+ABOVE = ["pipeline", "trl"]
+
+
+def first_line(file: Path) -> str:
+    """Return the first line of a module's docstring."""
+    return (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+
+
+def section(folder: Path) -> str:
+    """Return a package's heading and a table of its modules."""
+    name, line = folder.relative_to(ROOT), first_line(folder / "__init__.py")
+    rows = [
+        f"| [{file.name}](../{file.relative_to(ROOT)}) | {first_line(file)} |"
+        for file in sorted(folder.glob("*.py"))
+        if file.name != "__init__.py"
+    ]
+    return "\n".join([f"### `{name}/`", "", line, "", "| module | |", "|---|---|", *rows, ""])
+
+
+def module_map() -> str:
+    """Return the whole map, packages in the order of their imports."""
+    folders = [ROOT / "rlhf_ppo" / name for name in [*PACKAGES, *ABOVE]] + [ROOT / "rlhf_ppo", ROOT / "classic"]
+    folders += [folder for folder in sorted((ROOT / "classic").iterdir()) if (folder / "__init__.py").is_file()]
+    return "\n".join(section(folder) for folder in folders)
+
+
+def page() -> str:
+    """Return docs/architecture.md with the map as it should be."""
+    return PAGE.read_text(encoding="utf-8").partition(START)[0] + START + "\n" + module_map()
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
