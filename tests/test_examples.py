@@ -8,9 +8,12 @@ import json
 import random
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+
+from rlhf_ppo import RLHFConfig
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -24,6 +27,16 @@ def load(name: str) -> ModuleType:
     return module
 
 
+def small(module: ModuleType) -> ModuleType:
+    """The example with 8 responses a rollout, of at most 8 tokens."""
+
+    def config(**settings: Any) -> RLHFConfig:
+        return RLHFConfig(**{**settings, "rollout_batch_size": 8, "max_new_tokens": 8})
+
+    module.RLHFConfig = config
+    return module
+
+
 def test_own_loop_reaches_the_closed_form_optimum():
     now, best = load("own_loop.py").main(["--iterations", "60"])
     # Uniform play starts 0.13 below the optimum; 60 rollouts bring it within a hundredth (E[score] - beta KL).
@@ -31,13 +44,13 @@ def test_own_loop_reaches_the_closed_form_optimum():
 
 
 def test_toy_reward(tmp_path):
-    metrics = load("toy_reward.py").main(["--total-episodes", "32", "--output-dir", str(tmp_path)])
-    assert metrics["progress/episodes"] == 32 and (tmp_path / "curve.png").exists()
+    metrics = small(load("toy_reward.py")).main(["--total-episodes", "8", "--output-dir", str(tmp_path)])
+    assert metrics["progress/episodes"] == 8 and (tmp_path / "curve.png").exists()
 
 
 def test_multi_turn(tmp_path, capsys):
-    metrics = load("multi_turn.py").main(["--total-episodes", "32", "--output-dir", str(tmp_path)])
-    assert metrics["progress/episodes"] == 32 and metrics["response/turns"] >= 1
+    metrics = small(load("multi_turn.py")).main(["--total-episodes", "8", "--output-dir", str(tmp_path)])
+    assert metrics["progress/episodes"] == 8 and metrics["response/turns"] >= 1
     assert "points a game of 3" in capsys.readouterr().out
 
 
@@ -64,7 +77,8 @@ def test_yaml_example_trains(tmp_path, monkeypatch):
     from rlhf_ppo.cli import main
 
     monkeypatch.chdir(ROOT)  # its paths are relative to the repository
-    flags = ["--output-dir", str(tmp_path), "--total-episodes", "32", "--eval-size", "8", "--max-new-tokens", "8"]
+    sizes = "--total-episodes 8 --rollout-batch-size 8 --eval-size 4 --max-new-tokens 8".split()
+    flags = ["--output-dir", str(tmp_path), *sizes]
     assert main(["train", "--config", "examples/positive.yaml", *flags]) == 0
     assert json.loads((tmp_path / "run.json").read_text())["kl_target"] == 10
 
@@ -113,8 +127,8 @@ def test_preference_pipeline(tmp_path, judgements, preferences):
 
 
 def test_ppo_or_dpo(tmp_path):
-    flags = ["--pairs", "16", "--total-episodes", "32", "--dpo-epochs", "1", "--held-out", "4"]
-    curves = load("ppo_or_dpo.py").main([*flags, "--output-dir", str(tmp_path)])
+    flags = ["--pairs", "16", "--total-episodes", "8", "--dpo-epochs", "1", "--held-out", "4"]
+    curves = small(load("ppo_or_dpo.py")).main([*flags, "--output-dir", str(tmp_path)])
     assert (tmp_path / "ppo_or_dpo.png").exists()
     # Both start at the same model with the same draws: no KL, the same reward.
     (dpo_kl, dpo_reward), (ppo_kl, ppo_reward) = (curve[0] for curve in curves.values())

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 from rlhf_ppo import RLHFConfig
@@ -15,10 +13,9 @@ ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs/rewards.md").read_text(encoding="utf-8")
 
 
-def test_python_blocks_run(tmp_path):
-    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL))
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_python_blocks_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)), {"__name__": "page"})
     (row,) = [json.loads(line) for line in (tmp_path / "runs/two/metrics.jsonl").read_text().splitlines()]
     assert {"score/part/short", "score/part/slow_service", "score/shaped_mean"} <= set(row)
 

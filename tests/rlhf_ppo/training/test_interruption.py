@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -244,15 +242,20 @@ def folder(tmp_path, make_model, tokenizer, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_fault_22_sigterm_ends_the_command_with_143_and_says_how_to_go_on(folder):
+def test_fault_22_sigterm_ends_the_command_with_143_and_says_how_to_go_on(folder, in_child):
     Path("signal").write_text(str(int(signal.SIGTERM)))
-    done = subprocess.run(
-        [sys.executable, "-m", "rlhf_ppo.cli", *TRAIN.split()], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 143
-    assert "SIGTERM: the run stops at the next safe point" in done.stderr
+
+    def command() -> None:
+        os.dup2(os.open("said", os.O_WRONLY | os.O_CREAT), 2)  # the handler writes to the descriptor itself
+        with open("said", "a") as said, redirect_stderr(said):
+            code = main(TRAIN.split())
+        os._exit(code)
+
+    assert in_child(command) == 143
+    said = Path("said").read_text()
+    assert "SIGTERM: the run stops at the next safe point" in said
     on = f"{TRAIN} --resume-from-checkpoint run/checkpoint-0"
-    assert f"saved in run/checkpoint-0. Go on with: rlhf-ppo {on}" in done.stderr
+    assert f"saved in run/checkpoint-0. Go on with: rlhf-ppo {on}" in said
     Path("signal").unlink()
     assert main(on.split()) == 0
     assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 2
