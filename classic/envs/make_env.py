@@ -17,7 +17,7 @@ from classic.config import Vectorization
 from classic.envs.errors import CRASHES, BrokenEnvironmentError
 from classic.envs.wrappers import CaughtWarning, CopyArrays, OneCopy, RecordedEpisode, warn_once
 
-MODES = {"next_step": AutoresetMode.NEXT_STEP, "same_step": AutoresetMode.SAME_STEP}
+AUTORESET_MODES = {"next_step": AutoresetMode.NEXT_STEP, "same_step": AutoresetMode.SAME_STEP}
 EnvLike = str | gymnasium.Env | Callable[[], gymnasium.Env]
 """A registered id (or ``module:id``), one environment, or a function that makes one."""
 
@@ -96,7 +96,7 @@ def make_vector_env(
     layers: list[Callable[[gymnasium.Env], gymnasium.Wrapper]] = [_wrapper(name, wrapper) for wrapper in wrappers]
     if layers:  # they may keep the observations that they get, as a stack of frames does
         layers = [CopyArrays, *layers]
-    wanted = MODES[autoreset_mode] if autoreset_mode else None
+    wanted = AUTORESET_MODES[autoreset_mode] if autoreset_mode else None
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -124,7 +124,7 @@ def make_vector_env(
             raise ValueError(f"{name!r} made one environment twice: a function must make a new one at each call")
         inner.envs = [RecordedEpisode(OneCopy(copy)) for copy in inner.envs]
     mode = envs.metadata.get("autoreset_mode")
-    if mode not in MODES.values():
+    if mode not in AUTORESET_MODES.values():
         envs.close()
         raise ValueError(
             f"environment {name!r}: metadata['autoreset_mode'] is {mode!r}, so a reset cannot be told from a step; "
@@ -151,7 +151,7 @@ def _from_id(
         envs.close()
         if mode == "vector_entry_point":
             raise ValueError(
-                f"autoreset_mode={_mode_name(wanted)!r} but vectorization='vector_entry_point', and {env_id!r}'s own "
+                f"autoreset_mode={wanted.name.lower()!r} but vectorization='vector_entry_point', and {env_id!r}'s own "
                 "vector version has another mode: remove one of the two"
             )
         mode = "sync"
@@ -214,10 +214,6 @@ def _extra(env: EnvLike) -> str:
         if spec is not None and part in str(spec.entry_point):
             return f" (or: pip install 'rlhf-ppo[{extra}]')"
     return ""
-
-
-def _mode_name(mode: AutoresetMode) -> str:
-    return next(name for name, value in MODES.items() if value == mode)
 
 
 def _spec_id(env: gymnasium.Env) -> str | None:

@@ -1,1 +1,1 @@
-"""Shortcuts: the same numbers as the plain way, faster."""
+"""Shortcuts that compute what the plain way does, faster; :mod:`classic.fast.switch` chooses."""
