@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 # Before torch: it sets variables that torch reads.
-from rlhf_ppo.runtime.package import __version__, find_moved_modules, lazy_names
+from rlhf_ppo.core.lazy import lazy_names
+from rlhf_ppo.runtime.package import __version__, find_moved_modules
 
 if TYPE_CHECKING:
     from rlhf_ppo.config.rlhf import RLHFConfig

@@ -1,5 +1,5 @@
 """Environments: making and stepping them, spaces, masks, normalisation."""
 
-from rlhf_ppo.runtime.package import lazy_names
+from rlhf_ppo.core.lazy import lazy_names
 
 __getattr__ = lazy_names(__name__, {"Environments": "classic.envs.environments"})

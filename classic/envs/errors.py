@@ -8,6 +8,7 @@ import gymnasium
 import numpy as np
 
 from classic.envs.spaces import batch_of_one, is_finite, observation_encoder
+from rlhf_ppo.runtime.errors import RunError
 
 CRASHES = (Exception, SystemExit)
 """What a crashing environment raises: sys.exit() in one must not end a run as if it had succeeded."""
@@ -16,7 +17,7 @@ UNREADABLE = (ValueError, TypeError, KeyError, IndexError)
 """What the encoder raises for an observation outside its space."""
 
 
-class BrokenEnvironmentError(RuntimeError):
+class BrokenEnvironmentError(RunError):
     """An environment crashed, or returned something that cannot be learned from; names environment and step."""
 
 

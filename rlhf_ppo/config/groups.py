@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_ppo.core.validation import Settings, is_changed
-from rlhf_ppo.runtime.device import Precision
 from rlhf_ppo.runtime.trackers import check_trackers
+
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 def refuse_unread(settings: Settings, why: str, *names: str) -> None:
@@ -30,7 +31,7 @@ def refuse_unread(settings: Settings, why: str, *names: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSettings(Settings):
-    """How responses are sampled."""
+    """Rollout: how responses are sampled."""
 
     total_episodes: int = 4096
     """Responses to train on; rounded up to whole rollouts."""
@@ -99,7 +100,7 @@ class RolloutSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardSettings(Settings):
-    """How responses are scored, and how scores are shaped."""
+    """Reward: how responses are scored, and how scores are shaped."""
 
     reward_weights: tuple[float, ...] | None = None
     """One weight per reward function; None: all 1."""
@@ -143,7 +144,7 @@ class RewardSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class KLSettings(Settings):
-    """The KL penalty that keeps the policy near the reference."""
+    """KL penalty: how the policy is kept near the reference."""
 
     kl_coef: float = 0.05
     """Coefficient of the KL penalty in the rewards (the initial value when kl_target is set)."""
@@ -170,7 +171,7 @@ class KLSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class AdvantageSettings(Settings):
-    """How advantages are estimated."""
+    """Advantages: how much better an action was than expected."""
 
     advantage_estimator: Literal["gae", "rloo", "grpo", "reinforce"] = "gae"
     """gae: with the critic's values. Without a critic: rloo (relative to the other responses to the prompt), grpo
@@ -208,7 +209,7 @@ class AdvantageSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizationSettings(Settings):
-    """AdamW and its learning rate."""
+    """Optimization: AdamW and its learning rate."""
 
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW; about 1e-4 for models of a few million parameters, 1e-5 for GPT-2 and larger."""
@@ -228,7 +229,7 @@ class OptimizationSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class CriticSettings(Settings):
-    """Where values come from, and how the critic learns."""
+    """Critic: where values come from, and how they are learned."""
 
     critic: Literal["auto", "shared", "separate", "adapter"] = "auto"
     """Where values come from: shared (a value head on the policy's trunk), separate (value_model), adapter (a second
@@ -261,7 +262,7 @@ class CriticSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class SafetySettings(Settings):
-    """When a run skips a step, rolls back or stops."""
+    """Safety: when a run skips a step, rolls back or stops."""
 
     on_nonfinite: Literal["skip", "rollback", "stop"] = "skip"
     """After a non-finite loss or gradient: skip the optimizer step, and stop after max_skipped_steps of them (skip);
@@ -289,7 +290,7 @@ class SafetySettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySettings(Settings):
-    """Trade speed or precision for memory."""
+    """Memory: trade speed or precision for it."""
 
     microbatch_tokens: int | None = None
     """Maximum tokens, prompts included, per forward pass outside decoding: less memory, the same gradient. A longer
@@ -311,7 +312,7 @@ class MemorySettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings(Settings):
-    """Where a run goes, on what it runs, and what it reports and saves."""
+    """Run: seed, device, evaluations, checkpoints, reports."""
 
     output_dir: str
     """Folder of the run: the model in transformers' format, metrics.jsonl, samples.jsonl, run.json, curve.png."""

@@ -36,19 +36,19 @@ _OF_A_CRITIC = (
 """Settings of a critic, or of advantages that need one."""
 
 
-# Bases from the last group to the first: dataclasses collect fields from the last base on.
+# Groups come in the order of --help; those that give a setting of PPOConfig another default stand before it.
 @dataclass(frozen=True, kw_only=True)
 class RLHFConfig(
-    RunSettings,
-    MemorySettings,
-    SafetySettings,
+    RolloutSettings,
+    RewardSettings,
+    KLSettings,
+    AdvantageSettings,
     CriticSettings,
     OptimizationSettings,
-    AdvantageSettings,
-    KLSettings,
-    RewardSettings,
-    RolloutSettings,
     PPOConfig,
+    SafetySettings,
+    MemorySettings,
+    RunSettings,
 ):
     """Settings of a language-model run, with defaults that learn on a small model; only `output_dir` is required."""
 

@@ -1,29 +1,34 @@
 """What PPO is: pure functions over tensors that need torch and the standard library alone."""
 
-from rlhf_ppo.core.advantages import compute_gae, group_normalized_advantages, leave_one_out_advantages
-from rlhf_ppo.core.config import PPOConfig
-from rlhf_ppo.core.controllers import adapt_clip_range, adapt_kl_coef, adapt_penalty_beta
-from rlhf_ppo.core.diagnostics import explained_variance, ppo_diagnostics
-from rlhf_ppo.core.dpo import dpo_loss
-from rlhf_ppo.core.kernels.linear_kl import linear_kl
-from rlhf_ppo.core.kernels.linear_logprobs import linear_logprobs
-from rlhf_ppo.core.kl import kl_estimate, kl_from_logits, kl_penalized_rewards
-from rlhf_ppo.core.logprobs import entropy_from_logits, token_logprobs
-from rlhf_ppo.core.losses import (
-    aggregate_loss,
-    cispo_policy_loss,
-    clipped_policy_loss,
-    clipped_value_loss,
-    k2_loss,
-    loss_denominator,
-    penalty_policy_loss,
-    policy_gradient_loss,
-    ppo_loss,
-)
-from rlhf_ppo.core.masked import masked_mean, masked_var, masked_whiten
-from rlhf_ppo.core.minibatches import minibatch_indices
-from rlhf_ppo.core.ratios import pool_old_logprobs, probability_ratio, truncated_importance_weights
-from rlhf_ppo.core.types import Ban, BannedTokens, Experience, PolicyOutput, PPOLoss
+from typing import TYPE_CHECKING
+
+from rlhf_ppo.core.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from rlhf_ppo.core.advantages import compute_gae, group_normalized_advantages, leave_one_out_advantages
+    from rlhf_ppo.core.config import PPOConfig
+    from rlhf_ppo.core.controllers import adapt_clip_range, adapt_kl_coef, adapt_penalty_beta
+    from rlhf_ppo.core.diagnostics import explained_variance, ppo_diagnostics
+    from rlhf_ppo.core.dpo import dpo_loss
+    from rlhf_ppo.core.kernels.linear_kl import linear_kl
+    from rlhf_ppo.core.kernels.linear_logprobs import linear_logprobs
+    from rlhf_ppo.core.kl import kl_estimate, kl_from_logits, kl_penalized_rewards
+    from rlhf_ppo.core.logprobs import entropy_from_logits, token_logprobs
+    from rlhf_ppo.core.losses import (
+        aggregate_loss,
+        cispo_policy_loss,
+        clipped_policy_loss,
+        clipped_value_loss,
+        k2_loss,
+        loss_denominator,
+        penalty_policy_loss,
+        policy_gradient_loss,
+        ppo_loss,
+    )
+    from rlhf_ppo.core.masked import masked_mean, masked_var, masked_whiten
+    from rlhf_ppo.core.minibatches import minibatch_indices
+    from rlhf_ppo.core.ratios import pool_old_logprobs, probability_ratio, truncated_importance_weights
+    from rlhf_ppo.core.types import Ban, BannedTokens, Experience, PolicyOutput, PPOLoss
 
 __all__ = [
     "Ban",
@@ -65,3 +70,29 @@ __all__ = [
     "token_logprobs",
     "truncated_importance_weights",
 ]
+
+_NAMES = {
+    "advantages": "compute_gae group_normalized_advantages leave_one_out_advantages",
+    "config": "PPOConfig",
+    "controllers": "adapt_clip_range adapt_kl_coef adapt_penalty_beta",
+    "diagnostics": "explained_variance ppo_diagnostics",
+    "dpo": "dpo_loss",
+    "kernels.linear_kl": "linear_kl",
+    "kernels.linear_logprobs": "linear_logprobs",
+    "kl": "kl_estimate kl_from_logits kl_penalized_rewards",
+    "logprobs": "entropy_from_logits token_logprobs",
+    "losses": "aggregate_loss cispo_policy_loss clipped_policy_loss clipped_value_loss k2_loss "
+    "loss_denominator penalty_policy_loss policy_gradient_loss ppo_loss",
+    "masked": "masked_mean masked_var masked_whiten",
+    "minibatches": "minibatch_indices",
+    "ratios": "pool_old_logprobs probability_ratio truncated_importance_weights",
+    "types": "Ban BannedTokens Experience PolicyOutput PPOLoss",
+}
+
+__getattr__ = lazy_names(
+    __name__, {name: f"{__name__}.{home}" for home, names in _NAMES.items() for name in names.split()}
+)
+
+
+def __dir__() -> list[str]:
+    return __all__

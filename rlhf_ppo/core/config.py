@@ -20,7 +20,7 @@ AGGREGATIONS: tuple[str, ...] = get_args(Aggregation)
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig(Settings):
-    """Objective, clip, value, entropy, epochs and minibatches."""
+    """PPO: objective, clipping, entropy, epochs and minibatches."""
 
     objective: Objective = "clip"
     """Policy loss: clip (PPO), penalty (adaptive KL penalty), adaptive_clip (clip range follows the KL),

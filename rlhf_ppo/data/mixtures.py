@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from rlhf_ppo.config.data import require_weights
 from rlhf_ppo.data.files import load_rows
 from rlhf_ppo.data.rows import Rows, interleave, join
 
@@ -36,19 +37,6 @@ def load_mixture(
     if weights is None:
         return join(parts)
     return interleave(parts, [weight / sum(weights) for weight in weights], seed)
-
-
-def require_weights(sources: str | Sequence[str], weights: Sequence[float] | None) -> None:
-    """Raise a ValueError unless there is one positive weight per data set (or no weights at all)."""
-    count = 1 if isinstance(sources, str) else len(sources)
-    if not count:
-        raise ValueError("dataset is empty: name at least one data set")
-    if weights is None:
-        return
-    if len(weights) != count:
-        raise ValueError(f"dataset_weights has {len(weights)} weights for {count} data sets in dataset")
-    if not all(0 < weight < float("inf") for weight in weights):
-        raise ValueError(f"dataset_weights must be positive, got {tuple(weights)}; leave a data set out instead")
 
 
 def _require_same_columns(first: str, rows: Rows, second: str, others: Rows) -> None:

@@ -18,6 +18,7 @@ from rlhf_ppo.data.tokenization import left_pad
 from rlhf_ppo.generation.reply_tokens import chat_reply_ids
 from rlhf_ppo.generation.rollout import SampledResponses, SamplingParams
 from rlhf_ppo.generation.stop_strings import cut_at_stop_string
+from rlhf_ppo.runtime.errors import RunError
 from rlhf_ppo.runtime.user_code import FAILURES, has_ended, start
 
 Respond = Callable[[Messages], str | None]
@@ -28,7 +29,7 @@ grows from call to call; it must not be changed. If ``respond`` has a method ``c
 rollout is over, or has failed."""
 
 
-class RespondError(RuntimeError):
+class RespondError(RunError):
     """The ``respond`` hook failed, hung, or returned no text; ``conversations`` is what was said until then."""
 
     def __init__(self, message: str, conversations: Sequence[Messages] = ()) -> None:

@@ -1,6 +1,6 @@
 """Models: loading them, the policy with its critic, the reference, adapters, forward passes."""
 
-from rlhf_ppo.runtime.package import lazy_names
+from rlhf_ppo.core.lazy import lazy_names
 
 __getattr__ = lazy_names(
     __name__, dict.fromkeys(("EMBEDDED_MODEL", "load_policy", "load_tokenizer"), "rlhf_ppo.models.loading")

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from rlhf_ppo.models.forward.hidden_states import call, probe_ids, without_adapter_wrapper
 from rlhf_ppo.models.loading import adapter_base, load_policy
+from rlhf_ppo.runtime.errors import RunError
 
 OBJECT = "object"
 """How run.json names a model that was given as an object: what that is now called says nothing about its weights."""
 
 
-class SavedModelError(RuntimeError):
+class SavedModelError(RunError):
     """What lies in a folder is not the model that was saved there."""
 
 

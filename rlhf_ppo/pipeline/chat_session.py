@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 
+from rlhf_ppo.config.generate import GenerateArgs
 from rlhf_ppo.data.chat import Prompt
 from rlhf_ppo.data.detokenization import TextPieces
 from rlhf_ppo.data.tokenization import tokenize_prompt
-from rlhf_ppo.pipeline.generate import GenerateArgs, TextGenerator, load_generator
+from rlhf_ppo.pipeline.generate import TextGenerator, generate, load_generator
 
 
 def chat(args: GenerateArgs, lines: Iterable[str] | None = None) -> None:
@@ -71,3 +72,16 @@ def drop_oldest(history: Prompt, generator: TextGenerator) -> Prompt:
         history = history[2:]
         ids = tokenize_prompt(history, generator.tokenizer, "chat")
     return history
+
+
+def generate_or_chat(args: GenerateArgs) -> None:
+    """Run the `generate` command."""
+    if args.chat:
+        chat(args)
+        return
+    pairs = generate(args)
+    if args.output is not None:
+        print(f"{len(pairs)} completions  {args.output}")
+        return
+    for prompt, completion in pairs:
+        print(f"{prompt}|{completion}\n")

@@ -5,43 +5,18 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf_ppo.config.commands import DemoArgs
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.data.files import load_rows
 from rlhf_ppo.pipeline.before_after import print_before_after
-from rlhf_ppo.runtime.device import Precision
 from rlhf_ppo.trainer import PPOTrainer
 
 OPENINGS = str(Path(__file__).parents[1] / "assets" / "story-openings.jsonl")
 """First words of stories that the embedded model was not trained on."""
 
 HELD_OUT = 96
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoArgs:
-    """Fine-tune a small GPT-2 toward a toy reward and show it before and after."""
-
-    model: str = "embedded"
-    """The policy: "embedded" (a small GPT-2 in the package), a folder or a hub id such as gpt2."""
-    reward: str = "rlhf_ppo.rewards.toy:positive_sentiment"
-    """What to learn: also no_letter_e or dialogue of rlhf_ppo.rewards.toy, or file.py:function."""
-    output_dir: str = "runs/demo"
-    """Folder for the model, metrics, samples and curve; an earlier run there is kept as previous-<n>."""
-    total_episodes: int = 1536
-    """Responses to train on."""
-    learning_rate: float = 1e-4
-    """Peak learning rate; use 1e-5 for GPT-2 and larger models."""
-    kl_coef: float = 0.05
-    """Weight of the KL penalty: larger stays closer to the model as it was."""
-    precision: Precision = "auto"
-    """Number format of the matrix products: bf16, fp32, or auto (bf16 where the device multiplies it faster)."""
-    num_threads: int | None = None
-    """CPU threads; None: 1 for a model as small as the embedded one, all usable CPUs for others."""
-    seed: int = 0
-    """One seed, one machine, one result."""
 
 
 def demo_trainer(args: DemoArgs) -> PPOTrainer:

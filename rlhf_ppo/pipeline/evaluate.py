@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_ppo.config.evaluate import EvaluateArgs
 from rlhf_ppo.config.rlhf import RLHFConfig
-from rlhf_ppo.core.validation import require_types
 from rlhf_ppo.data.chat import Completion
 from rlhf_ppo.data.mixtures import load_mixture
 from rlhf_ppo.data.rows import Rows, prompt_rows
@@ -32,7 +31,6 @@ from rlhf_ppo.models.loading import (
 )
 from rlhf_ppo.pipeline.comparison import differences, distinct, interval, win_rate
 from rlhf_ppo.pipeline.generate import require_prompts
-from rlhf_ppo.runtime.device import Precision
 from rlhf_ppo.runtime.processes import require_one_process, torch_threads
 from rlhf_ppo.runtime.progress import ProgressDisplay, Stopwatch
 from rlhf_ppo.runtime.run_directory import RunDirectory, read_run
@@ -51,69 +49,6 @@ _READING = ("reward_chat_template", "reward_max_length")
 """Settings of a run that say how its reward models read text."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluateArgs:
-    """Measure a model on prompts: reward, KL, length, variety, and how often it beats its reference."""
-
-    model: str
-    """Folder of a run, of a model or of an adapter, or a hub id."""
-    reward: tuple[str, ...]
-    """One or more rewards: file.py:function, module:function, a sequence-classification model's folder or hub id, or a
-    reward server's http(s) address (its token comes from the environment: RLHF_PPO_REWARD_TOKEN)."""
-    reward_chat_template: str | None = None
-    """Chat template for reward models: see train. None: as in the run, if one of the models above judged it."""
-    reward_max_length: int | None = None
-    """Most tokens that reward models read. None: as in the run, if one of the models above judged it."""
-    dataset: str
-    """Prompts that were not trained on: a hub id, a folder, or a csv, jsonl or parquet file (also .gz)."""
-    split: str = "train"
-    """Split of the data set."""
-    prompt_column: str = "prompt"
-    """Column with the prompts; the other columns reach the reward functions."""
-    chat_template: str | None = None
-    """Jinja chat template for both models' tokenizers, a file or the text itself. None: each one's own, or that of the
-    run, if it was given one."""
-    num_prompts: int | None = None
-    """Use the first so many prompts; None: all."""
-    ref_model: str | None = None
-    """Reference for the KL; None: what the run in the model's folder started from."""
-    against: str | None = None
-    """Model to compare with; None: the reference."""
-    judge: str | None = None
-    """Reward that decides who wins, best one held out from training; None: the sum of the rewards above."""
-    drop_nonfinite_scores: bool = False
-    """Treat a NaN or infinite score as unscorable instead of stopping."""
-    output_dir: str = "runs/evaluation"
-    """Folder for evaluation.json and evaluation_samples.jsonl."""
-    max_new_tokens: int | None = None
-    """Longest response in tokens; None: as in the run (48 if the folder holds no run)."""
-    temperature: float | None = None
-    """Divides the logits; None: as in the run (1 if the folder holds no run)."""
-    respond: str | None = None
-    """What answers the model's turns: file.py:function or module:function. None: as in the run."""
-    max_turns: int | None = None
-    """Most turns of the model; None: as in the run (1 if the folder holds no run)."""
-    batch_size: int = 32
-    """Responses made at the same time."""
-    seed: int = 0
-    """Seed of the draws, the same for both models."""
-    device: str | None = None
-    """cuda, mps or cpu; None: the first of these that is there."""
-    precision: Precision = "auto"
-    """Number format of the matrix products: bf16, fp32, or auto (bf16 where the device multiplies it faster)."""
-    num_threads: int | None = None
-    """CPU threads; None: 1 for models below ten million parameters, every usable CPU for others."""
-    quiet: bool = False
-    """Show no progress."""
-
-    def __post_init__(self) -> None:
-        require_types(self)
-        for name in ("num_prompts", "batch_size", "max_turns", "num_threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be 1 or more, got {value}")
-
-
 def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     """Sample both models on the same prompts, measure, and write evaluation.json and evaluation_samples.jsonl.
 
@@ -130,7 +65,8 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     reference = args.ref_model or _reference(args.model, settings)
     against = args.against or reference
     _require_one_vocabulary(model=args.model, reference=reference, against=against)
-    rows = prompt_rows(load_mixture(args.dataset, args.split), args.prompt_column)
+    mixture = load_mixture(args.dataset, args.split, weights=args.dataset_weights, seed=args.seed)
+    rows = prompt_rows(mixture, args.prompt_column)
     if args.num_prompts is not None:
         rows = rows.select(range(min(args.num_prompts, len(rows))))
     config = _sampler_config(args, settings)
@@ -349,3 +285,10 @@ def _number(value: dict[str, float | None], sign: str = "") -> str:
     if value["mean"] is None:
         return "-"
     return f"{value['mean']:{sign}.3f}" + ("" if value["half_width"] is None else f" ± {value['half_width']:.3f}")
+
+
+def evaluate_command(args: EvaluateArgs) -> None:
+    """Run the `evaluate` command."""
+    print_evaluation(evaluate(args))
+    print(f"figures  {args.output_dir}/evaluation.json")
+    print(f"samples  {args.output_dir}/evaluation_samples.jsonl")

@@ -10,7 +10,7 @@ from typing import Any, Literal, TextIO
 
 import torch
 
-from rlhf_ppo.core.validation import is_changed, require_types
+from rlhf_ppo.config.generate import GenerateArgs
 from rlhf_ppo.data.chat import Prompt, with_chat_template
 from rlhf_ppo.data.detokenization import TextPieces, before_each
 from rlhf_ppo.data.mixtures import load_mixture
@@ -30,71 +30,10 @@ from rlhf_ppo.models.loading import (
     vocabulary_size,
 )
 from rlhf_ppo.runtime.device import resolve_device
-from rlhf_ppo.runtime.processes import require_one_process, require_threads, torch_threads
+from rlhf_ppo.runtime.processes import require_one_process, torch_threads
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import read_run
 from rlhf_ppo.training.setup import stop_tokens, warn_of_unread_end
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateArgs:
-    """Sample completions of prompts from a model, or chat with it."""
-
-    model: str
-    """Folder of a model or adapter, hub id, or "embedded"."""
-    prompt: tuple[str, ...] = ()
-    """One or more prompts."""
-    dataset: str | None = None
-    """Data set with the prompts instead: a hub id, a folder, or a csv, jsonl or parquet file (also .gz)."""
-    split: str = "train"
-    """Split of the data set."""
-    prompt_column: str = "prompt"
-    """Column with the prompts, text or chat messages."""
-    output: str | None = None
-    """With dataset: jsonl file to write, one row per completion, with the data set's other columns."""
-    chat_template: str | None = None
-    """Jinja chat template for the tokenizer, a file or the text itself; None: the tokenizer's own."""
-    chat: bool = False
-    """Chat with the model: lines from the keyboard or a pipe, until end of input or /exit."""
-    num_samples: int = 1
-    """Completions per prompt."""
-    batch_size: int = 32
-    """Completions sampled at once."""
-    max_new_tokens: int = 48
-    """Maximum completion length in tokens."""
-    stop_strings: tuple[str, ...] | None = None
-    """Strings that end a completion and are cut from it; None: those of the run in the model's folder."""
-    temperature: float = 1.0
-    """Divides the logits; below 1 is safer, above 1 wilder."""
-    seed: int = 0
-    """Seed of the draws."""
-    device: str | None = None
-    """cuda, mps or cpu; None: the first of these that is available."""
-    num_threads: int | None = None
-    """CPU threads; None: 1 for models below ten million parameters, every usable CPU for others."""
-
-    def __post_init__(self) -> None:
-        require_types(self)
-        for name in ("num_samples", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        require_threads(self.num_threads)
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
-        given = [name for name in ("prompt", "dataset", "chat") if getattr(self, name)]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of prompt, dataset and chat, got {' and '.join(given) or 'none'}")
-        if (self.dataset is None) != (self.output is None):
-            raise ValueError(f"dataset and output go together, got dataset={self.dataset!r} and output={self.output!r}")
-        if self.chat and self.num_samples > 1:
-            raise ValueError(f"chat gives one reply per turn, got num_samples={self.num_samples}")
-        for name, unread in (
-            ("split", self.dataset is None),
-            ("prompt_column", self.dataset is None),
-            ("batch_size", self.chat),
-        ):
-            if unread and is_changed(self, name):
-                raise ValueError(f"{name}={getattr(self, name)!r} has no effect on {given[0]}: leave it out")
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from rlhf_ppo.config.commands import ReplayArgs
 from rlhf_ppo.models.activation_memory import checkpoint_layers
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.compare import OBJECT
@@ -29,28 +29,11 @@ from rlhf_ppo.models.quantization import load_quantized, load_reference
 from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.pipeline.before_after import readable
 from rlhf_ppo.runtime.device import resolve_device
-from rlhf_ppo.runtime.processes import require_threads, torch_threads
+from rlhf_ppo.runtime.processes import torch_threads
 from rlhf_ppo.training.black_box import BlackBox, read_black_box
 from rlhf_ppo.training.gradients import clear_gradients, minibatch_gradient
 from rlhf_ppo.training.optimizer import only_the_critic_learns
 from rlhf_ppo.training.stability import nonfinite_parameters, spoil_gradient
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReplayArgs:
-    """Compute the minibatch in a black box again, and say what first is not finite."""
-
-    folder: tyro.conf.Positional[str]
-    """Folder blackbox-<n> of a run."""
-    model: str | None = None
-    """Where the policy's frozen base (or the start that an exact KL is measured from) lies. None: where it lay then."""
-    device: str | None = None
-    """cuda, mps or cpu. None: the run's."""
-    num_threads: int | None = None
-    """CPU threads. None: as in the run."""
-
-    def __post_init__(self) -> None:
-        require_threads(self.num_threads)
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,17 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
-from rlhf_ppo.core.validation import require_types
+from rlhf_ppo.config.reward_training import RewardTrainingArgs
 from rlhf_ppo.data.chat import with_chat_template
-from rlhf_ppo.data.mixtures import load_mixture, require_weights
+from rlhf_ppo.data.mixtures import load_mixture
 from rlhf_ppo.data.preferences import Preference, read_preferences, split_by_prompt
 from rlhf_ppo.data.tokenization import encode_text, require_vocabulary
 from rlhf_ppo.models.compare import answers, require_saved
@@ -36,94 +35,17 @@ from rlhf_ppo.models.quantization import round_weights
 from rlhf_ppo.models.quiet_libraries import without_library_bars
 from rlhf_ppo.pipeline.comparison import wilson
 from rlhf_ppo.rewards.reward_model import ONE_STACK, padding_is_harmless, text_scores
-from rlhf_ppo.runtime.device import Precision, autocast, compute_in_bf16, resolve_device
+from rlhf_ppo.runtime.device import autocast, compute_in_bf16, resolve_device
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space, save_or_rescue
 from rlhf_ppo.runtime.package import versions
 from rlhf_ppo.runtime.plots import plot_calibration
-from rlhf_ppo.runtime.processes import require_one_process, require_threads, torch_threads
+from rlhf_ppo.runtime.processes import require_one_process, torch_threads
 from rlhf_ppo.runtime.progress import ProgressDisplay, model_rows, print_summary
 from rlhf_ppo.runtime.run_directory import RunDirectory, run_lock
 from rlhf_ppo.runtime.seeding import seed_everything
 from rlhf_ppo.training.optimizer import fit_warmup
 from rlhf_ppo.training.stability import nonfinite_parameters
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardTrainingArgs:
-    """Train a reward model on pairs of a chosen and a rejected answer (Bradley-Terry)."""
-
-    dataset: tuple[str, ...]
-    """Preferences: one or more hub ids, folders, or csv, jsonl or parquet files (also .gz)."""
-    output_dir: str
-    """Folder for the reward model, reward_metrics.json and calibration.png."""
-    model: str = "embedded"
-    """Model to start from: a causal language model's or classifier's folder or hub id, or "embedded"."""
-    dataset_weights: tuple[float, ...] | None = None
-    """Share of each data set in the mixture; None: all rows of all of them."""
-    split: str = "train"
-    """Split of the data set."""
-    prompt_column: str | None = "prompt"
-    """Column with the prompts, text or chat messages; None: the answers are whole texts or whole conversations."""
-    chosen_column: str = "chosen"
-    """Column with the better answers, text or chat messages."""
-    rejected_column: str = "rejected"
-    """Column with the worse answers."""
-    margin_column: str | None = None
-    """Column with a number m per row: the chosen score should exceed the rejected one by m; None: no margins."""
-    chat_template: str | None = None
-    """Jinja chat template for the tokenizer, a file or the text itself, saved with it. None: the tokenizer's own."""
-    max_length: int = 512
-    """Longest text in tokens, at most the model's context; longer ones (counted) keep their end."""
-    eval_fraction: float = 0.1
-    """Share of the prompts held out, with all of their pairs, for accuracy and calibration."""
-    num_epochs: int = 1
-    """Passes over the training pairs; reward models overfit quickly."""
-    batch_size: int = 16
-    """Pairs per optimizer step."""
-    learning_rate: float = 5e-5
-    """Peak learning rate, reached after the warm-up, then cosine to zero."""
-    warmup_steps: int = 10
-    """Optimizer steps of linear warm-up; where the run is shorter, a tenth of its steps."""
-    weight_decay: float = 0.01
-    """AdamW's weight decay."""
-    max_grad_norm: float = 1.0
-    """Global gradient norm after clipping."""
-    centering: float = 0.0
-    """Weight of (chosen + rejected score)^2 in the loss, which keeps scores around 0; 0.01 is usual."""
-    lora_rank: int | None = None
-    """Train a LoRA adapter of this rank and the score head instead of all weights; the adapter alone is saved."""
-    seed: int = 0
-    """Seed of the score head, the hold-out split and the order of pairs."""
-    device: str | None = None
-    """cuda, mps or cpu; None: the first of these that is there."""
-    precision: Precision = "auto"
-    """Number format of the matrix products: bf16, fp32, or auto (bf16 where the device multiplies it faster)."""
-    save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Precision of the saved weights."""
-    num_threads: int | None = None
-    """CPU threads; None: 1 for models below ten million parameters, every usable CPU for others."""
-    quiet: bool = False
-    """Show no progress."""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.dataset, str):
-            object.__setattr__(self, "dataset", (self.dataset,))
-        require_types(self)
-        require_weights(self.dataset, self.dataset_weights)
-        if not 0 < self.eval_fraction < 1:
-            raise ValueError(f"eval_fraction must lie between 0 and 1, got {self.eval_fraction}")
-        for name in ("max_length", "num_epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("centering", "weight_decay", "warmup_steps", "learning_rate"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be 0 or more and finite, got {getattr(self, name)}")
-        if not self.max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be positive, got {self.max_grad_norm}")
-        require_threads(self.num_threads)
-        if self.lora_rank is not None and self.lora_rank < 1:
-            raise ValueError(f"lora_rank must be 1 or more, or None, got {self.lora_rank}")
 
 
 def bradley_terry_loss(
@@ -353,3 +275,11 @@ def _save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         tokenizer.save_pretrained(new)
 
     save_or_rescue(folder, write, needed=saved_bytes(model, adapted=hasattr(model, "peft_config")))
+
+
+def reward_command(args: RewardTrainingArgs) -> None:
+    """Run the `reward` command."""
+    for name, value in train_reward_model(args).items():
+        print(f"{name:<18} {value:.4g}")
+    print(f"calibration        {args.output_dir}/calibration.png")
+    print(f"model              {args.output_dir}")

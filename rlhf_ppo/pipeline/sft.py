@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from datasets import Dataset
@@ -25,11 +24,11 @@ from transformers import (
     TrainingArguments,
 )
 
+from rlhf_ppo.config.sft import SFTArgs
 from rlhf_ppo.core import token_logprobs
-from rlhf_ppo.core.validation import require_types
 from rlhf_ppo.data.chat import Prompt, render_answer, render_prompt, with_chat_template
 from rlhf_ppo.data.detokenization import Before, TextPieces
-from rlhf_ppo.data.mixtures import load_mixture, require_weights
+from rlhf_ppo.data.mixtures import load_mixture
 from rlhf_ppo.data.preferences import prompt_and_answer
 from rlhf_ppo.data.rows import Rows, RowSource, as_rows, require_column
 from rlhf_ppo.data.tokenization import encode_after, encode_text, require_vocabulary, tokenize_prompt
@@ -49,7 +48,7 @@ from rlhf_ppo.models.quantization import round_weights
 from rlhf_ppo.models.quiet_libraries import without_library_bars
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space, save_or_rescue
-from rlhf_ppo.runtime.processes import require_one_process, require_threads, torch_threads
+from rlhf_ppo.runtime.processes import require_one_process, torch_threads
 from rlhf_ppo.runtime.progress import ProgressDisplay, model_rows, print_summary
 from rlhf_ppo.runtime.run_directory import RunDirectory, run_lock
 from rlhf_ppo.training.optimizer import fit_warmup
@@ -65,86 +64,6 @@ class Example(NamedTuple):
     completion: str
     where: str
     """The row's name in messages."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SFTArgs:
-    """Teach a language model to write like a text data set: continue from a model, or train a new one."""
-
-    dataset: tuple[str, ...]
-    """Training text: one or more hub ids, folders, or csv, jsonl or parquet files (also .gz)."""
-    output_dir: str
-    """Folder for the trained model and its tokenizer, in transformers' own format."""
-    model: str | None = None
-    """Model to continue from: a hub id or folder, or "embedded" (the small GPT-2 in the package)."""
-    architecture: str | None = None
-    """A transformers config.json: train a new model of this shape, with a byte-level BPE of its own."""
-    split: str = "train"
-    """Split of the data set."""
-    dataset_weights: tuple[float, ...] | None = None
-    """Share of each data set in the mixture; None: all rows of all of them."""
-    text_column: str = "text"
-    """Column that holds the text, or whole conversations, of which the assistant's last message is learned."""
-    prompt_column: str | None = None
-    """Column with prompts, text or chat messages, which are read but not learned; used with completion_column."""
-    completion_column: str | None = None
-    """Column with what is learned after prompt_column: text, or the assistant's message; "chosen" of preferences."""
-    chat_template: str | None = None
-    """Jinja chat template for the tokenizer, a file or the text itself, saved with it. None: the tokenizer's own."""
-    max_length: int = 512
-    """Longest example in tokens, at most the model's context; longer ones are cut and get no end-of-text token."""
-    eval_fraction: float = 0.02
-    """Share of the rows held out for the perplexity."""
-    num_epochs: float = 1.0
-    """Passes over the training rows."""
-    batch_size: int = 32
-    """Rows per optimizer step."""
-    learning_rate: float = 5e-5
-    """Peak learning rate, reached after the warm-up, then cosine to zero."""
-    warmup_steps: int = 100
-    """Optimizer steps of linear warm-up; where the run is shorter, a tenth of its steps."""
-    weight_decay: float = 0.01
-    """AdamW's weight decay."""
-    save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Precision of the saved weights; training itself runs in float32."""
-    seed: int = 0
-    """Seed of the initialisation, the hold-out split and the order of rows."""
-    num_threads: int | None = None
-    """CPU threads; None: 1 for models below ten million parameters, every usable CPU for others."""
-    quiet: bool = False
-    """Show no progress."""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.dataset, str):
-            object.__setattr__(self, "dataset", (self.dataset,))
-        require_types(self)
-        require_weights(self.dataset, self.dataset_weights)
-        if (self.prompt_column is None) != (self.completion_column is None):
-            raise ValueError(
-                "prompt_column and completion_column go together, got "
-                f"prompt_column={self.prompt_column!r} and completion_column={self.completion_column!r}"
-            )
-        if (self.model is None) == (self.architecture is None):
-            raise ValueError(
-                "give exactly one of model (continue from it) and architecture (train a new one), "
-                f"got model={self.model!r} and architecture={self.architecture!r}"
-            )
-        if not 0 < self.eval_fraction < 1:
-            raise ValueError(f"eval_fraction must lie between 0 and 1, got {self.eval_fraction}")
-        for name in ("max_length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("learning_rate", "warmup_steps", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be 0 or more and finite, got {getattr(self, name)}")
-        require_threads(self.num_threads)
-        if not 0 < self.num_epochs < math.inf:
-            raise ValueError(f"num_epochs must be positive and finite, got {self.num_epochs}")
-        if self.completion_column is not None and self.text_column != "text":
-            raise ValueError(
-                f"text_column={self.text_column!r} has no effect beside completion_column={self.completion_column!r}: "
-                "drop one of them"
-            )
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
@@ -425,3 +344,10 @@ def _train(args: SFTArgs) -> dict[str, float]:
     )
     require_saved(Path(args.output_dir), answers(model.float()), load_policy)
     return {"eval/loss_nats_per_token": loss, "eval/perplexity": math.exp(loss) if loss < 700 else math.inf}
+
+
+def sft_command(args: SFTArgs) -> None:
+    """Run the `sft` command."""
+    for name, value in sft(args).items():
+        print(f"{name}  {value:.4g}")
+    print(f"model    {args.output_dir}")

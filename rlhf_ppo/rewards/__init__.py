@@ -1,5 +1,5 @@
 """Rewards: functions, reward models and servers, and the scores that they give."""
 
-from rlhf_ppo.runtime.package import lazy_names
+from rlhf_ppo.core.lazy import lazy_names
 
 __getattr__ = lazy_names(__name__, dict.fromkeys(("load_reward", "reward_name"), "rlhf_ppo.rewards.loading"))

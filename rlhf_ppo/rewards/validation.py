@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlhf_ppo.data.chat import Completion, Prompt
 from rlhf_ppo.rewards.functions import StepRewards
+from rlhf_ppo.runtime.errors import RunError
 from rlhf_ppo.runtime.user_code import FAILURES, has_ended
 
 Score = float | list[float] | None
@@ -21,7 +22,7 @@ Score = float | list[float] | None
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
-class RewardError(RuntimeError):
+class RewardError(RunError):
     """A reward function raised, hung, or returned something other than a list of scores."""
 
 

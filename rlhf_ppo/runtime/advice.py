@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
+from rlhf_ppo.runtime.commands import AdviseArgs
 from rlhf_ppo.runtime.run_directory import RunDirectory, read_run
 from rlhf_ppo.runtime.tuning_rules import CLIPPING, FEWEST_UPDATES, RULES, Figures, Rule
 
@@ -51,14 +50,6 @@ def _changes(rule: Rule, settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]
         if better is not None and better != now:
             changes[move.setting] = (now, better)
     return changes
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdviseArgs:
-    """Read a run's figures and say which settings to move."""
-
-    run: tyro.conf.Positional[str]
-    """Folder of a run (language model or classic), finished or not."""
 
 
 def print_advice(args: AdviseArgs) -> None:

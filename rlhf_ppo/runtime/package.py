@@ -1,4 +1,4 @@
-"""The package as Python loads it: its version, variables that torch reads, names loaded on demand, modules that moved.
+"""The package as Python loads it: its version, variables that torch reads, modules that moved.
 
 Imported before torch, so it imports the standard library alone.
 """
@@ -12,7 +12,6 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Callable, Mapping
 from importlib.machinery import ModuleSpec
 from importlib.metadata import version
 from types import ModuleType
@@ -37,22 +36,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 def versions(*packages: str) -> dict[str, str]:
     """Return this package's version, Python's, and those of installed packages."""
     return {"rlhf_ppo": __version__, **{name: version(name) for name in packages}, "python": platform.python_version()}
-
-
-def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a module's ``__getattr__`` that imports each name from its home when it is first used.
-
-    Args:
-        package: the module's ``__name__``.
-        homes: name -> module that defines it.
-    """
-
-    def get(name: str) -> Any:
-        if name not in homes:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(homes[name]), name)
-
-    return get
 
 
 MOVED = {

@@ -8,11 +8,9 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -27,6 +25,7 @@ from rlhf_ppo.runtime.checkpoint import (
     read_manifest,
     verify_checkpoint,
 )
+from rlhf_ppo.runtime.commands import CheckArgs
 
 
 def newest_good(root: str | Path) -> Checkpoint | None:
@@ -135,14 +134,6 @@ def require_unchanged(
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckArgs:
-    """Verify all checkpoints of a run; exit code 1 if one is damaged."""
-
-    run: tyro.conf.Positional[str]
-    """Folder of a run (language model or classic), or one checkpoint-<n>."""
 
 
 def check(args: CheckArgs) -> int:

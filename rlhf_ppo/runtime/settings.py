@@ -8,6 +8,8 @@ import itertools
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -16,10 +18,12 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from rlhf_ppo.runtime.package import __version__
+from rlhf_ppo.runtime.settings_help import aliases, help_text, positional
 from rlhf_ppo.runtime.unknown_names import hint, refuse
 
 Settings = TypeVar("Settings")
-Command = tuple[type, Callable[[Any], int | None]]
+Command = tuple[type, Callable[[Any], int | None] | str]
+"""A command's arguments, and what it runs: a function, or "module:function", imported once the arguments are good."""
 
 
 def read_yaml(path: str | Path, cls: type) -> dict[str, Any]:
@@ -134,11 +138,16 @@ def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, descr
     Raises:
         FileNotFoundError, ValueError: see :func:`read_yaml`; a wrong flag ends the program with usage help.
     """
+    yaml_allowed = "config" not in typing.get_type_hints(cls)
+    if "-h" in argv or "--help" in argv:
+        if yaml_allowed:
+            description = f"{description or ''} Settings may also come from a YAML file: --config FILE (flags win)."
+        print(help_text(cls, prog=prog, description=description or ""), end="")
+        raise SystemExit(0)
     flags: list[str] = []
     from_yaml: list[str] = []
     held: dict[str, Any] = {}
     from_file = False
-    yaml_allowed = "config" not in typing.get_type_hints(cls)
     # Words before the first flag go first again: after YAML's list values they would be read as part of the list.
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
     rest = iter(argv[len(words) :])
@@ -151,7 +160,7 @@ def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, descr
                 raise ValueError("--config is given twice: put the settings into one file")
             from_file = True
             for key, value in read_yaml(path, cls).items():
-                if key in _positional(cls):
+                if key in positional(cls):
                     words = words or [str(value)]
                 elif _reads_otherwise(value):
                     held[key] = value
@@ -166,8 +175,7 @@ def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, descr
         cls,
         args=[*words, *before, *from_yaml, *_spelt_out(list(itertools.chain(*given.values())), cls)],
         prog=prog,
-        description=(description or "")
-        + (" Settings may also come from a YAML file: --config FILE (flags win over it)." if yaml_allowed else ""),
+        description=description,
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
     )
     held = {key: value for key, value in held.items() if key not in given}
@@ -182,7 +190,7 @@ def _grouped(flags: Sequence[str], cls: type) -> tuple[list[str], dict[str, list
     Raises:
         ValueError: a flag of one value is there twice: neither value is more likely meant than the other.
     """
-    hints, aliases = typing.get_type_hints(cls), _aliases(cls)
+    hints, other_names = typing.get_type_hints(cls), aliases(cls)
     groups: dict[str, list[str]] = {}
     before: list[str] = []
     group = before
@@ -191,7 +199,7 @@ def _grouped(flags: Sequence[str], cls: type) -> tuple[list[str], dict[str, list
             group.append(word)
             continue
         flag, equals, value = word.partition("=")
-        setting = aliases.get(flag, flag[2:]).replace("-", "_")
+        setting = other_names.get(flag, flag[2:]).replace("-", "_")
         group = groups.setdefault(setting, [])
         if not group:
             group.append(word)
@@ -206,13 +214,6 @@ def _grouped(flags: Sequence[str], cls: type) -> tuple[list[str], dict[str, list
 
 def _takes_several(hint: Any) -> bool:
     return any(typing.get_origin(part) in (tuple, list, dict) for part in (hint, *typing.get_args(hint)))
-
-
-def _aliases(cls: type) -> dict[str, str]:
-    """A flag's other name -> the setting."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    extras = ((name, extra) for name, hint in hints.items() for extra in getattr(hint, "__metadata__", ()))
-    return {alias: name for name, extra in extras for alias in getattr(extra, "aliases", None) or ()}
 
 
 def _spelt_out(flags: Sequence[str], cls: type) -> list[str]:
@@ -232,12 +233,6 @@ def _spelt_out(flags: Sequence[str], cls: type) -> list[str]:
     return words
 
 
-def _positional(cls: type) -> list[str]:
-    (marker,) = typing.get_args(tyro.conf.Positional[str])[1:]
-    hints = typing.get_type_hints(cls, include_extras=True)
-    return [name for name, hint in hints.items() if marker in typing.get_args(hint)[1:]]
-
-
 def _as_flag(key: str, value: Any) -> list[str]:
     if isinstance(value, dict):
         value = [word for pair in value.items() for word in pair]
@@ -251,9 +246,20 @@ def _reads_otherwise(value: Any) -> bool:
     return any(isinstance(item, str) and (item.startswith("-") or item in ("None", "")) for item in items)
 
 
-def run_command(prog: str, commands: Mapping[str, Command], argv: Sequence[str] | None = None) -> int:
+def run_command(
+    prog: str,
+    commands: Mapping[str, Command],
+    argv: Sequence[str] | None = None,
+    *,
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> int:
     """Dispatch ``prog COMMAND flags``: parse the command's settings, run it, turn bad input into one clear line.
 
+    Args:
+        prog: name of the program.
+        commands: name -> its arguments and what it runs.
+        argv: the words after the program's name; None: those of this process.
+        around: makes the context in which the command runs.
     Returns:
         The exit code: 0, or 2 for bad input.
     """
@@ -277,7 +283,15 @@ def run_command(prog: str, commands: Mapping[str, Command], argv: Sequence[str] 
     cls, run = commands[argv[0]]
     try:
         settings = parse_settings(cls, argv[1:], prog=f"{prog} {argv[0]}", description=summary[argv[0]])
-        return run(settings) or 0
+        with around():
+            return _loaded(run)(settings) or 0
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _loaded(run: Callable[[Any], int | None] | str) -> Callable[[Any], int | None]:
+    if not isinstance(run, str):
+        return run
+    module, _, name = run.partition(":")
+    return getattr(import_module(module), name)

@@ -2,57 +2,43 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
-import itertools
-import textwrap
 from collections.abc import Mapping
 from typing import Any
 
 from rlhf_ppo.runtime.settings import Command
-
-
-def sentences(cls: type) -> dict[str, str]:
-    """Each field of a dataclass and its bases, with the docstring under it as one line, which is also its help."""
-    found: dict[str, str] = {}
-    for base in reversed(cls.__mro__[:-1]):
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        assert isinstance(definition, ast.ClassDef)
-        for field, text in itertools.pairwise(definition.body):
-            match field, text:
-                case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(sentence))):
-                    found[name] = " ".join(sentence.split())
-    return found
+from rlhf_ppo.runtime.settings_help import sections, sentences
 
 
 def command_sections(prog: str, commands: Mapping[str, Command], stand_in: Mapping[str, Any] | None = None) -> str:
-    """A section a command: its summary, then a table of its settings; those of an earlier command by name alone.
+    """Return a section per command: its summary, then a table per theme; settings of an earlier command by name alone.
 
     Args:
         prog: the program, such as rlhf-ppo.
         commands: as in :func:`rlhf_ppo.runtime.settings.run_command`.
-        stand_in: what holds in place of a default of None, by setting.
+        stand_in: what to show in place of a default of None, by setting.
     """
     seen: dict[tuple[str, str], str] = {}
-    sections: list[str] = []
+    parts: list[str] = []
     for command, (cls, _) in commands.items():
         described = sentences(cls)
-        rows: list[str] = []
         shared: dict[str, list[str]] = {}
-        for field in dataclasses.fields(cls):
-            sentence = described[field.name].replace("|", "\\|")
-            row = f"| `{field.name}` | {_default(field, stand_in or {})} | {sentence} |"
-            if (owner := seen.setdefault((field.name, row), command)) == command:
-                rows.append(row)
-            else:
-                shared.setdefault(owner, []).append(f"`{field.name}`")
-        parts = [f"## `{prog} {command}`", (cls.__doc__ or "").strip().splitlines()[0]]
-        if rows:
-            parts.append("| setting | default | |\n|---|---|---|\n" + "\n".join(rows))
+        parts += [f"## `{prog} {command}`", (cls.__doc__ or "").strip().splitlines()[0]]
+        themes = sections(cls)
+        for title, fields in themes:
+            rows: list[str] = []
+            for field in fields:
+                sentence = described[field.name].replace("|", "\\|")
+                row = f"| `{field.name}` | {_default(field, stand_in or {})} | {sentence} |"
+                if (owner := seen.setdefault((field.name, row), command)) == command:
+                    rows.append(row)
+                else:
+                    shared.setdefault(owner, []).append(f"`{field.name}`")
+            if rows:
+                parts += [f"### {title}"] * (len(themes) > 1)
+                parts.append("| setting | default | |\n|---|---|---|\n" + "\n".join(rows))
         parts += [f"As in `{owner}`: {', '.join(names)}." for owner, names in shared.items()]
-        sections.append("\n\n".join(parts))
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def _default(field: dataclasses.Field[Any], stand_in: Mapping[str, Any]) -> str:

@@ -11,9 +11,10 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rlhf_ppo.runtime.run_directory import RunDirectory
+if TYPE_CHECKING:
+    from rlhf_ppo.runtime.run_directory import RunDirectory
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 """Names of trackers; each is the package that it needs, and an extra of this one."""

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.runtime.errors import RunError
 
 
-class PolicyDriftError(RuntimeError):
+class PolicyDriftError(RunError):
     """The policy has left the bounds that the settings give it."""
 
 

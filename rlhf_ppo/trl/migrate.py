@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-import shlex
 import tempfile
 import textwrap
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from rlhf_ppo.config.commands import MigrateArgs
+from rlhf_ppo.config.train import TrainArgs
 from rlhf_ppo.config.trl_names import ROWS
 from rlhf_ppo.runtime.settings import read_yaml
 from rlhf_ppo.runtime.trackers import TRACKERS
@@ -20,34 +21,6 @@ from rlhf_ppo.trl.arguments import known_fields, launched_processes, read_trl_fl
 
 _SCHEDULES = {"constant": "constant", "linear": "linear", "cosine": "cosine", "constant_with_warmup": "constant"}
 _NO_CLIPPING = 1e9
-
-
-@dataclass(frozen=True, kw_only=True)
-class MigrateArgs:
-    """Convert a TRL 1.12 PPO config: migrate --config trl.yaml --output ours.yaml -- --learning_rate 3e-6"""
-
-    config: str | None = None
-    """TRL's YAML file."""
-    command_line: str | None = None
-    """TRL's flags, or the whole command, as one text; it is easier to write them at the end, after `--`."""
-    num_processes: int | None = None
-    """Processes of the TRL run, whose batch sizes were per process; None: as the command's launcher says, else 1."""
-    output: str | None = None
-    """File to write, which must not exist; None: print."""
-
-    def __post_init__(self) -> None:
-        if self.config is None and self.command_line is None:
-            raise ValueError("nothing to migrate: give --config FILE, or TRL's flags after --, or both")
-        if self.num_processes is not None and self.num_processes < 1:
-            raise ValueError(f"num_processes must be 1 or more, got {self.num_processes}")
-
-
-def join_command_line(argv: list[str]) -> list[str]:
-    """Join TRL's words after ``--`` into one flag of ours: ``[..., "--command-line=word ..."]``."""
-    if "--" not in argv:
-        return argv
-    at = argv.index("--")
-    return [*argv[:at], f"--command-line={shlex.join(argv[at + 1 :])}"]
 
 
 def migrate(args: MigrateArgs, settings: type) -> str:
@@ -204,3 +177,9 @@ def _comment(field: str, value: Any) -> list[str]:
     why = f" ({_WHY[row.fate]})" if row.fate in _WHY else ""
     text = f"{field}: {_plain(value)}{why}. {row.note}"
     return textwrap.wrap(text, width=112, initial_indent="# ", subsequent_indent="#   ", break_long_words=False)
+
+
+def migrate_command(args: MigrateArgs) -> None:
+    """Run the `migrate` command."""
+    text = migrate(args, TrainArgs)
+    print(text if args.output is None else f"settings  {args.output}", end="" if args.output is None else "\n")

@@ -14,8 +14,7 @@ from classic.cli import main as classic_main
 from rlhf_ppo import __version__
 from rlhf_ppo.cli import COMMANDS, main
 from rlhf_ppo.pipeline.demo import DemoArgs, demo_trainer, print_paths
-from rlhf_ppo.runtime.settings import _positional
-from rlhf_ppo.runtime.settings_page import sentences
+from rlhf_ppo.runtime.settings_help import positional, sentences
 from rlhf_ppo.settings_page import settings_page
 
 REWARD = (
@@ -49,7 +48,7 @@ def test_help_has_a_sentence_for_every_flag(command, capsys):
     text = capsys.readouterr().out
     names = {field.name for field in fields(COMMANDS[command][0])}
     assert names <= set(sentences(COMMANDS[command][0]))
-    names -= set(_positional(COMMANDS[command][0]))  # words without a flag
+    names -= set(positional(COMMANDS[command][0]))  # words without a flag
     assert all(f"--{name.replace('_', '-')}" in text for name in names)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf_ppo.runtime.settings_page import command_sections, sentences
+from rlhf_ppo.runtime.settings_help import sentences
+from rlhf_ppo.runtime.settings_page import command_sections
 
 
 @dataclass
@@ -36,10 +37,11 @@ def test_a_field_has_the_sentence_of_the_class_that_sets_it_last():
 
 
 def test_a_section_a_command_and_what_an_earlier_one_has_by_name():
-    first, second = command_sections("prog", COMMANDS).split("## ")[1:]
+    first, second = command_sections("prog", COMMANDS).removeprefix("## ").split("\n## ")
     assert first.startswith("`prog some`\n\nWhat both need.\n")
     assert "| `model` | required | A folder, or a hub id. |\n| `rate` | `None` | Either a\\|b. |" in first
-    assert "| `rate` | `0.5` | Another sentence. |\n| `loud` | `False` | Say more. |" in second
+    assert "### Settings\n" in second and "| `loud` | `False` | Say more. |" in second
+    assert "### What both need\n" in second and "| `rate` | `0.5` | Another sentence. |" in second
     assert "As in `some`: `model`." in second and "A folder" not in second
 
 

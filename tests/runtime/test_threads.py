@@ -35,11 +35,11 @@ import """
 @pytest.mark.parametrize(
     ("module", "given", "read"),
     [
-        ("rlhf_ppo.cli", None, "PASSIVE"),
+        ("rlhf_ppo.pipeline.train", None, "PASSIVE"),
         ("classic.cli", None, "PASSIVE"),
         ("classic", None, "PASSIVE"),
         ("rlhf_ppo.rewards.http_server", None, "PASSIVE"),
-        ("rlhf_ppo.cli", "ACTIVE", "ACTIVE"),
+        ("rlhf_ppo.pipeline.train", "ACTIVE", "ACTIVE"),
     ],
 )
 def test_threads_are_told_to_sleep_before_torch_is_loaded(module, given, read):

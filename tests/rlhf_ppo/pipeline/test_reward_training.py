@@ -312,7 +312,7 @@ def test_an_empty_file_and_contradicting_settings(write, quick, capsys, tmp_path
     with pytest.raises(ValueError, match="has no rows"):
         train_reward_model(quick(write([])))
     for wrong, message in (
-        ({"eval_fraction": 1.0}, "eval_fraction must lie between 0 and 1"),
+        ({"eval_fraction": 1.0}, "eval_fraction must be between 0 and 1"),
         ({"dataset_weights": (1.0, 2.0)}, "dataset_weights has 2 weights for 1 data sets"),
         ({"lora_rank": 0}, "lora_rank must be 1 or more"),
         ({"batch_size": 0}, "batch_size must be 1 or more"),

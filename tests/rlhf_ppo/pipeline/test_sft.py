@@ -132,7 +132,7 @@ def test_bad_settings_are_named(quick, data, architecture):
         quick(dataset=data)
     with pytest.raises(ValueError, match=r"exactly one of model .* and architecture"):
         quick(dataset=data, model="m", architecture=architecture)
-    with pytest.raises(ValueError, match=r"eval_fraction must lie between 0 and 1, got 1\.5"):
+    with pytest.raises(ValueError, match=r"eval_fraction must be between 0 and 1, got 1\.5"):
         quick(dataset=data, model="m", eval_fraction=1.5)
     for name, value in (
         ("max_length", 0),

@@ -14,9 +14,10 @@ import pytest
 import yaml
 
 from rlhf_ppo.cli import TrainArgs, main
+from rlhf_ppo.config.commands import join_command_line
 from rlhf_ppo.config.trl_names import CLASSES, FATES
 from rlhf_ppo.trl.arguments import FIELDS_FILE, known_fields, read_trl_flags, read_trl_yaml
-from rlhf_ppo.trl.migrate import convert, join_command_line
+from rlhf_ppo.trl.migrate import convert
 from rlhf_ppo.trl.page import field_tables
 
 ROOT = Path(__file__).parents[3]

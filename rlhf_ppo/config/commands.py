@@ -1,0 +1,81 @@
+"""Arguments of the smaller commands: demo, replay, migrate."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+
+import tyro
+
+from rlhf_ppo.config.groups import Precision
+from rlhf_ppo.core.validation import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoArgs(Settings):
+    """Fine-tune a small GPT-2 toward a toy reward and show it before and after."""
+
+    model: str = "embedded"
+    """The policy: "embedded" (a small GPT-2 in the package), a folder or a hub id such as gpt2."""
+    reward: str = "rlhf_ppo.rewards.toy:positive_sentiment"
+    """What to learn: also no_letter_e or dialogue of rlhf_ppo.rewards.toy, or file.py:function."""
+    output_dir: str = "runs/demo"
+    """Folder for the model, metrics, samples and curve; an earlier run there is kept as previous-<n>."""
+    total_episodes: int = 1536
+    """Responses to train on."""
+    learning_rate: float = 1e-4
+    """Peak learning rate; use 1e-5 for GPT-2 and larger models."""
+    kl_coef: float = 0.05
+    """Coefficient of the KL penalty: larger stays closer to the initial model."""
+    precision: Precision = "auto"
+    """Number format of matrix products: bf16, fp32, or auto (bf16 where the device computes it faster)."""
+    num_threads: int | None = None
+    """CPU threads; None: 1 for a model as small as the embedded one, else all CPUs available."""
+    seed: int = 0
+    """Random seed; the same seed on the same machine gives the same result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayArgs(Settings):
+    """Recompute the minibatch in a black box, and name the first non-finite number."""
+
+    folder: tyro.conf.Positional[str]
+    """Folder blackbox-<n> of a run."""
+    model: str | None = None
+    """Where the policy's frozen base (or the start that an exact KL is measured from) is. None: where it was then."""
+    device: str | None = None
+    """cuda, mps or cpu. None: the run's."""
+    num_threads: int | None = None
+    """CPU threads. None: as in the run."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_at_least(1, "num_threads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MigrateArgs(Settings):
+    """Convert a TRL 1.12 PPO config: migrate --config trl.yaml --output ours.yaml -- --learning_rate 3e-6"""
+
+    config: str | None = None
+    """TRL's YAML file."""
+    command_line: str | None = None
+    """TRL's flags, or the whole command, as one text; it is easier to write them at the end, after `--`."""
+    num_processes: int | None = None
+    """Processes of the TRL run, whose batch sizes were per process; None: as the command's launcher says, else 1."""
+    output: str | None = None
+    """File to write, which must not exist; None: print."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_at_least(1, "num_processes")
+        if self.config is None and self.command_line is None:
+            raise ValueError("nothing to migrate: give --config FILE, or TRL's flags after --, or both")
+
+
+def join_command_line(argv: list[str]) -> list[str]:
+    """Join TRL's words after ``--`` into one flag of ours: ``[..., "--command-line=word ..."]``."""
+    if "--" not in argv:
+        return argv
+    at = argv.index("--")
+    return [*argv[:at], f"--command-line={shlex.join(argv[at + 1 :])}"]

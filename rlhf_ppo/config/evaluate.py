@@ -1,0 +1,64 @@
+"""EvaluateArgs: what `rlhf-ppo evaluate` reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf_ppo.config.data import PromptArgs
+from rlhf_ppo.config.groups import Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateArgs(PromptArgs):
+    """Measure a model on prompts: reward, KL, length, diversity, and its win rate against its reference."""
+
+    model: str
+    """Folder of a run, of a model or of an adapter, or a hub id."""
+    reward: tuple[str, ...]
+    """One or more rewards: file.py:function, module:function, a sequence-classification model's folder or hub id, or a
+    reward server's http(s) address (its token comes from the environment: RLHF_PPO_REWARD_TOKEN)."""
+    reward_chat_template: str | None = None
+    """Chat template for reward models: see train. None: as in the run, if one of the models above scored it."""
+    reward_max_length: int | None = None
+    """Maximum tokens that reward models read. None: as in the run, if one of the models above scored it."""
+    dataset: tuple[str, ...]
+    """Prompts that were not trained on: one or more hub ids, folders, or csv, jsonl or parquet files (also .gz)."""
+    chat_template: str | None = None
+    """Jinja chat template for both models' tokenizers, a file or the text itself. None: each one's own, or the run's,
+    if it was given one."""
+    num_prompts: int | None = None
+    """Number of prompts to use, from the first; None: all."""
+    ref_model: str | None = None
+    """Reference model for the KL; None: what the run in the model's folder started from."""
+    against: str | None = None
+    """Model to compare with; None: the reference."""
+    judge: str | None = None
+    """Reward that decides who wins, best one held out from training; None: the sum of the rewards above."""
+    drop_nonfinite_scores: bool = False
+    """Treat a NaN or infinite score as unscorable instead of stopping."""
+    output_dir: str = "runs/evaluation"
+    """Folder for evaluation.json and evaluation_samples.jsonl."""
+    max_new_tokens: int | None = None
+    """Maximum response length in tokens; None: as in the run (48 if the folder holds no run)."""
+    temperature: float | None = None
+    """Divides the logits; None: as in the run (1 if the folder holds no run)."""
+    respond: str | None = None
+    """What answers the model's turns: file.py:function or module:function. None: as in the run."""
+    max_turns: int | None = None
+    """Maximum number of the model's turns; None: as in the run (1 if the folder holds no run)."""
+    batch_size: int = 32
+    """Responses sampled at the same time."""
+    seed: int = 0
+    """Random seed of the draws, the same for both models."""
+    device: str | None = None
+    """cuda, mps or cpu; None: the first of these that is available."""
+    precision: Precision = "auto"
+    """Number format of matrix products: bf16, fp32, or auto (bf16 where the device computes it faster)."""
+    num_threads: int | None = None
+    """CPU threads; None: 1 for models below ten million parameters, else all CPUs available."""
+    quiet: bool = False
+    """Show no progress."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_at_least(1, "num_prompts", "batch_size", "max_turns", "num_threads")

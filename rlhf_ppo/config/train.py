@@ -1,0 +1,80 @@
+"""TrainArgs: what `rlhf-ppo train` reads beside RLHFConfig."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import tyro
+
+from rlhf_ppo.config.data import HeldOutPromptArgs
+from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.core.validation import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAArgs(Settings):
+    """LoRA: train an adapter instead of all weights."""
+
+    lora_rank: int | None = None
+    """Train a LoRA adapter of this rank instead of all weights."""
+    lora_alpha: int | None = None
+    """Scale the adapter by lora_alpha / lora_rank. None: twice the rank."""
+    lora_target_modules: tuple[str, ...] | None = None
+    """Names of the layers that get the adapter, or "all-linear" (all but the output layer). None: those that PEFT
+    chooses for the architecture."""
+    merge_adapter: bool = False
+    """Also save the model with the adapter merged, in the run's folder merged/."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_at_least(1, "lora_rank", "lora_alpha")
+        for name in ("lora_alpha", "lora_target_modules"):
+            if getattr(self, name) is not None and self.lora_rank is None:
+                raise ValueError(f"{name}={getattr(self, name)!r} is about a LoRA adapter: set lora_rank")
+        if self.merge_adapter and self.lora_rank is None:
+            raise ValueError("merge_adapter=True needs an adapter to merge: set lora_rank, or drop merge_adapter")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeArgs(Settings):
+    """Resume: continue an earlier run."""
+
+    resume_from_checkpoint: Annotated[str | None, tyro.conf.arg(aliases=("--resume",))] = None
+    """Resume an earlier run of the same command (made with save_every): its folder checkpoint-<n>, or the run's folder
+    for its newest intact one. "auto": the newest intact one in output_dir, or a fresh start if there is none."""
+    resume_override: bool = False
+    """Resume although settings or data differ from those of the checkpoint (the error shows how)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resume_override and self.resume_from_checkpoint is None:
+            raise ValueError("resume_override=True is about a checkpoint to go on from: set resume_from_checkpoint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArgs(Settings):
+    """Models and rewards: what is trained, and toward what."""
+
+    model: str
+    """The policy: a hub id or folder, or "embedded" (the small GPT-2 in the package)."""
+    reward: tuple[str, ...]
+    """One or more rewards: file.py:function, module:function, a sequence-classification model's folder or hub id, or a
+    reward server's http(s) address (its token comes from the environment: RLHF_PPO_REWARD_TOKEN)."""
+    respond: str | None = None
+    """What answers the policy's turns where max_turns is above 1: file.py:function or module:function."""
+    ref_model: str | None = None
+    """Reference model for the KL; None: the policy as it starts."""
+    value_model: str | None = None
+    """Trunk of a separate critic; None: a value head on the policy's own trunk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArgs(ModelArgs, HeldOutPromptArgs, LoRAArgs, RLHFConfig, ResumeArgs):
+    """Fine-tune a language model from a reward with PPO."""
+
+    FIRST: ClassVar[tuple[str, ...]] = (
+        *("model", "reward", "dataset", "output_dir", "total_episodes", "max_new_tokens", "learning_rate", "kl_coef"),
+        *("rollout_batch_size", "lora_rank"),
+    )
+    """Settings that a beginner needs first, as help and docs list them."""
