@@ -20,8 +20,8 @@ def test_evaluations_on_the_way_are_logged_and_the_best_agent_is_kept(small, tmp
     assert (plain.network.policy[0].weight == agent.network.policy[0].weight).all()
 
 
-def test_training_stops_once_the_return_is_reached(small):
-    args = small(learning_rate=1e-2, gamma=0.5)
+def test_training_stops_once_the_return_is_reached(small, learning_seed):
+    args = small(learning_rate=1e-2, gamma=0.5, seed=learning_seed)
     agent = classic.PPO("tests/Match-v0", args).learn(50_000, callbacks=[stop_at_return(4.5, episodes=40)])
     last = [episode.total_reward for episode in agent.recent][-40:]
     assert sum(last) / 40 >= 4.5 and agent.counters["env_steps"] < 20_000

@@ -45,7 +45,7 @@ def test_infinite_chain_with_a_time_limit_is_worth_one_over_one_minus_gamma(mode
 
 
 @pytest.mark.parametrize("objective", ["clip", "penalty", "adaptive_clip", "dual_clip", "cispo", "a2c", "reinforce"])
-def test_every_objective_learns_to_match(objective, small):
+def test_every_objective_learns_to_match(objective, small, learning_seed):
     """A random policy earns 2.5 of 5."""
     args = small(
         objective=objective,
@@ -53,6 +53,7 @@ def test_every_objective_learns_to_match(objective, small):
         num_epochs=1 if objective in ("a2c", "reinforce") else 2,
         gamma=0.5,
         learning_rate=1e-2,
+        seed=learning_seed,
     )
     agent = classic.PPO("tests/Match-v0", args)
     before = agent.evaluate(episodes=50, deterministic=False)["mean_return"]
@@ -62,24 +63,24 @@ def test_every_objective_learns_to_match(objective, small):
     assert after > 4.3
 
 
-def test_a_policy_learns_from_pixels(small):
+def test_a_policy_learns_from_pixels(small, learning_seed):
     """A random policy earns 2.5 of 5."""
-    agent = classic.PPO("tests/Side-v0", small(num_steps=32, learning_rate=5e-4)).learn(400)
+    agent = classic.PPO("tests/Side-v0", small(num_steps=32, learning_rate=5e-4, seed=learning_seed)).learn(400)
     assert agent.evaluate(episodes=10)["mean_return"] > 4.5
 
 
-def test_continuous_actions_learn_to_aim(small):
+def test_continuous_actions_learn_to_aim(small, learning_seed):
     """A policy at 0 with standard deviation 1 earns about -4; the best action is 0.5."""
-    agent = classic.PPO("tests/Aim-v0", small(gamma=0.5, learning_rate=2e-2)).learn(5_000)
+    agent = classic.PPO("tests/Aim-v0", small(gamma=0.5, learning_rate=2e-2, seed=learning_seed)).learn(5_000)
     action, state = agent.predict([0.0])
     assert action.shape == (1,) and state is None
     assert action[0] == pytest.approx(0.5, abs=0.1)
     assert agent.evaluate(episodes=4)["mean_return"] > -0.1
 
 
-def test_cartpole_gets_better_within_seconds():
+def test_cartpole_gets_better_within_seconds(learning_seed):
     """A random policy balances for about 22 steps."""
-    agent = classic.PPO("CartPole-v1", classic.PPOArgs(seed=1, quiet=True)).learn(12_000)
+    agent = classic.PPO("CartPole-v1", classic.PPOArgs(seed=learning_seed, quiet=True)).learn(12_000)
     assert agent.evaluate(episodes=20)["mean_return"] > 150
 
 

@@ -63,10 +63,9 @@ def test_both_autoreset_modes_give_the_same_values_on_the_same_trajectories():
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(("kind", "mode"), [("lstm", "next_step"), ("gru", "same_step")])
-def test_a_memory_recalls_what_is_no_longer_shown(kind, mode, shared, small):
-    args = small(
-        recurrent=kind, recurrent_size=16, shared_network=shared, autoreset_mode=mode, num_envs=16, num_steps=32
-    )
+def test_a_memory_recalls_what_is_no_longer_shown(kind, mode, shared, small, learning_seed):
+    memory = {"recurrent": kind, "recurrent_size": 16, "shared_network": shared, "autoreset_mode": mode}
+    args = small(num_envs=16, num_steps=32, seed=learning_seed, **memory)
     agent = classic.PPO("tests/Recall-v0", args).learn(12_000)
     assert agent.evaluate(episodes=40)["mean_return"] > 0.95
 

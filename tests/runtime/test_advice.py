@@ -149,8 +149,9 @@ def test_every_setting_that_a_rule_names_exists():
 
 
 @pytest.mark.parametrize("learning_rate", [0.5, 1e-7])  # 20 of 20 seeds each; at 0.05 it is 17
-def test_a_real_run_with_a_wrong_learning_rate_is_told_to_move_it(tmp_path, learning_rate):
+def test_a_real_run_with_a_wrong_learning_rate_is_told_to_move_it(tmp_path, learning_rate, learning_seed):
     small = ["--num-envs", "4", "--num-steps", "16", "--num-minibatches", "4", "--total-timesteps", "640", "--quiet"]
+    small += ["--seed", str(learning_seed)]
     words = ["train", "CartPole-v1", "--learning-rate", str(learning_rate), "--output-dir", str(tmp_path / "run")]
     assert classic_main([*words, *small]) == 0
     moves = [found.changes["learning_rate"] for found in advise(tmp_path / "run") if "learning_rate" in found.changes]

@@ -43,7 +43,7 @@ def by_prompt(prompts: list[str], completions: list[str], **columns) -> list[flo
 
 
 @pytest.mark.parametrize("separate", [False, True])
-def test_the_critic_learns_what_prompts_are_worth(make_trainer, make_model, prompts, separate):
+def test_the_critic_learns_what_prompts_are_worth(make_trainer, make_model, prompts, separate, learning_seed):
     trainer = make_trainer(
         reward_funcs=by_prompt,
         value_model=make_model(seed=1) if separate else None,
@@ -52,6 +52,7 @@ def test_the_critic_learns_what_prompts_are_worth(make_trainer, make_model, prom
         learning_rate=0.01,
         num_epochs=8,
         lr_scheduler_type="constant",
+        seed=learning_seed,
     )
     metrics = [trainer.step(trainer.rollout(prompts)) for _ in range(6)]
     assert metrics[0]["value/explained_variance"] == pytest.approx(0, abs=1e-6)

@@ -168,7 +168,7 @@ def test_whole_scores_alone_leave_no_token_scores(make_trainer, prompts):
     assert make_trainer(reward_funcs=whole).rollout(prompts).token_scores is None
 
 
-def test_a_run_learns_from_token_rewards(make_trainer):
+def test_a_run_learns_from_token_rewards(make_trainer, learning_seed):
     """The same toy task as with one score a response: letters before n, each rewarded where it stands."""
 
     def early(prompts, completions, completion_ids, **columns):
@@ -182,6 +182,7 @@ def test_a_run_learns_from_token_rewards(make_trainer):
         num_minibatches=4,
         kl_coef=0.01,
         stop_token_ids=(0,),
+        seed=learning_seed,
     )
     trainer.train()
     means = [row["score/mean"] for row in trainer.run.read()]

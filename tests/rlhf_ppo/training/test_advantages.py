@@ -242,7 +242,7 @@ def test_weights_correct_a_sampler_that_disagrees(make_trainer, prompts):
 
 
 @pytest.mark.parametrize("settings", ESTIMATORS, ids=lambda s: s["advantage_estimator"])
-def test_every_estimator_learns(make_trainer, settings):
+def test_every_estimator_learns(make_trainer, settings, learning_seed):
     """The share of early letters, a half by chance, rises."""
     trainer = make_trainer(
         **{**settings, "rollout_batch_size": 32},
@@ -251,6 +251,7 @@ def test_every_estimator_learns(make_trainer, settings):
         kl_coef=0.0,
         num_epochs=2,
         lr_scheduler_type="constant",
+        seed=learning_seed,
     )
     scores = []
     trainer.callbacks.append(lambda _, metrics: scores.append(metrics["score/mean"]))

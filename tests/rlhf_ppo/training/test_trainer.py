@@ -24,11 +24,10 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_a_toy_task_is_learned(make_trainer):
+def test_a_toy_task_is_learned(make_trainer, learning_seed):
     """Letters before n start at about half of all; 40 updates of 32 responses push them far above."""
-    trainer = make_trainer(
-        total_episodes=1280, rollout_batch_size=32, learning_rate=5e-3, num_epochs=4, num_minibatches=4, kl_coef=0.01
-    )
+    settings = {"learning_rate": 5e-3, "num_epochs": 4, "num_minibatches": 4, "kl_coef": 0.01}
+    trainer = make_trainer(total_episodes=1280, rollout_batch_size=32, seed=learning_seed, **settings)
     trainer.train()
     rows = trainer.run.read()
     scores = [row["score/mean"] for row in rows]
