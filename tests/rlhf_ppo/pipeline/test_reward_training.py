@@ -150,8 +150,9 @@ def test_reward_model_scores_as_the_trained_model_did(quick, write, base, tokeni
     assert abs(by_token[-1] - by_token[-2]) > 1e-3
 
 
-def test_it_learns_what_the_pairs_have_in_common_and_says_so(quick, write, tmp_path):
-    metrics = train_reward_model(quick(write(pairs(300)), num_epochs=4, margin_column="margin", eval_fraction=0.2))
+def test_it_learns_what_the_pairs_have_in_common_and_says_so(quick, write, tmp_path, learning_seed):
+    settings = {"num_epochs": 4, "margin_column": "margin", "eval_fraction": 0.2, "seed": learning_seed}
+    metrics = train_reward_model(quick(write(pairs(300)), **settings))
     assert metrics["accuracy"] > 0.9 and metrics["loss"] < 0.4
     assert (metrics["train_pairs"] + metrics["eval_pairs"], metrics["cut_pairs"]) == (300, 0)
     saved = json.loads((tmp_path / "rm" / "reward_metrics.json").read_text())

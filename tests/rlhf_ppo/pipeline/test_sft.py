@@ -232,7 +232,7 @@ def test_a_token_id_beyond_the_vocabulary_is_named_with_its_row(tokenizer):
         encode_examples([("a", "y", "row 0"), ("a", "z", "row 1")], tokenizer, 64, "train", vocab_size=28)
 
 
-def test_completions_are_learned_end_to_end(quick, make_model, tokenizer, tmp_path):
+def test_completions_are_learned_end_to_end(quick, make_model, tokenizer, tmp_path, learning_seed):
     """After any prompt the answer is "yes": a tenth of a nat per token is soon enough, though prompts are random."""
     make_model().save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
@@ -240,7 +240,7 @@ def test_completions_are_learned_end_to_end(quick, make_model, tokenizer, tmp_pa
     words = [f"{a}{b} " for a in "abcdefgh" for b in "klmnopqr"]
     file.write_text("".join(json.dumps({"prompt": w, "chosen": "yes", "rejected": "no"}) + "\n" for w in words))
     columns = {"prompt_column": "prompt", "completion_column": "chosen"}
-    result = sft(quick(dataset=(str(file),), model=str(tmp_path / "m"), num_epochs=8.0, **columns))
+    result = sft(quick(dataset=(str(file),), model=str(tmp_path / "m"), num_epochs=8.0, seed=learning_seed, **columns))
     assert result["eval/loss_nats_per_token"] < 0.1
 
 
