@@ -1,8 +1,8 @@
 """PPO iterations on one CUDA GPU, each engine against the limits of the hardware: ``python benchmarks/gpu.py``.
 
 What you will see: a table with a row for each model and engine, after about ten minutes. MFU counts the products that
-the algorithm needs, over the measured rate of bf16 products; the decoding limit is the time in which the measured copy
-bandwidth moves weights (bf16) and keys and values once a step.
+the algorithm needs, over the measured rate of bf16 products; the decoding limit is the time that the measured copy
+bandwidth takes to move the weights (bf16) and the keys and values once per decode step.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one sequence that a model reads."""
+        """Return the tokens that a model reads of one sequence."""
         return self.prompt_tokens + self.new_tokens - 1
 
 
 def cases(tiny: bool) -> dict[str, Case]:
-    """The models that are measured."""
+    """Return the models to measure."""
     if tiny:
         gpt2 = GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
         return {"tiny GPT-2": Case(gpt2, prompts=4, prompt_tokens=4, new_tokens=6, epochs=1, minibatches=2)}
@@ -74,7 +74,7 @@ def cases(tiny: bool) -> dict[str, Case]:
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Seconds of one call, the median of several after a warm-up."""
+    """Time one call in seconds: the median of several after a warm-up."""
     taken = []
     for _ in range(repeats + 1):
         wait(device)
@@ -86,13 +86,13 @@ def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> f
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what was asked."""
+    """Wait until the device has finished its queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def measure_limits(device: torch.device, tiny: bool) -> dict[str, float]:
-    """Bytes per second of a copy (read and written) and operations per second of a bf16 product."""
+    """Measure bytes per second of a copy (read and written) and operations per second of a bf16 product."""
     source = torch.ones(2**20 if tiny else 2**30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = seconds(lambda: target.copy_(source), device, 10)
@@ -110,16 +110,16 @@ class Needs:
     """Operations and bytes of one iteration, counted from the model's shape."""
 
     trunk: int
-    """Weights in the products of the trunk, each used once a token."""
+    """Weights in the products of the trunk, each used once per token."""
     head: int
-    """Weights of the output layer, used once a response token."""
+    """Weights of the output layer, used once per response token."""
     attention_width: int
     """Layers x columns of the queries."""
     kv_bytes_per_token: int
 
     @classmethod
     def of(cls, model: nn.Module, config: Any) -> Needs:
-        """Count a model's."""
+        """Count those of a model."""
         matrices = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))]
         head = config.vocab_size * config.hidden_size
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -129,12 +129,12 @@ class Needs:
         return cls(trunk, head, layers * config.hidden_size, 2 * 2 * layers * columns)
 
     def forward(self, case: Case) -> float:
-        """Operations of one forward pass over all sequences of a rollout."""
+        """Count the operations of one forward pass over all sequences of a rollout."""
         products = 2 * (self.trunk * case.tokens + self.head * case.new_tokens)
         return case.prompts * (products + 2 * self.attention_width * case.tokens**2)  # causal: half of 4 T^2
 
     def decoding_bytes(self, case: Case) -> float:
-        """Bytes that the decoding of a rollout must at least read: weights in bf16, keys and values of all before."""
+        """Count the bytes that decoding must at least read: weights in bf16, keys and values of all earlier tokens."""
         kept = case.prompts * (case.prompt_tokens + case.new_tokens / 2) * self.kv_bytes_per_token
         return case.new_tokens * (2 * (self.trunk + self.head) + kept)
 
@@ -143,7 +143,7 @@ class Needs:
 
 
 def measure(case: Case, engine: str, device: torch.device, limits: dict[str, float], iterations: int) -> dict[str, Any]:
-    """One engine on one model: iterations through PPOTrainer after two that are not counted."""
+    """Measure one engine on one model: iterations of PPOTrainer after two for warm-up."""
     work = Workload(
         layers=0,
         width=0,
@@ -217,7 +217,7 @@ COLUMNS = {
 
 
 def table_row(row: dict[str, Any]) -> str:
-    """One line of the markdown table."""
+    """Return one line of the markdown table."""
     if "error" in row:
         cells = [f"failed: {row['error'].splitlines()[0]}", *[""] * (len(COLUMNS) - 1)]
     else:
@@ -226,7 +226,7 @@ def table_row(row: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print the table, write the JSON; 1 if something could not be measured."""
+    """Measure, print the table, write the JSON; return 1 if a measurement failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda, or cpu together with --tiny")
     parser.add_argument("--tiny", action="store_true", help="a model of a few thousand weights: only checks the code")

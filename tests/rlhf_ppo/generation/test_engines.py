@@ -1,10 +1,9 @@
-"""Engines: each samples from the policy's own softmax, with the weights as they are now, and records what it did."""
+"""Engines: each samples from the policy's own softmax with its current weights, and records what it did."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -91,7 +90,7 @@ def test_static_keeps_one_cache_and_makes_another_for_another_shape(make, batch)
     assert engine._fixed is not first
 
 
-def test_static_reads_the_weights_of_today(make, batch):
+def test_static_uses_the_current_weights(make, batch):
     model, engine = make(), StaticEngine(compile_step=False)
     engine(model, *batch, PARAMS, generator=seeded())
     change(model)
@@ -148,7 +147,7 @@ def test_auto_is_dynamic_without_a_gpu(make):
     assert choose_engine(RolloutSettings(generation="auto"), make()) is sample_responses
 
 
-def test_a_model_that_a_fixed_cache_misleads_is_refused(make, monkeypatch):
+def test_a_model_that_reads_a_fixed_cache_wrongly_is_refused(make, monkeypatch):
     """The values that attention reads are doubled, so the log-probs are those of another model."""
     update = FixedLayer.update
     monkeypatch.setattr(FixedLayer, "update", lambda *states: (lambda k, v: (k, 2 * v))(*update(*states)))
@@ -188,31 +187,32 @@ def test_a_run_trains_on_what_the_engine_recorded(make_trainer, make_model, adap
     assert all(row["policy/first_minibatch_max_abs_log_ratio"] < 1e-5 for row in rows)
 
 
-def test_the_gpu_benchmark_measures_every_engine(tmp_path):
-    """On a model of a few thousand weights; without a GPU the real one says so in one line."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
+@pytest.fixture
+def gpu(monkeypatch):
+    """The module benchmarks/gpu.py."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # it sets this itself
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    spec = importlib.util.spec_from_file_location("gpu", ROOT / "benchmarks" / "gpu.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu", module)  # its dataclasses look their own module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_gpu_benchmark_measures_every_engine(gpu, tmp_path, capsys):
+    """On a model of a few thousand weights."""
     numbers = tmp_path / "numbers.json"
-    flags = ["--tiny", "--device", "cpu", "--iterations", "1", "--json", str(numbers)]
-    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    with torch.random.fork_rng():
+        assert gpu.main(["--tiny", "--device", "cpu", "--iterations", "1", "--json", str(numbers)]) == 0
     rows = json.loads(numbers.read_text())["rows"]
     assert [row["generation"] for row in rows] == ["dynamic", "static"]
     assert all(row["generated_tokens_per_second"] == pytest.approx(6 * row["samples_per_second"]) for row in rows)
-    assert done.stdout.count("| tiny GPT-2 |") == 2
+    assert capsys.readouterr().out.count("| tiny GPT-2 |") == 2
 
 
-def test_the_gpu_benchmark_counts_what_gpt2_needs():
+def test_the_gpu_benchmark_counts_what_gpt2_needs(gpu):
     """GPT-2 small: 12 x 12 x 768^2 = 84,934,656 weights in the products of its trunk, 50,257 x 768 in its head."""
-    spec = importlib.util.spec_from_file_location("gpu", ROOT / "benchmarks" / "gpu.py")
-    assert spec is not None and spec.loader is not None
-    gpu = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    sys.modules["gpu"] = gpu  # its dataclasses look their own module up
-    try:
-        spec.loader.exec_module(gpu)
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-        del sys.modules["gpu"]
     config = GPT2Config()
     with torch.device("meta"):
         needs = gpu.Needs.of(AutoModelForCausalLM.from_config(config), config)

@@ -1,4 +1,4 @@
-"""Text environments as the other side of a conversation: each conversation has its own, and is scored by it."""
+"""Text environments: each conversation has its own, which replies to it and scores it."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_game_is_learned(make_trainer, learning_seed):
         (lambda action: ({"a": 1}, 0.0, False), None, "say how to read it"),
     ],
 )
-def test_an_environment_that_says_something_else_is_named(make_trainer, prompts, step, text, message):
+def test_an_environment_that_returns_something_else_is_named(make_trainer, prompts, step, text, message):
     games = Environments(lambda prompt: SimpleNamespace(reset=lambda: None, step=step), text=text)
     with pytest.raises(RespondError, match=message):
         make_trainer(respond=games, reward_funcs=games.reward, max_turns=2).rollout(prompts)

@@ -1,4 +1,4 @@
-"""Several turns: what is trained on is what was sampled, replies are read and never trained, and no end is a crash."""
+"""Several turns: the sampled ids are trained on, replies are masked from the loss, and every ending is handled."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_sampled_ids_are_trained_whatever_their_text_would_tokenise_to(talk, mak
     assert {tuple(ids.tolist()) for ids in trained} == sampled
 
 
-def test_a_written_conversation_lies_in_one_row(talk, script, tokenizer):
+def test_a_scripted_conversation_is_one_row(talk, script, tokenizer):
     """Golden: two turns; "x" is 26 and "y" 27. The stop token 0 stays an action, and replies lie outside the mask."""
     trainer = talk(
         respond=lambda messages: "xy" if messages[-1]["content"] else None, rollout_batch_size=2, max_turns=2
@@ -264,7 +264,7 @@ def test_gae_equals_gae_on_the_sequence_without_replies(talk, wake_critic, promp
         torch.testing.assert_close(old.returns[row][keep], returns[0], atol=1e-5, rtol=1e-5)
 
 
-def test_steps_of_a_conversation_land_on_the_tokens_that_complete_them(talk, prompts):
+def test_process_rewards_land_on_the_tokens_that_complete_their_steps(talk, prompts):
     """(turn, end, score): the first character and the very last; a character is a token, end-of-text is none."""
 
     def reward(prompts, completions, *, conversations, **columns):
@@ -285,7 +285,7 @@ def test_steps_of_a_conversation_land_on_the_tokens_that_complete_them(talk, pro
     [((1, 0.5), r"\(turn, end, score\), got \(1, 0\.5\)"), ((3, 1, 1.0), "turn 3, but the turns are 0..2"),
      ((0, 99, 1.0), "character 99, outside")],
 )  # fmt: skip
-def test_steps_that_are_nowhere_in_a_conversation_are_named(talk, prompts, step, message):
+def test_process_rewards_outside_a_conversation_are_named(talk, prompts, step, message):
     def reward(prompts, completions, **columns):
         return [StepRewards([step]) for _ in completions]
 
@@ -323,7 +323,7 @@ def test_a_hook_that_fails_is_named_with_the_conversation(talk, prompts, respond
         talk(respond=respond).rollout(prompts)
 
 
-def test_fault_14_a_hook_that_hangs_is_left_behind_and_what_was_said_is_kept(talk, prompts):
+def test_fault_14_a_hook_that_hangs_is_abandoned_and_what_was_said_is_kept(talk, prompts):
     never = threading.Event()
 
     def respond(messages):
@@ -339,7 +339,7 @@ def test_fault_14_a_hook_that_hangs_is_left_behind_and_what_was_said_is_kept(tal
     never.set()
 
 
-def test_fault_14_a_run_that_a_hook_ended_goes_on_with_the_same_conversations(talk):
+def test_fault_14_a_run_that_a_hook_ended_resumes_with_the_same_conversations(talk):
     asked = 0
 
     def fails(at):
@@ -404,7 +404,7 @@ def chat(tokenizer):
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
-def test_a_chats_glue_is_what_the_template_adds(chat):
+def test_the_tokens_between_turns_are_what_the_template_adds(chat):
     """ "<u>hi.<a>" before the turn, "<u>hi.<a>x.<u>yes.<a>" with an answer: what is new is ".<u>yes.<a>"."""
     spoken = [*MESSAGES, {"role": "assistant", "content": "whatever  it was"}]
     glue = chat(".<u>yes.<a>")["input_ids"]

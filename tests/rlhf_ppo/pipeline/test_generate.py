@@ -55,7 +55,7 @@ def test_an_output_that_cannot_be_written_is_one_line_before_the_model_is_loaded
 
 
 @pytest.mark.parametrize(("batch_size", "kept"), [(1, ["the cat", "the dog"]), (3, ["earlier"])])
-def test_a_failure_keeps_what_was_made_before_it_or_else_the_earlier_run(
+def test_a_failure_keeps_the_completions_before_it_or_else_the_earlier_run(
     folder, tokenizer, monkeypatch, batch_size, kept
 ):
     def complete(prompts):
@@ -81,7 +81,7 @@ def test_a_failure_keeps_what_was_made_before_it_or_else_the_earlier_run(
     assert [row["prompt"] for row in rows] == kept
 
 
-def test_prompts_answer_as_before_whatever_the_batch(folder):
+def test_the_same_seed_gives_the_same_completions(folder):
     small = {"model": "model", "prompt": ("a cat", "blue"), "max_new_tokens": 4, "device": "cpu"}
     pairs = generate(GenerateArgs(**small))
     assert [prompt for prompt, _ in pairs] == ["a cat", "blue"] and pairs == generate(GenerateArgs(**small))
@@ -98,7 +98,7 @@ def test_stop_strings_are_the_runs_or_the_ones_given(folder):
     assert [text for _, text in generate(GenerateArgs(**small, stop_strings=()))] == texts
 
 
-def test_stop_tokens_and_the_least_length_are_the_runs(folder, tokenizer):
+def test_stop_tokens_and_the_minimum_length_are_the_runs(folder, tokenizer):
     """All but one token stop: one token is all there is, or two where the run wanted two."""
     small = {"model": "model", "prompt": ("a cat",), "num_samples": 8, "max_new_tokens": 6, "device": "cpu"}
     stops = list(range(1, len(tokenizer)))
