@@ -179,7 +179,7 @@ def measure(case: Case, engine: str, device: torch.device, limits: dict[str, flo
         )
         for _ in range(2):  # the first may compile, the second record its graph
             trainer.step(trainer.rollout(prompts))
-        trainer.stopwatch.take()
+        trainer.fixed.stopwatch.take()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         started = time.perf_counter()
@@ -187,7 +187,7 @@ def measure(case: Case, engine: str, device: torch.device, limits: dict[str, flo
             trainer.step(trainer.rollout(prompts))
         wait(device)
         iteration = (time.perf_counter() - started) / iterations
-        phases = {name: total / iterations for name, total in trainer.stopwatch.take().items()}
+        phases = {name: total / iterations for name, total in trainer.fixed.stopwatch.take().items()}
     needs = Needs.of(model, case.config)
     generated = case.prompts * case.new_tokens
     update_flops = 3 * case.epochs * needs.forward(case)

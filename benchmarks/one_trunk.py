@@ -75,7 +75,7 @@ def memory_of(name: str, folder: Path, episodes: int) -> dict[str, float]:
     )
     trainer.step(trainer.rollout(make_prompts(WORK)[:episodes]))
     held = {id(p): p for p in trainer.model.parameters()}
-    for model in (trainer.reference.model, *(getattr(f, "model", None) for f, _ in trainer.parts.rewards.values())):
+    for model in (trainer.reference.model, *(getattr(f, "model", None) for f, _ in trainer.fixed.rewards.values())):
         held.update({} if model is None else {id(p): p for p in model.parameters()})
     trained = sum(p.numel() * p.element_size() for p in trainer.model.trainable_parameters())
     weights = sum(p.numel() * p.element_size() for p in held.values())

@@ -46,7 +46,7 @@ def language_model() -> Train:
     from rlhf_ppo import PPOTrainer, RLHFConfig
 
     # The picture at a run's end, when everything is saved, takes longer than the run.
-    rlhf_ppo.trainer.plot_curves = lambda *_, **__: None
+    rlhf_ppo.trainer.plot_run = lambda *_: None
     sizes = {"n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 28}
     sizes |= {"bos_token_id": 0, "eos_token_id": 0}
     with tempfile.TemporaryDirectory() as folder:  # the first save takes half a second, in each killed process again

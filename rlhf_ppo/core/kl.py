@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_ppo.core.masked import keep
+from rlhf_ppo.core.masked import keep, last_true
 from rlhf_ppo.core.types import compute_dtype, require_bool, require_same_shape, require_temperature, result_dtype
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -92,9 +92,7 @@ def kl_penalized_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: floa
     dtype = compute_dtype(kl)
     rewards = -kl_coef * keep(kl.to(dtype), mask)
     if scores.ndim == 1:
-        steps = torch.arange(mask.shape[1], device=mask.device)
-        last = torch.where(mask, steps, -1).amax(dim=1, keepdim=True) if mask.shape[1] else steps[None]
-        gets_score = steps == last
+        gets_score = last_true(mask)
         scores = scores[:, None].expand_as(kl)
     else:
         gets_score = mask

@@ -88,3 +88,8 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     if not shift_mean:
         whitened = whitened + _mean(values, mask, None)
     return keep(whitened, mask).to(result_dtype(x))
+
+
+def last_true(mask: Tensor) -> Tensor:
+    """[B, T] bool, True on each row's last True step: where a response's score is added and its episode ends."""
+    return mask & (mask.flip(1).cumsum(dim=1).flip(1) == 1)

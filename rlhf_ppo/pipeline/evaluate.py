@@ -32,11 +32,11 @@ from rlhf_ppo.models.loading import (
 from rlhf_ppo.pipeline.comparison import differences, distinct, interval, win_rate
 from rlhf_ppo.pipeline.generate import require_prompts
 from rlhf_ppo.runtime.processes import require_one_process, torch_threads
-from rlhf_ppo.runtime.progress import ProgressDisplay, Stopwatch
+from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory, read_run
 from rlhf_ppo.runtime.user_code import load_function
-from rlhf_ppo.training.collect import Collector
-from rlhf_ppo.training.experience import describe
+from rlhf_ppo.training.collect import collect
+from rlhf_ppo.training.reporting import describe
 from rlhf_ppo.training.setup import set_up
 
 _SAMPLER = (
@@ -75,7 +75,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     require_room(prompt_room(load_config(resolve_model(against)), config.max_new_tokens), config.max_new_tokens)
     require_prompts(rows["prompt"], rows.names, against, config.max_new_tokens, config.chat_template)
     run = RunDirectory(args.output_dir)
-    samples = [_sample(name, reference, args, config, rows, run, respond) for name in (args.model, against)]
+    samples = [_sample(name, reference, args, config, rows, respond) for name in (args.model, against)]
     measures = [_measures(part) for part in samples]
     verdicts = [[row["verdict"] for row in part] for part in samples]
     report = {
@@ -191,11 +191,10 @@ def _sample(
     args: EvaluateArgs,
     config: RLHFConfig,
     rows: Rows,
-    run: RunDirectory,
     respond: Respond | None,
 ) -> list[dict[str, Any]]:
     """One row per prompt: that of ``describe``, each reward's own score, and the judge's verdict."""
-    parts = set_up(
+    setup, actor_critic = set_up(
         model,
         [*args.reward, *([] if args.judge is None else [args.judge])],
         config,
@@ -207,19 +206,17 @@ def _sample(
         peft_config=None,
         respond=respond,
     )
-    assert parts.eval_prompts is not None
-    watch = Stopwatch(parts.device)
-    collector = Collector(parts, config, run, watch)
-    generator = torch.Generator(parts.device).manual_seed(args.seed)
+    assert setup.eval_prompts is not None
+    generator = torch.Generator(setup.device).manual_seed(args.seed)
     found: list[dict[str, Any]] = []
     with (
-        torch_threads(args.num_threads, parts.model),
+        torch_threads(args.num_threads, actor_critic),
         ProgressDisplay(f"prompts of {Path(model).name}", len(rows), each="batch", quiet=args.quiet) as progress,
-        watch.shown_by(progress.phase),
+        setup.stopwatch.shown_by(progress.phase),
     ):
         for start in range(0, len(rows), args.batch_size):
-            batch = parts.eval_prompts.take(range(start, min(start + args.batch_size, len(rows))))
-            rollout = collector.collect(batch.prompts, batch.columns, generator, needs_scores=False)
+            batch = setup.eval_prompts.take(range(start, min(start + args.batch_size, len(rows))))
+            rollout = collect(setup, actor_critic, batch, generator, needs_scores=False)
             for i, row in enumerate(describe(rollout)):
                 scores = {name: part[i] for name, part in rollout.score_parts.items()}
                 verdict = row["score"] if args.judge is None else list(scores.values())[-1]

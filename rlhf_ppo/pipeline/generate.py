@@ -19,6 +19,7 @@ from rlhf_ppo.data.tokenization import encode_prompts, fit_prompt, require_vocab
 from rlhf_ppo.generation.decoding import sample_responses
 from rlhf_ppo.generation.rollout import SamplingParams
 from rlhf_ppo.generation.stop_strings import StopStringDetector, response_texts
+from rlhf_ppo.generation.stop_tokens import stop_tokens, warn_of_unread_end
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward_checks import probe
 from rlhf_ppo.models.loading import (
@@ -33,7 +34,6 @@ from rlhf_ppo.runtime.device import resolve_device
 from rlhf_ppo.runtime.processes import require_one_process, torch_threads
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import read_run
-from rlhf_ppo.training.setup import stop_tokens, warn_of_unread_end
 
 
 @dataclass(frozen=True)

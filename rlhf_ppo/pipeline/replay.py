@@ -7,7 +7,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from rlhf_ppo.runtime.device import resolve_device
 from rlhf_ppo.runtime.processes import torch_threads
 from rlhf_ppo.training.black_box import BlackBox, read_black_box
 from rlhf_ppo.training.gradients import clear_gradients, minibatch_gradient
-from rlhf_ppo.training.optimizer import only_the_critic_learns
+from rlhf_ppo.training.optimizer import train_critic_alone
 from rlhf_ppo.training.stability import nonfinite_parameters, spoil_gradient
 
 
@@ -67,7 +67,7 @@ def replay(args: ReplayArgs) -> Replay:
     device = resolve_device(args.device or box.device)
     model, reference = _build(box, args.model, device)
     box = _moved(box, device)
-    alone = only_the_critic_learns(model) if box.warming_up else nullcontext()
+    alone = train_critic_alone(model, on=box.warming_up)
     with torch_threads(args.num_threads or box.objective.num_threads, model), alone:
         findings = [f"weight {name}" for name in nonfinite_parameters(model)] + _recorded(box)
         findings += [f"{name} = {x} of the rollout" for name, x in box.estimates.items()]

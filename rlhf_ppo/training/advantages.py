@@ -7,19 +7,20 @@ from torch import Tensor
 
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import compute_gae, group_normalized_advantages, leave_one_out_advantages
+from rlhf_ppo.core.masked import last_true
 
 
 def estimate_advantages(
     rewards: Tensor, values: Tensor | None, mask: Tensor, args: RLHFConfig, turns: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Advantages [B, T] before whitening, and the critic's targets [B, T] (None without a critic).
+    """Compute advantages [B, T] before whitening, and the critic's targets [B, T] (None without a critic).
 
     Args:
-        rewards: [B, T] with the KL cost, 0 outside ``mask``.
+        rewards: [B, T] minus the KL's cost, 0 outside ``mask``.
         values: [B, T] the critic's, or None without one.
-        mask: [B, T] bool, all False for a response that could not be scored: its siblings are compared without it.
-        args: estimator, num_generations, credit by token or turn, its discount, lambdas.
-        turns: [B, T] the turn of each token; read where credit goes to turns.
+        mask: [B, T] bool, all False for an unscored response: its group is compared without it.
+        args: estimator, num_generations, credit by token or turn, discounts, lambdas.
+        turns: [B, T] the turn of each token; read if credit goes to turns.
     """
     if args.advantage_estimator in ("rloo", "grpo"):
         returns, scored = rewards.sum(dim=1), mask.any(dim=1)
@@ -42,7 +43,7 @@ def estimate_advantages(
 def _over_time(
     rewards: Tensor, values: Tensor, mask: Tensor, args: RLHFConfig, *, gamma: float
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns over steps, which are tokens or turns: GAE, or returns where there is no critic."""
+    """Compute advantages and returns over steps (tokens or turns): by GAE, or plain returns without a critic."""
     if not args.has_critic:
         return gae(rewards, values, mask, gamma=gamma, gae_lambda=1.0)
     gae_lambda = args.gae_lambda
@@ -56,7 +57,7 @@ def _over_time(
 
 
 def comparable(scored: Tensor, args: RLHFConfig) -> Tensor:
-    """[B] bool, False for a response without a score and, under rloo and grpo, for one without a scored sibling.
+    """Return [B] bool: False for an unscored response and, under rloo and grpo, for the only scored one of its group.
 
     Raises:
         ValueError: the responses are not whole groups of num_generations.
@@ -73,7 +74,7 @@ def comparable(scored: Tensor, args: RLHFConfig) -> Tensor:
 
 
 def adaptive_lambda(lengths: Tensor, alpha: float) -> Tensor:
-    """``1 - 1 / (alpha * length)``, at least 0: the trace reaches back by a fixed share of any response.
+    """Compute lambda as ``1 - 1 / (alpha * length)``, at least 0: the trace spans a fixed share of any response.
 
     Source: Yue et al., "VAPO" (2025), section 4.2, with alpha 0.05.
     """
@@ -83,7 +84,7 @@ def adaptive_lambda(lengths: Tensor, alpha: float) -> Tensor:
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, gae_lambda: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns [B, T] of episodes that end with their last True step."""
+    """Compute advantages and returns [B, T] of episodes that end at their last True step."""
     next_values, terminated = next_decisions(values, mask)
     going_on = torch.zeros_like(terminated)
     return compute_gae(
@@ -92,7 +93,7 @@ def gae(
 
 
 def next_decisions(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """V at each True step's next True step, and the flag of the last one: both [B, T].
+    """Return V at each True step's next True step, and ``terminated`` at the last one: both [B, T].
 
     The last True step closes the episode, whether a stop token or the length limit ended it, so its own entry is 0.
     """
@@ -101,20 +102,20 @@ def next_decisions(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     here_or_later = torch.where(mask, steps, length).flip(1).cummin(dim=1).values.flip(1)
     following = torch.nn.functional.pad(here_or_later[:, 1:], (0, 1), value=length)
     next_values = torch.nn.functional.pad(values, (0, 1)).gather(1, following)
-    return next_values, mask & (following == length)
+    return next_values, last_true(mask)
 
 
 def to_turns(rewards: Tensor, values: Tensor, turns: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rewards, values and mask [B, K] of turns from those of tokens [B, T].
+    """Reduce rewards, values and mask of tokens [B, T] to those of turns [B, K].
 
-    A turn's reward is the sum of its tokens' rewards; its value is the critic's before its first token, where all that
-    the turn will be is still to be decided.
+    A turn's reward is the sum of its tokens' rewards; its value is the critic's before its first token, where the whole
+    turn is still to be decided.
 
     Args:
         turns: [B, T] long, the number of each token's turn, from 0.
         mask: [B, T] bool, True on tokens that the policy chose.
-    Source: the decision process over turns of Li et al., "Turn-PPO" (2025). That this critic is the token critic, read
-    at the turn's first token, is our choice.
+    Source: the turn-level MDP of Li et al., "Turn-PPO" (2025). Reading the token critic at a turn's first token is our
+    choice.
     """
     number, count = torch.where(mask, turns, 0), int(turns.max()) + 1
     nothing = torch.zeros_like(rewards[:, :1]).expand(-1, count)
@@ -128,5 +129,5 @@ def to_turns(rewards: Tensor, values: Tensor, turns: Tensor, mask: Tensor) -> tu
 
 
 def to_tokens(x: Tensor, turns: Tensor, mask: Tensor) -> Tensor:
-    """Each token's share [B, T] of what its turn has [B, K]: the same for all of them, 0 outside ``mask``."""
+    """Give every token [B, T] the number of its turn [B, K]; 0 outside ``mask``."""
     return torch.where(mask, x.gather(1, torch.where(mask, turns, 0)), 0)

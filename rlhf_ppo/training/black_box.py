@@ -1,4 +1,4 @@
-"""Black box: all that a minibatch was computed from, kept when its loss or gradient is not finite, to be replayed."""
+"""Black box: everything that a non-finite minibatch was computed from, saved to be replayed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -20,18 +20,19 @@ from rlhf_ppo.config.removed import REMOVED_VALUES
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import BannedTokens, Experience
 from rlhf_ppo.generation.rollout import Rollout
+from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.critics import critic_kind
 from rlhf_ppo.models.forward.hidden_states import without_adapter_wrapper
 from rlhf_ppo.runtime.checkpoint import read_checkpoint
 from rlhf_ppo.runtime.checkpoint_commit import write_checkpoint
+from rlhf_ppo.training.experience import Estimates
 from rlhf_ppo.training.fingerprints import data_fingerprint
+from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.stability import Step
-
-if TYPE_CHECKING:
-    from rlhf_ppo.trainer import PPOTrainer
+from rlhf_ppo.training.state import TrainState
 
 MAX_BLACK_BOXES = 3
-"""Most of them in a run's folder: each holds weights and optimizer, and the first tell the most."""
+"""At most this many in a run's folder: each holds weights and optimizer, and the first ones tell the most."""
 
 
 @dataclass(frozen=True)
@@ -45,83 +46,82 @@ class BlackBox:
     numbers: dict[str, float]
     """The minibatch's losses and its gradient's norm."""
     estimates: dict[str, float]
-    """The rollout's metrics that were not finite."""
+    """The rollout's non-finite metrics."""
     rollout: Rollout
     old: Experience
     passes: list[list[int]]
-    """The minibatch's rows, as they were grouped for one pass each."""
+    """The minibatch's rows, grouped into microbatches."""
     weights: dict[str, Tensor]
-    """Those that the optimizer moves, as they were."""
+    """Those that the optimizer updates, before the step."""
     objective: RLHFConfig
     """The settings in force."""
     warming_up: bool
-    """The critic alone was trained."""
+    """Whether the critic alone was trained."""
     bf16: bool
     device: str
     models: dict[str, Any]
-    """Configurations and names to build the models from."""
+    """Configurations and names from which to build the models."""
     versions: dict[str, str]
     data: str | None
     """Digest of the training data (:func:`rlhf_ppo.training.fingerprints.data_fingerprint`)."""
 
 
-def write_black_box(
-    trainer: PPOTrainer, rollout: Rollout, old: Experience, step: Step, estimates: Mapping[str, float]
-) -> Path | None:
-    """Write ``blackbox-<rollout>`` into the run's folder: it is there whole, with checksums, or not at all.
+def write_black_box(state: TrainState, run: Run, rollout: Rollout, estimates: Estimates, step: Step) -> Path | None:
+    """Write ``blackbox-<rollout>`` into the run's folder: whole, with checksums, or not at all.
 
-    Nothing is written for a second step of the same rollout, or beside ``MAX_BLACK_BOXES`` others; a disk that is full
-    is a warning.
+    Nothing is written for a second step of the same rollout, nor beside ``MAX_BLACK_BOXES`` others; a full disk is a
+    warning.
 
     Args:
-        trainer: its weights are those that the step was computed with.
-        rollout, old: what was trained on.
-        step: which minibatch, and what came out.
-        estimates: what of the rollout's metrics is not finite.
+        state: its weights are those that the step was computed with.
+        run: names the models and the folder.
+        rollout, estimates: what was trained on.
+        step: which minibatch, and its losses.
     Returns:
         The folder, or None.
     """
-    folder = trainer.run.path / f"blackbox-{trainer.iteration + 1}"
-    if folder.exists() or len(list(trainer.run.path.glob("blackbox-*"))) >= MAX_BLACK_BOXES:
+    number = state.iteration + 1
+    folder = run.folder.path / f"blackbox-{number}"
+    if folder.exists() or len(list(run.folder.path.glob("blackbox-*"))) >= MAX_BLACK_BOXES:
         return None
-    moved = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
-    moments = trainer.optimizer.state_dict()["state"]
-    state = {
+    moved = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
+    moments = state.optimizer.state_dict()["state"]
+    facts = {
         "step": step.number,
-        "passes": trainer.parts.batches(rollout, step.rows),
-        "estimates": dict(estimates),
+        "passes": run.microbatches(state.model, rollout, step.rows),
+        "estimates": estimates.nonfinite,
         "numbers": {name: float(x) for name, x in step.numbers.items()},
-        "warming_up": trainer.warming_up,
-        "objective": dataclasses.asdict(trainer.objective_in_force),
-        "kl_coef": trainer.kl_coef,
-        "generators": {"seed": trainer.args.seed, "rollout": trainer.rollouts_made, "shuffle": trainer.iteration},
-        "bf16": trainer.parts.bf16,
-        "device": str(trainer.device),
-        "models": _models(trainer),
+        "warming_up": state.warms_up(run.args),
+        "objective": dataclasses.asdict(state.settings_in_force(run.args)),
+        "kl_coef": state.kl_coef,
+        "generators": {"seed": run.args.seed, "rollout": state.rollouts_made, "shuffle": state.iteration},
+        "bf16": run.bf16,
+        "device": str(run.device),
+        "models": _models(state.model, run),
         "versions": {name: version(name) for name in ("transformers", "peft", "safetensors")},
-        "train_dataset": None if trainer.train_prompts is None else data_fingerprint(trainer.train_prompts),
+        "train_dataset": None if run.train_prompts is None else data_fingerprint(run.train_prompts),
         "barred_tokens": None if rollout.banned is None else list(rollout.banned.tokens),
         "prompts": rollout.prompts,
         "completions": rollout.completions,
         "score_parts": rollout.score_parts,
     }
-    scratch = trainer.run.path / ".tmp-blackbox"
+    scratch = run.folder.path / ".tmp-blackbox"
     try:
         written = write_checkpoint(
             scratch,
-            trainer.iteration + 1,
+            number,
             tensors={
-                "trainable": {name: p for name, p in trainer.model.named_parameters() if id(p) in moved},
+                "trainable": {name: p for name, p in state.model.named_parameters() if id(p) in moved},
                 "optimizer": {f"{i}.{key}": x for i, entry in moments.items() for key, x in entry.items()},
                 "rollout": _tensors(rollout),
-                "experience": _tensors(old),
+                "experience": _tensors(estimates.experience),
             },
-            state=state,
-            settings=dataclasses.asdict(trainer.args),
+            state=facts,
+            settings=dataclasses.asdict(run.args),
         )
         os.rename(written, folder)
     except OSError as error:
-        warnings.warn(f"the black box of rollout {trainer.iteration + 1} could not be written: {error}", stacklevel=2)
+        warnings.warn(f"the black box of rollout {number} could not be written: {error}", stacklevel=2)
         return None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -135,17 +135,17 @@ def _tensors(record: Rollout | Experience) -> dict[str, Tensor]:
     return {name: x for name, x in found.items() if isinstance(x, Tensor)}
 
 
-def _models(trainer: PPOTrainer) -> dict[str, Any]:
-    model, policy = trainer.model, cast(Any, trainer.model.policy)
+def _models(model: ActorCritic, run: Run) -> dict[str, Any]:
+    policy = cast(Any, model.policy)
     base, adapter = without_adapter_wrapper(policy), None
     if base is not policy:
         with tempfile.TemporaryDirectory() as folder:
             policy.peft_config[policy.active_adapter].save_pretrained(folder)
             adapter = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
     return {
-        **trainer.sources,
-        "base": trainer.parts.base,
-        "own_reference": trainer.reference.model is not None,
+        **run.sources,
+        "base": run.base,
+        "own_reference": run.reference.model is not None,
         "policy_config": _config(base),
         "attention": base.config._attn_implementation,
         "adapter": adapter,
@@ -159,15 +159,15 @@ def _config(model: Any) -> dict[str, Any]:
 
 
 def read_black_box(folder: str | Path) -> BlackBox:
-    """Read what :func:`write_black_box` wrote, its checksums verified.
+    """Read what :func:`write_black_box` wrote, and verify its checksums.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it is damaged, or no black box.
+        ValueError: it is damaged, or not a black box.
     """
     box = read_checkpoint(folder)
     if not {"trainable", "rollout", "experience"} <= box.tensors.keys():
-        raise ValueError(f"{folder} is no black box: name a folder blackbox-<n> of a run")
+        raise ValueError(f"{folder} is not a black box: name a folder blackbox-<n> of a run")
     state, rollout = box.state, dict(box.tensors["rollout"])
     banned = rollout.pop("barred", None)
     return BlackBox(
@@ -197,12 +197,12 @@ def read_black_box(folder: str | Path) -> BlackBox:
 
 
 def _complete(tensors: Mapping[str, Tensor], *optional: str) -> dict[str, Any]:
-    """Fields without a default that the record did not have are None."""
+    """Fill fields without a default that the record did not have with None."""
     return {**dict.fromkeys(optional), **tensors}
 
 
 def _settings(saved: Mapping[str, Any]) -> RLHFConfig:
-    """Return the settings without those of the command line and those that were removed; JSON made lists of tuples."""
+    """Restore settings from JSON: lists become tuples; the command line's settings and removed ones are left out."""
     known = {f.name for f in dataclasses.fields(RLHFConfig)}
     known -= {name for name, values in REMOVED_VALUES.items() if saved.get(name) in values}
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known}

@@ -1,11 +1,11 @@
-"""Checkpoints: what a PPOTrainer needs to go on exactly where it was, and which run may go on from them."""
+"""Checkpoints: a TrainState and the generators' state on disk, and which run may resume from them."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,16 @@ from rlhf_ppo.runtime.checkpoint import Checkpoint, CheckpointError, read_checkp
 from rlhf_ppo.runtime.checkpoint_commit import write_checkpoint
 from rlhf_ppo.runtime.resume import require_unchanged
 from rlhf_ppo.runtime.seeding import global_rng_state, restore_rng_state
+from rlhf_ppo.training.run import Run
+from rlhf_ppo.training.state import TrainState
 
-if TYPE_CHECKING:
-    from rlhf_ppo.trainer import PPOTrainer
+_COUNTERS = {
+    **{name: name for name in ("iteration", "episodes", "optimizer_steps", "rollouts_made")},
+    "skipped_in_a_row": "consecutive_skips",
+}
+"""Name in state.json -> name in TrainState."""
 
-_COUNTERS = ("iteration", "episodes", "optimizer_steps", "rollouts_made", "skipped_in_a_row")
+_COEFFICIENTS = ("kl_coef", "clip_range", "penalty_beta")
 
 MAY_CHANGE = (
     *("output_dir", "total_episodes", "quiet", "num_threads", "microbatch_tokens"),
@@ -32,99 +37,99 @@ MAY_CHANGE = (
     *("gradient_checkpointing", "offload_activations"),
     *("on_nonfinite", "max_skipped_steps", "max_kl_nats_per_response", "min_entropy_nats_per_token"),
 )
-"""Settings that say how long, where and how fast a run goes, and what stops it; not what it learns."""
+"""Settings that a resumed run may change: how long, where and how fast it runs, and what stops it."""
 
 
 @dataclass(frozen=True)
 class Boundary:
-    """What moves during a rollout and must be as it was before it, if the rollout is to be made again."""
+    """What a rollout changes, as it was between two updates: put back, the rollout can be repeated."""
 
     rng: dict[str, Tensor]
     """The global generators: reward functions may draw from them."""
     score_caches: dict[str, list[tuple[str, Any]]]
 
     @classmethod
-    def of(cls, trainer: PPOTrainer) -> Boundary:
-        """As they are now."""
-        caches = trainer.parts.score_caches.items()
-        return cls(global_rng_state(), {name: cache.state_dict() for name, cache in caches})
+    def of(cls, run: Run) -> Boundary:
+        """Return the boundary here."""
+        return cls(global_rng_state(), {name: cache.state_dict() for name, cache in run.score_caches.items()})
 
 
-def save_checkpoint(trainer: PPOTrainer, boundary: Boundary | None = None) -> Path:
+def save_checkpoint(state: TrainState, run: Run, boundary: Boundary | None = None) -> Path:
     """Commit ``checkpoint-<iteration>`` into the run's folder (:func:`rlhf_ppo.runtime.checkpoint.write_checkpoint`).
 
     Args:
-        trainer: between two updates, perhaps in the middle of a rollout.
+        state: between two updates, perhaps in the middle of a rollout.
+        run: its folder, fingerprints and settings.
         boundary: as it was before that rollout; None: as it is now.
     """
-    boundary = boundary or Boundary.of(trainer)
-    trainer.run.sync()  # the metric lines up to here must not be younger than the checkpoint
-    state = {
-        **{name: getattr(trainer, name) for name in _COUNTERS},
-        "kl_coef": trainer.kl_coef,
-        "clip_range": trainer.objective.clip_range,
-        "penalty_beta": trainer.objective.penalty_beta,
-        "score_statistics": trainer.score_statistics.state_dict(),
-        "scheduler_steps": trainer.scheduler.last_epoch,
-        "best": trainer.best,
-        "score_caches": boundary.score_caches,
-    }
-    best = trainer.best
+    boundary = boundary or Boundary.of(run)
+    run.folder.sync()  # the metric lines up to here must not be younger than the checkpoint
+    best = state.best
     return write_checkpoint(
-        trainer.run.path,
-        trainer.iteration,
-        tensors={"trainable": _trainable(trainer.model), "optimizer": _moments(trainer), "rng": boundary.rng},
-        state=state,
-        settings=_settings(trainer.args),
-        fingerprints=trainer.fingerprints,
-        keep=trainer.args.save_total_limit,
+        run.folder.path,
+        state.iteration,
+        tensors={
+            "trainable": _trainable(state.model),
+            "optimizer": _moments(state),
+            "rng": boundary.rng,
+        },
+        state={
+            **{key: getattr(state, name) for key, name in _COUNTERS.items()},
+            **{name: getattr(state, name) for name in _COEFFICIENTS},
+            "score_statistics": state.score_statistics.state_dict(),
+            "scheduler_steps": state.scheduler.last_epoch,
+            "best": best,
+            "score_caches": boundary.score_caches,
+        },
+        settings=_settings(run.args),
+        fingerprints=run.fingerprints,
+        keep=run.args.save_total_limit,
         spare=() if best is None else (int(best["iteration"]),),
     )
 
 
-def load_checkpoint(trainer: PPOTrainer, source: Checkpoint | str | Path, *, override: bool = False) -> None:
-    """Put a trainer that was built with the same arguments where the checkpoint's was.
+def load_checkpoint(state: TrainState, run: Run, source: Checkpoint | str | Path, *, override: bool = False) -> None:
+    """Load a checkpoint of this run, or of one with the same settings and data, into ``state``.
 
     Args:
-        trainer: nothing of it is touched before everything is verified.
+        state: unchanged until everything is verified.
+        run: settings and fingerprints to compare with; its score caches are loaded, too.
         source: the checkpoint, or its folder.
-        override: go on although settings or data differ.
+        override: load although settings or data differ.
     Raises:
-        FileNotFoundError: the folder is not there.
+        FileNotFoundError: the folder does not exist.
         CheckpointError: it is damaged, of another model, or of a run with other settings or data (shown as a diff).
     """
     checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
-    settings = _settings(trainer.args)
+    settings = _settings(run.args)
     require_unchanged(
         checkpoint,
         settings=settings,
-        fingerprints=trainer.fingerprints,
+        fingerprints=run.fingerprints,
         defaults={f.name: f.default for f in dataclasses.fields(RLHFConfig) if f.default is not dataclasses.MISSING},
         removed=REMOVED,
         free=MAY_CHANGE,
         override=override,
     )
-    _load_weights(trainer, checkpoint)
-    state = checkpoint.state
-    for name in _COUNTERS:
-        setattr(trainer, name, state[name])
-    # A setting that the user changed now wins over where a controller had moved it.
-    same = {name for name in ("kl_coef", "clip_range", "penalty_beta") if settings[name] == checkpoint.settings[name]}
-    if "kl_coef" in same:
-        trainer.kl_coef = state["kl_coef"]
-    moved = {name: state[name] for name in ("clip_range", "penalty_beta") if name in same}
-    trainer.objective = dataclasses.replace(trainer.objective, **moved)
-    trainer.score_statistics.load_state_dict(state["score_statistics"])
-    trainer.best = state["best"]
-    for name, answers in state["score_caches"].items():
-        if name in trainer.parts.score_caches:
-            trainer.parts.score_caches[name].load_state_dict(answers)
-    _set_schedule(trainer, state["scheduler_steps"])
+    _load_weights(state, checkpoint)
+    saved = checkpoint.state
+    for key, name in _COUNTERS.items():
+        setattr(state, name, saved[key])
+    for name in _COEFFICIENTS:
+        # A setting that the user has changed wins over what a controller made of the old one.
+        if settings[name] == checkpoint.settings[name]:
+            setattr(state, name, saved[name])
+    state.score_statistics.load_state_dict(saved["score_statistics"])
+    state.best = saved["best"]
+    for name, answers in saved["score_caches"].items():
+        if name in run.score_caches:
+            run.score_caches[name].load_state_dict(answers)
+    _set_schedule(state, saved["scheduler_steps"])
     restore_rng_state(checkpoint.tensors["rng"])
 
 
 def _settings(args: RLHFConfig) -> dict[str, Any]:
-    """The run's settings, without those that a subclass adds for the command line."""
+    """Return the run's settings, without those that a subclass adds for the command line."""
     return {field.name: getattr(args, field.name) for field in dataclasses.fields(RLHFConfig)}
 
 
@@ -132,20 +137,20 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _optimizer_names(trainer: PPOTrainer) -> list[str]:
-    """Names of the optimizer's parameters, in its order."""
-    names = {id(p): name for name, p in trainer.model.named_parameters()}
-    return [names[id(p)] for group in trainer.optimizer.param_groups for p in group["params"]]
+def _optimizer_names(state: TrainState) -> list[str]:
+    """Return the names of the optimizer's parameters, in its order."""
+    names = {id(p): name for name, p in state.model.named_parameters()}
+    return [names[id(p)] for group in state.optimizer.param_groups for p in group["params"]]
 
 
-def _moments(trainer: PPOTrainer) -> dict[str, Tensor]:
-    names = _optimizer_names(trainer)
-    entries = trainer.optimizer.state_dict()["state"].items()
+def _moments(state: TrainState) -> dict[str, Tensor]:
+    names = _optimizer_names(state)
+    entries = state.optimizer.state_dict()["state"].items()
     return {f"{key}:{names[i]}": value for i, entry in entries for key, value in entry.items()}
 
 
-def _load_weights(trainer: PPOTrainer, checkpoint: Checkpoint) -> None:
-    parameters = _trainable(trainer.model)
+def _load_weights(state: TrainState, checkpoint: Checkpoint) -> None:
+    parameters = _trainable(state.model)
     weights = by_present_names(checkpoint.tensors["trainable"], parameters)
     if {n: p.shape for n, p in parameters.items()} != {n: w.shape for n, w in weights.items()}:
         different = sorted(set(parameters) ^ set(weights)) or "shapes"
@@ -153,21 +158,21 @@ def _load_weights(trainer: PPOTrainer, checkpoint: Checkpoint) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    places = {name: i for i, name in enumerate(_optimizer_names(trainer))}
+    places = {name: i for i, name in enumerate(_optimizer_names(state))}
     places |= {earlier_name(name): i for name, i in places.items() if name not in checkpoint.tensors["trainable"]}
     entries: dict[int, dict[str, Tensor]] = {}
     for key, value in checkpoint.tensors["optimizer"].items():
         kind, _, name = key.partition(":")
         entries.setdefault(places[name], {})[kind] = value
-    trainer.optimizer.load_state_dict({**trainer.optimizer.state_dict(), "state": entries})
+    state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": entries})
 
 
-def _set_schedule(trainer: PPOTrainer, steps: int) -> None:
-    """The schedule is a function of the optimizer steps; a run that was made longer goes on along its new one."""
-    scheduler = trainer.scheduler
+def _set_schedule(state: TrainState, steps: int) -> None:
+    """Put the schedule at an optimizer step; a run that was made longer follows its new schedule from there."""
+    scheduler = state.scheduler
     rates = [base * factor(steps) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     scheduler.load_state_dict(
         {**scheduler.state_dict(), "last_epoch": steps, "_step_count": steps + 1, "_last_lr": rates}
     )
-    for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
+    for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate

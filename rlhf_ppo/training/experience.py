@@ -1,8 +1,9 @@
-"""Experience: from a scored rollout to rewards, advantages and returns, and what to log about them."""
+"""Experience: what an update learns from, estimated from a rollout and its rewards, and what to log about it."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +14,6 @@ from rlhf_ppo.core import (
     Experience,
     explained_variance,
     kl_estimate,
-    kl_penalized_rewards,
     masked_mean,
     masked_var,
     masked_whiten,
@@ -21,39 +21,40 @@ from rlhf_ppo.core import (
 )
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.training.advantages import comparable, estimate_advantages
-from rlhf_ppo.training.rewards import ScoreStatistics, shape_scores
+from rlhf_ppo.training.rewards import Rewards
 
 
-class Credit(NamedTuple):
-    """What a rollout's tokens earned, and what an update is to learn from them."""
+class Estimates(NamedTuple):
+    """What was estimated about a rollout."""
 
     experience: Experience
-    """[B, T] the update's fixed facts."""
-    rewards: Tensor
-    """[B, T] shaped scores minus the KL cost."""
+    """[B, T] what the update learns from."""
     advantages: Tensor
     """[B, T] before whitening."""
-    shaping: dict[str, float]
-    """Metrics of the score shaping."""
+    rewards: Rewards
+    metrics: dict[str, float]
+
+    @property
+    def nonfinite(self) -> dict[str, float]:
+        """The non-finite metrics: a sign that advantages are, or were divided by something that is."""
+        return {name: value for name, value in self.metrics.items() if not math.isfinite(value)}
 
 
-def estimate_credit(
-    rollout: Rollout, args: RLHFConfig, *, kl_coef: float, score_statistics: ScoreStatistics | None = None
-) -> Credit:
-    """Rewards, advantages and returns of a rollout; arguments and errors are those of :func:`estimate`."""
-    if rollout.scores is None or rollout.scored is None or rollout.ref_logprobs is None:
-        raise ValueError("this rollout has no scores or reference log-probs; make it with trainer.rollout(prompts)")
-    # A response that could not be scored is left out as though it had not been sampled.
-    mask = rollout.mask & rollout.scored[:, None]
-    shaped = shape_scores(rollout, mask, args, score_statistics)
-    kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator)
-    rewards = kl_penalized_rewards(shaped.rewards, kl, mask, kl_coef)
-    # Nor does one learn from a response that has nothing to be compared with.
-    mask = mask & comparable(rollout.scored, args)[:, None]
-    advantages, returns = estimate_advantages(rewards, rollout.values, mask, args, turns=rollout.turns)
-    # grpo's are already over the spread of their own group.
+def estimate(rollout: Rollout, rewards: Rewards, args: RLHFConfig) -> Estimates:
+    """Estimate advantages and returns of a rollout.
+
+    Args:
+        rollout: scored, with reference log-probs.
+        rewards: its rewards (:func:`rlhf_ppo.training.rewards.shape_rewards`).
+        args: advantage estimator, gamma, lambdas, normalisation, importance weights.
+    """
+    assert rollout.scored is not None
+    # A response without another to compare it with teaches nothing either.
+    mask = rewards.mask & comparable(rollout.scored, args)[:, None]
+    advantages, returns = estimate_advantages(rewards.per_token, rollout.values, mask, args, turns=rollout.turns)
+    # grpo's are already divided by the spread of their own group.
     whiten = args.normalize_advantages and args.advantage_estimator != "grpo"
-    old = Experience(
+    experience = Experience(
         logprobs=rollout.logprobs,
         values=rollout.values,
         advantages=masked_whiten(advantages, mask) if whiten else advantages,
@@ -64,80 +65,29 @@ def estimate_credit(
         # Without an environment a response is one turn.
         turns=torch.zeros_like(mask, dtype=torch.long) if rollout.turns is None else rollout.turns,
     )
-    return Credit(old, rewards, advantages, shaped.metrics)
+    metrics = {**_rollout_metrics(rollout, rewards), **_estimate_metrics(rollout, experience, advantages, args)}
+    return Estimates(experience, advantages, rewards, metrics)
 
 
-def estimate(
-    rollout: Rollout, args: RLHFConfig, *, kl_coef: float, score_statistics: ScoreStatistics | None = None
-) -> tuple[Experience, dict[str, float]]:
-    """Rewards, advantages and returns of a rollout as the update's fixed facts, and what to log about them.
-
-    Args:
-        rollout: scored, with reference log-probs.
-        args: KL estimator, score shaping, advantage estimator, gamma, lambdas, normalisation, importance weights.
-        kl_coef: weight of the KL penalty now.
-        score_statistics: for ``normalize_scores``, this rollout taken in.
-    Returns:
-        (experience [B, T], metrics).
-    Raises:
-        ValueError: the rollout was not scored.
-    """
-    old, rewards, advantages, shaping = estimate_credit(
-        rollout, args, kl_coef=kl_coef, score_statistics=score_statistics
-    )
+def _rollout_metrics(rollout: Rollout, rewards: Rewards) -> dict[str, float]:
     assert rollout.scored is not None and rollout.ref_logprobs is not None
-    mask, returns = old.mask, old.returns
     reference_kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1").sum(dim=1).mean()
-    metrics: dict[str, float] = {
-        **score_metrics(rollout),
-        **shaping,
-        "reward/mean_per_response": float(rewards.sum() / rollout.scored.sum()),
+    metrics = {
+        **_score_metrics(rollout),
+        **rewards.metrics,
+        "reward/mean_per_response": float(rewards.per_token.sum() / rollout.scored.sum()),
         "kl/reference_nats_per_response": float(reference_kl),
-        "kl/coef": kl_coef,
+        "kl/coef": rewards.kl_coef,
         "response/length_tokens": float(rollout.lengths.float().mean()),
         "response/eos_fraction": float(rollout.finished.float().mean()),
-        **_turn_metrics(rollout),
-        "policy/entropy": float(masked_mean(rollout.entropy, mask)),
-        "advantage/std": float(masked_var(advantages, mask).sqrt()),
     }
-    if rollout.values is not None and returns is not None:
-        metrics["value/explained_variance"] = float(explained_variance(rollout.values, returns, mask))
-        metrics["value/mean"] = float(masked_mean(rollout.values, mask))
-        metrics["value/return_mean"] = float(masked_mean(returns, mask))
-    if rollout.cache_hit_fraction is not None:
-        metrics["score/cache_hit_fraction"] = rollout.cache_hit_fraction
-    if rollout.decode_gap is not None:
-        metrics["policy/decode_gap_max_nats"] = rollout.decode_gap
-    if old.weights is not None:
-        capped = old.weights >= (args.importance_weight_cap or 0.0)
-        metrics["policy/importance_weight_mean"] = float(masked_mean(old.weights, mask))
-        metrics["policy/importance_capped_fraction"] = float(masked_mean(capped.float(), mask))
-    return old, metrics
+    if rollout.turns is not None and rollout.context_full is not None:
+        metrics["response/turns"] = float((rollout.turns.amax(dim=1) + 1).float().mean())
+        metrics["response/context_full_fraction"] = float(rollout.context_full.float().mean())
+    return metrics
 
 
-def _importance_weights(rollout: Rollout, cap: float | None) -> Tensor | None:
-    """[B, T] weights of the recomputed log-probs against the sampler's, or None without a cap."""
-    if cap is None:
-        return None
-    if rollout.sampled_logprobs is None:
-        raise ValueError(
-            f"importance_weight_cap={cap} needs the sampler's own log-probs, which this rollout lacks: make it with "
-            "trainer.rollout(prompts) under recompute_logprobs=True"
-        )
-    return truncated_importance_weights(rollout.logprobs, rollout.sampled_logprobs, cap=cap)
-
-
-def _turn_metrics(rollout: Rollout) -> dict[str, float]:
-    if rollout.turns is None or rollout.context_full is None:
-        return {}
-    return {
-        "response/turns": float((rollout.turns.amax(dim=1) + 1).float().mean()),
-        "response/context_full_fraction": float(rollout.context_full.float().mean()),
-    }
-
-
-def score_metrics(rollout: Rollout) -> dict[str, float]:
-    """Mean and spread of a rollout's scores, and each reward function's own mean."""
+def _score_metrics(rollout: Rollout) -> dict[str, float]:
     assert rollout.scores is not None and rollout.scored is not None
     scores = rollout.scores[rollout.scored]
     metrics = {
@@ -150,23 +100,36 @@ def score_metrics(rollout: Rollout) -> dict[str, float]:
     return metrics
 
 
-def describe(rollout: Rollout) -> list[dict[str, Any]]:
-    """One row per response: prompt, completion, score (None where unscored), KL in nats, surprise, tokens, finished."""
-    assert rollout.ref_logprobs is not None and rollout.scores is not None and rollout.scored is not None
-    kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1").sum(dim=1).tolist()
-    surprise = (-rollout.ref_logprobs.sum(dim=1) / rollout.lengths).tolist()
-    scored, scores = rollout.scored.tolist(), rollout.scores.tolist()
-    lengths, finished = rollout.lengths.tolist(), rollout.finished.tolist()
-    return [
-        {
-            "prompt": prompt,
-            "completion": completion,
-            "score": scores[i] if scored[i] else None,
-            "kl_nats": kl[i],
-            "reference_nats_per_token": surprise[i],
-            "tokens": lengths[i],
-            "finished": finished[i],
-            **({} if rollout.turns is None else {"turns": int(rollout.turns[i].max()) + 1}),
-        }
-        for i, (prompt, completion) in enumerate(zip(rollout.prompts, rollout.completions, strict=True))
-    ]
+def _estimate_metrics(
+    rollout: Rollout, experience: Experience, advantages: Tensor, args: RLHFConfig
+) -> dict[str, float]:
+    mask, returns, weights = experience.mask, experience.returns, experience.weights
+    metrics = {
+        "policy/entropy": float(masked_mean(rollout.entropy, mask)),
+        "advantage/std": float(masked_var(advantages, mask).sqrt()),
+    }
+    if rollout.values is not None and returns is not None:
+        metrics["value/explained_variance"] = float(explained_variance(rollout.values, returns, mask))
+        metrics["value/mean"] = float(masked_mean(rollout.values, mask))
+        metrics["value/return_mean"] = float(masked_mean(returns, mask))
+    if rollout.cache_hit_fraction is not None:
+        metrics["score/cache_hit_fraction"] = rollout.cache_hit_fraction
+    if rollout.decode_gap is not None:
+        metrics["policy/decode_gap_max_nats"] = rollout.decode_gap
+    if weights is not None:
+        capped = weights >= (args.importance_weight_cap or 0.0)
+        metrics["policy/importance_weight_mean"] = float(masked_mean(weights, mask))
+        metrics["policy/importance_capped_fraction"] = float(masked_mean(capped.float(), mask))
+    return metrics
+
+
+def _importance_weights(rollout: Rollout, cap: float | None) -> Tensor | None:
+    """Compute weights [B, T] of the recomputed log-probs against the sampler's; None without a cap."""
+    if cap is None:
+        return None
+    if rollout.sampled_logprobs is None:
+        raise ValueError(
+            f"importance_weight_cap={cap} needs the sampler's own log-probs, which this rollout lacks: make it with "
+            "trainer.rollout(prompts) under recompute_logprobs=True"
+        )
+    return truncated_importance_weights(rollout.logprobs, rollout.sampled_logprobs, cap=cap)

@@ -1,9 +1,10 @@
-"""Fingerprints: which data and which reference a run has, so that a resumed run cannot silently have others."""
+"""Fingerprints: digests of a run's data and reference, so that no run resumes with others unnoticed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,30 +12,38 @@ from torch import nn
 
 from rlhf_ppo.data.prompts import PromptSet
 from rlhf_ppo.models.lora import earlier_name
-from rlhf_ppo.training.setup import RunParts
+from rlhf_ppo.models.reference import Reference
 
 _VALUES_PER_TENSOR = 2**16
 
 
-def run_fingerprints(parts: RunParts) -> dict[str, Any]:
-    """Digests of the data sets and of the reference, the adapter's configuration, and what else no setting says."""
-    reference = parts.reference.model or parts.model.policy
-    adapters: Any = getattr(parts.model.policy, "peft_config", {})
+def run_fingerprints(
+    *,
+    train_prompts: PromptSet | None,
+    eval_prompts: PromptSet | None,
+    reference: Reference,
+    reward_funcs: Sequence[str],
+    stop_token_ids: Sequence[int],
+    device: torch.device,
+    bf16: bool,
+) -> dict[str, Any]:
+    """Return digests of the data sets and the reference, the adapters' configurations, and what no setting says."""
+    adapters: Any = getattr(reference.policy, "peft_config", {})
     return {
-        "train_dataset": None if parts.train_prompts is None else data_fingerprint(parts.train_prompts),
-        "eval_dataset": None if parts.eval_prompts is None else data_fingerprint(parts.eval_prompts),
-        "reference": weights_fingerprint(reference),
-        "reward_funcs": list(parts.rewards),
-        "stop_token_ids": list(parts.stop_token_ids),
+        "train_dataset": None if train_prompts is None else data_fingerprint(train_prompts),
+        "eval_dataset": None if eval_prompts is None else data_fingerprint(eval_prompts),
+        "reference": weights_fingerprint(reference.model or reference.policy),
+        "reward_funcs": list(reward_funcs),
+        "stop_token_ids": list(stop_token_ids),
         "adapters": {earlier_name(name): _adapter(config) for name, config in adapters.items()},
-        "device": parts.device.type,
-        "bf16": parts.bf16,
+        "device": device.type,
+        "bf16": bf16,
         "processes": 1,
     }
 
 
 def data_fingerprint(prompts: PromptSet) -> str:
-    """Digest of all rows with all columns, in order; an object that JSON does not know counts by its type alone."""
+    """Compute a digest of all rows and columns, in order; an object unknown to JSON counts by its type alone."""
     digest = hashlib.sha256()
     for start in range(0, len(prompts), 1000):
         batch = prompts.take(range(start, min(start + 1000, len(prompts))))
@@ -44,7 +53,7 @@ def data_fingerprint(prompts: PromptSet) -> str:
 
 
 def _with_text_keys(value: Any) -> Any:
-    """JSON sorts keys, which those of several kinds refuse."""
+    """Turn keys into text: JSON sorts them, and keys of mixed types do not compare."""
     if isinstance(value, dict):
         return {str(key): _with_text_keys(item) for key, item in value.items()}
     return [_with_text_keys(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -55,9 +64,9 @@ def _plain(value: Any) -> Any:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Digest of the frozen parameters: name, shape, type, and up to 65,536 values of each, evenly spread.
+    """Compute a digest of the frozen parameters: name, shape, dtype, and up to 65,536 evenly spaced values of each.
 
-    All values of a small model; of a large one enough to tell it from another, without reading it from end to end.
+    That is every value of a small model, and of a large one enough to tell it from another without reading all of it.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
@@ -71,6 +80,6 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def _adapter(config: Any) -> dict[str, Any]:
-    # Sets have no order of their own, and where the base lay is no property of the adapter.
+    # Sets are unordered, and the base's location is no property of the adapter.
     facts = {key: sorted(x) if isinstance(x, set) else x for key, x in config.to_dict().items()}
     return {key: x for key, x in facts.items() if key not in ("base_model_name_or_path", "revision", "inference_mode")}

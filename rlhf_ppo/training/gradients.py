@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,49 +18,53 @@ from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.runtime.device import autocast
 from rlhf_ppo.runtime.metrics import MetricAverage
 
+MinibatchGradient = Callable[..., tuple[MetricAverage, dict[str, Tensor]]]
+"""Has the signature of :func:`minibatch_gradient`."""
+
 
 def minibatch_gradient(
     model: ActorCritic,
     rollout: Rollout,
     old: Experience,
-    passes: Sequence[Sequence[int]],
-    objective: RLHFConfig,
+    microbatches: Sequence[Sequence[int]],
+    args: RLHFConfig,
     *,
     bf16: bool,
     reference: Reference | None,
 ) -> tuple[MetricAverage, dict[str, Tensor]]:
-    """Add the gradient of a minibatch's loss to ``.grad``.
+    """Add the gradient of a minibatch's loss to ``.grad``; it is the same however the minibatch is split.
 
     Args:
         model: policy and critic.
         rollout: B responses.
         old: the recorded facts about them, [B, T].
-        passes: the minibatch's rows, in groups for one pass each.
-        objective: the settings in force.
+        microbatches: the minibatch's rows, in groups for one forward and backward pass each.
+        args: the settings in force.
         bf16: compute in bfloat16.
-        reference: for the exact KL to it as a loss (otherwise None).
+        reference: read where the loss has the exact KL to it.
     Returns:
         (diagnostics over the minibatch's actions, its losses [] by name: policy, value, kl).
     """
     device = old.mask.device
-    minibatch = [row for rows in passes for row in rows]
-    denominator = loss_denominator(old.mask[minibatch], objective.loss_aggregation)
+    minibatch = [row for rows in microbatches for row in rows]
+    denominator = loss_denominator(old.mask[minibatch], args.loss_aggregation)
+    exact_kl = args.kl_loss_coef > 0 and args.kl_loss == "exact"
     actions = MetricAverage()
     losses = {name: torch.zeros((), device=device) for name in ("policy", "value", "kl")}
-    for rows in passes:
+    for rows in microbatches:
         part = rollout.sequences(rows)
         facts = old[list(rows)][:, : part.mask.shape[1]]
         with accumulate_gradients(model):
-            with offload_activations(on=objective.offload_activations), autocast(bf16, device):
+            with offload_activations(on=args.offload_activations), autocast(bf16, device):
                 new = model(
                     *part,
-                    temperature=objective.temperature,
-                    entropy=objective.ent_coef > 0,
-                    reference=None if reference is None else reference.outputs(part),
+                    temperature=args.temperature,
+                    entropy=args.ent_coef > 0,
+                    reference=reference.outputs(part) if exact_kl and reference is not None else None,
                 )
-            loss = ppo_loss(new, facts, objective, denominator=denominator)
+            loss = ppo_loss(new, facts, args, denominator=denominator)
             loss.total.backward()
-        actions.add(ppo_diagnostics(new, facts, objective), weight=facts.mask.sum())
+        actions.add(ppo_diagnostics(new, facts, args), weight=facts.mask.sum())
         losses["policy"] += loss.policy.detach()
         losses["value"] += loss.value.detach()
         losses["kl"] += loss.kl.detach()
@@ -69,11 +73,10 @@ def minibatch_gradient(
 
 @contextmanager
 def accumulate_gradients(model: nn.Module) -> Iterator[None]:
-    """While this lasts, backward passes add up in ``.grad``; afterwards every gradient is dense.
+    """Let backward passes inside add up in ``.grad``; on exit every gradient is dense.
 
-    An embedding's gradient is zero in all rows but those it read. On CPU only these rows are added to the gradient that
-    the output layer leaves there (tied weights), or to one that is kept allocated, instead of a [V, O] of zeros each
-    time.
+    An embedding's gradient is zero except in the rows that were looked up. On CPU only those rows are added, to the
+    output layer's gradient (tied weights) or to one that stays allocated, instead of a [V, O] of zeros each time.
     """
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     rows_only = [m for m in embeddings if m.weight.requires_grad and m.weight.device.type == "cpu" and not m.sparse]
@@ -94,7 +97,7 @@ def accumulate_gradients(model: nn.Module) -> Iterator[None]:
 
 
 def clear_gradients(model: nn.Module) -> None:
-    """Forget all gradients; those of embeddings that no output layer shares stay allocated, as zeros."""
+    """Clear all gradients; those of embeddings that are not tied to an output layer stay allocated, as zeros."""
     modules = list(model.modules())
     heads = {id(module.weight) for module in modules if isinstance(module, nn.Linear)}
     kept = {id(m.weight) for m in modules if isinstance(m, nn.Embedding) and id(m.weight) not in heads}
@@ -108,15 +111,15 @@ def clear_gradients(model: nn.Module) -> None:
 def clip_and_step(
     optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_norm: float
 ) -> tuple[Tensor, Tensor]:
-    """Clip the gradient to a global norm and step, unless it is not finite.
+    """Clip the gradient to a global norm and take an optimizer step; skip the step if the gradient is non-finite.
 
-    The fused optimizer divides by ``grad_scale`` and stays still under ``found_inf`` on its own: no pass over the
-    gradients is spent on clipping, and nothing waits for the device.
+    The fused optimizer itself divides by ``grad_scale`` and skips under ``found_inf``: clipping costs no extra pass
+    over the gradients, and nothing waits for the device.
 
     Args:
         optimizer: fused.
-        parameters: those that it moves.
-        max_norm: largest global norm of the gradient that is used.
+        parameters: those that it updates.
+        max_norm: largest global norm.
     Returns:
         (norm before clipping [], whether it was finite [] bool).
     """

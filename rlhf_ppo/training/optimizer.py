@@ -1,4 +1,4 @@
-"""Optimizer and schedule: policy and critic side by side, each at its own learning rate."""
+"""Optimizer and schedule: policy and critic in one AdamW, each at its own learning rate."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from rlhf_ppo.models.actor_critic import ActorCritic
 
 
 def make_optimizer(model: ActorCritic, args: RLHFConfig) -> tuple[torch.optim.AdamW, LambdaLR]:
-    """One fused AdamW over all trainable parameters, with a schedule.
+    """Make one fused AdamW over all trainable parameters, and its schedule.
 
-    The first group is the policy's, the second, if there is a critic, the critic's: its value head and whatever else
-    learns from the value loss alone. Each group's rate is its own, the schedule's shape is one: linear warm-up, then
-    as ``lr_scheduler_type`` says. The policy's schedule begins when its training does, after the critic's warm-up.
+    The first parameter group is the policy's; the second, if there is a critic, holds what learns from the value loss
+    alone, its value head above all. Each has its own learning rate; both share the schedule's shape: linear warm-up,
+    then ``lr_scheduler_type``. The policy's schedule starts after the critic's warm-up.
     """
     rates = (args.learning_rate, args.learning_rate if args.value_learning_rate is None else args.value_learning_rate)
     groups = [
@@ -35,7 +35,7 @@ def make_optimizer(model: ActorCritic, args: RLHFConfig) -> tuple[torch.optim.Ad
 
 
 def _factor(step: int, *, args: RLHFConfig, waiting: int) -> float:
-    """Share of the learning rate at an optimizer step; nothing happens in the first ``waiting``."""
+    """Compute the share of the learning rate at an optimizer step; the schedule starts after the first ``waiting``."""
     step, total = max(step - waiting, 0), args.num_optimizer_steps - waiting
     if step < args.warmup_steps:
         return step / args.warmup_steps
@@ -50,9 +50,9 @@ def _factor(step: int, *, args: RLHFConfig, waiting: int) -> float:
 
 
 def fit_warmup(warmup_steps: int, steps: int, *, quiet: bool = False) -> int:
-    """A warm-up that the run is long enough for: one longer than the run becomes a tenth of it, and a line says so.
+    """Shorten a warm-up that is longer than the run to a tenth of the run, and print that.
 
-    Otherwise the whole run would pass at a small share of its learning rate.
+    Otherwise the whole run would be spent at a small share of its learning rate.
     """
     if warmup_steps <= steps:
         return warmup_steps
@@ -61,20 +61,20 @@ def fit_warmup(warmup_steps: int, steps: int, *, quiet: bool = False) -> int:
     return steps // 10
 
 
-def warmup_settings(args: RLHFConfig) -> RLHFConfig:
-    """The settings under which the critic learns while the policy stays.
+def critic_warmup_settings(args: RLHFConfig) -> RLHFConfig:
+    """Return the settings under which the critic alone is trained.
 
-    Monte Carlo returns, because its own values are not worth bootstrapping from yet, and no value clipping, which would
-    hold it near its start. No KL is measured for a policy that does not move.
+    Monte Carlo returns, because its values are not yet worth bootstrapping from; no value clipping, which would hold
+    them near their start; no KL loss, because the policy does not change.
     """
     critic_alone = {"gae_lambda_value": None, "clip_range_vf": None, "kl_loss_coef": 0.0, "kl_loss": "k2"}
     return dataclasses.replace(args, gae_lambda=1.0, **critic_alone)
 
 
 @contextmanager
-def only_the_critic_learns(model: ActorCritic) -> Iterator[None]:
-    """While this lasts, no gradient reaches the policy: not its trunk either, where the critic shares it."""
-    policy = model.policy_parameters()
+def train_critic_alone(model: ActorCritic, *, on: bool = True) -> Iterator[None]:
+    """Freeze the policy inside, the trunk that a critic shares included; ``on=False`` does nothing."""
+    policy = model.policy_parameters() if on else []
     for parameter in policy:
         parameter.requires_grad_(False)
     try:

@@ -1,21 +1,27 @@
-"""What a run shows of itself: evaluations on held-out prompts, metric lines, samples and timings."""
+"""Reporting: evaluations on held-out prompts, metric lines, samples, timings and the run's summary."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
+from rlhf_ppo.core import kl_estimate
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.rewards.validation import RewardError
+from rlhf_ppo.runtime.package import versions
+from rlhf_ppo.runtime.plots import plot_curves
 from rlhf_ppo.runtime.progress import ProgressDisplay, model_rows
 from rlhf_ppo.runtime.seeding import EVALUATION, global_rng_state, numbered_generator, restore_rng_state
-from rlhf_ppo.training.experience import describe
-from rlhf_ppo.training.resume import keep_checkpoint
-
-if TYPE_CHECKING:
-    from rlhf_ppo.trainer import PPOTrainer
+from rlhf_ppo.training.collect import collect
+from rlhf_ppo.training.resume import SafePoint, keep_checkpoint
+from rlhf_ppo.training.run import Run
+from rlhf_ppo.training.state import TrainState
 
 PANELS = {
     "score/mean": "score",
@@ -23,32 +29,92 @@ PANELS = {
     "policy/entropy": "entropy (nats per token)",
     "value/explained_variance": "critic: explained variance",
 }
-"""What the picture of a run's end shows."""
+"""What the run's final plot shows."""
 
 
-def run_rows(trainer: PPOTrainer) -> dict[str, str]:
-    """What the run is about to do, for the summary at its start."""
-    args, parts = trainer.args, trainer.parts
-    size, whole = args.rollout_batch_size, args.num_rollouts
-    steps = args.num_optimizer_steps - trainer.optimizer_steps
-    more = "more " if trainer.iteration else ""
-    rollouts = f"{whole - trainer.iteration} {more}rollout{'s' if whole - trainer.iteration != 1 else ''}"
-    run = f"{rollouts} of {size} responses, {'at most ' if args.target_kl else ''}{steps} optimizer steps"
-    if whole * size != args.total_episodes:
-        run += f" (total_episodes={args.total_episodes} rounds up to {whole * size}: whole rollouts of {size})"
-    sets = {"train": trainer.train_prompts, "evaluation": trainer.eval_prompts}
+def run_settings(run: Run) -> dict[str, Any]:
+    """Return the settings, and where the models came from, for run.json and trackers."""
+    return {**run.sources, **dataclasses.asdict(run.args)}
+
+
+def run_facts(run: Run) -> dict[str, Any]:
+    """Return what run.json holds."""
     return {
-        **model_rows(trainer.sources["model"] or "object", trainer.model, device=trainer.device, bf16=parts.bf16),
-        "reward": ", ".join(parts.rewards),
-        "prompts": ", ".join(f"{len(prompts)} {name}" for name, prompts in sets.items() if prompts is not None),
-        "run": run,
-        "folder": str(trainer.run.path),
+        "reward": run.reward_sources,
+        **run_settings(run),
+        "versions": versions("torch", "transformers", "peft"),
+        "fingerprints": run.fingerprints,
     }
 
 
-def evaluate(trainer: PPOTrainer) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """The metrics of :meth:`rlhf_ppo.PPOTrainer.evaluate`, and a row for each response."""
-    prompts, args = trainer.eval_prompts, trainer.args
+def require_rollouts_left(state: TrainState, run: Run) -> None:
+    """Check that there are prompts, and rollouts left to make; warn if a rollout repeats prompts."""
+    args, prompts = run.args, run.train_prompts
+    if prompts is None:
+        raise ValueError("train() needs a train_dataset with a column 'prompt'")
+    wanted = args.rollout_batch_size // args.num_generations
+    if len(prompts) < wanted:
+        warnings.warn(
+            f"train_dataset has {len(prompts)} prompts, fewer than the {wanted} of a rollout "
+            f"(rollout_batch_size={args.rollout_batch_size}): each rollout repeats some",
+            stacklevel=3,
+        )
+    if state.iteration >= args.num_rollouts:
+        raise ValueError(
+            f"all {args.num_rollouts} rollouts of this run are done: raise total_episodes in a new trainer"
+        )
+
+
+def is_due(every: int, iteration: int, *, last: bool = False) -> bool:
+    """Whether what happens every so many iterations (0: never) happens now; the last one has it, too."""
+    return every > 0 and (last or iteration % every == 0)
+
+
+def resumed_metrics(state: TrainState, run: Run) -> dict[str, float]:
+    """Return the last metrics of a run that was killed after its last rollout: only its end is left to write."""
+    lines = run.folder.read() if state.iteration >= run.args.num_rollouts else []
+    return lines[-1] if lines else {}
+
+
+def plot_run(run: Run) -> None:
+    """Plot the run's metrics into curve.png."""
+    file = run.folder.path / "curve.png"
+    plot_curves(run.folder.read(), file, x="progress/episodes", panels=PANELS, title="PPO, scores and KL")
+
+
+def run_rows(state: TrainState, run: Run) -> dict[str, str]:
+    """Return what the run is about to do, for the summary at its start."""
+    args, size, whole = run.args, run.args.rollout_batch_size, run.args.num_rollouts
+    steps = args.num_optimizer_steps - state.optimizer_steps
+    more = "more " if state.iteration else ""
+    rollouts = f"{whole - state.iteration} {more}rollout{'s' if whole - state.iteration != 1 else ''}"
+    text = f"{rollouts} of {size} responses, {'at most ' if args.target_kl else ''}{steps} optimizer steps"
+    if whole * size != args.total_episodes:
+        text += f" (total_episodes={args.total_episodes} rounds up to {whole * size}: whole rollouts of {size})"
+    sets = {"train": run.train_prompts, "evaluation": run.eval_prompts}
+    return {
+        **model_rows(run.sources["model"] or "object", state.model, device=run.device, bf16=run.bf16),
+        "reward": ", ".join(run.rewards),
+        "prompts": ", ".join(f"{len(prompts)} {name}" for name, prompts in sets.items() if prompts is not None),
+        "run": text,
+        "folder": str(run.folder.path),
+    }
+
+
+@contextmanager
+def shown_progress(state: TrainState, run: Run) -> Iterator[ProgressDisplay]:
+    """Show the run's progress, and the phase it is in, while the block lasts."""
+    with (
+        ProgressDisplay("episodes", run.planned_episodes, quiet=run.args.quiet) as progress,
+        run.stopwatch.shown_by(progress.phase),
+    ):
+        progress.start(state.episodes)
+        yield progress
+
+
+def evaluate(state: TrainState, run: Run) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Return the metrics of :meth:`rlhf_ppo.PPOTrainer.evaluate`, and a row for each response."""
+    prompts, args = run.eval_prompts, run.args
     if prompts is None:
         raise ValueError("evaluate() needs an eval_dataset with a column 'prompt'")
     size = args.rollout_batch_size
@@ -57,9 +123,9 @@ def evaluate(trainer: PPOTrainer) -> tuple[dict[str, float], list[dict[str, Any]
     generators = global_rng_state()
     for number, start in enumerate(range(0, len(prompts), size)):
         batch = prompts.take(range(start, min(start + size, len(prompts))))
-        generator = numbered_generator(args.seed, EVALUATION, number, trainer.device)
-        # A short last batch may happen to have no score; only a whole evaluation without one says nothing.
-        rows += describe(trainer.collector.collect(batch.prompts, batch.columns, generator, needs_scores=False))
+        generator = numbered_generator(args.seed, EVALUATION, number, run.device)
+        # A short last batch may have no score at all; only a whole evaluation without one is an error.
+        rows += describe(collect(run, state.model, batch, generator, needs_scores=False))
     restore_rng_state(generators)
     scores = [row["score"] for row in rows if row["score"] is not None]
     if not scores:
@@ -74,35 +140,66 @@ def evaluate(trainer: PPOTrainer) -> tuple[dict[str, float], list[dict[str, Any]
     }, rows
 
 
-def log_evaluation(trainer: PPOTrainer) -> dict[str, float]:
-    """Evaluate, if there is an ``eval_dataset``, write it down, and keep a checkpoint of the best (``save_best``)."""
-    if trainer.eval_prompts is None:
+def log_evaluation(state: TrainState, run: Run, safe: SafePoint, progress: ProgressDisplay) -> dict[str, float]:
+    """Evaluate and log, if there is an ``eval_dataset``; save a checkpoint of the best so far under ``save_best``."""
+    if run.eval_prompts is None:
         return {}
-    metrics, rows = evaluate(trainer)
-    score = metrics["eval/score_mean"]
-    if trainer.iteration > 0 and (trainer.best is None or score > trainer.best["eval/score_mean"]):
-        trainer.best = {"iteration": trainer.iteration, "eval/score_mean": score}
-        if trainer.args.save_best:
-            keep_checkpoint(trainer)
-    trainer.run.log({"progress/iteration": trainer.iteration, "progress/episodes": trainer.episodes, **metrics})
-    for row in rows:
-        trainer.run.append("eval_samples.jsonl", {"iteration": trainer.iteration, **row})
+    with progress.aside("evaluating"):
+        metrics, rows = evaluate(state, run)
+        score = metrics["eval/score_mean"]
+        if state.iteration > 0 and (state.best is None or score > state.best["eval/score_mean"]):
+            state.best = {"iteration": state.iteration, "eval/score_mean": score}
+            if run.args.save_best:
+                # Before the lines below: a run that resumes from it evaluates again.
+                keep_checkpoint(state, run, safe)
+        run.folder.log({"progress/iteration": state.iteration, "progress/episodes": state.episodes, **metrics})
+        for row in rows:
+            run.folder.append("eval_samples.jsonl", {"iteration": state.iteration, **row})
     return metrics
 
 
-def log_update(trainer: PPOTrainer, rollout: Rollout, metrics: dict[str, float], progress: ProgressDisplay) -> None:
-    """Write down an update that was just made, and show it."""
-    run, iteration = trainer.run, trainer.iteration
-    # Where no step was finite, some averages have nothing to average.
-    run.log({name: value for name, value in metrics.items() if math.isfinite(value)})
-    for row in describe(rollout)[: trainer.args.samples_per_rollout]:
-        run.append("samples.jsonl", {"iteration": iteration, **row})
+def log_update(
+    state: TrainState,
+    run: Run,
+    rollout: Rollout,
+    metrics: dict[str, float],
+    timings: dict[str, float],
+    progress: ProgressDisplay,
+) -> None:
+    """Log an update: its metrics, some samples, and the seconds that each phase of the iteration took."""
+    folder, iteration = run.folder, state.iteration
+    # Where no step was finite, some averages are undefined.
+    folder.log({name: value for name, value in metrics.items() if math.isfinite(value)})
+    for row in describe(rollout)[: run.args.samples_per_rollout]:
+        folder.append("samples.jsonl", {"iteration": iteration, **row})
     tokens = int(rollout.lengths.sum())
-    run.append("timings.jsonl", {"iteration": iteration, "generated_tokens": tokens, **trainer.timings})
+    folder.append("timings.jsonl", {"iteration": iteration, "generated_tokens": tokens, **timings})
     progress.update(
-        trainer.episodes,
+        state.episodes,
         score=metrics["score/mean"],
         kl=metrics["kl/reference_nats_per_response"],
         entropy=metrics["policy/entropy"],
         clipped=metrics["policy/clip_fraction"],
     )
+
+
+def describe(rollout: Rollout) -> list[dict[str, Any]]:
+    """Return a row per response: prompt, completion, score (None where unscored), KL, surprise, tokens, finished."""
+    assert rollout.ref_logprobs is not None and rollout.scores is not None and rollout.scored is not None
+    kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1").sum(dim=1).tolist()
+    surprise = (-rollout.ref_logprobs.sum(dim=1) / rollout.lengths).tolist()
+    scored, scores = rollout.scored.tolist(), rollout.scores.tolist()
+    lengths, finished = rollout.lengths.tolist(), rollout.finished.tolist()
+    return [
+        {
+            "prompt": prompt,
+            "completion": completion,
+            "score": scores[i] if scored[i] else None,
+            "kl_nats": kl[i],
+            "reference_nats_per_token": surprise[i],
+            "tokens": lengths[i],
+            "finished": finished[i],
+            **({} if rollout.turns is None else {"turns": int(rollout.turns[i].max()) + 1}),
+        }
+        for i, (prompt, completion) in enumerate(zip(rollout.prompts, rollout.completions, strict=True))
+    ]

@@ -1,108 +1,136 @@
-"""Recovery: where a run begins, what it goes back to, and what of it is saved when something ends it."""
+"""Resuming: where a run begins, what it can roll back to, and what is saved when an error or a signal ends it."""
 
 from __future__ import annotations
 
 import shlex
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf_ppo.generation.multi_turn import RespondError
 from rlhf_ppo.models.compare import SavedModelError
+from rlhf_ppo.models.saving import bytes_to_save, save_actor_critic, save_reference
 from rlhf_ppo.rewards.validation import RewardError
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
+from rlhf_ppo.runtime.files import require_space
 from rlhf_ppo.runtime.resume import find_checkpoint
 from rlhf_ppo.runtime.signals import Interrupted, asked_to_stop
 from rlhf_ppo.training.checkpoint import Boundary, load_checkpoint, save_checkpoint
+from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.stability import PolicyDriftError, nonfinite_parameters
-
-if TYPE_CHECKING:
-    from rlhf_ppo.trainer import PPOTrainer
+from rlhf_ppo.training.state import TrainState
 
 MAX_ROLLBACKS = 3
-"""Times that a run goes back to the same checkpoint."""
+"""At most this many rollbacks to one checkpoint."""
 
 
 @dataclass
 class SafePoint:
-    """What a run can go back to."""
+    """What a run can return to."""
 
     boundary: Boundary | None = None
-    """What a rollout moves, as it was between the last two updates."""
+    """What a rollout changes, as it was between the last two updates."""
     checkpoint: tuple[int, Path] | None = None
-    """The last one: its iteration and folder."""
+    """Iteration and folder of the last checkpoint."""
     rollbacks: int = 0
-    """Times that the run has gone back to it."""
+    """How often the run has rolled back to it."""
+
+    def mark(self, run: Run) -> None:
+        """Note, between two updates, what a rollout changes."""
+        self.boundary = Boundary.of(run)
 
 
-def begin(trainer: PPOTrainer, resume: str | Path | None, settings: dict[str, Any], *, override: bool) -> None:
-    """Start afresh, or go on from a checkpoint.
+def begin(
+    state: TrainState,
+    run: Run,
+    safe: SafePoint,
+    checkpoint: str | Path | None,
+    facts: dict[str, Any],
+    *,
+    override: bool,
+) -> None:
+    """Start a run, or resume one from a checkpoint.
 
     Args:
-        trainer: as it was built.
-        resume, override: see :meth:`rlhf_ppo.PPOTrainer.train`.
-        settings: for run.json.
+        state: as it was built.
+        checkpoint, override: see ``resume_from_checkpoint`` and ``resume_override`` of
+            :meth:`rlhf_ppo.PPOTrainer.train`.
+        facts: for run.json.
+    Raises:
+        OSError: there is no room for the model that is saved at the end.
     """
-    checkpoint = None if resume is None else find_checkpoint(resume, trainer.run.path)
-    if checkpoint is None:
-        if resume is not None and not trainer.args.quiet:
-            print(f"no checkpoint in {trainer.run.path}: the run starts afresh")
-        trainer.run.start(settings)
-        trainer.safe.checkpoint = None
-        return
-    load_checkpoint(trainer, checkpoint, override=override)
-    if not trainer.args.quiet:
-        print(f"going on after iteration {trainer.iteration}, from {checkpoint.folder}")
-    trainer.safe.checkpoint = (trainer.iteration, checkpoint.folder)
-    trainer.run.go_on(checkpoint.folder, trainer.iteration, settings)
+    needed = bytes_to_save(state.model, base=run.base)
+    require_space(run.folder.path, needed, f"the model that is saved into {run.folder.path}")
+    found = None if checkpoint is None else find_checkpoint(checkpoint, run.folder.path)
+    if found is None:
+        if checkpoint is not None and not run.args.quiet:
+            print(f"no checkpoint in {run.folder.path}: the run starts afresh")
+        run.folder.start(facts)
+        safe.checkpoint = None
+    else:
+        load_checkpoint(state, run, found, override=override)
+        if not run.args.quiet:
+            print(f"resuming after iteration {state.iteration}, from {found.folder}")
+        safe.checkpoint = (state.iteration, found.folder)
+        run.folder.go_on(found.folder, state.iteration, facts)
+    if run.start is None and run.reference.model is not None:
+        # No other folder holds the reference that an evaluation of this run needs.
+        save_reference(run.reference.model, run.tokenizer, run.folder.path)
 
 
-def keep_checkpoint(trainer: PPOTrainer) -> Path:
-    """Save where the run is now, unless that has just been done. Not to be called in the middle of an update."""
-    safe = trainer.safe
-    if safe.checkpoint is None or safe.checkpoint[0] != trainer.iteration:
-        safe.checkpoint = (trainer.iteration, save_checkpoint(trainer, safe.boundary))
+def keep_checkpoint(state: TrainState, run: Run, safe: SafePoint) -> Path:
+    """Save a checkpoint, unless this iteration has one. Not to be called in the middle of an update."""
+    if safe.checkpoint is None or safe.checkpoint[0] != state.iteration:
+        safe.checkpoint = (state.iteration, save_checkpoint(state, run, safe.boundary))
         safe.rollbacks = 0
     return safe.checkpoint[1]
 
 
-def go_back(trainer: PPOTrainer, problem: str) -> None:
-    """Undo an update that cannot stand.
+def roll_back(state: TrainState, run: Run, safe: SafePoint, problem: str) -> None:
+    """Undo an update by going back to the last checkpoint (``on_nonfinite="rollback"``).
 
     Raises:
-        NonFiniteGradientError: there is no going back; says the problem.
+        NonFiniteGradientError: there is nothing to go back to, or it has not helped; says the problem.
     """
-    trainer.skipped_in_a_row = 0
-    safe = trainer.safe
-    if trainer.args.on_nonfinite != "rollback" or safe.checkpoint is None or safe.rollbacks >= MAX_ROLLBACKS:
+    state.consecutive_skips = 0
+    if run.args.on_nonfinite != "rollback" or safe.checkpoint is None or safe.rollbacks >= MAX_ROLLBACKS:
         raise NonFiniteGradientError(problem)
-    made, safe.rollbacks = trainer.rollouts_made, safe.rollbacks + 1
-    load_checkpoint(trainer, safe.checkpoint[1], override=True)
-    trainer.rollouts_made = made  # other draws: the same would lead to the same
-    trainer.run.rewind(trainer.iteration)
+    made, safe.rollbacks = state.rollouts_made, safe.rollbacks + 1
+    load_checkpoint(state, run, safe.checkpoint[1], override=True)
+    state.rollouts_made = made  # other draws: the same ones would lead to the same problem
+    run.folder.rewind(state.iteration)
     warnings.warn(f"{problem}. Going back to {safe.checkpoint[1]}, with other draws", stacklevel=3)
 
 
-def save_model(trainer: PPOTrainer) -> None:
-    """Save the model of a run that is over, or somewhere else where its own folder has no room.
+def save_model(state: TrainState, run: Run, safe: SafePoint) -> None:
+    """Save the model of a run that has ended, or in another place if the run's folder has no room.
 
     Raises:
-        OSError: it does not lie in the run's folder; says where it lies instead.
+        OSError: it is not in the run's folder; says where it is instead.
     """
     try:
-        trainer.save_model()
+        _write_model(state, run, run.folder.path)
     except OSError as error:
-        raise OSError(error.errno, f"the model is not in its place: {error.strerror}. {_rescue(trainer)}") from error
+        where = _rescue(state, run, safe)
+        raise OSError(error.errno, f"the model is not in its place: {error.strerror}. {where}") from error
 
 
-def _rescue(trainer: PPOTrainer) -> str:
-    """Say where the model lies: in a checkpoint, or else in the system's temporary folder, where it is then saved."""
-    checkpoint, said = trainer.safe.checkpoint, []
-    if checkpoint is None or checkpoint[0] != trainer.iteration:
+def _write_model(state: TrainState, run: Run, folder: str | Path) -> None:
+    save_actor_critic(state.model, run.tokenizer, Path(folder), base=run.base)
+
+
+def _rescue(state: TrainState, run: Run, safe: SafePoint) -> str:
+    """Say where the model is: in a checkpoint, or else in the system's temporary folder, where it is then saved."""
+    checkpoint, said = safe.checkpoint, []
+    if checkpoint is None or checkpoint[0] != state.iteration:
+        folder = tempfile.mkdtemp(prefix="rlhf-ppo-model-")
         try:
-            said.append(f"It lies in {trainer.save_model(tempfile.mkdtemp(prefix='rlhf-ppo-model-'))} instead")
+            _write_model(state, run, folder)
+            said.append(f"It lies in {folder} instead")
         except OSError as error:
             said.append(f"Nor does it lie elsewhere: {error.strerror}")
     if checkpoint is not None:
@@ -114,31 +142,45 @@ def _rescue(trainer: PPOTrainer) -> str:
     return ". ".join(said)
 
 
-def save_after(trainer: PPOTrainer, error: BaseException) -> None:
-    """Whatever ends a run, what was learned until then stays; between two updates, so that the run can go on.
+@contextmanager
+def saving_after_errors(state: TrainState, run: Run, safe: SafePoint) -> Iterator[None]:
+    """Save what was learned if an error or a signal ends the block, in a checkpoint if the run can resume from it.
 
     Raises:
         RewardError, RespondError, NonFiniteGradientError, PolicyDriftError: the same error, which also says where the
             checkpoint is.
     """
-    if asked_to_stop() and type(error) is KeyboardInterrupt:
-        return  # a second signal, maybe in the middle of an update
-    if nonfinite_parameters(trainer.model):
-        return  # nothing worth saving, and nothing that should replace what there is
+    try:
+        yield
+    except BaseException as error:
+        if asked_to_stop() and type(error) is KeyboardInterrupt:
+            raise  # a second signal, perhaps in the middle of an update
+        if nonfinite_parameters(state.model):
+            raise  # nothing worth saving, and nothing that may replace what there is
+        folder = _save_everything(state, run, safe, error)
+        if isinstance(error, Interrupted):
+            error.saved = folder
+        elif folder is not None:
+            said = f"{error}. Go on with resume_from_checkpoint={shlex.quote(str(folder))}"
+            raise type(error)(said) from error.__cause__
+        raise
+
+
+def _save_everything(state: TrainState, run: Run, safe: SafePoint, error: BaseException) -> Path | None:
+    """Save the model and, after an error between two updates, a checkpoint; return the checkpoint's folder.
+
+    What ended the run may also be in the way of saving (a full disk), and is the error to report: others are warnings.
+    """
     folder: Path | None = None
-    # What ended the run may be in the way of saving, too (a full disk), and is the error to see.
     if isinstance(error, (Interrupted, RewardError, RespondError, NonFiniteGradientError, PolicyDriftError)):
         try:
-            folder = keep_checkpoint(trainer)
+            folder = keep_checkpoint(state, run, safe)
         except OSError as failure:
             warnings.warn(str(failure.strerror), stacklevel=2)
     try:
-        save_model(trainer)
+        save_model(state, run, safe)
     except OSError as failure:
         warnings.warn(str(failure.strerror), stacklevel=2)
     except SavedModelError as failure:
         warnings.warn(str(failure), stacklevel=2)
-    if isinstance(error, Interrupted):
-        error.saved = folder
-    elif folder is not None:
-        raise type(error)(f"{error}. Go on with resume_from_checkpoint={shlex.quote(str(folder))}") from error.__cause__
+    return folder

@@ -1,4 +1,4 @@
-"""Guarded updates: steps that are not finite are skipped and counted, and a policy that runs away stops the run."""
+"""Stability: skip and count non-finite optimizer steps, and stop a run whose policy drifts too far."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf_ppo.runtime.errors import RunError
 
 
 class PolicyDriftError(RunError):
-    """The policy has left the bounds that the settings give it."""
+    """The policy is outside the bounds of the settings."""
 
 
 @dataclass(frozen=True)
@@ -30,60 +30,60 @@ class Step:
 
 
 class StepWatch:
-    """Looks at the optimizer steps of one update, each a little after it was taken.
+    """Count the non-finite optimizer steps of an update, each one step late.
 
-    Whether a step was finite is known on the device first. Asking at once would let the device run dry; asked when the
-    next minibatch's work is queued behind it, the answer is there before the device has nothing to do.
+    Whether a step was finite is known on the device first. Reading that at once would let the device run idle; read
+    when the next minibatch's work is queued, the answer costs no wait.
     """
 
-    def __init__(self, in_a_row: int, limit: int, on_skip: Callable[[Step], object]) -> None:
-        """Go on counting.
+    def __init__(self, consecutive: int, limit: int, on_skip: Callable[[Step], object]) -> None:
+        """Continue counting.
 
         Args:
-            in_a_row: steps skipped one after another when the update begins.
-            limit: as many are too many.
-            on_skip: called with a skipped step, before the weights move again.
+            consecutive: steps skipped since the last finite one, when the update begins.
+            limit: give up at this many.
+            on_skip: called with a skipped step, before the weights change again.
         """
-        self.in_a_row, self.limit, self.on_skip = in_a_row, limit, on_skip
+        self.consecutive, self.limit, self.on_skip = consecutive, limit, on_skip
         self.steps = self.skipped = 0
         self._open: tuple[Tensor, Step] | None = None
 
     def add(self, finite: Tensor, rows: list[int], numbers: dict[str, Tensor]) -> None:
-        """A step was taken if ``finite`` []; for ``rows`` and ``numbers`` see :class:`Step`."""
+        """Add a step, taken if ``finite`` []; for ``rows`` and ``numbers`` see :class:`Step`."""
         self.settle()
         self.steps += 1
         self._open = finite, Step(self.steps, rows, numbers)
 
     def settle(self) -> None:
-        """Look at the step that was added last."""
+        """Read whether the last added step was finite."""
         if self._open is None:
             return
         (finite, step), self._open = self._open, None
         if bool(finite):
-            self.in_a_row = 0
+            self.consecutive = 0
             return
         self.skipped += 1
-        self.in_a_row += 1
+        self.consecutive += 1
         self.on_skip(step)
 
     @property
     def gave_up(self) -> bool:
-        """Whether too many steps in a row were skipped."""
-        return self.in_a_row >= self.limit
+        """Whether too many consecutive steps were skipped."""
+        return self.consecutive >= self.limit
 
 
 def spoil_gradient(
     parameters: Sequence[nn.Parameter], losses: Mapping[str, Tensor], estimates: Mapping[str, float]
 ) -> None:
-    """Make the gradient non-finite if a loss is, so that the check of the one sees both, and nothing waits for it.
+    """Make the gradient non-finite if a loss or estimate is: one check then sees them all, without a wait.
 
-    A loss may overflow while its gradient is still finite, and so may the spread that advantages are divided by: what
-    is left of them then is 0, not NaN. Neither is to be followed.
+    A loss may overflow while its gradient is finite; so may the spread that advantages are divided by, which leaves
+    advantages of 0, not NaN. Neither step may be taken.
 
     Args:
         parameters: some have a gradient.
         losses: [] by name.
-        estimates: numbers about the rollout that are not finite, by name.
+        estimates: the rollout's non-finite metrics, by name.
     """
     gradient = next(p.grad for p in parameters if p.grad is not None)
     taint = torch.stack(list(losses.values())).sum() * (math.nan if estimates else 0.0)
@@ -92,14 +92,14 @@ def spoil_gradient(
 
 @torch.no_grad()
 def nonfinite_parameters(model: nn.Module) -> list[str]:
-    """Names of the trainable parameters that hold a NaN or an infinity; one pass over them, one wait for the device."""
+    """Return the names of non-finite trainable parameters; one pass over them, one wait for the device."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.numel()]
     largest = torch.stack([torch.linalg.vector_norm(p, float("inf")).float() for _, p in named])
     return [name for (name, _), ok in zip(named, torch.isfinite(largest).tolist(), strict=True) if not ok]
 
 
 def require_no_drift(metrics: Mapping[str, float], args: RLHFConfig) -> None:
-    """Raise a PolicyDriftError, naming setting and number, if an update's metrics are out of the bounds in ``args``."""
+    """Raise a PolicyDriftError, which names setting and number, if metrics are outside the bounds in ``args``."""
     kl, entropy = metrics["kl/reference_nats_per_response"], metrics["policy/entropy"]
     highest, lowest = args.max_kl_nats_per_response, args.min_entropy_nats_per_token
     if highest is not None and kl > highest:

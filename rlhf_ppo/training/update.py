@@ -1,183 +1,197 @@
-"""One PPO update on a rollout: advantages, epochs of minibatches, a tripwire, and controllers that move after it."""
+"""Update: epochs of minibatches on one rollout, checked before the first step and after each; then controllers."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf_ppo.core import Experience, adapt_clip_range, adapt_kl_coef, adapt_penalty_beta, minibatch_indices
+from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.core import adapt_clip_range, adapt_kl_coef, adapt_penalty_beta, minibatch_indices
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.runtime.errors import RatioTripwireError
 from rlhf_ppo.runtime.metrics import MetricAverage
 from rlhf_ppo.runtime.seeding import SHUFFLE, numbered_generator
 from rlhf_ppo.training.black_box import write_black_box
-from rlhf_ppo.training.experience import estimate
+from rlhf_ppo.training.experience import Estimates
 from rlhf_ppo.training.gradients import clear_gradients, clip_and_step
-from rlhf_ppo.training.optimizer import warmup_settings
+from rlhf_ppo.training.optimizer import train_critic_alone
+from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.stability import StepWatch, nonfinite_parameters, spoil_gradient
-
-if TYPE_CHECKING:
-    from rlhf_ppo.trainer import PPOTrainer
-
-MinibatchGradient = Callable[[Rollout, Experience, list[int]], tuple[MetricAverage, dict[str, Tensor]]]
-"""Adds the gradient of a minibatch, named by its rows, to ``.grad``; see
-:func:`rlhf_ppo.training.gradients.minibatch_gradient`."""
+from rlhf_ppo.training.state import TrainState
 
 
-def update(trainer: PPOTrainer, rollout: Rollout, accumulate: MinibatchGradient) -> tuple[dict[str, float], str | None]:
+class Update(NamedTuple):
+    """What came of an update."""
+
+    metrics: dict[str, float]
+    num_responses: int
+    last_epoch_kl: float
+    """KL(old || new) in nats per action over the last epoch; NaN if no step of it was finite."""
+    moves_controllers: bool
+    """False if every step was non-finite, or the critic alone was trained."""
+    problem: str | None
+    """Why the update must be undone, or None."""
+
+
+def update(state: TrainState, run: Run, rollout: Rollout, estimates: Estimates) -> Update:
     """Train on a rollout, and count it.
 
     Args:
-        trainer: its weights, optimizer, controllers and counters move.
+        state: weights, optimizer, schedule, score statistics and counters change.
+        run: seed, epochs, minibatches and limits are its settings; non-finite steps leave a black box in its folder.
         rollout: B scored responses.
-        accumulate: makes a minibatch's gradient.
-    Returns:
-        (the update's metrics, what is wrong with it or None).
+        estimates: what to learn from them.
     Raises:
         RatioTripwireError: old and new log-probs differ before the first optimizer step.
     """
-    warming_up = trainer.warming_up
-    args = warmup_settings(trainer.args) if warming_up else trainer.args
-    model = trainer.model
-    # What an update learns about scores counts only if the update does.
-    statistics = copy.deepcopy(trainer.score_statistics) if args.normalize_scores else None
-    if statistics is not None:
-        statistics.add(rollout)
-    old, metrics = estimate(rollout, args, kl_coef=trainer.kl_coef, score_statistics=statistics)
-    not_finite = {name: value for name, value in metrics.items() if not math.isfinite(value)}
-    metrics["policy/clip_range"] = trainer.objective.clip_range
-    metrics["policy/penalty_beta"] = trainer.objective.penalty_beta
-    actions, losses = MetricAverage(), MetricAverage()
-    shuffle = numbered_generator(args.seed, SHUFFLE, trainer.iteration, "cpu")
+    args, warming_up = state.settings_in_force(run.args), state.warms_up(run.args)
     watch = StepWatch(
-        trainer.skipped_in_a_row,
+        state.consecutive_skips,
         limit=1 if args.on_nonfinite == "stop" else args.max_skipped_steps,
-        on_skip=lambda skipped: write_black_box(trainer, rollout, old, skipped, not_finite),
+        on_skip=lambda step: write_black_box(state, run, rollout, estimates, step),
     )
-    epochs, epoch, stop = 0, MetricAverage(), False
-    while epochs < args.num_epochs and not stop:
-        epochs += 1
-        epoch = MetricAverage()
+    with train_critic_alone(state.model, on=warming_up):
+        averages = _run_epochs(state, run, args, rollout, estimates, watch)
+    state.consecutive_skips = watch.consecutive
+    problem = _find_problem(state, run, watch)
+    accepted = watch.steps == 0 or watch.skipped < watch.steps
+    if accepted:
+        state.score_statistics = estimates.rewards.score_statistics
+    state.iteration += 1
+    state.episodes += len(rollout.prompts)
+    state.optimizer_steps += watch.steps
+    metrics = _update_metrics(state, args, estimates.metrics, averages, watch)
+    kl = averages.epoch.compute().get("approx_kl", math.nan)
+    return Update(metrics, len(rollout.prompts), kl, accepted and not warming_up, problem)
+
+
+class _Averages:
+    """What is measured during an update, over the optimizer steps that were taken."""
+
+    def __init__(self) -> None:
+        self.actions, self.epoch, self.losses = MetricAverage(), MetricAverage(), MetricAverage()
+        self.epochs = 0
+        self.first_gap = math.nan
+        """Largest |log ratio| before the first step."""
+
+    def begin_epoch(self) -> None:
+        self.epochs, self.epoch = self.epochs + 1, MetricAverage()
+
+    def add(self, step: MetricAverage, only_if: Tensor | None = None) -> None:
+        for average in (self.actions, self.epoch):
+            average.merge(step, only_if=only_if)
+
+
+def _run_epochs(
+    state: TrainState, run: Run, args: RLHFConfig, rollout: Rollout, estimates: Estimates, watch: StepWatch
+) -> _Averages:
+    """Take the optimizer steps, until the epochs are over, the KL is above its limit or ``watch`` gives up."""
+    model, averages = state.model, _Averages()
+    shuffle = numbered_generator(args.seed, SHUFFLE, state.iteration, "cpu")
+    for _ in range(args.num_epochs):
+        averages.begin_epoch()
         for minibatch in minibatch_indices(len(rollout.prompts), args.num_minibatches, generator=shuffle):
             rows = minibatch.tolist()
-            step, step_losses = accumulate(rollout, old, rows)
+            step, losses = run.minibatch_gradient(model, rollout, estimates.experience, rows, args)
             watch.settle()
             if watch.steps == 0:
-                metrics["policy/first_minibatch_max_abs_log_ratio"] = _check_tripwire(trainer, step)
-            limit = args.stopping_kl
-            if beyond := limit is not None and step.compute()["approx_kl"] > limit:
-                actions.merge(step)
-                epoch.merge(step)
-            if stop := beyond or watch.gave_up:
+                averages.first_gap = _check_first_ratio(state, run, step)
+            too_far = args.stopping_kl is not None and step.compute()["approx_kl"] > args.stopping_kl
+            if too_far:
+                averages.add(step)
+            if too_far or watch.gave_up:
                 clear_gradients(model)
-                break
-            spoil_gradient(model.trainable_parameters(), step_losses, not_finite)
-            grad_norm, finite = clip_and_step(trainer.optimizer, model.trainable_parameters(), args.max_grad_norm)
-            trainer.scheduler.step()
+                return averages
+            spoil_gradient(model.trainable_parameters(), losses, estimates.nonfinite)
+            grad_norm, finite = clip_and_step(state.optimizer, model.trainable_parameters(), args.max_grad_norm)
+            state.scheduler.step()
             clear_gradients(model)
-            actions.merge(step, only_if=finite)
-            epoch.merge(step, only_if=finite)
-            taken = {**step_losses, "grad_norm": grad_norm}
-            losses.add({name: torch.where(finite, x, 0.0) for name, x in taken.items()}, weight=finite)
-            watch.add(finite, rows, taken)
+            averages.add(step, only_if=finite)
+            numbers = {**losses, "grad_norm": grad_norm}
+            averages.losses.add({name: torch.where(finite, x, 0.0) for name, x in numbers.items()}, weight=finite)
+            watch.add(finite, rows, numbers)
     watch.settle()
-    steps, trainer.skipped_in_a_row = watch.steps, watch.in_a_row
-    problem = _find_problem(trainer, watch)
-    accepted = steps == 0 or watch.skipped < steps
-    if statistics is not None and accepted:
-        trainer.score_statistics = statistics
-    if accepted and not warming_up:
-        adapt(
-            trainer,
-            reference_kl=metrics["kl/reference_nats_per_response"],
-            update_kl=epoch.compute().get("approx_kl", math.nan),
-            num_samples=len(rollout.prompts),
-        )
-    trainer.iteration += 1
-    trainer.episodes += len(rollout.prompts)
-    trainer.optimizer_steps += steps
-    loss = losses.compute() if steps else {"policy": 0.0, "value": 0.0, "kl": 0.0, "grad_norm": 0.0}
-    if args.kl_loss_coef > 0:
-        metrics["kl/loss"] = loss["kl"]
-    if args.value_learning_rate is not None:
-        metrics["optim/value_learning_rate"] = float(trainer.scheduler.get_last_lr()[-1])
+    return averages
+
+
+def _update_metrics(
+    state: TrainState, args: RLHFConfig, estimated: dict[str, float], averages: _Averages, watch: StepWatch
+) -> dict[str, float]:
+    losses = averages.losses.compute() if watch.steps else {"policy": 0.0, "value": 0.0, "kl": 0.0, "grad_norm": 0.0}
+    rates = state.scheduler.get_last_lr()
     return {
-        "progress/iteration": trainer.iteration,
-        "progress/episodes": trainer.episodes,
-        "progress/optimizer_steps": trainer.optimizer_steps,
-        **actions.compute("policy/"),
-        **metrics,
-        "policy/loss": loss["policy"],
-        "value/loss": loss["value"],
-        "optim/grad_norm": loss["grad_norm"],
-        "optim/learning_rate": float(trainer.scheduler.get_last_lr()[0]),
+        "progress/iteration": state.iteration,
+        "progress/episodes": state.episodes,
+        "progress/optimizer_steps": state.optimizer_steps,
+        **averages.actions.compute("policy/"),
+        **estimated,
+        "policy/clip_range": args.clip_range,
+        "policy/penalty_beta": args.penalty_beta,
+        "policy/first_minibatch_max_abs_log_ratio": averages.first_gap,
+        **({"kl/loss": losses["kl"]} if args.kl_loss_coef > 0 else {}),
+        **({} if args.value_learning_rate is None else {"optim/value_learning_rate": float(rates[-1])}),
+        "policy/loss": losses["policy"],
+        "value/loss": losses["value"],
+        "optim/grad_norm": losses["grad_norm"],
+        "optim/learning_rate": float(rates[0]),
         "optim/skipped_steps": watch.skipped,
-        "optim/epochs": epochs,
-    }, problem
+        "optim/epochs": averages.epochs,
+    }
 
 
-def adapt(trainer: PPOTrainer, *, reference_kl: float, update_kl: float, num_samples: int) -> None:
-    """Controllers move once per update.
-
-    Args:
-        trainer: its KL coefficient, clip range or beta may move.
-        reference_kl: KL to the reference in nats per response.
-        update_kl: KL(old || new) in nats per action, over the last epoch.
-        num_samples: responses of the rollout.
-    """
-    args, objective = trainer.args, trainer.objective
+def adapt(state: TrainState, args: RLHFConfig, update: Update) -> None:
+    """Let controllers move the KL coefficient, and the clip range or beta, once per update."""
+    if not update.moves_controllers:
+        return
     if args.kl_target is not None:
-        trainer.kl_coef = adapt_kl_coef(
-            trainer.kl_coef, reference_kl, target=args.kl_target, horizon=args.kl_horizon, num_samples=num_samples
+        state.kl_coef = adapt_kl_coef(
+            state.kl_coef,
+            update.metrics["kl/reference_nats_per_response"],
+            target=args.kl_target,
+            horizon=args.kl_horizon,
+            num_samples=update.num_responses,
         )
     if (target := args.steering_kl) is None:
         return
     if args.objective == "penalty":
-        beta = adapt_penalty_beta(objective.penalty_beta, update_kl, target=target)
-        trainer.objective = dataclasses.replace(objective, penalty_beta=beta)
+        state.penalty_beta = adapt_penalty_beta(state.penalty_beta, update.last_epoch_kl, target=target)
     else:
-        clip_range = adapt_clip_range(objective.clip_range, update_kl, target=target)
-        trainer.objective = dataclasses.replace(objective, clip_range=clip_range)
+        state.clip_range = adapt_clip_range(state.clip_range, update.last_epoch_kl, target=target)
 
 
-def _check_tripwire(trainer: PPOTrainer, first_step: MetricAverage) -> float:
+def _check_first_ratio(state: TrainState, run: Run, first_step: MetricAverage) -> float:
+    """Return the largest |log ratio| before the first optimizer step, which must be near 0."""
     gap = first_step.compute()["max_abs_log_ratio"]
     if math.isnan(gap):
-        return gap  # the step's gradient will be NaN, too, and the guard sees to that
-    bound = trainer.args.max_initial_log_ratio or (0.5 if trainer.parts.bf16 else 0.1)
+        return gap  # the gradient is NaN, too, and its own check skips the step
+    bound = run.args.max_initial_log_ratio or (0.5 if run.bf16 else 0.1)
     if not gap <= bound:
-        clear_gradients(trainer.model)
+        clear_gradients(state.model)
         raise RatioTripwireError(
             f"before the first optimizer step some |log(new/old)| is {gap:.3g} nats, above max_initial_log_ratio="
             f"{bound}: sampling and training disagree. Usual causes: weights changed "
             "between rollout() and step(), dropout or another source of noise in the model, a model whose cached "
-            "decoding differs from its full forward pass (try recompute_logprobs=True), weights that are no longer "
-            "finite (lower learning_rate), or low precision (raise the bound)"
+            "decoding differs from its full forward pass (try recompute_logprobs=True), non-finite weights (lower "
+            "learning_rate), or low precision (raise the bound)"
         )
     return gap
 
 
-def _find_problem(trainer: PPOTrainer, watch: StepWatch) -> str | None:
-    number = trainer.iteration + 1
-    if broken := nonfinite_parameters(trainer.model):
+def _find_problem(state: TrainState, run: Run, watch: StepWatch) -> str | None:
+    number = state.iteration + 1
+    if broken := nonfinite_parameters(state.model):
+        names = ", ".join(broken[:3]) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
         return (
-            f"after the update on rollout {number} the weights {_few(broken)} are not finite: lower learning_rate, "
-            "and go on from an earlier checkpoint"
+            f"after the update on rollout {number} the weights {names} are non-finite: lower learning_rate, and resume "
+            "from an earlier checkpoint"
         )
     if not watch.gave_up:
         return None
     return (
-        f"{watch.in_a_row} optimizer steps in a row, the last in the update on rollout {number}, had losses or "
-        f"gradients that were not finite and were skipped: see {trainer.run.path}/blackbox-* (rlhf-ppo replay FOLDER),"
-        " look for extreme rewards or values in samples.jsonl and metrics.jsonl, or lower learning_rate"
+        f"{watch.consecutive} consecutive optimizer steps, the last in the update on rollout {number}, had non-finite "
+        f"losses or gradients and were skipped: see {run.folder.path}/blackbox-* (rlhf-ppo replay FOLDER), look for "
+        "extreme rewards or values in samples.jsonl and metrics.jsonl, or lower learning_rate"
     )
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

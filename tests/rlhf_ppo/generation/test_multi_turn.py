@@ -18,6 +18,7 @@ from rlhf_ppo.rewards.functions import StepRewards
 from rlhf_ppo.rewards.validation import RewardError
 from rlhf_ppo.training.advantages import next_decisions
 from rlhf_ppo.training.experience import estimate
+from rlhf_ppo.training.rewards import shape_rewards
 
 CHAT = (
     "{% for m in messages %}{{ '<' + m['role'][0] + '>' + m['content'] + '.' }}{% endfor %}"
@@ -119,7 +120,7 @@ def test_nothing_is_recorded_at_the_tokens_of_replies(talk, prompts):
     """Every recorded fact about them is 0, and so is what the current policy says."""
     trainer = talk(respond=echo)
     rollout = trainer.rollout(prompts)
-    old, _ = estimate(rollout, trainer.args, kl_coef=0.05)
+    old = estimate(rollout, shape_rewards(rollout, trainer.args, 0.05), trainer.args).experience
     assert rollout.environment.any() and not (rollout.environment & rollout.mask).any()
     for x in (old.advantages, old.returns, old.logprobs, rollout.ref_logprobs, rollout.entropy, rollout.values):
         assert (x[~rollout.mask] == 0).all()
@@ -142,13 +143,13 @@ def test_sampled_ids_are_trained_whatever_their_text_would_tokenise_to(talk, mak
         stop_token_ids=(),
     )
     given: list[list[int]] = []
-    sample = trainer.parts.sample
+    sample = trainer.fixed.sample
 
     def watched(model, ids, mask, params, **settings):
         given.extend(row[keep].tolist() for row, keep in zip(ids, mask, strict=True))
         return sample(model, ids, mask, params, **settings)
 
-    trainer.collector = dataclasses.replace(trainer.collector, parts=dataclasses.replace(trainer.parts, sample=watched))
+    trainer.fixed = dataclasses.replace(trainer.fixed, sample=watched)
     rollout = trainer.rollout(["the cat"] * 8)
     said, heard = pairs("the cat")["input_ids"], pairs(" the mat")["input_ids"]
     first = [ids[:4].tolist() for ids in rollout.response_ids]
@@ -247,7 +248,7 @@ def test_gae_equals_gae_on_the_sequence_without_replies(talk, wake_critic, promp
     wake_critic(trainer.model)
     rollout = trainer.rollout(prompts)
     rollout = dataclasses.replace(rollout, ref_logprobs=rollout.ref_logprobs - 0.5 * rollout.mask)
-    old, _ = estimate(rollout, trainer.args, kl_coef=0.3)
+    old = estimate(rollout, shape_rewards(rollout, trainer.args, 0.3), trainer.args).experience
     for row in range(len(prompts)):
         keep = rollout.mask[row]
         n = int(keep.sum())

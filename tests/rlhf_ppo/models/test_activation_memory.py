@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from rlhf_ppo.models.activation_memory import checkpoint_layers, offload_activations
 from rlhf_ppo.models.lora import VALUE_ADAPTER, adapter_parameters
 from rlhf_ppo.training.experience import estimate
+from rlhf_ppo.training.rewards import shape_rewards
 
 
 def lora() -> LoraConfig:
@@ -20,8 +21,8 @@ def lora() -> LoraConfig:
 
 
 def gradients(trainer, rollout) -> dict[str, torch.Tensor]:
-    old, _ = estimate(rollout, trainer.args, kl_coef=trainer.kl_coef)
-    trainer._accumulate_gradients(rollout, old, list(range(8)))
+    old = estimate(rollout, shape_rewards(rollout, trainer.args, trainer.kl_coef), trainer.args).experience
+    trainer.fixed.minibatch_gradient(trainer.model, rollout, old, list(range(8)), trainer.args)
     return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
 
 

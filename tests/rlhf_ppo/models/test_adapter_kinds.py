@@ -34,7 +34,6 @@ from rlhf_ppo.pipeline.generate import GenerateArgs, generate
 from rlhf_ppo.pipeline.reward_training import RewardTrainingArgs, train_reward_model
 from rlhf_ppo.pipeline.sft import SFTArgs, sft
 from rlhf_ppo.runtime.checkpoint import read_checkpoint
-from rlhf_ppo.training.checkpoint import load_checkpoint
 
 TASK: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 IDS = torch.arange(3, 15)[None]
@@ -343,7 +342,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(make_trainer, base, config):
     found = []
     for one in (checkpoint, old):
         resumed = make_trainer(**settings, peft_config=config())
-        load_checkpoint(resumed, one)
+        resumed.load_checkpoint(one)
         resumed.step(resumed.rollout(["once upon", "the cat"] * 4))
         found.append({name: p.detach().clone() for name, p in resumed.model.named_parameters()})
     assert all(torch.equal(weight, found[1][name]) for name, weight in found[0].items())

@@ -9,13 +9,14 @@ from transformers import AutoModel
 
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.training.experience import estimate
+from rlhf_ppo.training.rewards import shape_rewards
 
 
 def test_the_first_values_are_0(make_trainer, make_model, prompts):
     for trainer in (make_trainer(), make_trainer(value_model=make_model(seed=1))):
         rollout = trainer.rollout(prompts)
         assert rollout.values is not None and (rollout.values == 0).all()
-        _, metrics = estimate(rollout, trainer.args, kl_coef=trainer.kl_coef)
+        _, _, _, metrics = estimate(rollout, shape_rewards(rollout, trainer.args, trainer.kl_coef), trainer.args)
         assert metrics["value/mean"] == 0 and metrics["value/explained_variance"] == pytest.approx(0, abs=1e-6)
 
 

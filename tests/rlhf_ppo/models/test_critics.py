@@ -360,8 +360,8 @@ def test_the_warm_up_moves_the_critic_alone(make_trainer, make_model, prompts, k
 def test_the_warm_up_learns_monte_carlo_returns_and_leaves_the_controllers(make_trainer, prompts, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "rlhf_ppo.training.update.estimate",
-        lambda rollout, args, **kw: seen.append(args) or estimate(rollout, args, **kw),
+        "rlhf_ppo.trainer.estimate",
+        lambda rollout, rewards, args: seen.append(args) or estimate(rollout, rewards, args),
     )
     trainer = make_trainer(critic_warmup_rollouts=1, gae_lambda_value=0.5, kl_target=1.0, objective="adaptive_clip")
     trainer.step(trainer.rollout(prompts))

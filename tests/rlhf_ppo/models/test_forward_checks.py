@@ -291,7 +291,7 @@ def test_f_a_text_as_long_as_the_context_is_read(make_trainer):
     sizes = {"vocab_size": 30, "max_position_embeddings": 20, "pad_token_id": 1, **SIZES}
     model = AutoModelForCausalLM.from_config(RobertaConfig(is_decoder=True, **sizes))
     trainer = make_trainer(model=model, train_dataset=[{"prompt": "once upon a"}], stop_token_ids=(), max_new_tokens=7)
-    assert trainer.parts.room == 11
+    assert trainer.fixed.room == 11
     assert trainer.rollout(["once upon a"] * 8).mask.all()
 
 

@@ -89,7 +89,7 @@ def test_a_run_in_bf16_goes_through_and_samples_what_it_trains(make_trainer):
     """Cached decoding and one pass over the whole are rounded differently: tenths of a nat on log-probs of -20."""
     trainer = make_trainer(precision="bf16", recompute_logprobs=False)
     metrics = trainer.train()
-    assert trainer.parts.bf16
+    assert trainer.fixed.bf16
     assert 0 < metrics["policy/first_minibatch_max_abs_log_ratio"] < 0.5
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
 

@@ -17,6 +17,7 @@ from rlhf_ppo.trainer import PPOTrainer
 from rlhf_ppo.training.black_box import MAX_BLACK_BOXES, read_black_box, write_black_box
 from rlhf_ppo.training.experience import estimate
 from rlhf_ppo.training.gradients import clear_gradients
+from rlhf_ppo.training.rewards import shape_rewards
 from rlhf_ppo.training.stability import Step
 
 
@@ -27,12 +28,14 @@ def one_extreme(prompts: list[str], completions: list[str], **_: Any) -> list[fl
 def healthy_box(trainer: PPOTrainer, prompts: list[str], rows: list[int]) -> Path:
     """The black box of a step that is fine, with the numbers that it gave."""
     rollout = trainer.rollout(prompts)
-    old, _ = estimate(rollout, trainer.args, kl_coef=trainer.kl_coef)
-    _, losses = trainer._accumulate_gradients(rollout, old, rows)
+    estimates = estimate(rollout, shape_rewards(rollout, trainer.args, trainer.kl_coef), trainer.args)
+    args = trainer.state.settings_in_force(trainer.args)
+    _, losses = trainer.fixed.minibatch_gradient(trainer.model, rollout, estimates.experience, rows, args)
     gradients = [p.grad for p in trainer.model.trainable_parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     clear_gradients(trainer.model)
-    folder = write_black_box(trainer, rollout, old, Step(1, rows, {**losses, "grad_norm": norm}), {})
+    step = Step(1, rows, {**losses, "grad_norm": norm})
+    folder = write_black_box(trainer.state, trainer.fixed, rollout, estimates, step)
     assert folder is not None
     return folder
 
@@ -71,7 +74,7 @@ def test_a_weight_that_overflows_is_named_with_the_module_where_it_shows(make_tr
     rollout = trainer.rollout(prompts)
     with torch.no_grad():
         trainer.model.policy.transformer.h[1].mlp.c_proj.weight[0, 0] = float("inf")
-    with pytest.raises(Exception, match="are not finite"):
+    with pytest.raises(Exception, match="are non-finite"):
         trainer.step(rollout)
     result = replay(ReplayArgs(folder=str(trainer.run.path / "blackbox-1")))
     assert result.same and result.findings[0] == "weight policy.transformer.h.1.mlp.c_proj.weight"
@@ -83,11 +86,11 @@ def test_the_response_that_is_to_blame_is_shown(make_trainer, prompts):
     """One NaN among the recorded advantages of one response, in a minibatch of four."""
     trainer = make_trainer()
     rollout = trainer.rollout(prompts)
-    old, _ = estimate(rollout, trainer.args, kl_coef=trainer.kl_coef)
-    advantages = old.advantages.clone()
+    estimates = estimate(rollout, shape_rewards(rollout, trainer.args, trainer.kl_coef), trainer.args)
+    advantages = estimates.experience.advantages.clone()
     advantages[5, 0] = float("nan")
-    old = dataclasses.replace(old, advantages=advantages)
-    folder = write_black_box(trainer, rollout, old, Step(3, [2, 5, 0, 7], {}), {})
+    estimates = estimates._replace(experience=dataclasses.replace(estimates.experience, advantages=advantages))
+    folder = write_black_box(trainer.state, trainer.fixed, rollout, estimates, Step(3, [2, 5, 0, 7], {}))
     findings = replay(ReplayArgs(folder=str(folder))).findings
     assert findings[0] == "experience.advantages in response 5"
     assert "by themselves, response 5 of the minibatch" in findings
@@ -118,9 +121,9 @@ def test_a_healthy_minibatch_is_finite_and_gives_the_same_numbers(make_trainer, 
         trainer.step(trainer.rollout(prompts[:4]))
         folder = healthy_box(trainer, prompts[:4] if kind == "none" else prompts, [1, 3, 6, 0])
     else:
-        from rlhf_ppo.training.optimizer import only_the_critic_learns
+        from rlhf_ppo.training.optimizer import train_critic_alone
 
-        with only_the_critic_learns(trainer.model):
+        with train_critic_alone(trainer.model):
             folder = healthy_box(trainer, prompts, [1, 3, 6, 0])
     result = replay(ReplayArgs(folder=str(folder)))
     assert result.finite and result.findings == []
@@ -135,17 +138,17 @@ def test_the_command_says_finite_and_ends_with_0(make_trainer, prompts, capsys):
 
 def test_the_box_holds_the_weights_of_the_step_though_later_steps_move_them(make_trainer, prompts):
     trainer = make_trainer(num_epochs=1, num_minibatches=4)
-    accumulate, calls = trainer._accumulate_gradients, iter(range(10))
+    gradient, calls = trainer.fixed.gradient, iter(range(10))
     seen: list[dict[str, torch.Tensor]] = []
 
-    def poisoned(*inputs: Any) -> Any:
-        result = accumulate(*inputs)
+    def poisoned(*inputs: Any, **settings: Any) -> Any:
+        result = gradient(*inputs, **settings)
         if next(calls) == 1:
             seen.append({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
             trainer.model.trainable_parameters()[0].grad.fill_(float("nan"))
         return result
 
-    trainer._accumulate_gradients = poisoned
+    trainer.fixed = dataclasses.replace(trainer.fixed, gradient=poisoned)
     trainer.step(trainer.rollout(prompts))
     box = read_black_box(trainer.run.path / "blackbox-1")
     assert box.step == 2 and len(box.passes) > 0

@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, MixtralConfig, T5Config
 
+from rlhf_ppo.generation.stop_tokens import stop_tokens
 from rlhf_ppo.pipeline.sft import (
     Example,
     SFTArgs,
@@ -25,7 +26,6 @@ from rlhf_ppo.pipeline.sft import (
 )
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.run_directory import RunLockedError, run_lock
-from rlhf_ppo.training.setup import stop_tokens
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "a cat and a dog"] * 20
 

@@ -164,7 +164,7 @@ def test_reading_settings_reach_reward_models_loaded_by_name_and_no_other_reward
     tokenizer.save_pretrained(tmp_path / "scorer")
     (tmp_path / "chat.jinja").write_text(TEMPLATE)
     settings = {"reward_chat_template": str(tmp_path / "chat.jinja"), "reward_max_length": 9}
-    ((function, _),) = make_trainer(reward_funcs=str(tmp_path / "scorer"), **settings).parts.rewards.values()
+    ((function, _),) = make_trainer(reward_funcs=str(tmp_path / "scorer"), **settings).fixed.rewards.values()
     assert function._text("hi", "yo") == "u.hi a.yo " and function.max_length == 9
     for name, value in settings.items():
         with pytest.raises(ValueError, match=f"{name}=.* is for reward models loaded by name"):
@@ -237,7 +237,7 @@ def test_an_adapter_folder_loads_on_a_base_of_its_own_and_stays_frozen(
     texts = (["once upon", "a", "dog and cow"], [" a cat.", "b", " the longest"])
     policy = LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False)
     trainer = make_trainer(model=base, reward_funcs=str(tmp_path / "judge"), peft_config=policy)
-    ((name, (reward, _)),) = trainer.parts.rewards.items()
+    ((name, (reward, _)),) = trainer.fixed.rewards.items()
     assert name == "judge" and max(expected) - min(expected) > 0.01
     # Its adapter is merged into its base: the same up to float32 rounding.
     assert reward(*texts) == pytest.approx(expected, abs=1e-4)
@@ -256,7 +256,7 @@ def test_a_critic_that_starts_as_the_reward_adapter(make_trainer, base, classifi
     rollout = trainer.rollout(prompts)
     # V_t has read the response's first t tokens, as text when they are decoded.
     parts = trainer.tokenizer.batch_decode([ids[:2].tolist() for ids in rollout.response_ids])
-    ((reward, _),) = trainer.parts.rewards.values()
+    ((reward, _),) = trainer.fixed.rewards.values()
     rows = [i for i, n in enumerate(rollout.lengths.tolist()) if n > 2]
     scores = reward([prompts[i] for i in rows], [parts[i] for i in rows])
     assert len(rows) > 2 and rollout.values[rows, 2].tolist() == pytest.approx(scores, abs=1e-4)

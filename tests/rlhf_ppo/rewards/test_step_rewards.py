@@ -14,6 +14,7 @@ from rlhf_ppo.rewards.scoring import Responses, score, score_responses
 from rlhf_ppo.rewards.step_rewards import step_rewards_per_token
 from rlhf_ppo.rewards.validation import RewardError, coerce_scores
 from rlhf_ppo.training.experience import estimate
+from rlhf_ppo.training.rewards import shape_rewards
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_mixed_rewards_are_weighted_and_land_where_they_belong(make_trainer, pro
         normalize_advantages=False,
     )
     rollout = trainer.rollout(prompts)
-    old, metrics = estimate(rollout, trainer.args, kl_coef=0.0)
+    old, _, _, metrics = estimate(rollout, shape_rewards(rollout, trainer.args, 0.0), trainer.args)
     stepped = 0
     for i, ids in enumerate(rollout.token_counts):
         n = ids[1]

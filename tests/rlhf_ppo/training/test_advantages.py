@@ -15,6 +15,7 @@ from rlhf_ppo.runtime.settings import parse_settings
 from rlhf_ppo.trainer import PPOTrainer
 from rlhf_ppo.training.advantages import adaptive_lambda, comparable, estimate_advantages
 from rlhf_ppo.training.experience import estimate
+from rlhf_ppo.training.rewards import shape_rewards
 
 GROUPS = {"num_generations": 4, "rollout_batch_size": 8}
 ESTIMATORS = [
@@ -111,8 +112,8 @@ def test_garbage_outside_the_mask_changes_nothing(settings):
 def test_every_prompt_has_its_group_side_by_side_with_its_columns(make_trainer):
     trainer = make_trainer(**GROUPS, advantage_estimator="rloo")
     seen = []
-    trainer.parts.rewards.clear()
-    trainer.parts.rewards["r"] = (lambda prompts, completions, number, **_: seen.append(number) or [0.5] * 8, 1.0)
+    trainer.fixed.rewards.clear()
+    trainer.fixed.rewards["r"] = (lambda prompts, completions, number, **_: seen.append(number) or [0.5] * 8, 1.0)
     with pytest.warns(UserWarning, match="constant reward"):
         rollout = trainer.rollout(["a", "no"], number=[1, 2])
     assert rollout.prompts == ["a"] * 4 + ["no"] * 4 and seen == [[1] * 4 + [2] * 4]
@@ -120,13 +121,10 @@ def test_every_prompt_has_its_group_side_by_side_with_its_columns(make_trainer):
 
 
 def test_training_deals_every_prompt_out_once_an_epoch(make_trainer, prompts):
-    trainer = make_trainer(**GROUPS, advantage_estimator="grpo", total_episodes=32, num_epochs=1)
-    rollouts = []
-    collect = trainer.rollout
-    trainer.rollout = lambda *a, **k: rollouts.append(collect(*a, **k)) or rollouts[-1]
+    trainer = make_trainer(**GROUPS, advantage_estimator="grpo", total_episodes=32, num_epochs=1, samples_per_rollout=8)
     metrics = trainer.train()
     assert metrics["progress/episodes"] == 32  # responses, not prompts
-    assert Counter(p for rollout in rollouts for p in rollout.prompts) == dict.fromkeys(prompts, 4)
+    assert Counter(row["prompt"] for row in trainer.run.read("samples.jsonl")) == dict.fromkeys(prompts, 4)
 
 
 def test_unscored_responses_leave_smaller_groups_and_lone_ones_train_nothing(make_trainer):
@@ -137,7 +135,7 @@ def test_unscored_responses_leave_smaller_groups_and_lone_ones_train_nothing(mak
             **settings, reward_funcs=lambda p, c, **_: scores, kl_coef=0.0, normalize_advantages=False
         )
         rollout = trainer.rollout(["once upon", "no"])
-        old, _ = estimate(rollout, trainer.args, kl_coef=0.0)
+        old = estimate(rollout, shape_rewards(rollout, trainer.args, 0.0), trainer.args).experience
         # Mean of the three 3; mean of the other two: 4, 3, 2.
         expected = [-3, 0, 0, 3] if settings["advantage_estimator"] == "rloo" else [-2, 0, 0, 2]
         assert old.advantages[:4, 0].tolist() == pytest.approx(expected)
@@ -150,7 +148,7 @@ def test_unscored_responses_leave_smaller_groups_and_lone_ones_train_nothing(mak
 def test_the_kl_cost_is_part_of_what_groups_compare(make_trainer, make_model):
     trainer = make_trainer(**ESTIMATORS[1], ref_model=make_model(seed=3), kl_coef=0.5, normalize_advantages=False)
     rollout = trainer.rollout(["once upon", "no"])
-    old, _ = estimate(rollout, trainer.args, kl_coef=0.5)
+    old = estimate(rollout, shape_rewards(rollout, trainer.args, 0.5), trainer.args).experience
     totals = (rollout.scores - 0.5 * (rollout.logprobs - rollout.ref_logprobs).sum(dim=1)).view(2, 4)
     expected = totals - (totals.sum(dim=1, keepdim=True) - totals) / 3
     torch.testing.assert_close(old.advantages[:, 0], expected.flatten())
@@ -162,7 +160,7 @@ def test_scores_per_token_are_summed_for_the_comparison(make_trainer):
 
     trainer = make_trainer(**ESTIMATORS[1], reward_funcs=steps, kl_coef=0.0, normalize_advantages=False)
     rollout = trainer.rollout(["once upon", "no"])
-    old, _ = estimate(rollout, trainer.args, kl_coef=0.0)
+    old = estimate(rollout, shape_rewards(rollout, trainer.args, 0.0), trainer.args).experience
     totals = ((rollout.response_ids % 3) * rollout.mask).sum(dim=1).view(2, 4).float()
     expected = totals - (totals.sum(dim=1, keepdim=True) - totals) / 3
     torch.testing.assert_close(old.advantages[:, 0], expected.flatten())
@@ -173,7 +171,7 @@ def test_turns_of_a_conversation_reach_the_ratio(make_trainer):
         respond=lambda messages: " no", max_turns=3, max_new_tokens=3, ratio_level="turn", microbatch_tokens=8, **GROUPS
     )
     rollout = trainer.rollout(["once upon", "a"])
-    old, _ = estimate(rollout, trainer.args, kl_coef=0.05)
+    old = estimate(rollout, shape_rewards(rollout, trainer.args, 0.05), trainer.args).experience
     assert int(old.turns[old.mask].max()) == 2
     assert math.isfinite(trainer.step(rollout)["policy/loss"])
 
@@ -210,13 +208,15 @@ def recomputing(make_trainer, **settings) -> PPOTrainer:
 
 def test_a_sampler_that_agrees_has_weights_of_1(make_trainer, prompts):
     trainer = recomputing(make_trainer, importance_weight_cap=2.0)
-    old, metrics = estimate(trainer.rollout(prompts), trainer.args, kl_coef=0.05)
+    rollout = trainer.rollout(prompts)
+    old, _, _, metrics = estimate(rollout, shape_rewards(rollout, trainer.args, 0.05), trainer.args)
     # Float32: decoding and the full pass differ by about 1e-6.
     torch.testing.assert_close(old.weights, torch.ones_like(old.weights), atol=1e-4, rtol=0)
     assert metrics["policy/importance_weight_mean"] == pytest.approx(1, abs=1e-4)
     assert metrics["policy/importance_capped_fraction"] == 0
     without = recomputing(make_trainer)
-    assert estimate(without.rollout(prompts), without.args, kl_coef=0.05)[0].weights is None
+    rollout = without.rollout(prompts)
+    assert estimate(rollout, shape_rewards(rollout, without.args, 0.05), without.args).experience.weights is None
 
 
 def test_weights_correct_a_sampler_that_disagrees(make_trainer, prompts):
@@ -226,7 +226,7 @@ def test_weights_correct_a_sampler_that_disagrees(make_trainer, prompts):
     assert rollout.sampled_logprobs is not None
     gap = torch.linspace(-1, 1, rollout.mask.numel()).view(rollout.mask.shape)
     moved = dataclasses.replace(rollout, sampled_logprobs=(rollout.logprobs - gap) * rollout.mask)
-    old, metrics = estimate(moved, trainer.args, kl_coef=0.05)
+    old, _, _, metrics = estimate(moved, shape_rewards(moved, trainer.args, 0.05), trainer.args)
     expected = gap.exp().clamp(max=1.5)[rollout.mask]
     torch.testing.assert_close(old.weights[rollout.mask], expected)
     assert metrics["policy/importance_weight_mean"] == pytest.approx(float(expected.mean()), rel=1e-5)
@@ -235,7 +235,7 @@ def test_weights_correct_a_sampler_that_disagrees(make_trainer, prompts):
     )
     trainer.run.log(trainer.step(moved))  # every key is in the metric dictionary, and the tripwire sees no gap
     with pytest.raises(ValueError, match=r"importance_weight_cap=1.5 needs the sampler's own log-probs"):
-        estimate(dataclasses.replace(rollout, sampled_logprobs=None), trainer.args, kl_coef=0.05)
+        trainer.step(dataclasses.replace(rollout, sampled_logprobs=None))
 
 
 # Learning

@@ -15,7 +15,7 @@ from peft import LoraConfig
 
 from rlhf_ppo.runtime.checkpoint import list_checkpoints, verify_checkpoint
 from rlhf_ppo.runtime.run_directory import run_lock
-from rlhf_ppo.training.checkpoint import MAY_CHANGE, load_checkpoint, save_checkpoint
+from rlhf_ppo.training.checkpoint import MAY_CHANGE, save_checkpoint
 
 SETTINGS = {"total_episodes": 32, "save_every": 2}
 LINES = ("metrics.jsonl", "samples.jsonl", "eval_samples.jsonl")
@@ -24,7 +24,7 @@ LINES = ("metrics.jsonl", "samples.jsonl", "eval_samples.jsonl")
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
     """The curve at a run's end takes longer than these runs."""
-    monkeypatch.setattr("rlhf_ppo.trainer.plot_curves", lambda *_, **__: None)
+    monkeypatch.setattr("rlhf_ppo.trainer.plot_run", lambda *_: None)
 
 
 def drawing(prompts, completions, **columns):
@@ -323,8 +323,8 @@ def test_a_checkpoint_without_a_manifest_says_what_it_is(finished, make_trainer)
 def test_saving_and_loading_leave_a_trainer_as_it_was(finished, make_trainer):
     before = {name: x.clone() for name, x in state(finished).items()}
     shutil.rmtree(finished.run.path / "checkpoint-4")
-    folder = save_checkpoint(finished)
-    load_checkpoint(finished, folder)
+    folder = save_checkpoint(finished.state, finished.fixed)
+    finished.load_checkpoint(folder)
     assert all(torch.equal(before[name], x) for name, x in state(finished).items())
 
 

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from rlhf_ppo.training.experience import estimate
+from rlhf_ppo.training.rewards import shape_rewards
 
 
 def test_tokens_are_explained_by_the_updates_own_numbers(make_trainer, prompts, wake_critic, tokenizer, tmp_path):
     trainer = make_trainer(gamma=0.9, learning_rate=0.1)
     wake_critic(trainer.model)
     rollout = trainer.rollout(prompts)
-    old, _ = estimate(rollout, trainer.args, kl_coef=trainer.kl_coef)
+    old = estimate(rollout, shape_rewards(rollout, trainer.args, trainer.kl_coef), trainer.args).experience
     rows = trainer.explain(rollout).rows
     real = rollout.mask.nonzero().tolist()
     assert [(row["sequence"], row["step"]) for row in rows] == [tuple(place) for place in real]

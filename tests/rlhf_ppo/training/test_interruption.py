@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -66,14 +67,14 @@ def while_evaluating(trainer: PPOTrainer) -> None:
 
 
 def while_updating(trainer: PPOTrainer) -> None:
-    accumulate, calls = trainer._accumulate_gradients, iter(range(1000))
+    gradient, calls = trainer.fixed.gradient, iter(range(1000))
 
-    def accumulating(*inputs):
+    def interrupted(*inputs, **settings):
         if next(calls) == 9:  # of 4 steps an update: the second step of the third update
             send(signal.SIGTERM)
-        return accumulate(*inputs)
+        return gradient(*inputs, **settings)
 
-    trainer._accumulate_gradients = accumulating
+    trainer.fixed = dataclasses.replace(trainer.fixed, gradient=interrupted)
 
 
 @pytest.mark.parametrize(
@@ -128,11 +129,11 @@ def test_fault_22_one_state_is_saved_once(make_trainer, monkeypatch):
     saves = []
     save = rlhf_ppo.training.resume.save_checkpoint
 
-    def saving(trainer, boundary):
-        saves.append(trainer.iteration)
-        if trainer.iteration == 2:
+    def saving(state, run, boundary):
+        saves.append(state.iteration)
+        if state.iteration == 2:
             send(signal.SIGINT)
-        return save(trainer, boundary)
+        return save(state, run, boundary)
 
     monkeypatch.setattr(rlhf_ppo.training.resume, "save_checkpoint", saving)
     trainer = make_trainer(**SETTINGS, save_every=1)
@@ -178,15 +179,15 @@ def test_fault_22_a_reward_is_not_waited_for(make_trainer):
 
 def test_fault_22_a_second_ctrl_c_is_immediate_and_saves_nothing_half_done(make_trainer):
     trainer = make_trainer(**SETTINGS)
-    accumulate, calls = trainer._accumulate_gradients, iter(range(1000))
+    gradient, calls = trainer.fixed.gradient, iter(range(1000))
 
-    def twice(*inputs):
+    def twice(*inputs, **settings):
         if next(calls) == 2:
             send(signal.SIGINT)
             send(signal.SIGINT)
-        return accumulate(*inputs)
+        return gradient(*inputs, **settings)
 
-    trainer._accumulate_gradients = twice
+    trainer.fixed = dataclasses.replace(trainer.fixed, gradient=twice)
     with pytest.raises(KeyboardInterrupt) as stop:
         trainer.train()
     assert not isinstance(stop.value, Interrupted)

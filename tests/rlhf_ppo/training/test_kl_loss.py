@@ -9,6 +9,7 @@ import torch
 
 from rlhf_ppo.core import PPOConfig, ppo_loss
 from rlhf_ppo.training.experience import estimate
+from rlhf_ppo.training.rewards import shape_rewards
 
 EXACT = {"kl_loss_coef": 0.5, "kl_loss": "exact"}
 
@@ -103,8 +104,8 @@ def test_the_gradient_is_the_same_however_the_minibatch_is_split(
     for size in (None, microbatch):
         trainer = make_trainer(microbatch_tokens=size, ref_model=make_model(seed=7), kl_loss_coef=0.5, kl_loss=kl_loss)
         rollout = trainer.rollout(prompts)
-        old, _ = estimate(rollout, trainer.args, kl_coef=trainer.kl_coef)
-        _, losses = trainer._accumulate_gradients(rollout, old, list(range(8)))
+        old = estimate(rollout, shape_rewards(rollout, trainer.args, trainer.kl_coef), trainer.args).experience
+        _, losses = trainer.fixed.minibatch_gradient(trainer.model, rollout, old, list(range(8)), trainer.args)
         found.append([losses["kl"], *(p.grad.clone() for p in trainer.model.parameters() if p.grad is not None)])
     for whole, parts in zip(*found, strict=True):
         torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-4)  # float32 sums in another order
@@ -162,7 +163,7 @@ def test_ratio_levels_train(make_trainer, prompts):
         trainer = make_trainer(ratio_level=level, num_epochs=3, num_minibatches=1, learning_rate=1e-2)
         rollout = trainer.rollout(prompts)
         trainer.step(rollout)
-        old, _ = estimate(rollout, trainer.args, kl_coef=trainer.kl_coef)
+        old = estimate(rollout, shape_rewards(rollout, trainer.args, trainer.kl_coef), trainer.args).experience
         new = trainer.model(*rollout.sequences(range(8)))
         losses[level] = ppo_loss(new, old, trainer.args).policy.item()
     assert isinstance(trainer.args, PPOConfig)

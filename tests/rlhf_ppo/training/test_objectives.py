@@ -7,6 +7,7 @@ import math
 import pytest
 
 from rlhf_ppo.training.experience import estimate
+from rlhf_ppo.training.rewards import shape_rewards
 
 OBJECTIVES = ["clip", "penalty", "adaptive_clip", "dual_clip", "cispo", "a2c", "reinforce"]
 
@@ -27,7 +28,7 @@ def test_reinforce_has_no_critic(make_trainer, prompts):
     assert trainer.model.value_head is None
     rollout = trainer.rollout(prompts)
     assert rollout.values is None
-    old, metrics = estimate(rollout, trainer.args, kl_coef=trainer.kl_coef)
+    old, _, _, metrics = estimate(rollout, shape_rewards(rollout, trainer.args, trainer.kl_coef), trainer.args)
     assert old.values is None and old.returns is None
     assert not any(key.startswith("value/") for key in metrics)
     assert not (trainer.save_model() / "value_head.safetensors").exists()
@@ -37,7 +38,7 @@ def test_reinforce_ignores_lambda(make_trainer, prompts):
     """Its advantage is the return: without KL cost and discount every token of a response gets the score."""
     trainer = make_trainer(objective="reinforce", kl_coef=0.0, normalize_advantages=False)
     rollout = trainer.rollout(prompts)
-    old, _ = estimate(rollout, trainer.args, kl_coef=trainer.kl_coef)
+    old = estimate(rollout, shape_rewards(rollout, trainer.args, trainer.kl_coef), trainer.args).experience
     for row, keep in enumerate(rollout.mask):
         assert old.advantages[row][keep].tolist() == [rollout.scores[row]] * int(keep.sum())
 

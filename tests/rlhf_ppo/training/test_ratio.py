@@ -95,13 +95,9 @@ def test_tripwire_stops_when_dropout_is_on(make_trainer, prompts):
 
 
 def test_tripwire_stops_when_the_sampler_used_another_temperature(make_trainer, prompts):
-    import dataclasses
-
-    trainer = make_trainer(temperature=0.7)
-    rollout = trainer.rollout(prompts)
-    trainer.objective = dataclasses.replace(trainer.objective, temperature=1.0)
+    rollout = make_trainer(temperature=0.7).rollout(prompts)
     with pytest.raises(RatioTripwireError):
-        trainer.step(rollout)
+        make_trainer(temperature=1.0).step(rollout)
 
 
 def test_tripwire_bound_is_a_setting_and_its_measure_a_metric(make_trainer, prompts):

@@ -7,11 +7,14 @@ import dataclasses
 import pytest
 import torch
 
+from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.core import Experience
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.trainer import PPOTrainer
 from rlhf_ppo.training import experience
 from rlhf_ppo.training.advantages import next_decisions
-from rlhf_ppo.training.update import adapt
+from rlhf_ppo.training.rewards import shape_rewards
+from rlhf_ppo.training.update import Update, adapt
 
 
 def written_rollout(**changes) -> Rollout:
@@ -36,6 +39,17 @@ def written_rollout(**changes) -> Rollout:
     return dataclasses.replace(rollout, **changes)
 
 
+def estimated(rollout: Rollout, args: RLHFConfig, kl_coef: float) -> tuple[Experience, dict[str, float]]:
+    estimates = experience.estimate(rollout, shape_rewards(rollout, args, kl_coef), args)
+    return estimates.experience, estimates.metrics
+
+
+def updated(reference_kl: float) -> Update:
+    """An update on two responses."""
+    metrics = {"kl/reference_nats_per_response": reference_kl}
+    return Update(metrics, num_responses=2, last_epoch_kl=0.0, moves_controllers=True, problem=None)
+
+
 @pytest.fixture
 def estimate(make_trainer):
     """Advantages and metrics of a written rollout under some settings; undiscounted and not whitened by default."""
@@ -43,7 +57,7 @@ def estimate(make_trainer):
     def run(rollout: Rollout, **settings):
         base = {"gamma": 1.0, "gae_lambda": 1.0, "kl_coef": 0.5, "normalize_advantages": False}
         trainer: PPOTrainer = make_trainer(**{**base, **settings})
-        return experience.estimate(rollout, trainer.args, kl_coef=trainer.kl_coef)
+        return estimated(rollout, trainer.args, trainer.kl_coef)
 
     return run
 
@@ -128,9 +142,9 @@ def test_fault_5_the_penalty_follows_the_stop_tokens_in_use(make_trainer, prompt
         values=torch.zeros(8, 2),
         ref_logprobs=torch.zeros(8, 2),
     )
-    plain, _ = experience.estimate(rollout, trainer.args, kl_coef=trainer.kl_coef)
-    trainer.args = dataclasses.replace(trainer.args, missing_eos_penalty=5.0)
-    penalised, _ = experience.estimate(rollout, trainer.args, kl_coef=trainer.kl_coef)
+    plain, _ = estimated(rollout, trainer.args, trainer.kl_coef)
+    with_penalty = dataclasses.replace(trainer.args, missing_eos_penalty=5.0)
+    penalised, _ = estimated(rollout, with_penalty, trainer.kl_coef)
     assert (plain.advantages - penalised.advantages).tolist() == [[5.0, 5.0], [0.0, 0.0]] * 4
 
 
@@ -183,15 +197,15 @@ def test_an_unscored_part_leaves_the_response_out(make_trainer, prompts):
 def test_the_kl_coefficient_adapts_to_nats_per_response(estimate, make_trainer, prompts):
     """Target 1 nat a response, 1.5 seen: the error is clipped to 0.2, and 2 responses of 20 make it 0.02."""
     trainer = make_trainer(kl_coef=0.5, kl_target=1.0, kl_horizon=20.0, learning_rate=0.0, max_initial_log_ratio=99.0)
-    adapt(trainer, reference_kl=1.5, update_kl=0.0, num_samples=2)
+    adapt(trainer.state, trainer.args, updated(reference_kl=1.5))
     assert trainer.kl_coef == pytest.approx(0.5 * 1.02)
-    _, metrics = experience.estimate(written_rollout(), trainer.args, kl_coef=trainer.kl_coef)
+    _, metrics = estimated(written_rollout(), trainer.args, trainer.kl_coef)
     assert metrics["kl/coef"] == pytest.approx(0.51)
     # One real step with the reference at 0 nats: the error is -0.2, and 8 responses of 20 make it -0.08.
     trainer.step(trainer.rollout(prompts))
     assert trainer.kl_coef == pytest.approx(0.51 * 0.92)
     fixed = make_trainer(kl_coef=0.5)
-    adapt(fixed, reference_kl=100.0, update_kl=0.0, num_samples=2)
+    adapt(fixed.state, fixed.args, updated(reference_kl=100.0))
     assert fixed.kl_coef == 0.5
 
 

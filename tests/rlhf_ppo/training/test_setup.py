@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from rlhf_ppo import PPOTrainer, RewardModel, RLHFConfig
-from rlhf_ppo.training.setup import stop_tokens
+from rlhf_ppo.generation.stop_tokens import stop_tokens
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
-"""Guarded updates: what is not finite reaches no weight, moment, statistic or controller; then skip, go back, stop."""
+"""Stability: non-finite numbers reach no weight, moment, statistic or controller; then skip, roll back or stop."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from typing import Any
@@ -30,15 +31,15 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 def poison(trainer: PPOTrainer, when: Any) -> None:
     """Make the gradient of some steps NaN: ``when(trainer, n)`` is asked at the n-th step of the process, from 0."""
-    accumulate, calls = trainer._accumulate_gradients, iter(range(1000))
+    gradient, calls = trainer.fixed.gradient, iter(range(1000))
 
-    def poisoned(*inputs: Any) -> Any:
-        result = accumulate(*inputs)
+    def poisoned(*inputs: Any, **settings: Any) -> Any:
+        result = gradient(*inputs, **settings)
         if when(trainer, next(calls)):
             next(p for p in trainer.model.trainable_parameters() if p.grad is not None).grad.fill_(NAN)
         return result
 
-    trainer._accumulate_gradients = poisoned
+    trainer.fixed = dataclasses.replace(trainer.fixed, gradient=poisoned)
 
 
 def lengths(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
@@ -72,13 +73,13 @@ def test_a_finite_loss_leaves_the_gradient_alone():
 
 
 def test_fault_18_rejected_steps_enter_no_average(make_trainer, prompts):
-    """The metrics of an update with a step that is not finite are those of its other steps."""
+    """The metrics of an update with a non-finite step are those of its other steps."""
     trainer = make_trainer(num_epochs=1, num_minibatches=4)
-    accumulate, calls = trainer._accumulate_gradients, iter(range(100))
+    gradient, calls = trainer.fixed.gradient, iter(range(100))
     kept: list[Any] = []
 
-    def poisoned(*inputs: Any) -> Any:
-        actions, losses = accumulate(*inputs)
+    def poisoned(*inputs: Any, **settings: Any) -> Any:
+        actions, losses = gradient(*inputs, **settings)
         if next(calls) != 1:
             kept.append(({name: x.clone() for name, x in losses.items()}, actions))
             return actions, losses
@@ -86,7 +87,7 @@ def test_fault_18_rejected_steps_enter_no_average(make_trainer, prompts):
         bad.add({**dict.fromkeys(actions.compute(), torch.tensor(NAN))}, weight=torch.tensor(7))
         return bad, {**losses, "policy": torch.tensor(NAN)}
 
-    trainer._accumulate_gradients = poisoned
+    trainer.fixed = dataclasses.replace(trainer.fixed, gradient=poisoned)
     metrics = trainer.step(trainer.rollout(prompts))
     assert metrics["optim/skipped_steps"] == 1 and all(map(math.isfinite, metrics.values()))
     assert metrics["policy/loss"] == pytest.approx(sum(float(x["policy"]) for x, _ in kept) / 3)
@@ -119,11 +120,11 @@ def test_fault_18_a_rejected_update_enters_no_statistic_and_no_controller(make_t
     assert all(torch.equal(moments[i][key], after[i][key]) for i in moments for key in moments[i])
 
 
-def test_fault_18_skipped_steps_in_a_row_are_counted_over_rollouts(make_trainer):
-    """Two steps a rollout; the fifth in a row is in the third. What was learned is saved, and the run can go on."""
+def test_fault_18_consecutive_skipped_steps_are_counted_over_rollouts(make_trainer):
+    """Two steps per rollout; the fifth consecutive one is in the third. What was learned is saved to resume from."""
     trainer = make_trainer(total_episodes=40, num_epochs=1, max_skipped_steps=5)
     poison(trainer, lambda trainer, n: n >= 1)
-    with pytest.raises(NonFiniteGradientError, match=r"5 optimizer steps in a row.*rollout 3.*checkpoint-3$"):
+    with pytest.raises(NonFiniteGradientError, match=r"5 consecutive optimizer steps.*rollout 3.*checkpoint-3$"):
         trainer.train()
     assert [row["optim/skipped_steps"] for row in trainer.run.read()] == [1, 2, 2]
     assert "NaN" not in (trainer.run.path / "metrics.jsonl").read_text()  # that would be no JSON
@@ -132,7 +133,7 @@ def test_fault_18_skipped_steps_in_a_row_are_counted_over_rollouts(make_trainer)
     assert resumed.iteration == 5
 
 
-def test_fault_18_the_count_starts_again_with_a_finite_step_and_survives_a_checkpoint(make_trainer):
+def test_fault_18_a_finite_step_resets_the_count_which_survives_a_checkpoint(make_trainer):
     trainer = make_trainer(total_episodes=24, num_epochs=1, max_skipped_steps=3, save_every=1)
     poison(trainer, lambda trainer, n: n in (0, 1, 3, 4))
     trainer.train()
@@ -140,19 +141,19 @@ def test_fault_18_the_count_starts_again_with_a_finite_step_and_survives_a_check
     assert [state["skipped_in_a_row"] for state in states] == [2, 1, 0]
 
 
-def test_fault_18_stop_ends_the_run_at_the_first_step_that_is_not_finite(make_trainer):
+def test_fault_18_stop_ends_the_run_at_the_first_non_finite_step(make_trainer):
     trainer = make_trainer(on_nonfinite="stop")
     poison(trainer, lambda trainer, n: n == 1)
-    with pytest.raises(NonFiniteGradientError, match=r"1 optimizer steps in a row.*checkpoint-1$"):
+    with pytest.raises(NonFiniteGradientError, match=r"1 consecutive optimizer steps.*checkpoint-1$"):
         trainer.train()
     assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {1}
 
 
-def test_fault_18_rollback_goes_back_to_the_last_checkpoint_and_draws_other_responses(make_trainer):
+def test_fault_18_rollback_returns_to_the_last_checkpoint_and_draws_other_responses(make_trainer):
     """Rollout 3 is bad as it was drawn: the run ends as though its draws had been the next ones from the start."""
     settings = {"total_episodes": 32, "on_nonfinite": "rollback", "max_skipped_steps": 2, "save_every": 2}
     whole = make_trainer(**settings)
-    # After rollout 2, as go_back leaves it.
+    # After rollout 2, as roll_back leaves it.
     whole.callbacks.append(
         lambda trainer, _: setattr(trainer, "rollouts_made", trainer.rollouts_made + (trainer.iteration == 2))
     )
@@ -166,7 +167,7 @@ def test_fault_18_rollback_goes_back_to_the_last_checkpoint_and_draws_other_resp
 
 
 @pytest.mark.filterwarnings("ignore:.*Going back")
-def test_fault_18_rollback_has_an_end(make_trainer):
+def test_fault_18_rollbacks_end(make_trainer):
     trainer = make_trainer(on_nonfinite="rollback", max_skipped_steps=2, save_every=1)
     poison(trainer, lambda trainer, n: True)
     with pytest.raises(NonFiniteGradientError, match="checkpoint-1"):
@@ -175,19 +176,19 @@ def test_fault_18_rollback_has_an_end(make_trainer):
     assert (trainer.run.path / "checkpoint-0").is_dir()
 
 
-def test_weights_that_are_not_finite_are_saved_nowhere(make_trainer):
+def test_non_finite_weights_are_never_saved(make_trainer):
     trainer = make_trainer(save_every=1, total_episodes=24)
-    step = trainer._accumulate_gradients
+    gradient = trainer.fixed.gradient
 
-    def overflowing(*inputs: Any) -> Any:
-        result = step(*inputs)
+    def overflowing(*inputs: Any, **settings: Any) -> Any:
+        result = gradient(*inputs, **settings)
         if trainer.iteration == 1:
             trainer.optimizer.param_groups[0]["lr"] = 3e38
         return result
 
-    trainer._accumulate_gradients = overflowing
+    trainer.fixed = dataclasses.replace(trainer.fixed, gradient=overflowing)
     with pytest.raises(
-        NonFiniteGradientError, match=r"after the update on rollout 2 the weights .* and \d+ more are not"
+        NonFiniteGradientError, match=r"after the update on rollout 2 the weights .* and \d+ more are non-finite"
     ):
         trainer.train()
     assert nonfinite_parameters(trainer.model)
@@ -195,7 +196,7 @@ def test_weights_that_are_not_finite_are_saved_nowhere(make_trainer):
     assert not (trainer.run.path / "model.safetensors").exists()
 
 
-def test_parameters_that_are_not_finite_are_named():
+def test_non_finite_parameters_are_named():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     assert nonfinite_parameters(model) == []
     with torch.no_grad():
@@ -212,15 +213,15 @@ def test_a_watch_looks_at_each_step_once_and_one_step_late():
     watch = StepWatch(1, limit=3, on_skip=lambda step: told.append(step.number))
     good, bad = torch.tensor(True), torch.tensor(False)
     watch.add(bad, [0], {})
-    assert told == [] and watch.in_a_row == 1
+    assert told == [] and watch.consecutive == 1
     watch.settle()
     watch.settle()
-    assert told == [1] and watch.in_a_row == 2 and not watch.gave_up
+    assert told == [1] and watch.consecutive == 2 and not watch.gave_up
     watch.add(bad, [1], {})
     watch.add(good, [2], {})  # looks at the one before
     assert told == [1, 2] and watch.gave_up
     watch.settle()
-    assert (watch.in_a_row, watch.steps, watch.skipped, watch.gave_up) == (0, 3, 2, False)
+    assert (watch.consecutive, watch.steps, watch.skipped, watch.gave_up) == (0, 3, 2, False)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from rlhf_ppo.models.forward.runner import Sequences
 from rlhf_ppo.rewards.validation import RewardError
 from rlhf_ppo.trainer import PPOTrainer
 from rlhf_ppo.training.experience import estimate
+from rlhf_ppo.training.rewards import shape_rewards
 
 
 def weights(trainer: PPOTrainer) -> list[torch.Tensor]:
@@ -91,7 +92,7 @@ def test_advantages_of_a_rollout_follow_from_its_public_fields(make_trainer, wak
     trainer = make_trainer(normalize_advantages=False, kl_coef=0.3, gamma=0.9, gae_lambda=0.8)
     wake_critic(trainer.model)
     r = trainer.rollout(prompts)
-    old, _ = estimate(r, trainer.args, kl_coef=trainer.kl_coef)
+    old = estimate(r, shape_rewards(r, trainer.args, trainer.kl_coef), trainer.args).experience
     rewards = kl_penalized_rewards(r.scores, r.logprobs - r.ref_logprobs, r.mask, 0.3)
     for row, n in enumerate(r.lengths.tolist()):
         v = r.values[row : row + 1, :n]

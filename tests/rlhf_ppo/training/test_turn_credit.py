@@ -7,9 +7,12 @@ import dataclasses
 import pytest
 import torch
 
+from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.core import Experience
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.training.advantages import to_tokens, to_turns
 from rlhf_ppo.training.experience import estimate
+from rlhf_ppo.training.rewards import shape_rewards
 
 # Row 0: a turn of two tokens, a reply of one, a turn of one. Row 1: one turn of two tokens.
 MASK = torch.tensor([[True, True, False, True], [True, True, False, False]])
@@ -62,13 +65,17 @@ def test_turns_by_hand():
     assert to_tokens(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), TURNS, MASK).tolist() == [[1, 1, 0, 2], [3, 3, 0, 0]]
 
 
+def estimated(rollout: Rollout, args: RLHFConfig) -> Experience:
+    return estimate(rollout, shape_rewards(rollout, args, 1.0), args).experience
+
+
 def test_advantages_and_returns_by_hand(args):
     """gamma_turn 0.5, lambda 0.8.
 
     Row 0: delta_1 = 4 - 1.5 = 2.5; delta_0 = 3 + 0.5 * 1.5 - 0.5 = 3.25; A_1 = 2.5; A_0 = 3.25 + 0.4 * 2.5 = 4.25.
     Returns A + V: 4.75 and 4. Row 1: A = 11 - 2 = 9, return 11. Every token of a turn has the turn's.
     """
-    old, _ = estimate(written(), args(gamma_turn=0.5, gae_lambda=0.8), kl_coef=1.0)
+    old = estimated(written(), args(gamma_turn=0.5, gae_lambda=0.8))
     torch.testing.assert_close(old.advantages, torch.tensor([[4.25, 4.25, 0, 2.5], [9, 9, 0, 0]]))
     torch.testing.assert_close(old.returns, torch.tensor([[4.75, 4.75, 0, 4.0], [11, 11, 0, 0]]))
 
@@ -78,15 +85,15 @@ def test_turns_of_one_token_are_token_credit(args):
     mask = torch.tensor([[True, False, True, True], [True, False, False, False]])
     rollout = written(mask, torch.tensor([[0, 0, 1, 2], [0, 0, 0, 0]]), torch.where(mask, VALUES.nan_to_num(3.0), 0))
     rollout = dataclasses.replace(rollout, ref_logprobs=torch.where(mask, REWARDS.nan_to_num(7.0), 0))
-    by_turn, _ = estimate(rollout, args(gamma_turn=0.9, gae_lambda=0.7), kl_coef=1.0)
-    by_token, _ = estimate(rollout, args(turn_credit="token", gamma=0.9, gae_lambda=0.7), kl_coef=1.0)
+    by_turn = estimated(rollout, args(gamma_turn=0.9, gae_lambda=0.7))
+    by_token = estimated(rollout, args(turn_credit="token", gamma=0.9, gae_lambda=0.7))
     torch.testing.assert_close(by_turn.advantages, by_token.advantages)
     torch.testing.assert_close(by_turn.returns, by_token.returns)
 
 
 def test_an_unscored_conversation_has_no_turn(args):
     rollout = dataclasses.replace(written(), scored=torch.tensor([True, False]))
-    old, _ = estimate(rollout, args(), kl_coef=1.0)
+    old = estimated(rollout, args())
     assert not old.mask[1].any() and (old.advantages[1] == 0).all() and (old.returns[1] == 0).all()
 
 
@@ -96,7 +103,7 @@ def test_a_whole_update_by_turns(make_trainer, prompts, objective):
         respond=lambda messages: " and", max_turns=3, turn_credit="turn", gamma_turn=0.9, objective=objective
     )
     rollout = trainer.rollout(prompts)
-    old, _ = estimate(rollout, trainer.args, kl_coef=0.05)
+    old = estimate(rollout, shape_rewards(rollout, trainer.args, 0.05), trainer.args).experience
     for row in range(len(prompts)):
         for turn in range(3):
             spread = old.advantages[row][rollout.mask[row] & (rollout.turns[row] == turn)]

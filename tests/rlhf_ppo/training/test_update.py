@@ -13,6 +13,7 @@ from rlhf_ppo.core import Experience, ppo_loss
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.trainer import PPOTrainer
 from rlhf_ppo.training.experience import estimate
+from rlhf_ppo.training.rewards import shape_rewards
 
 
 def gradients(trainer: PPOTrainer) -> list[torch.Tensor]:
@@ -70,8 +71,8 @@ def test_the_gradient_is_the_same_however_the_minibatch_is_split(
         wake_critic(trainer.model)
         rollout = trainer.rollout(prompts)
         assert rollout.lengths.unique().numel() > 2
-        old, _ = estimate(rollout, trainer.args, kl_coef=trainer.kl_coef)
-        actions, losses = trainer._accumulate_gradients(rollout, old, list(range(8)))
+        old = estimate(rollout, shape_rewards(rollout, trainer.args, trainer.kl_coef), trainer.args).experience
+        actions, losses = trainer.fixed.minibatch_gradient(trainer.model, rollout, old, list(range(8)), trainer.args)
         found.append((gradients(trainer), losses, actions.compute()))
     for whole, parts in zip(found[0][0], found[1][0], strict=True):
         torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-4)  # float32 sums in another order
@@ -100,7 +101,7 @@ def test_metrics_equal_a_direct_computation_over_real_tokens(make_trainer, wake_
     )
     wake_critic(trainer.model)
     rollout = trainer.rollout(prompts)
-    old, _ = estimate(rollout, trainer.args, kl_coef=trainer.kl_coef)
+    old = estimate(rollout, shape_rewards(rollout, trainer.args, trainer.kl_coef), trainer.args).experience
     entropies = []
     with torch.no_grad():
         for row in range(8):
@@ -142,10 +143,13 @@ def test_advantages_are_whitened_over_the_whole_rollout(make_trainer, prompts):
     trainer = make_trainer(num_minibatches=4, microbatch_tokens=1)
     rollout = trainer.rollout(prompts)
     seen: list[Experience] = []
-    accumulate = trainer._accumulate_gradients
-    trainer._accumulate_gradients = lambda rollout, old, rows: (seen.append(old[rows]), accumulate(rollout, old, rows))[
-        1
-    ]
+    gradient = trainer.fixed.gradient
+
+    def watched(model, rollout, old, microbatches, *rest, **settings):
+        seen.append(old[[row for rows in microbatches for row in rows]])
+        return gradient(model, rollout, old, microbatches, *rest, **settings)
+
+    trainer.fixed = dataclasses.replace(trainer.fixed, gradient=watched)
     trainer.step(rollout)
     epoch = torch.cat([part.advantages[part.mask] for part in seen[:4]])
     assert epoch.mean() == pytest.approx(0, abs=1e-6)
@@ -153,7 +157,8 @@ def test_advantages_are_whitened_over_the_whole_rollout(make_trainer, prompts):
     # A minibatch by itself is not whitened: 8 responses of different scores in fours do not each have mean 0.
     assert max(abs(float(part.advantages[part.mask].mean())) for part in seen[:4]) > 0.01
     raw = make_trainer(normalize_advantages=False)
-    old, metrics = estimate(raw.rollout(prompts), raw.args, kl_coef=raw.kl_coef)
+    rollout = raw.rollout(prompts)
+    old, _, _, metrics = estimate(rollout, shape_rewards(rollout, raw.args, raw.kl_coef), raw.args)
     assert old.advantages[old.mask].std(correction=0) == pytest.approx(metrics["advantage/std"], rel=1e-5)
 
 
@@ -169,7 +174,7 @@ def test_the_end_of_text_action_is_learned_with_pad_equal_to_eos(make_trainer, t
     rollout = trainer.rollout(prompts)
     ends = rollout.mask & (rollout.response_ids == 0)
     assert ends.any() and torch.equal(ends.any(dim=1), rollout.finished)
-    old, _ = estimate(rollout, trainer.args, kl_coef=trainer.kl_coef)
+    old = estimate(rollout, shape_rewards(rollout, trainer.args, trainer.kl_coef), trainer.args).experience
     assert old.mask[ends].all() and (old.advantages[ends] != 0).any()
     new = trainer.model(rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.mask)
     new.logprobs.retain_grad()
@@ -188,16 +193,16 @@ def test_an_unscored_response_trains_nothing(make_trainer, prompts):
     trainer = make_trainer(reward_funcs=without_third, ent_coef=0.1)
     rollout = trainer.rollout(prompts)
     assert rollout.scored.tolist() == [True, True, False, True, True, True, True, True]
-    old, metrics = estimate(rollout, trainer.args, kl_coef=trainer.kl_coef)
-    trainer._accumulate_gradients(rollout, old, list(range(8)))
+    old, _, _, metrics = estimate(rollout, shape_rewards(rollout, trainer.args, trainer.kl_coef), trainer.args)
+    trainer.fixed.minibatch_gradient(trainer.model, rollout, old, list(range(8)), trainer.args)
     masked = gradients(trainer)
     trainer.optimizer.zero_grad()
 
     keep = torch.tensor([0, 1, 3, 4, 5, 6, 7])
     tensors = {name: x[keep] for name, x in vars(rollout).items() if isinstance(x, torch.Tensor)}
     rest = dataclasses.replace(rollout, prompts=[p for p in prompts if p != "a"], score_parts={}, **tensors)
-    old, _ = estimate(rest, trainer.args, kl_coef=trainer.kl_coef)
-    trainer._accumulate_gradients(rest, old, list(range(7)))
+    old = estimate(rest, shape_rewards(rest, trainer.args, trainer.kl_coef), trainer.args).experience
+    trainer.fixed.minibatch_gradient(trainer.model, rest, old, list(range(7)), trainer.args)
     for a, b in zip(masked, gradients(trainer), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)  # float32 sums in another order
     assert metrics["score/unscored_fraction"] == pytest.approx(1 / 8)
@@ -225,15 +230,15 @@ def test_a_non_finite_gradient_is_skipped_and_counted(make_trainer, prompts):
     trainer.optimizer.register_step_post_hook(
         lambda *_: weights.append([p.detach().clone() for p in trainer.model.parameters()])
     )
-    accumulate, calls = trainer._accumulate_gradients, iter(range(100))
+    gradient, calls = trainer.fixed.gradient, iter(range(100))
 
-    def poisoned(*inputs):
-        result = accumulate(*inputs)
+    def poisoned(*inputs, **settings):
+        result = gradient(*inputs, **settings)
         if next(calls) == 1:
             trainer.model.trainable_parameters()[0].grad.fill_(float("nan"))
         return result
 
-    trainer._accumulate_gradients = poisoned
+    trainer.fixed = dataclasses.replace(trainer.fixed, gradient=poisoned)
     metrics = trainer.step(rollout)
     assert metrics["optim/skipped_steps"] == 1
     moved = [any(not torch.equal(x, y) for x, y in zip(a, b, strict=True)) for a, b in pairwise(weights)]

@@ -1,0 +1,98 @@
+"""Run: everything that is fixed for one run, from settings and prompts to the frozen reference and the run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.core import Experience
+from rlhf_ppo.data.prompts import PromptSet
+from rlhf_ppo.generation.engines import Sampler
+from rlhf_ppo.generation.multi_turn import Respond
+from rlhf_ppo.generation.rollout import Rollout, SamplingParams
+from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.models.reference import Reference
+from rlhf_ppo.rewards.cache import ScoreCache
+from rlhf_ppo.rewards.functions import RewardFunction
+from rlhf_ppo.runtime.metrics import MetricAverage
+from rlhf_ppo.runtime.progress import Stopwatch
+from rlhf_ppo.runtime.run_directory import RunDirectory
+from rlhf_ppo.training.fingerprints import run_fingerprints
+from rlhf_ppo.training.gradients import MinibatchGradient, minibatch_gradient
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every step of training may read and none changes; its counterpart is :class:`TrainState`."""
+
+    args: RLHFConfig
+    device: torch.device
+    bf16: bool
+    """Matrix products run in bfloat16."""
+    tokenizer: PreTrainedTokenizerBase
+    """The policy's."""
+    room: int | None
+    """Most tokens of a prompt beside max_new_tokens; None: the model sets no limit."""
+    train_prompts: PromptSet | None
+    eval_prompts: PromptSet | None
+    rewards: dict[str, tuple[RewardFunction, float]]
+    """Name -> reward function and its weight."""
+    score_caches: dict[str, ScoreCache]
+    """Name -> the reward function's answers so far; empty without cache_rewards."""
+    respond: Respond | None
+    """Answers the policy's turns, or None where there is one turn."""
+    reference: Reference
+    base: str | None
+    """The folder or hub id that holds the model under the policy's adapter; None: none does."""
+    start: str | None
+    """The folder or hub id that holds the reference; None: none does."""
+    sampling: SamplingParams
+    """How responses are sampled, and where they end."""
+    sample: Sampler
+    """The engine that decodes responses."""
+    microbatch_tokens: int
+    """Most tokens in one forward pass outside decoding."""
+    folder: RunDirectory
+    sources: dict[str, str | None]
+    """For run.json: where model, ref_model and reference came from; "object" for a model that was passed as one."""
+    reward_sources: list[str | None]
+    """Likewise, the reward functions."""
+    stopwatch: Stopwatch
+    gradient: MinibatchGradient = minibatch_gradient
+    """How a minibatch's gradient is computed."""
+
+    @property
+    def planned_episodes(self) -> int:
+        """Responses of the whole run."""
+        return self.args.num_rollouts * self.args.rollout_batch_size
+
+    @cached_property
+    def fingerprints(self) -> dict[str, Any]:
+        """Digests of data, reference and adapter, by which a checkpoint recognises its run."""
+        return run_fingerprints(
+            train_prompts=self.train_prompts,
+            eval_prompts=self.eval_prompts,
+            reference=self.reference,
+            reward_funcs=list(self.rewards),
+            stop_token_ids=self.sampling.stop_token_ids,
+            device=self.device,
+            bf16=self.bf16,
+        )
+
+    def microbatches(self, model: ActorCritic, rollout: Rollout, rows: Sequence[int]) -> list[list[int]]:
+        """Group rows of a rollout into microbatches of at most ``microbatch_tokens``."""
+        return rollout.batches(rows, self.microbatch_tokens, padded=not model.reader.packs_on(self.device))
+
+    def minibatch_gradient(
+        self, model: ActorCritic, rollout: Rollout, old: Experience, rows: Sequence[int], args: RLHFConfig
+    ) -> tuple[MetricAverage, dict[str, Tensor]]:
+        """Add the gradient of the minibatch ``rows`` to ``.grad``; see :func:`minibatch_gradient`."""
+        microbatches = self.microbatches(model, rollout, rows)
+        return self.gradient(model, rollout, old, microbatches, args, bf16=self.bf16, reference=self.reference)
