@@ -261,11 +261,11 @@ class PPOTrainer(TrainerAttributes):
     # Evaluation and saving
 
     def evaluate(self) -> dict[str, float]:
-        """Sample a response to every evaluation prompt and measure it; the same draws at every call.
+        """Sample a response to every evaluation prompt, with the same draws at every call, and measure.
 
         Returns:
-            ``eval/score_mean`` (raw scores), ``eval/score_std``, ``eval/kl_nats_per_response``,
-            ``eval/reference_nats_per_token``, ``eval/length_tokens`` and ``eval/eos_fraction``.
+            ``eval/``: ``score_mean`` (raw scores), ``score_std``, ``kl_nats_per_response``,
+            ``reference_nats_per_token``, ``length_tokens`` and ``eos_fraction``.
         Raises:
             ValueError: there is no ``eval_dataset``.
         """
@@ -315,8 +315,5 @@ class PPOTrainer(TrainerAttributes):
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
 
     def load_checkpoint(self, folder: str | Path, *, override: bool = False) -> None:
-        """Load ``checkpoint-<n>`` of a run with the same arguments, to evaluate it or export it by :meth:`save_model`.
-
-        Errors and ``override`` are those of ``train(folder, resume_override=...)``.
-        """
+        """Load ``checkpoint-<n>`` of a run with the same arguments, for :meth:`save_model` say; as ``train`` resumes."""
         load_checkpoint(self.state, self.fixed, folder, override=override)
