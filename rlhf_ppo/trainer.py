@@ -315,5 +315,5 @@ class PPOTrainer(TrainerAttributes):
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
 
     def load_checkpoint(self, folder: str | Path, *, override: bool = False) -> None:
-        """Load ``checkpoint-<n>`` of a run with the same arguments, for :meth:`save_model` say; as ``train`` resumes."""
+        """Load ``checkpoint-<n>`` of a run with the same arguments, to export it by :meth:`save_model`."""
         load_checkpoint(self.state, self.fixed, folder, override=override)
