@@ -1,4 +1,4 @@
-"""What PPO is: pure functions over tensors that need torch and the standard library alone."""
+"""The mathematics of PPO: pure functions over tensors, with torch and the standard library alone."""
 
 from typing import TYPE_CHECKING
 

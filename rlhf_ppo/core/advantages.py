@@ -20,7 +20,7 @@ def compute_gae(
     gae_lambda: float | Tensor,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation.
+    """Compute generalised advantage estimates (GAE).
 
     ``delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)`` and ``A_t = delta_t + gamma * lambda * A_{t+1}``, where
     ``terminated`` sets V(s_{t+1}) to 0 and both flags cut the sum. lambda = 0 is TD(0), lambda = 1 is Monte Carlo.
@@ -33,7 +33,7 @@ def compute_gae(
         truncated: [B, T] bool, the episode was cut: the future counts through next_values alone.
         gamma: discount, a float or a tensor that broadcasts to [B, T].
         gae_lambda: lambda, likewise.
-        mask: [B, T] bool, True at real decisions; other steps are skipped as though they were not there.
+        mask: [B, T] bool, True at real decisions; other steps are skipped.
     Returns:
         (advantages, returns), both [B, T], not normalised, 0 at masked steps; returns = advantages + values.
     Raises:
@@ -57,7 +57,7 @@ def compute_gae(
     trace = keep(_per_step("gae_lambda", gae_lambda, r), mask) * discount
     v_next = keep(next_values.to(dtype), mask & ~terminated)
     delta = r + discount * v_next - v
-    # A masked step hands the advantage of the step after it on unchanged: its delta is 0, its trace 1.
+    # A masked step passes on the advantage of the step after it unchanged: its delta is 0, its trace 1.
     trace = torch.where(mask, keep(trace, ~(terminated | truncated)), torch.ones_like(trace))
 
     advantage = torch.zeros_like(r[:, 0]) if r.shape[1] else r.sum(dim=1)
@@ -78,16 +78,16 @@ def _per_step(name: str, x: float | Tensor, like: Tensor) -> Tensor:
 
 
 def leave_one_out_advantages(scores: Tensor, group_size: int, *, mask: Tensor | None = None) -> Tensor:
-    """RLOO: each score minus the mean score of the other responses to the same prompt.
+    """Compute RLOO's advantages: each score minus the mean score of the other responses to the same prompt.
 
     Args:
-        scores: [B] scores; groups of ``group_size`` responses to one prompt lie next to each other.
+        scores: [B] scores; the ``group_size`` responses to one prompt are adjacent.
         group_size: responses per prompt, at least 2.
-        mask: [B] bool, False where a response has no score; its group goes on as though it were smaller.
+        mask: [B] bool, False where a response has no score; its group is then smaller.
     Returns:
-        [B] advantages; 0 where there is no score, or no other one in the group to compare with.
+        [B] advantages; 0 without a score, or without another score in the group.
     Raises:
-        ValueError: scores are not [B], B is no multiple of group_size, or the mask does not fit.
+        ValueError: scores are not [B], B is not a multiple of group_size, or the mask does not fit.
     Source: Ahmadian et al., "Back to Basics" (2024); Kool et al., "Buy 4 REINFORCE Samples" (2019).
     """
     grouped, real = _groups(scores, group_size, mask)
@@ -99,33 +99,33 @@ def leave_one_out_advantages(scores: Tensor, group_size: int, *, mask: Tensor | 
 def group_normalized_advantages(
     scores: Tensor, group_size: int, scale_by_std: bool = True, *, mask: Tensor | None = None
 ) -> Tensor:
-    """GRPO: each score minus its group's mean, over the group's population standard deviation.
+    """Compute GRPO's advantages: each score minus its group's mean, over the group's population standard deviation.
 
     Args:
-        scores: [B] scores; groups of ``group_size`` responses to one prompt lie next to each other.
+        scores: [B] scores; the ``group_size`` responses to one prompt are adjacent.
         group_size: responses per prompt, at least 2.
         scale_by_std: False subtracts the mean only (Dr. GRPO).
-        mask: [B] bool, False where a response has no score; its group goes on as though it were smaller.
+        mask: [B] bool, False where a response has no score; its group is then smaller.
     Returns:
-        [B] advantages; 0 throughout a group whose scores are equal, and where there is no score.
+        [B] advantages; 0 in a group of equal scores, and without a score.
     Raises:
-        ValueError: scores are not [B], B is no multiple of group_size, or the mask does not fit.
+        ValueError: scores are not [B], B is not a multiple of group_size, or the mask does not fit.
     Source: Shao et al., "DeepSeekMath" (2024), section 4.1; Liu et al., "Understanding R1-Zero-Like Training" (2025).
     """
     grouped, real = _groups(scores, group_size, mask)
     centred = grouped - masked_mean(grouped, real, dim=1)[:, None]
-    centred = centred - masked_mean(centred, real, dim=1)[:, None]  # rounding's rest of the mean would count as spread
+    centred = centred - masked_mean(centred, real, dim=1)[:, None]  # removes what rounding left of the mean
     if scale_by_std:
         centred = centred * torch.rsqrt(masked_mean(centred.square(), real, dim=1)[:, None] + EPS)
     return keep(centred, real).flatten().to(result_dtype(scores))
 
 
 def _groups(scores: Tensor, group_size: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scores, 0 where there is none, and mask as [B / group_size, group_size]."""
+    """Reshape scores (0 where masked) and mask to [B / group_size, group_size]."""
     if scores.ndim != 1:
         raise ValueError(f"scores must be [B], one per response, got {tuple(scores.shape)}")
     if group_size < 2:
-        raise ValueError(f"group_size must be at least 2, got {group_size}: one response has none to compare with")
+        raise ValueError(f"group_size must be at least 2, got {group_size}: one response has nothing to compare with")
     if scores.shape[0] % group_size:
         raise ValueError(f"{scores.shape[0]} scores do not divide into groups of group_size={group_size}")
     mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask

@@ -27,7 +27,7 @@ class PPOConfig(Settings):
     dual_clip (bounds the loss of bad actions), cispo (the ratio is a capped weight, so no gradient is lost), a2c (no
     ratio) or reinforce (no ratio, no critic)."""
     clip_range: float = 0.2
-    """Ratios beyond 1 +- this bring no further gain (the start value for adaptive_clip)."""
+    """Ratios are clipped to 1 +- this (adaptive_clip: the initial value)."""
     clip_range_high: float | None = None
     """Upper clip range when it differs from the lower one; cispo's weights are capped at 1 + this."""
     ratio_level: RatioLevel = "token"
@@ -35,19 +35,19 @@ class PPOConfig(Settings):
     dual_clip: float = 3.0
     """dual_clip objective: the loss of an action with A < 0 is at most this times -A."""
     penalty_beta: float = 1.0
-    """penalty objective: first weight of KL(old || new), adapted toward target_kl when that is set."""
+    """penalty objective: initial coefficient of KL(old || new), adapted toward target_kl when that is set."""
     clip_range_vf: float | None = None
-    """Keeps a new value within this of the recorded one in the value loss; None: no value clipping."""
+    """Clip new values to within this of the recorded ones in the value loss; None: no value clipping."""
     vf_coef: float = 0.5
     """Weight of the value loss."""
     ent_coef: float = 0.0
     """Weight of the entropy bonus."""
     kl_loss_coef: float = 0.0
-    """Weight of the KL to the reference as a loss term, beside whatever the rewards charge for it."""
+    """Coefficient of the KL to the reference as a loss term, in addition to the KL penalty in the rewards."""
     kl_loss: KLLoss = "k2"
-    """That term: k2 (from the sampled actions, the exact KL's gradient in expectation) or exact (whole vocabulary)."""
+    """Its form: k2 (from the sampled actions; in expectation the exact KL's gradient) or exact (whole vocabulary)."""
     loss_aggregation: Aggregation = "token_mean"
-    """How per-action losses become one: token_mean, sequence_mean or sequence_sum."""
+    """How per-action losses are aggregated: token_mean, sequence_mean or sequence_sum."""
     gamma: float = 0.99
     """Discount per step."""
     gae_lambda: float = 0.95
@@ -55,14 +55,14 @@ class PPOConfig(Settings):
     normalize_advantages: bool = True
     """Whiten the advantages of each rollout."""
     num_epochs: int = 4
-    """Passes over each rollout."""
+    """Epochs per rollout."""
     num_minibatches: int = 4
-    """Optimizer steps per pass."""
+    """Minibatches, each one optimizer step, per epoch."""
     max_grad_norm: float = 0.5
-    """Global gradient norm after clipping."""
+    """Clip gradients to this global norm."""
     target_kl: float | None = None
-    """Mean KL(old || new) per action in nats. penalty and adaptive_clip steer toward it (None: a fixed beta, and 0.01);
-    the other objectives stop an update beyond 1.5 times it (None: never)."""
+    """Target of the mean KL(old || new) in nats per action. penalty and adaptive_clip adapt toward it (None: a fixed
+    beta, and 0.01); the other objectives stop an update beyond 1.5 times it (None: never)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Controllers: pure functions from a coefficient and the KL just observed to the next coefficient."""
+"""Controllers: adapt a coefficient to the KL just observed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ def _require_positive(**numbers: float) -> None:
 
 
 def adapt_kl_coef(coef: float, observed_kl: float, *, target: float, horizon: float, num_samples: int) -> float:
-    """Proportional controller of the KL penalty's weight.
+    """Adapt the KL penalty's coefficient by a proportional controller.
 
     ``coef * (1 + clip(observed_kl / target - 1, -0.2, 0.2) * num_samples / horizon)``
 
     Args:
-        coef: current weight.
+        coef: current coefficient.
         observed_kl: mean KL to the reference in nats per *response* (not per token); non-finite is ignored.
-        target: wanted KL in the same unit.
-        horizon: responses over which an error of 20 % moves the weight by 20 %.
+        target: target KL in the same unit.
+        horizon: responses over which an error of 20 % changes the coefficient by 20 %.
         num_samples: responses behind ``observed_kl``.
     Raises:
         ValueError: target or horizon is not positive.
@@ -34,12 +34,12 @@ def adapt_kl_coef(coef: float, observed_kl: float, *, target: float, horizon: fl
 
 
 def adapt_penalty_beta(beta: float, observed_kl: float, *, target: float) -> float:
-    """PPO-Penalty's rule, once per policy update: halve beta below target / 1.5, double it above 1.5 * target.
+    """Adapt PPO-Penalty's beta, once per update: halve it below target / 1.5, double it above 1.5 * target.
 
     Args:
-        beta: current weight of KL(old || new).
+        beta: current coefficient of KL(old || new).
         observed_kl: mean KL(old || new) in nats per action; non-finite is ignored.
-        target: wanted KL in the same unit.
+        target: target KL in the same unit.
     Raises:
         ValueError: target is not positive.
     Source: Schulman et al., "Proximal Policy Optimization Algorithms" (2017), section 4.
@@ -55,13 +55,13 @@ def adapt_penalty_beta(beta: float, observed_kl: float, *, target: float) -> flo
 def adapt_clip_range(
     clip_range: float, observed_kl: float, *, target: float, low: float = 0.02, high: float = 0.5
 ) -> float:
-    """Adaptive epsilon: halve the clip range above 1.5 * target, double it below target / 1.5, within [low, high].
+    """Adapt the clip range: halve it above 1.5 * target, double it below target / 1.5, within [low, high].
 
     Args:
         clip_range: current epsilon.
         observed_kl: mean KL(old || new) in nats per action; non-finite is ignored.
-        target: wanted KL in the same unit.
-        low, high: bounds; without them epsilon runs away to 0 or beyond 1.
+        target: target KL in the same unit.
+        low, high: bounds; without them epsilon would drift to 0 or beyond 1.
     Raises:
         ValueError: target is not positive, or the bounds are not 0 < low <= high.
     """

@@ -1,4 +1,4 @@
-"""Diagnostics: how far an update moved the policy, what the clip stopped, how well the critic predicts."""
+"""Diagnostics: policy change, clipped share and explained variance."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rlhf_ppo.core.types import Experience, PolicyOutput, compute_dtype, require
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor | None = None) -> Tensor:
-    """``1 - Var(returns - values) / Var(returns)``: 1 is a perfect critic, 0 one that predicts a constant.
+    """Compute ``1 - Var(returns - values) / Var(returns)``: 1 is a perfect critic, 0 one that predicts a constant.
 
     Args:
         values: [*] predictions.
-        returns: [*] what came.
+        returns: [*] observed returns.
         mask: [*] bool; default: everything counts.
     Returns:
         [] the share; 0 when the returns do not vary, or by no more than rounding.
@@ -36,7 +36,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor | None = No
 
 @torch.no_grad()
 def ppo_diagnostics(new: PolicyOutput, old: Experience, config: PPOConfig | None = None) -> dict[str, Tensor]:
-    """What one minibatch's step looked like, over its True actions.
+    """Compute diagnostics of one minibatch, over its True actions.
 
     Args:
         new: the current policy on the recorded actions, [*].
@@ -44,10 +44,10 @@ def ppo_diagnostics(new: PolicyOutput, old: Experience, config: PPOConfig | None
         config: its clip ranges and ratio level decide what counts as clipped; default: PPOConfig().
     Returns:
         Scalars: approx_kl (nats per action, k3 of old against new), clip_fraction (share of actions whose gradient
-        the clip killed: A > 0 with r > 1 + eps_high, or A < 0 with r < 1 - eps; cispo: whose weight r was capped at
+        the clip removed: A > 0 with r > 1 + eps_high, or A < 0 with r < 1 - eps; cispo: whose weight r was capped at
         1 + eps_high), out_of_range_fraction (r outside the band whatever A's sign), ratio_mean, max_abs_log_ratio
         (nats), overflow_fraction (|log r| beyond 20, where it is clamped), and entropy (nats) when it was computed.
-        r is pooled as ``config.ratio_level`` says; approx_kl and max_abs_log_ratio are each action's own.
+        r is pooled by ``config.ratio_level``; approx_kl and max_abs_log_ratio are per action.
     Raises:
         ValueError: shapes differ, the mask is not bool, or ratio_level='turn' without old.turns.
     """

@@ -1,4 +1,4 @@
-"""Preferences: DPO's pairwise loss, which learns from comparisons without a reward model or sampling."""
+"""DPO: a pairwise loss that learns from preferences without a reward model or sampling."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from rlhf_ppo.core.types import compute_dtype, require_same_shape, result_dtype
 def dpo_loss(
     policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, *, beta: float = 0.1
 ) -> Tensor:
-    """``-log sigmoid(beta * ((log pi/ref)(chosen) - (log pi/ref)(rejected)))`` per pair.
+    """Compute ``-log sigmoid(beta * ((log pi/ref)(chosen) - (log pi/ref)(rejected)))`` per pair.
 
     ``beta * log pi/ref`` is the reward for which the policy would be the KL-regularised optimum; the loss is
     Bradley-Terry's on the difference of these rewards.
 
     Args:
-        policy_chosen, policy_rejected: [B] log-probs of whole responses (summed over tokens) now, with gradients.
+        policy_chosen, policy_rejected: [B] current log-probs of whole responses (summed over tokens), with gradients.
         ref_chosen, ref_rejected: [B] the same under the frozen reference.
         beta: weight of the KL to the reference that the optimum balances, above 0.
     Returns:

@@ -15,7 +15,7 @@ MAX_LOG_RATIO = 20.0
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -> Tensor:
-    """Per-action estimate of KL(pi || pi_ref), in nats.
+    """Estimate KL(pi || pi_ref) per action, in nats.
 
     k1 = log pi - log pi_ref: unbiased, single terms may be negative.
     k2 = 0.5 * (log pi - log pi_ref)^2: biased, never negative; as a loss its gradient is the exact KL's.
@@ -48,7 +48,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -
 
 
 def kl_from_logits(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """``KL(pi || ref) = sum_v p_v (log p_v - log q_v)`` of two softmax distributions.
+    """Compute the exact ``KL(pi || ref) = sum_v p_v (log p_v - log q_v)`` of two softmax distributions.
 
     Args:
         logits: [*, V] the policy's, with gradients; -inf bans a token, which then adds nothing.
@@ -70,13 +70,13 @@ def kl_from_logits(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1
 
 
 def kl_penalized_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float | Tensor) -> Tensor:
-    """Rewards per token: ``-kl_coef * kl_t`` everywhere, plus the score.
+    """Compute rewards per token: ``-kl_coef * kl_t``, plus the score.
 
     Args:
-        scores: [B] one score a response, added on its last True step; or [B, T] one a token.
+        scores: [B], one per response, added on its last True step; or [B, T], one per token.
         kl: [B, T] per-token KL estimates.
         mask: [B, T] bool, True on response tokens.
-        kl_coef: weight of the KL; 0 is a weight like any other.
+        kl_coef: coefficient of the KL, may be 0.
     Returns:
         [B, T] rewards, 0 where masked; a row without a True step is all zero.
     Raises:

@@ -16,13 +16,13 @@ from rlhf_ppo.core.types import compute_dtype, require_same_shape, require_tempe
 def token_logprobs(
     logits: Tensor, tokens: Tensor, *, temperature: float = 1.0, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """``log softmax(logits / temperature)[token]``.
+    """Compute ``log softmax(logits / temperature)[token]``.
 
     Args:
         logits: [*, V] unnormalised log-probabilities; -inf bans a token.
         tokens: [*] integer ids below V.
-        temperature: divides the logits; the same one as at sampling.
-        dtype: of the result; default: the logits'. bfloat16 logits give float32 log-probs without a copy of all logits.
+        temperature: divides the logits; the one used for sampling.
+        dtype: of the result; default: the logits'. float32 log-probs need no float32 copy of bfloat16 logits.
     Returns:
         [*] log-probs in nats.
     Raises:
@@ -38,7 +38,7 @@ def token_logprobs(
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Makes nothing as large as the logits but their gradient; goes through the vocabulary as linear_logprobs does."""
+    """Allocates nothing as large as the logits but their gradient; works on blocks of the vocabulary."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
@@ -78,7 +78,7 @@ def _scaled(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
 
 
 def entropy_from_logits(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Entropy in nats of ``softmax(logits / temperature)``: [*, V] -> [*]; banned tokens (-inf) add nothing."""
+    """Compute the entropy of ``softmax(logits / temperature)`` in nats: [*, V] -> [*]; banned tokens (-inf) add 0."""
     require_temperature(temperature)
     log_p = (logits.to(compute_dtype(logits)) / temperature).log_softmax(dim=-1)
     return _entropy(log_p).to(result_dtype(logits))

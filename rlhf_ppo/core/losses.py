@@ -1,4 +1,4 @@
-"""Losses: the clipped surrogate and its relatives, the value loss, and how they become one scalar."""
+"""Losses: PPO's policy objectives, the value loss, and their sum as one scalar."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def clipped_policy_loss(
     clip_range_high: float | None = None,
     dual_clip: float | None = None,
 ) -> Tensor:
-    """PPO's clipped surrogate, negated: ``max(-r * A, -clip(r, 1 - eps, 1 + eps_high) * A)`` with r = new / old.
+    """Compute PPO's clipped surrogate, negated: ``max(-r * A, -clip(r, 1 - eps, 1 + eps_high) * A)``, r = new / old.
 
     Only two cases lose their gradient: A > 0 with r > 1 + eps_high, and A < 0 with r < 1 - eps.
 
     Args:
-        logprobs: [*] log-probs now, with gradients.
+        logprobs: [*] current log-probs, with gradients.
         old_logprobs: [*] log-probs at rollout.
         advantages: [*] advantages.
         clip_range: eps.
@@ -62,10 +62,11 @@ def clipped_policy_loss(
 
 
 def cispo_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_range_high: float) -> Tensor:
-    """CISPO, negated: ``-sg(min(r, 1 + eps_high)) * A * log pi``: the ratio is a capped weight without a gradient.
+    """Compute CISPO's objective, negated: ``-sg(min(r, 1 + eps_high)) * A * log pi``.
 
-    Every action keeps its gradient, where the clipped surrogate drops those it clips. There is no lower bound: raising
-    a small ratio to 1 - eps would overweight the very actions that the policy has left, and the paper sets none.
+    The ratio is a capped weight without a gradient. Every action keeps its gradient, where the clipped surrogate drops
+    those it clips. There is no lower bound: raising a small ratio to 1 - eps would overweight the very actions that the
+    policy has left, and the paper sets none.
 
     Shapes and errors are those of :func:`clipped_policy_loss`. Source: MiniMax, "MiniMax-M1" (2025), equations 4 and 5.
     """
@@ -79,7 +80,7 @@ def cispo_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor
 
 
 def penalty_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, beta: float) -> Tensor:
-    """PPO-Penalty, negated: ``-r * A + beta * KL(old || new)``.
+    """Compute PPO-Penalty's objective, negated: ``-r * A + beta * KL(old || new)``.
 
     The KL is estimated from the old policy's own actions by ``(r - 1) - log r``, which is never negative and whose
     gradient is unbiased here, because the actions were drawn from the fixed old policy.
@@ -94,7 +95,7 @@ def penalty_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tens
 
 
 def policy_gradient_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
-    """``-log pi(a|s) * A`` per action [*]: A2C's loss, and REINFORCE's when A is the Monte Carlo return.
+    """Compute ``-log pi(a|s) * A`` per action [*]: A2C's loss, and REINFORCE's when A is the Monte Carlo return.
 
     Source: Williams (1992); Mnih et al., "Asynchronous Methods for Deep Reinforcement Learning" (2016).
     """
@@ -104,7 +105,9 @@ def policy_gradient_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
 
 
 def k2_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """``sg(r) * 0.5 * (log pi - log pi_ref)^2`` per action [*]: in expectation, the gradient of KL(pi || pi_ref).
+    """Compute ``sg(r) * 0.5 * (log pi - log pi_ref)^2`` per action [*].
+
+    In expectation its gradient is that of KL(pi || pi_ref).
 
     The actions were drawn from the old policy; r = new / old makes the expectation the current one's. At the first step
     of an update r is 1. As losses, k1 has no gradient in expectation, and k3 that of the reverse KL.
@@ -121,10 +124,10 @@ def k2_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor) -> Ten
 def clipped_value_loss(
     values: Tensor, old_values: Tensor | None, returns: Tensor, *, clip_range: float | None = None
 ) -> Tensor:
-    """``0.5 * (V - R)^2``, or the larger of that and the same with V kept within ``clip_range`` of the old value.
+    """Compute ``0.5 * (V - R)^2``, or the larger of that and the same with V clipped to the old value +- clip_range.
 
     Args:
-        values: [*] V(s) now, with gradients.
+        values: [*] current V(s), with gradients.
         old_values: [*] V(s) at rollout; read only when clipping.
         returns: [*] targets on the scale of the rewards.
         clip_range: None: no clipping.
@@ -153,11 +156,11 @@ def clipped_value_loss(
 def aggregate_loss(
     loss: Tensor, mask: Tensor, mode: str = "token_mean", *, denominator: float | Tensor | None = None
 ) -> Tensor:
-    """One scalar from per-action losses.
+    """Aggregate per-action losses to one scalar.
 
     token_mean: sum over True entries / number of True entries.
     sequence_mean: mean over rows of each row's mean. sequence_sum: mean over rows of each row's sum.
-    A row without a True entry is no row.
+    Rows without a True entry do not count.
 
     Args:
         loss: [*] per-action losses; [B, ..., T] for the sequence modes, whose rows are axis 0.
@@ -187,7 +190,7 @@ def aggregate_loss(
 
 
 def loss_denominator(mask: Tensor, mode: str = "token_mean") -> Tensor:
-    """What :func:`aggregate_loss` divides by when it is called on all of ``mask`` at once: True entries, or rows.
+    """Return what :func:`aggregate_loss` divides by on the whole ``mask``: the number of True entries, or of rows.
 
     Pass it as ``denominator`` to the parts of a minibatch. Errors are those of :func:`aggregate_loss`.
     """
@@ -206,7 +209,7 @@ def _check_mode(mode: str, like: Tensor) -> None:
 def ppo_loss(
     new: PolicyOutput, old: Experience, config: PPOConfig, *, denominator: float | Tensor | None = None
 ) -> PPOLoss:
-    """The loss that both frontends minimise: ``policy + vf_coef * value - ent_coef * entropy + kl_loss_coef * kl``.
+    """Compute the loss ``policy + vf_coef * value - ent_coef * entropy + kl_loss_coef * kl``.
 
     Args:
         new: the current policy on the recorded actions, [*].
@@ -236,7 +239,7 @@ def ppo_loss(
     def aggregate(loss: Tensor) -> Tensor:
         return aggregate_loss(loss, mask, config.loss_aggregation, denominator=denominator)
 
-    # Masked inputs go before anything is computed: where() on results would still back-propagate their NaN.
+    # Masked inputs are replaced before anything is computed: where() on results would still back-propagate their NaN.
     logprobs, old_logprobs, advantages = (keep(x, mask) for x in (new.logprobs, old.logprobs, old.advantages))
     weights = None if old.weights is None else keep(old.weights, mask)
     pooled = pool_old_logprobs(logprobs, old_logprobs, mask, level=config.ratio_level, turns=old.turns)

@@ -1,4 +1,4 @@
-"""Statistics over the True entries of a mask; whatever lies outside it, NaN included, never counts."""
+"""Masked statistics: over the True entries of a mask; what lies outside it, NaN included, never counts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ Dim = int | tuple[int, ...] | None
 
 
 def keep(x: Tensor, mask: Tensor) -> Tensor:
-    """``x`` with zeros outside ``mask``. Applied to inputs, so that no NaN meets the backward pass either."""
-    # A look is cheaper than covering what is not there; on a GPU it would stall the queue at every call.
+    """Zero ``x`` outside ``mask``. Applied to inputs, so that no NaN reaches the backward pass either."""
+    # On a CPU this check is cheaper than where(); on a GPU it would synchronise at every call.
     if mask.device.type == "cpu" and mask.all():
         return x
     return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
@@ -35,8 +35,8 @@ def _mean(x: Tensor, mask: Tensor, dim: Dim, keepdim: bool = False) -> Tensor:
 
 
 def _centred(x: Tensor, mask: Tensor, dim: Dim) -> Tensor:
-    # The rounded mean of equal values can miss them by a few units, which whitening would blow up to ones; a second
-    # pass takes that remainder away.
+    # The rounded mean of equal values can miss them by a few units in the last place, which whitening would blow up to
+    # 1; a second pass removes that remainder.
     centred = x - _mean(x, mask, dim, keepdim=True)
     return centred - _mean(centred, mask, dim, keepdim=True)
 
@@ -46,7 +46,7 @@ def _var(x: Tensor, mask: Tensor, dim: Dim) -> Tensor:
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: Dim = None) -> Tensor:
-    """Mean of ``x`` over the True entries of ``mask``.
+    """Compute the mean of ``x`` over the True entries of ``mask``.
 
     Args:
         x: [*] values.
@@ -62,7 +62,7 @@ def masked_mean(x: Tensor, mask: Tensor, dim: Dim = None) -> Tensor:
 
 
 def masked_var(x: Tensor, mask: Tensor, dim: Dim = None) -> Tensor:
-    """Population variance (divided by n, not n - 1) of ``x`` over the True entries of ``mask``.
+    """Compute the population variance (over n, not n - 1) of ``x`` over the True entries of ``mask``.
 
     Args, returns and errors are those of :func:`masked_mean`.
     """
@@ -71,7 +71,7 @@ def masked_var(x: Tensor, mask: Tensor, dim: Dim = None) -> Tensor:
 
 
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """``(x - mean) / sqrt(var + 1e-8)`` over the True entries; advantages drop the mean, rewards keep it.
+    """Whiten: ``(x - mean) / sqrt(var + 1e-8)`` over the True entries.
 
     Args:
         x: [*] values.

@@ -9,13 +9,13 @@ from torch import Tensor
 def minibatch_indices(
     size: int, num_minibatches: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
 ) -> list[Tensor]:
-    """A fresh permutation of ``range(size)`` in ``num_minibatches`` parts whose sizes differ by at most one.
+    """Shuffle ``range(size)`` and split it into ``num_minibatches`` parts whose sizes differ by at most one.
 
     Args:
-        size: rows (responses) or steps to share out.
+        size: number of rows (responses) or steps.
         num_minibatches: number of parts, each one optimizer step.
         generator: source of the shuffle, for repeatable runs.
-        device: where the indices are needed.
+        device: device of the indices.
     Raises:
         ValueError: there are more minibatches than rows, so that one would be empty.
     """

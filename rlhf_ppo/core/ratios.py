@@ -1,4 +1,4 @@
-"""Ratios: how much likelier an action is than when it was sampled, per action or pooled over a turn or a sequence."""
+"""Probability ratios new / old: per action, or pooled over a turn or a sequence; importance weights of samplers."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from rlhf_ppo.core.types import compute_dtype, require_bool, require_same_shape,
 
 
 def probability_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """``pi_new / pi_old`` [*]; the log-ratio is clamped to +-20, so a drift of any size stays finite."""
+    """Compute ``pi_new / pi_old`` [*]; the log-ratio is clamped to +-20, so that the ratio stays finite."""
     return (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def pool_old_logprobs(
     logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, *, level: str = "token", turns: Tensor | None = None
 ) -> Tensor:
-    """Old log-probs moved so that all actions of a turn or sequence have one ratio: the mean of their log-ratios.
+    """Shift old log-probs so that all actions of a turn or sequence share one log-ratio, the mean of theirs.
 
     ``logprobs - pool_old_logprobs(...)`` is that mean in value, while its gradient stays each action's own. So every
     action keeps its own advantage; where the advantages of a sequence are equal, loss, clipping and gradient are those
     of the sequence-level surrogate (under ``sequence_mean`` aggregation, exactly GSPO's).
 
     Args:
-        logprobs: [B, ..., T] log-probs now.
+        logprobs: [B, ..., T] current log-probs.
         old_logprobs: likewise, log-probs at rollout.
         mask: likewise, bool; only True actions are pooled.
         level: token (nothing is pooled), turn or sequence; sequences are the rows of axis 0.
@@ -63,13 +63,13 @@ def pool_old_logprobs(
 
 
 def _check_turns(turn: Tensor) -> None:
-    # On a GPU this look would stall the queue at every call.
+    # On a GPU this check would synchronise at every call.
     if turn.device.type == "cpu" and turn.numel() and not (int(turn.min()) >= 0 and int(turn.max()) < turn.shape[1]):
         raise ValueError(f"turns must lie in [0, {turn.shape[1]}), got {int(turn.min())} to {int(turn.max())}")
 
 
 def truncated_importance_weights(logprobs: Tensor, sampled_logprobs: Tensor, *, cap: float) -> Tensor:
-    """``min(pi_trainer / pi_sampler, cap)`` [*]: what corrects for a sampler whose log-probs are not the trainer's.
+    """Compute ``min(pi_trainer / pi_sampler, cap)`` [*], which corrects for a sampler whose log-probs differ.
 
     Args:
         logprobs: [*] log-probs by the trainer's own forward pass, before any update.

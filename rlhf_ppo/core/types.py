@@ -11,16 +11,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PolicyOutput:
-    """What the current policy says about recorded actions; every field [*] carries gradients."""
+    """Output of the current policy for recorded actions; every field [*] carries gradients."""
 
     logprobs: Tensor
     """[*] log pi(a|s) of the recorded actions, in nats."""
     values: Tensor | None = None
     """[*] the critic's V(s), or None without a critic."""
     entropy: Tensor | None = None
-    """[*] entropy of pi(.|s) in nats, or None when nobody needs it."""
+    """[*] entropy of pi(.|s) in nats, or None when it is not needed."""
     kl: Tensor | None = None
-    """[*] exact KL(pi(.|s) || reference) in nats, or None when nobody needs it."""
+    """[*] exact KL(pi(.|s) || reference) in nats, or None when it is not needed."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Experience:
     advantages: Tensor
     """[*] advantages, usually whitened."""
     returns: Tensor | None
-    """[*] what the critic should predict, on the scale of the rewards; None without a critic."""
+    """[*] targets of the critic, on the scale of the rewards; None without a critic."""
     mask: Tensor
     """[*] bool, True where the policy made a real decision."""
 
     weights: Tensor | None = None
     """[*] importance weights of the sampled actions' losses, or None: 1 each."""
     ref_logprobs: Tensor | None = None
-    """[*] log-probs under the frozen reference, or None when no loss reads them."""
+    """[*] log-probs under the frozen reference, or None when no loss needs them."""
     turns: Tensor | None = None
     """[*] long, the index of the turn that each action belongs to, or None when no ratio is pooled over turns."""
 
@@ -109,7 +109,7 @@ def require_token_ids(tokens: Tensor, vocabulary: int) -> None:
     """Raise a ValueError unless token ids are integers and, on CPU, in [0, vocabulary)."""
     if tokens.is_floating_point():
         raise ValueError(f"token ids must be integers, got {tokens.dtype}")
-    # On a GPU this look would stall the queue at every call.
+    # On a GPU this check would synchronise at every call.
     if (
         tokens.device.type == "cpu"
         and tokens.numel()

@@ -1,4 +1,4 @@
-"""`advise`: what a run's numbers say about its settings, and which one to move where; the tuning guide, executed."""
+"""Diagnose a run from its metrics and suggest which settings to change: the `advise` command, docs/tuning.md."""
 
 from __future__ import annotations
 
@@ -6,36 +6,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_ppo.runtime.commands import AdviseArgs
+import tyro
+
 from rlhf_ppo.runtime.run_directory import RunDirectory, read_run
-from rlhf_ppo.runtime.tuning_rules import CLIPPING, FEWEST_UPDATES, RULES, Figures, Rule
+from rlhf_ppo.runtime.tuning_rules import CLIPPING, FEWEST_UPDATES, RULES, Rule, RunMetrics
 
 
 @dataclass(frozen=True)
 class Advice:
-    """A rule that a run met."""
+    """A rule that a run's metrics match."""
 
     rule: Rule
     seen: str
+    """The metrics that show it."""
     changes: dict[str, tuple[Any, Any]]
     """Setting -> (its value, the one to try)."""
 
 
 def advise(folder: str | Path) -> list[Advice]:
-    """What a run's figures say, the most serious first; [] if nothing stands out.
+    """Return the rules that a run's metrics match, the most serious first; [] if nothing stands out.
 
     Args:
-        folder: a run's folder, of a language model or of a control task, finished or not.
+        folder: a run's folder, of either frontend; the run may still be going on.
     Raises:
-        FileNotFoundError: no run is there.
-        ValueError: it has made too few updates.
+        FileNotFoundError: the folder holds no run.
+        ValueError: it has too few updates.
     """
     if not (Path(folder) / "metrics.jsonl").is_file():
-        raise FileNotFoundError(f"{folder} holds no metrics.jsonl: name the folder of a run")
+        raise FileNotFoundError(f"{folder} holds no metrics.jsonl: name a run's folder")
     settings = read_run(folder)
-    run = Figures(RunDirectory(folder).read(), settings.get("args", settings))
+    run = RunMetrics(RunDirectory(folder).read(), settings.get("args", settings))
     if len(run.rows) < FEWEST_UPDATES:
-        raise ValueError(f"{folder} has {len(run.rows)} updates, too few to say anything; {FEWEST_UPDATES} are needed")
+        raise ValueError(f"{folder} has {len(run.rows)} updates, too few to judge; it needs {FEWEST_UPDATES}")
     found = [(rule, seen) for rule in RULES if (seen := rule.seen(run)) is not None]
     return [Advice(rule, seen, _changes(rule, run.settings)) for rule, seen in found]
 
@@ -52,31 +54,39 @@ def _changes(rule: Rule, settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]
     return changes
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdviseArgs:
+    """Diagnose a run from its metrics and suggest settings to change."""
+
+    run: tyro.conf.Positional[str]
+    """Folder of a run (language model or classic); it may still be going on."""
+
+
 def print_advice(args: AdviseArgs) -> None:
-    """The `advise` command."""
+    """Run the `advise` command."""
     found = advise(args.run)
     if not found:
-        print("nothing stands out: all figures are in the bands of docs/tuning.md")
+        print("nothing stands out: all metrics are in the healthy ranges of docs/tuning.md")
     for advice in found:
         print(f"{advice.rule.name}: {advice.seen} (healthy: {advice.rule.healthy})")
         print(f"    {advice.rule.meaning}")
         for setting, (now, better) in advice.changes.items():
             print(f"    try {setting} {now} -> {better}")
     if any(advice.changes for advice in found):
-        print("One change at a time, over a few seeds.")
+        print("Change one setting at a time, and compare over several seeds.")
 
 
 def tuning_page() -> str:
-    """The documentation page `docs/tuning.md`, made from the rules."""
+    """Return the page docs/tuning.md, generated from the rules."""
     rows = "\n".join(
         f"| {rule.name} | {rule.healthy} | {rule.meaning} | {'; '.join(move.how for move in rule.moves)} |"
         for rule in RULES
     )
     return (
-        "# Tuning\n\n`rlhf-ppo advise RUN` and `classic-ppo advise RUN` read a run's `metrics.jsonl`, finished or not,"
-        " and name\nwhat stands out and which setting to move where. Change one thing at a time; `classic-ppo compare`"
-        "\ndoes it over seeds. This page is generated from the rules: `make docs`.\n\n"
-        f"| what stands out | healthy | what it means | try |\n|---|---|---|---|\n{rows}\n"
+        "# Tuning\n\n`rlhf-ppo advise RUN` and `classic-ppo advise RUN` read a run's `metrics.jsonl`, also while it is"
+        " running,\nand report what stands out and which settings to change. Change one at a time;\n"
+        "`classic-ppo compare` compares over seeds. This page is generated from the rules: `make docs`.\n\n"
+        f"| symptom | healthy | what it means | try |\n|---|---|---|---|\n{rows}\n"
     )
 
 

@@ -31,55 +31,57 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint folder holds, read and verified."""
+    """The content of a checkpoint folder, verified."""
 
     folder: Path
     step: int
     tensors: dict[str, dict[str, Tensor]]
     """Group -> name -> tensor, on the CPU."""
     state: dict[str, Any]
-    """Everything that is no tensor, as JSON gives it back (tuples are lists)."""
+    """Everything but tensors, as read from JSON (tuples become lists)."""
     settings: dict[str, Any]
     fingerprints: dict[str, Any]
 
 
 def checkpoint_folder(root: str | Path, step: int) -> Path:
-    """Where the checkpoint of a step lies in a run's folder."""
+    """Return the path of a step's checkpoint in a run's folder."""
     return Path(root) / f"{_PREFIX}{step}"
 
 
 def list_checkpoints(root: str | Path) -> list[Path]:
-    """The folders ``checkpoint-<n>`` in a run's folder, good or bad, oldest first."""
+    """List the folders ``checkpoint-<n>`` in a run's folder, good or bad, oldest first."""
     found = [path for path in Path(root).glob(f"{_PREFIX}*") if path.is_dir() and checkpoint_step(path) is not None]
     return sorted(found, key=lambda path: checkpoint_step(path) or 0)
 
 
 def checkpoint_step(folder: Path) -> int | None:
+    """Return the step in a checkpoint folder's name, or None if it is no such name."""
     number = folder.name.removeprefix(_PREFIX)
     return int(number) if number.isascii() and number.isdigit() else None
 
 
 def file_facts(file: Path) -> dict[str, Any]:
+    """Return what the manifest says of a file: its size and SHA-256."""
     with file.open("rb") as handle:
         return {"bytes": os.fstat(handle.fileno()).st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
 
 
 def manifest_text(manifest: Mapping[str, Any]) -> str:
-    """The manifest with a checksum of its own: of this very text without that line's digest."""
+    """Format a manifest as JSON, with a checksum over its own other entries."""
     body = {key: value for key, value in manifest.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return json.dumps({**body, "sha256": digest}, indent=1) + "\n"
 
 
 def verify_checkpoint(folder: str | Path) -> list[str]:
-    """What is wrong with a checkpoint, one sentence each that begins with the file's name; [] if it is good."""
+    """Verify every file of a checkpoint; returns one sentence per problem, which begins with the file's name."""
     return _examine(Path(folder))[1]
 
 
 def _examine(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """(manifest, what :func:`verify_checkpoint` says); reads and hashes every file."""
+    """Return the manifest and the problems that :func:`verify_checkpoint` lists."""
     if not folder.is_dir():
-        return {}, [f"{folder.name}: there is no such folder"]
+        return {}, [f"{folder.name}: does not exist"]
     try:
         manifest = read_manifest(folder)
     except CheckpointError as error:
@@ -88,26 +90,26 @@ def _examine(folder: Path) -> tuple[dict[str, Any], list[str]]:
     for name, facts in manifest["files"].items():
         file = folder / name
         if Path(name).name != name or file.suffix not in (".safetensors", ".json"):
-            problems.append(f"{MANIFEST}: lists {name!r}, which is no file of a checkpoint")
+            problems.append(f"{MANIFEST}: lists {name!r}, which cannot be part of a checkpoint")
         elif file.is_symlink() or not file.is_file():
             problems.append(f"{name}: is missing")
         elif (size := file.stat().st_size) != facts["bytes"]:
             problems.append(f"{name}: has {size} bytes instead of {facts['bytes']}")
         elif file_facts(file) != facts:
-            problems.append(f"{name}: its checksum is wrong, so its content has changed since it was written")
+            problems.append(f"{name}: its checksum does not match: it was changed after it was written")
     return manifest, problems
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, its own checksum verified.
+    """Read a checkpoint's manifest and verify its own checksum.
 
     Raises:
-        CheckpointError: there is none, or it is damaged; begins with the file's name.
+        CheckpointError: it is missing or damaged; begins with the file's name.
     """
     file = Path(folder) / MANIFEST
     if not file.is_file():
-        older = " (its state.json is of a version that wrote none)" if (Path(folder) / STATE).is_file() else ""
-        raise CheckpointError(f"{MANIFEST}: is missing, so this is no complete checkpoint{older}")
+        older = " (its state.json is of a version that wrote no manifest)" if (Path(folder) / STATE).is_file() else ""
+        raise CheckpointError(f"{MANIFEST}: is missing, so the checkpoint is incomplete{older}")
     try:
         text = file.read_text(encoding="utf-8")
         manifest = json.loads(text)
@@ -115,21 +117,21 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         intact, manifest = False, {}
     if not intact:
-        raise CheckpointError(f"{MANIFEST}: its checksum is wrong, so its content has changed since it was written")
+        raise CheckpointError(f"{MANIFEST}: its checksum does not match: it was changed after it was written")
     if manifest["format"] != FORMAT:
         raise CheckpointError(
-            f"{MANIFEST}: has format {manifest['format']}, and this version ({__version__}) reads {FORMAT}: use "
+            f"{MANIFEST}: has format {manifest['format']}, but this version ({__version__}) reads format {FORMAT}: use "
             f"version {manifest['versions']['rlhf_ppo']}"
         )
     return manifest
 
 
 def read_checkpoint(folder: str | Path) -> Checkpoint:
-    """Verify a checkpoint, then read it.
+    """Verify a checkpoint and read it.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        CheckpointError: something is missing or damaged; names each file. Nothing of it has been used.
+        FileNotFoundError: the folder does not exist.
+        CheckpointError: files are missing or damaged; names each of them. Nothing of it is used.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -149,5 +151,5 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
 
 
 def as_json(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A mapping as JSON gives it back: tuples are lists, and what JSON does not know is its text."""
+    """Convert a mapping to what JSON gives back: tuples become lists, values unknown to JSON become text."""
     return json.loads(json.dumps(dict(value), default=str))

@@ -52,21 +52,21 @@ def write_checkpoint(
 
     Args:
         root: the run's folder.
-        step: how far the run is.
+        step: number in the folder's name.
         tensors: group -> name -> tensor; each group is one file ``<group>.safetensors``.
-        state: the rest, as JSON.
-        settings, fingerprints: what a run that resumes is compared with (:mod:`rlhf_ppo.runtime.resume`), as JSON.
-        keep: good checkpoints to keep, this one among them, the older ones being deleted after the commit. None: all.
-        spare: steps that rotation never deletes, such as the best so far; they do not count in ``keep``.
+        state: everything else, as JSON.
+        settings, fingerprints: compared with those of a run that resumes (:mod:`rlhf_ppo.runtime.resume`), as JSON.
+        keep: number of good checkpoints to keep, this one included; older ones are deleted after the commit. None: all.
+        spare: steps that are never deleted, such as the best so far; they do not count toward ``keep``.
     Returns:
         The checkpoint's folder.
     Raises:
-        FileExistsError: a good checkpoint of this step is there; what is committed is never touched again.
-        OSError: it could not be written (a full disk, mostly). Earlier checkpoints are untouched, nothing half is left.
+        FileExistsError: a good checkpoint of this step exists; committed checkpoints are never overwritten.
+        OSError: writing failed, usually on a full disk. Earlier checkpoints are untouched, and nothing partial is left.
     """
     root, folder = Path(root), checkpoint_folder(root, step)
     if folder.exists() and not verify_checkpoint(folder):
-        raise FileExistsError(errno.EEXIST, "a good checkpoint of this step is there already", str(folder))
+        raise FileExistsError(errno.EEXIST, "a good checkpoint of this step already exists", str(folder))
     ready = {group: {n: x.detach().contiguous() for n, x in named.items()} for group, named in tensors.items()}
     content = {STATE: json.dumps(state, indent=1) + "\n"}
     header = {
@@ -94,7 +94,7 @@ def write_checkpoint(
         _settle(temporary / MANIFEST)
         sync_folder(temporary)
         if folder.exists():
-            shutil.rmtree(folder)  # a bad one: see above
+            shutil.rmtree(folder)  # a damaged one: see above
         os.rename(temporary, folder)
         sync_folder(root)
     except (OSError, SafetensorError) as error:
@@ -110,18 +110,17 @@ def write_checkpoint(
 
 
 def prune(root: str | Path, *, keep: int, spare: Collection[int] = ()) -> list[Path]:
-    """Delete all checkpoints but the ``keep`` newest good ones and the steps in ``spare``; returns the deleted.
+    """Delete all but the ``keep`` newest good checkpoints and the steps in ``spare``; returns the deleted folders.
 
-    Bad ones stay (they are evidence) and do not count.
+    Incomplete ones stay, as evidence, and do not count.
     """
     if keep < 1:
-        raise ValueError(f"keep={keep} must be 1 or more: the newest checkpoint is the run")
-    # Of an old checkpoint the manifest's presence is enough here: its checksums were right when it was committed, and
-    # reading all of them again at every save would take longer than the save.
+        raise ValueError(f"keep={keep} must be at least 1: without a checkpoint the run cannot resume")
+    # An old checkpoint with a manifest counts as good here: hashing all of them again would take longer than the save.
     good = [p for p in list_checkpoints(root) if (p / MANIFEST).is_file() and checkpoint_step(p) not in spare]
     deleted = good[:-keep]
     for folder in deleted:
-        # Renamed first: a process that is killed while deleting leaves no half checkpoint under that name.
+        # Renamed first, so that a kill during deletion leaves no partial checkpoint under that name.
         doomed = folder.with_name(f"{TEMPORARY}old-{folder.name}")
         os.rename(folder, doomed)
         shutil.rmtree(doomed)
@@ -129,7 +128,7 @@ def prune(root: str | Path, *, keep: int, spare: Collection[int] = ()) -> list[P
 
 
 def _discard_leftovers(root: Path) -> None:
-    """What a killed save left; the run's lock keeps other processes from saving here."""
+    """Delete what a killed save left behind; the run's lock keeps other processes from saving here."""
     for leftover in root.glob(f"{TEMPORARY}*"):
         if leftover.is_dir():
             shutil.rmtree(leftover)
@@ -138,14 +137,14 @@ def _discard_leftovers(root: Path) -> None:
 
 
 def _bytes(tensors: Mapping[str, Mapping[str, Tensor]], content: Mapping[str, str]) -> int:
-    """What a checkpoint takes on the disk, and a little more."""
+    """Estimate a checkpoint's size on disk from above."""
     tensor_bytes = sum(x.numel() * x.element_size() for named in tensors.values() for x in named.values())
     names = sum(len(name) + 128 for named in tensors.values() for name in named)
     return tensor_bytes + names + sum(len(text.encode()) for text in content.values()) + 2**16
 
 
 def _settle(file: Path) -> dict[str, Any]:
-    """Bring a file to the disk; returns its size and checksum."""
+    """Fsync a file; returns its size and checksum."""
     follow_umask(file)
     sync_file(file)
     return file_facts(file)

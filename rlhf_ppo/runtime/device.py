@@ -6,12 +6,14 @@ from typing import Literal
 
 import torch
 
+Precision = Literal["auto", "fp32", "bf16"]
+
 
 def resolve_device(name: str | None = None) -> torch.device:
-    """The device the user named, else cuda, else mps, else cpu.
+    """Return the device that the user named, else cuda, else mps, else cpu.
 
     Raises:
-        ValueError: the name is no device, or no such device is here.
+        ValueError: the name is unknown, or this machine has no such device.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -21,10 +23,10 @@ def resolve_device(name: str | None = None) -> torch.device:
         raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
-def compute_in_bf16(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> bool:
-    """Whether matrix products run in bfloat16: asked for, or ("auto") a device that multiplies it faster than float32.
+def compute_in_bf16(precision: Precision, device: torch.device) -> bool:
+    """Whether matrix products run in bfloat16: if asked for, or, for "auto", where they are faster than in float32.
 
-    GPUs since Ampere do, and CPUs with AVX512-BF16 or AMX.
+    They are on GPUs since Ampere and on CPUs with AVX512-BF16 or AMX.
 
     Raises:
         ValueError: bf16 on a GPU that cannot compute in it.
@@ -45,5 +47,5 @@ def cpu_multiplies_bf16() -> bool:
 
 
 def autocast(bf16: bool, device: torch.device) -> torch.autocast:
-    """A context in which matrix products run in bfloat16, if ``bf16``; weights and optimizer stay in float32."""
+    """Return a context in which matrix products run in bfloat16 if ``bf16``; weights and optimizer stay in float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)

@@ -1,4 +1,4 @@
-"""Explanations: all that PPO computes about each action (a step or a token), as text, rows and a picture."""
+"""Explain a rollout: everything PPO computes about each action (a step or a token), as text, rows and a picture."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Explanation:
-    """One row for each action.
+    """One row per action.
 
     sequence, step (place in the rollout), label (what was done), reward, value (V before the action), delta (``r +
     gamma V' - V``), advantage, weight (the advantage as it is trained on, usually whitened), ended (terminated,
@@ -42,7 +42,7 @@ class Explanation:
     rows: list[dict[str, Any]]
 
     def text(self, max_rows: int | None = 60) -> str:
-        """The rows as a table of plain text; ``max_rows`` leaves the rest out and says so."""
+        """Format the rows as a plain-text table of at most ``max_rows`` rows; says how many are left out."""
         shown = self.rows[:max_rows]
         table = [[_cell(row[column]) for column in COLUMNS] for row in shown]
         widths = [max(len(column), *(len(line[i]) for line in table)) for i, column in enumerate(COLUMNS)]
@@ -54,7 +54,7 @@ class Explanation:
         return "\n".join(lines)
 
     def to_dataframe(self) -> Any:
-        """The rows as a pandas DataFrame, or as they are (a list of dicts) where pandas is not installed."""
+        """Return the rows as a pandas DataFrame, or as a list of dicts if pandas is not installed."""
         try:
             import pandas
         except ImportError:
@@ -132,7 +132,7 @@ def explain_actions(
 
 
 def _gradient(new_logprobs: Tensor, old: Experience, config: PPOConfig) -> Tensor:
-    """[B, T] what the policy's loss alone, as the core computes it, says about each log-prob."""
+    """[B, T] gradient of the core's policy loss alone with respect to each log-prob."""
     leaf = new_logprobs.detach().clone().requires_grad_()
     policy_alone = replace(config, ent_coef=0.0, kl_loss_coef=0.0, kl_loss="k2")
     with torch.enable_grad():
@@ -142,7 +142,7 @@ def _gradient(new_logprobs: Tensor, old: Experience, config: PPOConfig) -> Tenso
 
 
 def _outside(ratio: Tensor, config: PPOConfig) -> tuple[Tensor, Tensor]:
-    """[B, T] bool each: beyond the upper, and the lower, end of the clip range; nowhere without one."""
+    """[B, T] bool each: above, and below, the clip range; all False if the objective has none."""
     nowhere = torch.zeros_like(ratio, dtype=torch.bool)
     if config.objective in ("penalty", "a2c", "reinforce"):
         return nowhere, nowhere

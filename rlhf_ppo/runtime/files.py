@@ -1,4 +1,4 @@
-"""Files that a kill cannot leave half written: made beside their place, brought to the disk, then renamed over it."""
+"""Write files atomically: to a temporary name, fsynced, then renamed, so that a kill leaves none half written."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from typing import Any
 from safetensors import SafetensorError
 
 TEMPORARY = ".tmp-"
-"""What every unfinished file or folder's name begins with."""
+"""Prefix of the names of unfinished files and folders."""
 
 
 @contextmanager
 def replacing_files(folder: str | Path, *, needed: int = 0) -> Iterator[Path]:
-    """A temporary folder whose files replace those of the same names in ``folder``, each as a whole, at the end.
+    """Yield a temporary folder whose files replace those in ``folder`` atomically at the end.
 
-    If what happens inside raises, nothing is replaced. Other files in ``folder`` stay.
+    If the block raises, nothing is replaced. Other files in ``folder`` stay.
 
     Args:
-        folder: where they go; made if it is not there.
-        needed: bytes that they take, about.
+        folder: where the files go; created if missing.
+        needed: about how many bytes they take.
     Raises:
-        OSError: the disk has no room for them, or one could not be written.
+        OSError: the disk lacks space, or a file could not be written.
     """
     folder = Path(folder)
     temporary = folder / f"{TEMPORARY}files"
@@ -45,7 +45,7 @@ def replacing_files(folder: str | Path, *, needed: int = 0) -> Iterator[Path]:
             place = folder / file.relative_to(temporary)
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, place)
-    except (OSError, SafetensorError) as error:  # both are names of a full disk
+    except (OSError, SafetensorError) as error:  # a full disk raises either
         why = getattr(error, "strerror", None) or error
         raise OSError(getattr(error, "errno", None) or errno.EIO, f"{folder} cannot be written: {why}") from error
     finally:
@@ -53,13 +53,13 @@ def replacing_files(folder: str | Path, *, needed: int = 0) -> Iterator[Path]:
 
 
 def save_or_rescue(folder: str | Path, write: Callable[[Path], object], *, needed: int) -> None:
-    """Let ``write`` make the files of a folder; if they cannot be written there, in the system's temporary folder.
+    """Call ``write`` to write the files of a folder; if that fails, save them in the system's temporary folder.
 
     Args:
         folder, needed: see :func:`replacing_files`.
-        write: makes the files in the folder that it is given.
+        write: writes the files into the folder that it is given.
     Raises:
-        OSError: they are not in their place; says where they are instead.
+        OSError: they could not be written to ``folder``; says where they are instead.
     """
     try:
         with replacing_files(folder, needed=needed) as new:
@@ -70,32 +70,32 @@ def save_or_rescue(folder: str | Path, write: Callable[[Path], object], *, neede
             with replacing_files(elsewhere, needed=needed) as new:
                 write(new)
         except OSError as failure:
-            raise OSError(error.errno, f"{error.strerror}. Nor can it be kept elsewhere: {failure.strerror}") from error
-        raise OSError(error.errno, f"{error.strerror}. What was to lie there lies in {elsewhere} instead") from error
+            raise OSError(error.errno, f"{error.strerror}. Saving elsewhere failed, too: {failure.strerror}") from error
+        raise OSError(error.errno, f"{error.strerror}. The files were saved in {elsewhere} instead") from error
 
 
 def require_space(folder: str | Path, needed: int, what: str = "it") -> None:
-    """Raise an OSError if the disk of a folder has less than ``needed`` bytes free; ``what`` begins its message."""
+    """Raise an OSError that begins with ``what`` if a folder's disk has fewer than ``needed`` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"{what} needs {needed / 1e6:.1f} MB and the disk has {free / 1e6:.1f} MB free")
 
 
 def follow_umask(file: Path) -> None:
-    """Give a file the permissions that the umask asks for, as its folder has them; safetensors writes 0600."""
+    """Give a file its folder's read and write permissions, which follow the umask; safetensors writes 0600."""
     if os.name == "posix":
         file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a text file as a whole."""
+    """Write a text file atomically."""
     temporary = file.with_name(f"{TEMPORARY}{file.name}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)
 
 
 def read_json(file: Path, remedy: str) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Raises:
         ValueError: it is damaged; names the file, and ends with ``remedy``.
@@ -110,14 +110,14 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
 
 
 def sync_file(file: Path) -> None:
-    """Bring a file's content to the disk."""
+    """Fsync a file."""
     with file.open("r+b") as handle:
         os.fsync(handle.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's list of names to the disk."""
-    if os.name != "posix":  # elsewhere a folder cannot be opened, and renames are the system's to order
+    """Fsync a folder, so that its renames are on the disk."""
+    if os.name != "posix":  # elsewhere folders cannot be opened
         return
     handle = os.open(folder, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""Pictures of a run: one panel a metric, over the run's own count of experience."""
+"""Plot learning curves, one panel per metric, and a reward model's calibration."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 def plot_curves(
     records: Sequence[Mapping[str, Any]], path: str | Path, *, x: str, panels: Mapping[str, str], title: str
 ) -> Path:
-    """Draw one panel for each metric over ``x`` and write a PNG.
+    """Plot one panel per metric over ``x`` and write a PNG.
 
     Args:
-        records: rows of ``metrics.jsonl``; a row without a metric is left out of that panel.
+        records: rows of ``metrics.jsonl``; rows without a metric are left out of its panel.
         path: the PNG to write.
         x: metric on the horizontal axis.
         panels: metric -> label with its unit; panels without data are left out.
@@ -42,7 +42,7 @@ def plot_curves(
 
 
 def plot_calibration(rows: Sequence[Mapping[str, float]], path: str | Path, *, title: str) -> Path:
-    """Draw observed over predicted preference and write a PNG.
+    """Plot observed over predicted preferences and write a PNG.
 
     Args:
         rows: bins with ``pairs``, ``predicted``, ``observed`` and its interval ``low``, ``high``.

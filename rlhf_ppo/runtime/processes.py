@@ -12,16 +12,16 @@ import torch
 from torch import nn
 
 VARIABLE = "WORLD_SIZE"
-"""What torchrun and accelerate set to the number of processes they start."""
+"""torchrun and accelerate set it to the number of processes that they start."""
 
 SMALL = 10_000_000
-"""Parameters below which two threads spend as much on each other as they save."""
+"""Number of parameters below which a second thread costs as much as it saves."""
 
 
 def require_one_process() -> None:
-    """Raise a ValueError unless the environment says that this process runs alone.
+    """Raise a ValueError if a launcher has started several processes.
 
-    Several processes are not supported yet: each would train a model of its own in the same folder.
+    They are not supported yet: each would train a model of its own in the same folder.
     """
     given = os.environ.get(VARIABLE, "1").strip()
     if given.isdecimal() and int(given) == 1:
@@ -33,13 +33,13 @@ def require_one_process() -> None:
 
 
 def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """CPUs that this process may use: those of its affinity, at most what its container is given a share of."""
+    """Return how many CPUs this process may use: those of its affinity, at most its container's quota."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(cpus, _quota(cgroup))))
 
 
 def _quota(cgroup: Path) -> float:
-    """CPUs' worth of time that the container may spend (cgroup version 2, or 1); infinite if nothing says."""
+    """Return the container's CPU quota in CPUs (cgroup version 2 or 1); infinite without one."""
     try:
         if (cgroup / "cpu.max").is_file():
             quota, period = (cgroup / "cpu.max").read_text().split()
@@ -51,10 +51,9 @@ def _quota(cgroup: Path) -> float:
 
 
 def choose_threads(model: nn.Module | None = None) -> int:
-    """Threads for a model, unless the user says: one for a small one, every usable CPU for others.
+    """Choose the number of threads for a model: one for a small one, else all usable CPUs; OMP_NUM_THREADS wins.
 
-    What else the machine is doing is not looked at: the number of threads decides in which order numbers are added, and
-    a run must come out the same whenever it is made.
+    The machine's load plays no part: the number of threads decides the order of sums, and a run must be reproducible.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return torch.get_num_threads()
@@ -64,14 +63,14 @@ def choose_threads(model: nn.Module | None = None) -> int:
 
 
 def require_threads(count: int | None) -> None:
-    """Raise a ValueError if the setting num_threads is no number of threads."""
+    """Raise a ValueError unless the setting num_threads is None or at least 1."""
     if count is not None and count < 1:
         raise ValueError(f"num_threads must be 1 or more, or None, got {count}")
 
 
 @contextmanager
 def torch_threads(count: int | None, model: nn.Module | None = None) -> Iterator[None]:
-    """Run with ``count`` torch threads (None: :func:`choose_threads`) and put the old number back, whatever happens."""
+    """Run with ``count`` torch threads (None: :func:`choose_threads`) and restore the old number afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(choose_threads(model) if count is None else count)
     try:

@@ -1,4 +1,4 @@
-"""What a run shows while it lasts: a summary at its start, a live bar or plain lines, and the seconds of each phase."""
+"""Show a run's progress: a summary at its start, a live bar or plain lines, and the seconds of each phase."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PHASES = {
     "score": "scoring",
     "update": "updating",
 }
-"""How a phase reads while it lasts; others are shown as they are."""
+"""Phase -> its text while it lasts; other names are shown as they are."""
 
 
 class _Bar(Progress):
@@ -46,13 +46,13 @@ def _column(text: str, **column: object) -> TextColumn:
 
 
 class ProgressDisplay:
-    """Shows ``done`` of ``total``, what is being done and a few numbers; without a terminal, one line now and then.
+    """Shows ``done`` of ``total``, the phase and a few numbers; without a terminal as occasional plain lines.
 
     Args:
         description: what is counted.
         total: the count at the end.
-        each: what lies between two updates: an iteration, a step.
-        every_s: least seconds between two plain lines.
+        each: what is counted between two updates: iteration, step.
+        every_s: minimum seconds between two plain lines.
         quiet: show nothing.
     """
 
@@ -66,7 +66,7 @@ class ProgressDisplay:
         self._last_line = float("-inf")
         self._aside_s, self._is_aside = 0.0, False
         self._steps: deque[tuple[float, int]] = deque(maxlen=21)
-        """When so much was done: the last 20 steps and where they began."""
+        """(time, done) of the last 20 steps and of their start."""
         self._bar = _Bar(
             _column("{task.description}", max_width=24),
             BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=6)),
@@ -97,7 +97,7 @@ class ProgressDisplay:
         return self.console.is_terminal and not self.quiet
 
     def start(self, done: int) -> None:
-        """Say that so much is done already; the time of a step is measured from here."""
+        """Set what is already done; the time per step is measured from here."""
         self.done = done
         self._steps.clear()
         self._steps.append((self._now(), done))
@@ -105,7 +105,7 @@ class ProgressDisplay:
             self._bar.update(self._task, completed=done)
 
     def update(self, done: int, **numbers: float) -> None:
-        """Show the count, the time of a step, the time left, and the numbers, three significant digits each."""
+        """Show the count, the time per step, the time left, and the numbers to three significant digits."""
         self.done = done
         self._steps.append((self._now(), done))
         left, each = self._times()
@@ -115,11 +115,11 @@ class ProgressDisplay:
             self._bar.numbers = text
             self._bar.update(self._task, completed=done, left=left)
         else:
-            first = len(self._steps) == 2  # says at once how long it will take
+            first = len(self._steps) == 2  # so that the time left is known at once
             self._line("  ".join(filter(None, (left, text))), now=first or done >= self.total)
 
     def phase(self, name: str) -> None:
-        """Say what is being done."""
+        """Show the current phase."""
         if self._is_aside:
             return
         word = PHASES.get(name, name)
@@ -130,7 +130,7 @@ class ProgressDisplay:
 
     @contextmanager
     def aside(self, name: str) -> Iterator[None]:
-        """Show ``name`` for what happens inside, and leave its time out of the time of a step: an evaluation, say."""
+        """Show ``name`` during the block, such as an evaluation, and leave its time out of the time per step."""
         self.phase(name)
         started, self._is_aside = time.monotonic(), True
         try:
@@ -142,7 +142,7 @@ class ProgressDisplay:
         return time.monotonic() - self._aside_s
 
     def _times(self) -> tuple[str, str]:
-        """Time left (empty at the end) and time of a step, by the last 20 of them."""
+        """Return time left (empty at the end) and time per step, from the last 20 steps."""
         (then, first), (now, last) = self._steps[0], self._steps[-1]
         if last <= first:
             return "", ""
@@ -170,14 +170,14 @@ class Stopwatch:
     """Adds up the seconds of named phases."""
 
     def __init__(self, device: torch.device) -> None:
-        """``device``: waited for at the end of each phase, so that its work is counted where it belongs."""
+        """``device``: synchronised at the end of each phase, so that its work is counted there."""
         self.device = device
         self._seconds: dict[str, float] = {}
         self._show: Callable[[str], None] | None = None
 
     @contextmanager
     def shown_by(self, show: Callable[[str], None]) -> Iterator[None]:
-        """Inside, call ``show`` with the name of each phase that begins."""
+        """Call ``show`` with the name of each phase that begins during the block."""
         self._show = show
         try:
             yield
@@ -186,7 +186,7 @@ class Stopwatch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count what happens inside as ``name``."""
+        """Count the block's time as ``name``."""
         if self._show is not None:
             self._show(name)
         started = time.perf_counter()
@@ -198,20 +198,20 @@ class Stopwatch:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
 
     def take(self) -> dict[str, float]:
-        """Seconds by phase since the last call."""
+        """Return the seconds per phase since the last call, and reset them."""
         taken, self._seconds = self._seconds, {}
         return taken
 
 
 def model_rows(name: str, model: nn.Module, *, device: torch.device, bf16: bool) -> dict[str, str]:
-    """The rows on a model that is about to be trained: its parameters, its device, its number format."""
+    """Return the summary's rows on a model: its parameters, device, precision and threads."""
     parameters = list(model.parameters())  # shared ones once
     total = sum(map(_size, parameters))
     trained = sum(_size(p) for p in parameters if p.requires_grad)
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     threads = f"{torch.get_num_threads()} on {usable_cpus()} CPUs"
     if package.THREADS_SPIN and torch.get_num_threads() > 1:
-        threads += "; they spin while they wait: import rlhf_ppo before torch, or set OMP_WAIT_POLICY=PASSIVE"
+        threads += "; waiting threads spin: import rlhf_ppo before torch, or set OMP_WAIT_POLICY=PASSIVE"
     return {
         "model": name,
         "trained": f"{_count(trained)} of {_count(total)} parameters ({100 * trained / total:.3g} %)",
@@ -222,7 +222,7 @@ def model_rows(name: str, model: nn.Module, *, device: torch.device, bf16: bool)
 
 
 def print_summary(rows: Mapping[str, str], *, quiet: bool = False) -> None:
-    """Write the rows to standard error, which is where the progress goes, too."""
+    """Print the rows to standard error, as the progress is."""
     if quiet:
         return
     console = Console(file=sys.stderr)

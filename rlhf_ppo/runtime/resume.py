@@ -29,10 +29,10 @@ from rlhf_ppo.runtime.commands import CheckArgs
 
 
 def newest_good(root: str | Path) -> Checkpoint | None:
-    """The newest unharmed checkpoint of a run, with a warning for each newer one that is harmed; None: it has none.
+    """Read the newest good checkpoint of a run; warns of each newer one that is damaged. None: the run has none.
 
     Raises:
-        CheckpointError: there are checkpoints and none is good. A run with a past never starts afresh by itself.
+        CheckpointError: there are checkpoints, but none is good; a run never silently starts over.
     """
     bad: list[str] = []
     for folder in reversed(list_checkpoints(root)):
@@ -42,29 +42,29 @@ def newest_good(root: str | Path) -> Checkpoint | None:
             bad.append(str(error))
             continue
         for line in bad:
-            warnings.warn(f"{line}. Going on from {folder.name} instead", stacklevel=2)
+            warnings.warn(f"{line}. Resuming from {folder.name} instead", stacklevel=2)
         return checkpoint
     if bad:
         raise CheckpointError(
-            f"no checkpoint in {root} is good, and a run that has some never starts afresh by itself. "
-            f"{'. '.join(bad)}. Restore one from a copy, or name another output_dir to start anew"
+            f"no checkpoint in {root} is good, and a run that has checkpoints never silently starts over. "
+            f"{'. '.join(bad)}. Restore one from a backup, or start over in another output_dir"
         )
     return None
 
 
 def find_checkpoint(wanted: str | Path, root: str | Path | None) -> Checkpoint | None:
-    """What ``resume_from_checkpoint`` means, verified and read: once, however large it is.
+    """Find the checkpoint that ``resume_from_checkpoint`` names; verify and read it, each file once.
 
     Args:
         wanted: a checkpoint's folder, a run's folder for the newest good one in it, or "auto": the newest good one in
             ``root``.
         root: the folder of the run that resumes.
     Returns:
-        The checkpoint. None: "auto", and there is none, so that the run starts afresh. To ask for one never does.
+        The checkpoint; None for "auto" where there is none, so that the run starts from scratch.
     Raises:
         ValueError: "auto" without a root.
-        FileNotFoundError: what is asked for is not there.
-        CheckpointError: it is damaged, or the run has some and none is good.
+        FileNotFoundError: the checkpoint or folder does not exist.
+        CheckpointError: it is damaged, or the run has checkpoints and none is good.
     """
     if wanted == "auto":
         if root is None:
@@ -74,12 +74,12 @@ def find_checkpoint(wanted: str | Path, root: str | Path | None) -> Checkpoint |
     if not path.is_dir():
         there = ", ".join(folder.name for folder in list_checkpoints(path.parent)) or "none"
         raise FileNotFoundError(
-            f"resume_from_checkpoint={path}: there is no such folder; checkpoints in {path.parent}: {there}"
+            f"resume_from_checkpoint={path}: the folder does not exist; checkpoints in {path.parent}: {there}"
         )
     if checkpoint_step(path) is not None or (path / MANIFEST).is_file():
         return read_checkpoint(path)
     if (newest := newest_good(path)) is None:
-        raise FileNotFoundError(f"resume_from_checkpoint={path}: this is no checkpoint, and no run with one")
+        raise FileNotFoundError(f"resume_from_checkpoint={path}: this is neither a checkpoint nor a run that has one")
     return newest
 
 
@@ -93,17 +93,17 @@ def require_unchanged(
     free: Collection[str] = (),
     override: bool = False,
 ) -> None:
-    """Refuse to resume another run than the checkpoint's, or warn of it under ``override``.
+    """Refuse to resume with other settings or data than the checkpoint's, or only warn with ``override``.
 
     Args:
         checkpoint: the one to resume.
         settings, fingerprints: of the run that resumes.
-        defaults: what settings that the checkpoint does not know were then (they came with a later version).
+        defaults: values of settings that the checkpoint's version did not have yet.
         removed: removed setting -> its old default, at which it is ignored, and what to do instead.
         free: settings that may change from one part of a run to the next.
-        override: the user wants it so.
+        override: warn instead of raising.
     Raises:
-        CheckpointError: something else differs; shows each as old -> new.
+        CheckpointError: any other setting or fingerprint differs; shows each as old -> new.
     """
     removed = removed or {}
     known = {
@@ -122,13 +122,13 @@ def require_unchanged(
     if not changed:
         return
     listed = "\n  ".join(changed)
-    message = f"checkpoint {checkpoint.folder} is of a run with other settings or data (old -> new):\n  {listed}\n"
+    message = f"checkpoint {checkpoint.folder} was saved with other settings or data (old -> new):\n  {listed}\n"
     if not override:
         raise CheckpointError(
-            f"{message}Put them back, or go on with the new ones by resume_override=True (--resume-override): the run "
-            "is then no longer the one that it would have been"
+            f"{message}Restore them, or continue with the new ones by resume_override=True (--resume-override); the "
+            "result then differs from an uninterrupted run"
         )
-    warnings.warn(f"{message}Going on with the new ones (resume_override)", stacklevel=3)
+    warnings.warn(f"{message}Continuing with the new ones (resume_override)", stacklevel=3)
 
 
 def _short(value: Any) -> str:
@@ -137,14 +137,14 @@ def _short(value: Any) -> str:
 
 
 def check(args: CheckArgs) -> int:
-    """Print a row for each checkpoint; returns the exit code.
+    """Run the `check` command: print a row for each checkpoint; returns the exit code.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no checkpoint in it.
+        FileNotFoundError: the folder does not exist or has no checkpoint.
     """
     run = Path(args.run)
     if not run.is_dir():
-        raise FileNotFoundError(f"{run} does not exist: name the folder of a run")
+        raise FileNotFoundError(f"{run} does not exist: name a run's folder")
     folders = list_checkpoints(run) or ([run] if (run / "manifest.json").is_file() else [])
     if not folders:
         raise FileNotFoundError(f"{run} holds no checkpoint-<n>: runs write them with save_every")
@@ -160,14 +160,14 @@ def check(args: CheckArgs) -> int:
     console = Console(markup=False, emoji=False)  # a folder's name may hold [/x] or :x:
     console.print(table)
     if good:
-        console.print(f"a resumed run goes on from {good[-1].name}", highlight=False)
+        console.print(f"a resumed run continues from {good[-1].name}", highlight=False)
     else:
-        console.print("none can be resumed", highlight=False)
+        console.print("none of them can be resumed", highlight=False)
     return int(len(good) < len(folders))
 
 
 def _facts(folder: Path) -> tuple[str, str]:
-    """Size in MB and version, as the manifest says, if it can be read."""
+    """Return size in MB and versions from the manifest, "?" if it cannot be read."""
     try:
         manifest = read_manifest(folder)
     except CheckpointError:

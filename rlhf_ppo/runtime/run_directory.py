@@ -1,4 +1,4 @@
-"""The folder of a run: settings, metrics and samples as JSON, written so that a crash loses nothing already there."""
+"""The folder of a run: its settings, metrics and samples as JSON, and the lock that keeps other runs out of it."""
 
 from __future__ import annotations
 
@@ -31,51 +31,51 @@ def _row(file: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         return json.loads(line.decode())
     except ValueError as error:
-        raise ValueError(f"{file}, line {number}, is damaged ({error}): mend or remove that line") from None
+        raise ValueError(f"{file}, line {number}, is damaged ({error}): repair or remove that line") from None
 
 
 def _position(name: str, row: Mapping[str, Any]) -> tuple[int, bool]:
-    """Where a row of the file ``name`` belongs: its iteration, and whether it is part of the evaluation after it."""
+    """Return a row's iteration, and whether it is of the evaluation after it; ``name``: its file."""
     evaluation = name.startswith("eval") or any(key.startswith("eval/") for key in row)
     return row.get("progress/iteration", row.get("iteration", 0)), evaluation
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
-    """The settings in a run's folder (run.json), or {} if there is none.
+    """Read the settings in a run's folder (run.json); {} without one.
 
     Raises:
         ValueError: the file is damaged.
     """
     file = Path(folder) / "run.json"
-    return read_json(file, "put the run's settings back, or remove it") if file.is_file() else {}
+    return read_json(file, "restore the run's settings, or remove it") if file.is_file() else {}
 
 
 class RunDirectory:
-    """One run's folder. Starting a run where another one lies moves the old files to ``previous-<n>/`` first."""
+    """One run's folder. Starting a run in the folder of another moves the old files to ``previous-<n>/`` first."""
 
     def __init__(self, path: str | Path, *, quiet: bool = True) -> None:
-        """Make the folder if it is not there.
+        """Create the folder if it is missing.
 
         Args:
-            path: of the folder.
-            quiet: say nothing when files move into ``previous-<n>/``.
+            path: the folder.
+            quiet: do not print that files move into ``previous-<n>/``.
         Raises:
-            ValueError: the path is a file, or the folder cannot be made.
+            ValueError: the path is a file, or the folder cannot be created.
         """
         self.path, self.quiet = Path(path), quiet
         self.listener: Callable[[Mapping[str, float]], None] | None = None
-        """Told of each line of metrics.jsonl once it is written (see :mod:`rlhf_ppo.runtime.trackers`)."""
+        """Called with each line of metrics.jsonl after it is written (see :mod:`rlhf_ppo.runtime.trackers`)."""
         if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"output_dir {self.path} is a file; name a folder")
+            raise ValueError(f"output_dir {self.path} is a file: name a folder")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"output_dir {self.path} cannot be made: {error.strerror}") from None
+            raise ValueError(f"output_dir {self.path} cannot be created: {error.strerror}") from None
 
     def start(self, settings: Mapping[str, Any]) -> None:
-        """Begin a run: set an earlier run's files aside, then write ``run.json``."""
+        """Start a run: move an earlier run's files aside, then write ``run.json``."""
         if (self.path / "metrics.jsonl").exists() or any(self.path.glob("checkpoint-*")):
-            # Checkpoints go first: if this is cut off, no later run takes what is left for its own.
+            # Checkpoints go first: if this is interrupted, no later run takes the rest for its own.
             entries = [entry for entry in self.path.iterdir() if not entry.name.startswith(("previous-", LOCK_FILE))]
             self.set_aside(
                 sorted(entries, key=lambda entry: not entry.name.startswith("checkpoint-")), "an earlier run"
@@ -83,7 +83,7 @@ class RunDirectory:
         self.write_json("run.json", settings)
 
     def set_aside(self, entries: Sequence[Path], what: str) -> None:
-        """Move files and folders of this folder, which are ``what``, into a new ``previous-<n>/``."""
+        """Move files and folders, described by ``what``, into a new ``previous-<n>/``."""
         if not entries:
             return
         n = 1
@@ -97,7 +97,7 @@ class RunDirectory:
             print(f"{what} in {self.path} is now in {old}")
 
     def go_on(self, checkpoint: Path, iteration: int, settings: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint of this run, or of one in another folder, whose history comes along.
+        """Continue from a checkpoint of this run, or of a run in another folder, whose history is copied.
 
         Args:
             checkpoint: its folder, ``checkpoint-<iteration>``.
@@ -105,7 +105,7 @@ class RunDirectory:
             settings: of the run from here on, for ``run.json``.
         """
         if checkpoint.parent.resolve() == self.path.resolve():
-            # What came after the checkpoint, or is damaged, is no part of this run any more.
+            # Later or damaged checkpoints are no longer part of this run.
             later = [f for f in list_checkpoints(self.path) if int(f.name.rpartition("-")[2]) > iteration]
             self.set_aside(later, "what came after the checkpoint")
         else:
@@ -116,16 +116,16 @@ class RunDirectory:
         self.write_json("run.json", settings)
 
     def rewind(self, iteration: int) -> None:
-        """Go on in this folder after ``iteration``: rows of later iterations leave its JSONL files.
+        """Remove the rows of later iterations than ``iteration`` from the JSONL files.
 
-        So do those of an evaluation after ``iteration`` itself: it opens the next one and is made again.
+        Those of the evaluation after ``iteration`` go, too: it belongs to the next one and is repeated.
         """
         for file in self.path.glob("*.jsonl"):
             rows = [row for row in self.read(file.name) if _position(file.name, row) <= (iteration, False)]
             replace_text(file, "".join(_line(row) for row in rows))
 
     def sync(self) -> None:
-        """Bring the JSONL files to the disk."""
+        """Fsync the JSONL files."""
         for file in self.path.glob("*.jsonl"):
             sync_file(file)
 
@@ -141,16 +141,16 @@ class RunDirectory:
             file.write(_line(row))
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Append a line to ``metrics.jsonl``; a misspelt key is a KeyError (see :func:`require_known_metrics`)."""
+        """Append a line to ``metrics.jsonl``; raises a KeyError for an unknown key of a built-in family."""
         require_known_metrics(metrics)
-        # Numbers of numpy's and torch's come from callbacks.
+        # Callbacks may log scalars of numpy and torch.
         metrics = {name: x if isinstance(x, (int, float)) else float(x) for name, x in metrics.items()}
         self.append("metrics.jsonl", metrics)
         if self.listener is not None:
             self.listener(metrics)
 
     def read(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-        """The rows of a JSONL file; none if it does not exist. A last line that a kill cut off is no row.
+        """Read the rows of a JSONL file; [] if it does not exist. A last line cut off by a kill is dropped.
 
         Raises:
             ValueError: another line is damaged.
@@ -169,12 +169,13 @@ class RunLockedError(ValueError):
 
 @contextmanager
 def run_lock(folder: str | Path) -> Iterator[None]:
-    """Hold a run's folder while this lasts. The file stays; what counts is the system's lock on it.
+    """Lock a run's folder during the block. The operating system releases the lock however the process ends.
 
-    Where the system has no such locks nothing is held: on a network file system with a warning.
+    The file stays; only the lock on it counts. Where locks are not available, nothing is held: on a network file system
+    with a warning.
 
     Raises:
-        RunLockedError: another run holds it; names its process.
+        RunLockedError: another run holds the lock; names its process.
     """
     if fcntl is None:
         yield

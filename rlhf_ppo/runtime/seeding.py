@@ -1,4 +1,4 @@
-"""Seeds: one seed, one machine, one result."""
+"""Seeds and random streams: one seed, one machine, one result."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's global generators (reward functions and initialisers may draw from them)."""
+    """Seed the global generators of Python, NumPy and torch, which reward functions and initialisers may draw from."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def global_rng_state() -> dict[str, torch.Tensor]:
-    """The state of Python's, NumPy's and torch's global generators (CPU, and each CUDA device), as tensors."""
+    """Return the states of Python's, NumPy's and torch's global generators (CPU and each CUDA device) as tensors."""
     version, words, python_gauss = random.getstate()
     _, key, position, has_gauss, numpy_gauss = np.random.get_state()
     state = {
@@ -27,13 +27,13 @@ def global_rng_state() -> dict[str, torch.Tensor]:
         "numpy_gauss": torch.tensor([numpy_gauss], dtype=torch.float64),
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_initialized():  # asking would make a run on the CPU take a GPU's memory
+    if torch.cuda.is_initialized():  # otherwise asking would allocate GPU memory in a CPU run
         state |= {f"cuda.{i}": x for i, x in enumerate(torch.cuda.get_rng_state_all())}
     return state
 
 
 def restore_rng_state(state: Mapping[str, torch.Tensor]) -> None:
-    """Put the global generators where :func:`global_rng_state` found them (those of devices that are here)."""
+    """Restore the states of :func:`global_rng_state`, as far as their devices exist here."""
     version, *words = state["python"].tolist()
     random.setstate((version, tuple(words), next(iter(state["python_gauss"].tolist()), None)))
     *key, position, has_gauss = state["numpy"].tolist()
@@ -45,10 +45,10 @@ def restore_rng_state(state: Mapping[str, torch.Tensor]) -> None:
 
 
 TRAIN, SHUFFLE, EVALUATION = range(3)
-"""What a stream is for."""
+"""Purposes of random streams. A stream is numbered, never advanced, so that any draw can be repeated."""
 
 
 def numbered_generator(seed: int, stream: int, number: int, device: torch.device | str) -> torch.Generator:
-    """A generator that depends on seed, purpose and number alone."""
+    """Return a generator that depends on seed, stream and number alone."""
     state = np.random.SeedSequence([seed, stream, number]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))

@@ -1,4 +1,4 @@
-"""Trackers: metrics.jsonl's lines sent to TensorBoard, W&B or Trackio as well; none of them can stop a run."""
+"""Send metrics to TensorBoard, W&B or Trackio as well; a tracker that fails never stops the run."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ if TYPE_CHECKING:
     from rlhf_ppo.runtime.run_directory import RunDirectory
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
-"""Names of trackers; each is the package that it needs, and an extra of this one."""
+"""Names of trackers: each is the package that it needs, and an extra of this package."""
 
 FINISH_S = 60.0
-"""Longest time in seconds that a run waits at its end for what a tracker still has to send."""
+"""Seconds that a run waits at most, at its end, for its trackers to finish sending."""
 
 _STEPS = ("progress/episodes", "progress/env_steps")
 _ONE_AT_A_TIME = threading.Lock()
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raise a ValueError unless the setting ``report_to`` is known names, each once."""
+    """Raise a ValueError unless the setting ``report_to`` holds known names, each once."""
     if isinstance(names, str) or not all(name in TRACKERS for name in names) or len(set(names)) < len(names):
         raise ValueError(f"report_to must be a tuple of different names of {', '.join(TRACKERS)}, got {names!r}")
 
 
 def require_installed(names: Sequence[str]) -> None:
-    """Raise a ModuleNotFoundError that says what to install if a tracker's package is not there."""
+    """Raise a ModuleNotFoundError with the install command if a tracker's package is missing."""
     for name in names:
         if find_spec(name) is None:
-            raise ModuleNotFoundError(f"report_to={name!r} needs a package: pip install 'rlhf-ppo[{name}]'")
+            raise ModuleNotFoundError(f"report_to={name!r} needs a missing package: pip install 'rlhf-ppo[{name}]'")
 
 
 @contextmanager
 def reporting(run: RunDirectory, names: Sequence[str], *, project: str, settings: Mapping[str, Any]) -> Iterator[None]:
-    """What ``run.log`` writes goes to trackers, too, until the end of the block.
+    """Send what ``run.log`` writes to trackers, too, during the block.
 
-    Each tracker works in a thread of its own, so that the run waits for none. One that fails, at its start or later, is
-    left out from then on with one warning; one that hangs is left behind at the end.
+    Each tracker has a thread of its own, so that the run never waits for it. One that fails is dropped with one
+    warning; one that hangs is abandoned at the end.
 
     Args:
         run: the run's folder; TensorBoard's files go into its folder ``tensorboard``.
-        names: of :data:`TRACKERS`.
-        project: under which W&B and Trackio list the run; it is named after its folder.
+        names: some of :data:`TRACKERS`.
+        project: where W&B and Trackio list the run, under its folder's name.
         settings: the run's.
     """
     workers = [_Worker(name, partial(_start, name, run.path, project, settings)) for name in names]
@@ -73,7 +73,7 @@ def reporting(run: RunDirectory, names: Sequence[str], *, project: str, settings
 
 
 class _Worker:
-    """A tracker in its thread: started, given each line that is put into ``lines``, and finished at None."""
+    """A tracker in a thread: started, given each line that is put into ``lines``, and finished by None."""
 
     def __init__(self, name: str, start: Callable[[], Any]) -> None:
         self.name, self._start = name, start
@@ -95,14 +95,14 @@ class _Worker:
             self._problem = f"failed to {doing} ({type(error).__name__}: {error})"
 
     def warn(self, *, ended: bool = False) -> None:
-        """Say once what went wrong, in the run's own thread, where a warning can be seen and made an error."""
+        """Warn once of a failure, in the run's own thread, where a warning is seen and can be made an error."""
         if (problem := self._problem) is not None:
             self._problem = None
         elif ended and self.thread.is_alive():
-            problem = f"was not done within {FINISH_S:g} seconds of the run's end"
+            problem = f"did not finish within {FINISH_S:g} seconds after the run"
         if problem is not None:
             warnings.warn(
-                f"tracker {self.name!r} {problem}; the run goes on without it, and metrics.jsonl has every line",
+                f"tracker {self.name!r} {problem}; the run continues without it, and metrics.jsonl is complete",
                 stacklevel=2,
             )
 

@@ -1,4 +1,4 @@
-"""Names: what a setting or an argument that is not here could have meant, by its spelling or in other libraries."""
+"""Explain unknown settings and arguments: suggest the name that was meant, by spelling or from other libraries."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 
 def hint(name: str, known: Iterable[str], elsewhere: Mapping[str, str] | None = None) -> str:
-    """What an unknown name could have meant, as the end of a message; "" if nothing comes near it.
+    """Suggest what an unknown name could have meant, as the end of a message; "" if nothing is close.
 
     Args:
-        name: what is not among the known.
-        known: names that there are.
-        elsewhere: another library's name -> ours, or why there is none.
+        name: the unknown name.
+        known: the valid names.
+        elsewhere: name in another library -> its name here, or why it does not exist here.
     """
     if elsewhere is not None and name in elsewhere:
         return f": {elsewhere[name]}"
@@ -53,7 +53,7 @@ def _refuse_removed(cls: type, given: Mapping[str, Any], where: str = "") -> Non
 
 
 def refuse_unknown_settings(cls: type, given: Mapping[str, Any]) -> None:
-    """Raise a TypeError, as Python would, for names that are no fields of a dataclass, with what they could have meant.
+    """Raise a TypeError, as Python would, for names that are not fields of a dataclass; suggests the closest.
 
     Raises:
         ValueError: the setting, or its value, is refused for a reason.
@@ -66,7 +66,7 @@ def refuse_unknown_settings(cls: type, given: Mapping[str, Any]) -> None:
 
 
 def refuse_unknown_arguments(function: Any, name: str, given: Iterable[str], elsewhere: Mapping[str, str]) -> None:
-    """Likewise for the arguments of a class or function, called ``name`` in the message."""
+    """Raise a TypeError likewise for arguments of a class or function, called ``name`` in the message."""
     known = [parameter for parameter in inspect.signature(function).parameters if parameter != "self"]
     for argument in given:
         if argument not in known:

@@ -1,4 +1,4 @@
-"""The user's own code: functions loaded by name, callbacks checked before a run, calls with a time limit."""
+"""Load and call the user's own code: functions by name, callbacks checked before a run, calls with a time limit."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from typing import Any
 from rlhf_ppo.runtime.signals import stop_if_asked
 
 FAILURES = (Exception, SystemExit, asyncio.CancelledError)
-"""What code of the user's own may raise and fail with: sys.exit() in it must not end a run as if it had succeeded."""
+"""What counts as a failure of user code: sys.exit() in it must not end a run as if it had succeeded."""
 
-_LOOK_UP_S = 0.25
-"""Seconds between two looks for a signal while a call is waited for."""
+_POLL_S = 0.25
+"""Seconds between two checks for a signal while waiting for a call."""
 
 
 def load_function(source: str, what: str) -> Callable[..., Any]:
-    """The function that ``source`` names. A file is run once, unless it changes, so that its functions share its state.
+    """Load the function that ``source`` names. A file runs once, unless it changes, so that its functions share state.
 
-    A class that is named is made without arguments, and what it makes must be callable.
+    A class is instantiated without arguments, and its instance must be callable.
 
     Args:
         source: ``file.py:function`` or ``module:function``.
-        what: what to call it in messages, such as "reward".
+        what: its name in messages, such as "reward".
     Raises:
-        ValueError: the file, module or function is not there (with the closest that is), or running it failed.
+        ValueError: the file, module or function does not exist (suggests the closest), or running it failed.
     """
     module_name, _, name = source.rpartition(":")
     if not module_name:
@@ -66,16 +66,16 @@ def _instance(cls: type, where: str) -> Any:
         made = cls()
     except FAILURES as error:
         raise ValueError(
-            f"{where}: {cls.__name__}() failed{_where(error)}; a class is made without arguments, so give what it "
-            "needs a default, or name a function that calls it"
+            f"{where}: {cls.__name__}() failed{_where(error)}; a class is instantiated without arguments: give its "
+            "parameters defaults, or name a function that instantiates it"
         ) from error
     if not callable(made):
-        raise ValueError(f"{where}: {cls.__name__} has no __call__, so it cannot be asked: give it one")
+        raise ValueError(f"{where}: {cls.__name__} has no __call__, so its instance cannot be called: add one")
     return made
 
 
 def _closest(name: str, module: ModuleType) -> str:
-    """What could have been meant instead of ``name``, as the end of a message."""
+    """Suggest what could have been meant instead of ``name``, as the end of a message."""
     own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
     if close := difflib.get_close_matches(name, own, n=1):
         return f"; did you mean {close[0]!r}?"
@@ -83,7 +83,7 @@ def _closest(name: str, module: ModuleType) -> str:
 
 
 def _where(error: BaseException) -> str:
-    """What went wrong while a module was run, and in which line."""
+    """Describe the error that a module raised, with its line."""
     if isinstance(error, SyntaxError) and error.filename is not None:
         return f": {error.msg} ({Path(error.filename).name}, line {error.lineno})"
     last = traceback.extract_tb(error.__traceback__)[-1]
@@ -106,13 +106,13 @@ def _run(file: Path, changed: int) -> Any:
 
 
 def require_callbacks(callbacks: Any, arguments: str) -> list[Any]:
-    """The callbacks as a list.
+    """Check that callbacks can be called with their arguments; returns them as a list.
 
     Args:
-        callbacks: what the user gave; None: none.
-        arguments: what they are called with, for messages, such as "trainer, metrics".
+        callbacks: as the user passed them; None: none.
+        arguments: what they are called with, such as "trainer, metrics".
     Raises:
-        ValueError: it is no list, or one of them cannot be called like that; says which.
+        ValueError: it is not a list, or one of them cannot be called like that; names it.
     """
     if callbacks is not None and (isinstance(callbacks, (str, Mapping)) or not isinstance(callbacks, Iterable)):
         raise ValueError(f"callbacks must be a list of functions of ({arguments}), got {callbacks!r}")
@@ -122,7 +122,7 @@ def require_callbacks(callbacks: Any, arguments: str) -> list[Any]:
             raise ValueError(f"callbacks[{i}] must be a function of ({arguments}), got {callback!r}")
         try:
             signature = inspect.signature(callback)
-        except ValueError:  # some functions written in C do not tell
+        except ValueError:  # some functions written in C have no signature
             continue
         try:
             signature.bind(*arguments.split(", "))
@@ -132,7 +132,7 @@ def require_callbacks(callbacks: Any, arguments: str) -> list[Any]:
 
 
 def callback_name(callback: Any) -> str:
-    """What a callback is called in messages."""
+    """Return a callback's name for messages."""
     return getattr(callback, "__name__", type(callback).__name__)
 
 
@@ -140,9 +140,9 @@ def callback_name(callback: Any) -> str:
 
 
 def start(call: Callable[[], Any], timeout_s: float | None) -> Future[Any]:
-    """Run ``call`` in a daemon thread: if it hangs, it can be left behind and cannot keep the process from ending.
+    """Run ``call`` in a daemon thread, which can be abandoned if it hangs and does not keep the process alive.
 
-    Without a time limit it runs here and now.
+    Without a time limit it runs at once in the caller's thread.
     """
     future: Future[Any] = Future()
     future.set_running_or_notify_cancel()
@@ -161,15 +161,15 @@ def start(call: Callable[[], Any], timeout_s: float | None) -> Future[Any]:
 
 
 def has_ended(future: Future[Any], wait_s: float | None) -> bool:
-    """Wait, at most ``wait_s`` seconds, looking up now and then for a signal that asks the run to stop.
+    """Wait at most ``wait_s`` seconds for a call to end; raises :class:`Interrupted` if a signal arrives meanwhile.
 
-    Waiting and asking for the result are kept apart, because the call may raise a TimeoutError of its own.
+    Waiting is separate from reading the result, because the call may raise a TimeoutError of its own.
     """
     end = None if wait_s is None else time.monotonic() + wait_s
     while True:
-        left = _LOOK_UP_S if end is None else min(_LOOK_UP_S, max(0.0, end - time.monotonic()))
+        left = _POLL_S if end is None else min(_POLL_S, max(0.0, end - time.monotonic()))
         done = concurrent.futures.wait([future], timeout=left).done
-        # Before the result: Ctrl-C also ends the processes that a reward has started, which looks like a failure.
+        # Checked first: Ctrl-C also ends processes that a reward has started, which would look like its failure.
         stop_if_asked()
         if done:
             return True

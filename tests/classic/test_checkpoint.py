@@ -112,7 +112,7 @@ def test_auto_starts_afresh_only_where_there_is_no_checkpoint(small, tmp_path):
         model.write_bytes(b"bad")
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* is good"):
         classic.PPO("tests/Match-v0", settings(small, tmp_path, {})).learn(60, resume_from_checkpoint="auto")
-    with pytest.raises(FileNotFoundError, match=r"checkpoint-9: there is no such folder; .*: checkpoint-2"):
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-9: the folder does not exist; .*: checkpoint-2"):
         classic.PPO("tests/Match-v0", small()).learn(60, resume_from_checkpoint=tmp_path / "checkpoint-9")
     with pytest.raises(ValueError, match="looks in output_dir, which is None"):
         classic.PPO("tests/Match-v0", small()).learn(60, resume_from_checkpoint="auto")

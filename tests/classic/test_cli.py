@@ -81,7 +81,9 @@ def test_evaluations_on_the_way_resuming_and_videos(tmp_path, capsys):
     assert main([*words, *more, "--resume", "auto"]) == 0
     assert (folder / "metrics.jsonl").read_bytes() == first
     assert main([*words, *more, "--resume", str(folder / "checkpoint-77")]) == 2
-    assert re.search(r"checkpoint-77: there is no such folder; .*: checkpoint-2, checkpoint-4", capsys.readouterr().err)
+    assert re.search(
+        r"checkpoint-77: the folder does not exist; .*: checkpoint-2, checkpoint-4", capsys.readouterr().err
+    )
     assert main(["evaluate", str(folder), "--episodes", "2", "--video", str(tmp_path / "a.gif")]) == 2
     assert "a video needs an environment made with render_mode='rgb_array'" in capsys.readouterr().err
 

@@ -40,18 +40,18 @@ HEALTHY = {
 }
 FLAT = {"score/mean": lambda t: 0.1 * (round(t * (UPDATES - 1)) % 2)}
 SYMPTOMS = {
-    "numbers that are not finite": {"optim/skipped_steps": lambda t: int(t == 1)},
+    "non-finite numbers": {"optim/skipped_steps": lambda t: int(t == 1)},
     "sampling and training disagree": {"policy/first_minibatch_max_abs_log_ratio": lambda t: 0.3 * (t == 0)},
     "rounding as large as the clip range": {"policy/first_minibatch_max_abs_log_ratio": lambda t: 0.3},
     "no signal": {"score/std": lambda t: 0.0},
-    "updates outrun their data": {"policy/clip_fraction": lambda t: 0.5 * (t > 0.4)},
+    "updates too large": {"policy/clip_fraction": lambda t: 0.5 * (t > 0.4)},
     "updates too small": {"policy/clip_fraction": lambda t: 0.0, "policy/approx_kl": lambda t: 1e-6},
-    "updates cut short": {"optim/epochs": lambda t: 2},
-    "a deterministic policy, early": {"policy/entropy": lambda t: 2.0 if t < 0.2 else 0.05},
+    "updates stopped early": {"optim/epochs": lambda t: 2},
+    "a deterministic policy early on": {"policy/entropy": lambda t: 2.0 if t < 0.2 else 0.05},
     "a policy that stays random": {"policy/entropy": lambda t: 2.0, **FLAT},
     "a critic worse than a constant": {"value/explained_variance": lambda t: -0.2},
     "large returns": {"value/return_mean": lambda t: -1000.0},
-    "every gradient is cut": {"optim/grad_norm": lambda t: 50.0},
+    "every gradient is clipped": {"optim/grad_norm": lambda t: 50.0},
     "drift from the reference": {"kl/reference_nats_per_response": lambda t: 30 * t},
     "held back by the reference": {"kl/reference_nats_per_response": lambda t: 0.01, **FLAT},
     "responses that no longer end": {"response/eos_fraction": lambda t: 0.9 - 0.9 * t},
@@ -89,7 +89,7 @@ def test_a_symptom_meets_its_own_rule_and_no_other(tmp_path, name):
 
 
 def test_changes_start_from_the_runs_own_settings(tmp_path, capsys):
-    run = write_run(tmp_path / "run", SYMPTOMS["updates outrun their data"])
+    run = write_run(tmp_path / "run", SYMPTOMS["updates too large"])
     (found,) = advise(run)
     assert found.changes == {"learning_rate": (3e-4, 1e-4), "num_epochs": (4, 2)}  # no other move's setting is there
     assert main(["advise", str(run)]) == 0

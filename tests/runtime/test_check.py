@@ -14,15 +14,15 @@ def test_check_says_which_is_bad_why_and_which_would_be_resumed(tmp_path, capsys
     for step in (1, 2, 3):
         write_checkpoint(run, step, tensors={"model": {"a": torch.ones(3)}}, state={"x": 1})
     assert main(["check", str(run)]) == 0
-    assert "a resumed run goes on from checkpoint-3" in capsys.readouterr().out
+    assert "a resumed run continues from checkpoint-3" in capsys.readouterr().out
     (run / "checkpoint-3" / "state.json").write_text("{}")
     (run / "checkpoint-1" / "manifest.json").unlink()
     assert main(["check", str(run)]) == 1
     out = capsys.readouterr().out
-    assert "goes on from checkpoint-2" in out and out.count("BAD") == 2 and out.count("good") == 1
+    assert "continues from checkpoint-2" in out and out.count("BAD") == 2 and out.count("good") == 1
     assert "state.json" in out and "manifest.json" in out
     (run / "checkpoint-2" / "model.safetensors").write_bytes(b"")
-    assert main(["check", str(run)]) == 1 and "none can be resumed" in capsys.readouterr().out
+    assert main(["check", str(run)]) == 1 and "none of them can be resumed" in capsys.readouterr().out
     assert main(["check", str(run / "checkpoint-3")]) == 1
 
 

@@ -133,7 +133,7 @@ def test_fault_25_a_run_whose_checkpoints_are_all_bad_is_no_fresh_run(tmp_path):
 def test_a_checkpoint_of_an_earlier_version_says_so(tmp_path):
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / "state.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"manifest\.json: is missing.*of a version that wrote none"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json: is missing.*of a version that wrote no manifest"):
         read_checkpoint(tmp_path / "checkpoint-1")
 
 
@@ -143,7 +143,7 @@ def test_fault_28_a_manifest_cannot_name_other_files(tmp_path, name):
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][name] = {"bytes": 1, "sha256": "0"}
     (folder / "manifest.json").write_text(checkpoint.manifest_text(manifest))
-    with pytest.raises(CheckpointError, match="no file of a checkpoint"):
+    with pytest.raises(CheckpointError, match="cannot be part of a checkpoint"):
         read_checkpoint(folder)
 
 
@@ -174,7 +174,7 @@ def test_rotation_spares_the_best_and_does_not_count_the_bad(tmp_path):
             (folder / "manifest.json").unlink()
     assert [p.name for p in prune(tmp_path, keep=2, spare={1})] == ["checkpoint-2", "checkpoint-3"]
     assert steps(tmp_path) == ["checkpoint-1", "checkpoint-4", "checkpoint-5", "checkpoint-6"]
-    with pytest.raises(ValueError, match="keep=0 must be 1 or more"):
+    with pytest.raises(ValueError, match="keep=0 must be at least 1"):
         prune(tmp_path, keep=0)
 
 

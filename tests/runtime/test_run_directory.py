@@ -75,7 +75,7 @@ def test_a_damaged_line_is_named(tmp_path, bad):
     run.append("samples.jsonl", {"completion": "a\u2028b"})
     with (tmp_path / "samples.jsonl").open("ab") as file:
         file.write(bad + b"\n")
-    with pytest.raises(ValueError, match=r"samples\.jsonl, line 2, is damaged \(.*\): mend or remove that line"):
+    with pytest.raises(ValueError, match=r"samples\.jsonl, line 2, is damaged \(.*\): repair or remove that line"):
         run.read("samples.jsonl")
 
 
@@ -83,7 +83,7 @@ def test_a_damaged_line_is_named(tmp_path, bad):
 def test_damaged_settings_of_a_run_are_named(tmp_path, text):
     assert read_run(tmp_path) == {}
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(ValueError, match=r"run\.json is damaged \(.*\): put the run's settings back, or remove it"):
+    with pytest.raises(ValueError, match=r"run\.json is damaged \(.*\): restore the run's settings, or remove it"):
         read_run(tmp_path)
 
 
@@ -118,5 +118,5 @@ def test_rewind_forgets_what_came_after(tmp_path):
 def test_a_missing_file_has_no_rows_and_a_file_is_no_folder(tmp_path):
     assert RunDirectory(tmp_path / "new").read("nothing.jsonl") == []
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="is a file; name a folder"):
+    with pytest.raises(ValueError, match="is a file: name a folder"):
         RunDirectory(tmp_path / "file")

@@ -91,7 +91,7 @@ def test_fault_34_a_tracker_that_fails_is_one_warning_and_the_file_has_every_lin
     (warning,) = caught
     words = str(warning.message)
     assert f"tracker 'wandb' failed to {what} (ConnectionError: nobody answers)" in words
-    assert "metrics.jsonl has every line" in words
+    assert "metrics.jsonl is complete" in words
     assert len(fakes[0].lines) == {"start": 0, "log": 1, "finish": 3}[what]
 
 
@@ -123,7 +123,7 @@ def test_fault_34_a_tracker_that_hangs_is_left_behind(tmp_path, fakes, monkeypat
         report(tmp_path, ("trackio", "wandb"))
     release.set()
     (warning,) = caught
-    assert "tracker 'trackio' was not done within 0.2 seconds" in str(warning.message)
+    assert "tracker 'trackio' did not finish within 0.2 seconds" in str(warning.message)
     (other,) = (fake for fake in fakes if type(fake) is Fake)
     assert len(other.lines) == 3 and other.ended
 
@@ -164,7 +164,7 @@ def test_names_that_are_none_are_refused(names):
 def test_a_package_that_is_not_there_is_said_before_any_work(monkeypatch, tmp_path):
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(
-        ModuleNotFoundError, match=r"report_to='trackio' needs a package: pip install 'rlhf-ppo\[trackio"
+        ModuleNotFoundError, match=r"report_to='trackio' needs a missing package: pip install 'rlhf-ppo\[trackio"
     ):
         require_installed(("trackio",))
     with pytest.raises(ModuleNotFoundError, match="report_to='wandb'"):

@@ -1,6 +1,6 @@
-"""Derivatives in closed form: what the clipped surrogate and the value loss hand on to log-probs and values.
+"""Analytic gradients of the clipped surrogate and the value loss with respect to log-probs and values.
 
-For small networks autograd's bookkeeping costs more than the arithmetic. These are the derivatives of
+For small networks autograd costs more than the arithmetic. These are the derivatives of
 :func:`~rlhf_ppo.core.losses.clipped_policy_loss` and :func:`~rlhf_ppo.core.losses.clipped_value_loss`, and tests hold
 them to that.
 """
@@ -24,7 +24,7 @@ def clipped_policy_slope(
     clip_range_high: float | None = None,
     dual_clip: float | None = None,
 ) -> Tensor:
-    """d loss / d log pi per action [*]: ``-r * A`` where the clip leaves a gradient, else 0; nothing is checked.
+    """Compute d loss / d log pi per action [*]: ``-r * A`` where the clip leaves a gradient, else 0; checks nothing.
 
     The sign of A says which log-ratios those are: up to log(1 + eps_high) for A > 0; from log(1 - eps) on for A < 0,
     and then with dual_clip c up to log c.
@@ -48,7 +48,7 @@ def clipped_policy_slope(
 def clipped_value_slope(
     values: Tensor, old_values: Tensor | None, returns: Tensor, *, clip_range: float | None = None
 ) -> Tensor:
-    """d loss / d V per state [*]: ``V - R``, or 0 where clipping has taken the gradient away; nothing is checked.
+    """Compute d loss / d V per state [*]: ``V - R``, or 0 where clipping removes the gradient; checks nothing.
 
     Args: those of :func:`~rlhf_ppo.core.losses.clipped_value_loss`, float32 or float64, without a graph.
     """

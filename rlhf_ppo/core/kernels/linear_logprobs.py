@@ -35,11 +35,11 @@ def linear_logprobs(
     return_entropy: bool = False,
     ban: BannedTokens | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probs of ``tokens`` under ``softmax((hidden @ weight.T + bias) / temperature)``, without the [N, V] logits.
+    """Compute log-probs of ``tokens`` under ``softmax((hidden @ weight.T + bias) / temperature)``.
 
-    Works on ``chunk_size`` rows at a time, so its peak memory is [chunk_size, V] whatever N is. Rows that fit one chunk
-    are computed once and kept for the backward pass; of more rows, the logits are computed again there. Gradients reach
-    hidden, weight and bias, from log-probs and entropy alike.
+    Never holds the [N, V] logits: works on ``chunk_size`` rows at a time, so its peak memory is [chunk_size, V]. Rows
+    that fit one chunk are computed once and kept for the backward pass, which recomputes the logits of more rows.
+    Gradients of log-probs and entropy reach hidden, weight and bias.
 
     Args:
         hidden: [N, O] last hidden states.
@@ -74,11 +74,11 @@ def linear_logprobs(
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Goes through the vocabulary block by block, so that what a product writes is still in the cache when it is read.
+    """Works on blocks of the vocabulary, so that what a product writes is still in the cache when it is read.
 
     Forward keeps ``exp(logit - largest of its block)`` of a single chunk of rows, and the products of backward read it
     as it is: what turns it into a gradient is one factor a row, which multiplies the smaller side of each product. Of
-    several chunks only the log-normalisers stay, and backward makes the exponentials again. Under autocast, all of
+    several chunks only the log-normalisers are kept, and backward recomputes the exponentials. Under autocast, all of
     [block, n] is in autocast's format, and sums are in the compute dtype.
     """
 
@@ -171,7 +171,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``hidden @ weight.T + bias`` as a new [N, V] tensor as :func:`linear_logprobs` computes it; without gradients."""
+    """Compute the [N, V] logits ``hidden @ weight.T + bias`` as :func:`linear_logprobs` does, without gradients."""
     low = product_dtype(hidden)
     with without_autocast(hidden):
         chunk = ChunkLogits(hidden, weight, bias, low=low)

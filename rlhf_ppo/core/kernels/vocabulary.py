@@ -1,4 +1,4 @@
-"""The output layer, block by block of the vocabulary: what a product writes is read while it is in the cache."""
+"""The output layer in blocks of the vocabulary, so that what a product writes is still in the cache when it is read."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor
 from rlhf_ppo.core.types import BannedTokens, compute_dtype
 
 CHUNK_LOGITS = 2**25
-"""Most logits held at once unless told otherwise: 128 MiB in float32."""
+"""Logits held at once by default: 128 MiB in float32."""
 
 BLOCK_LOGITS, BLOCK_WORDS = 2**20, 256
-"""What is worked on at a time: 4 MiB of float32 logits, but no fewer than 256 words."""
+"""Size of a block: 4 MiB of float32 logits, and at least 256 words."""
 
 _SAMPLE = 1024
-"""Words among which the largest logit is looked for before the product: the first ones (in BPE the most frequent), and
-as many spread over the rest."""
+"""Words whose largest logit is estimated before the product: the first ones (in BPE the most frequent), and as many
+spread over the rest."""
 
 
 def check_ban(ban: BannedTokens | None, rows: int) -> None:
@@ -31,12 +31,12 @@ def check_ban(ban: BannedTokens | None, rows: int) -> None:
 
 
 def blocks_of(vocabulary: int, rows: int, device: torch.device) -> list[slice]:
-    """Blocks of the vocabulary whose logits for ``rows`` states stay in a CPU's cache; elsewhere one block."""
+    """Split the vocabulary into blocks whose logits for ``rows`` states fit a CPU's cache; elsewhere one block."""
     return chunks_of(vocabulary, max(BLOCK_LOGITS // max(rows, 1), BLOCK_WORDS) if device.type == "cpu" else vocabulary)
 
 
 def chunks_of(total: int, size: int) -> list[slice]:
-    """``total`` in slices of ``size``; the last may be shorter."""
+    """Split ``total`` into slices of ``size``; the last may be shorter."""
     return [slice(start, start + size) for start in range(0, total, size)]
 
 
@@ -48,27 +48,27 @@ def places_in(tokens: Tensor, block: slice) -> tuple[Tensor, Tensor]:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The format of the products: autocast's where it is on, else the tensor's own."""
+    """Return the products' dtype: autocast's where it is on, else the tensor's own."""
     kind = x.device.type
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else x.dtype
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """While this lasts, products on the tensor's device are in the formats of what they multiply."""
+    """Return a context without autocast on the tensor's device."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def below_largest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [block, n], in the same memory, less the largest of each column, and that [n]."""
+    """Subtract each column's largest logit [n] from the logits [block, n] in place; returns both."""
     # A block of banned tokens has no largest logit to subtract.
     largest = logits.amax(dim=0).clamp_(min=torch.finfo(logits.dtype).min)
     return logits.sub_(largest), largest
 
 
 class ChunkLogits:
-    """Logits of a chunk of rows, made a block of the vocabulary at a time."""
+    """Logits of a chunk of rows, computed one block of the vocabulary at a time."""
 
     def __init__(
         self,
@@ -81,28 +81,28 @@ class ChunkLogits:
         rows: slice = slice(None),
         ban: BannedTokens | None = None,
     ) -> None:
-        """Take the states of some rows.
+        """Prepare the states of a chunk of rows.
 
         Args:
             hidden, weight, bias: [N, O], [V, O] and [V] or None.
             temperature: divides the logits.
-            low: format of the products.
-            rows: the chunk's, of N.
+            low: dtype of the products.
+            rows: the chunk, of N rows.
             ban: of all N rows.
         """
         states = hidden[rows]
         # Divided by the temperature before it is rounded.
         self.states = (states if temperature == 1 else states / temperature).to(low).T
-        """[O, n] in the format of the products."""
+        """[O, n] in the products' dtype."""
         self._weight, self._bias, self._temperature = weight, bias, temperature
         self._ban = None if ban is None else BannedTokens(ban.where[rows], ban.tokens)
 
     @cached_property
     def shift(self) -> Tensor | None:
-        """About the largest logit of each state in a format below float32; None: logits need no shift.
+        """Estimate the largest logit of each state, for dtypes below float32; None: logits need no shift.
 
-        bfloat16 keeps 8 bits: logits near 100, as GPT-2's are, would be rounded to halves. What is rounded is therefore
-        how far they lie from this number, which is small for all words that matter.
+        bfloat16 keeps 8 bits: logits near 100, as GPT-2's are, would be rounded to halves. Instead their distance from
+        this number is rounded, which is small for all words that matter.
         """
         states, weight = self.states, self._weight
         if states.dtype == compute_dtype(states):
@@ -111,7 +111,7 @@ class ChunkLogits:
         return (some.to(states.dtype) @ states).amax(dim=0)
 
     def block(self, block: slice, room: Tensor | None = None) -> Tensor:
-        """Logits [block, n] less the ``shift``, in the format of the states; written into ``room`` if given."""
+        """Compute logits [block, n] minus the ``shift`` in the states' dtype; written into ``room`` if given."""
         words, shift = self._weight[block].to(self.states.dtype), self.shift
         if shift is None:
             logits = torch.mm(words, self.states, out=room)
@@ -127,7 +127,7 @@ class ChunkLogits:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """``total += a @ b``, or ``total = a @ b`` at first; no temporary where the formats agree."""
+    """Add ``a @ b`` to ``total``, or set it at first; no temporary where the dtypes agree."""
     if first and a.dtype == total.dtype:
         torch.mm(a, b, out=total)
     elif first:
@@ -139,7 +139,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
 
 
 class HeadGradients:
-    """What reaches hidden, weight and bias: summed over blocks and chunks in the compute dtype, and rounded once."""
+    """Gradients of hidden, weight and bias, summed over blocks and chunks in the compute dtype and rounded once."""
 
     def __init__(
         self,
@@ -151,13 +151,13 @@ class HeadGradients:
         temperature: float,
         low: torch.dtype,
     ) -> None:
-        """Start at 0.
+        """Start with gradients of 0.
 
         Args:
             hidden, weight, bias: [N, O], [V, O] and [V] or None, as in forward.
-            needed: whether each of the three needs a gradient; of the others nothing is computed.
+            needed: which of the three need a gradient; nothing is computed for the others.
             temperature: divided the logits.
-            low: format of the products.
+            low: dtype of the products.
         """
         self._inputs, self._temperature, self._low = (hidden, weight, bias), temperature, low
         dtype, device = compute_dtype(hidden), hidden.device
@@ -168,12 +168,12 @@ class HeadGradients:
             self.weight.zero_()  # no block will write to it
 
     def add(self, rows: slice, block: slice, states: Tensor, slope: Tensor, factor: Tensor) -> None:
-        """Add the part of a block of logits for a chunk of rows.
+        """Add the contribution of one block of logits for a chunk of rows.
 
         Args:
             rows, block: which; rows from the first chunk to the last.
             states: [O, n] of :class:`ChunkLogits`.
-            slope: [block, n] in the format of the products; times ``factor`` the gradient of logits / temperature.
+            slope: [block, n] in the products' dtype; times ``factor`` it is the gradient of logits / temperature.
             factor: [n] in the compute dtype.
         """
         dtype, weight = factor.dtype, self._inputs[1]
@@ -186,6 +186,6 @@ class HeadGradients:
             _add_product(self.weight[block], slope, (states * factor).to(self._low).T, first=rows.start == 0)
 
     def result(self) -> tuple[Tensor | None, ...]:
-        """The three gradients in the inputs' formats, None for what needs none."""
+        """Return the three gradients in their inputs' dtypes; None where none is needed."""
         pairs = zip((self.hidden, self.weight, self.bias), self._inputs, strict=True)
         return tuple(None if total is None or x is None else total.to(x.dtype) for total, x in pairs)

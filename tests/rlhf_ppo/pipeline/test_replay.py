@@ -179,7 +179,7 @@ def test_what_is_no_black_box_is_one_line(make_trainer, prompts, tmp_path, capsy
     data[-1] ^= 1
     (folder / "rollout.safetensors").write_bytes(data)
     assert main(["replay", str(folder)]) == 2
-    assert "rollout.safetensors: its checksum is wrong" in capsys.readouterr().err
+    assert "rollout.safetensors: its checksum does not match" in capsys.readouterr().err
     with pytest.raises(ValueError, match="checksum"):
         read_black_box(folder)
 

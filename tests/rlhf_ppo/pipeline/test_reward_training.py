@@ -194,7 +194,7 @@ def test_a_folder_in_use_and_a_file_are_refused_before_anything_moves(quick, wri
         train_reward_model(quick(write(pairs(20)), model="nowhere"))
     assert {file.name for file in (tmp_path / "rm").iterdir()} == {"metrics.jsonl", LOCK_FILE}
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="file is a file; name a folder"):
+    with pytest.raises(ValueError, match="file is a file: name a folder"):
         train_reward_model(quick(write(pairs(20)), model="nowhere", output_dir=str(tmp_path / "file")))
 
 

@@ -166,7 +166,7 @@ def test_a_folder_in_use_and_a_file_are_refused_before_any_model_work(quick, dat
     with run_lock(tmp_path / "out"), pytest.raises(RunLockedError, match="in use by another run"):
         sft(quick(dataset=data, model="nowhere"))
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="file is a file; name a folder"):
+    with pytest.raises(ValueError, match="file is a file: name a folder"):
         sft(quick(dataset=data, model="nowhere", output_dir=str(tmp_path / "file")))
 
 

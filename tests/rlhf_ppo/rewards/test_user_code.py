@@ -36,7 +36,10 @@ def test_a_class_is_made_and_asked(make_trainer, tmp_path):
     [
         ("{folder}/several.py:reply_short", "has no function 'reply_short'; did you mean 'reply_shorter'?"),
         ("{folder}/several.py:something", "has no function 'something'; it has Needy, Silent, reply_shorter"),
-        ("{folder}/several.py:Needy", r"Needy\(\) failed: TypeError: .*'url'.*\(user_code\.py.*made without arguments"),
+        (
+            "{folder}/several.py:Needy",
+            r"Needy\(\) failed: TypeError: .*'url'.*\(user_code\.py.*instantiated without arguments",
+        ),
         ("{folder}/several.py:Silent", "Silent has no __call__"),
         ("reply", "respond 'reply' names no function"),
         ("{folder}/nowhere.py:reply", r"respond file .*nowhere\.py does not exist"),

@@ -186,7 +186,7 @@ def test_reinforce_and_a_critic_contradict(make_trainer, make_model, no_loading)
 def test_output_dir_is_a_file(make_trainer, tmp_path):
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(ValueError, match="is a file; name a folder"):
+    with pytest.raises(ValueError, match="is a file: name a folder"):
         make_trainer(output_dir=str(file))
 
 
@@ -250,7 +250,7 @@ def test_a_reward_file_with_a_syntax_error_names_file_and_line(make_trainer, tmp
 
 def test_an_output_folder_that_cannot_be_made_is_named(make_trainer, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"output_dir .*file/run cannot be made: Not a directory"):
+    with pytest.raises(ValueError, match=r"output_dir .*file/run cannot be created: Not a directory"):
         make_trainer(output_dir=str(tmp_path / "file" / "run"))
 
 
