@@ -236,7 +236,7 @@ def test_a_process_killed_by_the_system_goes_on_from_the_command_line(tmp_path, 
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
     saved = [(tmp_path / part / "optimizer.safetensors").read_bytes() for part in ("parts", "whole")]
     assert saved[0] == saved[1]
-    with pytest.warns(UserWarning, match="Going on with the new ones"):
+    with pytest.warns(UserWarning, match="Continuing with the new ones"):
         assert run("parts", "--resume", "auto", "--learning-rate", "0.1", "--resume-override") == 0
 
 

@@ -152,7 +152,7 @@ def test_fault_24_a_named_checkpoint_that_is_damaged_is_an_error_and_changes_not
 
 def test_fault_25_what_is_asked_for_and_not_there_is_an_error_never_a_fresh_start(finished, make_trainer, tmp_path):
     (tmp_path / "empty").mkdir()
-    for path, message in ((tmp_path / "checkpoint-7", "no such folder"), (tmp_path / "empty", "no run with one")):
+    for path, message in ((tmp_path / "checkpoint-7", "does not exist"), (tmp_path / "empty", "nor a run that has one")):
         trainer = make_trainer()
         with pytest.raises(FileNotFoundError, match=message):
             trainer.train(resume_from_checkpoint=path)
@@ -316,7 +316,7 @@ def test_fault_23_a_full_disk_ends_the_run_with_the_old_checkpoint_whole(make_tr
 
 def test_a_checkpoint_without_a_manifest_says_what_it_is(finished, make_trainer):
     (finished.run.path / "checkpoint-4" / "manifest.json").unlink()
-    with pytest.raises(ValueError, match=r"manifest\.json: is missing.*version that wrote none"):
+    with pytest.raises(ValueError, match=r"manifest\.json: is missing.*version that wrote no manifest"):
         again(make_trainer, finished).train(resume_from_checkpoint=finished.run.path / "checkpoint-4")
 
 
