@@ -152,7 +152,10 @@ def test_fault_24_a_named_checkpoint_that_is_damaged_is_an_error_and_changes_not
 
 def test_fault_25_what_is_asked_for_and_not_there_is_an_error_never_a_fresh_start(finished, make_trainer, tmp_path):
     (tmp_path / "empty").mkdir()
-    for path, message in ((tmp_path / "checkpoint-7", "does not exist"), (tmp_path / "empty", "nor a run that has one")):
+    for path, message in (
+        (tmp_path / "checkpoint-7", "does not exist"),
+        (tmp_path / "empty", "nor a run that has one"),
+    ):
         trainer = make_trainer()
         with pytest.raises(FileNotFoundError, match=message):
             trainer.train(resume_from_checkpoint=path)
