@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
+from rlhf_ppo.runtime.commands import AdviseArgs
 from rlhf_ppo.runtime.run_directory import RunDirectory, read_run
 from rlhf_ppo.runtime.tuning_rules import CLIPPING, FEWEST_UPDATES, RULES, Rule, RunMetrics
 
@@ -52,14 +51,6 @@ def _changes(rule: Rule, settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]
         if better is not None and better != now:
             changes[move.setting] = (now, better)
     return changes
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdviseArgs:
-    """Diagnose a run from its metrics and suggest settings to change."""
-
-    run: tyro.conf.Positional[str]
-    """Folder of a run (language model or classic); it may still be going on."""
 
 
 def print_advice(args: AdviseArgs) -> None:

@@ -6,8 +6,6 @@ from typing import Literal
 
 import torch
 
-Precision = Literal["auto", "fp32", "bf16"]
-
 
 def resolve_device(name: str | None = None) -> torch.device:
     """Return the device that the user named, else cuda, else mps, else cpu.
@@ -23,7 +21,7 @@ def resolve_device(name: str | None = None) -> torch.device:
         raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
-def compute_in_bf16(precision: Precision, device: torch.device) -> bool:
+def compute_in_bf16(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> bool:
     """Whether matrix products run in bfloat16: if asked for, or, for "auto", where they are faster than in float32.
 
     They are on GPUs since Ampere and on CPUs with AVX512-BF16 or AMX.

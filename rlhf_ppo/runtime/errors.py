@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 
-class NonFiniteGradientError(RuntimeError):
+class RunError(RuntimeError):
+    """A run failed although its input was valid; the command line prints the message and exits with 1."""
+
+
+class NonFiniteGradientError(RunError):
     """Losses, gradients or weights were non-finite too often for the run to continue."""
 
 
-class RatioTripwireError(RuntimeError):
+class RatioTripwireError(RunError):
     """Old and new log-probs differ before any optimizer step: sampling and training disagree."""
