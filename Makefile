@@ -77,7 +77,7 @@ audit: ## Known holes in the pinned versions, asked of PyPI's vulnerability serv
 	build/audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1
 	build/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
-mutation: ## Mutation testing of rlhf_ppo/core in a copy, about half an hour on one CPU core
+mutation: ## Mutation testing of rlhf_ppo/core in a copy, more than an hour on one CPU core
 	rm -rf $(MUTATION)/tree && mkdir -p $(MUTATION)/tree/rlhf_ppo $(MUTATION)/tree/tests
 	test -d $(MUTATION)/venv || $(PYTHON) -m venv $(MUTATION)/venv
 	$(MUTATION)/venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
