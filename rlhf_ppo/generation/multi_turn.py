@@ -72,19 +72,19 @@ def sample_conversations(
     Each turn continues from the very ids that were sampled before it; only the reply is encoded.
 
     Args:
-        sample: samples one turn with ``params``: (ids [N, P] left-padded, mask [N, P], [N] the same as what a piece
-            of text lies behind) -> responses.
+        sample: samples one turn with ``params``: (ids [N, P] left-padded, mask [N, P], and the same contexts [N] as
+            what the turn's text lies behind) -> responses.
         prompts: [B] text or chat messages.
         prompt_ids, prompt_mask: [B, P], left-padded.
         params: what ends a turn.
         respond: see :data:`Respond`.
-        timeout_s: longest time in seconds for one call of ``respond``; a call that takes longer is abandoned.
-        max_turns: most turns of the policy.
-        room: most tokens that may lie before a turn; None: no limit. A reply that would pass it is not added, and the
-            conversation ends.
+        timeout_s: timeout in seconds for one call of ``respond``, which is then abandoned; None: no timeout.
+        max_turns: maximum number of policy turns.
+        room: maximum number of tokens before a turn; None: no limit. A reply that would exceed it is not added, and
+            the conversation ends.
         tokenizer: the policy's.
     Raises:
-        RespondError: ``respond`` raised, timed out, or returned something else than text; shows the conversation.
+        RespondError: ``respond`` raised, timed out, or returned something other than text; shows the conversation.
         ValueError: the chat template does not render a conversation by adding to its end.
     """
     device = prompt_ids.device
@@ -105,11 +105,11 @@ def sample_conversations(
             reply = _ask(respond, conversation, conversations, timeout_s)
             if reply is None or turn == max_turns - 1:
                 continue
-            ids = conversation.encode(reply)
-            if room is not None and len(conversation.context) + len(ids) > room:
+            reply_ids = conversation.encode(reply)
+            if room is not None and len(conversation.context) + len(reply_ids) > room:
                 conversation.context_full = True
                 continue
-            conversation.add_reply(reply, ids, turn)
+            conversation.add_reply(reply, reply_ids, turn)
             live.append(conversation)
         if not live:
             break
@@ -156,7 +156,8 @@ class _Conversation:
         self.finished = torch.tensor(False)
         """[] bool, True if a stop token or string ended the last turn."""
         self.context_full = False
-        self._text, self._turn_text = "", ""  # after the prompt up to the last turn, and the last turn
+        # The text after the prompt: all before the last turn, and the last turn.
+        self._text, self._turn_text = "", ""
 
     def add_turn(self, sampled: SampledResponses, row: int, turn: int) -> None:
         """Add one row of what was sampled as the policy's turn."""
