@@ -33,7 +33,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
-from rlhf_ppo.models.forward.hidden_states import call, noting_states
+from rlhf_ppo.models.forward.hidden_states import call, capture_states
 from rlhf_ppo.models.lora import use_adapter
 
 # Not an import: beside this file lies a folder rlhf_ppo, of tests, so that its folder is no place to import from.
@@ -85,16 +85,16 @@ def make_trainer(model: Any, variant: str, folder: str) -> PPOTrainer:
 
 
 @torch.no_grad()
-def alone(model: Any, states_from: Any, rollout: Any, row: int) -> tuple[Any, Any, float]:
+def alone(model: Any, states_module: Any, rollout: Any, row: int) -> tuple[Any, Any, float]:
     """By a plain pass over a row alone: log-probs [T] of its response, the states [T, O] before these tokens, and the
     largest log-prob of any token there.
     """
     prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]]
     answer = rollout.response_ids[row][rollout.mask[row]]
-    with noting_states(states_from) as noted:
+    with capture_states(states_module) as captured:
         output = call(model, torch.cat([prompt, answer])[None])
     start = len(prompt) - 1
-    states = noted[0][0, start:-1]
+    states = captured[0][0, start:-1]
     if getattr(output, "logits", None) is None:
         return None, states, 0.0
     logprobs = output.logits[0, start:-1].float().log_softmax(-1)
@@ -110,12 +110,12 @@ def gaps(trainer: PPOTrainer, start: Any, rollout: Any) -> tuple[dict[str, float
         keep = rollout.mask[row]
         expected, _, last = alone(start, start, rollout, row)
         least_likely = max(least_likely, last)
-        reader = actor.value_reader or actor.reader
+        runner = actor.value_runner or actor.runner
         if actor.value_adapter is None:
-            states = alone(reader.model, reader.states_from, rollout, row)[1]
+            states = alone(runner.model, runner.states_module, rollout, row)[1]
         else:
             with use_adapter(actor.policy, actor.value_adapter):
-                states = alone(reader.model, reader.states_from, rollout, row)[1]
+                states = alone(runner.model, runner.states_module, rollout, row)[1]
         values = actor.value_head(states)[:, 0]
         largest = max(largest, float((states.abs() @ actor.value_head.weight.abs().T).max()))
         for name, got, want in (
@@ -152,10 +152,10 @@ def try_variant(name: str, variant: str, folder: str, norms: dict[str, float]) -
     if variant == "checkpointing":
         found["gradient"] = abs(norms[variant] / norms["plain"] - 1) / 10  # a sum of rounded numbers
     worst = max(found, key=lambda key: found[key] if found[key] == found[key] else float("inf"))
-    reader = trainer.model.reader
+    runner = trainer.model.runner
     ways = [
-        "packed" if reader.packs else "padded" if reader.pads_left else "padded behind",
-        "reads again" if not reader.keeps_states else "cache" if reader.rows_leave else "cache, rows stay",
+        "packed" if runner.packs else "padded" if runner.pads_left else "padded behind",
+        "reads again" if not runner.uses_cache else "cache" if runner.cache_shrinks else "cache, rows stay",
     ]
     right = found[worst] <= EXACT
     return {

@@ -122,12 +122,12 @@ def sample_responses(
     u = sampling.uniforms(params.max_new_tokens, batch, generator, device)
     record = _Record(batch, params.max_new_tokens, device)
     room = prompt_length + params.max_new_tokens if fixed is None else fixed.room
-    cache = model.reader.new_cache(room) if fixed is None else fixed.cache
+    cache = model.runner.new_cache(room) if fixed is None else fixed.cache
     plain = decode_step(model, cache, params.temperature)
     banning = decode_step(model, cache, params.temperature, banned=sorted(params.stop_token_ids))
     attention = torch.cat([prompt_mask, prompt_mask.new_ones(batch, room - prompt_length)], dim=1)
     live = _Live(torch.arange(batch, device=device), prompt_ids, position_ids(prompt_mask), attention)
-    with model.reader.decoding():
+    with model.runner.decoding():
         for t in range(params.max_new_tokens):
             stop_if_asked()
             step = banning if t < params.min_new_tokens else plain if fixed is None or t == 0 else fixed.step
@@ -144,7 +144,7 @@ def sample_responses(
                 going = (~record.finished[live.rows]).nonzero().squeeze(-1)
                 if not len(going):
                     break
-                if fixed is None and model.reader.rows_leave and len(going) <= len(live.rows) * 7 // 8:
+                if fixed is None and model.runner.cache_shrinks and len(going) <= len(live.rows) * 7 // 8:
                     cache.reorder_cache(cast(Any, going))
                     live = live.keep(going)
     return record.responses(params, has_values=model.shares_trunk)

@@ -71,9 +71,9 @@ def choose_engine(args: RolloutSettings, model: ActorCritic) -> Sampler:
 
 def _require_exact_logprobs(engine: Sampler, model: ActorCritic, device: torch.device) -> None:
     """Sample two responses; raise an EngineError unless a full forward pass confirms log-probs and entropies."""
-    if not (model.reader.pads_left and model.reader.keeps_states):
+    if not (model.runner.pads_left and model.runner.uses_cache):
         raise EngineError("it cannot decode from a cache beside padded prompts")
-    ids = model.reader.probe_ids().repeat(2, 1)
+    ids = model.runner.probe_ids().repeat(2, 1)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[0, :5] = False
     generator = torch.Generator(device).manual_seed(0)
@@ -162,7 +162,7 @@ class StaticEngine:
             # Frees the old graphs, and past eight shapes torch.compile would refuse a ninth.
             torch.compiler.reset()
         self._fixed = None  # the old cache is freed before the new one is made
-        cache = StaticCache(model.reader.config, room)
+        cache = StaticCache(model.runner.config, room)
         cache.layers = [FixedLayer(room) if type(layer) is StaticLayer else layer for layer in cache.layers]
         step = decode_step(model, cache, temperature)
         if self.compile_step:

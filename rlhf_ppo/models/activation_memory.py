@@ -1,4 +1,4 @@
-"""Activations: computed again in the backward pass, or kept in main memory, instead of held on the device."""
+"""Save activation memory: gradient checkpointing (recompute layers in the backward pass), or offload to main memory."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlhf_ppo.models.forward.packing import same_packing
-from rlhf_ppo.models.lora import same_adapter
+from rlhf_ppo.models.forward.packing import current_packing
+from rlhf_ppo.models.lora import current_adapter
 
 
 def checkpoint_layers(model: nn.Module) -> None:
-    """Let every layer keep only its input where gradients are computed, and compute the rest again when they are.
+    """Switch gradient checkpointing on: each layer saves its input and recomputes the rest in the backward pass.
 
-    transformers' own switch works in training mode alone, which turns dropout on. Here nothing changes where no
-    gradient is wanted: decoding keeps its cache.
+    transformers' own switch works only in training mode, which turns dropout on. Here nothing changes where no
+    gradient is needed: decoding keeps its cache.
 
     Raises:
         ValueError: the model has no layers that transformers can checkpoint.
@@ -38,11 +38,11 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     forward = type(self).forward
     if not torch.is_grad_enabled():
         return forward(self, *args, **kwargs)
-    # The second time, everything that decides what the layer computes must be as it is now.
-    packing, adapter = same_packing(), same_adapter(self)
+    # The recomputation must run under the packing and the adapter of now.
+    packing, adapter = current_packing(), current_adapter(self)
 
     @contextmanager
-    def again() -> Iterator[None]:
+    def recompute() -> Iterator[None]:
         with packing, adapter:
             yield
 
@@ -50,13 +50,13 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         partial(forward, self, **kwargs),
         *args,
         use_reentrant=False,
-        preserve_rng_state=False,  # nothing is drawn in evaluation mode
-        context_fn=lambda: (nullcontext(), again()),
+        preserve_rng_state=False,  # nothing is random in evaluation mode
+        context_fn=lambda: (nullcontext(), recompute()),
     )
 
 
 def offload_activations(*, on: bool) -> AbstractContextManager[Any]:
-    """Where this is on, what the backward pass needs waits in main memory until then; weights stay where they are."""
+    """Keep what the backward pass needs in main memory until then, if ``on``; weights stay on the device."""
     if not on:
         return nullcontext()
     mover = save_on_cpu(pin_memory=torch.cuda.is_available())

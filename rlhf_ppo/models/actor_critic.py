@@ -1,9 +1,9 @@
-"""The policy with its critic, and the frozen reference that the KL is measured against."""
+"""The policy with its critic: choose the kind of critic, build it, evaluate recorded responses."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -11,20 +11,32 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
+from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import BannedTokens, PolicyOutput
-from rlhf_ppo.models.forward.runner import Outputs, Reader, Sequences, place
+from rlhf_ppo.data.hub import find_file
+from rlhf_ppo.models.dropout import without_dropout
+from rlhf_ppo.models.forward.output_layer import Outputs
+from rlhf_ppo.models.forward.runner import ModelRunner, Sequences, place, select
 from rlhf_ppo.models.loading import fuse_activations
-from rlhf_ppo.models.lora import adapter_parameters, use_adapter
+from rlhf_ppo.models.lora import (
+    VALUE_ADAPTER,
+    VALUE_FOLDER,
+    adapter_parameters,
+    add_value_adapter,
+    load_adapter,
+    use_adapter,
+)
 from rlhf_ppo.models.reference import exact_kl
 from rlhf_ppo.models.value_head import VALUE_HEAD_FILE
 
+CriticKind = Literal["none", "shared", "separate", "adapter"]
+
 
 class ActorCritic(nn.Module):
-    """A policy and its critic: a value head on the policy's own trunk, on an adapter of its own there, or on a separate
-    trunk; or no critic at all.
+    """A policy and its critic: a value head on the policy's trunk, on a second adapter there, or on a separate trunk;
+    or no critic.
 
-    Everything runs in evaluation mode, updates included: dropout would make old and new log-probs of the same weights
-    differ, and the ratio would measure noise.
+    Dropout is off, in updates too (see :mod:`rlhf_ppo.models.dropout`).
     """
 
     def __init__(
@@ -41,23 +53,23 @@ class ActorCritic(nn.Module):
         Args:
             policy: causal language model.
             critic: False: no value head.
-            value_trunk: headless model of its own for the critic.
-            value_adapter: the policy's adapter that is in force while the critic reads; the policy has another.
-            plain: take none of :class:`Reader`'s shortcuts.
+            value_trunk: the critic's own model without a head.
+            value_adapter: the policy's adapter that is active for the critic's forward pass; the policy uses another.
+            plain: take none of :class:`ModelRunner`'s shortcuts.
         """
         super().__init__()
         self.policy = policy
         self.value_trunk = value_trunk
         self.value_adapter = value_adapter
         self.value_head: nn.Linear | None = None
-        self.eval()
+        without_dropout(self)
         if not plain:
             fuse_activations(self)
-        self.reader = Reader(policy, plain=plain)
-        self.value_reader = None if value_trunk is None else Reader(value_trunk, plain=plain)
+        self.runner = ModelRunner(policy, plain=plain)
+        self.value_runner = None if value_trunk is None else ModelRunner(value_trunk, plain=plain)
         if critic:
-            self.value_head = nn.Linear((self.value_reader or self.reader).require_width(), 1).eval()
-            # A critic that starts at 0 lets the first rollouts be judged by their rewards alone.
+            self.value_head = nn.Linear((self.value_runner or self.runner).require_width(), 1).eval()
+            # With values of 0 the first rollouts are judged by their rewards alone.
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 
@@ -67,24 +79,24 @@ class ActorCritic(nn.Module):
         return self.value_head is not None and self.value_trunk is None and self.value_adapter is None
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """The parameters that the optimizer moves."""
+        """Return the parameters that the optimizer updates."""
         return [p for p in self.parameters() if p.requires_grad]
 
     def critic_parameters(self) -> list[nn.Parameter]:
-        """Those that learn from the value loss alone: the value head, and a separate trunk or the critic's adapter."""
+        """Return those that only the value loss trains: value head, and separate trunk or the critic's adapter."""
         own = [p for part in (self.value_head, self.value_trunk) if part is not None for p in part.parameters()]
         if self.value_adapter is not None:
             own += adapter_parameters(self.policy, self.value_adapter)
         return [p for p in own if p.requires_grad]
 
     def policy_parameters(self) -> list[nn.Parameter]:
-        """The rest of them."""
+        """Return the other trainable parameters."""
         critic = {id(p) for p in self.critic_parameters()}
         return [p for p in self.trainable_parameters() if id(p) not in critic]
 
     def decode(self, ids: Tensor, positions: Tensor, attention: Tensor, cache: Any) -> tuple[Tensor, Tensor | None]:
-        """One decoding step: logits [B, V] of the next token and the value [B] (shared trunk only)."""
-        logits, state = self.reader.step(ids, positions, attention, cache, hidden=self.shares_trunk)
+        """Run one decode step: logits [B, V] of the next token and the value [B] (shared trunk only)."""
+        logits, state = self.runner.decode_step(ids, positions, attention, cache, hidden=self.shares_trunk)
         return logits, self._value(state) if self.shares_trunk and state is not None else None
 
     def _value(self, states: Tensor) -> Tensor:
@@ -95,12 +107,12 @@ class ActorCritic(nn.Module):
             return linear(states.to(head.weight.dtype), head.weight, head.bias).squeeze(-1)
 
     def separate_values(self, sequences: Sequences) -> Tensor | None:
-        """[B, T] values from a critic that reads in a pass of its own, 0 outside the mask, or None without one."""
+        """Compute values [B, T] where the critic has a forward pass of its own, 0 outside the mask; else None."""
         if self.value_adapter is not None:
             with use_adapter(self.policy, self.value_adapter):
-                states = self.reader.hidden(sequences)
-        elif self.value_reader is not None:
-            states = self.value_reader.hidden(sequences)
+                states = self.runner.hidden(sequences)
+        elif self.value_runner is not None:
+            states = self.value_runner.hidden(sequences)
         else:
             return None
         return place(self._value(states), sequences.mask)
@@ -118,24 +130,23 @@ class ActorCritic(nn.Module):
         entropy: bool = True,
         reference: Outputs | None = None,
     ) -> PolicyOutput:
-        """Log-probs, values and entropy [B, T] of recorded responses under the current weights, 0 outside ``mask``.
+        """Compute log-probs, values and entropy [B, T] of recorded responses under current weights, 0 outside ``mask``.
 
         Args:
             prompt_ids, prompt_mask: [B, P], left-padded.
             response_ids, mask: [B, T], right-padded.
             real, banned: see :class:`rlhf_ppo.models.forward.runner.Sequences`.
-            temperature: divides the logits; the same one as at sampling.
+            temperature: divides the logits; the same as at sampling.
             entropy: compute it (otherwise None).
-            reference: what the reference gives at the same tokens, for the exact KL to it (otherwise None).
+            reference: the reference's distributions at the same tokens, for the exact KL (otherwise None).
         """
         sequences = Sequences(prompt_ids, prompt_mask, response_ids, mask, real, banned)
-        outputs = self.reader.outputs(sequences, hidden=self.shares_trunk)
-        logprobs, entropies, states = self.reader.logprobs(
-            sequences, temperature=temperature, entropy=entropy, outputs=outputs
-        )
+        outputs = self.runner.outputs(sequences, hidden=self.shares_trunk)
+        tokens = select(response_ids, mask)
+        logprobs, entropies = outputs.logprobs(tokens, temperature=temperature, entropy=entropy)
         kl = None if reference is None else exact_kl(outputs, reference, temperature=temperature)
-        if self.shares_trunk and states is not None:
-            values = place(self._value(states), mask)
+        if self.shares_trunk and outputs.states is not None:
+            values = place(self._value(outputs.states), mask)
         else:
             values = self.separate_values(sequences)
         return PolicyOutput(
@@ -146,9 +157,90 @@ class ActorCritic(nn.Module):
         )
 
     def save_critic(self, folder: Path) -> None:
-        """Write the value head beside the policy, as safetensors, and a trunk of its own into ``critic``."""
+        """Save the value head beside the policy, as safetensors, and a separate trunk in ``critic/``."""
         if self.value_head is None:
             return
         save_file(self.value_head.state_dict(), folder / VALUE_HEAD_FILE)
         if self.value_trunk is not None:
             self.value_trunk.save_pretrained(folder / "critic")
+
+
+def choose_critic(args: RLHFConfig, *, value_model: Any, has_adapter: bool) -> CriticKind:
+    """Return the kind of critic that settings and models ask for.
+
+    Raises:
+        ValueError: they contradict each other; names both.
+    """
+    if not args.has_critic:
+        if value_model is not None:
+            raise ValueError(f"{args.critic_free} has no critic, but a value_model is given: drop one of them")
+        return "none"
+    if value_model is not None and args.vf_coef == 0 and args.value_head_from is None:
+        raise ValueError("a value_model is given, but under vf_coef=0 its values stay 0: drop one of them")
+    kind = args.critic
+    if kind == "auto":
+        kind = "shared" if value_model is None else "separate"
+    if kind == "separate" and value_model is None:
+        raise ValueError(
+            "critic='separate' needs a value_model: name its folder or hub id (that of model will do), or set "
+            "critic='shared'"
+        )
+    if kind != "separate" and value_model is not None:
+        raise ValueError(f"critic={kind!r} uses the policy's own model, but a value_model is given: drop one of them")
+    if kind == "adapter" and not has_adapter:
+        raise ValueError(
+            "critic='adapter' is a second adapter on the policy's base, so it needs peft_config (lora_rank on the "
+            "command line)"
+        )
+    return kind
+
+
+def critic_kind(model: ActorCritic) -> CriticKind:
+    """Return the kind of critic that a model has."""
+    if model.value_head is None:
+        return "none"
+    if model.value_adapter is not None:
+        return "adapter"
+    return "shared" if model.value_trunk is None else "separate"
+
+
+def build_actor_critic(
+    policy: Any,
+    kind: CriticKind,
+    *,
+    trunk: PreTrainedModel | None,
+    head: dict[str, Tensor] | None,
+    head_from: str | None,
+    bare_base: bool = True,
+) -> ActorCritic:
+    """Build the policy with its critic.
+
+    Args:
+        policy: causal language model, its adapter in place.
+        kind: see :func:`choose_critic`.
+        trunk: a separate critic's.
+        head: weights that the value head starts from; None: 0.
+        head_from: where the head came from; a critic that is an adapter starts from the adapter beside it.
+        bare_base: without its adapter the policy is a model that a critic can start from.
+    """
+    if kind == "adapter":
+        add_value_adapter(policy, as_policy=not bare_base)
+        if head_from is not None:
+            # A run saves the critic's adapter in a folder of its own: the one beside the head is the policy's.
+            inside = f"{VALUE_FOLDER}/" if find_file(head_from, VALUE_HEAD_FILE) else ""
+            if (file := find_file(head_from, f"{inside}adapter_model.safetensors")) is not None:
+                load_adapter(policy, VALUE_ADAPTER, file)
+    model = ActorCritic(
+        policy,
+        critic=kind != "none",
+        value_trunk=trunk,
+        value_adapter=VALUE_ADAPTER if kind == "adapter" else None,
+    )
+    if head is not None and model.value_head is not None:
+        if head["weight"].shape != model.value_head.weight.shape:
+            raise ValueError(
+                f"value_head_from={head_from!r} fits hidden states of width {head['weight'].shape[1]}, but the model "
+                f"under it is {model.value_head.in_features} wide: take a head that was trained on this model"
+            )
+        model.value_head.load_state_dict(head)
+    return model

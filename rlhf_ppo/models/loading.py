@@ -1,4 +1,4 @@
-"""Models: loading policies, critics' trunks and tokenizers, and what their configs say."""
+"""Load policies, critics' trunks, classifiers and tokenizers; read context length and the like from their configs."""
 
 from __future__ import annotations
 
@@ -23,30 +23,29 @@ from transformers.activations import NewGELUActivation
 from transformers.utils import logging
 
 from rlhf_ppo.data.hub import explain_load_failure, read_weights, refuse_pickles
-from rlhf_ppo.models.lora import refuse_prompt_learning
-from rlhf_ppo.models.merging import merge
+from rlhf_ppo.models.lora import merge_adapter, refuse_prompt_learning
 from rlhf_ppo.models.value_head import adapter_labels
 
 EMBEDDED_MODEL = str(Path(__file__).parents[1] / "assets" / "stories-gpt2")
-"""Folder of the small GPT-2 that comes with the package, by name "embedded"."""
+"""Folder of the packaged small GPT-2, which the name "embedded" stands for."""
 
 BASE_FOLDER = "base"
-"""Where an adapter's base lies beside it if no other folder or hub id holds it."""
+"""Subfolder of an adapter with its base, if no other folder or hub id holds that."""
 
 REFERENCE_FOLDER = "reference"
-"""Where the reference of a run lies in its folder if no other folder or hub id holds it."""
+"""Subfolder of a run with its reference, if no other folder or hub id holds that."""
 
 
 def resolve_model(model: Any) -> Any:
-    """The folder behind the name "embedded"; anything else unchanged."""
+    """Return the packaged model's folder for "embedded"; anything else unchanged."""
     return EMBEDDED_MODEL if isinstance(model, str) and model == "embedded" else model
 
 
 def find_config(model: str | PreTrainedModel) -> PretrainedConfig:
-    """The config of a model or of a folder or hub id.
+    """Return the config of a model, folder or hub id.
 
     Raises:
-        ValueError: it is neither a folder with a config nor to be had from the hub; says which was tried.
+        ValueError: neither a folder with a config nor on the hub; says which was tried.
     """
     if isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
         return cast(PreTrainedModel, model).config
@@ -57,7 +56,7 @@ def find_config(model: str | PreTrainedModel) -> PretrainedConfig:
     if base is not None and not (Path(model) / "config.json").is_file():
         config = find_config(base)
         if (labels := adapter_labels(Path(model) / "adapter_model.safetensors")) is not None:
-            config.num_labels = labels  # the base knows nothing of the head that came with the adapter
+            config.num_labels = labels  # the base's config does not count the labels of the adapter's head
         return config
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
@@ -66,10 +65,10 @@ def find_config(model: str | PreTrainedModel) -> PretrainedConfig:
 
 
 def adapter_base(model: Any) -> str | None:
-    """The model under a PEFT adapter's folder, or None if ``model`` is no such folder.
+    """Return the base model that a PEFT adapter's folder names, or None if ``model`` is not such a folder.
 
     Raises:
-        ValueError: the adapter does not say what it was trained on, or that folder is gone.
+        ValueError: the adapter names no base, or that folder is gone.
     """
     file = Path(model) / "adapter_config.json" if isinstance(model, str) else None
     if file is None or not file.is_file():
@@ -80,7 +79,7 @@ def adapter_base(model: Any) -> str | None:
         raise ValueError(f"{file} does not describe an adapter: {error}") from None
     own = file.with_name(BASE_FOLDER)
     if base and Path(base).name == BASE_FOLDER and (own / "config.json").is_file():
-        return str(own)  # also where the folder was moved
+        return str(own)  # even if the folder was moved
     if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
         raise ValueError(
             f"{model} holds an adapter alone, and the model it was trained on ({base}) is not there: put it back, or "
@@ -90,10 +89,10 @@ def adapter_base(model: Any) -> str | None:
 
 
 def load_config(model: str | PreTrainedModel) -> PretrainedConfig:
-    """The model's config, refused if it is not a decoder-only language model.
+    """Return the model's config; refuse models that are not decoder-only.
 
     Raises:
-        ValueError: nothing to load under that name, or an encoder-decoder model; names its type.
+        ValueError: no such model, or an encoder-decoder; names its type.
     """
     config = find_config(model)
     if config.is_encoder_decoder:
@@ -105,16 +104,16 @@ def load_config(model: str | PreTrainedModel) -> PretrainedConfig:
 
 
 def refuse_encoder_decoder(config: PretrainedConfig, what: str, instead: str) -> None:
-    """Raise a ValueError that says ``instead`` if a model has two stacks (T5, BART): texts are read in one here."""
+    """Raise a ValueError with the remedy ``instead`` if the model is an encoder-decoder (T5, BART)."""
     if config.is_encoder_decoder:
         raise ValueError(f"{what} is an encoder-decoder model ({config.model_type}), which is not supported: {instead}")
 
 
 def load_tokenizer(model: str | PreTrainedModel, **options: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model, or, where an adapter came without one, beside its base; ``options`` change it.
+    """Load the tokenizer of a model or, for an adapter without one, of its base; ``options`` go to transformers.
 
     Raises:
-        ValueError: a model object that does not say where it came from, or no tokenizer there.
+        ValueError: a model object without a name, or no tokenizer there.
     """
     name = model if isinstance(model, str) else model.config._name_or_path
     if not name:
@@ -124,7 +123,7 @@ def load_tokenizer(model: str | PreTrainedModel, **options: Any) -> PreTrainedTo
         name = resolve_model(base)
     folder = Path(name)
     if folder.is_dir() and not any(file for kind in ("tokenizer*", "vocab*", "*.model") for file in folder.glob(kind)):
-        # transformers would make an empty one for some models.
+        # For some models transformers would return an empty tokenizer.
         raise ValueError(f"the tokenizer of {name!r} cannot be loaded: the folder has none; copy the model's own there")
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
@@ -133,22 +132,24 @@ def load_tokenizer(model: str | PreTrainedModel, **options: Any) -> PreTrainedTo
 
 
 def load_policy(model: str | PreTrainedModel) -> PreTrainedModel:
-    """A causal language model in float32, from a hub id or folder (adapters are merged), or the given one as it is."""
+    """Load a causal language model in float32 from a hub id or folder, adapters merged; a model object stays as is."""
     base = adapter_base(model)
     if base is not None:
-        return merge_adapter(load_policy(base), str(model))
+        return merge_saved_adapter(load_policy(base), str(model))
     if isinstance(model, str):
         return read_weights(AutoModelForCausalLM, model)
     return model
 
 
 def in_float32(model: PreTrainedModel, *, frozen: bool = True) -> PreTrainedModel:
-    """The model with weights of half precision widened in place, with a warning; quantised ones stay as they are.
+    """Convert half-precision weights to float32 in place, with a warning; a quantised model stays as it is.
 
-    Without ``frozen``, that is done only for the sake of weights that are trained.
+    PPO's steps are smaller than the spacing of half-precision numbers and would be lost; and transformers loads a model
+    in whatever precision it was saved.
 
-    A step of PPO is smaller than what separates two neighbours in half precision: it would be lost, or overflow. And
-    transformers loads a model in whatever precision it was saved in.
+    Args:
+        model: whole model.
+        frozen: convert for frozen weights too; False: only if a trainable weight is in half precision.
     """
     types = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if frozen or p.requires_grad}
     halves = types & {"float16", "bfloat16"}
@@ -162,11 +163,11 @@ def in_float32(model: PreTrainedModel, *, frozen: bool = True) -> PreTrainedMode
     return model.float()
 
 
-def merge_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
-    """The model with a PEFT adapter's weights added to its own.
+def merge_saved_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
+    """Load a PEFT adapter's folder and merge it into the model.
 
     Raises:
-        ValueError: the weights are not there, are a pickle, cannot be read, or are another adapter's.
+        ValueError: the weights are missing, pickled, damaged, or another adapter's.
     """
     from peft import PeftConfig, PeftModel
 
@@ -176,9 +177,9 @@ def merge_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
     refuse_prompt_learning(PeftConfig.from_pretrained(folder), folder)
     try:
         with warnings.catch_warnings():
-            # PEFT goes on without the weights that it cannot place.
+            # PEFT silently leaves out weights that match no layer.
             warnings.filterwarnings("error", ".*missing adapter keys")
-            return merge(PeftModel.from_pretrained(model, folder))
+            return merge_adapter(PeftModel.from_pretrained(model, folder))
     except SafetensorError as error:
         raise ValueError(f"{folder}: adapter_model.safetensors cannot be read ({error}): it is damaged") from error
     except UserWarning as error:
@@ -189,15 +190,15 @@ def merge_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
 
 
 def load_classifier(model: str, *, new_head: bool = False) -> PreTrainedModel:
-    """A one-label sequence-classification model in float32, from a hub id or folder (adapters are merged).
+    """Load a one-label sequence classifier in float32 from a hub id or folder, adapters merged.
 
     Args:
         model: hub id or folder.
-        new_head: a causal language model will do, too: it gets a random score head without a word about it.
+        new_head: accept a causal language model too, and give it a random score head without a warning.
     """
     base = adapter_base(model)
     if base is not None:
-        return merge_adapter(load_classifier(base, new_head=True), model)
+        return merge_saved_adapter(load_classifier(base, new_head=True), model)
     verbosity = logging.get_verbosity()
     if new_head:
         logging.set_verbosity_error()
@@ -209,17 +210,17 @@ def load_classifier(model: str, *, new_head: bool = False) -> PreTrainedModel:
 
 
 def load_trunk(model: str | PreTrainedModel) -> PreTrainedModel:
-    """The model without its head, for a critic of its own (adapters are merged)."""
+    """Load a model without its head, for a separate critic; adapters are merged."""
     if adapter_base(model) is not None:
-        judges = adapter_labels(Path(str(model)) / "adapter_model.safetensors") is not None
-        model = load_classifier(str(model)) if judges else load_policy(model)
+        classifies = adapter_labels(Path(str(model)) / "adapter_model.safetensors") is not None
+        model = load_classifier(str(model)) if classifies else load_policy(model)
     if isinstance(model, str):
         return read_weights(AutoModel, model, new="pooler")
     return cast(PreTrainedModel, in_float32(model).base_model)
 
 
 def vocabulary_size(config: PretrainedConfig) -> int:
-    """Tokens that the model has embeddings for."""
+    """Return the number of tokens that the model has embeddings for."""
     return int(config.get_text_config().vocab_size)
 
 
@@ -227,18 +228,18 @@ _CONTEXT = (
     *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_seq_length", "max_sequence_length"),
     *("seq_length", "seq_len", "context_length", "max_target_positions", "model_max_length"),
 )
-"""What configs call the most tokens that their model reads; of several, the least counts."""
+"""Names of the context length in configs; of several, the smallest counts."""
 
 
 _COUNTS_FROM_PADDING = (
     *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod"),
     *("longformer", "mpnet", "luke", "esm", "ibert", "lilt", "markuplm", "layoutlmv3"),
 )
-"""Architectures whose first position has the number after the pad id; those before it are lost to texts."""
+"""Architectures whose first position is pad_token_id + 1, which shortens the context by as many tokens."""
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """Most tokens the model can read, or None where its config sets no limit."""
+    """Return the most tokens that fit the model's context, or None where its config sets no limit."""
     text = config.get_text_config()
     named = (getattr(text, name, None) for name in _CONTEXT)
     limit = min((value for value in named if isinstance(value, int) and value > 0), default=None)
@@ -248,23 +249,18 @@ def context_length(config: PretrainedConfig) -> int | None:
 
 
 def prompt_room(config: PretrainedConfig, max_new_tokens: int) -> int | None:
-    """Most tokens a prompt may have beside ``max_new_tokens`` of response; None: the model sets no limit."""
+    """Return the most tokens of a prompt that leave room for ``max_new_tokens``; None: no limit."""
     limit = context_length(config)
     return None if limit is None else limit - max_new_tokens
 
 
 def saved_bytes(model: nn.Module, *, adapted: bool) -> int:
-    """Bytes that the saved weights take, about; of a model with an adapter, the ones that are trained alone."""
+    """Estimate the bytes of the saved weights; if ``adapted``, of the trainable ones only."""
     return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or not adapted)
 
 
-def freeze(model: nn.Module) -> nn.Module:
-    """The model in evaluation mode without gradients."""
-    return model.eval().requires_grad_(False)
-
-
 def fuse_activations(model: nn.Module) -> None:
-    """Let one kernel compute GPT-2's "gelu_new", which transformers spells out in eight passes: the same function."""
+    """Compute GPT-2's "gelu_new" by one kernel instead of transformers' eight operations; the function is the same."""
     for module in model.modules():
         for name, child in module.named_children():
             if type(child) is NewGELUActivation:

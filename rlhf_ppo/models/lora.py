@@ -1,8 +1,9 @@
-"""Adapters: several small sets of weights on one base model, one of them in force at a time."""
+"""LoRA and other adapters: configure, add, load, switch between and merge them; one at a time is active."""
 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -13,26 +14,25 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-# Names that no layer of a model has: PEFT finds an adapter's weights by its name between dots.
+# A name that no layer of a model has: PEFT finds an adapter's weights by its name between dots.
 VALUE_ADAPTER = "ppo_critic"
-REWARD_ADAPTER = "ppo_reward"
-_ONCE = {VALUE_ADAPTER: "value", REWARD_ADAPTER: "reward"}
-"""What the adapters were called in checkpoints and black boxes of earlier versions."""
+_EARLIER_NAMES = {VALUE_ADAPTER: "value"}
+"""The adapter's name in checkpoints and black boxes of earlier versions."""
 
 VALUE_FOLDER = "value"
-"""Where the critic's adapter lies in a run's folder."""
+"""Folder of the critic's adapter inside a run's folder."""
 
-_IN_USE: ContextVar[str | None] = ContextVar("adapter_in_use", default=None)
+_ACTIVE: ContextVar[str | None] = ContextVar("active_adapter", default=None)
 
 
 def lora_config(rank: int, *, alpha: int | None = None, target_modules: tuple[str, ...] | None = None) -> Any:
-    """A LoRA adapter's configuration, without dropout.
+    """Return a LoRA adapter's configuration, without dropout.
 
     Args:
         rank: of the two factors of each weight's change.
         alpha: the change is scaled by alpha / rank; None: twice the rank.
-        target_modules: names of the layers that get it; ("all-linear",): all but the output layer; None: those that
-            PEFT chooses for the architecture.
+        target_modules: names of the layers that get it; ("all-linear",): all but the output layer; None: PEFT's choice
+            for the architecture.
     """
     from peft import LoraConfig
 
@@ -47,42 +47,42 @@ def lora_config(rank: int, *, alpha: int | None = None, target_modules: tuple[st
 
 
 def earlier_name(name: str) -> str:
-    """What an adapter, or a parameter in it, was called in earlier versions; any other name itself."""
-    return ".".join(_ONCE.get(part, part) for part in name.split("."))
+    """Return the name that an adapter, or a parameter in it, had in earlier versions; any other name itself."""
+    return ".".join(_EARLIER_NAMES.get(part, part) for part in name.split("."))
 
 
-def by_present_names(weights: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """Saved weights by the names that the model's parameters have now, where an earlier version saved them."""
+def with_current_names(weights: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Rename weights that an earlier version saved to the current parameters' ``names``."""
     now = {earlier_name(name): name for name in names if name not in weights}
     return {now.get(name, name): weight for name, weight in weights.items()}
 
 
 def refuse_prompt_learning(config: Any, where: str) -> None:
-    """Raise a ValueError if an adapter is virtual tokens or prompts beside the base, and no change of its weights."""
+    """Raise a ValueError if an adapter adds virtual tokens or prompts instead of changing the base's weights."""
     if config.is_prompt_learning or config.is_adaption_prompt:
         raise ValueError(
             f"{where} is prompt learning ({config.peft_type.value}), whose virtual tokens stand before every sequence: "
-            "PPO here reads responses place by place and cannot train it; take LoRA or another adapter of the weights"
+            "PPO here needs one position per token and cannot train it; take LoRA or another adapter of the weights"
         )
 
 
 def add_value_adapter(policy: Any, *, as_policy: bool) -> None:
-    """Give a PEFT model a second adapter, for the critic, of the same configuration as its first.
+    """Add a second adapter to a PEFT model, for the critic, with the configuration of the first.
 
     Args:
         policy: PEFT model.
-        as_policy: start it with the first one's weights, not with new ones: the base alone is no model to start from.
+        as_policy: start it with the first one's weights, where the base alone is not a model to start from.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     config = copy.deepcopy(policy.peft_config[policy.active_adapter])
-    # What is not beside the base's weights, or would change them, is the policy's alone.
+    # Whatever changes the base's own weights belongs to the policy alone.
     own = {"modules_to_save": None, "layer_replication": None, "bias": "none"}
     own |= {"init_lora_weights": True} if as_policy else {}
     for field, value in own.items():
         if hasattr(config, field):
             setattr(config, field, value)
-    add_adapter(policy, VALUE_ADAPTER, config)
+    _add_adapter(policy, VALUE_ADAPTER, config)
     if as_policy:
         names = get_peft_model_state_dict(policy, adapter_name=VALUE_ADAPTER, save_embedding_layers=False).keys()
         weights = get_peft_model_state_dict(policy, adapter_name=policy.active_adapter, save_embedding_layers=False)
@@ -91,8 +91,8 @@ def add_value_adapter(policy: Any, *, as_policy: bool) -> None:
         parameter.requires_grad_(True)
 
 
-def add_adapter(policy: Any, name: str, config: Any) -> None:
-    """Add an adapter to a PEFT model; which one is in force, and what requires gradients, stays as it is.
+def _add_adapter(policy: Any, name: str, config: Any) -> None:
+    """Add an adapter to a PEFT model; the active adapter and ``requires_grad`` stay as they are.
 
     Raises:
         ValueError: the model has an adapter of that name.
@@ -108,10 +108,10 @@ def add_adapter(policy: Any, name: str, config: Any) -> None:
 
 
 def load_adapter(policy: Any, name: str, file: Path) -> None:
-    """Load an adapter's weights from a file that PEFT wrote, layers beside the adapter (a head) left out.
+    """Load an adapter's weights from a file written by PEFT, except layers beside the adapter (a head).
 
     Raises:
-        ValueError: they are not those of the adapter ``name``; names some that differ.
+        ValueError: they do not match the adapter ``name``; names one that differs.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -132,7 +132,7 @@ def _shape(shape: torch.Size | None) -> str:
 
 
 def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
-    """The weights of one adapter: those that PEFT would train if it were the active one."""
+    """Return the weights of one adapter: those that PEFT would train if it were active."""
     with keep_gradient_flags(model):
         model.requires_grad_(False)
         with use_adapter(model, name, keep_flags=False):
@@ -141,10 +141,10 @@ def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
 
 @contextmanager
 def use_adapter(module: nn.Module, name: str, *, keep_flags: bool = True) -> Iterator[None]:
-    """While this lasts, a PEFT model, or a part of one, computes with the adapter ``name`` and no other.
+    """Activate the adapter ``name`` alone, in a PEFT model or a part of one.
 
     PEFT lets only the active adapter require gradients; here ``requires_grad`` stays as it is (``keep_flags``), so that
-    policy and critic can learn from one backward pass.
+    policy and critic can be trained by one backward pass.
     """
     from peft.functional import set_adapter
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -156,33 +156,82 @@ def use_adapter(module: nn.Module, name: str, *, keep_flags: bool = True) -> Ite
             set_adapter(module, to)
 
     switch(name)
-    token = _IN_USE.set(name)
+    token = _ACTIVE.set(name)
     try:
         yield
     finally:
-        _IN_USE.reset(token)
+        _ACTIVE.reset(token)
         switch(before)
 
 
-def same_adapter(module: nn.Module) -> AbstractContextManager[None]:
-    """Whatever :func:`use_adapter` has set now, for computing ``module`` again at another time."""
-    name = _IN_USE.get()
+def current_adapter(module: nn.Module) -> AbstractContextManager[None]:
+    """Return a context manager that activates the adapter of now again later, for recomputing ``module``."""
+    name = _ACTIVE.get()
     return nullcontext() if name is None else use_adapter(module, name)
 
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """While this lasts, a PEFT model is its base. PEFT by itself would leave only the active adapter trainable."""
+    """Switch a PEFT model's adapters off; ``requires_grad`` stays, where PEFT would change it."""
     with keep_gradient_flags(model), cast(Any, model).disable_adapter():
         yield
 
 
 @contextmanager
 def keep_gradient_flags(module: nn.Module) -> Iterator[None]:
-    """Put every ``requires_grad`` back to what it was before."""
+    """Restore every ``requires_grad`` afterwards."""
     flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     try:
         yield
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def merge_adapter(policy: Any) -> Any:
+    """Merge a PEFT model's active adapter into its base, in place, and return the base.
+
+    A weight that an adapted layer shares with another (tied embeddings, repeated layers) is copied first: the adapter
+    changes one of the layers only. The config then says that embeddings are not tied.
+    """
+    shared = Counter(id(p) for module in policy.modules() for p in module.parameters(recurse=False))
+    repeats = getattr(policy.peft_config[policy.active_adapter], "layer_replication", None)
+    for base in policy.modules() if repeats else [layer.get_base_layer() for layer in _layers(policy)]:
+        for name, p in list(base.named_parameters(recurse=False)):
+            if shared[id(p)] > 1:
+                setattr(base, name, nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad))
+    model = policy.merge_and_unload()
+    head = model.get_output_embeddings()
+    if head is not None and getattr(head, "weight", None) is not getattr(model.get_input_embeddings(), "weight", None):
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+    return model
+
+
+def require_mergeable(policy: Any) -> None:
+    """Refuse an adapter that cannot be merged: generate, evaluate and later runs load an adapter by merging it.
+
+    Merges a copy of one layer of each kind.
+
+    Raises:
+        ValueError: the adapter cannot be merged; names its kind.
+    """
+    config = policy.peft_config[policy.active_adapter]
+    tried = {
+        (type(x), type(base := x.get_base_layer()), getattr(base, "bias", None) is None): x for x in _layers(policy)
+    }
+    try:
+        if not hasattr(policy, "merge_and_unload"):
+            raise NotImplementedError("it is not made of layers")
+        for layer in tried.values():
+            copy.deepcopy(layer).merge()
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"an adapter of the kind {config.peft_type.value} cannot be merged into this base ({error}), which is how "
+            "generate, evaluate and later runs load it: change peft_config, for instance to LoraConfig(r=8)"
+        ) from error
+
+
+def _layers(policy: Any) -> Iterator[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return (module for module in policy.modules() if isinstance(module, BaseTunerLayer))

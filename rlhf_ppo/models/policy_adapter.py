@@ -1,4 +1,4 @@
-"""The policy's adapter: made on a base, with what that did to the base, and refused where it could not be saved."""
+"""The policy's adapter: add it, detect whether that changed the base, refuse one that cannot be saved and loaded."""
 
 from __future__ import annotations
 
@@ -6,78 +6,77 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from rlhf_ppo.models.compare import answers, difference, named_base
-from rlhf_ppo.models.loading import adapter_base
-from rlhf_ppo.models.lora import without_adapters
-from rlhf_ppo.models.merging import require_mergeable
+from rlhf_ppo.models.compare import probe_logits, relative_difference
+from rlhf_ppo.models.forward.hidden_states import without_adapter_wrapper
+from rlhf_ppo.models.loading import adapter_base, load_policy
+from rlhf_ppo.models.lora import require_mergeable, without_adapters
 
 _SAME = 1e-5
-"""Float32 rounding: answers that are no further apart than this are those of one model."""
+"""Relative difference of logits that float32 rounding explains."""
 
 
 @dataclass(frozen=True)
-class Adapted:
-    """A policy with its adapter, and what making it did to the base."""
+class PreparedPolicy:
+    """A policy as it is trained, and what adding its adapter did to the base."""
 
     policy: Any
-    changed: bool
-    """The base's weights or layers were changed in making the adapter (PiSSA, OLoRA and their like)."""
-    trained: bool
+    base_changed: bool
+    """Adding the adapter changed the base's weights or layers (PiSSA, OLoRA and the like)."""
+    base_trained: bool
     """Some of the base's own weights are trained beside the adapter (biases)."""
-    new_start: bool
-    """The policy is another model than the one that it was made from."""
+    start_changed: bool
+    """The policy's logits differ from those of the model that the adapter was added to."""
 
     @property
     def off_is_start(self) -> bool:
-        """With the adapter off the policy is, and stays, the model that training starts from."""
-        return not (self.changed or self.trained or self.new_start)
+        """True if the policy with its adapter off is the model that training starts from, and stays so."""
+        return not (self.base_changed or self.base_trained or self.start_changed)
 
-    def base(self, source: Any) -> str | None:
-        """The folder or hub id that holds the model under the adapter as it is now, or None if none does.
+    def find_base(self, source: Any) -> str | None:
+        """Return the folder or hub id that holds the model under the adapter as it is now, or None.
 
         Args:
-            source: what the policy was made from: a folder, hub id or model.
+            source: the folder, hub id or model that the policy was made from.
         """
-        known = isinstance(source, str) and not self.changed and adapter_base(source) is None
-        return source if known else named_base(self.policy, source)
+        known = isinstance(source, str) and not self.base_changed and adapter_base(source) is None
+        return source if known else _same_base(self.policy, source)
 
-    def start(self, source: Any, base: str | None) -> str | None:
-        """The folder or hub id that holds the policy as it starts, or None if none does; ``base`` is :meth:`base`'s."""
-        if self.new_start or (self.changed and not isinstance(source, str)):
+    def find_start(self, source: Any, base: str | None) -> str | None:
+        """Return the folder or hub id that holds the policy as it starts, or None; ``base`` is :meth:`find_base`'s."""
+        if self.start_changed or (self.base_changed and not isinstance(source, str)):
             return None
         return source if isinstance(source, str) else base
 
 
-def without_new_adapter(policy: Any) -> Adapted:
-    """A policy that is trained as it was given: all of it, or the adapter that it has.
+def prepare_policy(model: Any, peft_config: Any = None) -> PreparedPolicy:
+    """Add an adapter to a model; without ``peft_config`` train the model as given, or the adapter that it has.
 
     Raises:
-        ValueError: see :func:`require_own_adapter`.
+        ValueError: the adapter does not work on this model; see :func:`require_own_adapter` also.
     """
-    has_adapter = hasattr(policy, "peft_config")
+    if peft_config is not None:
+        return _add_adapter(model, peft_config)
+    has_adapter = hasattr(model, "peft_config")
     if has_adapter:
-        require_own_adapter(policy)
+        require_own_adapter(model)
     else:
-        policy.requires_grad_(True)
-    return Adapted(policy, changed=False, trained=True, new_start=has_adapter)
+        model.requires_grad_(True)
+    return PreparedPolicy(model, base_changed=False, base_trained=True, start_changed=has_adapter)
 
 
-def make_adapter(model: Any, config: Any) -> Adapted:
-    """Give a model an adapter by ``get_peft_model``, and find out by a few tokens what became of its base.
-
-    Raises:
-        ValueError: the adapter cannot be merged, bears a layer's name, or does not work on this model.
-    """
+def _add_adapter(model: Any, config: Any) -> PreparedPolicy:
+    """Add an adapter by ``get_peft_model``, and detect by the logits of a few tokens what that did to the base."""
     from peft import get_peft_model
 
-    before = answers(model)
+    before = probe_logits(model)
     policy = get_peft_model(model, config)
     require_own_adapter(policy)
     try:
-        on = answers(policy)
+        on = probe_logits(policy)
         with without_adapters(policy):
-            off = answers(policy, grad=True)
+            off = probe_logits(policy, grad=True)
         trained = [p for p in policy.parameters() if p.requires_grad] if off.requires_grad else []
         reached = torch.autograd.grad(off.sum(), trained, allow_unused=True) if trained else ()
     except torch.OutOfMemoryError:
@@ -86,21 +85,21 @@ def make_adapter(model: Any, config: Any) -> Adapted:
         raise ValueError(
             f"this peft_config does not work on {model.config.model_type!r} ({type(model).__name__}): "
             f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}. Name the layers that get the adapter in "
-            "target_modules (--lora-target-modules), without those that are no plain products"
+            "target_modules (--lora-target-modules), without those that are not plain linear layers"
         ) from error
-    return Adapted(
+    return PreparedPolicy(
         policy,
-        changed=not difference(off.detach(), before) <= _SAME,
-        trained=any(gradient is not None for gradient in reached),
-        new_start=not difference(on, before) <= _SAME,
+        base_changed=not relative_difference(off.detach(), before) <= _SAME,
+        base_trained=any(gradient is not None for gradient in reached),
+        start_changed=not relative_difference(on, before) <= _SAME,
     )
 
 
 def require_own_adapter(policy: Any) -> None:
-    """Refuse a PEFT model whose adapter could not be saved and loaded again as what it is.
+    """Refuse a PEFT model whose adapter would not be the same after saving and loading.
 
     Raises:
-        ValueError: several adapters are in force at once, one bears a layer's name, or it cannot be merged.
+        ValueError: several adapters are active at once, one has a layer's name, or it cannot be merged.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -108,13 +107,45 @@ def require_own_adapter(policy: Any) -> None:
     active = sorted({name for _, layer in layers for name in layer.active_adapters})
     if len(active) > 1:
         raise ValueError(
-            f"the model has {len(active)} adapters in force at once ({', '.join(active)}), and one can be trained and "
-            "saved: leave one by set_adapter, or make one of them by add_weighted_adapter"
+            f"the model has {len(active)} active adapters ({', '.join(active)}), but only one can be trained and "
+            "saved: keep one by set_adapter, or combine them by add_weighted_adapter"
         )
     for name in policy.peft_config:
         if any(name in path for path, _ in layers):
             raise ValueError(
-                f"the model's adapter {name!r} has the name of a layer, and PEFT takes one for the other: load it "
-                "under another, PeftModel.from_pretrained(base, folder, adapter_name=..., is_trainable=True)"
+                f"the model's adapter {name!r} has the name of a layer, and PEFT confuses the two: load it "
+                "under another name, PeftModel.from_pretrained(base, folder, adapter_name=..., is_trainable=True)"
             )
     require_mergeable(policy)
+
+
+def _same_base(policy: Any, source: Any) -> str | None:
+    """Return the name of ``source`` if the model loaded from there has exactly the policy's base weights, else None.
+
+    An adapter's folder does not count: PEFT's own loaders would put a second adapter on another model.
+    """
+    name = source if isinstance(source, str) else source.name_or_path
+    try:
+        if not name or adapter_base(name) is not None:
+            return None
+        with torch.random.fork_rng():
+            loaded = load_policy(name).state_dict()
+    except ValueError:
+        return None  # the folder is gone, or never was one
+    held = _base_weights(policy)
+    same = all(key in held and _equal(held[key], weight) for key, weight in loaded.items())
+    return name if same else None
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.to("cpu", other.dtype), other)
+
+
+def _base_weights(policy: Any) -> dict[str, Tensor]:
+    """Return a model's weights by their names without an adapter."""
+    held: dict[str, Tensor] = {}
+    for key, weight in without_adapter_wrapper(policy).state_dict().items():
+        for wrapper in (".base_layer", ".original_module"):
+            key = key.replace(wrapper, "")
+        held[key] = weight
+    return held

@@ -1,4 +1,4 @@
-"""Low precision: models loaded in 8 or 4 bits, or kept in bfloat16."""
+"""Load models in 8 or 4 bits (bitsandbytes), or round them to bfloat16; check that device and settings allow it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Bits = Literal["8bit", "4bit"]
 
 
 def check_precision(args: RLHFConfig, model: Any, ref_model: Any, peft_config: Any, device: torch.device) -> None:
-    """Refuse settings of memory and number format that models or device cannot follow, before any model is loaded."""
+    """Refuse memory and precision settings that models or device do not support, before any model is loaded."""
     if args.offload_activations and device.type != "cuda":
         raise ValueError(
             f"offload_activations=True moves activations from a GPU to main memory, but device is {device.type!r}, "
-            "which has nothing to gain from it: leave it out (gradient_checkpointing saves memory everywhere)"
+            "where it saves nothing: leave it out (gradient_checkpointing saves memory everywhere)"
         )
     if args.quantization != "none":
         if peft_config is None:
@@ -35,8 +35,8 @@ def check_precision(args: RLHFConfig, model: Any, ref_model: Any, peft_config: A
     if args.reference_dtype != "float32":
         if peft_config is not None:
             raise ValueError(
-                f"reference_dtype={args.reference_dtype!r} is about a reference with weights of its own, but with "
-                "peft_config it is the policy with its adapter off and has none: drop one of them"
+                f"reference_dtype={args.reference_dtype!r} sets the precision of a reference with its own weights, but "
+                "with peft_config the reference is the policy with its adapter off: drop one of them"
             )
         if args.reference_dtype != "bfloat16":
             source = model if ref_model is None else ref_model
@@ -44,15 +44,15 @@ def check_precision(args: RLHFConfig, model: Any, ref_model: Any, peft_config: A
 
 
 def check_quantization(setting: str, bits: Bits, model: Any, device: torch.device) -> None:
-    """Refuse what bitsandbytes cannot do here, before any model is loaded.
+    """Check that bitsandbytes can quantise this model here, before any model is loaded.
 
     Args:
-        setting: the setting's name, for messages.
+        setting: name of the setting, for messages.
         bits: its value.
-        model: folder, hub id or model that is to be quantised.
-        device: of the run.
+        model: folder, hub id or model to quantise.
+        device: the run's.
     Raises:
-        ValueError: a model that is loaded already, or no CUDA GPU.
+        ValueError: the model is loaded already, or there is no CUDA GPU.
         ModuleNotFoundError: bitsandbytes is not installed.
     """
     if not isinstance(model, str):
@@ -70,7 +70,7 @@ def check_quantization(setting: str, bits: Bits, model: Any, device: torch.devic
 
 
 def quantization_config(bits: Bits, *, bf16: bool) -> BitsAndBytesConfig:
-    """QLoRA's own choice for 4 bits (nf4, the constants quantised again), LLM.int8 for 8.
+    """Return QLoRA's configuration for 4 bits (nf4, double quantisation), or LLM.int8's for 8.
 
     Args:
         bits: 8bit or 4bit.
@@ -88,7 +88,7 @@ def quantization_config(bits: Bits, *, bf16: bool) -> BitsAndBytesConfig:
 
 
 def load_quantized(model: str, bits: Bits, *, device: torch.device, bf16: bool) -> PreTrainedModel:
-    """A causal language model with its linear layers in 8 or 4 bits, the rest in float32; all of it frozen."""
+    """Load a frozen causal language model with its linear layers in 8 or 4 bits, the rest in float32."""
     config = quantization_config(bits, bf16=bf16)
     loaded = read_weights(AutoModelForCausalLM, model, quantization_config=config, device_map={"": device})
     return cast(PreTrainedModel, loaded.requires_grad_(False))
@@ -101,13 +101,13 @@ def round_weights(weights: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
 
 
 def load_reference(model: Any, ref_model: Any, args: RLHFConfig, device: torch.device, *, bf16: bool) -> Any:
-    """A reference with weights of its own, where it is not just a copy of the policy (None)."""
+    """Load a reference with its own weights; None where a copy of the policy, or its adapter off, will do."""
     source = model if ref_model is None else ref_model
     match args.reference_dtype:
         case "float32":
             return None if ref_model is None else in_float32(load_policy(ref_model))
         case "bfloat16":
-            # A model object stays as its owner has it.
+            # A model object of the user's stays unchanged.
             reference = load_policy(source) if isinstance(source, str) else copy.deepcopy(source)
             round_weights(reference.parameters(), torch.bfloat16)
             return reference

@@ -1,4 +1,4 @@
-"""What other libraries say of themselves while they work: their bars, deprecations, and warnings about nothing."""
+"""Silence other libraries: their progress bars, deprecation warnings, and warnings that ask for nothing."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from huggingface_hub import utils as hub
 from transformers.utils import logging as transformers_logging
 
 LIBRARIES = r"(accelerate|datasets|huggingface_hub|peft|torch|transformers|rlhf_ppo|classic)(\.|$)"
-"""Where a deprecation is not for the user to act on: here, and where this package calls them."""
+"""Modules whose deprecation warnings are not for the user to act on."""
 
 HARMLESS = (
-    "fan_in_fan_out is set to False but the target module is `Conv1D`",  # PEFT then sets it right
+    "fan_in_fan_out is set to False but the target module is `Conv1D`",  # PEFT then corrects it
     "Could not find a config file in",  # PEFT, saving an adapter of a model without a folder
-    "`loss_type=None` was set in the config",  # transformers then takes the usual one
+    "`loss_type=None` was set in the config",  # transformers then uses the default
 )
-"""How warnings begin that ask for nothing."""
+"""First words of warnings that ask for nothing."""
 
 
 class _Harmless(logging.Filter):
@@ -30,18 +30,18 @@ class _Harmless(logging.Filter):
 
 @contextmanager
 def without_library_bars() -> Iterator[None]:
-    """Inside, transformers and datasets draw no bars beside ours; a download from the hub still shows how far it is."""
+    """Hide the progress bars of transformers and datasets; downloads from the hub keep theirs."""
     transformers_had = transformers_logging.is_progress_bar_enabled()
     datasets_had = not datasets.are_progress_bars_disabled()
     hub_had = not hub.are_progress_bars_disabled()
 
-    def hub_as_it_was() -> None:  # transformers switches it along with its own
+    def restore_hub() -> None:  # transformers switches the hub's bars along with its own
         if hub_had:
             hub.enable_progress_bars()
 
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    hub_as_it_was()
+    restore_hub()
     try:
         yield
     finally:
@@ -49,12 +49,12 @@ def without_library_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
         if datasets_had:
             datasets.enable_progress_bars()
-        hub_as_it_was()
+        restore_hub()
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """For commands: no bars, and no warnings that their user can do nothing about (all of them under ``python -W``)."""
+    """Hide bars, and warnings that a command's user cannot act on (``python -W`` shows them all)."""
     handlers = logging.getLogger("transformers").handlers
     harmless = _Harmless()
     with without_library_bars(), warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""The frozen reference that the KL is measured against (the policy with its adapter off, or another model)."""
+"""The frozen reference that the KL is measured against: a model of its own, or the policy with its adapter off."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_ppo.core import kl_from_logits, linear_kl
-from rlhf_ppo.models.forward.runner import Outputs, Reader, Sequences, place
-from rlhf_ppo.models.loading import freeze, fuse_activations
+from rlhf_ppo.models.dropout import freeze
+from rlhf_ppo.models.forward.output_layer import Outputs
+from rlhf_ppo.models.forward.runner import ModelRunner, Sequences, place, select
+from rlhf_ppo.models.loading import fuse_activations
 from rlhf_ppo.models.lora import without_adapters
 
 
@@ -20,16 +22,16 @@ class Reference:
     """The frozen policy that the KL is measured against: a model of its own, or the policy with its adapter off."""
 
     def __init__(self, policy: nn.Module, model: PreTrainedModel | None, *, adapter_off: bool) -> None:
-        """Freeze ``model``, or a copy of the policy as it is now; under ``adapter_off`` no copy is needed."""
+        """Freeze ``model``, or a copy of the policy as it is now; with ``adapter_off`` no copy is needed."""
         self.policy = policy
         self.model = None if adapter_off else freeze(copy.deepcopy(policy) if model is None else model)
         if self.model is not None:
             fuse_activations(self.model)
-        self.reader = Reader(policy if self.model is None else self.model)
+        self.runner = ModelRunner(policy if self.model is None else self.model)
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """While this lasts, the model that the reference reads is the reference."""
+        """Switch the policy's adapter off inside, if that is the reference."""
         if self.model is not None:
             yield
         else:
@@ -38,22 +40,23 @@ class Reference:
 
     @torch.no_grad()
     def logprobs(self, sequences: Sequences, *, temperature: float) -> Tensor:
-        """[B, T] log-probs under the reference at the policy's temperature, 0 outside the mask."""
+        """Compute log-probs [B, T] under the reference at the policy's temperature, 0 outside the mask."""
+        tokens = select(sequences.response_ids, sequences.mask)
         with self.active():
-            logprobs, _, _ = self.reader.logprobs(sequences, temperature=temperature)
+            logprobs, _ = self.runner.outputs(sequences).logprobs(tokens, temperature=temperature)
         return place(logprobs, sequences.mask)
 
     @torch.no_grad()
     def outputs(self, sequences: Sequences) -> Outputs:
-        """The reference's distributions at the response tokens."""
+        """Compute the reference's distributions at the response tokens."""
         with self.active():
-            return self.reader.outputs(sequences)
+            return self.runner.outputs(sequences)
 
 
 def exact_kl(policy: Outputs, reference: Outputs, *, temperature: float) -> Tensor:
-    """[n] KL(policy || reference) in nats at each token, with gradients to the policy.
+    """Compute KL(policy || reference) [n] in nats over the whole vocabulary, with gradients to the policy.
 
-    [n, V] logits exist only if an output layer is not plain. Tokens that could not be drawn have no part in either.
+    [n, V] logits exist only if an output layer is not plain. Banned tokens have probability 0 in both.
     """
     if policy.head is None or policy.states is None or reference.head is None or reference.states is None:
         logits, ref_logits = policy.all_logits().float(), reference.all_logits().float()

@@ -1,4 +1,4 @@
-"""Heads: the linear layer that turns a hidden state into one number, found in what other training left behind."""
+"""Load a value head (hidden state -> one number) from a run, a TRL checkpoint or a reward model."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ from rlhf_ppo.data.hub import find_file, pickle_message
 VALUE_HEAD_FILE = "value_head.safetensors"
 
 _HEADS = ("v_head.summary", "score", "classifier")
-"""TRL's value head, and the heads of sequence-classification models."""
+"""Names of TRL's value head and of sequence classifiers' heads."""
 
 
-def read_head(source: str, trunk: PretrainedConfig, *, setting: str) -> dict[str, Tensor]:
-    """Weight [1, O] and bias [1] of a linear layer that gives a hidden state its one number, in float32.
+def load_value_head(source: str, trunk: PretrainedConfig, *, setting: str) -> dict[str, Tensor]:
+    """Load weight [1, O] and bias [1] of a linear head with one output, in float32.
 
     Args:
-        source: folder or hub id of one of: a run of this project, an old TRL checkpoint with a value head
-            (``v_head.summary``), a one-label sequence-classification model whose head is one linear layer, or an
-            adapter of such a model.
-        trunk: config of the model that the head will sit on.
+        source: folder or hub id of a run, an old TRL checkpoint with a value head (``v_head.summary``), a one-label
+            sequence classifier whose head is one linear layer, or an adapter of one.
+        trunk: config of the model that the head is for.
         setting: the setting that named the source, for messages.
     Raises:
-        ValueError: no such head there, a head of another shape, or one for states of another width.
+        ValueError: no such head, or one of another shape or width.
     """
     where = f"{setting}={source!r}"
     found: dict[str, Tensor] = {}
@@ -55,14 +54,14 @@ def read_head(source: str, trunk: PretrainedConfig, *, setting: str) -> dict[str
     width = int(getattr(text, "word_embed_proj_dim", text.hidden_size))  # OPT-350m narrows its last states
     if weight.shape[1] != width:
         raise ValueError(
-            f"{where} reads hidden states of width {weight.shape[1]}, but the model under it is {width} wide: take a "
+            f"{where} fits hidden states of width {weight.shape[1]}, but the model under it is {width} wide: take a "
             "head that was trained on this model"
         )
     return {"weight": weight, "bias": found.get(name.removesuffix("weight") + "bias", torch.zeros(1))}
 
 
 def adapter_labels(file: Path) -> int | None:
-    """How many labels the linear head in an adapter's file has, or None if there is none."""
+    """Return the number of labels of the linear head in an adapter's file, or None if it has no head."""
     if not file.is_file():
         return None
     with safe_open(file, "pt") as tensors:
@@ -75,7 +74,7 @@ def _layer(name: str) -> str:
 
 
 def _tensor_files(source: str, where: str) -> Iterator[tuple[str, Path]]:
-    """(tensor name, its file) of a run's value head, else of an adapter or a model; no tensor is loaded."""
+    """Yield (tensor name, file) of a run's value head, else of an adapter or a model, without loading tensors."""
     single = (VALUE_HEAD_FILE, "adapter_model.safetensors", "model.safetensors")
     if (file := next((file for name in single if (file := find_file(source, name))), None)) is not None:
         files = {file}
@@ -86,7 +85,7 @@ def _tensor_files(source: str, where: str) -> Iterator[tuple[str, Path]]:
     elif find_file(source, "pytorch_model.bin") or find_file(source, "pytorch_model.bin.index.json"):
         raise ValueError(pickle_message(where, "pytorch_model.bin"))
     else:
-        raise ValueError(f"{where}: neither {VALUE_HEAD_FILE} nor model.safetensors is there")
+        raise ValueError(f"{where}: found neither {VALUE_HEAD_FILE} nor model.safetensors")
     for file in sorted(files):
         with safe_open(file, "pt") as tensors:
             yield from ((name, file) for name in list(tensors.keys()))

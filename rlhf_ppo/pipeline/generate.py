@@ -21,7 +21,7 @@ from rlhf_ppo.generation.rollout import SamplingParams
 from rlhf_ppo.generation.stop_strings import StopStringDetector, response_texts
 from rlhf_ppo.generation.stop_tokens import stop_tokens, warn_of_unread_end
 from rlhf_ppo.models.actor_critic import ActorCritic
-from rlhf_ppo.models.forward_checks import probe
+from rlhf_ppo.models.forward_checks import check_forward
 from rlhf_ppo.models.loading import (
     load_config,
     load_policy,
@@ -54,7 +54,7 @@ def load_generator(args: GenerateArgs) -> TextGenerator:
     name = resolve_model(args.model)
     config, tokenizer = load_config(name), with_chat_template(load_tokenizer(name), args.chat_template)
     model = ActorCritic(load_policy(name), critic=False).to(device)
-    probe(model)
+    check_forward(model)
     room = prompt_room(config, args.max_new_tokens)
     run = read_run(name)
     given = run.get("stop_token_ids")

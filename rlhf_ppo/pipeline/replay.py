@@ -18,13 +18,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from rlhf_ppo.config.commands import ReplayArgs
 from rlhf_ppo.models.activation_memory import checkpoint_layers
-from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.models.actor_critic import ActorCritic, build_actor_critic
 from rlhf_ppo.models.compare import OBJECT
-from rlhf_ppo.models.critics import build_actor_critic
-from rlhf_ppo.models.forward_checks import probe
+from rlhf_ppo.models.forward_checks import check_forward
 from rlhf_ppo.models.loading import BASE_FOLDER, REFERENCE_FOLDER, load_policy, resolve_model
-from rlhf_ppo.models.lora import by_present_names
-from rlhf_ppo.models.policy_adapter import make_adapter
+from rlhf_ppo.models.lora import with_current_names
+from rlhf_ppo.models.policy_adapter import prepare_policy
 from rlhf_ppo.models.quantization import load_quantized, load_reference
 from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.pipeline.before_after import readable
@@ -187,8 +186,8 @@ def _build(box: BlackBox, name: str | None, device: torch.device) -> tuple[Actor
         frozen = load_reference(name, models["ref_model"], objective, device, bf16=box.bf16)
         off = False
         if models["adapter"] is not None:
-            adapted = make_adapter(policy, _adapter_config(models["adapter"]))
-            policy, off = adapted.policy, adapted.off_is_start
+            prepared = prepare_policy(policy, _adapter_config(models["adapter"]))
+            policy, off = prepared.policy, prepared.off_is_start
         if exact_kl and (models["ref_model"] == OBJECT or off == models.get("own_reference", not off)):
             raise ValueError(
                 "the exact KL of this black box was measured to a model object (ref_model, or an adapter that was "
@@ -205,7 +204,7 @@ def _build(box: BlackBox, name: str | None, device: torch.device) -> tuple[Actor
     if reference is not None and reference.model is not None:
         reference.model.to(device)
     longest = box.rollout.prompt_ids.shape[1] + box.rollout.response_ids.shape[1]
-    probe(model, reference, longest=longest, bf16=box.bf16)  # not with the box's weights, which may be NaN
+    check_forward(model, reference, longest=longest, bf16=box.bf16)  # not with the box's weights, which may be NaN
     if objective.gradient_checkpointing:
         checkpoint_layers(model)
     _load(model, box.weights)
@@ -222,7 +221,7 @@ def _adapter_config(facts: Mapping[str, Any]) -> Any:
 
 def _load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    weights = by_present_names(weights, parameters)
+    weights = with_current_names(weights, parameters)
     if {n: p.shape for n, p in parameters.items()} != {n: w.shape for n, w in weights.items()}:
         different = sorted(set(parameters) ^ set(weights))[:3] or "shapes"
         raise ValueError(f"the black box's weights are not this model's ({different} differ): name its base by --model")

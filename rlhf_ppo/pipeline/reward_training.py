@@ -19,7 +19,7 @@ from rlhf_ppo.data.chat import with_chat_template
 from rlhf_ppo.data.mixtures import load_mixture
 from rlhf_ppo.data.preferences import Preference, read_preferences, split_by_prompt
 from rlhf_ppo.data.tokenization import encode_text, require_vocabulary
-from rlhf_ppo.models.compare import answers, require_saved
+from rlhf_ppo.models.compare import probe_logits, require_saved
 from rlhf_ppo.models.loading import (
     adapter_base,
     context_length,
@@ -193,7 +193,7 @@ def _train(args: RewardTrainingArgs, run: RunDirectory) -> dict[str, float]:
     run.write_json("reward_metrics.json", {**metrics, "calibration": bins})
     plot_calibration(bins, run.path / "calibration.png", title=f"{len(eval_pairs)} held-out pairs")
     _save(model, tokenizer, run.path)
-    require_saved(run.path, answers(model.float()), load_classifier)
+    require_saved(run.path, probe_logits(model.float()), load_classifier)
     return metrics
 
 

@@ -32,7 +32,7 @@ from rlhf_ppo.data.mixtures import load_mixture
 from rlhf_ppo.data.preferences import prompt_and_answer
 from rlhf_ppo.data.rows import Rows, RowSource, as_rows, require_column
 from rlhf_ppo.data.tokenization import encode_after, encode_text, require_vocabulary, tokenize_prompt
-from rlhf_ppo.models.compare import answers, require_saved
+from rlhf_ppo.models.compare import probe_logits, require_saved
 from rlhf_ppo.models.forward_checks import require_decoder
 from rlhf_ppo.models.loading import (
     context_length,
@@ -342,7 +342,7 @@ def _train(args: SFTArgs) -> dict[str, float]:
         lambda new: (model.save_pretrained(new), tokenizer.save_pretrained(new)),
         needed=saved_bytes(model, adapted=False),
     )
-    require_saved(Path(args.output_dir), answers(model.float()), load_policy)
+    require_saved(Path(args.output_dir), probe_logits(model.float()), load_policy)
     return {"eval/loss_nats_per_token": loss, "eval/perplexity": math.exp(loss) if loss < 700 else math.inf}
 
 

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_ppo.data.chat import Completion, Prompt, read_chat_template, render_completed
 from rlhf_ppo.data.prompts import PromptSet
 from rlhf_ppo.data.tokenization import encode_text, require_vocabulary
+from rlhf_ppo.models.dropout import freeze
 from rlhf_ppo.models.loading import (
     context_length,
     find_config,
-    freeze,
     fuse_activations,
     load_classifier,
     load_tokenizer,

@@ -20,8 +20,7 @@ from rlhf_ppo.config.removed import REMOVED_VALUES
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import BannedTokens, Experience
 from rlhf_ppo.generation.rollout import Rollout
-from rlhf_ppo.models.actor_critic import ActorCritic
-from rlhf_ppo.models.critics import critic_kind
+from rlhf_ppo.models.actor_critic import ActorCritic, critic_kind
 from rlhf_ppo.models.forward.hidden_states import without_adapter_wrapper
 from rlhf_ppo.runtime.checkpoint import read_checkpoint
 from rlhf_ppo.runtime.checkpoint_commit import write_checkpoint

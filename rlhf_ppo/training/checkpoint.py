@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rlhf_ppo.config.removed import REMOVED
 from rlhf_ppo.config.rlhf import RLHFConfig
-from rlhf_ppo.models.lora import by_present_names, earlier_name
+from rlhf_ppo.models.lora import earlier_name, with_current_names
 from rlhf_ppo.runtime.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from rlhf_ppo.runtime.checkpoint_commit import write_checkpoint
 from rlhf_ppo.runtime.resume import require_unchanged
@@ -151,7 +151,7 @@ def _moments(state: TrainState) -> dict[str, Tensor]:
 
 def _load_weights(state: TrainState, checkpoint: Checkpoint) -> None:
     parameters = _trainable(state.model)
-    weights = by_present_names(checkpoint.tensors["trainable"], parameters)
+    weights = with_current_names(checkpoint.tensors["trainable"], parameters)
     if {n: p.shape for n, p in parameters.items()} != {n: w.shape for n, w in weights.items()}:
         different = sorted(set(parameters) ^ set(weights)) or "shapes"
         raise CheckpointError(f"checkpoint {checkpoint.folder} belongs to another model or adapter: {different} differ")

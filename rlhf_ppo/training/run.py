@@ -88,7 +88,7 @@ class Run:
 
     def microbatches(self, model: ActorCritic, rollout: Rollout, rows: Sequence[int]) -> list[list[int]]:
         """Group rows of a rollout into microbatches of at most ``microbatch_tokens``."""
-        return rollout.batches(rows, self.microbatch_tokens, padded=not model.reader.packs_on(self.device))
+        return rollout.batches(rows, self.microbatch_tokens, padded=not model.runner.packs_on(self.device))
 
     def minibatch_gradient(
         self, model: ActorCritic, rollout: Rollout, old: Experience, rows: Sequence[int], args: RLHFConfig

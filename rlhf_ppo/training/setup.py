@@ -19,10 +19,9 @@ from rlhf_ppo.generation.multi_turn import Respond
 from rlhf_ppo.generation.reply_tokens import chat_reply_ids
 from rlhf_ppo.generation.rollout import SamplingParams
 from rlhf_ppo.generation.stop_tokens import choose_stop_tokens
-from rlhf_ppo.models.actor_critic import ActorCritic
-from rlhf_ppo.models.compare import answers, kl, source_name
-from rlhf_ppo.models.critics import CriticKind, build_actor_critic, choose_critic
-from rlhf_ppo.models.forward_checks import probe, probe_gradient
+from rlhf_ppo.models.actor_critic import ActorCritic, CriticKind, build_actor_critic, choose_critic
+from rlhf_ppo.models.compare import largest_kl, probe_logits, source_name
+from rlhf_ppo.models.forward_checks import check_backward, check_forward
 from rlhf_ppo.models.loading import (
     BASE_FOLDER,
     REFERENCE_FOLDER,
@@ -36,10 +35,10 @@ from rlhf_ppo.models.loading import (
     vocabulary_size,
 )
 from rlhf_ppo.models.lora import refuse_prompt_learning
-from rlhf_ppo.models.policy_adapter import make_adapter, without_new_adapter
+from rlhf_ppo.models.policy_adapter import prepare_policy
 from rlhf_ppo.models.quantization import check_precision, load_quantized, load_reference
 from rlhf_ppo.models.reference import Reference
-from rlhf_ppo.models.value_head import read_head
+from rlhf_ppo.models.value_head import load_value_head
 from rlhf_ppo.rewards.cache import make_caches
 from rlhf_ppo.rewards.functions import RewardFunction, require_accepts_columns, reward_source
 from rlhf_ppo.rewards.loading import RewardSource, check_servers, load_rewards
@@ -96,7 +95,7 @@ def set_up(
     head = None
     if args.value_head_from is not None:
         trunk_config = config if value_model is None else load_config(value_model)
-        head = read_head(args.value_head_from, trunk_config, setting="value_head_from")
+        head = load_value_head(args.value_head_from, trunk_config, setting="value_head_from")
     tokenizer = with_chat_template(processing_class or load_tokenizer(model), args.chat_template)
     room = prompt_room(config, args.max_new_tokens)
     stops = choose_stop_tokens(model, config, tokenizer, args, vocab_size)
@@ -117,8 +116,8 @@ def set_up(
     )
     # A conversation grows by replies of unknown length.
     longest = None if respond is not None or not sets else max(p.longest for p in sets) + args.max_new_tokens
-    probe(models.actor_critic, models.reference, longest=longest, bf16=bf16)
-    probe_gradient(models.actor_critic, bf16=bf16, checkpoint=args.gradient_checkpointing)
+    check_forward(models.actor_critic, models.reference, longest=longest, bf16=bf16)
+    check_backward(models.actor_critic, bf16=bf16, checkpoint=args.gradient_checkpointing)
     microbatch_tokens = args.microbatch_tokens or (1024 if device.type == "cpu" else 16384)
     with autocast(bf16, device):
         sample = choose_engine(args, models.actor_critic)
@@ -220,10 +219,10 @@ def _load_models(
     value_model = _copy_if_shared(value_model, model, ref_model, *judges)
     ref_model = _copy_if_shared(ref_model, model)
     reference_model = load_reference(model, ref_model, args, device, bf16=bf16)
-    adapted = without_new_adapter(policy) if peft_config is None else make_adapter(policy, peft_config)
-    policy = in_float32(adapted.policy, frozen=False)
-    base = adapted.base(model)
-    start = adapted.start(model, base)
+    prepared = prepare_policy(policy, peft_config)
+    policy = in_float32(prepared.policy, frozen=False)
+    base = prepared.find_base(model)
+    start = prepared.find_start(model, base)
     if ref_model is not None:
         start = ref_model if isinstance(ref_model, str) else None
     trunk = None if value_model is None else load_trunk(value_model).requires_grad_(True)
@@ -235,9 +234,9 @@ def _load_models(
         trunk=trunk,
         head=head,
         head_from=args.value_head_from,
-        bare_base=not adapted.changed and (peft_config is not None or base is not None),
+        bare_base=not prepared.base_changed and (peft_config is not None or base is not None),
     )
-    reference = Reference(policy, reference_model, adapter_off=adapted.off_is_start)
+    reference = Reference(policy, reference_model, adapter_off=prepared.off_is_start)
     actor_critic.to(device)
     if reference.model is not None:
         reference.model.to(device)
@@ -249,8 +248,8 @@ def _load_models(
 def _require_start(policy: Any, reference: Reference, peft_config: Any) -> None:
     """Check that policy and reference give a few tokens the same probabilities before the first update."""
     with reference.active():
-        start = answers(policy if reference.model is None else reference.model)
-    if (gap := kl(answers(policy), start)) > 1e-4:
+        start = probe_logits(policy if reference.model is None else reference.model)
+    if (gap := largest_kl(probe_logits(policy), start)) > 1e-4:
         raise ValueError(
             f"the reference is not the model that training starts from: {gap:.2g} nats a token apart before the first "
             f"update, with peft_config={peft_config}. Use another adapter, or a model that gives the same logits twice"

@@ -1,4 +1,4 @@
-"""The cache of a rollout: allocated once, and finished rows leave it; or the tokens themselves, to be read again."""
+"""The key-value cache for decoding: allocated once, finished rows removed; or a cache of tokens alone."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from transformers.cache_utils import DynamicLayer
 
 
 class PreallocatedLayer(DynamicLayer):
-    """transformers' growing layer with room for all steps from the start, instead of a copy at every step."""
+    """transformers' growing layer, allocated once for all steps instead of copied at every step."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
         self.capacity = capacity
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate room for ``capacity`` tokens: [B, H, capacity, D]."""
+        """Allocate [B, H, capacity, D]."""
         super().lazy_initialization(key_states, value_states)
         self._keys, self._values = (
             x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (key_states, value_states)
@@ -27,7 +27,7 @@ class PreallocatedLayer(DynamicLayer):
         self.keys, self.values = self._keys[:, :, :0], self._values[:, :, :0]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the new states behind the old ones; returns all of them as views."""
+        """Append new states; return all states as views."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
@@ -50,12 +50,12 @@ class PreallocatedLayer(DynamicLayer):
         self.keys, self.values = self._keys[:, :, :length], self._values[:, :, :length]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep some rows; every kind of transformers' layers has this method."""
+        """Keep some rows; the name that all kinds of transformers' layers share."""
         self.batch_select_indices(beam_idx)
 
 
 class TokenCache:
-    """The tokens so far, for models that keep no states between steps that fit here: each step reads all of them."""
+    """The tokens so far, for models without a usable cache: each step runs over all of them again."""
 
     def __init__(self) -> None:
         """Start empty."""
@@ -63,10 +63,10 @@ class TokenCache:
         self.lengths = torch.zeros(0, dtype=torch.long)
 
     def add(self, ids: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
-        """Take new tokens: prompts [B, P] padded in front (False in ``attention``), after that one each [B, 1].
+        """Add tokens: first left-padded prompts [B, P] (False in ``attention``), then one each [B, 1].
 
         Returns:
-            All tokens [B, L], padded behind, and where the last one of each row is [B].
+            All tokens [B, L], right-padded, and the index [B] of each row's last one.
         """
         if self.ids is None:
             real = attention[:, : ids.shape[1]].bool()
@@ -84,7 +84,7 @@ class TokenCache:
 
 
 def preallocated_cache(config: PretrainedConfig, capacity: int) -> DynamicCache:
-    """transformers' cache for this model whose ordinary layers are allocated once for ``capacity`` tokens.
+    """Return transformers' cache for this model, its ordinary layers allocated once for ``capacity`` tokens.
 
     Layers of another kind (sliding windows, recurrent states) stay as transformers makes them.
     """

@@ -1,4 +1,4 @@
-"""Packing: prompts with responses laid end to end in one row, so that no model ever computes on padding."""
+"""Pack prompts with responses end to end in one row, so that no model computes on padding; batches by token budget."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ _PACKED: ContextVar[tuple[PretrainedConfig, tuple[int, ...]] | None] = ContextVa
 
 @dataclass(frozen=True)
 class Packed:
-    """B sequences of N tokens in all, as one row; equally long ones lie side by side."""
+    """B sequences of N tokens in all, as one row; those of equal length are neighbours."""
 
     ids: Tensor
     """[1, N] token ids."""
     positions: Tensor
     """[1, N] positions, from 0 in each sequence."""
     lengths: tuple[int, ...]
-    """[B] tokens of each sequence, in the order in which they lie."""
+    """[B] tokens of each sequence, in packed order."""
     index: Tensor
-    """[n] where the state before each of the n True response tokens lies, in the order of ``response_ids[mask]``."""
+    """[n] where the states before the n True response tokens are, in the order of ``response_ids[mask]``."""
 
 
 def pack(
     prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, mask: Tensor, real: Tensor | None = None
 ) -> Packed:
-    """Lay prompts [B, P] and responses [B, T] end to end; the last token of a response is never an input.
+    """Pack prompts [B, P] and responses [B, T]; the last token of a response is never an input.
 
-    ``real`` [B, T] is True on the tokens of other speakers too; None: there are none, and ``mask`` says it all.
+    ``real`` [B, T] is True on other speakers' tokens too; None: there are none.
     """
     ids = torch.cat([prompt_ids, response_ids[:, :-1]], dim=1)
-    # A token is read where another follows it.
+    # A token is an input where another follows it.
     real = torch.cat([prompt_mask, (mask if real is None else real)[:, 1:]], dim=1)
     lengths, order = real.sum(dim=1).sort()
     ids, real = ids[order], real[order]
@@ -55,12 +55,12 @@ def pack(
 def align(
     prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, mask: Tensor, real: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Lay each prompt [B, P] and its response [B, T] from column 0 on, so that all padding lies behind them.
+    """Left-align each prompt [B, P] with its response [B, T], so that all padding comes last.
 
     Arguments are those of :func:`pack`.
 
     Returns:
-        Token ids [B, P + T - 1], and where in these, flattened, the state before each response token lies [B, T].
+        Token ids [B, P + T - 1], and the flat index [B, T] of the state before each response token.
     """
     ids = torch.cat([prompt_ids, response_ids[:, :-1]], dim=1)
     real = torch.cat([prompt_mask, (mask if real is None else real)[:, :-1]], dim=1)
@@ -72,7 +72,7 @@ def align(
 
 @contextmanager
 def packed_attention(config: PretrainedConfig, lengths: tuple[int, ...]) -> Iterator[None]:
-    """While this lasts, models with this config attend within each of the packed sequences and to nothing else."""
+    """Let models with this config attend only within each of the packed sequences."""
     before = config._attn_implementation
     token = _PACKED.set((config, lengths))
     config._attn_implementation = "rlhf_ppo_packed"
@@ -83,14 +83,14 @@ def packed_attention(config: PretrainedConfig, lengths: tuple[int, ...]) -> Iter
         _PACKED.reset(token)
 
 
-def same_packing() -> AbstractContextManager[None]:
-    """Whatever :func:`packed_attention` has set now, for computing the same again at another time."""
+def current_packing() -> AbstractContextManager[None]:
+    """Return a context manager that sets the packed attention of now again later, for recomputing activations."""
     packed = _PACKED.get()
     return nullcontext() if packed is None else packed_attention(*packed)
 
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any) -> Any:
-    """transformers' own sdpa attention, one call for each run of equally long sequences: [1, H, N, D] each."""
+    """Call transformers' sdpa attention [1, H, N, D] once for each run of sequences of equal length."""
     packed = _PACKED.get()
     assert packed is not None
     runs = [(length, len(list(same))) for length, same in groupby(packed[1])]
@@ -100,7 +100,7 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
         runs, query.split(sizes, dim=2), key.split(sizes, dim=2), value.split(sizes, dim=2), strict=True
     ):
         q, k, v = (x[0].unflatten(1, (count, length)).transpose(0, 1) for x in (q, k, v))
-        # In bfloat16 the backward pass of the fused kernel takes three times as long on CPU as plain products.
+        # In bfloat16 on CPU the fused kernel's backward pass takes three times as long as plain products.
         plain = query.dtype == torch.bfloat16 and torch.is_grad_enabled() and length <= 1024
         with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
             output, _ = sdpa_attention_forward(module, q, k, v, None, **{**kwargs, "is_causal": True})
@@ -112,23 +112,23 @@ AttentionInterface.register("rlhf_ppo_packed", _attend)
 
 
 def token_batches(lengths: Sequence[int], max_tokens: int, *, padded: bool) -> list[list[int]]:
-    """Rows in groups of at most ``max_tokens`` tokens each (or a single row), sorted by length.
+    """Group rows, sorted by length, into batches of at most ``max_tokens`` tokens each (or a single row).
 
     Args:
         lengths: tokens of each row.
-        max_tokens: most tokens of a group.
-        padded: count every row of a group as long as its longest.
+        max_tokens: most tokens per batch.
+        padded: count every row of a batch as its longest.
     Returns:
-        Indices into ``lengths``; every row is in exactly one group.
+        Indices into ``lengths``; every row is in exactly one batch.
     """
-    groups: list[list[int]] = []
+    batches: list[list[int]] = []
     tokens = 0
     for row in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        # Rows come in order of length, so the newest is the longest of its group.
-        together = lengths[row] * (len(groups[-1]) + 1) if groups and padded else tokens + lengths[row]
-        if not groups or together > max_tokens:
-            groups.append([])
+        # Rows come in order of length, so the newest is the longest of its batch.
+        together = lengths[row] * (len(batches[-1]) + 1) if batches and padded else tokens + lengths[row]
+        if not batches or together > max_tokens:
+            batches.append([])
             together = lengths[row]
-        groups[-1].append(row)
+        batches[-1].append(row)
         tokens = together
-    return groups
+    return batches

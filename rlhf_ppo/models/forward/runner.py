@@ -1,8 +1,7 @@
-"""Reading: a causal language model evaluated at response tokens alone, in the fewest and largest products."""
+"""Run a model on prompts with responses: hidden states, logits and log-probs at response tokens, and decode steps."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -10,19 +9,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import linear
 
-from rlhf_ppo.core import BannedTokens, entropy_from_logits, linear_logprobs, token_logprobs
+from rlhf_ppo.core import BannedTokens
 from rlhf_ppo.core.kernels.linear_logprobs import project
 from rlhf_ppo.models.forward.hidden_states import (
     accepts,
     call,
-    noting_states,
+    capture_states,
+    last_states,
     probe_ids,
-    states_of,
     without_adapter_wrapper,
 )
 from rlhf_ppo.models.forward.kv_cache import TokenCache, preallocated_cache
+from rlhf_ppo.models.forward.output_layer import Outputs, find_plain_head, vocabulary_as_rows
 from rlhf_ppo.models.forward.packing import align, pack, packed_attention
 
 
@@ -38,59 +37,35 @@ class Sequences(NamedTuple):
     mask: Tensor
     """[B, T] bool, True on tokens that the policy chose."""
     real: Tensor | None = None
-    """[B, T] bool, True on every token that is read, an environment's included; None: there are only the policy's."""
+    """[B, T] bool, True on every real token, an environment's included; None: all of them are the policy's."""
     banned: BannedTokens | None = None
     """Tokens that could not be sampled at [B, T] places, True only where ``mask`` is; None: nowhere."""
 
 
-class Outputs(NamedTuple):
-    """A model's next-token distributions at n response tokens: by a plain output layer, or as logits."""
-
-    states: Tensor | None
-    """[n, O] last hidden states."""
-    head: nn.Linear | None
-    """The output layer, if the logits are nothing but that layer on the states."""
-    logits: Tensor | None
-    """[n, V], of a model without a plain output layer."""
-    banned: BannedTokens | None = None
-    """Tokens that could not be sampled at [n] of them; None: none."""
-
-    def all_logits(self) -> Tensor:
-        """[n, V], -inf at banned tokens."""
-        logits = self.logits
-        if logits is None:
-            assert self.states is not None and self.head is not None
-            logits = linear(self.states, self.head.weight, self.head.bias)
-        if self.banned is None:
-            return logits
-        ids = torch.tensor(self.banned.tokens, dtype=torch.long, device=logits.device)
-        return logits.index_copy(1, ids, logits[:, ids].masked_fill(self.banned.where[:, None], -math.inf))
-
-
 def position_ids(mask: Tensor) -> Tensor:
-    """Positions [B, L] that count real tokens only, so that padding on the left changes nothing."""
+    """Return positions [B, L] that count real tokens only, so that left padding changes nothing."""
     return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
-class Reader:
-    """Reads a model's hidden states and log-probs at response tokens, [n] as :func:`select` chooses them.
+class ModelRunner:
+    """Run a model on response tokens, [n] in the order of :func:`select`, and decode step by step.
 
-    The plain way is one forward pass over the padded batch and log-probs from its logits. Where a look at the model
-    shows that they give the same, it takes shortcuts: the output layer is applied by ``linear_logprobs`` (a model whose
-    logits are nothing but a linear map of its last hidden states), and on CPU sequences are packed end to end. Where
-    :func:`rlhf_ppo.models.forward_checks.probe` finds that the model needs it, it takes slower ways: ``pads_left``,
-    ``keeps_states`` and ``rows_leave`` say which.
+    The plain way is one forward pass over the padded batch and log-probs from its logits. Two shortcuts are taken where
+    a test on the model shows that they give the same: the output layer runs inside ``linear_logprobs`` (if the logits
+    are a linear map of the last hidden states), and on CPU sequences are packed end to end. Where
+    :func:`rlhf_ppo.models.forward_checks.check_forward` finds that the model needs it, slower ways are taken:
+    ``pads_left``, ``uses_cache`` and ``cache_shrinks`` say which.
     """
 
     pads_left = True
-    """Padding may lie in front of a sequence, with positions that do not count it; False: it lies behind."""
-    keeps_states = True
-    """Decoding keeps keys, values and states of the tokens so far; False: each step reads all tokens again."""
-    rows_leave = True
-    """Rows that have ended leave what decoding keeps."""
+    """Padding may precede a sequence, with positions that do not count it; False: padding goes behind."""
+    uses_cache = True
+    """Decoding caches keys, values and states of earlier tokens; False: each step runs over all tokens again."""
+    cache_shrinks = True
+    """Rows that have ended are removed from the cache."""
 
     def __init__(self, model: nn.Module, *, plain: bool = False) -> None:
-        """Look at the model; ``plain`` takes no shortcut."""
+        """Find the model's trunk and output layer, and the shortcuts that it allows; none if ``plain``."""
         self.model = model
         base = without_adapter_wrapper(model)
         self.trunk: nn.Module = base.base_model
@@ -98,34 +73,34 @@ class Reader:
             self.trunk = base.model  # Llama 4 names its trunk as its base class does not
         self.config = base.config
         self.has_head = self.trunk is not base
-        self.states_from = self.trunk
+        self.states_module = self.trunk
         """The module that returns the last hidden states when the whole model is called."""
-        logits, states = self._look(base)
+        logits, states = self._first_outputs(base)
         self.width = states.shape[-1] if states.shape[:-1] == (1, 8) else None
-        """Of the last hidden states; None: they are not [B, L, O]."""
-        self.head = None if plain else self._plain_head(base, logits, states)
+        """Width of the last hidden states; None: they are not [B, L, O]."""
+        self.head = None if plain else find_plain_head(base, logits, states)
         self.output_layer = None if plain or not self.has_head else base.get_output_embeddings()
         self.packs = not plain and self._can_pack()
-        self.head_in_low: Tensor | None = None
+        self._rounded_head: Tensor | None = None
 
-    # What the model gives
+    # Response tokens
 
     def hidden(self, sequences: Sequences) -> Tensor:
-        """[n, O] last hidden states before each response token."""
+        """Compute the last hidden states [n, O] before each response token."""
         if self.packs_on(sequences.mask.device):
             packed = pack(*sequences[:5])
             with packed_attention(self.config, packed.lengths):
-                states = states_of(call(self.trunk, packed.ids, packed.positions))
+                states = last_states(call(self.trunk, packed.ids, packed.positions))
             return states.squeeze(0)[packed.index]
         if not self.pads_left:
             ids, index = align(*sequences[:5])
-            return states_of(call(self.trunk, ids)).flatten(0, 1)[select(index, sequences.mask)]
+            return last_states(call(self.trunk, ids)).flatten(0, 1)[select(index, sequences.mask)]
         ids, attention = _padded(sequences)
-        hidden = states_of(call(self.trunk, ids, position_ids(attention), attention))
+        hidden = last_states(call(self.trunk, ids, position_ids(attention), attention))
         return select(hidden[:, -sequences.mask.shape[1] :], sequences.mask)
 
     def outputs(self, sequences: Sequences, *, hidden: bool = False) -> Outputs:
-        """What determines the distributions of the response tokens, with the hidden states if asked."""
+        """Compute the distributions at the response tokens, with the hidden states if asked."""
         banned = sequences.banned
         if banned is not None:
             banned = BannedTokens(select(banned.where, sequences.mask), banned.tokens)
@@ -135,157 +110,123 @@ class Reader:
             logits, states = self._logits(sequences, hidden=hidden)
         return Outputs(states, None, logits, banned)
 
-    def logprobs(
-        self, sequences: Sequences, *, temperature: float, entropy: bool = False, outputs: Outputs | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Log-probs [n] of the response tokens, the entropies [n] if asked, and the hidden states [n, O] if there.
-
-        ``outputs`` is what :meth:`outputs` has read of these sequences; None: read them.
-        """
-        tokens = select(sequences.response_ids, sequences.mask)
-        outputs = self.outputs(sequences) if outputs is None else outputs
-        states, head = outputs.states, outputs.head
-        if head is not None and states is not None:
-            result = linear_logprobs(
-                states,
-                head.weight,
-                tokens,
-                bias=head.bias,
-                temperature=temperature,
-                return_entropy=entropy,
-                ban=outputs.banned,
-            )
-            logprobs, entropies = result if isinstance(result, tuple) else (result, None)
-            return logprobs, entropies, states
-        logits = outputs.all_logits()
-        return (
-            token_logprobs(logits, tokens, temperature=temperature, dtype=torch.float32),
-            entropy_from_logits(logits.float(), temperature=temperature) if entropy else None,
-            states,
-        )
-
     def _logits(self, sequences: Sequences, *, hidden: bool) -> tuple[Tensor, Tensor | None]:
-        """Logits [n, V] as the model itself makes them, and the last hidden states [n, O] if asked."""
+        """Compute logits [n, V] by the model's own forward pass, and the last hidden states [n, O] if asked."""
         kwargs: dict[str, Any] = {}
         mask, length = sequences.mask, sequences.mask.shape[1]
-        with noting_states(self.states_from) if hidden else nullcontext([]) as noted:
+        with capture_states(self.states_module) if hidden else nullcontext([]) as captured:
             if self.packs_on(mask.device):
                 packed = pack(*sequences[:5])
                 with packed_attention(self.config, packed.lengths):
                     output = call(self.model, packed.ids, packed.positions, logits_to_keep=packed.index)
                 # squeeze, not [0]: the gradient of an index is copied into zeros of the logits' size.
-                return output.logits.squeeze(0), noted[0].squeeze(0)[packed.index] if noted else None
+                return output.logits.squeeze(0), captured[0].squeeze(0)[packed.index] if captured else None
             if not self.pads_left:
                 ids, index = align(*sequences[:5])
                 index = select(index, mask)
                 logits = call(self.model, ids).logits.flatten(0, 1)[index]
-                return logits, noted[0].flatten(0, 1)[index] if noted else None
+                return logits, captured[0].flatten(0, 1)[index] if captured else None
             ids, attention = _padded(sequences)
             if accepts(self.model, "logits_to_keep"):
                 kwargs["logits_to_keep"] = length
             output = call(self.model, ids, position_ids(attention), attention, **kwargs)
         # A slice, even of everything, has its gradient copied into zeros of the whole's size.
         logits = output.logits if output.logits.shape[1] == length else output.logits[:, -length:]
-        return select(logits, mask), select(noted[0][:, -length:], mask) if noted else None
+        return select(logits, mask), select(captured[0][:, -length:], mask) if captured else None
+
+    # Decoding
 
     def new_cache(self, capacity: int) -> Any:
-        """What decoding keeps between steps, empty, for at most ``capacity`` tokens."""
-        return preallocated_cache(self.config, capacity) if self.keeps_states else TokenCache()
+        """Return an empty cache for at most ``capacity`` tokens."""
+        return preallocated_cache(self.config, capacity) if self.uses_cache else TokenCache()
 
     @torch.no_grad()
-    def step(
+    def decode_step(
         self, ids: Tensor, positions: Tensor, attention: Tensor, cache: Any, *, hidden: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """One decoding step: logits [B, V] of the next token and, if asked, the state [B, O] they come from."""
-        read: tuple[Any, ...] = (ids, positions, attention)
+        """Run one decode step: logits [B, V] of the next token and, if asked, the last hidden state [B, O]."""
+        inputs: tuple[Any, ...] = (ids, positions, attention)
         kwargs: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
         newest: Any = (slice(None), -1)
         if isinstance(cache, TokenCache):
             ids, ends = cache.add(ids, attention)
-            read, kwargs, newest = (ids,), {}, (torch.arange(len(ids), device=ids.device), ends)
+            inputs, kwargs, newest = (ids,), {}, (torch.arange(len(ids), device=ids.device), ends)
         with _attention_for(ids):
             if self.head is not None:
-                state = states_of(call(self.trunk, *read, **kwargs))[newest]
-                weight = self.head.weight if self.head_in_low is None else self.head_in_low
+                state = last_states(call(self.trunk, *inputs, **kwargs))[newest]
+                weight = self.head.weight if self._rounded_head is None else self._rounded_head
                 return project(state, weight, self.head.bias), state
-            if self.keeps_states and accepts(self.model, "logits_to_keep"):
+            if self.uses_cache and accepts(self.model, "logits_to_keep"):
                 kwargs["logits_to_keep"] = 1
-            noting = noting_states(self.states_from) if hidden else nullcontext([])
-            with vocabulary_as_rows(self.output_layer), noting as noted:
-                logits = call(self.model, *read, **kwargs).logits
-        return logits[newest].float(), noted[0][newest] if noted else None
+            capturing = capture_states(self.states_module) if hidden else nullcontext([])
+            with vocabulary_as_rows(self.output_layer), capturing as captured:
+                logits = call(self.model, *inputs, **kwargs).logits
+        return logits[newest].float(), captured[0][newest] if captured else None
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
-        """While this lasts, weights do not change, and on CPU the output layer's are rounded to bfloat16 once."""
+        """Round the output layer to bfloat16 once for all decode steps inside, on CPU; weights must not change."""
         if self.head is not None and self.head.weight.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            self.head_in_low = self.head.weight.detach().to(torch.get_autocast_dtype("cpu"))
+            self._rounded_head = self.head.weight.detach().to(torch.get_autocast_dtype("cpu"))
         try:
             yield
         finally:
-            self.head_in_low = None
+            self._rounded_head = None
 
     # What the model allows
 
-    def read_as(self, other: Reader) -> None:
-        """Lay sequences as another reader of the same model does."""
+    def copy_layout(self, other: ModelRunner) -> None:
+        """Lay sequences out as another runner of the same model does."""
         self.packs, self.pads_left = other.packs, other.pads_left
 
     def require_width(self) -> int:
-        """The width of the last hidden states, for a value head on them.
+        """Return the width of the last hidden states, for a value head on them.
 
         Raises:
-            ValueError: they are not one vector a token.
+            ValueError: they are not one vector per token.
         """
         if self.width is None:
             raise ValueError(
-                f"the last hidden states of {self.config.model_type!r} are not one vector a token, so no value head "
+                f"the last hidden states of {self.config.model_type!r} are not one vector per token, so no value head "
                 "fits on them: name another value_model, or take an objective without a critic (objective='reinforce')"
             )
         return self.width
 
     def packs_on(self, device: torch.device) -> bool:
-        """Whether sequences are packed on this device; on a GPU a loop over them is slower than a little padding."""
+        """Return whether sequences are packed on this device; on a GPU a little padding is faster than packing."""
         return self.packs and device.type == "cpu"
 
+    def probe_ids(self, length: int = 8) -> Tensor:
+        """Return token ids [1, length] to test the model with."""
+        return probe_ids(self.model, length)
+
     @torch.no_grad()
-    def _look(self, base: Any) -> tuple[Tensor | None, Tensor]:
-        """Logits [1, 8, V] and last hidden states [1, 8, O] of eight tokens by themselves.
+    def _first_outputs(self, base: Any) -> tuple[Tensor | None, Tensor]:
+        """Compute logits [1, 8, V] and last hidden states [1, 8, O] of eight tokens.
 
         Raises:
-            ValueError: the model does not read them.
+            ValueError: the model cannot run on token ids alone.
         """
         try:
-            with noting_states(self.trunk) as noted:
+            with capture_states(self.trunk) as captured:
                 output = call(self.model, self.probe_ids())
-            if not noted:  # OPT calls what lies inside its trunk
-                self.states_from = base.get_decoder()
-                with noting_states(self.states_from) as noted:
+            if not captured:  # OPT calls what lies inside its trunk
+                self.states_module = base.get_decoder()
+                with capture_states(self.states_module) as captured:
                     call(self.model, self.probe_ids())
-            return (output.logits if self.has_head else None), noted[0]
+            return (output.logits if self.has_head else None), captured[0]
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             adapter = "" if base is self.model else " with this adapter"
             raise ValueError(
-                f"{base.config.model_type!r} ({type(base).__name__}) cannot read tokens alone{adapter} "
+                f"{base.config.model_type!r} ({type(base).__name__}) cannot run on token ids alone{adapter} "
                 f"({type(error).__name__}: {error}): take a decoder-only causal language model (GPT-2, Llama, Qwen)"
                 + (", or name other layers for the adapter" if adapter else "")
             ) from error
 
-    def _plain_head(self, base: Any, logits: Tensor | None, states: Tensor) -> nn.Linear | None:
-        """The output layer, if the model's logits are exactly that layer on the trunk's hidden states."""
-        if logits is None or not type(base).__module__.startswith("transformers."):
-            return None  # a class of the user's own may do anything to its logits
-        head = base.get_output_embeddings()
-        if type(head) is not nn.Linear or states.shape[-1] != head.in_features:
-            return None
-        # Bit for bit: a cap on the logits that hardly shows in small ones must show here, and a hook on the layer.
-        with torch.no_grad():
-            return head if torch.equal(logits, linear(states, head.weight, head.bias)) else None
-
     def _can_pack(self) -> bool:
-        """Whether packed sequences give what the same sequences give one by one."""
+        """Return whether packed sequences give what the same sequences give one by one."""
         text = self.config.get_text_config()
         if self.config._attn_implementation != "sdpa" or getattr(text, "sliding_window", None) is not None:
             return False
@@ -300,52 +241,29 @@ class Reader:
         index = torch.tensor([2, 7], device=ids.device)
         try:
             with torch.no_grad():
-                apart = [self._probe(x, positions[:, : x.shape[1]], None)[-1:] for x in (short, long)]
+                apart = [self._states_or_logits(x, positions[:, : x.shape[1]], None)[-1:] for x in (short, long)]
                 with packed_attention(self.config, (3, 5)):
-                    together = self._probe(ids, packed, index)
+                    together = self._states_or_logits(ids, packed, index)
         except (RuntimeError, ValueError, TypeError, IndexError):
             return False
         difference = (torch.cat(apart) - together).abs().max()
         return bool(difference <= 1e-4 * together.abs().max())
 
-    def probe_ids(self, length: int = 8) -> Tensor:
-        """Token ids [1, length] to look at the model with."""
-        return probe_ids(self.model, length)
-
-    def _probe(self, ids: Tensor, positions: Tensor, index: Tensor | None) -> Tensor:
+    def _states_or_logits(self, ids: Tensor, positions: Tensor, index: Tensor | None) -> Tensor:
         if self.head is not None or not self.has_head:
-            states = states_of(call(self.trunk, ids, positions))[0]
+            states = last_states(call(self.trunk, ids, positions))[0]
             return states if index is None else states[index]
         kwargs = {} if index is None else {"logits_to_keep": index}
         return call(self.model, ids, positions, **kwargs).logits[0]
 
 
-@contextmanager
-def vocabulary_as_rows(layer: nn.Module | None) -> Iterator[None]:
-    """While this lasts, a model's own forward pass makes its logits in the layout that is faster in float32 on CPU."""
-    if type(layer) is not nn.Linear or layer.weight.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        yield
-        return
-
-    def forward(input: Tensor) -> Tensor:
-        logits = (layer.weight @ input.flatten(0, -2).T).T
-        logits = logits if layer.bias is None else logits + layer.bias
-        return logits.unflatten(0, input.shape[:-1])
-
-    layer.forward = forward
-    try:
-        yield
-    finally:
-        del layer.forward
-
-
 def select(x: Tensor, mask: Tensor) -> Tensor:
-    """What ``x`` [B, T, ...] holds at response tokens, [n, ...]; on a GPU at all places, for a look would stall it."""
+    """Take ``x`` [B, T, ...] at response tokens, [n, ...]; on a GPU at all places, for counting them would stall it."""
     return x[mask] if mask.device.type == "cpu" else x.flatten(0, 1)
 
 
 def place(values: Tensor, mask: Tensor) -> Tensor:
-    """The inverse of :func:`select`: [n] -> [B, T], 0 outside ``mask``."""
+    """Undo :func:`select`: [n] -> [B, T], 0 outside ``mask``."""
     nothing = torch.zeros(mask.shape, dtype=values.dtype, device=mask.device)
     if mask.device.type == "cpu":
         return nothing.masked_scatter(mask, values)

@@ -20,7 +20,7 @@ def test_with_learning_rate_0_every_ratio_stays_1(make_trainer, make_model, prom
     trainer = make_trainer(
         model=make_model(kind), learning_rate=0.0, min_new_tokens=3, temperature=temperature, stop_token_ids=STOPS
     )
-    assert (trainer.model.reader.head is None) == (kind == "gemma2")
+    assert (trainer.model.runner.head is None) == (kind == "gemma2")
     rollout = trainer.rollout(prompts)
     assert int(rollout.lengths.min()) >= 3 and rollout.finished.any()
     assert not torch.isin(rollout.response_ids[:, :3], torch.tensor(STOPS)).any()

@@ -157,7 +157,7 @@ def test_a_model_that_reads_a_fixed_cache_wrongly_is_refused(make, monkeypatch):
 
 def test_a_model_without_a_cache_is_refused(make):
     model = make()
-    model.reader.keeps_states = False
+    model.runner.uses_cache = False
     with pytest.raises(ValueError, match=r"generation='static' does not work with model=.*cannot decode from a cache"):
         choose_engine(RolloutSettings(generation="static"), model)
 

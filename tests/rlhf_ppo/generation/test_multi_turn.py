@@ -62,7 +62,7 @@ def real_ids(rollout, row: int) -> list[int]:
 def test_with_learning_rate_0_every_ratio_stays_1(talk, make_model, prompts, kind, padded, settings):
     """Prompts of different lengths, conversations of one to three turns, packed and padded, in microbatches."""
     trainer = talk(model=make_model(kind), learning_rate=0.0, microbatch_tokens=40, **settings)
-    trainer.model.reader.packs = not padded
+    trainer.model.runner.packs = not padded
     rollout = trainer.rollout(prompts)
     assert rollout.turns.amax(dim=1).unique().numel() == 3
     metrics = trainer.step(rollout)

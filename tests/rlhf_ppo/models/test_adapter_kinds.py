@@ -312,11 +312,11 @@ def test_the_critics_adapter_is_not_mistaken_for_a_layer(make_trainer, make_mode
         make_trainer(model=get_peft_model(named_value(make_model), lora("value"), adapter_name="value"))
 
 
-def test_several_adapters_in_force_are_refused(make_trainer, base):
+def test_several_active_adapters_are_refused(make_trainer, base):
     model = adapted(base(), "one")
     model.add_adapter("two", lora())
     model.base_model.set_adapter(["one", "two"])
-    with pytest.raises(ValueError, match=r"2 adapters in force at once \(one, two\).*add_weighted_adapter"):
+    with pytest.raises(ValueError, match=r"2 active adapters \(one, two\).*add_weighted_adapter"):
         make_trainer(model=model)
 
 
@@ -379,6 +379,6 @@ def test_sft_and_reward_compare_what_they_saved(base, tmp_path, monkeypatch, com
 
 
 def test_a_reference_that_is_not_the_start_is_an_error_that_names_the_adapter(make_trainer, base, monkeypatch):
-    monkeypatch.setattr("rlhf_ppo.models.policy_adapter.difference", lambda one, other: 0.0)  # unnoticed
+    monkeypatch.setattr("rlhf_ppo.models.policy_adapter.relative_difference", lambda one, other: 0.0)  # unnoticed
     with pytest.raises(ValueError, match=r"not the model that training starts from: .*init_lora_weights=False"):
         make_trainer(model=base(), peft_config=lora(init_lora_weights=False))

@@ -304,7 +304,7 @@ def test_heads_that_do_not_fit(make_trainer, make_model, make_classifier, tmp_pa
     folder = tmp_path / "wide"
     trl_checkpoint(make_model(), folder)
     save_file({"v_head.summary.weight": torch.ones(1, 24)}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match="reads hidden states of width 24, but the model under it is 16 wide"):
+    with pytest.raises(ValueError, match="fits hidden states of width 24, but the model under it is 16 wide"):
         make_trainer(value_head_from=str(folder))
     make_classifier(num_labels=2).save_pretrained(tmp_path / "two")
     with pytest.raises(ValueError, match=r"score.weight has shape \[2, 16\], but a value is one number"):

@@ -18,7 +18,7 @@ from rlhf_ppo.data.tokenization import left_pad
 from rlhf_ppo.generation.decoding import sample_responses
 from rlhf_ppo.generation.rollout import SamplingParams
 from rlhf_ppo.models.actor_critic import ActorCritic
-from rlhf_ppo.models.forward.runner import Reader, Sequences
+from rlhf_ppo.models.forward.runner import ModelRunner, Sequences
 from rlhf_ppo.models.reference import Reference
 
 CPU = torch.device("cpu")
@@ -35,8 +35,8 @@ PATHS = {  # architecture -> (the output layer is applied chunk-wise, sequences 
 }
 
 
-def paths(reader: Reader) -> tuple[bool, bool]:
-    return reader.head is not None, reader.packs
+def paths(runner: ModelRunner) -> tuple[bool, bool]:
+    return runner.head is not None, runner.packs
 
 
 @pytest.fixture
@@ -119,15 +119,15 @@ def make_pair(make_model, wake_critic):
 @pytest.mark.parametrize("kind", PATHS)
 def test_a_shared_trunk_reads_and_learns_as_the_plain_way(make_pair, batch, kind, temperature):
     fast, plain = make_pair(kind)
-    assert paths(fast.reader) == PATHS[kind]
-    assert paths(plain.reader) == (False, False)
+    assert paths(fast.runner) == PATHS[kind]
+    assert paths(plain.runner) == (False, False)
     assert_agree(fast, plain, batch, temperature)
 
 
 @pytest.mark.parametrize("kind", PATHS)
 def test_a_separate_critic_reads_and_learns_as_the_plain_way(make_pair, batch, kind):
     fast, plain = make_pair("gpt2", separate=kind)
-    assert fast.value_reader.head is None and fast.value_reader.packs == PATHS[kind][1]
+    assert fast.value_runner.head is None and fast.value_runner.packs == PATHS[kind][1]
     assert_agree(fast, plain, batch, 0.7)
     assert any(p.grad is not None and p.grad.any() for p in fast.value_trunk.parameters())
 
@@ -136,7 +136,7 @@ def test_a_separate_critic_reads_and_learns_as_the_plain_way(make_pair, batch, k
 def test_the_chunk_wise_head_on_padded_sequences(make_pair, batch, kind, monkeypatch):
     """As on a GPU, where nothing is packed."""
     fast, plain = make_pair(kind)
-    monkeypatch.setattr(Reader, "packs_on", lambda self, device: False)
+    monkeypatch.setattr(ModelRunner, "packs_on", lambda self, device: False)
     assert_agree(fast, plain, batch, 0.7)
 
 
@@ -205,10 +205,10 @@ class Scattered(TorchDispatchMode):
 @pytest.mark.parametrize("packs", [True, False])
 def test_the_gradient_of_a_users_own_logits_is_not_copied_into_zeros(make_model, batch, packs):
     model = recast(Wrapped)(make_model("gpt2"))
-    reader = Reader(model)
-    reader.packs = packs
+    runner = ModelRunner(model)
+    runner.packs = packs
     with Scattered(model.config.vocab_size) as scattered:
-        outputs = reader.outputs(Sequences(*batch))
+        outputs = runner.outputs(Sequences(*batch))
         assert outputs.logits is not None
         outputs.logits.sum().backward()
     assert scattered.count == 0
@@ -221,7 +221,7 @@ def test_the_gradient_of_a_users_own_logits_is_not_copied_into_zeros(make_model,
 def test_a_users_own_forward_is_always_run(make_pair, make_model, batch, cls, monkeypatch):
     """Its logits are read as they come, also packed; a trial run cannot tell what it will do to them."""
     fast, plain = make_pair(wrap=recast(cls))
-    assert paths(fast.reader) == (False, True)
+    assert paths(fast.runner) == (False, True)
     monkeypatch.setattr(cls, "factor", 1.5)
     assert_agree(fast, plain, batch, 0.7)
     # logits * 1.5 at temperature 1.5 are the parent's logits at temperature 1.
@@ -234,7 +234,7 @@ def test_a_users_own_forward_is_always_run(make_pair, make_model, batch, cls, mo
 
 def test_a_model_that_does_not_heed_positions_is_not_packed(make_pair, batch):
     fast, plain = make_pair(wrap=recast(Placeless))
-    assert paths(fast.reader) == (False, False)
+    assert paths(fast.runner) == (False, False)
     assert_agree(fast, plain, batch, 1.0)
 
 
@@ -244,7 +244,7 @@ def test_a_bias_on_the_output_layer(make_pair, batch):
         return model
 
     fast, plain = make_pair(wrap=biased)
-    assert paths(fast.reader) == (True, True)
+    assert paths(fast.runner) == (True, True)
     assert_agree(fast, plain, batch, 0.7)
     prompt_ids, prompt_mask, sampled = decode(fast)
     with torch.no_grad():
@@ -258,21 +258,21 @@ def test_a_hook_on_the_output_layer_is_seen(make_pair, batch):
         return model
 
     fast, plain = make_pair(wrap=hooked)
-    assert fast.reader.head is None
+    assert fast.runner.head is None
     assert_agree(fast, plain, batch, 1.0)
 
 
 def test_layers_that_see_a_part_of_the_context_are_not_packed(make_model):
     """Ten tokens show nothing of a chunk or window of thousands, but the config names the kinds of layers."""
     model = make_model("llama")
-    assert Reader(model).packs
+    assert ModelRunner(model).packs
     model.config.layer_types = ["full_attention", "full_attention"]
-    assert Reader(model).packs
+    assert ModelRunner(model).packs
     model.config.layer_types = ["full_attention", "chunked_attention"]
-    assert not Reader(model).packs
+    assert not ModelRunner(model).packs
     model.config.layer_types = None
     model.config.sliding_window = 4096
-    assert not Reader(model).packs
+    assert not ModelRunner(model).packs
 
 
 def lora(*targets: str, **settings: Any) -> Any:
@@ -302,7 +302,7 @@ def lora(*targets: str, **settings: Any) -> Any:
 )
 def test_adapters(make_pair, batch, kind, wrap, head, temperature):
     fast, plain = make_pair(kind, wrap=wrap)
-    assert paths(fast.reader) == (head, True)
+    assert paths(fast.runner) == (head, True)
     assert_agree(fast, plain, batch, temperature)
 
 
@@ -352,7 +352,7 @@ def test_rows_that_leave_change_nothing_for_those_that_stay(make_pair, kind, mon
         )
         others.append(decode(fast)[2])
     with monkeypatch.context() as patch:
-        patch.setattr(Reader, "rows_leave", False)
+        patch.setattr(ModelRunner, "cache_shrinks", False)
         others += [decode(fast)[2], decode(plain)[2]]
     for other in others:
         assert torch.equal(other.response_ids, sampled.response_ids)
@@ -391,10 +391,10 @@ def test_weights_that_are_no_longer_finite_sample_tokens_of_the_vocabulary(make_
 
 def plain_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainers made from now on take no shortcut, and no row leaves the batch."""
-    init, actor_critic = Reader.__init__, ActorCritic.__init__
-    monkeypatch.setattr(Reader, "__init__", lambda self, model, *, plain=False: init(self, model, plain=True))
+    init, actor_critic = ModelRunner.__init__, ActorCritic.__init__
+    monkeypatch.setattr(ModelRunner, "__init__", lambda self, model, *, plain=False: init(self, model, plain=True))
     monkeypatch.setattr(ActorCritic, "__init__", lambda self, *a, **k: actor_critic(self, *a, **{**k, "plain": True}))
-    monkeypatch.setattr(Reader, "rows_leave", False)
+    monkeypatch.setattr(ModelRunner, "cache_shrinks", False)
     monkeypatch.setattr(
         rlhf_ppo.models.forward.runner, "preallocated_cache", lambda config, room: DynamicCache(config=config)
     )
@@ -415,7 +415,7 @@ def test_two_updates_move_all_weights_alike(make_trainer, make_model, kind, sepa
             temperature=0.9,
         )
         metrics = trainer.train()
-        assert paths(trainer.model.reader) == (not plain, not plain)
+        assert paths(trainer.model.runner) == (not plain, not plain)
         runs.append((trainer, metrics))
     (fast, fast_metrics), (plain_run, plain_metrics) = runs
     samples = [(trainer.run.path / "samples.jsonl").read_text().splitlines() for trainer, _ in runs]

@@ -31,8 +31,8 @@ from rlhf_ppo.data.tokenization import left_pad
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward.kv_cache import PreallocatedLayer, TokenCache
 from rlhf_ppo.models.forward.packing import align
-from rlhf_ppo.models.forward.runner import Reader
-from rlhf_ppo.models.forward_checks import probe
+from rlhf_ppo.models.forward.runner import ModelRunner
+from rlhf_ppo.models.forward_checks import check_forward
 from rlhf_ppo.models.loading import context_length, load_classifier, load_policy, load_trunk
 from rlhf_ppo.pipeline.generate import GenerateArgs, generate
 from rlhf_ppo.pipeline.sft import SFTArgs, sft
@@ -108,11 +108,11 @@ def test_f_every_architecture_that_builds_tiny_is_right_or_refused(monkeypatch):
 @pytest.mark.parametrize("bf16", [False, True])
 def test_f_ordinary_models_keep_their_fast_ways(make_model, kind, bf16):
     model = ActorCritic(make_model(kind))
-    before = Reader(make_model(kind).eval())
-    probe(model, bf16=bf16)
-    reader = model.reader
-    assert (reader.packs, reader.head is None) == (before.packs, before.head is None)
-    assert reader.pads_left and reader.keeps_states and reader.rows_leave
+    before = ModelRunner(make_model(kind).eval())
+    check_forward(model, bf16=bf16)
+    runner = model.runner
+    assert (runner.packs, runner.head is None) == (before.packs, before.head is None)
+    assert runner.pads_left and runner.uses_cache and runner.cache_shrinks
 
 
 def test_f_rows_stay_where_they_cannot_leave(make_model, monkeypatch):
@@ -122,8 +122,8 @@ def test_f_rows_stay_where_they_cannot_leave(make_model, monkeypatch):
     model = ActorCritic(make_model("llama"))
     with monkeypatch.context() as patch:
         patch.setattr(PreallocatedLayer, "reorder_cache", broken)
-        probe(model)
-    assert model.reader.keeps_states and not model.reader.rows_leave
+        check_forward(model)
+    assert model.runner.uses_cache and not model.runner.cache_shrinks
 
 
 def test_f_windows_are_passed_if_the_run_passes_them():
@@ -315,7 +315,7 @@ def test_f_a_reward_model_that_padding_changes_reads_texts_one_by_one(tokenizer)
 # Parts
 
 
-def test_tokens_so_far_are_padded_behind_and_rows_leave():
+def test_a_token_cache_pads_on_the_right_and_drops_rows():
     cache = TokenCache()
     ids, mask = left_pad([[5], [6, 7, 8]], 0, torch.device("cpu"))
     found, ends = cache.add(ids, mask)
