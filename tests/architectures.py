@@ -154,8 +154,8 @@ def try_variant(name: str, variant: str, folder: str, norms: dict[str, float]) -
     worst = max(found, key=lambda key: found[key] if found[key] == found[key] else float("inf"))
     runner = trainer.model.runner
     ways = [
-        "packed" if runner.packs else "padded" if runner.pads_left else "padded behind",
-        "reads again" if not runner.uses_cache else "cache" if runner.cache_shrinks else "cache, rows stay",
+        "packed" if runner.packs else "padded" if runner.pads_left else "right-padded",
+        "no cache" if not runner.uses_cache else "cache" if runner.cache_shrinks else "cache, rows stay",
     ]
     right = found[worst] <= EXACT
     return {

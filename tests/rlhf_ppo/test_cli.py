@@ -214,7 +214,10 @@ def exit_code(words: list[str]) -> int:
         ("--lora-target-modules c_attn", "lora_target_modules=('c_attn',) is about a LoRA adapter"),
         ("--quantization 4bit", "quantization='4bit' freezes the policy's weights, so an adapter must be trained"),
         ("--quantization 4bit --lora-rank 2", "needs a CUDA GPU, but device is 'cpu'"),
-        ("--reference-dtype bfloat16 --lora-rank 2", "reference_dtype='bfloat16' is about a reference with weights"),
+        (
+            "--reference-dtype bfloat16 --lora-rank 2",
+            "reference_dtype='bfloat16' sets the precision of a reference",
+        ),
         ("--critic adapter", "critic='adapter' is a second adapter on the policy's base"),
         ("--offload-activations True", "offload_activations=True moves activations from a GPU"),
         (

@@ -111,7 +111,19 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any], Any, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+def representatives(cases: Any, names: set[str]) -> list[Any]:
+    """One case of each kind; the others are slow tests."""
+    assert names <= set(cases)
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in cases]
+
+
+EACH_KIND = {
+    *("lora", "a new random start", "dora, rslora", "bias all", "pissa", "trained head, tied", "trained tokens, tied"),
+    *("head, tied", "layers used twice", "ia3", "layer norms", "critic, trained tokens", "critic, pissa"),
+}
+
+
+@pytest.mark.parametrize("name", representatives(CONFIGURATIONS, EACH_KIND))
 def test_an_adapter_of_any_kind_starts_at_its_reference_and_loads_as_it_was_trained(
     make_trainer, base, prompts, tmp_path, name
 ):
@@ -196,7 +208,13 @@ STARTS: dict[str, tuple[Any, bool, str | None]] = {
 }
 
 
-@pytest.mark.parametrize("name", STARTS)
+EACH_START = {
+    *("a changed object", "a resized object, adapter", "an object as it was, adapter", "an adapter's folder, adapter"),
+    "an object's adapter of another name",
+}
+
+
+@pytest.mark.parametrize("name", representatives(STARTS, EACH_START))
 def test_a_run_from_anything_is_loaded_generated_from_and_evaluated_as_what_it_is(
     make_trainer, base, tokenizer, tmp_path, name
 ):
@@ -325,11 +343,18 @@ def test_an_adapter_that_cannot_be_merged_is_refused_at_the_start(make_trainer, 
         make_trainer(model=base("llama"), peft_config=lora(lora_bias=True))
 
 
-@pytest.mark.parametrize("config", [lora, lambda: lora(bias="all"), lambda: lora("lm_head", "c_attn")])
-def test_a_checkpoint_of_an_earlier_version_goes_on(make_trainer, base, config):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bias": "all"},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"target_modules": ["lm_head", "c_attn"]}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_checkpoint_of_an_earlier_version_resumes(make_trainer, base, settings):
     """There the critic's adapter was called "value"."""
-    settings = {"critic": "adapter", "total_episodes": 24, "save_every": 1, "model": base()}
-    cut = make_trainer(**settings, peft_config=config(), callbacks=[lambda t, metrics: t.iteration == 2])
+    common = {"critic": "adapter", "total_episodes": 24, "save_every": 1, "model": base()}
+    cut = make_trainer(**common, peft_config=lora(**settings), callbacks=[lambda t, metrics: t.iteration == 2])
     cut.train()
     checkpoint = read_checkpoint(cut.run.path / "checkpoint-2")
     earlier = {
@@ -341,7 +366,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(make_trainer, base, config):
     assert set(old.fingerprints["adapters"]) == {"default", "value"}
     found = []
     for one in (checkpoint, old):
-        resumed = make_trainer(**settings, peft_config=config())
+        resumed = make_trainer(**common, peft_config=lora(**settings))
         resumed.load_checkpoint(one)
         resumed.step(resumed.rollout(["once upon", "the cat"] * 4))
         found.append({name: p.detach().clone() for name, p in resumed.model.named_parameters()})
@@ -351,8 +376,15 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(make_trainer, base, config):
 # The other commands, and the reference
 
 
-@pytest.mark.parametrize("command", ["sft", "reward", "reward, adapter"])
-@pytest.mark.parametrize("save_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("command", "save_dtype"),
+    [
+        *(("sft", "bfloat16"), ("reward", "float32"), ("reward, adapter", "bfloat16")),
+        pytest.param("sft", "float32", marks=pytest.mark.slow),
+        pytest.param("reward", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("reward, adapter", "float32", marks=pytest.mark.slow),
+    ],
+)
 def test_sft_and_reward_compare_what_they_saved(base, tmp_path, monkeypatch, command, save_dtype):
     answer = {"text": "the cat", "chosen": " cat", "rejected": " dog"}
     rows = [{**answer, "prompt": prompt} for prompt in ("the", "a", "blue", "she")] * 2

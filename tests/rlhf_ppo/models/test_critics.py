@@ -223,7 +223,7 @@ def test_critics_that_contradict_the_models(make_trainer, make_model, settings, 
 )
 def test_settings_of_a_critic_without_one(setting):
     (name,) = setting
-    with pytest.raises(ValueError, match=f"{name}=.* is about a critic, and objective='reinforce' has none"):
+    with pytest.raises(ValueError, match=f"{name}=.* has no effect: it needs a critic, and objective='reinforce'"):
         RLHFConfig(output_dir="x", objective="reinforce", **setting)
 
 
@@ -313,7 +313,7 @@ def test_heads_that_do_not_fit(make_trainer, make_model, make_classifier, tmp_pa
     with pytest.raises(ValueError, match="no single linear head found"):
         make_trainer(value_head_from=str(tmp_path / "none"))
     shutil.rmtree(tmp_path / "none")
-    with pytest.raises(ValueError, match=r"neither value_head.safetensors nor model.safetensors is there"):
+    with pytest.raises(ValueError, match=r"found neither value_head.safetensors nor model.safetensors"):
         make_trainer(value_head_from=str(tmp_path / "none"))
 
 

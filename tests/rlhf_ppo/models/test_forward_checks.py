@@ -40,7 +40,7 @@ from rlhf_ppo.rewards.reward_model import text_scores
 
 TESTS = Path(__file__).parents[2]
 SWEEP = runpy.run_path(str(TESTS / "architectures.py"))
-FAST, KEPT, AGAIN = ("packed", "cache"), ("padded", "cache"), ("padded behind", "reads again")
+FAST, KEPT, AGAIN = ("packed", "cache"), ("padded", "cache"), ("right-padded", "no cache")
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
 KINDS = {
@@ -48,14 +48,14 @@ KINDS = {
     "opt": FAST,  # last states narrower than the hidden ones
     "falcon_h1": KEPT,  # keys and recurrent states in one layer
     "mamba": KEPT,  # a cache argument of another name
-    "minimax": ("padded", "reads again"),  # a cache of its own
-    "openai-gpt": ("padded", "reads again"),  # none
+    "minimax": ("padded", "no cache"),  # a cache of its own
+    "openai-gpt": ("padded", "no cache"),  # none
     "rembert": KEPT,  # an output layer of another width than the states
     "roberta": AGAIN,  # positions from the pad id on
     "bart": AGAIN,  # positions that count padding
     "recurrent_gemma": AGAIN,  # recurrent states that padding moves
     "rwkv": AGAIN,
-    "moshi": ("padded", "reads again"),  # a window that its cache and its mask see differently
+    "moshi": ("padded", "no cache"),  # a window that its cache and its mask see differently
     "llama4_text": KEPT,  # a trunk under another name
     "deepseek_v4": KEPT,  # hidden states of several streams
 }
@@ -67,7 +67,7 @@ def test_f_each_kind_of_architecture_is_what_it_is_alone(kind, tmp_path):
     found = SWEEP["try_variant"](kind, "plain", str(tmp_path), {})
     assert found["outcome"] == "right", found
     assert tuple(found["ways"]) == KINDS[kind]
-    assert any("slow" in line for line in found["warned"]) == (KINDS[kind][1] == "reads again")
+    assert any("slow" in line for line in found["warned"]) == (KINDS[kind][1] == "no cache")
 
 
 def test_f_an_adapter_that_peft_puts_on_a_router_is_refused_by_the_models_name(tmp_path):
