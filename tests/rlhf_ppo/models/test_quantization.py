@@ -47,7 +47,7 @@ def test_a_reference_from_a_folder_in_bfloat16(make_trainer, folder, prompts):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "8bit", "4bit"])
 def test_an_adapter_switched_off_has_no_weights_to_round(make_trainer, dtype):
-    with pytest.raises(ValueError, match=f"reference_dtype='{dtype}' .* with peft_config it is the policy"):
+    with pytest.raises(ValueError, match=f"reference_dtype='{dtype}' .* with peft_config the reference is the policy"):
         make_trainer(reference_dtype=dtype, peft_config=LoraConfig(task_type="CAUSAL_LM"))
 
 
