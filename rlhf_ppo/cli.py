@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,7 +14,7 @@ from rlhf_ppo.config.reward_training import RewardTrainingArgs
 from rlhf_ppo.config.sft import SFTArgs
 from rlhf_ppo.config.train import TrainArgs
 from rlhf_ppo.runtime.commands import AdviseArgs, CheckArgs
-from rlhf_ppo.runtime.errors import RunError
+from rlhf_ppo.runtime.errors import RunError, print_failure
 from rlhf_ppo.runtime.settings import Command, run_command
 from rlhf_ppo.runtime.signals import Interrupted
 
@@ -57,11 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except (RunError, OSError) as error:  # an OSError is mostly a full disk
-        # The user's own code failed there; what was merely a bad answer, or a full disk, is in the message.
-        if error.__cause__ is not None and not isinstance(error, OSError):
-            traceback.print_exception(error.__cause__)
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return print_failure(error)
 
 
 def _how_to_go_on(words: list[str], stop: Interrupted) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
+
 
 class RunError(RuntimeError):
     """A run failed although its input was valid; the command line prints the message and exits with 1."""
@@ -13,3 +16,14 @@ class NonFiniteGradientError(RunError):
 
 class RatioTripwireError(RunError):
     """Old and new log-probs differ before any optimizer step: sampling and training disagree."""
+
+
+def print_failure(error: Exception) -> int:
+    """Print why a run failed, with the traceback of the user's own code where that raised; return the exit code 1.
+
+    What was merely a bad answer, or a full disk, is in the message.
+    """
+    if error.__cause__ is not None and not isinstance(error, OSError):
+        traceback.print_exception(error.__cause__)
+    print(f"error: {error}", file=sys.stderr)
+    return 1

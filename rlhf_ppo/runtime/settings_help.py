@@ -57,7 +57,7 @@ def sections(cls: type) -> list[Section]:
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     found = {FIRST: [fields[name] for name in first]} if first else {}
     for base in cls.__mro__:
-        title = "Settings" if base is cls else (base.__doc__ or "").partition("\n")[0].rstrip(".")
+        title = "Settings" if base is cls else (base.__doc__ or "").partition("\n")[0].partition(". ")[0].rstrip(".")
         for name, field in fields.items():
             if name not in first and _theme(cls, name) is base:
                 found.setdefault(title, []).append(field)

@@ -36,8 +36,8 @@ import """
     ("module", "given", "read"),
     [
         ("rlhf_ppo.pipeline.train", None, "PASSIVE"),
-        ("classic.cli", None, "PASSIVE"),
-        ("classic", None, "PASSIVE"),
+        ("classic.commands", None, "PASSIVE"),
+        ("classic.ppo", None, "PASSIVE"),
         ("rlhf_ppo.rewards.http_server", None, "PASSIVE"),
         ("rlhf_ppo.pipeline.train", "ACTIVE", "ACTIVE"),
     ],
@@ -149,5 +149,8 @@ def test_no_threads_at_all_are_refused_before_anything_is_loaded(flags, capsys):
 
 
 def test_classic_evaluation_refuses_it_too(capsys):
-    assert classic.cli.main(["evaluate", "folder", "--num-threads", "0"]) == 2
-    assert "num_threads must be 1 or more, or None, got 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        classic.cli.main(["evaluate", "folder", "--num-threads", "0"])
+    assert end.value.code == 2
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "num_threads must be 1 or more, or None, got 0" in said

@@ -1,0 +1,153 @@
+"""Run the commands of `classic-ppo`: train, evaluate, explain, compare; their arguments are in cli.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from classic import compare as comparison
+from classic.callbacks import evaluate_every, stop_at_return
+from classic.cli_args import CompareCommand, EvaluateCommand, ExplainCommand, TrainCommand
+from classic.config import PPOArgs
+from classic.ppo import PPO
+from classic.video import record_video
+from rlhf_ppo.runtime.checkpoint import list_checkpoints
+from rlhf_ppo.runtime.errors import RunError, print_failure
+from rlhf_ppo.runtime.signals import Interrupted
+
+
+def train(command: TrainCommand) -> int:
+    """Run `classic-ppo train ENV`: learn, save, evaluate, print where everything is.
+
+    Returns:
+        The exit code: 0, 1 for a run that failed, 130 after Ctrl-C, 143 after SIGTERM; the agent is saved in any case.
+    """
+    given = _args(command)
+    given["output_dir"] = command.output_dir or f"runs/{_file_name(command.env)}-seed{command.seed}"
+    agent = PPO(command.env, PPOArgs(**given))
+    callbacks = [evaluate_every(command.eval_every, episodes=command.eval_episodes)] if command.eval_every else []
+    callbacks += [] if command.stop_at_return is None else [stop_at_return(command.stop_at_return)]
+    start, seconds, result = time.perf_counter(), 0.0, {}
+
+    def save_and_evaluate(agent: PPO, metrics: Mapping[str, float]) -> None:
+        nonlocal seconds, result
+        seconds = time.perf_counter() - start
+        agent.save(given["output_dir"])
+        result = agent.evaluate(episodes=command.eval_episodes)
+        evaluation = {f"eval/{key}": value for key, value in result.items()}
+        agent.log({"progress/env_steps": agent.counters["env_steps"], **evaluation})
+
+    try:
+        agent.learn(
+            callbacks=callbacks,
+            at_end=save_and_evaluate,
+            resume_from_checkpoint=command.resume,
+            resume_override=command.resume_override,
+        )
+    except Interrupted as stop:
+        print(f"{stop}; {_rescued(agent.network, agent.save, given['output_dir'])}", file=sys.stderr)
+        return stop.exit_code
+    except (RunError, OSError) as error:
+        if agent.counters["iteration"] == 0:
+            raise  # nothing was learned, or it was not even begun
+        code = print_failure(error)
+        print(_rescued(agent.network, agent.save, given["output_dir"]), file=sys.stderr)
+        return code
+    folder = given["output_dir"]
+    table = Table(title=f"{command.env}: {agent.counters['env_steps']:,} steps in {seconds:.1f} s", show_header=False)
+    for row in _result_rows(result, command.eval_episodes):
+        table.add_row(*row)
+    for what, file in (("model", "model.safetensors"), ("metrics", "metrics.jsonl"), ("curve", "curve.png")):
+        table.add_row(what, str(Path(folder) / file))
+    _print(table)
+    return 0
+
+
+def evaluate(command: EvaluateCommand) -> None:
+    """Run `classic-ppo evaluate FOLDER`: play episodes with a saved agent."""
+    agent = PPO.load(command.folder)
+    agent.args = dataclasses.replace(agent.args, num_threads=command.num_threads or agent.args.num_threads)
+    result = agent.evaluate(episodes=command.episodes, deterministic=command.deterministic, seed=command.seed)
+    table = Table(title=f"{agent.env_id} from {command.folder}", show_header=False)
+    for row in _result_rows(result, command.episodes):
+        table.add_row(*row)
+    if command.video is not None:
+        seed = 0 if command.seed is None else command.seed
+        table.add_row("video", str(record_video(agent, command.video, seed=seed, deterministic=command.deterministic)))
+    _print(table)
+
+
+def explain(command: ExplainCommand) -> None:
+    """Run `classic-ppo explain FOLDER`: rewards, values, advantages and ratios of one more update."""
+    agent = PPO.load(command.folder)
+    agent.args = dataclasses.replace(agent.args, output_dir=None, save_every=0, quiet=True)
+    explanation = agent.learn(1).explain()  # one step rounds up to one rollout
+    print(explanation.text(command.max_rows))
+    if command.picture is not None:
+        print(f"picture  {explanation.plot(command.picture)}")
+
+
+def compare(command: CompareCommand) -> int:
+    """Run `classic-ppo compare ENV --vary ...`: train the missing runs, then print the table and draw the picture."""
+    args = PPOArgs(**_args(command))
+    folder = Path(command.output_dir or f"runs/compare-{_file_name(command.env)}")
+    changes = comparison.read_variants(command.vary)
+    try:
+        variants = comparison.compare(
+            command.env, args, changes, seeds=command.seeds, episodes=command.eval_episodes, folder=folder
+        )
+    except KeyboardInterrupt as stop:
+        print(f"interrupted; finished runs stay in {folder}; the same command continues from there", file=sys.stderr)
+        return stop.exit_code if isinstance(stop, Interrupted) else 130
+    table = Table(title=f"{command.env}, {max(variant.env_steps for variant in variants):,} steps a run")
+    for column in ("variant", "seeds", "IQM of the return [95 %]", "mean +- standard error", "worst seed"):
+        table.add_column(column)
+    for row in comparison.rows(variants):
+        table.add_row(*row)
+    picture = comparison.draw(variants, folder / "comparison.png", title=command.env)
+    _print(table)
+    print(f"curves   {picture}")
+    return 0
+
+
+def _rescued(network: nn.Module, save: Callable[[str], Path], folder: str) -> str:
+    """Save the agent of a run that ended early; return where it lies and how the run resumes."""
+    if not all(parameter.isfinite().all() for parameter in network.parameters()):
+        said = "the agent was not saved: its weights are non-finite"
+    else:
+        try:
+            said = f"the agent as it is lies in {save(folder)}"
+        except OSError as error:  # most likely the full disk that ended the run
+            said = f"the agent could not be saved: {error}"
+    # Without save_every there are checkpoints only if a signal came.
+    return said + ("; --resume auto continues" if list_checkpoints(folder) else "")
+
+
+def _args(command: PPOArgs) -> dict[str, Any]:
+    return {field.name: getattr(command, field.name) for field in dataclasses.fields(PPOArgs)}
+
+
+def _file_name(env_id: str) -> str:
+    return env_id.replace("/", "-").replace(":", "-")
+
+
+def _result_rows(result: dict[str, float], episodes: int) -> list[tuple[str, str]]:
+    return [
+        (f"mean return, {episodes} episodes", f"{result['mean_return']:.1f} +- {result['std_return']:.1f}"),
+        ("mean length, steps", f"{result['mean_length']:.1f}"),
+    ]
+
+
+def _print(table: Table) -> None:
+    plain: dict[str, Any] = {"markup": False, "emoji": False}  # a name may hold [/x] or :x:
+    console = Console(**plain)
+    # A pipe or a log has no width: a path must not be wrapped there.
+    (console if console.is_terminal else Console(width=200, **plain)).print(table)
