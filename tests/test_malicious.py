@@ -153,7 +153,7 @@ def test_fault_28_an_index_that_names_a_pickle_is_refused(folder, capsys):
     (folder / "model/model.safetensors.index.json").write_text(json.dumps(index))
     with nothing_opened(folder / "marker"):
         assert main(COMMANDS["generate"].split()) == 2
-        assert "model.safetensors.index.json holds pytorch_model.bin, a pickle" in capsys.readouterr().err
+        assert "model.safetensors.index.json has pytorch_model.bin, a pickle" in capsys.readouterr().err
 
 
 def test_fault_28_an_adapter_that_is_a_pickle_is_refused(folder, capsys):

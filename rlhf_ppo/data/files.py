@@ -1,4 +1,4 @@
-"""Data files: rows out of csv, json(l) and parquet files, folders of these, and the hub."""
+"""Load rows from csv, json(l) and parquet files, folders of them, and the hub."""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ _ENDINGS = tuple(ending + gz for ending in _FORMATS for gz in ("", ".gz"))
 
 
 def load_rows(source: str, split: str = "train") -> Rows:
-    """One split of a data set: a csv, json(l) or parquet file (``.gz`` too), a folder of these, or a hub id.
+    """Load one split of a data set: a csv, json(l) or parquet file (``.gz`` too), a folder of them, or a hub id.
 
-    A single file is all of split "train"; a part of one is named as ``datasets`` does, such as "train[:100]". Rows of
-    json(l) files are read as Python has them: each keeps its own keys and kinds, at every depth.
+    A single file is the split "train"; part of a split is written as in ``datasets``, such as "train[:100]". Rows of
+    json(l) files stay plain Python: each keeps its own keys and types, at every depth.
 
     Raises:
         FileNotFoundError: ``source`` looks like a path and is not there.
-        ValueError: the file's ending names no known format, it has no such split, it cannot be read, a column is there
-            twice, or the data set is empty.
+        ValueError: an unknown file format, no such split, an unreadable file, a column that occurs twice, or no rows.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -41,7 +40,7 @@ def load_rows(source: str, split: str = "train") -> Rows:
         if any(name != "train" for name in _split_names(split)):
             raise ValueError(
                 f"split={split!r}: {source} is a single file, which has no splits: leave split out, or name the file "
-                "that holds these rows"
+                "with these rows"
             )
         kind = _FORMATS[ending]
         rows = _read(source, kind, kind, split, {"train": [str(path)]}, data_files=str(path))
@@ -59,7 +58,7 @@ def load_rows(source: str, split: str = "train") -> Rows:
 
 
 def _read(source: str, kind: str, name: str, split: str, files: dict[str, list[str]], **options: Any) -> Rows:
-    """Rows of local files: json(l) as Python has it, all else as ``datasets`` reads it."""
+    """Read local files: json(l) as plain Python, everything else with ``datasets``."""
     named = [part for part in _split_names(split) if part in files]
     readable = all(file.endswith(_ENDINGS) for part in named for file in files[part])
     if kind == "csv" and readable:
@@ -74,15 +73,15 @@ def _read(source: str, kind: str, name: str, split: str, files: dict[str, list[s
 
 
 def _explained(source: str, read: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """What ``read`` returns; whatever is wrong with the data is one line with its name."""
+    """Call ``read``; turn an error in the data into one line with the data set's name."""
     try:
         return read(*args, **options)
-    except DatasetGenerationError as error:  # what is wrong with the file is its cause
+    except DatasetGenerationError as error:  # its cause names the error in the file
         raise ValueError(f"data set {source} cannot be read: {_reason(error.__cause__ or error)}") from error
     except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
         raise ValueError(f"data set {source} cannot be read: {_reason(error)}") from error
     except (OSError, RuntimeError, ValueError) as error:
-        if "corresponds to no data" in str(error):  # a csv that holds its header alone
+        if "corresponds to no data" in str(error):  # a csv with only a header
             raise ValueError(f"data set {source} has no rows in split {options.get('split')!r}") from None
         local = Path(source).expanduser().exists() or isinstance(error, ValueError)
         reason = _reason(error) if local else explain_load_failure(source, error, kind="dataset")
@@ -101,7 +100,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _split_names(split: str) -> list[str]:
-    """The splits in "train[:100]+test": train, test."""
+    """Return the splits in "train[:100]+test": train, test."""
     return [part.split("[")[0].strip() for part in split.split("+")]
 
 
@@ -120,10 +119,10 @@ def _open(file: str, **options: Any) -> TextIO:
 
 
 def _json_rows(file: str) -> list[dict[str, Any]] | None:
-    """The rows of JSON lines, or of one list of objects; None where the file is neither, such as columns of a table.
+    """Read JSON lines, or one list of objects; None if the file is neither, such as a table by columns.
 
     Raises:
-        ValueError: no JSON, or a key twice in one object; names the line.
+        ValueError: invalid JSON, or a key that occurs twice in an object; names the line.
     """
     with _open(file) as lines:
         numbered = ((n, line) for n, line in enumerate(lines, start=1) if line.strip())
@@ -162,4 +161,4 @@ def _require_different_columns(file: str) -> None:
         header: Iterator[list[str]] = (row for row in csv.reader(lines) if row)
         names = [name for name in next(header, []) if name]
     if double := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"the column {double[0]!r} is there twice: rename or remove one of them")
+        raise ValueError(f"the column {double[0]!r} occurs twice: rename or remove one of them")

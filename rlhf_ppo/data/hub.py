@@ -1,4 +1,4 @@
-"""Sources: the files behind a folder's name or a hub id, why one cannot be had, and that none is a pickle."""
+"""Folders and hub ids: find their files, load safetensors, refuse pickles, and explain why loading failed."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _INDEX = "model.safetensors.index.json"
 
 
 def find_file(source: str, name: str) -> Path | None:
-    """A file of a folder or hub id, or None where it has none of that name."""
+    """Find a file of a folder or hub id; None if there is none of that name."""
     if Path(source).is_dir():
         return file if (file := Path(source) / name).is_file() else None
     try:
         return Path(str(cached_file(source, name)))
-    except OSError:  # no such repository or file, or the hub is out of reach
+    except OSError:  # no such repository or file, or the hub is unreachable
         return None
 
 
 def refuse_pickles(folder: str) -> None:
-    """Raise a ValueError that names the remedy if this is a folder whose weights are pickles alone."""
+    """Raise a ValueError with the remedy if all weights of this folder are pickles."""
     path = Path(folder)
     found = [name for name in _PICKLES if (path / name).is_file()]
     if found and not any(path.glob("*.safetensors")):
@@ -36,29 +36,29 @@ def refuse_pickles(folder: str) -> None:
 
 
 def pickle_message(source: str, name: str) -> str:
-    """That a file is a pickle, and what to do."""
+    """Explain that a file is a pickle, and what to do."""
     return (
-        f"{source} holds {name}, a pickle, which can run code when it is opened and is never read here: if you trust "
+        f"{source} has {name}, a pickle, which can run code when it is opened and is never read here: if you trust "
         "it, load it elsewhere and save it again with model.save_pretrained(folder), which writes safetensors"
     )
 
 
 def read_weights(kind: Any, source: str, *, new: Literal["none", "pooler", "head"] = "none", **options: Any) -> Any:
-    """``kind.from_pretrained`` in float32, from safetensors alone.
+    """Load ``kind.from_pretrained`` in float32, from safetensors only.
 
     Args:
         kind: one of transformers' Auto classes.
         source: folder or hub id.
-        new: what may be missing there and is then random: nothing, BERT's pooler (no token's state depends on it), or
-            all outside the trunk.
+        new: weights that may be missing, and are then random: none, BERT's pooler (which no hidden state depends on),
+            or everything outside the trunk.
         options: for ``from_pretrained``.
     Raises:
-        ValueError: no such weights, a file that is cut short or not what it says, or other weights are missing.
+        ValueError: no weights, a damaged file, or other missing weights.
     """
     refuse_pickles(source)
     index = find_file(source, _INDEX)
     shards = [] if index is None else list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    # transformers opens what an index names, whatever it is.
+    # transformers opens any file that an index names.
     if pickled := [name for name in shards if not str(name).endswith(".safetensors")]:
         raise ValueError(pickle_message(f"model {source!r}: {_INDEX}", pickled[0]))
     try:
@@ -86,23 +86,23 @@ def read_weights(kind: Any, source: str, *, new: Literal["none", "pooler", "head
         few = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ValueError(
             f"model {source!r} has no weights for {few}, which {type(model).__name__} needs: they would be random. "
-            "Name a model that was saved for this use (a reward model comes from rlhf-ppo reward), or mend its files"
+            "Name a model that was saved for this use (rlhf-ppo reward trains reward models), or repair its files"
         )
     return model
 
 
 def explain_load_failure(source: str, error: BaseException, *, kind: str = "model") -> str:
-    """Why a folder or hub id cannot be read, in one line, with the revision that the hub's cache still has.
+    """Explain why loading a folder or hub id failed, in one line, with the revision that is still in the cache.
 
     Args:
         source: folder or hub id.
-        error: what transformers or datasets raised.
+        error: raised by transformers or datasets.
         kind: "model" or "dataset".
     """
     if "trust_remote_code" in str(error):
-        return "it needs code of its own, which is never run here (trust_remote_code is off): take another model"
+        return "it needs custom code, which is never run here (trust_remote_code is off): use another model"
     if Path(source).is_dir():
-        return f"the folder holds no {kind} that can be read ({(str(error).splitlines() or [''])[0]})"
+        return f"the folder has no readable {kind} ({(str(error).splitlines() or [''])[0]})"
     causes = list(_causes(error))
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         page = f"{constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{source}"
@@ -111,13 +111,13 @@ def explain_load_failure(source: str, error: BaseException, *, kind: str = "mode
         why = f"no such folder, and the hub has no such {kind} (is the name right? a private one needs HF_TOKEN)"
     else:
         instead = 'a folder, or "embedded"' if kind == "model" else "a folder or file"
-        why = f"no such folder, and the hub is out of reach or has no such {kind} (offline: {instead})"
+        why = f"no such folder, and the hub is unreachable or has no such {kind} (offline: {instead})"
     snapshot = cached_snapshot(source, kind)
     return why if snapshot is None else f"{why}; the cache has revision {snapshot.name}: name its folder, {snapshot}"
 
 
 def cached_snapshot(source: str, kind: str = "model") -> Path | None:
-    """The newest revision of a hub id in the local cache that has contents, or None."""
+    """Return the newest complete revision of a hub id in the local cache, or None."""
     folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{source.replace('/', '--')}" / "snapshots"
     if not folder.is_dir():
         return None

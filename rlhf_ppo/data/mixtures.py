@@ -1,4 +1,4 @@
-"""Mixing: several data sets read as one, end to end or in given proportions."""
+"""Mixtures: several data sets as one, concatenated or in given proportions."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from rlhf_ppo.data.rows import Rows, interleave, join
 def load_mixture(
     sources: str | Sequence[str], split: str = "train", *, weights: Sequence[float] | None = None, seed: int = 0
 ) -> Rows:
-    """One data set out of one or more (see :func:`rlhf_ppo.data.files.load_rows`).
+    """Load one or more data sets as one (see :func:`rlhf_ppo.data.files.load_rows`).
 
-    Without weights the data sets follow one another whole. With weights each row is drawn from data set i with
-    probability weights[i] / sum, without repetition, until one of them has no row left: the proportions hold
-    throughout, no row is there twice, and what is left of the others is not used. Each row is named by its data set and
-    its number there.
+    Without weights the data sets are concatenated. With weights each row is drawn from data set i with probability
+    weights[i] / sum, without replacement, until one of them is exhausted: the proportions hold throughout, no row
+    occurs twice, and the rest of the others is unused. A row's name is its data set and its number there.
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`rlhf_ppo.data.files.load_rows`; weights that do not fit; columns that
-            differ in name or in kind.
+        FileNotFoundError, ValueError: see :func:`rlhf_ppo.data.files.load_rows`; invalid weights; columns that differ
+            in name or type.
     """
     sources = (sources,) if isinstance(sources, str) else tuple(sources)
     require_weights(sources, weights)
@@ -58,6 +57,6 @@ def _require_same_columns(first: str, rows: Rows, second: str, others: Rows) -> 
 
 
 def _kinds(rows: Rows, column: str) -> set[str]:
-    """What a column holds; None is of any kind."""
+    """Return the types in a column; None fits any."""
     words = {str: "string", int: "int64", float: "float64"}
     return {words.get(kind, kind.__name__) for kind in map(type, rows[column]) if kind is not type(None)}

@@ -1,4 +1,4 @@
-"""Rows: a data set's rows as they were given, whatever they hold; lists stay Python, Arrow tables stay on disk."""
+"""Rows: a data set's rows with their own keys and types; lists stay plain Python, Arrow tables stay on disk."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from datasets import Dataset, IterableDataset, interleave_datasets
 from rlhf_ppo.data.chat import is_chat
 
 ROW_NAME = "__row_name__"
-"""A column of this name says what messages call each row; it is no column of the data."""
+"""A column of this name holds each row's name in messages; it is not part of the data."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one data set, or of several together.
+    """Rows of one or several data sets.
 
-    A row in Python keeps its own keys, kinds and objects, at every depth; only a column that other rows have and it has
-    not is None. What is handed out is a copy of lists and dicts, so that nobody can change the data set by it.
+    A plain Python row keeps its own keys, types and objects, at every depth; only a missing column is None. Lists and
+    dicts are returned as copies, so that the data set cannot be modified.
     """
 
     parts: tuple[Dataset | list[dict[str, Any]], ...]
     places: Sequence[tuple[int, int]]
-    """The part that each row is in, and its number there."""
+    """The part of each row, and its number there."""
     columns: Mapping[str, str]
     """Name of each column -> its name in the parts."""
     names: Sequence[str]
-    """What messages call each row: "prompts.jsonl row 3", whatever was mixed, shuffled or set aside since."""
+    """Each row's name in messages, "prompts.jsonl row 3", through mixing, shuffling and splitting."""
 
     @property
     def column_names(self) -> list[str]:
@@ -44,7 +44,7 @@ class Rows:
     @overload
     def __getitem__(self, key: int) -> dict[str, Any]: ...
     def __getitem__(self, key: str | int) -> Any:
-        """One row by its number, or one column by its name."""
+        """Return one row by its number, or one column by its name."""
         if isinstance(key, str):
             return [row[key] for row in self._read(self.places, {key: self.columns[key]})]
         return self._read([self.places[key]], self.columns)[0]
@@ -54,20 +54,20 @@ class Rows:
             yield from self._read(self.places[start : start + 1000], self.columns)
 
     def to_list(self) -> list[dict[str, Any]]:
-        """All rows."""
+        """Return all rows."""
         return list(self)
 
     def select(self, indices: Iterable[int]) -> Rows:
-        """The rows with these numbers, in this order."""
+        """Return the rows with these numbers, in this order."""
         chosen = list(indices)
         return replace(self, places=[self.places[i] for i in chosen], names=[self.names[i] for i in chosen])
 
     def rename_column(self, old: str, new: str) -> Rows:
-        """The rows with one column under another name."""
+        """Rename one column."""
         return replace(self, columns={new if name == old else name: own for name, own in self.columns.items()})
 
     def train_test_split(self, test_size: int, *, seed: int) -> dict[str, Rows]:
-        """The rows in two parts, ``train`` and ``test``, drawn as ``datasets`` draws them."""
+        """Split the rows into ``train`` and ``test``, as ``datasets`` does."""
         parts = _numbers(range(len(self))).train_test_split(test_size, seed=seed)
         return {str(name): self.select(part["number"]) for name, part in parts.items()}
 
@@ -79,7 +79,7 @@ class Rows:
                 for k, i in wanted:
                     found[k] = {name: _copy(part[i].get(own)) for name, own in columns.items()}
             elif wanted:
-                # A transform of the user's may read other columns than it gives.
+                # A user's transform may read other columns than it returns.
                 whole = part.format["type"] == "custom"
                 table: Any = (part if whole else part.select_columns([*columns.values()]))[[i for _, i in wanted]]
                 for row, (k, _) in enumerate(wanted):
@@ -88,20 +88,20 @@ class Rows:
 
 
 RowSource = Rows | Dataset | Sequence[Mapping[str, Any]]
-"""What a data set may be given as."""
+"""The types of a data set."""
 
 
 def as_rows(rows: RowSource, name: str = "") -> Rows:
-    """``name``'s rows from a ``datasets.Dataset`` or a list of mappings.
+    """Convert a ``datasets.Dataset`` or a list of mappings to rows; ``name`` is the data set's.
 
     Raises:
-        ValueError: it is neither, or a row's keys are no text; says which.
+        ValueError: another type, or keys that are not text; says which.
     """
     if isinstance(rows, Rows):
         return rows
     where = f"{name} " if name else ""
     if isinstance(rows, Mapping):
-        raise ValueError(f"{name} holds the splits {list(rows)}: pass one of them, such as dataset['train']")
+        raise ValueError(f"{name} has the splits {list(rows)}: pass one of them, such as dataset['train']")
     if isinstance(rows, Dataset):
         part, columns = rows, rows.column_names
         given = list(rows[ROW_NAME]) if ROW_NAME in columns else [None] * len(rows)
@@ -123,7 +123,7 @@ def as_rows(rows: RowSource, name: str = "") -> Rows:
 
 
 def join(parts: Sequence[Rows]) -> Rows:
-    """All rows of the parts, one part after the other; they have the same columns, in any order."""
+    """Concatenate parts that have the same columns, in any order."""
     sources: list[Any] = []
     places: list[tuple[int, int]] = []
     for part in parts:
@@ -133,7 +133,7 @@ def join(parts: Sequence[Rows]) -> Rows:
 
 
 def interleave(parts: Sequence[Rows], probabilities: Sequence[float], seed: int) -> Rows:
-    """Rows drawn from the parts with these probabilities, none twice, until one part is used up."""
+    """Draw rows from the parts with these probabilities, without replacement, until one part is exhausted."""
     starts = [sum(map(len, parts[:i])) for i in range(len(parts))]
     numbers = [_numbers(range(start, start + len(part))) for start, part in zip(starts, parts, strict=True)]
     order = interleave_datasets(numbers, list(probabilities), seed=seed, stopping_strategy="first_exhausted")
@@ -141,7 +141,7 @@ def interleave(parts: Sequence[Rows], probabilities: Sequence[float], seed: int)
 
 
 def require_column(rows: Rows, column: str) -> None:
-    """Raise a ValueError that lists the columns and the closest match unless ``column`` is there."""
+    """Raise a ValueError with the columns and the closest match if ``column`` is missing."""
     if column in rows.column_names:
         return
     close = difflib.get_close_matches(column, rows.column_names, n=1, cutoff=0.5)
@@ -150,10 +150,10 @@ def require_column(rows: Rows, column: str) -> None:
 
 
 def prompt_rows(rows: Rows, column: str) -> Rows:
-    """The rows with ``column`` under the name "prompt".
+    """Rename ``column`` to "prompt".
 
     Raises:
-        ValueError: there is no such column, or another one is called "prompt" already.
+        ValueError: no such column, or another one is already called "prompt".
     """
     require_column(rows, column)
     if column == "prompt":
@@ -164,12 +164,12 @@ def prompt_rows(rows: Rows, column: str) -> Rows:
 
 
 def _numbers(numbers: range) -> Dataset:
-    """Row numbers as a data set: what ``datasets`` does to their order, it would do to the rows'."""
+    """Make a data set of row numbers, whose order ``datasets`` changes as it would the rows'."""
     return Dataset.from_dict({"number": list(numbers)})
 
 
 def _copy(value: Any) -> Any:
-    """A copy of lists, tuples and dicts at every depth; other objects are the very ones that were given."""
+    """Copy lists, tuples and dicts at every depth; other objects are shared."""
     if type(value) is dict:
         return {key: _copy(item) for key, item in value.items()}
     if type(value) in (list, tuple):
@@ -178,7 +178,7 @@ def _copy(value: Any) -> Any:
 
 
 def _chat_without_blanks(value: Any) -> Any:
-    """A chat without what Arrow puts into every message: the keys of all the others, with None."""
+    """Remove from a chat what Arrow adds to each message: the keys of all others, with None."""
     if not is_chat(value):
         return value
     kept = ("role", "content")

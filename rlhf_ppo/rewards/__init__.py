@@ -1,4 +1,4 @@
-"""Rewards: functions, reward models and servers, and the scores that they give."""
+"""Rewards: reward functions, reward models and servers, and their scores."""
 
 from rlhf_ppo.core.lazy import lazy_names
 

@@ -1,4 +1,4 @@
-"""Verifiable rewards: a completion's number against the data set's, parsed and compared exactly, never evaluated."""
+"""GSM8K reward: compare a completion's number with the data set's, exactly, without evaluating any text."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _FRACTION = re.compile(
     r"(?:\{[ ]?(?P<top>-?[0-9]{1,100})[ ]?\}[ ]?\{[ ]?(?P<bottom>[0-9]{1,100})[ ]?\}|(?P<top1>[0-9])(?P<bottom1>[0-9]))"
 )
 
-# A sign counts where no number or word ends right before it: "10-7" ends in 7, "= -7" in -7. Digits inside a word (x2)
-# are no number. Every repetition is followed by something it cannot match itself, so the time is linear in the text.
+# A sign counts unless a number or word ends right before it: "10-7" ends in 7, "= -7" in -7. Digits inside a word (x2)
+# are not a number. Every repetition is followed by something it cannot match itself, so the time is linear in the text.
 _NUMBER = re.compile(
     r"""(?<!\w)(?<![0-9]\.)
     (?P<sign>(?<![\w)])[-+\u2212])? [$\u20ac\u00a3]? (?P<sign2>(?<=[$\u20ac\u00a3])-)?
@@ -37,12 +37,12 @@ _MAX_EXPONENT = 100
 
 
 def find_number(text: str) -> Fraction | None:
-    r"""The answer that a text gives: the first number after its last ``####``, else in its last ``\boxed{``, else its
-    last number, or None.
+    r"""Find a text's answer: the first number after its last ``####``, else in its last ``\boxed{``, else its last
+    number; None if there is none.
 
-    Commas between thousands, a currency sign before and a percent sign after a number are read over (50% is 50);
-    decimals, fractions (3/4, \frac{3}{4}) and powers of ten (2.5e3) count with their exact value. Numbers of more than
-    100 digits or powers beyond 100 are no answer, so that no text can make the comparison slow.
+    Commas between thousands, a currency sign before and a percent sign after a number are ignored (50% is 50).
+    Decimals, fractions (3/4, \frac{3}{4}) and powers of ten (2.5e3) have their exact value. Numbers of more than 100
+    digits or powers beyond 100 are not an answer, so that no text can make the comparison slow.
     """
     text = _FRACTION.sub(_plain_fraction, text).replace("\\$", "$").replace("{,}", ",")
     _, mark, tail = text.rpartition(_MARK)
@@ -54,7 +54,7 @@ def find_number(text: str) -> Fraction | None:
 
 
 def _plain_fraction(found: re.Match[str]) -> str:
-    r"""``\frac{1}{2}`` as 1/2, and ``3\frac{1}{2}`` as 7/2."""
+    r"""Write ``\frac{1}{2}`` as 1/2, and ``3\frac{1}{2}`` as 7/2."""
     top, bottom = found["top"] or found["top1"], found["bottom"] or found["bottom1"]
     return f"{int(top) + int(found['whole'] or 0) * int(bottom)}/{bottom}"
 
@@ -74,10 +74,10 @@ def _value(found: re.Match[str]) -> Fraction | None:
 def gsm8k(
     prompts: Sequence[Prompt], completions: Sequence[Completion], answer: Sequence[Any], **columns: Any
 ) -> list[float | None]:
-    """1 where the completion's number is that of the column ``answer``, else 0; None where ``answer`` has no number.
+    """Score 1 if the completion's number equals that of the column ``answer``, else 0; None if that has no number.
 
-    Both are read by :func:`find_number`, so ``answer`` may be GSM8K's worked solution with ``#### 18`` at its end, or a
-    number. After several turns the last message counts.
+    :func:`find_number` reads both, so ``answer`` may be a number or GSM8K's worked solution, which ends in ``#### 18``.
+    After several turns the last message counts.
     """
     return [_matches(completion, find_number(str(a))) for completion, a in zip(completions, answer, strict=True)]
 

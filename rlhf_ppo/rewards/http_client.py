@@ -1,4 +1,4 @@
-"""HTTPReward: a reward served over HTTP as JSON, every answer checked before it counts."""
+"""HTTP client: ask a reward server for scores, as JSON, and check every answer."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from rlhf_ppo.rewards.validation import RewardError
 from rlhf_ppo.runtime.user_code import start
 
 TOKEN_VARIABLE = "RLHF_PPO_REWARD_TOKEN"
-"""Environment variable with the bearer token; a token in the settings would be written down with them."""
+"""Environment variable with the bearer token; a token in the settings would be saved with them."""
 
 
 class _TemporaryError(Exception):
-    """What may be better next time: the server failed, or there was no connection, or no answer in time."""
+    """Worth a retry: the server failed, the connection failed, or the answer took too long."""
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """A redirect becomes an HTTPError: prompts and token go to no other address than the one that was named."""
+        """Turn a redirect into an HTTPError: prompts and token go only to the given address."""
 
 
 class HTTPReward:
-    """A reward function that asks a server.
+    """A reward function that asks a server for scores.
 
     Request: POST ``{"items": [{"id", "prompt", "completion", "columns"}]}``; answer: ``{"scores": [{"id", "score"}]}``
-    in any order, where a score is a number, null (cannot be scored) or ``{"steps": [[end, score], ...]}`` (see
+    in any order. A score is a number, null (cannot be scored) or ``{"steps": [[end, score], ...]}`` (see
     :class:`rlhf_ppo.StepRewards`).
     """
 
@@ -56,23 +56,23 @@ class HTTPReward:
         backoff_s: float = 0.5,
         max_answer_bytes: int = 16 * 2**20,
     ) -> None:
-        """Name the server; nothing is sent yet.
+        """Check the address and the limits; send nothing yet.
 
         Args:
             url: an http or https address.
-            token: sent as ``Authorization: Bearer``; None: what ``RLHF_PPO_REWARD_TOKEN`` holds, if anything.
-            timeout_s: longest time in seconds for one request, from connecting to the answer's last byte.
-            max_retries: further attempts after a 5xx answer, a time-out or a failed connection, and after nothing else.
-            batch_size: most completions in one request.
-            concurrency: most requests under way at the same time.
-            backoff_s: pause before the first retry in seconds; it doubles with each further one, up to 30.
+            token: sent as ``Authorization: Bearer``; None: the value of ``RLHF_PPO_REWARD_TOKEN``, if set.
+            timeout_s: timeout of one request in seconds, from connecting to the last byte of the answer.
+            max_retries: retries after a 5xx answer, a timeout or a failed connection; other failures are not retried.
+            batch_size: at most this many completions per request.
+            concurrency: at most this many simultaneous requests.
+            backoff_s: pause before the first retry in seconds; it doubles each time, up to 30.
             max_answer_bytes: a longer answer is an error.
         Raises:
-            ValueError: the address or a number will not do.
+            ValueError: an invalid address, number or token.
         """
         try:
             parts = urlsplit(url)
-            parts.port  # noqa: B018 - looks at it, and refuses what is no port
+            parts.port  # noqa: B018 - raises for an invalid port
         except ValueError as error:
             raise ValueError(f"reward server {url!r}: {error}") from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -94,7 +94,7 @@ class HTTPReward:
         token = (token or os.environ.get(TOKEN_VARIABLE) or "").strip()
         if not (token.isascii() and token.isprintable()) or " " in token:
             raise ValueError(
-                f"the token for {parts.hostname} (or {TOKEN_VARIABLE}) has characters that no header may have"
+                f"the token for {parts.hostname} (or {TOKEN_VARIABLE}) has characters that a header cannot contain"
             )
         self.url, self.timeout_s, self.max_retries, self.batch_size = url, timeout_s, max_retries, batch_size
         self.concurrency, self.backoff_s, self.max_answer_bytes = concurrency, backoff_s, max_answer_bytes
@@ -104,19 +104,17 @@ class HTTPReward:
             self._headers["Authorization"] = f"Bearer {token}"
         local = _is_loopback(parts.hostname)
         if token and parts.scheme == "http" and not local:
-            warnings.warn(
-                f"the token for {parts.hostname} goes over http, readable on the way: use https", stacklevel=2
-            )
+            warnings.warn(f"the token for {parts.hostname} is sent over http, unencrypted: use https", stacklevel=2)
         proxies = [urllib.request.ProxyHandler({})] if local else []
         self._opener = urllib.request.build_opener(_NoRedirects, *proxies)
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Sequence[Any]
     ) -> list[float | StepRewards | None]:
-        """Ask for scores, ``batch_size`` completions in a request, ``concurrency`` requests at a time.
+        """Ask for scores, ``batch_size`` completions per request, ``concurrency`` requests at a time.
 
         Raises:
-            RewardError: no answer after all retries, a refusal, or an answer that is not one score for each id.
+            RewardError: no answer after all retries, a refusal, or an answer without exactly one score per id.
         """
         columns = {name: values for name, values in columns.items() if name != "completion_ids"}
         items = [
@@ -131,11 +129,11 @@ class HTTPReward:
         batches = [items[i : i + self.batch_size] for i in range(0, len(items), self.batch_size)]
         lanes = min(self.concurrency, len(batches))
         failed = threading.Event()
-        limit = None if lanes == 1 else math.inf  # one lane runs here, several in threads of their own
+        limit = None if lanes == 1 else math.inf  # a single lane runs in this thread
         shares = [start(partial(self._ask_all, batches[lane::lanes], failed), limit) for lane in range(lanes)]
         done, _ = wait(shares, return_when=FIRST_EXCEPTION)
         for share in done:
-            share.result()  # raises what went wrong; the other lanes end with the request that they are at
+            share.result()  # raises its error; the other lanes stop after their current request
         scores: list[list[float | StepRewards | None]] = [[]] * len(batches)
         for lane, share in enumerate(shares):
             scores[lane::lanes] = share.result()
@@ -144,7 +142,7 @@ class HTTPReward:
     def _ask_all(
         self, batches: Sequence[list[dict[str, Any]]], failed: threading.Event
     ) -> list[list[float | StepRewards | None]]:
-        """One batch after another, until one fails here or beside."""
+        """Ask about one batch after another, until one fails in any lane."""
         scores: list[list[float | StepRewards | None]] = []
         for items in batches:
             if failed.is_set():
@@ -167,7 +165,7 @@ class HTTPReward:
                 return self._read(self._post(body))
             except _TemporaryError as error:
                 if attempt + 1 == attempts:
-                    raise self._error(f"no answer after {attempts} attempts, at last: {error}") from None
+                    raise self._error(f"no answer after {attempts} attempts; the last failed: {error}") from None
                 time.sleep(min(30.0, self.backoff_s * 2**attempt))
         raise AssertionError("the last attempt returns or raises")
 
@@ -178,7 +176,7 @@ class HTTPReward:
             with self._opener.open(request, timeout=self.timeout_s) as response:
                 body = self._body(response.read1, deadline)
                 if response.length:
-                    raise _TemporaryError(f"the answer broke off {response.length} bytes before its end")
+                    raise _TemporaryError(f"the answer was cut off {response.length} bytes before its end")
                 return body
         except urllib.error.HTTPError as error:
             with error:
@@ -190,7 +188,7 @@ class HTTPReward:
                 hint = f" (is {TOKEN_VARIABLE} right?)" if error.code in (401, 403) else ""
                 said = error.read(200).decode("utf-8", "replace")
                 raise self._error(f"HTTP {error.code} {error.reason}{hint}: {said!r}") from None
-        except (OSError, HTTPException) as error:  # refused, unknown host, cut, timed out, no HTTP
+        except (OSError, HTTPException) as error:  # refused, unknown host, cut off, timed out, not HTTP
             raise _TemporaryError(f"{type(error).__name__}: {error}") from None
 
     def _body(self, read1: Callable[[int], bytes], deadline: float) -> bytes:
@@ -199,7 +197,7 @@ class HTTPReward:
             body += chunk
             if len(body) > self.max_answer_bytes:
                 raise self._error(f"the answer is longer than max_answer_bytes={self.max_answer_bytes}")
-            if time.monotonic() > deadline:  # the socket's own time-out starts anew with each piece
+            if time.monotonic() > deadline:  # the socket's own timeout restarts with each chunk
                 raise _TemporaryError(f"the answer took longer than {self.timeout_s} seconds")
         return body
 
@@ -210,7 +208,7 @@ class HTTPReward:
             raise self._error(f"the answer is not JSON: {body[:200]!r}") from None
 
     def _in_order(self, ids: Sequence[str], answer: Any) -> list[float | StepRewards | None]:
-        """Scores in the order of ``ids``, from an answer in any order."""
+        """Return scores in the order of ``ids``, from an answer in any order."""
         rows = answer.get("scores") if isinstance(answer, Mapping) else None
         if not isinstance(rows, list) or not all(isinstance(row, Mapping) and "score" in row for row in rows):
             raise self._error(f'expected {{"scores": [{{"id", "score"}}]}}, got {answer!r:.200}')
@@ -230,7 +228,7 @@ class HTTPReward:
 
 
 def _score(value: Any) -> Any:
-    """Steps from their JSON form; anything else as it came: what is no score is refused with the other rewards'."""
+    """Decode steps from JSON; anything else is checked with the scores of all reward functions."""
     if isinstance(value, Mapping) and set(value) == {"steps"} and isinstance(value["steps"], list):
         return StepRewards(value["steps"])
     return value

@@ -1,4 +1,4 @@
-"""RewardServer: a reward function behind HTTP, for clients that may be slow, wrong or hostile."""
+"""HTTP server: serve a reward function to clients that may be slow, faulty or hostile."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Score = Callable[[list[Any], list[Any], dict[str, list[Any]]], list[float | None
 
 
 class BadRequestError(ValueError):
-    """The request is not what the protocol says."""
+    """A request that breaks the protocol."""
 
 
 def read_items(body: bytes) -> list[dict[str, Any]]:
-    """The items of a request; JSON is the only thing that is ever read from it.
+    """Parse the items of a request, which is read as JSON and nothing else.
 
     Raises:
-        BadRequestError: says what was expected, never what came.
+        BadRequestError: says what was expected, and repeats nothing of the request.
     """
     try:
         request = json.loads(body)
@@ -48,7 +48,7 @@ def read_items(body: bytes) -> list[dict[str, Any]]:
 
 
 def answer(items: list[dict[str, Any]], score_all: Score) -> dict[str, Any]:
-    """The scores of a request's items."""
+    """Score a request's items."""
     names = items[0].get("columns", {})
     columns = {name: [item["columns"][name] for item in items] for name in names}
     scores = score_all([item["prompt"] for item in items], [item["completion"] for item in items], columns)
@@ -56,7 +56,7 @@ def answer(items: list[dict[str, Any]], score_all: Score) -> dict[str, Any]:
 
 
 class _UntilDeadline(io.RawIOBase):
-    """What a socket receives until a point in time: a socket's own time-out would start anew with each byte."""
+    """Read from a socket until a deadline: its own timeout would restart with each byte."""
 
     def __init__(self, connection: socket.socket, seconds: float) -> None:
         self._connection, self._deadline = connection, time.monotonic() + seconds
@@ -73,14 +73,14 @@ class _UntilDeadline(io.RawIOBase):
 
 
 class RewardServer(ThreadingHTTPServer):
-    """Answers ``POST {"items": [{"id", "prompt", "completion", "columns"}]}`` with ``{"scores": [{"id", "score"}]}``.
+    """Answer ``POST {"items": [{"id", "prompt", "completion", "columns"}]}`` with ``{"scores": [{"id", "score"}]}``.
 
-    Each connection has a thread of its own and carries one request; the reward is asked by one thread at a time, since
-    models and user code are not made for several. Call ``serve_forever()``.
+    Each connection has its own thread and carries one request. The reward is called by one thread at a time, because
+    models and user code are rarely thread-safe. Call ``serve_forever()``.
     """
 
     daemon_threads = True
-    request_queue_size = 1024  # connections that the system holds until they are accepted; by default 5
+    request_queue_size = 1024  # backlog of connections; 5 by default
 
     def __init__(
         self,
@@ -93,16 +93,16 @@ class RewardServer(ThreadingHTTPServer):
         request_s: float = 30.0,
         max_connections: int = 2048,
     ) -> None:
-        """Listen; nothing is answered before ``serve_forever()``.
+        """Bind and listen; requests are answered once ``serve_forever()`` runs.
 
         Args:
-            reward: what scores.
-            host: address to listen on: this machine alone unless told.
-            port: 0 takes a free one.
-            token: what a client must send as ``Authorization: Bearer``; None: everyone is answered.
-            max_bytes: a longer request is refused unread.
-            request_s: longest time in seconds for a whole request to come in, and again for its answer to go out.
-            max_connections: further ones are told to come back (503).
+            reward: the reward function.
+            host: address to listen on; by default only this machine can connect.
+            port: 0 picks a free one.
+            token: clients must send it as ``Authorization: Bearer``; None: no authentication.
+            max_bytes: longer requests are refused unread.
+            request_s: time limit in seconds to receive a request, and again to send its answer.
+            max_connections: further connections get a 503.
         """
         self.reward, self.token, self.max_bytes, self.request_s = reward, token, max_bytes, request_s
         self._asking = threading.Lock()
@@ -110,25 +110,25 @@ class RewardServer(ThreadingHTTPServer):
         super().__init__((host, port), _Handler)
 
     def score(self, prompts: list[Any], completions: list[Any], columns: dict[str, list[Any]]) -> list[float | None]:
-        """What the reward says, asked by one thread at a time."""
+        """Call the reward, one thread at a time."""
         with self._asking:
             return score(self.reward, prompts, completions, columns, needs_scores=False)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a thread for a connection, or refuse it."""
+        """Start a thread for a connection, or refuse it with a 503."""
         if not self._free.acquire(blocking=False):
-            request.setblocking(False)  # never wait for a client here: nobody else would be accepted meanwhile
+            request.setblocking(False)  # waiting for this client would block all others
             request.send(b"HTTP/1.0 503 Too many connections\r\nContent-Length: 0\r\n\r\n")
             self.shutdown_request(request)
             return
         try:
             super().process_request(request, client_address)
-        except RuntimeError:  # the system has no thread left
+        except RuntimeError:  # the system is out of threads
             self._free.release()
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """A connection's thread."""
+        """Handle a connection in its thread."""
         try:
             super().process_request_thread(request, client_address)
         finally:
@@ -146,11 +146,11 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")
         given, token = self.headers.get("Authorization", ""), self.server.token
-        # compare_digest takes the same time wherever the difference is, so nothing can be guessed from it.
+        # compare_digest takes constant time, so that timing reveals nothing about the token.
         if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
             return self._refuse(401, "wrong or missing token")
         if self.headers.get_content_type() != "application/json":
-            # What a web page in somebody's browser cannot send to another address without being asked.
+            # A web page cannot send this type to another origin without a preflight request.
             return self._refuse(415, "Content-Type must be application/json")
         if not (length.isascii() and length.isdecimal()):
             return self._refuse(411, "Content-Length is missing")
@@ -168,7 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._reply(500, {"error": "the reward function failed; the server's output says why"})
 
     def _refuse(self, status: int, why: str) -> None:
-        """Answer without having read the body, then throw some of it away, so that a sending client sees it."""
+        """Answer without reading the body, then drain some of it, so that a client still sending gets the answer."""
         self._reply(status, {"error": why})
         self.connection.shutdown(socket.SHUT_WR)
         left = self.server.max_bytes

@@ -1,4 +1,4 @@
-"""Toy rewards that a person can judge by eye, each ``fn(prompts, completions, **columns) -> list[float]``."""
+"""Toy rewards that you can judge by eye, each ``fn(prompts, completions, **columns) -> list[float]``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _sentiment() -> Any:
 
 
 def positive_sentiment(prompts: Sequence[Prompt], completions: Sequence[str], **columns: Any) -> list[float]:
-    """How positive the text sounds, from -1 to 1: the compound score of VADER, a published sentiment lexicon.
+    """Score how positive the text sounds, from -1 to 1: the compound score of VADER, a published sentiment lexicon.
 
     Source: Hutto and Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis" (2014).
     """
@@ -26,11 +26,11 @@ def positive_sentiment(prompts: Sequence[Prompt], completions: Sequence[str], **
 
 
 def no_letter_e(prompts: Sequence[Prompt], completions: Sequence[str], **columns: Any) -> list[float]:
-    """Share of words without the letter e (a lipogram), from 0 to 1; a text without words scores 0."""
+    """Score the share of words without the letter e (a lipogram), from 0 to 1; 0 for a text without words."""
     words = [re.findall(r"[^\W\d_]+", text.lower()) for text in completions]
     return [sum("e" not in word for word in row) / len(row) if row else 0.0 for row in words]
 
 
 def dialogue(prompts: Sequence[Prompt], completions: Sequence[str], **columns: Any) -> list[float]:
-    """Share of the characters that stand inside double quotes, from 0 to 1: the characters talk to each other."""
+    """Score the share of a text inside double quotes, from 0 to 1: the story's characters talk to each other."""
     return [sum(map(len, re.findall(r'"[^"]*"?', text))) / len(text) if text else 0.0 for text in completions]

@@ -64,8 +64,8 @@ BAD = {
         '{"prompt": "a", "t": {"x": 1, "x": 2}}\n',
         "line 1 has the key 'x' twice in one object: rename",
     ),
-    "e.csv": ('prompt,n,prompt\n"a,b",1,c\n', "the column 'prompt' is there twice: rename or remove one of them"),
-    "f.csv.gz": (gzip.compress(b"n,n\n1,2\n"), "the column 'n' is there twice"),
+    "e.csv": ('prompt,n,prompt\n"a,b",1,c\n', "the column 'prompt' occurs twice: rename or remove one of them"),
+    "f.csv.gz": (gzip.compress(b"n,n\n1,2\n"), "the column 'n' occurs twice"),
     "g.csv.gz": (gzip.compress("".join(["a,b\n", *CUT]).encode())[:9000], "the gzip file is cut off or damaged"),
     "h.jsonl.gz": (gzip.compress(lines(CUT).encode())[:9000], "the gzip file is cut off or damaged"),
     "i.jsonl.gz": (b'{"prompt": "a"}\n', "the gzip file is cut off or damaged .*copy or download it again"),
@@ -88,6 +88,6 @@ def test_the_command_ends_with_one_line_and_exit_code_2(tmp_path, capsys):
     flags = f"generate --model embedded --dataset {tmp_path}/p.csv --output {tmp_path}/o.jsonl"
     assert main(flags.split()) == 2
     assert capsys.readouterr().err == (
-        f"error: data set {tmp_path}/p.csv cannot be read: the column 'prompt' is there twice: rename or remove one of "
+        f"error: data set {tmp_path}/p.csv cannot be read: the column 'prompt' occurs twice: rename or remove one of "
         "them\n"
     )

@@ -90,7 +90,7 @@ def test_fault_33_missing_and_gated_on_the_hub_are_one_line_and_the_cached_revis
 def test_fault_33_offline_a_cached_revision_is_offered(tmp_path, monkeypatch):
     """Without refs/main the cache does not say which revision is meant: none is guessed, the newest is named."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match=r"'me/model' cannot be loaded.*out of reach.*offline: a folder") as error:
+    with pytest.raises(ValueError, match=r"'me/model' cannot be loaded.*unreachable.*offline: a folder") as error:
         load_policy("me/model")
     assert "cache" not in str(error.value) and "\n" not in str(error.value)
     old, new = snapshot(tmp_path, "me/model", "old"), snapshot(tmp_path, "me/model", "new")
@@ -98,7 +98,7 @@ def test_fault_33_offline_a_cached_revision_is_offered(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=f"the cache has revision new: name its folder, {new}"):
         load_policy("me/model")
     snapshot(tmp_path, "me/rows", "r1", kind="dataset", file="train.jsonl")
-    with pytest.raises(ValueError, match=r"data set me/rows cannot be read.*out of reach.*cache has revision r1"):
+    with pytest.raises(ValueError, match=r"data set me/rows cannot be read.*unreachable.*cache has revision r1"):
         load_rows("me/rows")
 
 
@@ -118,7 +118,7 @@ def test_damaged_and_missing_weights_are_one_line(tmp_path, make_model, tokenize
     assert "cannot be loaded: a safetensors file is damaged" in capsys.readouterr().err
     weights.unlink()
     assert main(generate) == 2
-    assert "the folder holds no model that can be read" in capsys.readouterr().err
+    assert "the folder has no readable model" in capsys.readouterr().err
 
 
 def test_an_adapter_without_its_parts_is_one_line(tmp_path, make_model, tokenizer):

@@ -1,4 +1,4 @@
-"""Mixing: proportions hold throughout, no row is there twice, and data sets that do not fit are named."""
+"""Mixing: proportions hold throughout, no row occurs twice, and data sets that do not fit are named."""
 
 from __future__ import annotations
 

@@ -212,7 +212,7 @@ def test_rows_from_files(tmp_path):
         ("some/data", "train_dataset must be a data set of known length or a list of mappings.*got str"),
         (["Once"], "train_dataset must be a data set of known length or a list of mappings.*got list"),
         (IterableDataset.from_generator(lambda: iter([{"prompt": "a"}])), "got IterableDataset"),
-        (DatasetDict(train=Dataset.from_list([{"prompt": "a"}])), r"holds the splits \['train'\]: pass one of them"),
+        (DatasetDict(train=Dataset.from_list([{"prompt": "a"}])), r"has the splits \['train'\]: pass one of them"),
     ],
 )
 def test_what_is_no_list_of_rows_is_refused_by_kind(make_trainer, rows, message):

@@ -128,7 +128,7 @@ def test_fault_15_retries_are_bounded_and_wait_longer_each_time(monkeypatch):
     pauses: list[float] = []
     monkeypatch.setattr("rlhf_ppo.rewards.http_client.time.sleep", pauses.append)
     with answering(lambda n, items: scores([], 502)) as (url, seen):
-        with pytest.raises(RewardError, match=r"no answer after 4 attempts, at last: HTTP 502"):
+        with pytest.raises(RewardError, match=r"no answer after 4 attempts; the last failed: HTTP 502"):
             asks(url, backoff_s=0.5)
         assert len(seen) == 4 and pauses == [0.5, 1.0, 2.0]
 
@@ -187,7 +187,7 @@ def test_fault_15_an_answer_that_drips_or_breaks_off_ends_in_time():
     with running(ThreadingHTTPServer(("127.0.0.1", 0), Drip)) as url:
         with pytest.raises(RewardError, match=r"took longer than 0\.1 seconds"):
             asks(url, timeout_s=0.1, max_retries=0)
-        with pytest.raises(RewardError, match="broke off 988 bytes before its end"):
+        with pytest.raises(RewardError, match="cut off 988 bytes before its end"):
             asks(f"{url}/cut", max_retries=0)
 
 
@@ -299,13 +299,13 @@ def test_settings_that_will_not_do():
     for name, value in (("batch_size", 0), ("max_retries", -1), ("timeout_s", 0)):
         with pytest.raises(ValueError, match=f"{name} must be"):
             HTTPReward("http://localhost", **{name: value})
-    with pytest.raises(ValueError, match="characters that no header may have") as error:
+    with pytest.raises(ValueError, match="characters that a header cannot contain") as error:
         HTTPReward("http://localhost", token="to\nken")
     assert "ken" not in str(error.value).replace("token", "").replace("TOKEN", "")
 
 
 def test_a_token_over_plain_http_beyond_this_machine_warns():
-    with pytest.warns(UserWarning, match=r"the token for example\.org goes over http"):
+    with pytest.warns(UserWarning, match=r"the token for example\.org is sent over http"):
         HTTPReward("http://example.org", token="t")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -353,7 +353,7 @@ def test_an_address_is_a_reward_on_the_command_line(tmp_path, make_model, tokeni
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (None, "no answer after 1 attempts, at last: URLError"),
+        (None, "no answer after 1 attempts; the last failed: URLError"),
         ((404, b"", {}), "HTTP 404"),
         ((401, b"", {}), f"is {TOKEN_VARIABLE} right"),
         ((200, b"<html>", {}), "the answer is not JSON"),

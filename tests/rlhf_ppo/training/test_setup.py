@@ -223,7 +223,7 @@ def test_fault_33_a_model_that_is_nowhere_is_one_line_with_its_name(make_trainer
 
 
 def test_a_folder_without_a_model_says_so(make_trainer, tmp_path):
-    with pytest.raises(ValueError, match="the folder holds no model that can be read"):
+    with pytest.raises(ValueError, match="the folder has no readable model"):
         make_trainer(model=str(tmp_path))
 
 
