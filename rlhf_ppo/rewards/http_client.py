@@ -16,7 +16,7 @@ from concurrent.futures import FIRST_EXCEPTION, wait
 from functools import partial
 from http.client import HTTPException
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from rlhf_ppo.data.chat import Completion, Prompt
 from rlhf_ppo.rewards.functions import StepRewards
@@ -70,18 +70,8 @@ class HTTPReward:
         Raises:
             ValueError: an invalid address, number or token.
         """
-        try:
-            parts = urlsplit(url)
-            parts.port  # noqa: B018 - raises for an invalid port
-        except ValueError as error:
-            raise ValueError(f"reward server {url!r}: {error}") from None
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"reward server {url!r}: an address looks like http://127.0.0.1:8000 or https://host/path")
-        if parts.username is not None or parts.password is not None:
-            raise ValueError(
-                f"reward server {parts.hostname!r}: a user name or password in the address would be logged with it; "
-                f"put a token into {TOKEN_VARIABLE}"
-            )
+        parts = _parse_address(url)
+        host = str(parts.hostname)
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("concurrency", concurrency, 1),
@@ -93,18 +83,16 @@ class HTTPReward:
             raise ValueError(f"timeout_s must be positive, got {timeout_s}")
         token = (token or os.environ.get(TOKEN_VARIABLE) or "").strip()
         if not (token.isascii() and token.isprintable()) or " " in token:
-            raise ValueError(
-                f"the token for {parts.hostname} (or {TOKEN_VARIABLE}) has characters that a header cannot contain"
-            )
+            raise ValueError(f"the token for {host} (or {TOKEN_VARIABLE}) has characters that a header cannot contain")
         self.url, self.timeout_s, self.max_retries, self.batch_size = url, timeout_s, max_retries, batch_size
         self.concurrency, self.backoff_s, self.max_answer_bytes = concurrency, backoff_s, max_answer_bytes
         self.__name__ = f"{parts.netloc}{parts.path}".rstrip("/")
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
-        local = _is_loopback(parts.hostname)
+        local = _is_loopback(host)
         if token and parts.scheme == "http" and not local:
-            warnings.warn(f"the token for {parts.hostname} is sent over http, unencrypted: use https", stacklevel=2)
+            warnings.warn(f"the token for {host} is sent over http, unencrypted: use https", stacklevel=2)
         proxies = [urllib.request.ProxyHandler({})] if local else []
         self._opener = urllib.request.build_opener(_NoRedirects, *proxies)
 
@@ -225,6 +213,22 @@ class HTTPReward:
 
     def _error(self, message: str) -> RewardError:
         return RewardError(f"reward server {self.__name__}: {message}")
+
+
+def _parse_address(url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - raises for an invalid port
+    except ValueError as error:
+        raise ValueError(f"reward server {url!r}: {error}") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"reward server {url!r}: an address looks like http://127.0.0.1:8000 or https://host/path")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError(
+            f"reward server {parts.hostname!r}: a user name or password in the address would be logged with it; "
+            f"put a token into {TOKEN_VARIABLE}"
+        )
+    return parts
 
 
 def _score(value: Any) -> Any:

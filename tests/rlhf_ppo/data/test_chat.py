@@ -111,7 +111,7 @@ def test_parts_of_text_are_joined_and_others_refused(tokenizer):
                 read([{"role": "user", "content": content}], tokenizer, "row 3")
 
 
-def test_a_begun_answer_goes_on_in_every_reading(make_trainer, tokenizer):
+def test_a_prefill_is_continued_everywhere(make_trainer, tokenizer):
     """PPO, sft and judges read the same text; it is neither closed nor opened again."""
     tokenizer.chat_template = TEMPLATE
     text = "user hi. assistant the answer is"
@@ -126,7 +126,7 @@ def test_a_begun_answer_goes_on_in_every_reading(make_trainer, tokenizer):
         assert tokenizer.decode(row["input_ids"][:-1]) == f"{text} four"
 
 
-def test_a_completion_is_encoded_within_the_message_that_the_prompt_begins(tokenizer):
+def test_a_completion_is_encoded_as_part_of_the_prefilled_message(tokenizer):
     """This tokenizer puts a space before a text that stands alone, which would make "4 2" of "42"."""
     core = tokenizer.backend_tokenizer
     spaces = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
@@ -140,7 +140,7 @@ def test_a_completion_is_encoded_within_the_message_that_the_prompt_begins(token
     assert tokenizer.decode(row["input_ids"], skip_special_tokens=True) == "user hi. assistant it is 42"
 
 
-def test_an_answer_that_is_not_clear_is_refused_by_row(tokenizer, make_trainer):
+def test_an_ambiguous_answer_is_refused_by_row(tokenizer, make_trainer):
     tokenizer.chat_template = TEMPLATE
     with pytest.raises(ValueError, match="row 3: the chat ends with an empty assistant message: remove it"):
         render_prompt(tokenizer, [USER, {"role": "assistant", "content": " "}], "row 3")
@@ -164,7 +164,7 @@ def test_each_order_of_roles_is_tried_before_conversations_begin(make_trainer, t
         make_trainer(train_dataset=rows, respond=lambda messages: None, max_turns=2)
 
 
-def test_tool_calls_and_other_fields_reach_the_template_as_they_are(tokenizer, make_classifier):
+def test_tool_calls_and_other_fields_reach_the_template_unchanged(tokenizer, make_classifier):
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role }}{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}{{ m.name }};"
         "{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"

@@ -73,7 +73,7 @@ def test_an_evaluation_reads_both_models_by_the_template_of_the_run(folder, caps
     assert main([*flags.split(), "--max-new-tokens", "3"]) == 0
 
 
-def test_a_tokenizer_that_is_given_stays_as_it_is(folder):
+def test_a_given_tokenizer_is_not_modified(folder):
     given = load_tokenizer("model")
     assert with_chat_template(given, TEMPLATE).chat_template == TEMPLATE
     assert given.chat_template is None and with_chat_template(given, None) is given

@@ -170,7 +170,7 @@ def test_a_prompt_and_its_completion_are_what_the_whole_decodes_to(kind):
 @settings(max_examples=40, deadline=None)
 @given(numbers=st.lists(st.integers(0, 10**6), min_size=1, max_size=12), cut=st.integers(0, 12), special=st.booleans())
 @example(numbers=[0, 3, 7, 7], cut=2, special=False)
-def test_a_few_tokens_before_a_piece_are_enough(numbers, cut, special):
+def test_a_few_preceding_tokens_are_enough(numbers, cut, special):
     """Any ids, special ones and broken characters among them: the same as behind all of the sequence, at each token."""
     for kind in KINDS:
         tokenizer = built(kind)
@@ -190,7 +190,7 @@ SPACED = [kind for kind in KINDS if kind != "spaces across tokens"]
 
 
 @pytest.mark.parametrize("kind", SPACED)
-def test_text_is_encoded_behind_what_lies_before_it(kind):
+def test_text_is_encoded_as_a_continuation(kind):
     tokenizer = built(kind)
     pieces, spelled = TextPieces(tokenizer), TextPieces(tokenizer, special=True)
     for prompt in ("lily and her", "tom saw", "a dog."):
@@ -263,7 +263,7 @@ def rows_of(*rows: list[int]) -> list[list[int]]:
     return [row + [1] * (width - len(row)) for row in rows]
 
 
-def test_rewards_and_stop_strings_read_what_was_written(make_trainer, make_model, words, script):
+def test_rewards_and_stop_strings_read_the_generated_text(make_trainer, make_model, words, script):
     """A first space is part of a completion and of a stop string; a step's end counts its characters."""
     seen: list[str] = []
 

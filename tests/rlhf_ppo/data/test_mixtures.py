@@ -26,13 +26,13 @@ def two(write):
     return a, b
 
 
-def test_without_weights_all_rows_follow_one_another(two):
+def test_without_weights_data_sets_are_concatenated(two):
     prompts = load_mixture(two)["prompt"]
     assert len(prompts) == 1300 and prompts[0] == "a0" and prompts[300] == "b0"
     assert load_mixture(two[0])["prompt"] == load_mixture(two[:1])["prompt"] == prompts[:300]
 
 
-def test_weights_are_proportions_from_the_start_and_no_row_is_there_twice(two):
+def test_weights_are_proportions_throughout_and_no_row_occurs_twice(two):
     prompts = list(load_mixture(two, weights=(3.0, 1.0), seed=1)["prompt"])
     assert len(set(prompts)) == len(prompts)
     # 300 rows of a are three quarters: about 400 in all. The standard deviation of the share is sqrt(.75 * .25 / 400).
@@ -63,7 +63,7 @@ def test_columns_that_differ_are_named(write):
         load_mixture((a, c))
 
 
-def test_weights_that_do_not_fit_are_refused(two):
+def test_invalid_weights_are_refused(two):
     with pytest.raises(ValueError, match="dataset_weights has 1 weights for 2 data sets"):
         load_mixture(two, weights=(1.0,))
     with pytest.raises(ValueError, match=r"dataset_weights must be positive, got \(1\.0, 0\.0\)"):

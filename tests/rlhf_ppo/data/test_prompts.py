@@ -42,7 +42,7 @@ def test_fault_1_an_empty_prompt_is_refused_with_its_row(prompt_set):
         prompt_set(rows_of("a", None))
 
 
-def test_fault_1_a_prompt_that_is_no_text(prompt_set, tokenizer):
+def test_fault_1_a_prompt_that_is_not_text(prompt_set, tokenizer):
     for bad in (3, ["a", "b"], [], [{"role": "user"}]):
         with pytest.raises(ValueError, match="prompt 0: a prompt must be text or chat messages"):
             tokenize_prompt(bad, tokenizer, "prompt 0")
@@ -53,7 +53,7 @@ def test_fault_1_a_rollout_by_hand_names_the_prompts_number(make_trainer):
         make_trainer().rollout(["a", ""])
 
 
-def test_a_row_that_has_a_name_is_called_by_it_and_no_reward_sees_the_name(prompt_set):
+def test_a_rows_name_is_used_in_messages_and_hidden_from_rewards(prompt_set):
     rows = [{"prompt": prompt, "n": i, ROW_NAME: f"d.jsonl row {i + 5}"} for i, prompt in enumerate(("a", "b", ""))]
     with pytest.raises(ValueError, match=r"^d\.jsonl row 7: the prompt is empty"):
         prompt_set(rows)
@@ -159,7 +159,7 @@ def test_fault_10_a_token_id_beyond_the_vocabulary(prompt_set):
         prompt_set(rows_of("ay", "az"), vocab_size=28)
 
 
-def test_the_stream_deals_every_row_once_a_pass_in_an_order_fixed_by_the_seed(prompt_set):
+def test_each_epoch_has_every_row_once_in_an_order_fixed_by_the_seed(prompt_set):
     names = [f"p{letter}" for letter in "abcdefg"]
     prompts = prompt_set(rows_of(*names), seed=3)
     dealt = [prompt for number in range(7) for prompt in prompts.batch(number, 4).prompts]
@@ -215,7 +215,7 @@ def test_rows_from_files(tmp_path):
         (DatasetDict(train=Dataset.from_list([{"prompt": "a"}])), r"has the splits \['train'\]: pass one of them"),
     ],
 )
-def test_what_is_no_list_of_rows_is_refused_by_kind(make_trainer, rows, message):
+def test_other_types_of_data_sets_are_refused(make_trainer, rows, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(train_dataset=rows)
 

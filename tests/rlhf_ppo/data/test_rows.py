@@ -31,7 +31,7 @@ UNEQUAL = {
 
 
 @pytest.mark.parametrize("rows", UNEQUAL.values(), ids=UNEQUAL)
-def test_rows_keep_their_own_keys_and_kinds_from_a_list_and_from_files(rows, tmp_path):
+def test_rows_keep_their_own_keys_and_types_from_a_list_and_from_files(rows, tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "b.json").write_text(json.dumps(rows, indent=1))
     folder = tmp_path / "folder"
@@ -44,7 +44,7 @@ def test_rows_keep_their_own_keys_and_kinds_from_a_list_and_from_files(rows, tmp
         assert repr(found.to_list()) == repr(rows)  # 1 == 1.0, but their texts differ
 
 
-def test_a_reward_gets_what_the_list_held_and_cannot_change_it(make_trainer):
+def test_a_reward_gets_copies_of_the_rows_values(make_trainer):
     """A column that a row lacks is None there; an object is the very one that was given."""
     thing = SimpleNamespace(n=3)
     rows = [
@@ -68,7 +68,7 @@ def test_a_reward_gets_what_the_list_held_and_cannot_change_it(make_trainer):
     assert "spoilt" not in rows[0]["tests"]
 
 
-def test_messages_of_an_arrow_table_lose_the_keys_that_only_others_have():
+def test_arrow_messages_lose_the_keys_that_only_others_have():
     """Arrow's structs hold every key in every row; in other columns nobody can tell None from absent, so it stays."""
     chats = [[{"role": "assistant", "content": "", "tool_calls": calls}] for calls in CALLS]
     table = Dataset.from_list([{"prompt": chat, "tests": {"x": 1}} for chat in [*chats, *chats]])
@@ -106,12 +106,12 @@ def test_the_digest_of_data_is_what_it_was_for_rows_in_python_and_in_arrow(token
     assert digest(other) == digest(other) != digest([{"prompt": "a", "tests": {1: {"x": (2,)}}}])
 
 
-def test_column_names_that_are_no_text_are_refused():
+def test_column_names_that_are_not_text_are_refused():
     with pytest.raises(ValueError, match="the names of train_dataset's columns must be text, got 3"):
         as_rows([{"prompt": "a", 3: "b"}], "train_dataset")
 
 
-def test_a_transform_of_the_users_reads_the_columns_that_it_needs():
+def test_a_users_transform_reads_the_columns_that_it_needs():
     rows = Dataset.from_list([{"prompt": "a", "x": 1}, {"prompt": "b", "x": 2}])
 
     def both(batch):

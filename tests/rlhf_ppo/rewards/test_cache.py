@@ -33,7 +33,7 @@ def ask(function: Any, cache: ScoreCache, prompts, completions, ids=None, decode
     return scores
 
 
-def test_the_same_row_is_asked_once_even_within_one_rollout():
+def test_the_same_row_is_scored_once_even_within_one_rollout():
     function, cache = Counting(), ScoreCache()
     assert ask(function, cache, ["p", "q", "p", "p"], ["aa", "aa", "aa", "b"]) == [2.0, 2.0, 2.0, 1.0]
     assert function.asked == [("p", "aa"), ("q", "aa"), ("p", "b")]
@@ -43,7 +43,7 @@ def test_the_same_row_is_asked_once_even_within_one_rollout():
     assert len(function.asked) == 4 and (cache.hits, cache.lookups) == (3, 7)
 
 
-def test_columns_and_chats_belong_to_the_question():
+def test_columns_and_chats_are_part_of_the_key():
     function, cache = Counting(), ScoreCache()
     chat = [{"role": "user", "content": "p"}]
     for answer in (1, "1", 1.5, None, {"deep": [1]}):
@@ -54,7 +54,7 @@ def test_columns_and_chats_belong_to_the_question():
     assert cache.hits == 1
 
 
-def test_ids_belong_to_the_question_of_a_function_that_sees_them():
+def test_ids_are_part_of_the_key_of_a_function_that_sees_them():
     def tokens(prompts, completions, completion_ids):
         return [[float(token) for token in ids] for ids in completion_ids]
 
@@ -67,7 +67,7 @@ def test_ids_belong_to_the_question_of_a_function_that_sees_them():
     assert len(function.asked) == 1
 
 
-def test_steps_are_kept_by_character_and_placed_on_each_responses_own_tokens():
+def test_steps_are_cached_by_character_and_placed_on_each_responses_own_tokens():
     def judge(prompts, completions):
         return [StepRewards([(2, 1.0)]) for _ in completions]
 
@@ -79,21 +79,21 @@ def test_steps_are_kept_by_character_and_placed_on_each_responses_own_tokens():
     assert cache.hits == 1
 
 
-def test_what_json_cannot_hold_is_asked_each_time():
+def test_rows_that_json_cannot_hold_are_scored_each_time():
     function, cache = Counting(), ScoreCache()
     for _ in range(2):
         assert ask(function, cache, ["p", "p"], ["a", "a"], answer=[object(), object()]) == [1.0, 1.0]
     assert len(function.asked) == 4 and cache.hits == 0
 
 
-def test_none_is_asked_again_another_time():
+def test_none_is_not_cached():
     function, cache = Counting(), ScoreCache()
     for _ in range(2):
         assert ask(function, cache, ["p", "p", "p"], ["?", "a", "?"]) == [None, 1.0, None]
     assert function.asked == [("p", "?"), ("p", "a"), ("p", "?")]
 
 
-def test_the_least_recently_used_answers_leave_first():
+def test_the_least_recently_used_scores_are_evicted_first():
     function, cache = Counting(), ScoreCache(size=2)
     ask(function, cache, ["p", "p"], ["a", "b"])
     ask(function, cache, ["p"], ["a"])  # a is younger than b now
@@ -104,7 +104,7 @@ def test_the_least_recently_used_answers_leave_first():
     assert ask(function, cache, ["p"] * 5, ["a", "bb", "ccc", "dddd", "bb"]) == [1.0, 2.0, 3.0, 4.0, 2.0]
 
 
-def test_a_function_that_fails_leaves_nothing_behind():
+def test_a_function_that_fails_leaves_the_cache_unchanged():
     cache = ScoreCache()
     with pytest.raises(RewardError):
         ask(lambda p, c: 1 / 0, cache, ["p"], ["a"])
@@ -145,7 +145,7 @@ def test_a_reward_that_looks_at_conversations_is_never_cached():
     assert list(make_caches({name: (function, 1.0) for name, function in functions.items()})) == ["counting"]
 
 
-def test_a_cache_that_would_keep_nothing_is_refused(make_trainer):
+def test_a_cache_without_a_cacheable_reward_is_refused(make_trainer):
     def judge(prompts, completions, conversations=None):
         return [0.0] * len(completions)
 

@@ -34,7 +34,7 @@ def test_an_async_reward_is_awaited(function, timeout):
     assert score(function, ["p", "q"], ["a", "bb"], {}, timeout_s=timeout) == [1.0, 2.0]
 
 
-def test_async_rewards_of_one_rollout_run_at_the_same_time_and_beside_a_sync_one():
+def test_async_rewards_run_concurrently_and_beside_a_sync_one():
     """Each of three waits until all have begun; one after another they would wait for ever."""
     begun = threading.Barrier(3)
 
@@ -55,7 +55,7 @@ def test_async_rewards_of_one_rollout_run_at_the_same_time_and_beside_a_sync_one
     assert results == {"third": [3.0], "first": [1.0], "second": [2.0]} and list(results) == list(calls)
 
 
-def test_a_client_that_belongs_to_an_event_loop_serves_one_rollout_after_another():
+def test_a_client_bound_to_an_event_loop_serves_several_rollouts():
     loops: list[asyncio.AbstractEventLoop] = []
 
     async def remembers(prompts, completions):
@@ -67,7 +67,7 @@ def test_a_client_that_belongs_to_an_event_loop_serves_one_rollout_after_another
     assert loops[0] is loops[1] and loops[0].is_running()
 
 
-def test_fault_14_an_async_reward_that_hangs_meets_the_timeout_and_is_cancelled():
+def test_fault_14_an_async_reward_that_hangs_times_out_and_is_cancelled():
     ended = threading.Event()
 
     async def hangs(prompts, completions):
@@ -82,7 +82,7 @@ def test_fault_14_an_async_reward_that_hangs_meets_the_timeout_and_is_cancelled(
     assert ended.wait(10)
 
 
-def test_fault_14_the_traceback_of_an_async_reward_is_kept_and_a_timeout_of_its_own_is_its_own():
+def test_fault_14_an_async_rewards_traceback_and_own_timeout_error_are_reported():
     async def broken(prompts, completions):
         await asyncio.sleep(0)
         raise TimeoutError("of the service")
@@ -93,7 +93,7 @@ def test_fault_14_the_traceback_of_an_async_reward_is_kept_and_a_timeout_of_its_
     assert cause is not None and traceback.extract_tb(cause.__traceback__)[-1].name == "broken"
 
 
-def test_an_interrupt_inside_an_async_reward_reaches_the_caller_and_the_loop_lives_on():
+def test_an_interrupt_inside_an_async_reward_reaches_the_caller_and_the_loop_survives():
     async def interrupted(prompts, completions):
         raise KeyboardInterrupt
 

@@ -8,7 +8,7 @@ from rlhf_ppo.rewards.functions import accepts, require_accepts_columns
 from rlhf_ppo.rewards.scoring import score
 
 
-def test_token_ids_go_to_functions_that_take_them():
+def test_token_ids_go_to_functions_that_accept_them():
     seen: dict[str, object] = {}
 
     def names(prompts, completions, completion_ids=None):
@@ -47,7 +47,7 @@ def wants(prompts, completions, answer):
     return [0.0] * len(prompts)
 
 
-def test_a_function_that_cannot_take_the_columns_is_an_error_at_the_start(make_trainer):
+def test_a_function_that_does_not_accept_the_columns_is_an_error_at_the_start(make_trainer):
     with pytest.raises(
         ValueError, match=r"'wants' has the parameters .*answer.*\['answer', 'id'\] of train_dataset.*'id'"
     ):

@@ -109,7 +109,7 @@ def test_fault_15_ids_are_verified(change, message):
 
 
 @pytest.mark.parametrize("value", ['"1.0"', "[1.0, 2.0]", "true and", '{"steps": [[9, 1.0]]}', "NaN", "1e999"])
-def test_fault_15_what_is_no_score_is_refused_like_any_other_rewards(value):
+def test_fault_15_an_invalid_score_is_refused_as_from_any_reward(value):
     def answers(n, items):
         return 200, f'{{"scores": [{{"id": "0", "score": {value}}}]}}'.encode(), {}
 
@@ -124,7 +124,7 @@ def test_fault_15_a_server_error_is_retried(status):
         assert len(seen) == 3
 
 
-def test_fault_15_retries_are_bounded_and_wait_longer_each_time(monkeypatch):
+def test_fault_15_retries_are_bounded_and_back_off(monkeypatch):
     pauses: list[float] = []
     monkeypatch.setattr("rlhf_ppo.rewards.http_client.time.sleep", pauses.append)
     with answering(lambda n, items: scores([], 502)) as (url, seen):
@@ -148,7 +148,7 @@ def test_fault_15_bad_json_is_not_retried_and_shown():
         assert len(seen) == 1
 
 
-def test_fault_15_a_server_that_is_not_there_and_one_that_hangs_are_retried_and_named():
+def test_fault_15_servers_that_are_down_or_hang_are_retried_and_named():
     with answering(lambda n, items: scores(lengths(items))) as (url, _):
         pass
     with pytest.raises(RewardError, match=r"no answer after 2 attempts.*refused"):
@@ -165,7 +165,7 @@ def test_fault_15_a_server_that_is_not_there_and_one_that_hangs_are_retried_and_
         release.set()
 
 
-def test_fault_15_an_answer_that_drips_or_breaks_off_ends_in_time():
+def test_fault_15_a_slow_or_cut_off_answer_ends_in_time():
     class Drip(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             self.send_response(200)
@@ -191,7 +191,7 @@ def test_fault_15_an_answer_that_drips_or_breaks_off_ends_in_time():
             asks(f"{url}/cut", max_retries=0)
 
 
-def test_fault_15_an_endless_answer_is_cut_short():
+def test_fault_15_an_endless_answer_is_refused():
     with (
         answering(lambda n, items: (200, b" " * 100_000, {})) as (url, _),
         pytest.raises(RewardError, match="longer than max_answer_bytes=1000"),
@@ -209,7 +209,7 @@ def test_a_redirect_is_not_followed_so_the_token_stays():
         assert not heard
 
 
-def test_fault_15_a_failed_server_ends_a_run_with_model_and_checkpoint_and_the_run_goes_on(make_trainer):
+def test_fault_15_a_failed_server_ends_a_run_with_model_and_checkpoint_and_the_run_resumes(make_trainer):
     """The second rollout finds the server down. Resumed, the run ends as though nothing had happened."""
     state = {"down": False}
 
@@ -239,7 +239,7 @@ def test_fault_15_a_failed_server_ends_a_run_with_model_and_checkpoint_and_the_r
 # What the client takes and gives
 
 
-def test_requests_run_side_by_side_up_to_the_limit_and_keep_their_order():
+def test_requests_run_concurrently_up_to_the_limit_and_keep_their_order():
     """Seven requests of one completion; each waits until three are there, which four at a time would never need."""
     lock, here, most = threading.Lock(), 0, 0
     three = threading.Barrier(3)
@@ -261,14 +261,14 @@ def test_requests_run_side_by_side_up_to_the_limit_and_keep_their_order():
         assert len(seen) == 7 and most == 3
 
 
-def test_a_request_that_fails_ends_all_lanes():
+def test_a_failed_request_stops_all_lanes():
     with answering(lambda n, items: (400, b"no", {})) as (url, seen):
         with pytest.raises(RewardError, match="HTTP 400"):
             asks(url, ("x",) * 50, batch_size=1, concurrency=2)
         assert len(seen) <= 4
 
 
-def test_steps_come_over_http(make_trainer):
+def test_steps_over_http(make_trainer):
     with answering(lambda n, items: scores([{"id": i["id"], "score": {"steps": [[1, 0.5]]}} for i in items])) as (
         url,
         _,
@@ -289,13 +289,13 @@ def test_steps_come_over_http(make_trainer):
         ("http://user:hunter2@host", "user name or password in the address"),
     ],
 )
-def test_addresses_that_will_not_do(url, message):
+def test_invalid_addresses_are_refused(url, message):
     with pytest.raises(ValueError, match=message) as error:
         HTTPReward(url)
     assert "hunter2" not in str(error.value)
 
 
-def test_settings_that_will_not_do():
+def test_invalid_settings_are_refused():
     for name, value in (("batch_size", 0), ("max_retries", -1), ("timeout_s", 0)):
         with pytest.raises(ValueError, match=f"{name} must be"):
             HTTPReward("http://localhost", **{name: value})
@@ -362,7 +362,7 @@ def test_an_address_is_a_reward_on_the_command_line(tmp_path, make_model, tokeni
     ],
     ids=["gone", "wrong-path", "wrong-token", "no-json", "no-scores", "no-number"],
 )
-def test_a_server_that_will_not_do_is_refused_at_the_start_in_one_line(
+def test_an_unusable_server_is_refused_at_the_start_in_one_line(
     tmp_path, make_model, tokenizer, capsys, monkeypatch, answer, message
 ):
     from rlhf_ppo.cli import main

@@ -90,7 +90,7 @@ def test_client_and_server_end_to_end():
         assert score(reward, ["p"], ["é€😀"], {"weight": [2]}, completion_ids=[[1, 2]]) == [6.0]
 
 
-def test_it_listens_on_this_machine_alone_unless_told():
+def test_it_listens_on_this_machine_by_default():
     for options, host in (({}, "127.0.0.1"), ({"host": "0.0.0.0"}, "0.0.0.0")):
         server = RewardServer(weigh, port=0, **options)
         assert server.server_address[0] == host
@@ -146,7 +146,7 @@ def test_the_token_is_compared_in_constant_time(monkeypatch):
     assert compared == [(given, b"Bearer right") for given in (b"Bearer wrong", b"right", b"Bearer right")]
 
 
-def test_the_reward_is_not_asked_and_nothing_is_read_for_who_has_no_token():
+def test_without_a_token_the_body_is_not_read_and_the_reward_not_called():
     """The token is looked at before the body: 8 MiB of anybody's are not worth the memory."""
 
     def never(prompts, completions, **columns):
@@ -177,7 +177,7 @@ def test_the_reward_is_not_asked_and_nothing_is_read_for_who_has_no_token():
         (b" " * 2000, 413),
     ],
 )
-def test_garbage_is_refused_and_the_server_goes_on(body, status, capsys):
+def test_garbage_is_refused_and_the_server_survives(body, status, capsys):
     limit = 1000 if status == 413 else 2**20
     with serving(max_bytes=limit) as address:
         code, said = raw(address, head(len(body)), body)
@@ -208,13 +208,13 @@ def test_garbage_is_refused_and_the_server_goes_on(body, status, capsys):
         (b"", 0),
     ],
 )
-def test_a_length_that_lies_and_what_is_no_request_are_refused(request_bytes, status):
+def test_a_wrong_content_length_and_invalid_requests_are_refused(request_bytes, status):
     with serving() as address:
         assert raw(address, request_bytes, half_close=True)[0] == status
         assert client(address)(["p"], ["ab"], weight=[1]) == [2.0]
 
 
-def test_a_large_body_is_refused_in_words_that_arrive():
+def test_a_large_body_is_refused_with_a_readable_answer():
     with serving(max_bytes=2**20) as address:
         assert raw(address, head(2 * 2**20), b" " * (2 * 2**20))[0] == 413
 
@@ -244,7 +244,7 @@ def test_any_body_is_items_or_a_bad_request(body):
 # Clients that are slow
 
 
-def test_slow_clients_end_at_the_deadline_and_hold_nobody_up():
+def test_slow_clients_end_at_the_deadline_and_block_nobody():
     """One sends its head byte by byte, one its body, one nothing, one never reads its answer."""
 
     def drip(connection: socket.socket, content: bytes) -> None:
@@ -273,7 +273,7 @@ def test_slow_clients_end_at_the_deadline_and_hold_nobody_up():
             connection.close()
 
 
-def test_more_connections_than_allowed_are_told_to_come_back():
+def test_connections_above_the_limit_get_a_503():
     with serving(max_connections=2, request_s=30.0) as address:
         idle = [socket.create_connection(address, timeout=60) for _ in range(2)]
         deadline = time.monotonic() + 60
@@ -287,7 +287,7 @@ def test_more_connections_than_allowed_are_told_to_come_back():
 # Clients that are many
 
 
-def test_a_model_that_is_served_is_asked_by_one_thread_at_a_time():
+def test_a_served_model_is_called_by_one_thread_at_a_time():
     inside = threading.Lock()
 
     def alone(prompts, completions, **columns):
@@ -302,7 +302,7 @@ def test_a_model_that_is_served_is_asked_by_one_thread_at_a_time():
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
-def test_requests_at_the_same_moment_all_get_their_own_answers(count):
+def test_simultaneous_requests_all_get_their_own_answers(count):
     """Each connection is open before the first is answered, and nobody tries twice."""
     everybody = threading.Barrier(count)
 

@@ -72,7 +72,7 @@ def test_a_tokenizer_without_a_pad_token_still_scores_in_batches(make_classifier
     assert scores == pytest.approx(one_at_a_time(model, tokenizer, ["abc", "bcdef"]), abs=1e-5)
 
 
-def test_texts_that_use_the_whole_vocabulary_between_them_are_scored_as_one_by_one(make_classifier):
+def test_texts_that_together_use_the_whole_vocabulary_score_as_one_by_one(make_classifier):
     words = Tokenizer(WordLevel({f"t{i}": i for i in range(6)}, unk_token="t0"))
     words.pre_tokenizer = Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t0")
@@ -173,7 +173,7 @@ def test_reading_settings_reach_reward_models_loaded_by_name_and_no_other_reward
             make_trainer(reward_funcs=RewardModel(make_classifier(), tokenizer), **{name: value})
 
 
-def test_a_text_that_is_too_long_keeps_its_end_where_the_completion_is(make_classifier, tokenizer):
+def test_an_overlong_text_keeps_its_end_where_the_completion_is(make_classifier, tokenizer):
     model = make_classifier()
     reward = RewardModel(model, tokenizer, max_length=5)
     assert reward(["a long prompt "], ["abc"]) == pytest.approx(one_at_a_time(model, tokenizer, ["t abc"]), abs=1e-5)
@@ -184,7 +184,7 @@ def test_a_text_that_is_too_long_keeps_its_end_where_the_completion_is(make_clas
     assert tokenizer.truncation_side == "right"
 
 
-def test_a_token_id_beyond_the_vocabulary_is_named_with_its_completion(make_classifier, tokenizer):
+def test_a_token_id_beyond_the_vocabulary_is_an_error_with_its_completion(make_classifier, tokenizer):
     """z is id 28."""
     reward = RewardModel(make_classifier(vocab_size=28), tokenizer)
     with pytest.raises(ValueError, match=r"completion 1: token id 28 is not in the model's vocabulary of 28"):

@@ -39,7 +39,7 @@ def place(tokenizer, text: str, steps: list[tuple[int, float]]) -> tuple[list[fl
 @pytest.mark.parametrize(
     "text", ["the cat sat", "naïve café, the end", "😀 the cat 😀😀", "数学は楽しい", "a\u0301 the"]
 )
-def test_steps_of_multi_byte_text_land_on_the_token_that_completes_them(byte_tokenizer, text):
+def test_steps_of_multi_byte_text_are_placed_on_the_token_that_completes_them(byte_tokenizer, text):
     for end in range(1, len(text) + 1):
         rewards, upto = place(byte_tokenizer, text, [(end, 1.5)])
         (at,) = [k for k, reward in enumerate(rewards) if reward]
@@ -111,7 +111,7 @@ def test_fault_12_token_rewards_of_another_shape_are_an_error(answer, got):
     assert "lists of one number per token, StepRewards (or None), one per completion" in str(error.value)
 
 
-def test_fault_13_a_token_reward_that_is_not_finite_is_an_error_or_dropped():
+def test_fault_13_a_non_finite_token_reward_is_an_error_or_dropped():
     def fn(prompts, completions):
         return [[0.0, math.nan], [1.0]]
 
@@ -135,7 +135,7 @@ def some_steps(prompts, completions, **columns):
     return [StepRewards([(1, 0.5)]) if i % 2 and text else 1.0 for i, text in enumerate(completions)]
 
 
-def test_mixed_rewards_are_weighted_and_land_where_they_belong(make_trainer, prompts):
+def test_mixed_rewards_are_weighted_and_placed_on_their_tokens(make_trainer, prompts):
     """Advantages without a critic, discount or KL are the rewards from each token to the end."""
     trainer = make_trainer(
         reward_funcs=[each_letter, whole, some_steps],

@@ -15,7 +15,7 @@ def test_functions_of_files_and_modules(tmp_path):
     assert load_function("math:sqrt", "reward")(4) == 2
 
 
-def test_a_class_is_made_and_asked(make_trainer, tmp_path):
+def test_a_class_is_instantiated_and_called(make_trainer, tmp_path):
     file = tmp_path / "judges.py"
     file.write_text(
         "class Length:\n"
@@ -58,7 +58,7 @@ def test_a_class_is_made_and_asked(make_trainer, tmp_path):
         ),
     ],
 )
-def test_what_is_not_there_or_fails_is_named(tmp_path, source, message, monkeypatch):
+def test_missing_and_failing_names_are_explained(tmp_path, source, message, monkeypatch):
     (tmp_path / "raises.py").write_text("\n1 / 0\n")
     (tmp_path / "needs.py").write_text("import nowhere_at_all\n")
     (tmp_path / "leaves.py").write_text("raise SystemExit(0)\n")

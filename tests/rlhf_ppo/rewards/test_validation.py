@@ -116,7 +116,7 @@ def test_fault_14_the_traceback_of_a_reward_that_raises_is_kept(timeout):
 
 @pytest.mark.parametrize("timeout", [None, 5.0])
 @pytest.mark.parametrize("end", [SystemExit(0), asyncio.CancelledError()])
-def test_fault_14_a_reward_that_ends_the_program_is_a_reward_that_failed(end, timeout):
+def test_fault_14_a_reward_that_exits_the_program_is_a_failed_reward(end, timeout):
     def leaves(prompts, completions):
         raise end
 
@@ -148,7 +148,7 @@ def test_fault_14_a_failing_reward_ends_the_run_with_responses_and_model_saved(m
     assert len(trainer.run.read()) == 1 == trainer.iteration
 
 
-def test_fault_14_a_reward_that_hangs_meets_the_timeout():
+def test_fault_14_a_reward_that_hangs_times_out():
     release = threading.Event()
 
     def hangs(prompts, completions):
@@ -162,7 +162,7 @@ def test_fault_14_a_reward_that_hangs_meets_the_timeout():
     release.set()
 
 
-def test_fault_14_a_timeout_error_of_the_function_itself_is_reported_as_its_own():
+def test_fault_14_the_functions_own_timeout_error_is_reported_as_such():
     def slow_service(prompts, completions):
         raise TimeoutError("service")
 

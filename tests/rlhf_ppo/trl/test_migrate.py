@@ -124,7 +124,7 @@ def test_flags_win_over_a_file_named_among_them(tmp_path):
     assert read_trl_flags(f"--lam 0.7 --config {tmp_path / 'a.yaml'}") == {"lam": 0.7, "gamma": 0.5}
 
 
-def test_what_stands_behind_two_dashes_is_trls():
+def test_words_after_two_dashes_are_trls():
     joined = join_command_line(["migrate", "--config", "a b.yaml", "--", "--lam", "0.7", "--run_name", "x y"])
     assert joined[:3] == ["migrate", "--config", "a b.yaml"]
     assert joined[3:] == ["--command-line=--lam 0.7 --run_name 'x y'"]
@@ -306,13 +306,13 @@ def test_a_migrated_yaml_trains(folder, capsys):
         ("--config nowhere.yaml", "nowhere.yaml does not exist"),
     ],
 )
-def test_bad_arguments_are_one_clear_line_and_exit_code_2(arguments, message, capsys):
+def test_invalid_arguments_are_one_line_and_exit_code_2(arguments, message, capsys):
     assert main(["migrate", "--", *arguments.split()]) == 2
     error = capsys.readouterr().err
     assert "error:" in error and message in error and "Traceback" not in error
 
 
-def test_a_typo_in_the_yaml_and_a_file_in_the_way(tmp_path, capsys):
+def test_a_typo_in_the_yaml_and_an_existing_output(tmp_path, capsys):
     file = tmp_path / "trl.yaml"
     file.write_text("dataset_name: x\nnum_minibatches: 4\n")
     assert main(["migrate", "--config", str(file)]) == 2
