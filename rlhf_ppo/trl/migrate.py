@@ -23,25 +23,22 @@ _SCHEDULES = {"constant": "constant", "linear": "linear", "cosine": "cosine", "c
 _NO_CLIPPING = 1e9
 
 
-def migrate(args: MigrateArgs, settings: type) -> str:
+def migrate(args: MigrateArgs) -> str:
     """Convert a config to YAML, check it with `rlhf-ppo train`'s own loader, and write it to ``args.output`` if set.
 
-    Args:
-        args: what to read.
-        settings: the dataclass of the `train` command.
     Raises:
         FileNotFoundError, ValueError: see :func:`read_trl_yaml` and :func:`convert`; or ``output`` exists.
     """
     given = read_trl_yaml(args.config) if args.config is not None else {}
     given |= read_trl_flags(args.command_line) if args.command_line is not None else {}
     source = " and ".join(filter(None, (args.config, "command line" if args.command_line is not None else None)))
-    defaults = {field.name: field.default for field in fields(settings) if field.default is not MISSING}
+    defaults = {field.name: field.default for field in fields(TrainArgs) if field.default is not MISSING}
     processes = args.num_processes or launched_processes(args.command_line or "")
     text = as_yaml(given, convert(given, processes), defaults, source)
     with tempfile.TemporaryDirectory() as folder:
         checked = Path(folder) / "settings.yaml"
         checked.write_text(text, encoding="utf-8")
-        settings(**read_yaml(checked, settings))
+        TrainArgs(**read_yaml(checked, TrainArgs))
     if args.output is not None:
         if Path(args.output).exists():
             raise ValueError(f"output {args.output} exists: name another file, or remove it")
@@ -181,5 +178,5 @@ def _comment(field: str, value: Any) -> list[str]:
 
 def migrate_command(args: MigrateArgs) -> None:
     """Run the `migrate` command."""
-    text = migrate(args, TrainArgs)
+    text = migrate(args)
     print(text if args.output is None else f"settings  {args.output}", end="" if args.output is None else "\n")
