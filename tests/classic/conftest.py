@@ -12,7 +12,7 @@ import classic
 
 
 class Clock(gymnasium.Env):
-    """Whatever the action: four steps an episode, which terminates and is truncated by turns."""
+    """Ignores the action: four steps per episode, which terminates and is truncated by turns."""
 
     observation_space = Box(-10, 10, (3,), np.float32)
     action_space = Discrete(2)
@@ -48,7 +48,7 @@ class Chain(gymnasium.Env):
 
 
 class Match(gymnasium.Env):
-    """Reward 1 for naming the sign that is shown, five signs an episode. Actions are 3 and 4, not 0 and 1."""
+    """Reward 1 for naming the sign that is shown, five signs per episode. Actions are 3 and 4, not 0 and 1."""
 
     observation_space = Box(-1, 1, (1,), np.float32)
     action_space = Discrete(2, start=3)
@@ -112,7 +112,7 @@ class Aim(gymnasium.Env):
 
 
 class Recall(gymnasium.Env):
-    """A sign is shown once and asked for three steps later: without a memory half of the reward is luck."""
+    """A sign is shown once and asked for three steps later: without recurrence half of the reward is luck."""
 
     observation_space = Box(-1, 1, (2,), np.float32)
     action_space = Discrete(2)
@@ -160,7 +160,7 @@ class Allowed(Chain):
 
 
 class Faulty(Chain):
-    """Breaks at its third step, or another one, in the way it is told to."""
+    """Breaks in a given way at its third step, or another one."""
 
     def __init__(self, fault: str = "crash", at: int = 3):
         self.fault, self.at, self.t = fault, at, 0

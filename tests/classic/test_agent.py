@@ -40,7 +40,7 @@ def test_predict_refuses_nan():
 
 
 @pytest.mark.parametrize("episodes", [1, 7, 45])
-def test_evaluate_plays_exactly_that_many_whole_episodes(episodes, small):
+def test_evaluate_plays_exactly_as_many_whole_episodes(episodes, small):
     """Clock's return in episode e is 5 + 4 e; copies each play their share from e = 0 on."""
     result = classic.PPO("tests/Clock-v0", small()).evaluate(episodes=episodes)
     assert set(result) == {"mean_return", "std_return", "mean_length"}
@@ -88,7 +88,7 @@ def test_adapted_coefficients_survive_save_and_load(small, tmp_path):
     assert classic.PPO.load(tmp_path).config == agent.config
 
 
-def test_a_saved_folder_holds_safetensors_and_json_alone(small, tmp_path):
+def test_a_saved_folder_holds_only_safetensors_and_json(small, tmp_path):
     classic.PPO("tests/Match-v0", small()).learn(60).save(tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         "agent.json",
@@ -107,7 +107,7 @@ def test_load_says_what_is_missing(small, tmp_path):
         classic.PPO.load(tmp_path)
 
 
-def test_what_a_preset_set_for_nothing_does_not_keep_an_agent_from_loading_under_another(small, tmp_path, monkeypatch):
+def test_a_saved_agent_loads_although_its_preset_set_something_that_nothing_reads(small, tmp_path, monkeypatch):
     monkeypatch.setattr("classic.presets.resolve.preset", lambda *_: {"clip_range": 0.1, "recurrent_size": 8})
     classic.PPO("tests/Match-v0", small(objective="a2c", num_epochs=1)).save(tmp_path)
     monkeypatch.undo()
@@ -136,7 +136,7 @@ def test_a_second_run_in_one_folder_sets_the_first_aside(small, tmp_path):
     assert (tmp_path / "previous-1" / "metrics.jsonl").read_bytes() == (tmp_path / "metrics.jsonl").read_bytes()
 
 
-def test_an_agent_is_used_without_the_tracker_it_was_trained_with(small, tmp_path, monkeypatch):
+def test_a_loaded_agent_needs_no_tracker(small, tmp_path, monkeypatch):
     args = small(output_dir=str(tmp_path), report_to=("tensorboard",))
     monkeypatch.setattr("rlhf_ppo.runtime.trackers.find_spec", lambda name: True)
     agent = classic.PPO("tests/Match-v0", args)

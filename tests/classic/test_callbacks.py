@@ -1,4 +1,4 @@
-"""Callbacks: evaluation on the way, the best agent, saving, and stopping; training is not disturbed by watching it."""
+"""Callbacks: evaluation while training, the best agent, saving and stopping; they do not disturb training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from classic.callbacks import evaluate_every, save_every, stop_at_return
 from rlhf_ppo.runtime.run_directory import RunDirectory
 
 
-def test_evaluations_on_the_way_are_logged_and_the_best_agent_is_kept(small, tmp_path):
+def test_evaluations_while_training_are_logged_and_the_best_agent_is_saved(small, tmp_path):
     args = small(output_dir=str(tmp_path / "watched"), learning_rate=1e-2, gamma=0.5)
     agent = classic.PPO("tests/Match-v0", args).learn(1_000, callbacks=[evaluate_every(3, episodes=7)])
     rows = [row for row in RunDirectory(tmp_path / "watched").read() if "eval/mean_return" in row]
@@ -50,7 +50,7 @@ def test_values_out_of_range_are_refused(make, words):
         make()
 
 
-def test_a_number_of_ones_own_reaches_the_runs_lines(small, tmp_path):
+def test_a_users_own_metric_is_logged(small, tmp_path):
     def success(agent, metrics):
         agent.log({"custom/success_rate": 0.25 * agent.counters["iteration"]})
 

@@ -1,4 +1,4 @@
-"""Other settings for an agent that is there: each counts as if it had been made with them, or is refused by name."""
+"""Other settings for an existing agent: each works as if it had been made with them, or is refused by name."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def saved(small, tmp_path):
     return folder
 
 
-def test_every_setting_is_known_to_change_or_to_stay():
-    """A new setting has to say which it is."""
+def test_every_setting_is_listed_as_changeable_or_fixed():
+    """A new setting has to be added to one of the lists."""
     where_it_goes = {"output_dir", "quiet", "num_threads", "save_every", "save_total_limit", "report_to"}
     where_it_goes |= {"eval_envs", "eval_max_steps"}
     adapted = {"penalty_beta"}  # penalty's own; below
@@ -65,7 +65,7 @@ def test_every_setting_is_known_to_change_or_to_stay():
 
 
 def learned(agent, monkeypatch):
-    """Learn, and return what stood in force in the first update."""
+    """Learn, and return the core's settings and the learning rate of each update."""
     seen = []
     monkeypatch.setattr(
         "classic.ppo.update",
@@ -77,7 +77,7 @@ def learned(agent, monkeypatch):
 
 
 @pytest.mark.parametrize("way", ["loaded", "assigned"])
-def test_changed_settings_give_the_run_of_an_agent_that_was_made_with_them(way, small, saved, monkeypatch):
+def test_changed_settings_equal_those_an_agent_was_made_with(way, small, saved, monkeypatch):
     """From the same weights, moments, generators and episodes."""
     changes = {**OF_THE_CORE, **OF_THE_RUN}
     if way == "loaded":
@@ -97,14 +97,14 @@ def test_changed_settings_give_the_run_of_an_agent_that_was_made_with_them(way, 
     assert agent.normalizer.gamma == 0.5
 
 
-def test_copies_and_generators_of_a_loaded_agent_may_be_others(saved):
+def test_a_loaded_agent_may_have_other_copies_and_another_seed(saved):
     agent = classic.PPO.load(saved, seed=5, num_envs=2, autoreset_mode="same_step", normalize_rewards=False)
     assert agent.envs.num_envs == 2 and not agent.envs.next_step_autoreset and agent.normalizer.returns is None
     assert agent.state.generator.initial_seed() != classic.PPO.load(saved).state.generator.initial_seed()
     assert agent.learn(100).last_metrics["policy/first_minibatch_max_abs_log_ratio"] < 1e-5
 
 
-def test_rewards_may_be_normalised_from_here_on(small, tmp_path):
+def test_reward_normalisation_can_be_turned_on_when_loading(small, tmp_path):
     classic.PPO("tests/Match-v0", small()).learn(100).save(tmp_path)
     agent = classic.PPO.load(tmp_path, normalize_rewards=True)
     assert agent.normalizer.returns.count == 0
@@ -112,7 +112,7 @@ def test_rewards_may_be_normalised_from_here_on(small, tmp_path):
 
 
 @pytest.mark.parametrize("name", WEIGHT_SETTINGS)
-def test_what_the_weights_depend_on_stays(name, saved):
+def test_settings_of_the_weights_cannot_change(name, saved):
     other = {
         "hidden_sizes": (8,),
         "activation": "relu",
@@ -132,7 +132,7 @@ def test_what_the_weights_depend_on_stays(name, saved):
 @pytest.mark.parametrize(
     "changes", [{"seed": 5}, {"num_envs": 2}, {"wrappers": ("TimeAwareObservation",)}, {"normalize_rewards": False}]
 )
-def test_what_only_loading_can_change_is_not_taken_in_silence(changes, saved):
+def test_settings_that_only_loading_can_change_are_refused_elsewhere(changes, saved):
     agent = classic.PPO.load(saved)
     with pytest.raises(ValueError, match=rf"the agent was made with {next(iter(changes))}=.*PPO\.load\("):
         agent.args = dataclasses.replace(agent.args, **changes)
@@ -152,7 +152,7 @@ def test_changes_are_checked_like_settings(saved):
 
 
 @pytest.mark.parametrize("objective", ["a2c", "reinforce", "penalty"])
-def test_another_objective_leaves_behind_what_it_does_not_read(objective, small, tmp_path):
+def test_another_objective_drops_settings_that_it_does_not_read(objective, small, tmp_path):
     args = small(clip_range=0.13, clip_range_high=0.3, gae_lambda=0.8, num_epochs=1)
     classic.PPO("tests/Match-v0", args).learn(100).save(tmp_path)
     agent = classic.PPO.load(tmp_path, objective=objective)
@@ -160,7 +160,7 @@ def test_another_objective_leaves_behind_what_it_does_not_read(objective, small,
     assert agent.args.objective == agent.config.objective == objective and agent.args.clip_range_high is None
 
 
-def test_a_coefficient_that_a_controller_moved_stays_until_its_setting_changes(small, tmp_path):
+def test_an_adapted_coefficient_is_kept_until_its_setting_changes(small, tmp_path):
     args = small(objective="penalty", target_kl=0.01, learning_rate=0.0)
     agent = classic.PPO("tests/Match-v0", args).learn(160)
     moved = agent.config.penalty_beta
@@ -174,7 +174,7 @@ def test_a_coefficient_that_a_controller_moved_stays_until_its_setting_changes(s
     assert agent.config.penalty_beta == 3.0
 
 
-def test_a_clip_range_that_fell_does_not_outlive_its_schedule(small, tmp_path):
+def test_a_scheduled_clip_range_starts_afresh_with_other_settings(small, tmp_path):
     agent = classic.PPO("tests/Match-v0", small(clip_range_schedule="linear", autoreset_mode="same_step")).learn(640)
     assert agent.config.clip_range == pytest.approx(0.02)
     agent.save(tmp_path)
@@ -183,7 +183,7 @@ def test_a_clip_range_that_fell_does_not_outlive_its_schedule(small, tmp_path):
         assert one.config.clip_range == 0.2
 
 
-def test_another_folder_from_here_on(small, tmp_path, monkeypatch):
+def test_the_output_folder_can_change_between_runs(small, tmp_path):
     agent = classic.PPO("tests/Match-v0", small(output_dir=str(tmp_path / "first"))).learn(100)
     lines = (tmp_path / "first/metrics.jsonl").read_text()
     agent.args = dataclasses.replace(agent.args, output_dir=str(tmp_path / "second"))
@@ -195,7 +195,7 @@ def test_another_folder_from_here_on(small, tmp_path, monkeypatch):
     assert (tmp_path / "second/metrics.jsonl").read_text().count("\n") == 2
 
 
-def test_an_agent_that_an_earlier_version_saved_is_loaded(small, tmp_path):
+def test_an_agent_saved_by_an_earlier_version_loads(small, tmp_path):
     agent = classic.PPO("tests/Match-v0", small()).learn(100)
     agent.save(tmp_path)
     content = json.loads((tmp_path / "agent.json").read_text())
@@ -207,7 +207,7 @@ def test_an_agent_that_an_earlier_version_saved_is_loaded(small, tmp_path):
     assert loaded.learn(100).counters["iteration"] > agent.counters["iteration"]
 
 
-def test_the_run_holds_the_steps_that_it_was_asked_for(small, tmp_path, monkeypatch):
+def test_run_json_holds_the_steps_asked_for(small, tmp_path):
     agent = classic.PPO("tests/Match-v0", small(output_dir=str(tmp_path), autoreset_mode="same_step"))
     asked = []
     for steps in (128, 1e2):

@@ -1,4 +1,4 @@
-"""Exact resume: a run that is stopped anywhere and goes on equals the run that never stopped, byte for byte."""
+"""Exact resume: a run that stops anywhere and resumes equals the run that never stopped, byte for byte."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def files(folder):
 @pytest.mark.parametrize(
     ("name", "killed_after"), [*((name, 3) for name in RUNS), ("copies, next step", 4), ("a reset to come", 1)]
 )
-def test_a_killed_run_goes_on_bit_for_bit(name, killed_after, small, tmp_path):
-    """Checkpoints at 2 and 4: killed after 3, one update is made again; after 4, only its evaluation is."""
+def test_a_killed_run_resumes_bit_for_bit(name, killed_after, small, tmp_path):
+    """Checkpoints at 2 and 4: killed after 3, one update is repeated; after 4, only its evaluation."""
     env_id, extra = RUNS[name]
     whole = classic.PPO(env_id, settings(small, tmp_path / "whole", extra)).learn(
         400, callbacks=[evaluate_every(2, episodes=2)]
@@ -89,8 +89,8 @@ def test_a_killed_run_goes_on_bit_for_bit(name, killed_after, small, tmp_path):
     ("env_id", "extra"),
     [("tests/Clock-v0", {}), ("tests/MatrixObservation-v0", {}), ("CartPole-v1", {"vectorization": "async"})],
 )
-def test_where_an_environment_cannot_be_set_up_again_new_episodes_begin_and_it_is_said(env_id, extra, small, tmp_path):
-    """Clock counts its episodes, Spaces draws elsewhere than from its generator, processes keep what they have."""
+def test_new_episodes_begin_with_a_warning_if_an_environment_cannot_be_restored(env_id, extra, small, tmp_path):
+    """Clock counts its episodes, Spaces draws from elsewhere than its generator, processes keep their state."""
     args = settings(small, tmp_path, {"num_envs": 2, **extra})
     with pytest.raises(KilledError):
         classic.PPO(env_id, args).learn(200, callbacks=[kill_after(2)])
@@ -132,7 +132,7 @@ def test_fault_26_another_run_is_not_resumed(small, tmp_path):
         agent.learn(120, **where)
 
 
-def test_fault_26_an_override_goes_on_with_the_new_settings_and_steps(small, tmp_path):
+def test_fault_26_an_override_resumes_with_the_new_settings_and_steps(small, tmp_path):
     classic.PPO("tests/Match-v0", settings(small, tmp_path, {}, save_every=1)).learn(200)
     left, rows = [p.name for p in list_checkpoints(tmp_path)], files(tmp_path).splitlines()
     other = classic.PPO(
@@ -174,7 +174,7 @@ def test_an_override_with_other_copies_begins_new_episodes(small, tmp_path):
     assert agent.counters["env_steps"] >= 300
 
 
-def test_a_run_goes_on_in_another_folder_with_its_history(small, tmp_path):
+def test_a_run_resumes_in_another_folder_with_its_history(small, tmp_path):
     classic.PPO("tests/Match-v0", settings(small, tmp_path / "one", {})).learn(200)
     there = settings(small, tmp_path / "two", {})
     classic.PPO("tests/Match-v0", there).learn(200, resume_from_checkpoint=tmp_path / "one" / "checkpoint-2")
@@ -187,7 +187,7 @@ def test_only_the_newest_checkpoints_are_kept(small, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_after_the_update_it_came_in(number, code, small, tmp_path):
+def test_a_signal_saves_after_the_current_update(number, code, small, tmp_path):
     args = settings(small, tmp_path / "parts", {}, save_every=0)
     agent = classic.PPO("tests/Match-v0", args)
     step = agent.optimizer.step
@@ -215,7 +215,7 @@ def test_two_runs_do_not_write_into_one_folder(small, tmp_path):
         classic.PPO("tests/Match-v0", settings(small, tmp_path, {})).learn(100, callbacks=[second])
 
 
-def test_a_process_killed_by_the_system_goes_on_from_the_command_line(tmp_path, capsys):
+def test_a_killed_process_resumes_from_the_command_line(tmp_path, capsys):
     """SIGKILL once a checkpoint is there; the same command with --resume auto finishes the run, byte for byte."""
     words = "train CartPole-v1 --quiet --total-timesteps 3000 --save-every 1 --eval-episodes 2".split()
 
@@ -254,7 +254,7 @@ def lucky():
 
 
 @pytest.mark.parametrize(("env", "more"), [(lucky, {}), ("tests/Match-v0", {"wrappers": ("NormalizeReward",)})])
-def test_episodes_whose_rewards_do_not_come_back_begin_anew_with_a_warning(env, more, small, tmp_path):
+def test_new_episodes_begin_with_a_warning_if_replayed_rewards_differ(env, more, small, tmp_path):
     args = settings(small, tmp_path, {}, num_steps=7, **more)
     classic.PPO(env, args).learn(60)
     with pytest.warns(UserWarning, match="new episodes begin"):
@@ -287,8 +287,8 @@ def recorded(agent):
     return [len(copy.actions) for copy in agent.envs.envs.envs]
 
 
-def test_an_episode_is_remembered_only_where_a_checkpoint_can_be_written(small, tmp_path, monkeypatch):
-    """Endless's episodes have no end: without a folder they would be kept for ever."""
+def test_episodes_are_recorded_only_if_checkpoints_can_be_written(small, tmp_path):
+    """Endless's episodes have no end: without a folder they would be recorded for ever."""
     args = small(num_envs=2, num_steps=50)
     agent = classic.PPO(Endless, args).learn(200)
     assert recorded(agent) == [0, 0]
@@ -300,7 +300,7 @@ def test_an_episode_is_remembered_only_where_a_checkpoint_can_be_written(small, 
     assert recorded(agent.learn(100)) == [0, 0]
 
 
-def test_an_endless_episode_is_let_go_and_the_run_goes_on_with_new_ones(small, tmp_path, monkeypatch):
+def test_an_endless_episode_is_no_longer_recorded_and_a_resumed_run_begins_new_ones(small, tmp_path, monkeypatch):
     monkeypatch.setattr("classic.envs.wrappers.MAX_ACTIONS", 120)
     args = small(num_envs=2, num_steps=50, output_dir=str(tmp_path), save_every=1)
     agent = classic.PPO(Endless, args)

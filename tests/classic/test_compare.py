@@ -52,13 +52,13 @@ def test_variants_are_read_as_values_of_the_settings():
         (["num_epochs=1", "num_epochs=2"], "num_epochs twice"),
     ],
 )
-def test_what_cannot_be_varied_is_refused(words, message):
+def test_settings_that_cannot_vary_are_refused(words, message):
     with pytest.raises(ValueError, match="--vary") as caught:
         read_variants(words)
     assert message in str(caught.value)
 
 
-def test_compare_trains_every_variant_and_seed_once_and_goes_on_where_it_stopped(trained, tmp_path, capsys):
+def test_compare_trains_every_variant_and_seed_once_and_continues_where_it_stopped(trained, tmp_path, capsys):
     command = ["compare", "tests/Match-v0", "--vary", "num_epochs=1,3", "--seeds", "2", "--eval-episodes", "3", *SMALL]
     command += ["--output-dir", str(tmp_path)]
     assert main(command) == 0
@@ -119,7 +119,7 @@ def test_one_variant_twice_is_refused_before_any_training(trained, tmp_path, cap
         assert "two variants are" in capsys.readouterr().err and not trained
 
 
-def test_settings_about_the_folder_go_with_the_default_one(trained, tmp_path, monkeypatch, capsys):
+def test_checkpoint_settings_work_with_the_default_folder(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     command = [
         "compare",

@@ -77,7 +77,7 @@ def test_contradictions_name_both_settings(settings, first, second):
     assert first in str(caught.value) and second in str(caught.value)
 
 
-def test_what_a_preset_sets_for_its_own_objective_is_not_refused_under_another():
+def test_a_presets_clip_range_is_accepted_under_another_objective():
     assert resolve(PPOArgs(objective="a2c"), "HalfCheetah-v5").clip_range == 0.1
 
 
@@ -146,7 +146,7 @@ def test_data_reuse_without_a_ratio_warns(objective):
         assert resolve(PPOArgs(objective=objective), "CartPole-v1").num_epochs == 1
 
 
-def test_presets_that_take_another_librarys_critic_weight_say_what_it_is_here():
+def test_presets_with_another_librarys_critic_weight_double_it():
     """Its squared error has no 1/2, so twice its number is the same loss; its default is 0.5."""
     values, returns = torch.randn(2, 100)
     ours = clipped_value_loss(values, None, returns).mean()

@@ -1,4 +1,4 @@
-"""Evaluation: it ends, it stops when asked to, and it makes no more copies than it may."""
+"""Evaluation: it ends, it stops when asked to, and it limits its copies."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ gymnasium.register("tests/Long-v0", Endless, max_episode_steps=90)
 
 
 @pytest.mark.parametrize("episodes", [1, 3, 9])
-def test_an_episode_without_an_end_is_cut_and_the_missing_limit_named(episodes, small, tmp_path):
+def test_an_endless_episode_is_cut_and_the_missing_limit_named(episodes, small, tmp_path):
     agent = classic.PPO(Endless, small(eval_max_steps=50)).learn(64)
     words = (
         rf"{episodes} of {episodes} episodes were cut after 50 steps \(eval_max_steps\).*'Endless' has no time limit"
@@ -83,7 +83,7 @@ def test_episodes_that_end_are_not_cut(small):
 
 
 @pytest.mark.parametrize("autoreset_mode", ["next_step", "same_step"])
-def test_some_copies_cut_and_others_not_play_their_shares(autoreset_mode, small):
+def test_copies_play_their_shares_whether_cut_or_not(autoreset_mode, small):
     """Copies end after 3, 30, ... steps: of nine episodes the endless copies' are cut at 30, whatever the others do."""
     ends = iter([3, None, 6, None] * 2)
     agent = classic.PPO(lambda: Endless(next(ends)), small(eval_max_steps=30, autoreset_mode=autoreset_mode))
@@ -94,7 +94,7 @@ def test_some_copies_cut_and_others_not_play_their_shares(autoreset_mode, small)
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
-def test_the_environments_own_limit_may_be_longer_than_ours(vectorization, small, monkeypatch):
+def test_the_environments_own_limit_may_be_longer(vectorization, small, monkeypatch):
     monkeypatch.setattr("classic.evaluation.MAX_STEPS", 20)
     agent = classic.PPO("tests/Long-v0", small(vectorization=vectorization))
     with warnings.catch_warnings():
@@ -138,7 +138,7 @@ def test_evaluations_keep_a_few_copies(small):
         classic.PPOArgs(eval_envs=0)
 
 
-def test_a_loaded_agent_is_evaluated_on_num_envs_copies_and_comes_to_the_same(small, tmp_path):
+def test_a_loaded_agent_is_evaluated_on_num_envs_copies_with_the_same_result(small, tmp_path):
     agent = classic.PPO("tests/Long-v0", small(num_envs=2)).learn(64)
     expected = agent.evaluate(7)
     agent.save(tmp_path)
@@ -148,7 +148,7 @@ def test_a_loaded_agent_is_evaluated_on_num_envs_copies_and_comes_to_the_same(sm
     assert loaded.evaluate(7) == expected == loaded.evaluate(7) and Endless.made == made + 2
 
 
-def test_copies_of_an_evaluation_that_crashed_are_not_used_again(small):
+def test_copies_of_a_crashed_evaluation_are_not_reused(small):
     agent = classic.PPO(lambda: Endless(3), small(num_envs=2)).learn(16)
     step, Endless.step = Endless.step, lambda self, action: 1 / 0
     try:
@@ -160,7 +160,7 @@ def test_copies_of_an_evaluation_that_crashed_are_not_used_again(small):
 
 
 @pytest.mark.parametrize("single", [False, True])
-def test_the_first_signal_ends_an_evaluation_and_the_run_goes_on_exactly(single, small, tmp_path):
+def test_the_first_signal_stops_an_evaluation_and_the_run_resumes_exactly(single, small, tmp_path):
     def run(folder, **learn):
         args = small(output_dir=str(folder), num_envs=1 if single else 2, num_minibatches=1, eval_max_steps=50)
         agent = classic.PPO(Endless(7) if single else (lambda: Endless(7)), args)

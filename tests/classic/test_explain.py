@@ -33,7 +33,7 @@ def test_the_last_update_is_explained_by_its_own_numbers(small, tmp_path):
     assert explanation.plot(tmp_path / "clock.png").exists()
 
 
-def test_a_given_rollout_is_explained_by_the_critic_as_it_is(small):
+def test_a_given_rollout_is_explained_by_the_current_critic(small):
     agent = classic.PPO("tests/Aim-v0", small()).learn(64)
     rollout = agent.last_update.rollout
     given = agent.explain(rollout).rows
@@ -42,7 +42,7 @@ def test_a_given_rollout_is_explained_by_the_critic_as_it_is(small):
     assert "." in given[0]["label"]  # a continuous action
 
 
-def test_the_command_explains_one_more_update_and_leaves_the_folder_alone(small, tmp_path, capsys):
+def test_the_command_explains_one_more_update_and_changes_no_file(small, tmp_path, capsys):
     agent = classic.PPO("tests/Match-v0", small(output_dir=str(tmp_path / "run"))).learn(100)
     agent.save(tmp_path / "run")
     before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
@@ -54,8 +54,8 @@ def test_the_command_explains_one_more_update_and_leaves_the_folder_alone(small,
     assert json.loads((tmp_path / "run" / "agent.json").read_text())["counters"] == agent.counters
 
 
-def test_the_clip_range_is_the_one_that_was_in_force(small):
-    """The controller moves it after the update; the update did not know."""
+def test_an_explanation_uses_the_updates_own_clip_range(small):
+    """The controller adapts it only after the update."""
     args = small(objective="adaptive_clip", learning_rate=0.01, target_kl=1.0, num_steps=64, num_epochs=6)
     agent = classic.PPO("tests/Match-v0", args).learn(64)
     used = agent.last_metrics["policy/clip_range"]

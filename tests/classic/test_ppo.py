@@ -1,4 +1,4 @@
-"""The loop: what is learned, how many steps are taken, what the numbers mean, and that one seed gives one result."""
+"""The loop: what it learns, how many steps it takes, what the metrics mean, and one seed gives one result."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_optimizer_steps_are_epochs_times_minibatches(small, tmp_path, monkeypat
     assert count == len(rows) * 3 * 5 == rows[-1]["progress/optimizer_steps"]
 
 
-def test_dummy_steps_leave_the_step_count_and_the_loss(small, tmp_path, minibatches):
+def test_reset_steps_count_neither_as_steps_nor_in_the_loss(small, tmp_path, minibatches):
     """Clock plays 4 decisions and 1 reset: of 20 columns 16 are decisions."""
     agent = classic.PPO("tests/Clock-v0", small(num_envs=1, num_steps=20, num_minibatches=1, output_dir=str(tmp_path)))
     agent.learn(1)
@@ -152,7 +152,7 @@ def test_learning_rate_0_keeps_the_ratio_at_1(small, tmp_path):
 
 
 @pytest.mark.parametrize(("schedule", "last"), [("linear", 0.1), ("constant", 1.0)])
-def test_learning_rate_schedule_spans_what_learn_was_asked_for(schedule, last, small, tmp_path):
+def test_the_learning_rate_schedule_runs_over_the_steps_asked_for(schedule, last, small, tmp_path):
     """SAME_STEP: 64 steps a rollout, 640 steps are 10 rollouts; the last begins after nine tenths."""
     args = small(lr_schedule=schedule, autoreset_mode="same_step", output_dir=str(tmp_path))
     agent = classic.PPO("tests/Match-v0", args).learn(640)
@@ -162,7 +162,7 @@ def test_learning_rate_schedule_spans_what_learn_was_asked_for(schedule, last, s
     assert agent.optimizer.lr == pytest.approx(3e-3 * last)
 
 
-def test_clip_range_and_entropy_bonus_fall_with_the_steps_when_told_to(small, tmp_path, monkeypatch):
+def test_clip_range_and_entropy_bonus_follow_their_schedules(small, tmp_path, monkeypatch):
     """10 rollouts: the k-th begins after (k - 1) tenths."""
     args = small(
         clip_range_schedule="linear",
@@ -246,7 +246,7 @@ def test_one_seed_gives_one_result_and_another_seed_another(env_id, small, tmp_p
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_evaluating_and_predicting_in_between_changes_no_training(small, tmp_path):
+def test_evaluating_and_predicting_in_between_does_not_change_training(small, tmp_path):
     for name in ("plain", "watched"):
         agent = classic.PPO("tests/Match-v0", small(lr_schedule="constant", output_dir=str(tmp_path / name)))
         agent.learn(120)
@@ -270,7 +270,7 @@ def test_metrics_are_finite_and_the_curve_is_drawn(small, tmp_path, pictures):
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_gradients_that_are_not_finite_are_skipped_and_end_the_run(small):
+def test_non_finite_gradients_are_skipped_and_stop_the_run(small):
     agent = classic.PPO("tests/Match-v0", small(num_epochs=10))
     agent.network.critic[-1].weight.data.fill_(float("nan"))
     policy = [x.clone() for x in agent.network.policy.parameters()]
@@ -296,7 +296,7 @@ def test_a_loss_that_overflows_while_its_gradient_does_not_is_skipped(objective,
     assert agent.optimizer.steps == 1
 
 
-def test_a_number_of_steps_that_is_no_number_is_refused(small):
+def test_a_nan_number_of_steps_is_refused(small):
     with pytest.raises(ValueError, match="total_timesteps must be a whole number, 1 or more, got nan"):
         classic.PPO("tests/Match-v0", small()).learn(float("nan"))
 

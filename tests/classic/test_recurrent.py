@@ -1,4 +1,4 @@
-"""Recurrent policies in the loop: what a memory makes possible, and that cutting rollouts elsewhere changes nothing."""
+"""Recurrent policies: what only they can learn, and cutting rollouts elsewhere changes nothing."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_where_a_rollout_is_cut_changes_no_output(mode, kind):
 
 
 def test_both_autoreset_modes_give_the_same_values_on_the_same_trajectories():
-    """Clock without dummy steps: at an episode's end the value of the true last observation, with its memory."""
+    """Clock without reset steps: at an episode's end the last observation's value, with its state."""
     network, (next_step,) = play("next_step", 14, 1)
     same_network, (same_step,) = play("same_step", 12, 1)
     mask = next_step.mask
@@ -63,14 +63,14 @@ def test_both_autoreset_modes_give_the_same_values_on_the_same_trajectories():
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(("kind", "mode"), [("lstm", "next_step"), ("gru", "same_step")])
-def test_a_memory_recalls_what_is_no_longer_shown(kind, mode, shared, small, learning_seed):
+def test_a_recurrent_policy_recalls_what_is_no_longer_shown(kind, mode, shared, small, learning_seed):
     memory = {"recurrent": kind, "recurrent_size": 16, "shared_network": shared, "autoreset_mode": mode}
     args = small(num_envs=16, num_steps=32, seed=learning_seed, **memory)
     agent = classic.PPO("tests/Recall-v0", args).learn(12_000)
     assert agent.evaluate(episodes=40)["mean_return"] > 0.95
 
 
-def test_without_a_memory_the_same_run_can_only_guess(small):
+def test_without_recurrence_the_same_run_can_only_guess(small):
     agent = classic.PPO("tests/Recall-v0", small(num_envs=16, num_steps=32)).learn(12_000)
     assert agent.evaluate(episodes=40)["mean_return"] < 0.8
 
@@ -90,7 +90,7 @@ def test_learning_rate_0_keeps_the_ratio_at_1_over_whole_sequences(small, monkey
     assert set(rows) == {(2, 16)}
 
 
-def test_predict_carries_the_state_and_clears_it_where_told(small):
+def test_predict_passes_the_state_on_and_resets_it_where_told(small):
     agent = classic.PPO("tests/Recall-v0", small(recurrent="gru", recurrent_size=5, shared_network=True))
     for parameter in agent.network.parameters():
         parameter.data.mul_(5)
@@ -107,7 +107,7 @@ def test_predict_carries_the_state_and_clears_it_where_told(small):
         classic.PPO("tests/Recall-v0", small()).predict([0.0, 0.0], state=first)
 
 
-def test_minibatches_of_a_recurrent_policy_are_at_most_one_a_copy(small):
+def test_minibatches_of_a_recurrent_policy_are_at_most_one_per_copy(small):
     with pytest.raises(ValueError, match="num_minibatches=5 is more than num_envs=4, but with recurrent='lstm'"):
         classic.PPO("tests/Recall-v0", small(recurrent="lstm", num_minibatches=5))
     assert resolve(classic.PPOArgs(recurrent="lstm", num_envs=4), "tests/Recall-v0").num_minibatches == 4
@@ -116,12 +116,12 @@ def test_minibatches_of_a_recurrent_policy_are_at_most_one_a_copy(small):
 
 
 @pytest.mark.parametrize("recurrent", ["lstm", "gru"])
-def test_one_copy_has_a_memory_too(recurrent, small):
+def test_a_single_copy_can_be_recurrent(recurrent, small):
     agent = classic.PPO("tests/Recall-v0", small(recurrent=recurrent, num_envs=1, num_minibatches=1)).learn(40)
     assert agent.state.memory is not None and agent.last_metrics["policy/first_minibatch_max_abs_log_ratio"] < 1e-5
 
 
-def test_a_rollout_of_a_memory_holds_a_decision_of_every_copy(small):
+def test_a_recurrent_rollout_holds_a_decision_of_every_copy(small):
     """Under NEXT_STEP one step may be the reset alone."""
     with pytest.raises(ValueError, match="num_steps=1 may hold no decision at all with recurrent='lstm'"):
         classic.PPO("tests/Recall-v0", small(recurrent="lstm", num_steps=1))

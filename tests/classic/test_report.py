@@ -1,4 +1,4 @@
-"""An update's numbers: averages over all that was read, and over all that was stepped on."""
+"""An update's metrics: averages over all minibatches, and over those with an optimizer step."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_numbers_are_averages_over_decisions_whatever_the_minibatches():
     assert metrics["policy/first_minibatch_max_abs_log_ratio"] == pytest.approx(first)
 
 
-def test_a_minibatch_that_ended_the_update_is_in_the_ratios_but_not_in_the_losses():
+def test_a_minibatch_that_stopped_the_update_counts_for_ratios_but_not_for_losses():
     old = experience(6)
     record, stepped = UpdateRecord(), UpdateRecord()
     for rows, factor in ((slice(0, 3), 1.01), (slice(3, 6), 1.5)):
@@ -61,7 +61,7 @@ def test_an_update_without_a_step_has_no_losses():
 
 
 @pytest.mark.parametrize("bad", [[0], [1], [2], [0, 1], [1, 2]])
-def test_what_was_not_finite_is_in_no_average(bad):
+def test_non_finite_minibatches_are_in_no_average(bad):
     old = experience(9)
     parts = [slice(0, 3), slice(3, 6), slice(6, 9)]
     record, sound = UpdateRecord(), UpdateRecord()

@@ -1,4 +1,4 @@
-"""Rollouts: autoreset steps, truncation, reused buffers; what reaches the estimator is what happened."""
+"""Rollouts: autoreset steps, truncation, reused buffers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def estimate(network, rollout):
     )
 
 
-def test_next_step_dummy_steps_are_masked_and_carry_no_reward():
+def test_next_step_reset_steps_are_masked_and_carry_no_reward():
     _, _, (rollout,) = play("tests/Clock-v0", "next_step", 14)
     # Four decisions, then the step that Gymnasium spends on the reset.
     assert rollout.mask[0].tolist() == [True] * 4 + [False] + [True] * 4 + [False] + [True] * 4
@@ -51,7 +51,7 @@ def test_next_step_dummy_steps_are_masked_and_carry_no_reward():
     assert rollout.truncated[0].nonzero().flatten().tolist() == [8]
 
 
-def test_same_step_has_no_dummy_steps_and_keeps_the_true_last_observation():
+def test_same_step_has_no_reset_steps_and_keeps_the_true_last_observation():
     _, _, (rollout,) = play("tests/Clock-v0", "same_step", 12)
     assert rollout.mask.all()
     assert rollout.final_index[1].tolist() == [3, 3, 7, 7, 11, 11]
@@ -85,7 +85,7 @@ def test_truncation_bootstraps_from_the_true_final_observation(mode):
 
 
 @pytest.mark.parametrize("split", [2, 7])
-def test_where_a_rollout_is_cut_changes_no_recorded_fact(split):
+def test_where_a_rollout_is_cut_changes_nothing_recorded(split):
     """14 steps at once or in parts: also when a part begins with the reset step of an episode (14 / 2 = 7, 5 in 2)."""
     _, _, (whole,) = play("tests/Clock-v0", "next_step", 14)
     _, _, parts = play("tests/Clock-v0", "next_step", 14 // split, parts=split)
@@ -107,7 +107,7 @@ def test_observations_are_copied_out_of_a_reused_buffer():
     assert rollout.observations.dtype == torch.float32
 
 
-def test_episodes_count_decisions_alone():
+def test_episode_lengths_count_only_decisions():
     for mode, steps in (("next_step", 14), ("same_step", 12)):
         envs, _, (rollout,) = play("tests/Clock-v0", mode, steps)
         # Rewards 0.5 * (1 + 2 + 3 + 4) + 4 * episode.
@@ -119,7 +119,7 @@ def test_episodes_count_decisions_alone():
         envs.close()
 
 
-def test_recorded_logprobs_are_the_policys_own():
+def test_recorded_logprobs_are_the_policys():
     _, network, (rollout,) = play("tests/Match-v0", "next_step", 12)
     new = network.evaluate(rollout.decisions())
     torch.testing.assert_close(new.logprobs, rollout.logprobs[rollout.mask])

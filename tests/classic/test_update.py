@@ -1,4 +1,4 @@
-"""An update's minibatches: every decision once an epoch."""
+"""An update's minibatches: every decision once per epoch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from classic.update import shuffled_minibatches
 from rlhf_ppo.core import Experience
 
 
-def test_an_epoch_is_every_decision_once_with_its_own_facts():
+def test_an_epoch_is_every_decision_once_with_its_own_values():
     number = torch.arange(11, dtype=torch.float32)
     old = Experience(-number, number, number, number + 1, torch.ones(11, dtype=torch.bool))
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Videos: what is written, and what is said where it cannot be."""
+"""Videos: what is written, and the error if it cannot be."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Drawn(gymnasium.Env):
 
 
 @pytest.mark.parametrize("recurrent", ["none", "gru"])
-def test_a_gif_has_a_frame_a_step_and_one_at_the_start(recurrent, small, tmp_path):
+def test_a_gif_has_one_frame_per_step_and_one_at_the_start(recurrent, small, tmp_path):
     agent = classic.PPO(Drawn, small(recurrent=recurrent))
     with Image.open(record_video(agent, tmp_path / "sub" / "a.gif", episodes=2)) as gif:
         assert gif.n_frames == 8 and gif.info["duration"] == 100 and gif.size == (32, 32)
@@ -55,7 +55,7 @@ def test_a_still_shows_moments_side_by_side(small, tmp_path):
 
 
 class Forced(Drawn):
-    """Ends the run with an error if the option that the method ``action_masks`` shuts is taken."""
+    """Ends the run with an error if the option that the method ``action_masks`` forbids is taken."""
 
     shut = 0
 
@@ -75,17 +75,17 @@ class Leaves(Drawn):
         return sys.exit() if self.t == 1 else super().step(action)
 
 
-def test_an_environment_that_exits_does_not_end_the_program_as_if_all_were_well(small, tmp_path):
+def test_an_environment_that_exits_does_not_exit_the_program(small, tmp_path):
     with pytest.raises(classic.BrokenEnvironmentError, match="'Leaves' failed while it was recorded: SystemExit"):
         record_video(classic.PPO(Leaves, small()), tmp_path / "a.gif")
 
 
-def test_masks_from_a_method_are_kept_to(small, tmp_path):
+def test_masks_from_a_method_are_followed(small, tmp_path):
     agent = classic.PPO(Forced, small())
     assert record_video(agent, tmp_path / "a.gif", episodes=3, deterministic=False).is_file()
 
 
-def test_an_mp4_is_written_or_what_is_missing_is_said(small, tmp_path, monkeypatch):
+def test_an_mp4_is_written_or_the_missing_package_named(small, tmp_path, monkeypatch):
     agent = classic.PPO(Drawn, small())
     if importlib.util.find_spec("moviepy"):
         assert b"ftyp" in record_video(agent, tmp_path / "a.mp4").read_bytes()[:16]
@@ -96,7 +96,7 @@ def test_an_mp4_is_written_or_what_is_missing_is_said(small, tmp_path, monkeypat
         record_video(agent, tmp_path / "a.mp4")
 
 
-def test_what_cannot_be_drawn_is_refused(small, tmp_path):
+def test_environments_without_pictures_are_refused(small, tmp_path):
     with pytest.raises(ValueError, match=r"an \.mp4 or a \.gif, a still a \.png, got"):
         record_video(classic.PPO(Drawn, small()), tmp_path / "a.avi")
     with pytest.raises(ValueError, match="seed must be 0 or more, got -1"):
@@ -105,7 +105,7 @@ def test_what_cannot_be_drawn_is_refused(small, tmp_path):
         record_video(classic.PPO(lambda: Drawn(None), small()), tmp_path / "a.gif")
 
 
-def test_a_missing_drawing_package_is_said(small, tmp_path, monkeypatch):
+def test_a_missing_rendering_package_is_named(small, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pygame", None)
     with pytest.raises(
         ModuleNotFoundError, match=r"'CartPole-v1' cannot be rendered: .*pip install 'rlhf-ppo\[video\]'"

@@ -50,7 +50,7 @@ class Whitened(gymnasium.Wrapper):
     ],
 )
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
-def test_statistics_of_each_copy_are_said_with_our_settings(env, wrappers, names, vectorization, small):
+def test_statistics_of_each_copy_are_warned_of_with_the_settings_to_use(env, wrappers, names, vectorization, small):
     words = rf"in {names}: .*normalize_observations=True and normalize_rewards=True"
     agent = classic.PPO(env, small(wrappers=wrappers, vectorization=vectorization, num_envs=2))
     with pytest.warns(UserWarning, match=words):
@@ -61,7 +61,7 @@ def test_statistics_of_each_copy_are_said_with_our_settings(env, wrappers, names
     agent.close()
 
 
-def test_statistics_of_a_vector_of_copies_are_said(small):
+def test_statistics_of_a_vector_of_copies_are_warned_of(small):
     from gymnasium.wrappers.vector import NormalizeObservation
 
     gymnasium.register(
@@ -112,7 +112,7 @@ def test_no_preset_is_warned_of():
             classic.PPO(env_id, classic.PPOArgs(quiet=True)).learn(1)
 
 
-def test_a_memory_that_is_not_given_back_is_said_once(small):
+def test_a_recurrent_state_that_is_not_passed_on_is_warned_of_once(small):
     agent = classic.PPO("tests/Recall-v0", small(recurrent="gru"))
     observation = np.zeros(2, np.float32)
     with warnings.catch_warnings():

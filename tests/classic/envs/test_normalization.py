@@ -57,7 +57,7 @@ def test_both_autoreset_modes_give_the_same_statistics_on_the_same_trajectory(se
         torch.testing.assert_close(x, states[1][name])
 
 
-def test_normalised_runs_record_what_the_policy_saw(small, tmp_path, monkeypatch):
+def test_normalised_runs_record_what_the_policy_saw(small, tmp_path):
     """The first minibatch's ratio is 1 although the statistics have moved on; episode returns are not scaled."""
     args = small(normalize_observations=True, normalize_rewards=True, output_dir=str(tmp_path))
     agent = classic.PPO("tests/Clock-v0", args).learn(300)

@@ -56,7 +56,7 @@ def test_neighbouring_seeds_share_no_episode(autoreset_mode, small, tmp_path):
     assert len(Seeded.given) >= 4 * (4 + 4 + 3) and len(set(Seeded.given)) == len(Seeded.given)
 
 
-def test_a_comparison_of_runs_with_shared_episodes_is_not_gone_on_with(tmp_path, capsys):
+def test_a_comparison_of_runs_with_shared_episodes_is_not_continued(tmp_path, capsys):
     command = ["compare", "tests/Match-v0", "--vary", "num_epochs=1", "--seeds", "1", "--output-dir", str(tmp_path)]
     command += "--num-envs 4 --num-steps 16 --num-minibatches 2 --hidden-sizes 16 --total-timesteps 64 --quiet".split()
     assert main(command) == 0

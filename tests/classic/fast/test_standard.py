@@ -133,7 +133,7 @@ def test_frozen_parameters_stay_frozen(settings, small, tmp_path):
     assert len(kept) == len(before) and all(torch.equal(x, weights_of(agent)[name]) for name, x in kept.items())
 
 
-def test_a_callback_may_freeze_layers_and_a_resumed_run_keeps_them_frozen(small, tmp_path, monkeypatch):
+def test_a_callback_may_freeze_layers_and_a_resumed_run_keeps_them_frozen(small, tmp_path):
 
     def freeze(agent, metrics):
         if agent.counters["iteration"] == 2:
