@@ -6,7 +6,7 @@ numbers faster; :mod:`classic.fast.switch` chooses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -41,22 +41,28 @@ def parameter_shapes(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.
 
 
 class Autograd:
-    """Gradients of one minibatch by autograd."""
+    """Gradients of one minibatch by autograd.
 
-    def __init__(self, network: ActorCritic) -> None:
-        self.network = network
+    Args:
+        network: the network.
+        zero_grad: clears its gradient; an optimizer's.
+    """
+
+    def __init__(self, network: ActorCritic, zero_grad: Callable[[], object]) -> None:
+        self.network, self.zero_grad = network, zero_grad
 
     def evaluate(self, decisions: Decisions) -> PolicyOutput:
         """Compute log-probs, values and entropies of a minibatch's decisions."""
         return self.network.evaluate(decisions)
 
     def backward(self, new: PolicyOutput, old: Experience, config: PPOConfig) -> float:
-        """Add the gradient of the loss of what :meth:`evaluate` returned last to the parameters' own.
+        """Replace the gradient by that of the loss of what :meth:`evaluate` returned last.
 
         Returns:
             A number that is finite if the loss is: a loss may overflow while its gradient does not.
         """
         loss = update_loss(new, old, config).total
+        self.zero_grad()
         loss.backward()
         return loss.item()
 

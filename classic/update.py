@@ -72,7 +72,6 @@ def update(state: TrainState, run: Run, rollout: Rollout, old: Experience) -> di
                 _check_initial_ratio(largest_gap(new, part), args.max_initial_log_ratio, where)
             if stop := exceeds_target_kl(new, part, config):
                 break
-            state.optimizer.zero_grad()
             loss = state.gradients.backward(new, part, config)
             norm = state.optimizer.clip_gradient(config.max_grad_norm)
             steps += 1

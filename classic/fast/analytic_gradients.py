@@ -95,7 +95,7 @@ class AnalyticGradients:
         return PolicyOutput(logprobs=logprobs, values=values[0], entropy=self.entropy)
 
     def backward(self, new: PolicyOutput, old: Experience, config: PPOConfig) -> float:
-        """Write the gradient of the loss; as in :meth:`Autograd.backward`."""
+        """Replace the gradient, as :meth:`Autograd.backward` does."""
         assert new.values is not None and old.returns is not None
         count = new.logprobs.shape[0]
         slope = clipped_policy_slope(

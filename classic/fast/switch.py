@@ -56,7 +56,8 @@ def choose(
     else:
         optimizer.attach(network)
     if not isinstance(optimizer, FlatAdam):
-        return Methods(network.sample, Autograd(network), optimizer)
+        return Methods(network.sample, Autograd(network, optimizer.zero_grad), optimizer)
     sample = NumpyPolicy(network).sample if NumpyPolicy.fits(network, batch) else network.sample
-    analytic = AnalyticGradients.fits(network, config)
-    return Methods(sample, AnalyticGradients(network, optimizer.weights) if analytic else Autograd(network), optimizer)
+    if AnalyticGradients.fits(network, config):
+        return Methods(sample, AnalyticGradients(network, optimizer.weights), optimizer)
+    return Methods(sample, Autograd(network, optimizer.zero_grad), optimizer)

@@ -79,9 +79,8 @@ def test_analytic_gradients_equal_autograds(actions, settings, masked, config):
     for seed, count in itertools.product(range(3), (1, 40)):
         network, weights = make(actions, seed, **settings)
         decisions, old = minibatch(network, count, seed, masked)
-        reference, ours = Autograd(network), AnalyticGradients(network, weights)
+        reference, ours = Autograd(network, weights.gradient.zero_), AnalyticGradients(network, weights)
         expected = reference.evaluate(decisions)
-        weights.gradient.zero_()
         reference.backward(expected, old, config)
         gradient = weights.gradient.clone()
         weights.gradient.fill_(torch.nan)  # every entry is written
