@@ -1,4 +1,4 @@
-"""Speed never changes the mathematics: each shortcut gives what the plain way gives, and is taken where it may be."""
+"""Each shortcut of the model runner gives what the plain way gives, and is taken where it is allowed."""
 
 from __future__ import annotations
 
@@ -112,12 +112,12 @@ def make_pair(make_model, wake_critic):
     return make
 
 
-# Reading
+# Response tokens
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("kind", PATHS)
-def test_a_shared_trunk_reads_and_learns_as_the_plain_way(make_pair, batch, kind, temperature):
+def test_a_shared_trunk_gives_the_plain_ways_numbers_and_gradients(make_pair, batch, kind, temperature):
     fast, plain = make_pair(kind)
     assert paths(fast.runner) == PATHS[kind]
     assert paths(plain.runner) == (False, False)
@@ -125,7 +125,7 @@ def test_a_shared_trunk_reads_and_learns_as_the_plain_way(make_pair, batch, kind
 
 
 @pytest.mark.parametrize("kind", PATHS)
-def test_a_separate_critic_reads_and_learns_as_the_plain_way(make_pair, batch, kind):
+def test_a_separate_critic_gives_the_plain_ways_numbers_and_gradients(make_pair, batch, kind):
     fast, plain = make_pair("gpt2", separate=kind)
     assert fast.value_runner.head is None and fast.value_runner.packs == PATHS[kind][1]
     assert_agree(fast, plain, batch, 0.7)
@@ -219,7 +219,7 @@ def test_the_gradient_of_a_users_own_logits_is_not_copied_into_zeros(make_model,
 
 @pytest.mark.parametrize("cls", [Sharpened, Wrapped])
 def test_a_users_own_forward_is_always_run(make_pair, make_model, batch, cls, monkeypatch):
-    """Its logits are read as they come, also packed; a trial run cannot tell what it will do to them."""
+    """Its logits are used as they come, also packed; a trial run cannot tell what it will do to them."""
     fast, plain = make_pair(wrap=recast(cls))
     assert paths(fast.runner) == (False, True)
     monkeypatch.setattr(cls, "factor", 1.5)
@@ -337,7 +337,7 @@ def decode(model: ActorCritic, temperature: float = 0.8, rows: int = 6) -> Any:
 
 
 @pytest.mark.parametrize("kind", PATHS)
-def test_rows_that_leave_change_nothing_for_those_that_stay(make_pair, kind, monkeypatch):
+def test_rows_removed_from_the_cache_change_nothing_for_the_others(make_pair, kind, monkeypatch):
     """The same tokens without it, with transformers' own cache, and log-probs, values, entropies of a plain pass."""
     fast, plain = make_pair(kind)
     left: list[int] = []
@@ -366,7 +366,7 @@ def test_rows_that_leave_change_nothing_for_those_that_stay(make_pair, kind, mon
 
 
 @pytest.mark.parametrize("cls", [Sharpened, Wrapped])
-def test_a_users_own_forward_decodes_as_it_reads(make_pair, cls, monkeypatch):
+def test_a_users_own_forward_decodes_as_it_evaluates(make_pair, cls, monkeypatch):
     fast, plain = make_pair(wrap=recast(cls))
     monkeypatch.setattr(cls, "factor", 1.5)
     prompt_ids, prompt_mask, sampled = decode(fast)

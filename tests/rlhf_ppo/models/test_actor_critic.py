@@ -1,4 +1,4 @@
-"""The critic: it starts at 0, sees no future, learns, and is saved with the model."""
+"""The critic: starts at 0, sees no future, learns, is saved; its kinds, its learning rate and its warm-up."""
 
 from __future__ import annotations
 
@@ -7,9 +7,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+from rlhf_ppo import RLHFConfig
 from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.models.lora import lora_config
 from rlhf_ppo.training.experience import estimate
 from rlhf_ppo.training.rewards import shape_rewards
+
+
+def weights(parameters) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in parameters]
+
+
+def same(before: list[torch.Tensor], after) -> list[bool]:
+    return [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
 
 
 def test_the_first_values_are_0(make_trainer, make_model, prompts):
@@ -115,3 +125,99 @@ def test_a_critic_from_a_folder(make_trainer, make_model, prompts, tmp_path):
     make_model(seed=1).save_pretrained(tmp_path / "critic")
     trainer = make_trainer(value_model=str(tmp_path / "critic"))
     assert trainer.step(trainer.rollout(prompts))["value/loss"] > 0
+
+
+# Contradictions
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"critic": "adapter"}, "critic='adapter' is a second adapter .* needs peft_config"),
+        ({"critic": "separate"}, "critic='separate' needs a value_model"),
+        (
+            {"critic": "adapter", "peft_config": lora_config(4), "value": True},
+            "critic='adapter' uses .* value_model",
+        ),
+        (
+            {"critic": "shared", "value": True},
+            "critic='shared' uses the policy's own model, but a value_model is given",
+        ),
+    ],
+)
+def test_critics_that_contradict_the_models(make_trainer, make_model, settings, message):
+    value = make_model() if settings.pop("value", False) else None
+    with pytest.raises(ValueError, match=message):
+        make_trainer(value_model=value, **settings)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"critic": "shared"}, {"value_head_from": "x"}, {"value_learning_rate": 1e-3}, {"critic_warmup_rollouts": 1}],
+)
+def test_settings_of_a_critic_without_one(setting):
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"{name}=.* has no effect: it needs a critic, and objective='reinforce'"):
+        RLHFConfig(output_dir="x", objective="reinforce", **setting)
+
+
+def test_warm_ups_that_cannot_be(make_trainer):
+    with pytest.raises(ValueError, match="critic_warmup_rollouts=2 leaves none of the 2 rollouts of total_episodes=16"):
+        make_trainer(critic_warmup_rollouts=2)
+    with pytest.raises(ValueError, match=r"critic_warmup_rollouts=1 .*vf_coef=0"):
+        make_trainer(critic_warmup_rollouts=1, vf_coef=0.0)
+
+
+# Learning rate and warm-up
+
+
+def test_the_critic_has_a_learning_rate_of_its_own(make_trainer, make_model, prompts):
+    """Policy at rate 0 stays, the critic moves; one clipping and one schedule over both."""
+    trainer = make_trainer(learning_rate=0.0, value_learning_rate=0.01, value_model=make_model(seed=1))
+    policy, critic = weights(trainer.model.policy_parameters()), weights(trainer.model.critic_parameters())
+    metrics = trainer.step(trainer.rollout(prompts))
+    assert all(same(policy, trainer.model.policy_parameters()))
+    assert not all(same(critic, trainer.model.critic_parameters()))
+    # Half of the run's two rollouts is done, so the linear schedule is at one half.
+    assert (metrics["optim/learning_rate"], metrics["optim/value_learning_rate"]) == (0.0, pytest.approx(0.005))
+
+
+@pytest.mark.parametrize("kind", ["shared", "separate", "adapter"])
+def test_the_warm_up_moves_the_critic_alone(make_trainer, make_model, prompts, kind):
+    extra = {
+        "shared": {},
+        "separate": {"value_model": make_model(seed=1)},
+        "adapter": {"critic": "adapter", "peft_config": lora_config(4)},
+    }[kind]
+    settings = {"total_episodes": 32, "critic_warmup_rollouts": 2, "weight_decay": 0.1, "learning_rate": 0.01}
+    trainer = make_trainer(**settings, **extra)
+    everything = weights(trainer.model.policy.parameters())
+    critic = {id(p) for p in trainer.model.critic_parameters()}
+    fixed = [i for i, p in enumerate(trainer.model.policy.parameters()) if id(p) not in critic]
+    head = weights(trainer.model.value_head.parameters())
+    for n in (1, 2):
+        metrics = trainer.step(trainer.rollout(prompts))
+        assert metrics["progress/optimizer_steps"] == 4 * n and metrics["policy/ratio_mean"] == pytest.approx(1)
+    now = list(trainer.model.policy.parameters())
+    assert all(torch.equal(everything[i], now[i]) for i in fixed)
+    assert not any(same(head, trainer.model.value_head.parameters()))
+    assert metrics["optim/learning_rate"] == 0.01  # the policy's schedule has not begun
+    trainer.step(trainer.rollout(prompts))
+    assert any(not torch.equal(everything[i], p) for i, p in enumerate(now) if i in fixed)
+    assert trainer.scheduler.get_last_lr()[0] == pytest.approx(0.005)  # one of its two rollouts is done
+    assert trainer.scheduler.get_last_lr()[1] == pytest.approx(0.0025)  # three of the critic's four
+
+
+def test_the_warm_up_learns_monte_carlo_returns_and_leaves_the_controllers(make_trainer, prompts, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "rlhf_ppo.trainer.estimate",
+        lambda rollout, rewards, args: seen.append(args) or estimate(rollout, rewards, args),
+    )
+    trainer = make_trainer(critic_warmup_rollouts=1, gae_lambda_value=0.5, kl_target=1.0, objective="adaptive_clip")
+    trainer.step(trainer.rollout(prompts))
+    assert (trainer.kl_coef, trainer.objective.clip_range) == (trainer.args.kl_coef, trainer.args.clip_range)
+    trainer.step(trainer.rollout(prompts))
+    assert trainer.kl_coef != trainer.args.kl_coef and trainer.objective.clip_range != trainer.args.clip_range
+    used = [(a.gae_lambda, a.gae_lambda_value, a.clip_range_vf) for a in seen]
+    assert used == [(1.0, None, None), (0.95, 0.5, 0.2)]
