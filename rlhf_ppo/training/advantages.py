@@ -118,11 +118,11 @@ def to_turns(rewards: Tensor, values: Tensor, turns: Tensor, mask: Tensor) -> tu
     choice.
     """
     number, count = torch.where(mask, turns, 0), int(turns.max()) + 1
-    nothing = torch.zeros_like(rewards[:, :1]).expand(-1, count)
-    summed = nothing.scatter_add(1, number, torch.where(mask, rewards, 0))
+    zeros = torch.zeros_like(rewards[:, :1]).expand(-1, count)
+    summed = zeros.scatter_add(1, number, torch.where(mask, rewards, 0))
     steps = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    never = torch.full_like(number[:, :1], mask.shape[1]).expand(-1, count)
-    first = never.scatter_reduce(1, number, torch.where(mask, steps, mask.shape[1]), "amin")
+    beyond = torch.full_like(number[:, :1], mask.shape[1]).expand(-1, count)
+    first = beyond.scatter_reduce(1, number, torch.where(mask, steps, mask.shape[1]), "amin")
     taken = first < mask.shape[1]
     before = values.gather(1, torch.where(taken, first, 0))
     return summed, torch.where(taken, before, 0), taken

@@ -29,24 +29,24 @@ def make_optimizer(model: ActorCritic, args: RLHFConfig) -> tuple[torch.optim.Ad
         if parameters
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
-    waiting = args.critic_warmup_rollouts * args.num_epochs * args.num_minibatches
-    factors = [partial(_factor, args=args, waiting=steps) for steps in (waiting, 0)]
+    delay = args.critic_warmup_rollouts * args.num_epochs * args.num_minibatches
+    factors = [partial(_factor, args=args, delay=steps) for steps in (delay, 0)]
     return optimizer, LambdaLR(optimizer, factors[: len(groups)])
 
 
-def _factor(step: int, *, args: RLHFConfig, waiting: int) -> float:
-    """Compute the share of the learning rate at an optimizer step; the schedule starts after the first ``waiting``."""
-    step, total = max(step - waiting, 0), args.num_optimizer_steps - waiting
+def _factor(step: int, *, args: RLHFConfig, delay: int) -> float:
+    """Compute the share of the learning rate at an optimizer step; the schedule starts after ``delay`` steps."""
+    step, total = max(step - delay, 0), args.num_optimizer_steps - delay
     if step < args.warmup_steps:
         return step / args.warmup_steps
-    done = (step - args.warmup_steps) / max(1, total - args.warmup_steps)
+    progress = (step - args.warmup_steps) / max(1, total - args.warmup_steps)
     match args.lr_scheduler_type:
         case "constant":
             return 1.0
         case "linear":
-            return max(0.0, 1.0 - done)
+            return max(0.0, 1.0 - progress)
         case "cosine":
-            return max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
+            return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
 def fit_warmup(warmup_steps: int, steps: int, *, quiet: bool = False) -> int:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_ppo.config.groups import RewardSettings
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import kl_estimate, kl_penalized_rewards, masked_mean, masked_var
 from rlhf_ppo.core.masked import last_true
@@ -79,7 +80,7 @@ class ScoreStatistics:
 
 
 class ShapedScores(NamedTuple):
-    """Scores to learn from."""
+    """Scores after shaping."""
 
     scores: Tensor
     """[B] one per response."""
@@ -162,7 +163,7 @@ def with_scores(rollout: Rollout, parts: dict[str, list[Score]], weights: Sequen
 
 
 def shape_scores(
-    rollout: Rollout, mask: Tensor, args: RLHFConfig, statistics: ScoreStatistics | None = None
+    rollout: Rollout, mask: Tensor, args: RewardSettings, statistics: ScoreStatistics | None = None
 ) -> ShapedScores:
     """Shape a rollout's scores, in the order that this module's docstring lists.
 
@@ -196,7 +197,7 @@ def shape_scores(
     return ShapedScores(scores, scores if tokens is None else _on_tokens(scores, tokens, mask), metrics)
 
 
-def _normalized(rollout: Rollout, args: RLHFConfig, statistics: ScoreStatistics) -> tuple[Tensor, Tensor | None]:
+def _normalized(rollout: Rollout, args: RewardSettings, statistics: ScoreStatistics) -> tuple[Tensor, Tensor | None]:
     assert rollout.scores is not None
     weights = args.reward_weights or (1.0,) * len(rollout.score_parts)
     scores = torch.zeros_like(rollout.scores)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.config.groups import SafetySettings
 from rlhf_ppo.runtime.errors import RunError
 
 
@@ -98,7 +98,7 @@ def nonfinite_parameters(model: nn.Module) -> list[str]:
     return [name for (name, _), ok in zip(named, torch.isfinite(largest).tolist(), strict=True) if not ok]
 
 
-def require_no_drift(metrics: Mapping[str, float], args: RLHFConfig) -> None:
+def require_no_drift(metrics: Mapping[str, float], args: SafetySettings) -> None:
     """Raise a PolicyDriftError, which names setting and number, if metrics are outside the bounds in ``args``."""
     kl, entropy = metrics["kl/reference_nats_per_response"], metrics["policy/entropy"]
     highest, lowest = args.max_kl_nats_per_response, args.min_entropy_nats_per_token

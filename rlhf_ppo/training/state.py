@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from rlhf_ppo.config.groups import CriticSettings
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.training.optimizer import critic_warmup_settings, make_optimizer
@@ -46,7 +47,7 @@ class TrainState:
         optimizer, scheduler = make_optimizer(model, args)
         return cls(model, optimizer, scheduler, args.kl_coef, args.clip_range, args.penalty_beta)
 
-    def warms_up(self, args: RLHFConfig) -> bool:
+    def warms_up(self, args: CriticSettings) -> bool:
         """Whether the next update trains the critic alone (``critic_warmup_rollouts``)."""
         return self.iteration < args.critic_warmup_rollouts
 

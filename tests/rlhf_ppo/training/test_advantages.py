@@ -120,7 +120,7 @@ def test_every_prompt_has_its_group_side_by_side_with_its_columns(make_trainer):
     assert len({tuple(row) for row in rollout.response_ids.tolist()}) > 4  # drawn apart
 
 
-def test_training_deals_every_prompt_out_once_an_epoch(make_trainer, prompts):
+def test_training_uses_every_prompt_once_per_epoch(make_trainer, prompts):
     trainer = make_trainer(**GROUPS, advantage_estimator="grpo", total_episodes=32, num_epochs=1, samples_per_rollout=8)
     metrics = trainer.train()
     assert metrics["progress/episodes"] == 32  # responses, not prompts
@@ -184,13 +184,13 @@ def test_settings_are_flags_too(tmp_path):
     assert (args.objective, args.ratio_level, args.has_critic) == ("cispo", "sequence", False)
 
 
-def test_a_rollout_that_is_no_whole_groups_is_refused():
+def test_a_rollout_of_incomplete_groups_is_refused():
     with pytest.raises(ValueError, match="6 responses are not whole groups of num_generations=4"):
         comparable(torch.ones(6, dtype=torch.bool), config(**ESTIMATORS[1]))
 
 
 @pytest.mark.parametrize("settings", ESTIMATORS[1:], ids=lambda s: s["advantage_estimator"])
-def test_no_critic_is_built_where_none_is_read(make_trainer, make_model, settings):
+def test_no_critic_is_built_if_none_is_read(make_trainer, make_model, settings):
     trainer = make_trainer(**settings)
     assert trainer.model.value_head is None
     assert not (trainer.save_model() / "value_head.safetensors").exists()

@@ -26,7 +26,7 @@ from rlhf_ppo.cli import main
         ),
     ],
 )
-def test_what_is_no_callback_is_refused_before_anything_is_loaded(make_trainer, monkeypatch, callbacks, message):
+def test_bad_callbacks_are_refused_before_anything_is_loaded(make_trainer, monkeypatch, callbacks, message):
     monkeypatch.setattr("rlhf_ppo.trainer.set_up", None)
     with pytest.raises(ValueError, match=message):
         make_trainer(callbacks=callbacks)
@@ -53,7 +53,7 @@ def test_a_run_says_who_ended_it_what_it_moved_and_that_it_starts_afresh(make_tr
     assert capsys.readouterr().out == ""
 
 
-def test_an_agent_says_the_same(tmp_path, capsys):
+def test_an_agent_prints_the_same(tmp_path, capsys):
     args = {"num_envs": 2, "num_steps": 8, "num_minibatches": 1, "output_dir": str(tmp_path), "total_timesteps": 64}
     agent = classic.PPO("CartPole-v1", classic.PPOArgs(**args))
     agent.learn(callbacks=[lambda *_: True], resume_from_checkpoint="auto")

@@ -44,7 +44,7 @@ def test_groups_have_advantages_but_no_values(make_trainer, prompts):
     assert any(row["advantage"] for row in rows)
 
 
-def test_normalised_scores_are_explained_without_being_taken_in(make_trainer, prompts):
+def test_explaining_normalised_scores_changes_no_statistic(make_trainer, prompts):
     trainer = make_trainer(normalize_scores=True)
     rollout = trainer.rollout(prompts)
     trainer.explain(rollout)

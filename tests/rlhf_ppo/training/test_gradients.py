@@ -71,7 +71,7 @@ def test_gradients_are_the_dense_ones(tied):
     assert (lean.tokens.weight.grad is None) == tied and lean.places.weight.grad is not None
 
 
-def test_an_error_leaves_nothing_switched_on():
+def test_an_error_restores_the_embeddings():
     model = toy(False)
     with pytest.raises(RuntimeError, match="in between"), accumulate_gradients(model):
         loss(model, torch.tensor([[1, 2]])).backward()
@@ -116,7 +116,7 @@ def test_steps_are_those_of_clip_grad_norm_and_adamw(tied, max_norm):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_gradient_that_is_not_finite_moves_nothing(bad):
+def test_a_non_finite_gradient_changes_nothing(bad):
     model = toy(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1, fused=True)
 

@@ -114,7 +114,7 @@ def test_fault_22_trackers_are_waited_for_after_the_checkpoint_is_there(make_tra
     assert there == ["checkpoint-3"]
 
 
-def test_fault_22_an_update_that_was_begun_is_finished(make_trainer):
+def test_fault_22_a_signal_lets_the_update_finish(make_trainer):
     trainer = make_trainer(**SETTINGS)
     while_updating(trainer)
     with pytest.raises(Interrupted):
@@ -142,7 +142,7 @@ def test_fault_22_one_state_is_saved_once(make_trainer, monkeypatch):
     assert saves == [1, 2]
 
 
-def test_fault_22_the_trainer_itself_can_go_on_too(make_trainer):
+def test_fault_22_the_same_trainer_can_resume(make_trainer):
     """In a notebook: train() again, without a checkpoint, after an interrupt."""
     whole, cut = make_trainer(**SETTINGS), make_trainer(**SETTINGS)
     whole.train()
@@ -153,7 +153,7 @@ def test_fault_22_the_trainer_itself_can_go_on_too(make_trainer):
     assert_same(cut, whole)
 
 
-def test_fault_22_a_reward_is_not_waited_for(make_trainer):
+def test_fault_22_a_signal_interrupts_a_slow_reward(make_trainer):
     """A signal while a slow reward runs: the rollout is dropped, and made again by the resumed run."""
     slow = {"asked": 0}
 
@@ -268,7 +268,7 @@ def test_fault_22_ctrl_c_ends_the_command_with_130(folder, capsys):
     assert "stopped by SIGINT; saved in run/checkpoint-0. Go on with: rlhf-ppo train" in capsys.readouterr().err
 
 
-def test_the_command_to_go_on_with_names_one_checkpoint():
+def test_the_printed_command_resumes_from_one_checkpoint():
     stop = Interrupted(signal.SIGINT, Path("run/checkpoint-4"))
     for earlier in (["--resume-from-checkpoint", "run/checkpoint-2"], ["--resume_from_checkpoint=run/checkpoint-2"]):
         said = _how_to_go_on(["train", *earlier, "--seed", "1"], stop)

@@ -41,7 +41,7 @@ def shaped(rollout: Rollout, statistics: ScoreStatistics | None = None, **settin
     return shape_scores(rollout, rollout.mask & rollout.scored[:, None], args, statistics)
 
 
-def test_nothing_is_changed_by_default():
+def test_by_default_scores_stay_as_they_are():
     result = shaped(written_rollout())
     assert result.rewards is result.scores and result.scores.tolist() == [10, 4, 0]
     # 14/3, and the spread of (10, 4, 0): sqrt(116/3 - (14/3)^2).
@@ -105,7 +105,7 @@ def test_each_function_is_normalised_by_its_own_history():
 
 
 @pytest.mark.parametrize("missing", [None, math.nan, math.inf])
-def test_what_was_left_out_never_enters_the_statistics(make_trainer, prompts, missing):
+def test_unscored_responses_never_enter_the_statistics(make_trainer, prompts, missing):
     trainer = make_trainer(
         reward_funcs=lambda p, c, **_: [missing, *range(7)], normalize_scores=True, drop_nonfinite_scores=True
     )
@@ -126,7 +126,7 @@ def test_evaluation_and_rollouts_that_are_not_trained_on_do_not_move_the_statist
     assert trainer.score_statistics.moments["early_letters"].count == 8
 
 
-def test_a_resumed_run_goes_on_with_its_statistics(make_trainer):
+def test_a_resumed_run_continues_its_statistics(make_trainer):
     """Scores grow from rollout to rollout, so that a run which forgot its mean would end elsewhere."""
 
     def growing():
@@ -177,7 +177,7 @@ def test_normalised_token_rewards_add_up_to_the_normalised_score():
     assert result.rewards[0, :2].tolist() == pytest.approx([1 / std, 2 / std])
 
 
-def test_left_out_responses_count_in_no_metric():
+def test_unscored_responses_count_in_no_metric():
     result = shaped(written_rollout(scored=torch.tensor([True, False, False])), score_clip=5.0)
     assert result.metrics["score/shaped_mean"] == 5 and result.metrics["score/clipped_fraction"] == 1
 

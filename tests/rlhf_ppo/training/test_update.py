@@ -43,7 +43,7 @@ def test_optimizer_steps_are_epochs_times_minibatches(make_trainer, prompts, epo
     assert len(steps) == 2 * epochs * minibatches == trainer.optimizer_steps == trainer.args.num_optimizer_steps
 
 
-def test_every_response_is_seen_once_an_epoch(make_trainer, prompts):
+def test_every_response_is_trained_on_once_per_epoch(make_trainer, prompts):
     trainer = make_trainer(num_epochs=3, num_minibatches=4, learning_rate=0.0)
     rollout = trainer.rollout(prompts)
     seen: list[tuple[int, ...]] = []
