@@ -1,4 +1,4 @@
-"""Models: loading them, the policy with its critic, the reference, adapters, forward passes."""
+"""Models: load them, add adapters, the policy with its critic, the reference, forward passes, saving."""
 
 from rlhf_ppo.core.lazy import lazy_names
 

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.config.groups import MemorySettings
 from rlhf_ppo.data.hub import read_weights
 from rlhf_ppo.models.loading import in_float32, load_policy
 
 Bits = Literal["8bit", "4bit"]
 
 
-def check_precision(args: RLHFConfig, model: Any, ref_model: Any, peft_config: Any, device: torch.device) -> None:
+def check_precision(args: MemorySettings, model: Any, ref_model: Any, peft_config: Any, device: torch.device) -> None:
     """Refuse memory and precision settings that models or device do not support, before any model is loaded."""
     if args.offload_activations and device.type != "cuda":
         raise ValueError(
@@ -100,7 +100,7 @@ def round_weights(weights: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def load_reference(model: Any, ref_model: Any, args: RLHFConfig, device: torch.device, *, bf16: bool) -> Any:
+def load_reference(model: Any, ref_model: Any, args: MemorySettings, device: torch.device, *, bf16: bool) -> Any:
     """Load a reference with its own weights; None where a copy of the policy, or its adapter off, will do."""
     source = model if ref_model is None else ref_model
     match args.reference_dtype:
