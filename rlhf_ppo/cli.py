@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rlhf_ppo.config.commands import DemoArgs, MigrateArgs, ReplayArgs, join_command_line
-from rlhf_ppo.config.evaluate import EvaluateArgs
-from rlhf_ppo.config.generate import GenerateArgs
+from rlhf_ppo.config.inference import EvaluateArgs, GenerateArgs
 from rlhf_ppo.config.reward_training import RewardTrainingArgs
 from rlhf_ppo.config.sft import SFTArgs
 from rlhf_ppo.config.train import TrainArgs

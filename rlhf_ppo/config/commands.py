@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from rlhf_ppo.config.groups import Precision
+from rlhf_ppo.config.run_groups import Precision
 from rlhf_ppo.core.validation import Settings
 
 

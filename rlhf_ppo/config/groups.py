@@ -1,7 +1,7 @@
-"""Nine groups of settings by theme, each with its own checks; longer than other files because it is a reference.
+"""Groups of settings by theme, each with its own checks: sampling, rewards, KL, advantages, critic, optimization.
 
 A function takes the group that it reads (``args: RewardSettings``); :class:`rlhf_ppo.config.rlhf.RLHFConfig` inherits
-all of them, so that users see one flat list.
+all of them, so that users see one flat list. The groups about the run itself are in run_groups.py.
 """
 
 from __future__ import annotations
@@ -9,24 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf_ppo.core.validation import Settings, is_changed
-from rlhf_ppo.runtime.trackers import check_trackers
-
-Precision = Literal["auto", "fp32", "bf16"]
-
-
-def refuse_unread(settings: Settings, why: str, *names: str) -> None:
-    """Raise a ValueError for the first of these settings that was changed although the others leave it without effect.
-
-    Args:
-        settings: the instance.
-        why: which other setting leaves them without effect.
-        names: the settings.
-    """
-    for name in names:
-        if is_changed(settings, name):
-            value = getattr(settings, name)
-            raise ValueError(f"{name}={value!r} has no effect: {why}. Leave it out, or change the other")
+from rlhf_ppo.config.run_groups import MemorySettings, RunSettings, SafetySettings  # noqa: F401 - found here too
+from rlhf_ppo.core.validation import Settings, is_changed, refuse_unread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +204,7 @@ class OptimizationSettings(Settings):
     weight_decay: float = 0.0
     """Weight decay of AdamW."""
     max_grad_norm: float = 1.0
-    """Maximum global gradient norm; larger gradients are scaled down to it."""
+    """Clip gradients to this global norm."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -237,8 +221,7 @@ class CriticSettings(Settings):
     vf_coef: float = 0.1
     """Coefficient of the value loss."""
     clip_range_vf: float | None = 0.2
-    """Value clipping: the value loss gains nothing from moving a value further than this from the recorded one; None:
-    no value clipping."""
+    """Clip new values to within this of the recorded ones in the value loss; None: no value clipping."""
     value_head_from: str | None = None
     """Folder or hub id to load the value head from: a run of this project, an old TRL checkpoint with a value head, or
     a one-label sequence-classification model with a linear head. None: start at 0."""
@@ -258,98 +241,3 @@ class CriticSettings(Settings):
                 f"critic_warmup_rollouts={self.critic_warmup_rollouts} trains the critic, but vf_coef=0 leaves it no "
                 "loss: set vf_coef above 0, or leave out the warm-up"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SafetySettings(Settings):
-    """Safety: when a run skips a step, rolls back or stops."""
-
-    on_nonfinite: Literal["skip", "rollback", "stop"] = "skip"
-    """After a non-finite loss or gradient: skip the optimizer step, and stop after max_skipped_steps of them (skip);
-    skip, and then resume from the last checkpoint with other responses (rollback); or stop at once (stop)."""
-    max_skipped_steps: int = 10
-    """Stop (or roll back) after this many consecutive non-finite optimizer steps, also across rollouts."""
-    max_initial_log_ratio: float | None = None
-    """Stop when any |log-ratio| before a rollout's first optimizer step exceeds this many nats. None: 0.1, or 0.5 where
-    bf16 rounds decoding and training differently."""
-    max_kl_nats_per_response: float | None = None
-    """Stop, with a checkpoint, when a rollout's KL to the reference exceeds this. None: no limit."""
-    min_entropy_nats_per_token: float | None = None
-    """Stop, with a checkpoint, when a rollout's entropy falls below this. None: no limit."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require_at_least(1, "max_skipped_steps")
-        self._require_positive("max_initial_log_ratio", "max_kl_nats_per_response", "min_entropy_nats_per_token")
-        if self.on_nonfinite == "stop" and is_changed(self, "max_skipped_steps"):
-            raise ValueError(
-                f"on_nonfinite='stop' ends the run at the first non-finite step, but max_skipped_steps="
-                f"{self.max_skipped_steps}: drop one of them"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemorySettings(Settings):
-    """Memory: trade speed or precision for it."""
-
-    microbatch_tokens: int | None = None
-    """Maximum tokens, prompts included, per forward pass outside decoding: less memory, the same gradient. A longer
-    response gets a pass of its own. None: 1024 on CPU, 16384 on a GPU."""
-    gradient_checkpointing: bool = False
-    """Keep only each layer's input for the backward pass and recompute the rest: less memory, about a third more
-    compute per update, the same gradients."""
-    offload_activations: bool = False
-    """Keep saved activations in main memory instead of on the GPU."""
-    quantization: Literal["none", "8bit", "4bit"] = "none"
-    """Load the policy's frozen base in 8 or 4 bits (QLoRA); needs bitsandbytes, a CUDA GPU and an adapter."""
-    reference_dtype: Literal["float32", "bfloat16", "8bit", "4bit"] = "float32"
-    """Number format of a reference with weights of its own; 8bit and 4bit need bitsandbytes and a CUDA GPU."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require_positive("microbatch_tokens")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunSettings(Settings):
-    """Run: seed, device, evaluations, checkpoints, reports."""
-
-    output_dir: str
-    """Folder of the run: the model in transformers' format, metrics.jsonl, samples.jsonl, run.json, curve.png."""
-    seed: int = 0
-    """Random seed; the same seed on the same machine gives the same result."""
-    device: str | None = None
-    """cuda, mps or cpu; None: the first of these that is available."""
-    precision: Precision = "auto"
-    """Number format of matrix products: bf16 (autocast; weights and optimizer stay in fp32), fp32, or auto: bf16 where
-    the GPU or CPU computes it faster."""
-    num_threads: int | None = None
-    """CPU threads during train(); None: 1 for models below ten million parameters, else all CPUs available to the
-    process (affinity, container limit); OMP_NUM_THREADS takes precedence."""
-    eval_every: int = 0
-    """Rollouts between evaluations on eval_dataset; 0: only before and after training."""
-    save_every: int = 0
-    """Rollouts between checkpoints (checkpoint-<n> in output_dir), from which a run can resume; the last rollout is
-    saved too. 0: no checkpoints."""
-    save_total_limit: int | None = None
-    """Number of newest checkpoints to keep; older ones are deleted, except that of the best evaluation so far. None:
-    all."""
-    save_best: bool = False
-    """Also save a checkpoint whenever an evaluation's eval/score_mean is the best so far; needs eval_every."""
-    report_to: tuple[str, ...] = ()
-    """Trackers that also receive the metrics: tensorboard (into output_dir/tensorboard), wandb, trackio."""
-    samples_per_rollout: int = 2
-    """Responses of each rollout to write to samples.jsonl."""
-    quiet: bool = False
-    """Show no progress."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not str(self.output_dir).strip():
-            raise ValueError("output_dir is empty: name a folder for the run")
-        self._require("from 0 to 4294967295", lambda value: 0 <= value < 2**32, "seed")
-        self._require_at_least(0, "eval_every", "save_every", "samples_per_rollout")
-        self._require_positive("num_threads", "save_total_limit")
-        check_trackers(self.report_to)
-        if self.eval_every == 0:
-            refuse_unread(self, "it is about evaluations during training, and eval_every=0 makes none", "save_best")

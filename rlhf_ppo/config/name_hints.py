@@ -1,6 +1,8 @@
-"""Other names: what TRL's trainers and Stable-Baselines3 call settings and arguments that have other names here."""
+"""Names that are no settings here: other libraries' names for ours, and settings that were removed."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from rlhf_ppo.config.trl_names import ROWS, Row
 
@@ -53,7 +55,7 @@ _OTHERS = {
 SETTINGS: dict[str, str] = {name: _ours(row) for name, row in ROWS.items() if name not in row.ours} | {
     name: f"here it is {ours}" for name, ours in _OTHERS.items()
 }
-"""Their setting -> ours, or why there is none."""
+"""Name of a setting in another library -> ours, or why there is none."""
 
 ARGUMENTS: dict[str, str] = {
     "config": "here it is args, an RLHFConfig",
@@ -67,12 +69,30 @@ ARGUMENTS: dict[str, str] = {
     "ref_policy": "here it is ref_model",
     "critic": "here it is value_model, or the setting critic",
     "critic_model": "here it is value_model",
-    "data_collator": "prompts are text here, so that there is nothing to collate",
+    "data_collator": "prompts are text here, so there is nothing to collate",
     "optimizer": "AdamW is made from the settings learning_rate, weight_decay and value_learning_rate",
     "optimizers": "AdamW is made from the settings learning_rate, weight_decay and value_learning_rate",
     "lr_scheduler": "the schedule is made from the settings lr_scheduler_type and warmup_steps",
     "num_shared_layers": "the critic shares the policy's trunk unless value_model is given",
     "tools": "tools are what respond answers with, where max_turns is above 1",
-    "environment_factory": "an environment is what respond asks, where max_turns is above 1",
+    "environment_factory": "environments are what respond calls, where max_turns is above 1",
 }
-"""Their trainers' argument -> ours, or why there is none."""
+"""Name of a trainer's argument in another library -> ours, or why there is none."""
+
+_LENGTH = (
+    "add a reward function that subtracts it, such as: def shorter(prompts, completions, completion_ids, **columns): "
+    "return [-0.01 * max(0, len(ids) - 40) for ids in completion_ids]"
+)
+
+REMOVED: dict[str, tuple[Any, str]] = {
+    "score_scale": (1.0, "multiply in the reward function, or use reward_weights"),
+    "length_penalty": (0.0, _LENGTH),
+    "length_penalty_from": (0, _LENGTH),
+    "share_reward_base": (False, "leave it out: a reward adapter loads a base of its own"),
+}
+"""Setting -> (its old default, what to do instead)."""
+
+REMOVED_VALUES: dict[str, dict[str, str]] = {
+    "generation": {"continuous": "use generation='auto', 'dynamic' or 'static'"},
+}
+"""Setting -> value that was removed -> what to do instead."""

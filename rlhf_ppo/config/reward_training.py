@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_ppo.config.data import DataArgs
-from rlhf_ppo.config.groups import Precision
+from rlhf_ppo.config.run_groups import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class RewardTrainingArgs(DataArgs):
     weight_decay: float = 0.01
     """Weight decay of AdamW."""
     max_grad_norm: float = 1.0
-    """Maximum global gradient norm; larger gradients are scaled down to it."""
+    """Clip gradients to this global norm."""
     centering: float = 0.0
     """Coefficient of (chosen + rejected score)^2 in the loss, which keeps scores around 0; 0.01 is usual."""
     lora_rank: int | None = None

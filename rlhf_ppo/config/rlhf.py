@@ -11,17 +11,14 @@ from rlhf_ppo.config.groups import (
     AdvantageSettings,
     CriticSettings,
     KLSettings,
-    MemorySettings,
     OptimizationSettings,
     RewardSettings,
     RolloutSettings,
-    RunSettings,
-    SafetySettings,
-    refuse_unread,
 )
-from rlhf_ppo.config.name_hints import SETTINGS
-from rlhf_ppo.config.removed import REMOVED, REMOVED_VALUES
+from rlhf_ppo.config.name_hints import REMOVED, REMOVED_VALUES, SETTINGS
+from rlhf_ppo.config.run_groups import MemorySettings, RunSettings, SafetySettings
 from rlhf_ppo.core.config import PPOConfig
+from rlhf_ppo.core.validation import refuse_unread
 from rlhf_ppo.runtime.unknown_names import refuse_unknown_settings
 
 _FILTERS = (

@@ -71,6 +71,20 @@ def is_changed(settings: Any, name: str) -> bool:
     return any(getattr(settings, name) != field.default for field in dataclasses.fields(settings) if field.name == name)
 
 
+def refuse_unread(settings: Settings, why: str, *names: str) -> None:
+    """Raise a ValueError for the first of these settings that was changed although the others leave it without effect.
+
+    Args:
+        settings: the instance.
+        why: which other setting leaves them without effect.
+        names: the settings.
+    """
+    for name in names:
+        if is_changed(settings, name):
+            value = getattr(settings, name)
+            raise ValueError(f"{name}={value!r} has no effect: {why}. Leave it out, or change the other")
+
+
 def require_types(settings: Any) -> None:
     """Check every field of a dataclass instance against its annotation: a number, text, a tuple of these, or None.
 

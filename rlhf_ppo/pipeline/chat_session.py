@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 
-from rlhf_ppo.config.generate import GenerateArgs
+from rlhf_ppo.config.inference import GenerateArgs
 from rlhf_ppo.data.chat import Prompt
 from rlhf_ppo.data.detokenization import TextPieces
 from rlhf_ppo.data.tokenization import tokenize_prompt

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_ppo.config.evaluate import EvaluateArgs
+from rlhf_ppo.config.inference import EvaluateArgs
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.data.chat import Completion
 from rlhf_ppo.data.mixtures import load_mixture

@@ -10,7 +10,7 @@ from typing import Any, Literal, TextIO
 
 import torch
 
-from rlhf_ppo.config.generate import GenerateArgs
+from rlhf_ppo.config.inference import GenerateArgs
 from rlhf_ppo.data.chat import Prompt, with_chat_template
 from rlhf_ppo.data.detokenization import TextPieces, before_each
 from rlhf_ppo.data.mixtures import load_mixture

@@ -1,4 +1,4 @@
-"""The one loader of settings: defaults, then a YAML file, then flags; typos are errors with a suggestion."""
+"""Load settings: defaults, then a YAML file, then flags; a typo is an error with a suggestion."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Command = tuple[type, Callable[[Any], int | None] | str]
 
 
 def read_yaml(path: str | Path, cls: type) -> dict[str, Any]:
-    """The settings in a YAML file, checked key by key against the dataclass ``cls``.
+    """Read the settings in a YAML file, checked key by key against the dataclass ``cls``.
 
     Numbers may be written ``1e-5``: YAML reads that as a string, the field's type makes it a float.
 
@@ -46,10 +46,10 @@ def read_yaml(path: str | Path, cls: type) -> dict[str, Any]:
 
 
 def load_yaml(path: Path) -> dict[Any, Any]:
-    """The mapping in a YAML file.
+    """Read the mapping in a YAML file.
 
     Raises:
-        ValueError: no YAML, not a mapping, or a key that is there twice, of which YAML would silently keep the last.
+        ValueError: invalid YAML, not a mapping, or a duplicate key, of which YAML would silently keep the last.
     """
     try:
         content = _StrictLoader(path.read_text(encoding="utf-8")).get_single_data() or {}
@@ -93,7 +93,7 @@ def _checked(path: Path, key: Any, value: Any, known: list[str], types: Mapping[
 
 
 def as_type(value: Any, hint: Any) -> Any:
-    """What YAML made of a setting, as the setting's type: text that is a number does for one, true and false do not.
+    """Convert what YAML made of a setting to the setting's type; text may be a number, true and false may not.
 
     Raises:
         ValueError: it does not fit; says why.
@@ -112,7 +112,7 @@ def as_type(value: Any, hint: Any) -> Any:
 
 
 def as_whole(value: Any) -> Any:
-    """Text such as 1e6 as the whole number that it is; anything else, 1.5 and 10 included, as it came."""
+    """Return text such as 1e6 as the whole number that it is, and anything else unchanged."""
     if not isinstance(value, str) or value.isdecimal():
         return value
     try:
@@ -131,9 +131,8 @@ def _counts(hint: Any) -> bool:
 def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, description: str | None = None) -> Settings:
     """Build ``cls`` from ``argv``: flags win over ``--config file.yaml``, which wins over the defaults.
 
-    A bool's flag needs no value: it means True. A field annotated ``tyro.conf.Positional[...]`` is a word without a
-    flag; such words come first. A class with a field ``config`` of its own means another file by that flag, and is set
-    by flags alone.
+    A bool's flag without a value means True. A field annotated ``tyro.conf.Positional[...]`` is a word without a flag;
+    such words come first. A class with a field ``config`` of its own takes settings from flags only.
 
     Raises:
         FileNotFoundError, ValueError: see :func:`read_yaml`; a wrong flag ends the program with usage help.
@@ -183,12 +182,12 @@ def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, descr
 
 
 def _grouped(flags: Sequence[str], cls: type) -> tuple[list[str], dict[str, list[str]]]:
-    """The words before the first flag, and setting -> its flag and values.
+    """Return the words before the first flag, and setting -> its flag and values.
 
     ``--prompt a --prompt b`` is ``--prompt a b``, where a setting takes several.
 
     Raises:
-        ValueError: a flag of one value is there twice: neither value is more likely meant than the other.
+        ValueError: a flag of one value is given twice.
     """
     hints, other_names = typing.get_type_hints(cls), aliases(cls)
     groups: dict[str, list[str]] = {}
@@ -253,7 +252,7 @@ def run_command(
     *,
     around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> int:
-    """Dispatch ``prog COMMAND flags``: parse the command's settings, run it, turn bad input into one clear line.
+    """Run ``prog COMMAND flags``: check the command's settings, then import and run it; report bad input in one line.
 
     Args:
         prog: name of the program.

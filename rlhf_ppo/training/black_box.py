@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from rlhf_ppo.config.removed import REMOVED_VALUES
+from rlhf_ppo.config.name_hints import REMOVED_VALUES
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import BannedTokens, Experience
 from rlhf_ppo.generation.rollout import Rollout

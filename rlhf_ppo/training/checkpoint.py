@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_ppo.config.removed import REMOVED
+from rlhf_ppo.config.name_hints import REMOVED
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.models.lora import earlier_name, with_current_names
 from rlhf_ppo.runtime.checkpoint import Checkpoint, CheckpointError, read_checkpoint

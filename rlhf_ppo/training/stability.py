@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rlhf_ppo.config.groups import SafetySettings
+from rlhf_ppo.config.run_groups import SafetySettings
 from rlhf_ppo.runtime.errors import RunError
 
 

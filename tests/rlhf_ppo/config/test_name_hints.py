@@ -8,7 +8,7 @@ import json
 import pytest
 
 from rlhf_ppo import RLHFConfig
-from rlhf_ppo.config.removed import REMOVED
+from rlhf_ppo.config.name_hints import REMOVED
 from rlhf_ppo.runtime.checkpoint import CheckpointError
 from rlhf_ppo.runtime.settings import parse_settings, read_yaml
 

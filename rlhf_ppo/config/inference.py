@@ -1,11 +1,12 @@
-"""EvaluateArgs: what `rlhf-ppo evaluate` reads."""
+"""Arguments of the commands that sample from a trained model: evaluate and generate."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from rlhf_ppo.config.data import PromptArgs
-from rlhf_ppo.config.groups import Precision
+from rlhf_ppo.config.run_groups import Precision
+from rlhf_ppo.core.validation import Settings, is_changed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,3 +63,60 @@ class EvaluateArgs(PromptArgs):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_at_least(1, "num_prompts", "batch_size", "max_turns", "num_threads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateArgs(Settings):
+    """Sample completions of prompts from a model, or chat with it."""
+
+    model: str
+    """Folder of a model or adapter, hub id, or "embedded"."""
+    prompt: tuple[str, ...] = ()
+    """One or more prompts."""
+    dataset: str | None = None
+    """Data set with the prompts instead: a hub id, a folder, or a csv, jsonl or parquet file (also .gz)."""
+    split: str = "train"
+    """Split of the data set."""
+    prompt_column: str = "prompt"
+    """Column with the prompts, text or chat messages."""
+    output: str | None = None
+    """With dataset: jsonl file to write, one row per completion, with the data set's other columns."""
+    chat_template: str | None = None
+    """Jinja chat template for the tokenizer, a file or the text itself; None: the tokenizer's own."""
+    chat: bool = False
+    """Chat with the model: lines from the keyboard or a pipe, until end of input or /exit."""
+    num_samples: int = 1
+    """Completions per prompt."""
+    batch_size: int = 32
+    """Completions sampled at once."""
+    max_new_tokens: int = 48
+    """Maximum completion length in tokens."""
+    stop_strings: tuple[str, ...] | None = None
+    """Strings that end a completion and are cut from it; None: those of the run in the model's folder."""
+    temperature: float = 1.0
+    """Divides the logits: below 1 is more predictable, above 1 more varied."""
+    seed: int = 0
+    """Random seed of the draws."""
+    device: str | None = None
+    """cuda, mps or cpu; None: the first of these that is available."""
+    num_threads: int | None = None
+    """CPU threads; None: 1 for models below ten million parameters, else all CPUs available."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_at_least(1, "num_samples", "max_new_tokens", "batch_size", "num_threads")
+        self._require_positive("temperature")
+        given = [name for name in ("prompt", "dataset", "chat") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of prompt, dataset and chat, got {' and '.join(given) or 'none'}")
+        if (self.dataset is None) != (self.output is None):
+            raise ValueError(f"dataset and output go together, got dataset={self.dataset!r} and output={self.output!r}")
+        if self.chat and self.num_samples > 1:
+            raise ValueError(f"chat gives one reply per turn, got num_samples={self.num_samples}")
+        for name, unread in (
+            ("split", self.dataset is None),
+            ("prompt_column", self.dataset is None),
+            ("batch_size", self.chat),
+        ):
+            if unread and is_changed(self, name):
+                raise ValueError(f"{name}={getattr(self, name)!r} has no effect on {given[0]}: leave it out")
