@@ -62,7 +62,7 @@ class Run:
     folder: RunDirectory
     sources: dict[str, str | None]
     """For run.json: where model, ref_model and reference came from; "object" for a model that was passed as one."""
-    reward_sources: list[str | None]
+    reward_sources: list[str]
     """Likewise, the reward functions."""
     stopwatch: Stopwatch
     gradient: MinibatchGradient = minibatch_gradient

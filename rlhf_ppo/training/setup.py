@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_ppo.config.groups import CriticSettings, RolloutSettings
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.data.chat import refuse_prefill, with_chat_template
 from rlhf_ppo.data.prompts import PromptSet
@@ -82,7 +83,7 @@ def set_up(
         (what is fixed for the run, policy and critic).
     """
     _check_arguments(args, eval_dataset, respond)
-    names = {"model": source_name(model), "ref_model": None if ref_model is None else source_name(ref_model)}
+    sources = {"model": source_name(model), "ref_model": None if ref_model is None else source_name(ref_model)}
     device = resolve_device(args.device)
     bf16 = compute_in_bf16(args.precision, device)
     model, ref_model, value_model = map(resolve_model, (model, ref_model, value_model))
@@ -92,18 +93,14 @@ def set_up(
     check_precision(args, model, ref_model, peft_config, device)
     has_adapter = peft_config is not None or hasattr(model, "peft_config")
     critic = choose_critic(args, value_model=value_model, has_adapter=has_adapter)
-    head = None
-    if args.value_head_from is not None:
-        trunk_config = config if value_model is None else load_config(value_model)
-        head = load_value_head(args.value_head_from, trunk_config, setting="value_head_from")
+    head = _load_value_head(args, value_model or model)
     tokenizer = with_chat_template(processing_class or load_tokenizer(model), args.chat_template)
     room = prompt_room(config, args.max_new_tokens)
     stops = choose_stop_tokens(model, config, tokenizer, args, vocab_size)
-
-    def prompt_set(rows: RowSource | None, name: str) -> PromptSet | None:
-        return None if rows is None else PromptSet(rows, tokenizer, args, vocab_size=vocab_size, room=room, name=name)
-
-    train_prompts, eval_prompts = prompt_set(train_dataset, "train_dataset"), prompt_set(eval_dataset, "eval_dataset")
+    train_prompts, eval_prompts = (
+        None if rows is None else PromptSet(rows, tokenizer, args, vocab_size=vocab_size, room=room, name=name)
+        for rows, name in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset"))
+    )
     sets = [prompts for prompts in (train_prompts, eval_prompts) if prompts is not None]
     if respond is not None:
         _check_turns(tokenizer, sets)
@@ -116,12 +113,8 @@ def set_up(
     )
     # A conversation grows by replies of unknown length.
     longest = None if respond is not None or not sets else max(p.longest for p in sets) + args.max_new_tokens
-    check_forward(models.actor_critic, models.reference, longest=longest, bf16=bf16)
-    check_backward(models.actor_critic, bf16=bf16, checkpoint=args.gradient_checkpointing)
-    microbatch_tokens = args.microbatch_tokens or (1024 if device.type == "cpu" else 16384)
-    with autocast(bf16, device):
-        sample = choose_engine(args, models.actor_critic)
-    listed = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    sample = _check_passes(models, args, device, longest=longest, bf16=bf16)
+    sources["reference"] = models.start or (BASE_FOLDER if models.reference.model is None else REFERENCE_FOLDER)
     run = Run(
         args=args,
         device=device,
@@ -136,21 +129,12 @@ def set_up(
         reference=models.reference,
         base=models.base,
         start=models.start,
-        sampling=SamplingParams(
-            max_new_tokens=args.max_new_tokens,
-            min_new_tokens=args.min_new_tokens,
-            temperature=args.temperature,
-            stop_token_ids=stops,
-            stop_strings=args.stop_strings,
-        ),
+        sampling=_sampling_params(args, stops),
         sample=sample,
-        microbatch_tokens=microbatch_tokens,
+        microbatch_tokens=args.microbatch_tokens or (1024 if device.type == "cpu" else 16384),
         folder=RunDirectory(args.output_dir, quiet=args.quiet),
-        sources={
-            **names,
-            "reference": models.start or (BASE_FOLDER if models.reference.model is None else REFERENCE_FOLDER),
-        },
-        reward_sources=[reward_source(source) for source in listed],
+        sources=sources,
+        reward_sources=_reward_sources(reward_funcs),
         stopwatch=Stopwatch(device),
     )
     return run, models.actor_critic
@@ -174,6 +158,22 @@ def _check_arguments(args: RLHFConfig, eval_dataset: RowSource | None, respond: 
         raise ValueError(
             f"eval_every={args.eval_every} has nothing to evaluate on: pass an eval_dataset, or set it to 0"
         )
+
+
+def _load_value_head(args: CriticSettings, trunk: str | PreTrainedModel) -> dict[str, Tensor] | None:
+    if args.value_head_from is None:
+        return None
+    return load_value_head(args.value_head_from, load_config(trunk), setting="value_head_from")
+
+
+def _sampling_params(args: RolloutSettings, stop_token_ids: tuple[int, ...]) -> SamplingParams:
+    return SamplingParams(
+        max_new_tokens=args.max_new_tokens,
+        min_new_tokens=args.min_new_tokens,
+        temperature=args.temperature,
+        stop_token_ids=stop_token_ids,
+        stop_strings=args.stop_strings,
+    )
 
 
 def _load_rewards(
@@ -243,6 +243,21 @@ def _load_models(
     if reference_model is None:
         _require_start(policy, reference, peft_config)
     return _Models(actor_critic, reference, base, start)
+
+
+def _check_passes(
+    models: _Models, args: RLHFConfig, device: torch.device, *, longest: int | None, bf16: bool
+) -> Sampler:
+    """Check forward and backward passes, and return the engine that decodes this policy."""
+    check_forward(models.actor_critic, models.reference, longest=longest, bf16=bf16)
+    check_backward(models.actor_critic, bf16=bf16, checkpoint=args.gradient_checkpointing)
+    with autocast(bf16, device):
+        return choose_engine(args, models.actor_critic)
+
+
+def _reward_sources(reward_funcs: RewardSource | Sequence[RewardSource]) -> list[str]:
+    listed = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    return [reward_source(source) for source in listed]
 
 
 def _require_start(policy: Any, reference: Reference, peft_config: Any) -> None:
