@@ -15,7 +15,7 @@ from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.data.chat import refuse_prefill, with_chat_template
 from rlhf_ppo.data.prompts import PromptSet
 from rlhf_ppo.data.rows import RowSource
-from rlhf_ppo.generation.engines import choose_engine
+from rlhf_ppo.generation.engines import Sampler, choose_engine
 from rlhf_ppo.generation.multi_turn import Respond
 from rlhf_ppo.generation.reply_tokens import chat_reply_ids
 from rlhf_ppo.generation.rollout import SamplingParams
