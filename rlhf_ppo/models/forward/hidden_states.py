@@ -17,17 +17,29 @@ def without_adapter_wrapper(model: nn.Module) -> Any:
     return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
 
 
+CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
+"""What a cache is called: from transformers 5.24 on, before it, and before it in Mamba models."""
+
+
 def call(
-    model: nn.Module, ids: Tensor, positions: Tensor | None = None, attention: Tensor | None = None, **kwargs: Any
+    model: nn.Module,
+    ids: Tensor,
+    positions: Tensor | None = None,
+    attention: Tensor | None = None,
+    *,
+    cache: Any = None,
+    **kwargs: Any,
 ) -> Any:
-    """Run a forward pass; by default the model counts positions itself, and every token is real."""
+    """Run a forward pass; by default the model counts positions itself, every token is real, and nothing is cached."""
     if positions is not None and accepts(model, "position_ids"):
         kwargs["position_ids"] = positions
-    if "past_key_values" in kwargs and not accepts(model, "past_key_values"):
-        kwargs["cache_params"] = kwargs.pop("past_key_values")  # its name in Mamba models
-        attention = attention if ids.shape[1] > 1 else None  # they would broadcast one new token over the whole mask
+    if cache is not None:
+        name = next((name for name in CACHE_ARGUMENTS if accepts(model, name)), "past_key_values")
+        kwargs |= {name: cache, "use_cache": True}
+        if ids.shape[1] == 1 and getattr(model, "_is_stateful", False) and not accepts(model, "position_ids"):
+            attention = None  # Mamba models would broadcast one new token over the whole mask
     elif accepts(model, "use_cache") or accepts(model, "kwargs"):
-        kwargs = {"use_cache": False, **kwargs}
+        kwargs["use_cache"] = False
     mask = torch.ones_like(ids) if attention is None else attention.long()
     return model(input_ids=ids, attention_mask=mask, **kwargs)
 

@@ -146,7 +146,7 @@ class ModelRunner:
     ) -> tuple[Tensor, Tensor | None]:
         """Run one decode step: logits [B, V] of the next token and, if asked, the last hidden state [B, O]."""
         inputs: tuple[Any, ...] = (ids, positions, attention)
-        kwargs: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+        kwargs: dict[str, Any] = {"cache": cache}
         newest: Any = (slice(None), -1)
         if isinstance(cache, TokenCache):
             ids, ends = cache.add(ids, attention)

@@ -150,7 +150,12 @@ def test_auto_is_dynamic_without_a_gpu(make):
 def test_a_model_that_reads_a_fixed_cache_wrongly_is_refused(make, monkeypatch):
     """The values that attention reads are doubled, so the log-probs are those of another model."""
     update = FixedLayer.update
-    monkeypatch.setattr(FixedLayer, "update", lambda *states: (lambda k, v: (k, 2 * v))(*update(*states)))
+
+    def doubled(*states, **others):
+        keys, values = update(*states, **others)
+        return keys, 2 * values
+
+    monkeypatch.setattr(FixedLayer, "update", doubled)
     with pytest.raises(ValueError, match=r"'static' .* model=GPT2LMHeadModel: its log-probs are .*'dynamic'"):
         choose_engine(RolloutSettings(generation="static"), make())
 

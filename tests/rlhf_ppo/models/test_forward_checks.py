@@ -14,6 +14,7 @@ import torch
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
@@ -64,6 +65,8 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_f_each_kind_of_architecture_is_what_it_is_alone(kind, tmp_path):
     """Prompts of four lengths, rows that end at different times; log-probs, values, reference and the first ratio."""
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
     found = SWEEP["try_variant"](kind, "plain", str(tmp_path), {})
     assert found["outcome"] == "right", found
     assert tuple(found["ways"]) == KINDS[kind]
