@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf_ppo.config.run_groups import MemorySettings, RunSettings, SafetySettings  # noqa: F401 - found here too
 from rlhf_ppo.core.validation import Settings, is_changed, refuse_unread
 
 

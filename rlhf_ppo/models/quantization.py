@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from rlhf_ppo.config.groups import MemorySettings
+from rlhf_ppo.config.run_groups import MemorySettings
 from rlhf_ppo.data.hub import read_weights
 from rlhf_ppo.models.loading import in_float32, load_policy
 

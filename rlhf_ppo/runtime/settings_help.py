@@ -22,6 +22,7 @@ FIRST = "Start here"
 
 _KINDS = {int: "INT", float: "NUMBER", str: "TEXT", bool: "{True,False}"}
 _COLUMN = 34
+_TIE = "\N{NO-BREAK SPACE}"
 
 
 class Section(NamedTuple):
@@ -90,6 +91,7 @@ def help_text(cls: type, *, prog: str, description: str, width: int | None = Non
             flag = "  " + _flag(field, hints[field.name])
             text = said.get(field.name, "") + _default(field)
             wrapped = textwrap.wrap(text, width - _COLUMN, break_on_hyphens=False) or [""]
+            wrapped = [line.replace(_TIE, " ") for line in wrapped]
             if len(flag) >= _COLUMN:
                 lines.append(flag)
             else:
@@ -141,4 +143,4 @@ def _kind(hint: Any) -> str:
 def _default(field: dataclasses.Field[Any]) -> str:
     if field.default is dataclasses.MISSING:
         return " (required)"
-    return "" if field.default in (None, ()) or field.default is False else f" (default: {field.default})"
+    return "" if field.default in (None, ()) or field.default is False else f" (default:{_TIE}{field.default})"
