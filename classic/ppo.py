@@ -84,7 +84,8 @@ class PPO:
         """
         require_one_process()
         self.run: Run = make_run(env, args or PPOArgs())
-        self.state: TrainState = initial_state(self.run)
+        with torch_threads(self.args.num_threads):  # on which the last digits of the initial weights depend
+            self.state: TrainState = initial_state(self.run)
         self._evaluation = EvaluationCopies()
         self._forgotten_state = ForgottenState()
         self._announced = False

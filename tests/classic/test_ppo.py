@@ -309,6 +309,15 @@ def test_thread_count_is_scoped():
     assert torch.get_num_threads() == before
 
 
+def test_initial_weights_do_not_depend_on_the_threads_of_the_process():
+    weights = []
+    for threads in (1, 2):
+        with torch_threads(threads):
+            agent = classic.PPO("CartPole-v1", classic.PPOArgs(seed=3))
+            weights.append([x.clone() for x in agent.network.parameters()])
+    assert all(torch.equal(x, y) for x, y in zip(*weights, strict=True))
+
+
 def test_learning_runs_on_one_thread_by_default(small):
     seen = []
     agent = classic.PPO("tests/Match-v0", small())
