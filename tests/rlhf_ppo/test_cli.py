@@ -222,7 +222,7 @@ def exit_code(words: list[str]) -> int:
         ("--offload-activations True", "offload_activations=True moves activations from a GPU"),
         (
             "--value-head-from nowhere",
-            "value_head_from='nowhere': neither value_head.safetensors nor model.safetensors",
+            "value_head_from='nowhere': found neither value_head.safetensors nor model.safetensors",
         ),
     ],
 )
