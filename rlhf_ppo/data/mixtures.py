@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rlhf_ppo.config.data import require_weights
+from rlhf_ppo.config.data import DataArgs, require_weights
 from rlhf_ppo.data.files import load_rows
 from rlhf_ppo.data.rows import Rows, interleave, join
+
+
+def load_data(args: DataArgs, *, seed: int) -> Rows:
+    """Load the data sets that a command's arguments name (see :func:`load_mixture`)."""
+    return load_mixture(args.dataset, args.split, weights=args.dataset_weights, seed=seed)
 
 
 def load_mixture(

@@ -1,4 +1,4 @@
-"""Comparison: means with intervals, win rates with intervals, and how varied texts are."""
+"""Compare models: means and win rates with intervals, calibration of preferences, diversity of texts."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
+from torch import Tensor
+
 
 def interval(values: Iterable[float | None]) -> dict[str, float | None]:
-    """Mean of the values that are there and the half-width of its 95 % interval (1.96 standard errors).
+    """Compute the mean of the values that are not None, and the half-width of its 95 % interval (1.96 standard errors).
 
     Returns:
-        {mean, half_width}; None where there is no value, or one value and so no spread.
+        {mean, half_width}; both None without any value, the half-width also for a single one.
     """
     found = [value for value in values if value is not None]
     if not found:
@@ -25,12 +27,12 @@ def interval(values: Iterable[float | None]) -> dict[str, float | None]:
 
 
 def differences(ours: Iterable[float | None], theirs: Iterable[float | None]) -> list[float]:
-    """ours - theirs for each pair with two values."""
+    """Compute ours - theirs of each pair; pairs with a None are left out."""
     return [a - b for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
 
 
 def win_rate(ours: Iterable[float | None], theirs: Iterable[float | None]) -> dict[str, float]:
-    """Share of pairs in which ours has the higher score, ties counted half, with a 95 % interval.
+    """Compute the share of pairs in which ours has the higher score, ties counted half, with a 95 % interval.
 
     The interval is Wilson's (see :func:`wilson`); ties make it a little too wide.
 
@@ -49,7 +51,7 @@ def win_rate(ours: Iterable[float | None], theirs: Iterable[float | None]) -> di
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share seen in ``n`` trials; it stays inside [0, 1] and is no point where all trials agree.
+    """Compute the 95 % interval of a share seen in ``n`` trials, inside [0, 1] and never empty.
 
     Source: Wilson, "Probable Inference, the Law of Succession, and Statistical Inference" (1927).
     """
@@ -59,10 +61,40 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     return centre - half, centre + half
 
 
-def distinct(texts: Sequence[str], n: int) -> float:
-    """Distinct word n-grams over all word n-grams of the texts together, from 0 to 1; 0 without any.
+def calibration(gap: Tensor) -> list[dict[str, float]]:
+    """Compare how sure a reward model is of its preferences with how often they are right, in bins.
 
-    It falls as more text is counted, so compare equal numbers of texts of like length only.
+    A pair has no natural order, so each is asked about the answer with the higher score: predicted is sigmoid(|gap|),
+    from 0.5 to 1; observed is the share in which that answer was the chosen one (a tie counts half).
+
+    Args:
+        gap: [N] chosen - rejected score.
+    Returns:
+        A row per bin, from unsure to sure: pairs, mean prediction, observed share and its 95 % interval. There are at
+        most 10 bins, with equal numbers of pairs, at least 25.
+    """
+    predicted, order = gap.double().abs().sigmoid().sort()
+    right = ((gap > 0).double() + 0.5 * (gap == 0).double())[order]
+    bins = min(10, max(1, len(gap) // 25))
+    rows: list[dict[str, float]] = []
+    for says, was in zip(predicted.tensor_split(bins), right.tensor_split(bins), strict=True):
+        low, high = wilson(float(was.mean()), len(was))
+        rows.append(
+            {
+                "pairs": len(was),
+                "predicted": float(says.mean()),
+                "observed": float(was.mean()),
+                "low": low,
+                "high": high,
+            }
+        )
+    return rows
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Compute the share of distinct ones among all word n-grams of the texts together; 0 without any.
+
+    It falls as more text is counted, so compare only equal numbers of texts of similar length.
 
     Source: Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models" (2016).
     """

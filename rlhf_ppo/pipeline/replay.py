@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from rlhf_ppo.config.commands import ReplayArgs
+from rlhf_ppo.data.chat import display_text
 from rlhf_ppo.models.activation_memory import checkpoint_layers
 from rlhf_ppo.models.actor_critic import ActorCritic, build_actor_critic
 from rlhf_ppo.models.compare import OBJECT
@@ -26,7 +27,6 @@ from rlhf_ppo.models.lora import with_current_names
 from rlhf_ppo.models.policy_adapter import prepare_policy
 from rlhf_ppo.models.quantization import load_quantized, load_reference
 from rlhf_ppo.models.reference import Reference
-from rlhf_ppo.pipeline.before_after import readable
 from rlhf_ppo.runtime.device import resolve_device
 from rlhf_ppo.runtime.processes import torch_threads
 from rlhf_ppo.training.black_box import BlackBox, read_black_box
@@ -151,7 +151,7 @@ def _rows_alone(box: BlackBox, model: ActorCritic, reference: Reference | None) 
     guilty = [row for row in rows if not all(map(math.isfinite, _gradient(box, model, reference, [[row]])[0].values()))]
     if not guilty:
         return ["no response of the minibatch by itself: only their sum"]
-    said = [(row, readable(box.rollout.prompts[row]), readable(box.rollout.completions[row])) for row in guilty]
+    said = [(row, display_text(box.rollout.prompts[row]), display_text(box.rollout.completions[row])) for row in guilty]
     shown = [f"  response {row}: {prompt!r} -> {completion!r}" for row, prompt, completion in said]
     return [f"by themselves, {_rows(guilty)} of the minibatch", *shown]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rlhf_ppo.config.train import TrainArgs
-from rlhf_ppo.data.mixtures import load_mixture
+from rlhf_ppo.data.mixtures import load_data, load_mixture
 from rlhf_ppo.data.rows import Rows, prompt_rows
 from rlhf_ppo.models.lora import lora_config
 from rlhf_ppo.pipeline.before_after import print_before_after
@@ -16,8 +16,7 @@ from rlhf_ppo.trainer import PPOTrainer
 
 def train(args: TrainArgs) -> None:
     """Run the `train` command."""
-    mixture = load_mixture(args.dataset, args.split, weights=args.dataset_weights, seed=args.seed)
-    train_rows = prompt_rows(mixture, args.prompt_column)
+    train_rows = prompt_rows(load_data(args, seed=args.seed), args.prompt_column)
     eval_rows: Rows | None = None
     if args.eval_dataset is not None:
         eval_rows = prompt_rows(load_mixture(args.eval_dataset, args.eval_split or args.split), args.prompt_column)

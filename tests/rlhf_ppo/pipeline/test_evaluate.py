@@ -191,7 +191,7 @@ def test_runs_from_python_say_what_they_started_from(make_trainer, tmp_path, mak
 )
 def test_the_opponent_is_checked_before_any_prompt_is_sampled(quick, make_model, monkeypatch, against, message):
     make_model(vocab_size=31).save_pretrained("other")
-    monkeypatch.setattr("rlhf_ppo.pipeline.evaluate._sample", lambda *_: pytest.fail("sampled"))
+    monkeypatch.setattr("rlhf_ppo.pipeline.evaluate.sample", lambda *_: pytest.fail("sampled"))
     with pytest.raises(ValueError, match=message):
         evaluate(quick(model="first", ref_model="first", against=against))
 

@@ -201,9 +201,15 @@ def test_a_folder_in_use_and_a_file_are_refused_before_anything_moves(quick, wri
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"learning_rate": 1e30}, r"the gradient is not finite after 16 pairs .*lower learning_rate"),
-        ({"learning_rate": 1e30, "batch_size": 200}, r"after all 90 pairs a held-out score is not finite"),
-        ({"learning_rate": 1e6, "batch_size": 200, "save_dtype": "float16"}, r"after all 90 pairs \S+ is not finite"),
+        (
+            {"learning_rate": 1e30},
+            r"after 16 pairs: the loss is .* and its gradient's norm .*, so nothing was saved; lower learning_rate",
+        ),
+        ({"learning_rate": 1e30, "batch_size": 200}, r"after all 90 pairs a held-out score is non-finite"),
+        (
+            {"learning_rate": 1e6, "batch_size": 200, "save_dtype": "float16"},
+            r"after all 90 pairs \S+ is non-finite in float16",
+        ),
     ],
 )
 def test_a_run_that_diverges_says_where_and_saves_nothing(quick, write, tmp_path, settings, message):
@@ -296,7 +302,7 @@ def test_a_disk_that_fills_leaves_the_model_elsewhere(write, quick, tmp_path, mo
         return usage._replace(free=10 if len(looks) == 2 else 10**12)
 
     monkeypatch.setattr(shutil, "disk_usage", free)
-    with pytest.raises(OSError, match=r"cannot be written: it needs .*lies in .*rescue.* instead"):
+    with pytest.raises(OSError, match=r"cannot be written: it needs .*were saved in .*rescue.* instead"):
         train_reward_model(quick(write(pairs()), num_epochs=1))
     (kept,) = (tmp_path / "rescue").iterdir()
     assert len(RewardModel(str(kept))(["abc "], ["x"])) == 1

@@ -13,17 +13,9 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, MixtralConfig, T5Config
 
+from rlhf_ppo.data.examples import Example, collate, encode_examples, read_examples
 from rlhf_ppo.generation.stop_tokens import stop_tokens
-from rlhf_ppo.pipeline.sft import (
-    Example,
-    SFTArgs,
-    _collate,
-    encode_examples,
-    nats_per_token,
-    read_examples,
-    sft,
-    train_tokenizer,
-)
+from rlhf_ppo.pipeline.sft import SFTArgs, nats_per_token, sft, train_tokenizer
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.run_directory import RunLockedError, run_lock
 
@@ -76,7 +68,7 @@ def test_from_an_architecture_to_a_folder_that_opens_and_on_from_there(quick, da
 
 def test_padding_is_never_a_target_and_the_final_end_of_text_is():
     """Rows end in id 0, which is also what fills the batch: labels tell them apart by length."""
-    batch = _collate([{"input_ids": [5, 6, 0], "labels": [5, 6, 0]}, {"input_ids": [7, 0], "labels": [7, 0]}])
+    batch = collate([{"input_ids": [5, 6, 0], "labels": [5, 6, 0]}, {"input_ids": [7, 0], "labels": [7, 0]}])
     assert batch["input_ids"].tolist() == [[5, 6, 0], [7, 0, 0]]
     assert batch["labels"].tolist() == [[5, 6, 0], [7, 0, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
@@ -103,11 +95,11 @@ def test_same_seed_same_weights(quick, data, architecture, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, r"step 2: the loss is nan, so nothing was saved; lower learning_rate"),
+        ({}, r"step 2: the loss is nan and its gradient's norm nan, so nothing was saved; lower learning_rate"),
         # One step, and no next one to notice.
         ({"num_epochs": 0.01}, r"after the last step \(1\), on the held-out rows: the loss is nan"),
         # Weights of about 1e5 keep the loss finite, and are beyond float16.
-        ({"learning_rate": 1e5, "num_epochs": 0.01, "save_dtype": "float16"}, r"is not finite in float16"),
+        ({"learning_rate": 1e5, "num_epochs": 0.01, "save_dtype": "float16"}, r"is non-finite in float16"),
     ],
 )
 def test_a_run_that_diverges_says_where_and_saves_nothing(
@@ -349,7 +341,7 @@ def test_a_disk_that_fills_leaves_the_old_model_and_the_new_one_elsewhere(
         return usage._replace(free=10 if len(looks) == 2 else 10**12)  # full at the second look, the save's own
 
     monkeypatch.setattr(shutil, "disk_usage", free)
-    with pytest.raises(OSError, match=r"out cannot be written: it needs .*lies in .*rescue.* instead"):
+    with pytest.raises(OSError, match=r"out cannot be written: it needs .*were saved in .*rescue.* instead"):
         sft(dataclasses.replace(args, seed=1))
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == old
     (kept,) = (tmp_path / "rescue").iterdir()

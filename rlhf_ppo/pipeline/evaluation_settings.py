@@ -1,0 +1,117 @@
+"""Settle how an evaluation samples and scores: as the run in the model's folder did, unless arguments say otherwise."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from rlhf_ppo.config.evaluate import EvaluateArgs
+from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.generation.multi_turn import Respond
+from rlhf_ppo.models.loading import BASE_FOLDER, REFERENCE_FOLDER, adapter_base, load_tokenizer
+from rlhf_ppo.runtime.user_code import load_function
+
+SAMPLING = (
+    *("max_new_tokens", "temperature", "stop_token_ids", "stop_strings", "min_new_tokens"),
+    *("max_turns", "respond_timeout_s"),
+)
+"""The run's settings that say how it sampled."""
+
+READING = ("reward_chat_template", "reward_max_length")
+"""The run's settings that say how its reward models read text."""
+
+RunSettings = dict[str, Any]
+"""What run.json holds; {} for a model that is no run."""
+
+
+def find_reference(model: str, run: RunSettings) -> str:
+    """Return the model that a run started from.
+
+    Raises:
+        ValueError: the folder does not say it.
+    """
+    found = run.get("reference") or run.get("ref_model") or run.get("model") or adapter_base(model)
+    if found in (BASE_FOLDER, REFERENCE_FOLDER):
+        found = str(beside) if (beside := Path(model) / found).is_dir() else None
+    if not found:
+        raise ValueError(
+            f"{model} does not say what it was trained from (no run.json with a model in it, or a model object that "
+            f"lies neither in {BASE_FOLDER}/ nor in {REFERENCE_FOLDER}/): name the reference for the KL with ref_model"
+        )
+    return str(found)
+
+
+def sampler_config(args: EvaluateArgs, run: RunSettings) -> RLHFConfig:
+    """Return the settings of a run that samples and scores as the evaluation should."""
+    known = {field.name for field in dataclasses.fields(RLHFConfig)}
+    chosen: dict[str, Any] = {name: run[name] for name in SAMPLING if name in run and name in known}
+    chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()}
+    for name in ("max_new_tokens", "temperature", "max_turns"):
+        if (value := getattr(args, name)) is not None:
+            chosen[name] = value
+    if chosen.get("max_turns", 1) == 1:
+        chosen.pop("respond_timeout_s", None)
+    template = args.chat_template
+    if template is None and run.get("chat_template") is not None:
+        template = str(load_tokenizer(args.model).chat_template)  # saved there; the run's file may be gone
+    return RLHFConfig(
+        **chosen,
+        chat_template=template,
+        **_scoring(args, run),
+        output_dir=args.output_dir,
+        drop_nonfinite_scores=args.drop_nonfinite_scores,
+        objective="reinforce",  # needs no critic
+        recompute_logprobs=True,  # by the reference's kind of forward pass: a model's KL to itself is 0 in bf16, too
+        rollout_batch_size=args.batch_size,
+        num_minibatches=1,
+        seed=args.seed,
+        device=args.device,
+        precision=args.precision,
+    )
+
+
+def _scoring(args: EvaluateArgs, run: RunSettings) -> dict[str, Any]:
+    """Return how the run read and weighted its rewards, where the evaluation asks them again."""
+    again = [name for name in args.reward if name in run.get("reward", ()) and ":" not in name]
+    chosen = {name: run[name] for name in READING if again and run.get(name) is not None}
+    chosen |= {name: value for name in READING if (value := getattr(args, name)) is not None}
+    same = list(args.reward) == list(run.get("reward", ()))
+    weights = run.get("reward_weights") if same else None
+    if args.judge is not None:
+        # The judge is called like a reward, with weight 0 in their sum.
+        weights = (*(weights or [1.0] * len(args.reward)), 0.0)
+    return {**chosen, "reward_weights": None if weights is None else tuple(weights)}
+
+
+def find_respond(args: EvaluateArgs, run: RunSettings, max_turns: int) -> Respond | None:
+    """Load the function that answers the model's turns; None for a single turn.
+
+    Raises:
+        ValueError: several turns, and nothing names it.
+    """
+    name = args.respond or (run.get("respond") if max_turns > 1 else None)
+    if name is None and max_turns > 1:
+        raise ValueError(
+            f"max_turns={max_turns} needs respond, which answers the model's turns, and {args.model} does not name it "
+            "(it was trained from Python, or is no run): name it with respond, or set max_turns to 1"
+        )
+    return None if name is None else load_function(name, "respond")
+
+
+def was_trained_on_judge(args: EvaluateArgs, run: RunSettings) -> bool:
+    """Return whether one of the run's rewards judges here; assumed of rewards where the folder does not name the run's.
+
+    A judge (``args.judge``) decides alone, else the rewards do.
+    """
+    if args.judge is None and "reward" not in run:
+        return True
+    judges = args.reward if args.judge is None else (args.judge,)
+    return any(_same_reward(judge, trained) for judge in judges for trained in run.get("reward", ()))
+
+
+def _same_reward(judge: str, trained: str) -> bool:
+    """Return whether two names may mean one reward: a function's file or module can be named in several ways."""
+    if ":" in judge and ":" in trained and not judge.startswith("http"):
+        return judge.rpartition(":")[2] == trained.rpartition(":")[2]
+    return judge == trained or (Path(judge).exists() and Path(judge).resolve() == Path(trained).resolve())

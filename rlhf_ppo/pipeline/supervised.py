@@ -1,0 +1,121 @@
+"""Train on labelled data: what sft and reward share, from the optimizer and its steps to the saved folder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedTokenizerBase, get_scheduler
+
+from rlhf_ppo.config.reward_training import RewardTrainingArgs
+from rlhf_ppo.config.sft import SFTArgs
+from rlhf_ppo.models.compare import probe_logits, require_saved
+from rlhf_ppo.models.loading import saved_bytes
+from rlhf_ppo.models.quantization import round_weights
+from rlhf_ppo.runtime.errors import NonFiniteGradientError
+from rlhf_ppo.runtime.files import save_or_rescue
+from rlhf_ppo.runtime.processes import torch_threads
+from rlhf_ppo.runtime.progress import ProgressDisplay, model_rows, print_summary
+from rlhf_ppo.training.optimizer import fit_warmup
+from rlhf_ppo.training.stability import nonfinite_parameters
+
+SupervisedArgs = SFTArgs | RewardTrainingArgs
+
+
+def make_optimizer(parameters: Iterable[Any], args: SupervisedArgs, steps: int) -> tuple[AdamW, LRScheduler]:
+    """Make a fused AdamW over parameters or parameter groups, and its schedule: linear warm-up, then cosine to zero."""
+    optimizer = AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    warmup = fit_warmup(args.warmup_steps, steps, quiet=args.quiet)
+    return optimizer, get_scheduler("cosine", optimizer, warmup, steps)
+
+
+def take_step(
+    model: nn.Module,
+    loss: Tensor,
+    optimizer: AdamW,
+    scheduler: LRScheduler,
+    *,
+    max_grad_norm: float,
+    where: str,
+    bf16: bool = False,
+) -> float:
+    """Backpropagate a loss [], clip the gradient's norm, take the optimizer step, and return the loss.
+
+    Raises:
+        NonFiniteGradientError: the loss or its gradient is non-finite, so the step is not taken; says ``where``.
+    """
+    loss.backward()
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
+    value = float(loss.detach())
+    if not math.isfinite(value + norm):
+        remedy = "lower learning_rate" + (", or set precision to fp32" if bf16 else "")
+        raise NonFiniteGradientError(
+            f"{where}: the loss is {value:.3g} and its gradient's norm {norm:.3g}, so nothing was saved; {remedy}"
+        )
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    return value
+
+
+@contextmanager
+def supervised_run(
+    model: nn.Module, args: SupervisedArgs, rows: dict[str, str], total: int, *, unit: str, bf16: bool = False
+) -> Iterator[ProgressDisplay]:
+    """Run with the threads of ``args``: print the summary, then show progress.
+
+    Args:
+        model: it is trained on the device where its parameters are.
+        args: settings.
+        rows: the summary's rows on data and run.
+        total: the progress at the end, in ``unit``.
+        unit: what the progress counts, such as pairs.
+        bf16: whether matrix products are in bf16.
+    """
+    name = str(args.model or getattr(args, "architecture", None))
+    device = next(model.parameters()).device
+    with torch_threads(args.num_threads, model):
+        about_model = model_rows(name, model, device=device, bf16=bf16)
+        print_summary({**about_model, **rows, "folder": args.output_dir}, quiet=args.quiet)
+        with ProgressDisplay(unit, total, each="step", quiet=args.quiet) as progress:
+            progress.phase("update")
+            yield progress
+
+
+def round_trained(model: nn.Module, save_dtype: str, where: str) -> None:
+    """Round the trained weights to the number format in which they are saved; a frozen base stays as it was loaded.
+
+    Raises:
+        NonFiniteGradientError: a weight is non-finite in it; says which.
+    """
+    round_weights([p for p in model.parameters() if p.requires_grad], getattr(torch, save_dtype))
+    if broken := nonfinite_parameters(model):
+        raise NonFiniteGradientError(
+            f"{where} {broken[0]} is non-finite in {save_dtype}, so nothing was saved; lower learning_rate"
+        )
+
+
+def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, load: Callable[[str], nn.Module]) -> None:
+    """Save model and tokenizer, then load the folder again and compare.
+
+    Raises:
+        OSError: they could not be written to ``folder``; says where they are instead.
+        SavedModelError: the folder holds another model than the one that was trained.
+    """
+    adapted = hasattr(model, "peft_config")
+
+    def write(new: Path) -> None:
+        model.save_pretrained(new)
+        if adapted:
+            model.config.save_pretrained(new)  # names what the adapter lacks, such as the number of labels
+        tokenizer.save_pretrained(new)
+
+    save_or_rescue(folder, write, needed=saved_bytes(model, adapted=adapted))
+    require_saved(folder, probe_logits(model.float()), load)
