@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from rlhf_ppo.config.evaluate import EvaluateArgs
+from rlhf_ppo.config.inference import EvaluateArgs
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.generation.multi_turn import Respond
 from rlhf_ppo.models.loading import BASE_FOLDER, REFERENCE_FOLDER, adapter_base, load_tokenizer
@@ -21,11 +21,11 @@ SAMPLING = (
 READING = ("reward_chat_template", "reward_max_length")
 """The run's settings that say how its reward models read text."""
 
-RunSettings = dict[str, Any]
-"""What run.json holds; {} for a model that is no run."""
+RunJson = dict[str, Any]
+"""The settings in run.json; {} for a model that is no run."""
 
 
-def find_reference(model: str, run: RunSettings) -> str:
+def find_reference(model: str, run: RunJson) -> str:
     """Return the model that a run started from.
 
     Raises:
@@ -42,7 +42,7 @@ def find_reference(model: str, run: RunSettings) -> str:
     return str(found)
 
 
-def sampler_config(args: EvaluateArgs, run: RunSettings) -> RLHFConfig:
+def sampler_config(args: EvaluateArgs, run: RunJson) -> RLHFConfig:
     """Return the settings of a run that samples and scores as the evaluation should."""
     known = {field.name for field in dataclasses.fields(RLHFConfig)}
     chosen: dict[str, Any] = {name: run[name] for name in SAMPLING if name in run and name in known}
@@ -71,7 +71,7 @@ def sampler_config(args: EvaluateArgs, run: RunSettings) -> RLHFConfig:
     )
 
 
-def _scoring(args: EvaluateArgs, run: RunSettings) -> dict[str, Any]:
+def _scoring(args: EvaluateArgs, run: RunJson) -> dict[str, Any]:
     """Return how the run read and weighted its rewards, where the evaluation asks them again."""
     again = [name for name in args.reward if name in run.get("reward", ()) and ":" not in name]
     chosen = {name: run[name] for name in READING if again and run.get(name) is not None}
@@ -84,7 +84,7 @@ def _scoring(args: EvaluateArgs, run: RunSettings) -> dict[str, Any]:
     return {**chosen, "reward_weights": None if weights is None else tuple(weights)}
 
 
-def find_respond(args: EvaluateArgs, run: RunSettings, max_turns: int) -> Respond | None:
+def find_respond(args: EvaluateArgs, run: RunJson, max_turns: int) -> Respond | None:
     """Load the function that answers the model's turns; None for a single turn.
 
     Raises:
@@ -99,7 +99,7 @@ def find_respond(args: EvaluateArgs, run: RunSettings, max_turns: int) -> Respon
     return None if name is None else load_function(name, "respond")
 
 
-def was_trained_on_judge(args: EvaluateArgs, run: RunSettings) -> bool:
+def was_trained_on_judge(args: EvaluateArgs, run: RunJson) -> bool:
     """Return whether one of the run's rewards judges here; assumed of rewards where the folder does not name the run's.
 
     A judge (``args.judge``) decides alone, else the rewards do.

@@ -151,7 +151,7 @@ def _load_model(args: SFTArgs, config: PretrainedConfig) -> PreTrainedModel:
 def _train(model: PreTrainedModel, train_rows: Dataset, held_out: Dataset, args: SFTArgs) -> float:
     """Train and round the model in place; return its loss on the held-out rows."""
     seed_everything(args.seed)  # the order of rows does not depend on what initialization drew
-    model.to(resolve_device())
+    cast(nn.Module, model).to(resolve_device())
     steps = math.ceil(args.num_epochs * math.ceil(len(train_rows) / args.batch_size))
     optimizer, scheduler = make_optimizer(_parameter_groups(model, args.weight_decay), args, steps)
     about = {
