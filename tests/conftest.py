@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -34,3 +35,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "learning_seed" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.learning)
+
+
+@pytest.fixture
+def pictures() -> None:
+    """Draw curve.png in this test."""
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than these runs: only tests that ask for ``pictures`` draw curve.png."""
+    if "pictures" not in request.fixturenames:
+        for module in ("rlhf_ppo.training.reporting", "classic.report"):
+            if module in sys.modules:
+                monkeypatch.setattr(sys.modules[module], "plot_curves", lambda *_, **__: None)

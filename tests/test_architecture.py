@@ -12,6 +12,7 @@ from pathlib import Path
 import classic
 import rlhf_ppo
 import rlhf_ppo.core
+from rlhf_ppo.runtime.package import MOVED
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = [ROOT / "rlhf_ppo", ROOT / "classic"]
@@ -124,6 +125,10 @@ def test_a_circle_is_seen():
 def test_no_module_imports_itself_round_about():
     # The package's own __init__ names its public classes for type checkers; nothing imports it.
     assert not circles({name: targets - {"rlhf_ppo"} for name, targets in GRAPH.items()})
+
+
+def test_no_module_imports_another_by_an_old_name():
+    assert not [f"{name}: {old}" for name, file in MODULES.items() for old in imports(file) & MOVED.keys()]
 
 
 def test_core_imports_torch_and_the_standard_library_alone():

@@ -113,7 +113,7 @@ def judgements(tmp_path) -> Path:
     return tmp_path / "data"
 
 
-@pytest.mark.parametrize("preferences", ["sst2", "hh"])
+@pytest.mark.parametrize("preferences", ["sst2", pytest.param("hh", marks=pytest.mark.slow)])
 def test_preference_pipeline(tmp_path, judgements, preferences):
     example = load("preference_pipeline.py")
     flags = ["--data", str(judgements), "--output-dir", str(tmp_path / "run"), "--preferences", preferences]

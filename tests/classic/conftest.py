@@ -297,18 +297,6 @@ _register("NoMetadata", None, vector_entry_point=ReusedBuffer, kwargs={"mode": N
 _register("Disabled", None, vector_entry_point=ReusedBuffer, kwargs={"mode": AutoresetMode.DISABLED})
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(request, monkeypatch):
-    """Drawing takes longer than these runs: only tests that ask for ``pictures`` draw curve.png."""
-    if "pictures" not in request.fixturenames:
-        monkeypatch.setattr("classic.report.plot_curves", lambda *_, **__: None)
-
-
-@pytest.fixture
-def pictures():
-    """Draw curve.png in this test."""
-
-
 @pytest.fixture
 def small():
     """Settings for runs of a second: small rollouts, small networks, no output."""

@@ -85,7 +85,7 @@ def test_a_hook_that_fails_is_one_line_and_its_traceback(folder, capsys):
     assert "error: respond raised ZeroDivisionError" in shown and "return 1 / 0" in shown
 
 
-def test_train_runs_end_to_end_and_the_result_generates(folder, capsys):
+def test_train_runs_end_to_end_and_the_result_generates(folder, capsys, pictures):
     assert main(TRAIN) == 0
     shown = capsys.readouterr().out
     assert "2 held-out prompts, before and after" in shown

@@ -160,7 +160,6 @@ def test_a_real_run_with_a_wrong_learning_rate_is_told_to_move_it(tmp_path, lear
 
 def test_the_steps_that_a_run_was_asked_for_are_the_ones_to_double(tmp_path, monkeypatch):
     """Not those of the preset, which learn was told to leave aside."""
-    monkeypatch.setattr("classic.report.plot_curves", lambda *_, **__: None)
     settings = classic.PPOArgs(num_envs=2, num_steps=16, num_minibatches=2, output_dir=str(tmp_path), quiet=True)
     classic.PPO("CartPole-v1", settings).learn(320)
     made = write_run(tmp_path, SYMPTOMS["not finished"], json.loads((tmp_path / "run.json").read_text()))

@@ -21,12 +21,6 @@ SETTINGS = {"total_episodes": 32, "save_every": 2}
 LINES = ("metrics.jsonl", "samples.jsonl", "eval_samples.jsonl")
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    """The curve at a run's end takes longer than these runs."""
-    monkeypatch.setattr("rlhf_ppo.trainer.plot_run", lambda *_: None)
-
-
 def drawing(prompts, completions, **columns):
     """A reward with noise from every global generator."""
     noise = [random.gauss(0, 1) + np.random.randn() + float(torch.randn(())) for _ in completions]

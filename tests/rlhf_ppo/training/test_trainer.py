@@ -157,7 +157,7 @@ def test_evaluating_does_not_change_training(make_trainer, prompts):
     assert len(watched.run.read("eval_samples.jsonl")) == 9
 
 
-def test_the_run_folder_holds_what_its_settings_promise(make_trainer):
+def test_the_run_folder_holds_what_its_settings_promise(make_trainer, pictures):
     trainer = make_trainer(samples_per_rollout=3, seed=5)
     result = trainer.train()
     folder = Path(trainer.args.output_dir)
@@ -262,5 +262,5 @@ def test_num_threads_holds_during_the_run_and_no_longer(make_trainer):
         seen.append(torch.get_num_threads())
         return [float(i) for i in range(len(completions))]
 
-    make_trainer(reward_funcs=reward, num_threads=before + 1, reward_timeout_s=None).train()
+    make_trainer(reward_funcs=reward, num_threads=before + 1, reward_timeout_s=None, total_episodes=8).train()
     assert set(seen) == {before + 1} and torch.get_num_threads() == before
