@@ -40,7 +40,7 @@ def _quiet() -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code.
+    """Run the command line and return its exit code.
 
     0, 1 for a failed run, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
     """
@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run_command("rlhf-ppo", COMMANDS, words, around=_quiet)
     except Interrupted as stop:
-        # Without a checkpoint (a full disk) a warning has said what there is.
-        print(stop if stop.saved is None else f"{stop}. {_how_to_go_on(words, stop)}", file=sys.stderr)
+        # Without a checkpoint (a full disk) a warning has said what was saved.
+        print(stop if stop.saved is None else f"{stop}. {_resume_hint(words, stop)}", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -58,15 +58,15 @@ def main(argv: list[str] | None = None) -> int:
         return print_failure(error)
 
 
-def _how_to_go_on(words: list[str], stop: Interrupted) -> str:
+def _resume_hint(words: list[str], stop: Interrupted) -> str:
     if words[0] != "train":
-        return "Go on from Python: PPOTrainer(...).train(resume_from_checkpoint=...)"
+        return "Resume from Python: PPOTrainer(...).train(resume_from_checkpoint=...)"
     flag = "--resume-from-checkpoint"
-    # The command may itself have gone on from somewhere: that flag and its value go.
+    # The command may itself have resumed: drop that flag and its value.
     earlier = [word.partition("=")[0].replace("_", "-") in (flag, "--resume") for word in words]
     values = [old and "=" not in word for old, word in zip(earlier, words, strict=True)]
     kept = [word for word, old, value in zip(words, earlier, [False, *values], strict=False) if not old and not value]
-    return f"Go on with: {shlex.join(['rlhf-ppo', *kept, flag, str(stop.saved)])}"
+    return f"Resume with: {shlex.join(['rlhf-ppo', *kept, flag, str(stop.saved)])}"
 
 
 if __name__ == "__main__":

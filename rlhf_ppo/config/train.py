@@ -49,7 +49,9 @@ class ResumeArgs(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.resume_override and self.resume_from_checkpoint is None:
-            raise ValueError("resume_override=True is about a checkpoint to go on from: set resume_from_checkpoint")
+            raise ValueError(
+                "resume_override=True has no effect without a checkpoint to resume from: set resume_from_checkpoint"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

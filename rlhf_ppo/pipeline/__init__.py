@@ -1,1 +1,1 @@
-"""Pipeline: what the commands do."""
+"""Pipeline: the work of each command."""

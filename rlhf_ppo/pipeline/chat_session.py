@@ -1,4 +1,4 @@
-"""Chat with a model on the command line: a conversation that fits the context, line by line."""
+"""Chat with a model on the command line; what no longer fits into its context is dropped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlhf_ppo.pipeline.generate import TextGenerator, generate, load_generator
 
 
 def chat(args: GenerateArgs, lines: Iterable[str] | None = None) -> None:
-    """Answer line after line, with the conversation so far as context, until the lines end or one is /exit.
+    """Answer each line, with the conversation so far as context, until the lines end or one is /exit.
 
     With a chat template, lines are user messages; without one, each line is appended to one text that the model
     continues. What no longer fits into the context is dropped, oldest first.
@@ -43,7 +43,7 @@ def chat(args: GenerateArgs, lines: Iterable[str] | None = None) -> None:
 
 
 def _prompted(lines: Iterable[str], *, interactive: bool) -> Iterable[str]:
-    """Yield the lines, each behind a "> " prompt if a person types them."""
+    """Yield the lines; print "> " before each if a person types them."""
     source = iter(lines)
     while True:
         if interactive:
@@ -55,9 +55,9 @@ def _prompted(lines: Iterable[str], *, interactive: bool) -> Iterable[str]:
 
 
 def drop_oldest(history: Prompt, generator: TextGenerator) -> Prompt:
-    """Drop what does not fit beside a reply: whole turns of a chat (never the last message), or a text's beginning.
+    """Drop what leaves no room for a reply: a chat's oldest turns (never the last message), or a text's beginning.
 
-    The last message may still be too long; sampling it is an error.
+    The last message may still be too long; then sampling raises an error.
     """
     if generator.room is None:
         return history

@@ -1,4 +1,4 @@
-"""The demo: the small GPT-2 in the package learns from a toy reward, on CPU, in about three minutes."""
+"""Demo: a small GPT-2 learns from a toy reward, on CPU, in about three minutes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HELD_OUT = 96
 
 
 def demo_trainer(args: DemoArgs) -> PPOTrainer:
-    """A trainer on the packaged story openings, which evaluates before and after on held-out ones."""
+    """Make a trainer on the packaged story openings, which evaluates on held-out ones."""
     openings = load_rows(OPENINGS)
     return PPOTrainer(
         model=args.model,
@@ -41,7 +41,7 @@ def demo_trainer(args: DemoArgs) -> PPOTrainer:
 
 
 def demo(args: DemoArgs) -> None:
-    """Train, then print scores, KL, samples and where everything is."""
+    """Run the `demo` command: train, then print scores, KL, samples and paths."""
     trainer = demo_trainer(args)
     trainer.train()
     print_before_after(trainer.run)
@@ -49,7 +49,7 @@ def demo(args: DemoArgs) -> None:
 
 
 def print_paths(folder: Path) -> None:
-    """Say where a run's results are and what to do next."""
+    """Print where a run's results are, and a command to try next."""
     print(f"curve    {folder / 'curve.png'}")
     print(f"metrics  {folder / 'metrics.jsonl'}")
     print(f"model    {folder}")
@@ -57,7 +57,7 @@ def print_paths(folder: Path) -> None:
 
 
 def _command() -> str:
-    """How `rlhf-ppo` is called from here; examples and tests come by other programs."""
+    """Return how to call `rlhf-ppo` from this folder, also where it is not on the PATH."""
     if shutil.which("rlhf-ppo"):
         return "rlhf-ppo"
     script = Path(sys.executable).with_name("rlhf-ppo")

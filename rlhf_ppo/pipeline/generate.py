@@ -1,4 +1,4 @@
-"""Generate completions of prompts or of a data set, with the sampler that the model was trained with."""
+"""Generate completions of prompts or of a data set, sampling as the model was trained."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class TextGenerator:
 
 
 def load_generator(args: GenerateArgs) -> TextGenerator:
-    """Load the model of ``args`` with its sampler, whose random stream continues from call to call."""
+    """Load the model with its sampler, whose random numbers continue from call to call."""
     require_one_process()
     device = resolve_device(args.device)
     name = resolve_model(args.model)
@@ -57,12 +57,11 @@ def load_generator(args: GenerateArgs) -> TextGenerator:
     check_forward(model)
     room = prompt_room(config, args.max_new_tokens)
     run = read_run(name)
-    given = run.get("stop_token_ids")
-    if given is None:
+    if (given := run.get("stop_token_ids")) is not None:
+        stops = tuple(given)
+    else:
         stops = stop_tokens(name, config, tokenizer)
         warn_of_unread_end(stops, tokenizer)
-    else:
-        stops = tuple(given)
     params = SamplingParams(
         max_new_tokens=args.max_new_tokens,
         min_new_tokens=min(run.get("min_new_tokens", 0), args.max_new_tokens),
@@ -124,7 +123,7 @@ def generate(args: GenerateArgs) -> list[tuple[Prompt, str]]:
 def require_prompts(
     prompts: Sequence[Prompt], names: Sequence[str], model: str, max_new_tokens: int, chat_template: str | None
 ) -> None:
-    """Raise a ValueError naming the first prompt that the model cannot read; its weights are not loaded."""
+    """Raise a ValueError that names the first prompt that the model cannot read, without loading its weights."""
     name = resolve_model(model)
     config, tokenizer = load_config(name), with_chat_template(load_tokenizer(name), chat_template)
     room = prompt_room(config, max_new_tokens)

@@ -1,4 +1,4 @@
-"""Replay: the minibatch in a black box computed again, to the number that first was not finite."""
+"""Replay a black box: recompute its minibatch, and find the first non-finite number."""
 
 from __future__ import annotations
 
@@ -37,48 +37,49 @@ from rlhf_ppo.training.stability import nonfinite_parameters, spoil_gradient
 
 @dataclass(frozen=True)
 class Replay:
-    """What came out this time."""
+    """The result of a recomputation."""
 
     box: BlackBox
     numbers: dict[str, float]
     """The minibatch's losses and its gradient's norm."""
     findings: list[str]
-    """What was not finite, in the order in which it was computed; the first is the place to look at."""
+    """What was non-finite, in order of computation; look at the first."""
 
     @property
     def finite(self) -> bool:
-        """Whether losses, gradient and all that they were computed from are finite."""
+        """Whether losses, gradient and everything they were computed from are finite."""
         return not self.findings
 
     @property
     def same(self) -> bool:
-        """Whether the numbers are those of the run, to the last bit."""
-        return all(x == y or (math.isnan(x) and math.isnan(y)) for x, y in _pairs(self.numbers, self.box.numbers))
+        """Whether the numbers equal the run's to the last bit."""
+        pairs = [(x, self.box.numbers[name]) for name, x in self.numbers.items()]
+        return all(x == y or (math.isnan(x) and math.isnan(y)) for x, y in pairs)
 
 
 def replay(args: ReplayArgs) -> Replay:
-    """Compute the gradient of a black box's minibatch again.
+    """Recompute the gradient of a black box's minibatch.
 
     Raises:
-        FileNotFoundError, ValueError: the folder is no black box, is damaged, or its models cannot be built.
+        FileNotFoundError, ValueError: no black box, a damaged one, or models that cannot be built.
     """
     box = read_black_box(args.folder)
     device = resolve_device(args.device or box.device)
     model, reference = _build(box, args.model, device)
-    box = _moved(box, device)
+    box = _on_device(box, device)
     alone = train_critic_alone(model, on=box.warming_up)
     with torch_threads(args.num_threads or box.objective.num_threads, model), alone:
-        findings = [f"weight {name}" for name in nonfinite_parameters(model)] + _recorded(box)
+        findings = [f"weight {name}" for name in nonfinite_parameters(model)] + _nonfinite_records(box)
         findings += [f"{name} = {x} of the rollout" for name, x in box.estimates.items()]
-        with _watched(model) as seen:
+        with _nonfinite_outputs(model) as outputs:
             numbers, broken = _gradient(box, model, reference, box.passes)
-        findings += seen
+        findings += outputs
         findings += [
             f"loss {name} = {x}" for name, x in numbers.items() if not math.isfinite(x) and name != "grad_norm"
         ]
         findings += [f"gradient of {name}" for name in broken]
         if not broken and not math.isfinite(numbers["grad_norm"]):
-            findings.append("the gradient's norm, though no part of it: it overflows, or the loss spoils it")
+            findings.append("the gradient's norm, though no part of it: it overflows, or the loss is non-finite")
         if findings:
             findings += _rows_alone(box, model, reference)
     return Replay(box, numbers, findings)
@@ -87,22 +88,22 @@ def replay(args: ReplayArgs) -> Replay:
 def _gradient(
     box: BlackBox, model: ActorCritic, reference: Reference | None, passes: list[list[int]]
 ) -> tuple[dict[str, float], list[str]]:
-    """(losses and gradient norm, names of the parameters whose gradient is not finite)."""
+    """Compute losses and gradient norm, and the names of the parameters whose gradient is non-finite."""
     clear_gradients(model)
     _, losses = minibatch_gradient(
         model, box.rollout, box.old, passes, box.objective, bf16=box.bf16, reference=reference
     )
     named = [(name, p) for name, p in model.named_parameters() if p.grad is not None and p.requires_grad]
     broken = [name for name, p in named if not torch.isfinite(p.grad).all()]  # pyright: ignore[reportArgumentType]
-    # From here on as the update does it.
+    # From here on as in the update.
     spoil_gradient([p for _, p in named], losses, box.estimates)
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.trainable_parameters() if p.grad is not None])
     clear_gradients(model)
     return {name: float(x) for name, x in {**losses, "grad_norm": norm}.items()}, broken
 
 
-def _recorded(box: BlackBox) -> list[str]:
-    """Recorded tensors that are not finite: scores before what was estimated from them."""
+def _nonfinite_records(box: BlackBox) -> list[str]:
+    """Name the recorded tensors that are non-finite: scores before what was estimated from them."""
     findings: list[str] = []
     for where, record, mask in (("rollout", box.rollout, box.rollout.mask), ("experience", box.old, box.old.mask)):
         for field in dataclasses.fields(record):
@@ -116,38 +117,36 @@ def _recorded(box: BlackBox) -> list[str]:
 
 
 @contextmanager
-def _watched(model: ActorCritic) -> Iterator[list[str]]:
-    """Notes the first module whose output is not finite, and then which of the model's outputs are not."""
-    seen: list[str] = []
-    inner: list[str] = []
+def _nonfinite_outputs(model: ActorCritic) -> Iterator[list[str]]:
+    """Name the first module with a non-finite output inside this block, and then the model's own such outputs."""
+    found: list[str] = []
 
-    def look(name: str, output: Any) -> None:
+    def check(name: str, output: Any) -> None:
         tensors = [x for x in (output if isinstance(output, tuple) else (output,)) if isinstance(x, Tensor)]
-        if not inner and not all(torch.isfinite(x).all() for x in tensors if x.is_floating_point()):
-            inner.append(name)
-            seen.append(f"the output of {name}")
+        if not found and not all(torch.isfinite(x).all() for x in tensors if x.is_floating_point()):
+            found.append(f"the output of {name}")
 
-    def look_outside(output: Any) -> None:
+    def check_model(output: Any) -> None:
         for name, x in vars(output).items():
-            if isinstance(x, Tensor) and not torch.isfinite(x).all() and f"the policy's {name}" not in seen:
-                seen.append(f"the policy's {name}")
+            if isinstance(x, Tensor) and not torch.isfinite(x).all() and f"the policy's {name}" not in found:
+                found.append(f"the policy's {name}")
 
     def hook(name: str) -> Any:
-        return lambda module, inputs, output: look(name, output)
+        return lambda module, inputs, output: check(name, output)
 
     handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
-    handles.append(model.register_forward_hook(lambda module, inputs, output: look_outside(output)))
+    handles.append(model.register_forward_hook(lambda module, inputs, output: check_model(output)))
     try:
-        yield seen
+        yield found
     finally:
         for handle in handles:
             handle.remove()
 
 
 def _rows_alone(box: BlackBox, model: ActorCritic, reference: Reference | None) -> list[str]:
-    """Which responses are not finite in a minibatch of their own."""
+    """Name the responses that are non-finite in a minibatch of their own."""
     rows = [row for group in box.passes for row in group]
-    box = dataclasses.replace(box, estimates={})  # those are of all responses together
+    box = dataclasses.replace(box, estimates={})  # they are of all responses together
     guilty = [row for row in rows if not all(map(math.isfinite, _gradient(box, model, reference, [[row]])[0].values()))]
     if not guilty:
         return ["no response of the minibatch by itself: only their sum"]
@@ -161,39 +160,16 @@ def _rows(rows: list[int]) -> str:
 
 
 def _build(box: BlackBox, name: str | None, device: torch.device) -> tuple[ActorCritic, Reference | None]:
-    """The models as they were at that step; a policy that was trained whole needs nothing but the box."""
-    models, objective = box.models, box.objective
-    exact_kl = objective.kl_loss_coef > 0 and objective.kl_loss == "exact"
-    policy: Any
-    if models["adapter"] is None and not exact_kl:
+    """Build the models as they were at that step; a policy that was trained whole needs only the box."""
+    models = box.models
+    if models["adapter"] is None and not _has_exact_kl(box):
         config = AutoConfig.for_model(**models["policy_config"])
-        policy = AutoModelForCausalLM.from_config(
+        policy: Any = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=models["attention"], trust_remote_code=False
         )
         reference = None
     else:
-        name = resolve_model(name or (models["model"] if models["model"] != OBJECT else models["base"]))
-        if not name:
-            raise ValueError(
-                "this black box does not name its base model, which was an object: say where it lies with --model (a "
-                f"run with an adapter has it in {BASE_FOLDER}/, another in {REFERENCE_FOLDER}/)"
-            )
-        quantized = objective.quantization
-        if quantized == "none":
-            policy = load_policy(name)
-        else:
-            policy = load_quantized(name, quantized, device=device, bf16=box.bf16)
-        frozen = load_reference(name, models["ref_model"], objective, device, bf16=box.bf16)
-        off = False
-        if models["adapter"] is not None:
-            prepared = prepare_policy(policy, _adapter_config(models["adapter"]))
-            policy, off = prepared.policy, prepared.off_is_start
-        if exact_kl and (models["ref_model"] == OBJECT or off == models.get("own_reference", not off)):
-            raise ValueError(
-                "the exact KL of this black box was measured to a model object (ref_model, or an adapter that was "
-                "there before the run), which it does not hold: it cannot be computed again"
-            )
-        reference = Reference(policy, frozen, adapter_off=off) if exact_kl else None
+        policy, reference = _load_policy(box, name, device)
     if models["adapter"] is None:
         policy.requires_grad_(True)
     trunk = None
@@ -204,11 +180,45 @@ def _build(box: BlackBox, name: str | None, device: torch.device) -> tuple[Actor
     if reference is not None and reference.model is not None:
         reference.model.to(device)
     longest = box.rollout.prompt_ids.shape[1] + box.rollout.response_ids.shape[1]
-    check_forward(model, reference, longest=longest, bf16=box.bf16)  # not with the box's weights, which may be NaN
-    if objective.gradient_checkpointing:
+    check_forward(model, reference, longest=longest, bf16=box.bf16)  # before the box's weights, which may be NaN
+    if box.objective.gradient_checkpointing:
         checkpoint_layers(model)
-    _load(model, box.weights)
+    _restore(model, box.weights)
     return model, reference
+
+
+def _has_exact_kl(box: BlackBox) -> bool:
+    return box.objective.kl_loss_coef > 0 and box.objective.kl_loss == "exact"
+
+
+def _load_policy(box: BlackBox, name: str | None, device: torch.device) -> tuple[Any, Reference | None]:
+    """Load the base model with the box's adapter, and under an exact KL the reference.
+
+    Raises:
+        ValueError: nothing names the base, or the reference is not in the box.
+    """
+    models, objective = box.models, box.objective
+    name = resolve_model(name or (models["model"] if models["model"] != OBJECT else models["base"]))
+    if not name:
+        raise ValueError(
+            "this black box does not name its base model, which was an object: say where it is with --model (a run "
+            f"with an adapter has it in {BASE_FOLDER}/, another in {REFERENCE_FOLDER}/)"
+        )
+    quantized = objective.quantization
+    policy = load_policy(name) if quantized == "none" else load_quantized(name, quantized, device=device, bf16=box.bf16)
+    frozen = load_reference(name, models["ref_model"], objective, device, bf16=box.bf16)
+    adapter_off = False
+    if models["adapter"] is not None:
+        prepared = prepare_policy(policy, _adapter_config(models["adapter"]))
+        policy, adapter_off = prepared.policy, prepared.off_is_start
+    if not _has_exact_kl(box):
+        return policy, None
+    if models["ref_model"] == OBJECT or adapter_off == models.get("own_reference", not adapter_off):
+        raise ValueError(
+            "the exact KL of this black box was measured to a model object (ref_model, or an adapter that was there "
+            "before the run), which it does not hold: it cannot be recomputed"
+        )
+    return policy, Reference(policy, frozen, adapter_off=adapter_off)
 
 
 def _adapter_config(facts: Mapping[str, Any]) -> Any:
@@ -219,18 +229,27 @@ def _adapter_config(facts: Mapping[str, Any]) -> Any:
         return PeftConfig.from_pretrained(folder)
 
 
-def _load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def _restore(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy the box's weights into the trainable parameters.
+
+    Raises:
+        ValueError: their names or shapes differ.
+    """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     weights = with_current_names(weights, parameters)
     if {n: p.shape for n, p in parameters.items()} != {n: w.shape for n, w in weights.items()}:
         different = sorted(set(parameters) ^ set(weights))[:3] or "shapes"
-        raise ValueError(f"the black box's weights are not this model's ({different} differ): name its base by --model")
+        raise ValueError(
+            f"the black box's weights are not this model's ({different} differ): name its base with --model"
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
 
 
-def _moved(box: BlackBox, device: torch.device) -> BlackBox:
+def _on_device(box: BlackBox, device: torch.device) -> BlackBox:
+    """Move the recorded tensors to a device."""
+
     def moved(record: Any) -> Any:
         tensors = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
         found = {name: x.to(device) for name, x in tensors.items() if isinstance(x, Tensor)}
@@ -241,12 +260,8 @@ def _moved(box: BlackBox, device: torch.device) -> BlackBox:
     return dataclasses.replace(box, rollout=moved(box.rollout), old=moved(box.old))
 
 
-def _pairs(one: Mapping[str, float], two: Mapping[str, float]) -> list[tuple[float, float]]:
-    return [(one[name], two[name]) for name in one]
-
-
 def print_replay(args: ReplayArgs) -> int:
-    """The `replay` command: 0 if all is finite, 1 if not."""
+    """Run the `replay` command; return 0 if everything is finite, else 1."""
     result = replay(args)
     box = result.box
     print(f"optimizer step {box.step} of the update on rollout {box.iteration}; training data: {box.data or 'none'}")
@@ -256,7 +271,7 @@ def print_replay(args: ReplayArgs) -> int:
     if result.finite:
         print("finite")
         return 0
-    print("not finite, in the order in which it was computed:")
+    print("non-finite, in order of computation:")
     for finding in result.findings:
         print(f"  {finding}")
     return 1

@@ -1,4 +1,4 @@
-"""Training: what `rlhf-ppo train` does around a PPOTrainer."""
+"""Run `rlhf-ppo train`: load the prompts, train, and print the change."""
 
 from __future__ import annotations
 
@@ -16,18 +16,7 @@ from rlhf_ppo.trainer import PPOTrainer
 
 def train(args: TrainArgs) -> None:
     """Run the `train` command."""
-    train_rows = prompt_rows(load_data(args, seed=args.seed), args.prompt_column)
-    eval_rows: Rows | None = None
-    if args.eval_dataset is not None:
-        eval_rows = prompt_rows(load_mixture(args.eval_dataset, args.eval_split or args.split), args.prompt_column)
-    elif args.eval_size:
-        if args.eval_size >= len(train_rows):
-            raise ValueError(
-                f"eval_size={args.eval_size} leaves nothing of the {len(train_rows)} prompts to train on: lower "
-                "eval_size (0: no evaluation), or name an eval_dataset"
-            )
-        parts = train_rows.train_test_split(args.eval_size, seed=args.seed)
-        train_rows, eval_rows = parts["train"], parts["test"]
+    train_rows, eval_rows = _load_prompts(args)
     trainer = PPOTrainer(
         model=args.model,
         reward_funcs=list(args.reward),
@@ -46,6 +35,26 @@ def train(args: TrainArgs) -> None:
     if merged is not None:
         print(f"merged   {merged}")
     print_paths(trainer.run.path)
+
+
+def _load_prompts(args: TrainArgs) -> tuple[Rows, Rows | None]:
+    """Load the prompts to train on and to evaluate on (None: no evaluation).
+
+    Raises:
+        ValueError: nothing is left to train on.
+    """
+    rows = prompt_rows(load_data(args, seed=args.seed), args.prompt_column)
+    if args.eval_dataset is not None:
+        return rows, prompt_rows(load_mixture(args.eval_dataset, args.eval_split or args.split), args.prompt_column)
+    if not args.eval_size:
+        return rows, None
+    if args.eval_size >= len(rows):
+        raise ValueError(
+            f"eval_size={args.eval_size} leaves nothing of the {len(rows)} prompts to train on: lower eval_size (0: no "
+            "evaluation), or name an eval_dataset"
+        )
+    parts = rows.train_test_split(args.eval_size, seed=args.seed)
+    return parts["train"], parts["test"]
 
 
 def _lora(args: TrainArgs) -> Any:

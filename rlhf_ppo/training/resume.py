@@ -136,7 +136,7 @@ def _rescue(state: TrainState, run: Run, safe: SafePoint) -> str:
     if checkpoint is not None:
         iteration, folder = checkpoint
         said.append(
-            f"{folder} holds it as it was after iteration {iteration}: free some space, then go on with "
+            f"{folder} holds it as it was after iteration {iteration}: free some space, then resume with "
             f"resume_from_checkpoint={shlex.quote(str(folder))}"
         )
     return ". ".join(said)
@@ -161,7 +161,7 @@ def saving_after_errors(state: TrainState, run: Run, safe: SafePoint) -> Iterato
         if isinstance(error, Interrupted):
             error.saved = folder
         elif folder is not None:
-            said = f"{error}. Go on with resume_from_checkpoint={shlex.quote(str(folder))}"
+            said = f"{error}. Resume with resume_from_checkpoint={shlex.quote(str(folder))}"
             raise type(error)(said) from error.__cause__
         raise
 

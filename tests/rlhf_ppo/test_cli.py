@@ -192,7 +192,7 @@ def test_one_trunk_from_yaml_and_flags(folder):
             "--eval-dataset prompts.jsonl",
             "eval_size=2 sets rows of dataset aside, but the evaluation reads",
         ),
-        ("--resume-override True", "resume_override=True is about a checkpoint to go on from"),
+        ("--resume-override True", "resume_override=True has no effect without a checkpoint to resume from"),
     ],
 )
 def test_flags_that_would_change_nothing_are_one_line(folder, capsys, flags, message):

@@ -208,7 +208,7 @@ def test_faults_14_15_a_run_that_a_reward_ended_goes_on_bit_for_bit(make_trainer
     whole.train()
     state["fails"] = True
     trainer = cut = make_trainer(**SETTINGS, reward_funcs=reward)
-    with pytest.raises(RewardError, match=rf"Go on with resume_from_checkpoint=.*checkpoint-{rollout - 1}$") as error:
+    with pytest.raises(RewardError, match=rf"Resume with resume_from_checkpoint=.*checkpoint-{rollout - 1}$") as error:
         cut.train()
     assert isinstance(error.value.__cause__, ConnectionError)
     assert len(cut.run.read("failed_rollout.jsonl")) == 8
@@ -256,7 +256,7 @@ def test_fault_22_sigterm_ends_the_command_with_143_and_says_how_to_go_on(folder
     said = Path("said").read_text()
     assert "SIGTERM: the run stops at the next safe point" in said
     on = f"{TRAIN} --resume-from-checkpoint run/checkpoint-0"
-    assert f"saved in run/checkpoint-0. Go on with: rlhf-ppo {on}" in said
+    assert f"saved in run/checkpoint-0. Resume with: rlhf-ppo {on}" in said
     Path("signal").unlink()
     assert main(on.split()) == 0
     assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 2
@@ -265,12 +265,12 @@ def test_fault_22_sigterm_ends_the_command_with_143_and_says_how_to_go_on(folder
 def test_fault_22_ctrl_c_ends_the_command_with_130(folder, capsys):
     Path("signal").write_text(str(int(signal.SIGINT)))
     assert main(TRAIN.split()) == 130
-    assert "stopped by SIGINT; saved in run/checkpoint-0. Go on with: rlhf-ppo train" in capsys.readouterr().err
+    assert "stopped by SIGINT; saved in run/checkpoint-0. Resume with: rlhf-ppo train" in capsys.readouterr().err
 
 
 def test_the_printed_command_resumes_from_one_checkpoint():
     stop = Interrupted(signal.SIGINT, Path("run/checkpoint-4"))
     for earlier in (["--resume-from-checkpoint", "run/checkpoint-2"], ["--resume_from_checkpoint=run/checkpoint-2"]):
         said = _how_to_go_on(["train", *earlier, "--seed", "1"], stop)
-        assert said == "Go on with: rlhf-ppo train --seed 1 --resume-from-checkpoint run/checkpoint-4"
+        assert said == "Resume with: rlhf-ppo train --seed 1 --resume-from-checkpoint run/checkpoint-4"
     assert "--resume" not in _how_to_go_on(["demo"], stop)
