@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         return run_command("rlhf-ppo", COMMANDS, words, around=_quiet)
     except Interrupted as stop:
         # Without a checkpoint (a full disk) a warning has said what was saved.
-        print(stop if stop.saved is None else f"{stop}. {_resume_hint(words, stop)}", file=sys.stderr)
+        print(stop if stop.saved is None else f"{stop}. {resume_hint(words, stop)}", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -58,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         return print_failure(error)
 
 
-def _resume_hint(words: list[str], stop: Interrupted) -> str:
+def resume_hint(words: list[str], stop: Interrupted) -> str:
+    """Return the sentence that says how to resume an interrupted command."""
     if words[0] != "train":
         return "Resume from Python: PPOTrainer(...).train(resume_from_checkpoint=...)"
     flag = "--resume-from-checkpoint"

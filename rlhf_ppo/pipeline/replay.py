@@ -239,9 +239,7 @@ def _restore(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     weights = with_current_names(weights, parameters)
     if {n: p.shape for n, p in parameters.items()} != {n: w.shape for n, w in weights.items()}:
         different = sorted(set(parameters) ^ set(weights))[:3] or "shapes"
-        raise ValueError(
-            f"the black box's weights are not this model's ({different} differ): name its base with --model"
-        )
+        raise ValueError(f"the box's weights are not this model's ({different} differ): name its base with --model")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_ppo.cli import _how_to_go_on, main
+from rlhf_ppo.cli import main, resume_hint
 from rlhf_ppo.rewards.validation import RewardError
 from rlhf_ppo.runtime.checkpoint import list_checkpoints
 from rlhf_ppo.runtime.signals import Interrupted
@@ -243,7 +243,7 @@ def folder(tmp_path, make_model, tokenizer, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_fault_22_sigterm_ends_the_command_with_143_and_says_how_to_go_on(folder, in_child):
+def test_fault_22_sigterm_ends_the_command_with_143_and_says_how_to_resume(folder, in_child):
     Path("signal").write_text(str(int(signal.SIGTERM)))
 
     def command() -> None:
@@ -271,6 +271,6 @@ def test_fault_22_ctrl_c_ends_the_command_with_130(folder, capsys):
 def test_the_printed_command_resumes_from_one_checkpoint():
     stop = Interrupted(signal.SIGINT, Path("run/checkpoint-4"))
     for earlier in (["--resume-from-checkpoint", "run/checkpoint-2"], ["--resume_from_checkpoint=run/checkpoint-2"]):
-        said = _how_to_go_on(["train", *earlier, "--seed", "1"], stop)
+        said = resume_hint(["train", *earlier, "--seed", "1"], stop)
         assert said == "Resume with: rlhf-ppo train --seed 1 --resume-from-checkpoint run/checkpoint-4"
-    assert "--resume" not in _how_to_go_on(["demo"], stop)
+    assert "--resume" not in resume_hint(["demo"], stop)
