@@ -1,15 +1,111 @@
-"""The `classic-ppo` command: train ENV, compare ENV --vary a=1,2; evaluate, explain and advise FOLDER."""
+"""The `classic-ppo` command: train ENV, compare ENV --vary a=1,2; evaluate, explain and advise FOLDER.
+
+Arguments are checked before anything heavy is imported, so a command names its function as text.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
-from classic.cli_args import CompareCommand, EvaluateCommand, ExplainCommand, TrainCommand
+import tyro
+
+from classic.config import PPOArgs
+from rlhf_ppo.core.validation import Settings
 from rlhf_ppo.runtime.commands import AdviseArgs
 from rlhf_ppo.runtime.errors import RunError, print_failure
 from rlhf_ppo.runtime.settings import Command, run_command
 from rlhf_ppo.runtime.signals import Interrupted
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand(PPOArgs):
+    """Train an agent on a Gymnasium environment, evaluate it and save it."""
+
+    env: tyro.conf.Positional[str]
+    """Environment id, such as CartPole-v1, or module:id to import a module first."""
+    output_dir: str | None = None
+    """Folder of the run; None: runs/<env>-seed<seed>."""
+    eval_episodes: int = 20
+    """Episodes of the evaluation at the end."""
+    eval_every: int = 0
+    """Rollouts between evaluations while training; the best agent is saved in best/. 0: none."""
+    stop_at_return: float | None = None
+    """Stop training once the mean return of the last 100 episodes reaches this; None: never."""
+    resume: str | None = None
+    """Resume from a checkpoint: auto (the newest good one; a fresh start if there is none), its folder, or a run's."""
+    resume_override: bool = False
+    """Resume although settings, steps or the environment have changed; the changes are shown."""
+
+    FIRST: ClassVar[tuple[str, ...]] = (
+        *("env", "total_timesteps", "output_dir", "seed", "num_envs", "learning_rate", "num_epochs", "ent_coef"),
+        *("gamma", "resume"),
+    )
+    """Settings that a beginner needs first, as help and docs list them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_episodes < 1:
+            raise ValueError(f"eval_episodes must be 1 or more, got {self.eval_episodes}")
+        if self.resume_override and self.resume is None:
+            raise ValueError("resume_override=True is about a checkpoint to resume from: set resume")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateCommand(Settings):
+    """Evaluate a saved agent."""
+
+    folder: tyro.conf.Positional[str]
+    """Folder of a run, or any folder written by agent.save."""
+    episodes: int = 20
+    """Episodes to play."""
+    seed: int | None = None
+    """Seed of the episodes and sampled actions; None: the agent's, as in the evaluation at the end of training."""
+    deterministic: bool = True
+    """Take the most likely action; False: sample from the policy."""
+    num_threads: int | None = None
+    """Torch threads; None: as in training."""
+    video: str | None = None
+    """Also record one episode into this file: an .mp4, a .gif, or a .png with a few moments; None: no video."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_at_least(1, "num_threads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareCommand(PPOArgs):
+    """Train variants of settings over several seeds and compare them; run again, it continues where it stopped."""
+
+    env: tyro.conf.Positional[str]
+    """Environment id, such as CartPole-v1."""
+    output_dir: str | None = None
+    """Folder of the runs, each in <variant>/seed<k>/; None: runs/compare-<env>."""
+    vary: tuple[str, ...]
+    """Settings to vary, as name=value,value: num_epochs=1,4,10 or objective=clip,a2c; several: every combination."""
+    seeds: int = 5
+    """Runs of each variant, with consecutive seeds from --seed."""
+    eval_episodes: int = 20
+    """Episodes of the evaluation after each run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainCommand(Settings):
+    """Make one more update in memory, with schedules at their start, and explain it; the folder is unchanged."""
+
+    folder: tyro.conf.Positional[str]
+    """Folder of a run, or any folder written by agent.save."""
+    max_rows: int = 60
+    """Rows to print, 1 or more."""
+    picture: str | None = None
+    """PNG file for a plot of the first environment copy's steps; None: no picture."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_at_least(1, "max_rows")
+
 
 COMMANDS: dict[str, Command] = {
     "train": (TrainCommand, "classic.commands:train"),

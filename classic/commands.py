@@ -15,7 +15,7 @@ from torch import nn
 
 from classic import compare as comparison
 from classic.callbacks import evaluate_every, stop_at_return
-from classic.cli_args import CompareCommand, EvaluateCommand, ExplainCommand, TrainCommand
+from classic.cli import CompareCommand, EvaluateCommand, ExplainCommand, TrainCommand
 from classic.config import PPOArgs
 from classic.ppo import PPO
 from classic.video import record_video

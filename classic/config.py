@@ -46,6 +46,10 @@ OTHER_NAMES: dict[str, str] = {
 """A setting's name in Stable-Baselines3 or CleanRL -> ours, or why there is none."""
 
 
+CONTINUOUS: dict[str, Any] = {"squash": False, "log_std_init": 0.0, "state_dependent_std": False}
+"""Settings of continuous actions -> their defaults, the only values that fit discrete actions."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PPOArgs:
     """Settings of a run. None means the environment's preset, or the default where it has none."""

@@ -1,4 +1,7 @@
-"""PPO for control tasks: the loop (collect, estimate, update, report) and the agent around it."""
+"""PPO for control tasks: the loop (collect, estimate, update, report) and the agent around it.
+
+Longer than other files: the agent is the public class, and its methods document every argument and error.
+"""
 
 from __future__ import annotations
 
@@ -191,11 +194,7 @@ class PPO:
 
             # 5. Report.
             state.count(rollout)
-            metrics = {
-                **run_metrics(state.counters, state.recent),
-                **learned,
-                **estimate_metrics(estimate, rollout.mask),
-            }
+            metrics = {**run_metrics(state.counters, state.recent), **learned}
             state.last_metrics = metrics
             self.log(metrics)
             show_progress(display, min(state.done, state.progress.total), metrics)

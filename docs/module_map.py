@@ -8,8 +8,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
 START = "<!-- module map: made by `make docs` -->\n"
-PACKAGES = ["core", "core/kernels", "runtime", "config", "data", "models", "generation", "rewards", "training"]
-ABOVE = ["pipeline", "trl"]
+PACKAGES = [
+    *("core", "core/kernels", "runtime", "config", "data", "models", "models/forward", "generation", "rewards"),
+    *("training", "pipeline", "trl"),
+]
 
 
 def first_line(file: Path) -> str:
@@ -30,7 +32,7 @@ def section(folder: Path) -> str:
 
 def module_map() -> str:
     """Return the whole map, packages in the order of their imports."""
-    folders = [ROOT / "rlhf_ppo" / name for name in [*PACKAGES, *ABOVE]] + [ROOT / "rlhf_ppo", ROOT / "classic"]
+    folders = [ROOT / "rlhf_ppo" / name for name in PACKAGES] + [ROOT / "rlhf_ppo", ROOT / "classic"]
     folders += [folder for folder in sorted((ROOT / "classic").iterdir()) if (folder / "__init__.py").is_file()]
     return "\n".join(section(folder) for folder in folders)
 

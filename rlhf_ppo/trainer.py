@@ -1,4 +1,7 @@
-"""PPOTrainer: the loop that fine-tunes a language model with a reward: generate, score, estimate, update, report."""
+"""PPOTrainer: the loop that fine-tunes a language model with a reward: generate, score, estimate, update, report.
+
+Longer than other files: the trainer is the public class, and its methods document every argument and error.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,6 @@ from rlhf_ppo.generation.multi_turn import Respond
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.models.quiet_libraries import without_library_bars
 from rlhf_ppo.models.saving import save_actor_critic
-from rlhf_ppo.runtime.errors import RatioTripwireError as RatioTripwireError
 from rlhf_ppo.runtime.explain import Explanation
 from rlhf_ppo.runtime.processes import torch_threads
 from rlhf_ppo.runtime.progress import ProgressDisplay, print_summary

@@ -10,11 +10,10 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict, Tuple
 
-from classic.config import PPOArgs
+from classic.config import CONTINUOUS, PPOArgs
 from classic.envs.environments import Environments
 from classic.envs.images import unscaled
 from classic.envs.masks import unread_masks
-from classic.presets.resolve import DEFAULTS
 
 REACH = 3.0
 """Standard deviations that a Gaussian policy reaches in practice."""
@@ -32,8 +31,8 @@ def require_fit(args: PPOArgs, envs: Environments) -> None:
             f"normalize_observations=True, but environment {envs.env_id!r} has images, which are scaled to 0..1 "
             "already: remove it"
         )
-    for name in ("squash", "state_dependent_std", "log_std_init"):
-        if envs.actions.choices and getattr(args, name) != DEFAULTS[name]:
+    for name, default in CONTINUOUS.items():
+        if envs.actions.choices and getattr(args, name) != default:
             raise ValueError(
                 f"{name}={getattr(args, name)} is for continuous actions, but environment {envs.env_id!r} has choices: "
                 "remove it"

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from classic.config import PPOArgs
+from classic.config import CONTINUOUS, PPOArgs
 from classic.envs.make_env import registered_id
 from rlhf_ppo.runtime.settings import read_yaml
 
@@ -28,9 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "shared_network": False,
     "recurrent": "none",
     "recurrent_size": 64,
-    "squash": False,
-    "log_std_init": 0.0,
-    "state_dependent_std": False,
+    **CONTINUOUS,
     "normalize_observations": False,
     "normalize_rewards": False,
     "clip_range_schedule": "constant",

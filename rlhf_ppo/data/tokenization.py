@@ -123,13 +123,13 @@ def encode_prompts(
     for i, prompt in enumerate(prompts):
         ids = tokenize_prompt(prompt, tokenizer, f"prompt {i}")
         rows.append(fit_prompt(ids, room, policy, f"prompt {i}", bos=tokenizer.bos_token_id) or [])
-    return left_pad(rows, filler=0, device=device)
+    return left_pad(rows, device)
 
 
-def left_pad(rows: Sequence[Sequence[int]], filler: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def left_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Pad token ids on the left to [B, P]; the bool mask [B, P] alone says what is padding, never an id."""
     width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), filler, dtype=torch.long)
+    ids = torch.zeros((len(rows), width), dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.bool)
     for i, row in enumerate(rows):
         ids[i, width - len(row) :] = torch.tensor(row, dtype=torch.long)

@@ -96,7 +96,7 @@ def sample_conversations(
     ]
     live, has_values = conversations, False
     for turn in range(max_turns):
-        ids, mask = left_pad([conversation.context for conversation in live], filler=0, device=device)
+        ids, mask = left_pad([conversation.context for conversation in live], device)
         sampled = sample(ids, mask, [conversation.before for conversation in live])
         has_values = sampled.values is not None
         speakers, live = live, []

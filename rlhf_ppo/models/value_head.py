@@ -19,18 +19,17 @@ _HEADS = ("v_head.summary", "score", "classifier")
 """Names of TRL's value head and of sequence classifiers' heads."""
 
 
-def load_value_head(source: str, trunk: PretrainedConfig, *, setting: str) -> dict[str, Tensor]:
+def load_value_head(source: str, trunk: PretrainedConfig) -> dict[str, Tensor]:
     """Load weight [1, O] and bias [1] of a linear head with one output, in float32.
 
     Args:
         source: folder or hub id of a run, an old TRL checkpoint with a value head (``v_head.summary``), a one-label
             sequence classifier whose head is one linear layer, or an adapter of one.
         trunk: config of the model that the head is for.
-        setting: the setting that named the source, for messages.
     Raises:
         ValueError: no such head, or one of another shape or width.
     """
-    where = f"{setting}={source!r}"
+    where = f"value_head_from={source!r}"
     found: dict[str, Tensor] = {}
     for name, file in _tensor_files(source, where):
         if file.name == VALUE_HEAD_FILE or _layer(name) in _HEADS:

@@ -62,12 +62,6 @@ def choose_threads(model: nn.Module | None = None) -> int:
     return min(torch.get_num_threads(), usable_cpus())
 
 
-def require_threads(count: int | None) -> None:
-    """Raise a ValueError unless the setting num_threads is None or at least 1."""
-    if count is not None and count < 1:
-        raise ValueError(f"num_threads must be 1 or more, or None, got {count}")
-
-
 @contextmanager
 def torch_threads(count: int | None, model: nn.Module | None = None) -> Iterator[None]:
     """Run with ``count`` torch threads (None: :func:`choose_threads`) and restore the old number afterwards."""

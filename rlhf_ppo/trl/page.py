@@ -1,4 +1,4 @@
-"""Write the table of docs/migrating-from-trl.md: python -m rlhf_ppo.trl.page docs/migrating-from-trl.md"""
+"""Write the table of TRL's fields in docs/migrating-from-trl.md (`make docs`)."""
 
 from __future__ import annotations
 

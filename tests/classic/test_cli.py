@@ -13,8 +13,7 @@ import pytest
 from safetensors import SafetensorError
 
 import classic
-from classic.cli import main
-from classic.cli_args import CompareCommand, EvaluateCommand, ExplainCommand, TrainCommand
+from classic.cli import CompareCommand, EvaluateCommand, ExplainCommand, TrainCommand, main
 from classic.settings_page import settings_page
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.settings_help import sentences

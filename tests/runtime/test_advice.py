@@ -13,8 +13,7 @@ from classic.cli import main as classic_main
 from classic.presets.resolve import resolve
 from rlhf_ppo import RLHFConfig
 from rlhf_ppo.cli import main
-from rlhf_ppo.runtime.advice import advise, tuning_page
-from rlhf_ppo.runtime.tuning_rules import RULES
+from rlhf_ppo.runtime.advice import RULES, advise, tuning_page
 
 UPDATES = 40
 BF16 = {"precision": "auto", "fingerprints": {"bf16": True}}

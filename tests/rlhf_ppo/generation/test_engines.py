@@ -29,7 +29,7 @@ PARAMS = SamplingParams(max_new_tokens=8, temperature=0.7, stop_token_ids=(0, 12
 @pytest.fixture
 def batch() -> tuple[Tensor, Tensor]:
     """Five prompts of 1 to 5 tokens."""
-    return left_pad([[7], [3, 0, 5], [9, 8, 7, 6, 5], [4, 4, 4], [1, 2]], 0, CPU)
+    return left_pad([[7], [3, 0, 5], [9, 8, 7, 6, 5], [4, 4, 4], [1, 2]], CPU)
 
 
 @pytest.fixture

@@ -320,7 +320,7 @@ def test_f_a_reward_model_that_padding_changes_reads_texts_one_by_one(tokenizer)
 
 def test_a_token_cache_pads_on_the_right_and_drops_rows():
     cache = TokenCache()
-    ids, mask = left_pad([[5], [6, 7, 8]], 0, torch.device("cpu"))
+    ids, mask = left_pad([[5], [6, 7, 8]], torch.device("cpu"))
     found, ends = cache.add(ids, mask)
     assert (found[0, 0], found[1].tolist(), ends.tolist()) == (5, [6, 7, 8], [0, 2])
     found, ends = cache.add(torch.tensor([[9], [10]]), mask)
@@ -331,7 +331,7 @@ def test_a_token_cache_pads_on_the_right_and_drops_rows():
 
 
 def test_aligned_sequences_begin_at_column_0():
-    prompts, prompt_mask = left_pad([[5], [6, 7, 8]], 0, torch.device("cpu"))
+    prompts, prompt_mask = left_pad([[5], [6, 7, 8]], torch.device("cpu"))
     answers = torch.tensor([[9, 10, 11], [12, 0, 0]])
     mask = torch.tensor([[True, True, True], [True, False, False]])
     ids, before = align(prompts, prompt_mask, answers, mask)

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def rows_of(prompt_lengths: list[int], response_lengths: list[int]) -> tuple[torch.Tensor, ...]:
     """Every token has an id of its own: 100 * row + place in its sequence, so that ids tell where they belong."""
     prompts = [[100 * row + i for i in range(n)] for row, n in enumerate(prompt_lengths)]
-    ids, mask = left_pad(prompts, 0, CPU)
+    ids, mask = left_pad(prompts, CPU)
     longest = max(response_lengths)
     responses, response_mask = torch.zeros(2, len(prompts), longest, dtype=torch.long)
     for row, (start, n) in enumerate(zip(prompt_lengths, response_lengths, strict=True)):

@@ -24,7 +24,7 @@ def pad_more(ids: torch.Tensor, mask: torch.Tensor, by: int, content: int) -> tu
 @pytest.fixture
 def batch():
     """Prompts of 1, 3 and 5 tokens; responses of 4, 1 and 2."""
-    ids, mask = left_pad([[7], [3, 0, 5], [9, 8, 7, 6, 5]], 0, CPU)
+    ids, mask = left_pad([[7], [3, 0, 5], [9, 8, 7, 6, 5]], CPU)
     responses = torch.tensor([[3, 4, 5, 6], [0, 0, 0, 0], [11, 0, 0, 0]])
     response_mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]]).bool()
     return ids, mask, responses, response_mask
@@ -94,7 +94,7 @@ def test_a_pad_token_on_the_tokenizer_changes_nothing(make_trainer, tokenizer, p
 
 
 def test_prompts_are_padded_on_the_left_and_keep_every_id():
-    ids, mask = left_pad([[0, 5], [4, 0, 6]], 0, CPU)
+    ids, mask = left_pad([[0, 5], [4, 0, 6]], CPU)
     assert ids.tolist() == [[0, 0, 5], [4, 0, 6]]
     assert mask.int().tolist() == [[0, 1, 1], [1, 1, 1]]
     # Positions count real tokens only.
@@ -107,7 +107,7 @@ def test_log_probs_and_values_while_decoding_equal_a_full_forward(make_model, wa
     """With a cache, left-padded prompts and rows that stop at different times."""
     model = ActorCritic(make_model(kind, vocab_size=8))
     wake_critic(model)
-    prompt_ids, prompt_mask = left_pad([[1], [2, 3, 4], [5, 6], [7, 1, 2, 3, 4]] * 4, 0, CPU)
+    prompt_ids, prompt_mask = left_pad([[1], [2, 3, 4], [5, 6], [7, 1, 2, 3, 4]] * 4, CPU)
     ids, mask, finished, logprobs, entropy, values, _ = sample_responses(
         model,
         prompt_ids,
@@ -134,7 +134,7 @@ def test_a_real_llama_with_grouped_query_attention(real_data, wake_critic):
         pytest.skip(f"{folder} is not there")
     model = ActorCritic(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     wake_critic(model)
-    prompt_ids, prompt_mask = left_pad([[1, 403, 407], [1, 403], [1]], 0, CPU)
+    prompt_ids, prompt_mask = left_pad([[1, 403, 407], [1, 403], [1]], CPU)
     params = SamplingParams(max_new_tokens=12, temperature=0.8, stop_token_ids=(2,))
     generator = torch.Generator().manual_seed(0)
     ids, mask, _, logprobs, *_ = sample_responses(model, prompt_ids, prompt_mask, params, generator=generator)

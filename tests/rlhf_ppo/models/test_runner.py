@@ -44,8 +44,8 @@ def batch() -> tuple[torch.Tensor, ...]:
     """Sequences of 4, 4, 5, 6 and 8 inputs in another order; id 0, which also pads, lies inside prompts too."""
     prompts = [[9, 8, 7, 6, 5, 4], [7], [3, 0, 5], [0, 0, 4], [0, 12]]
     responses = [[11, 2, 0], [3, 4, 5, 0], [0], [6, 21, 8], [29, 5, 17, 10, 1]]
-    ids, mask = left_pad(prompts, 0, CPU)
-    right, right_mask = left_pad([response[::-1] for response in responses], 0, CPU)
+    ids, mask = left_pad(prompts, CPU)
+    right, right_mask = left_pad([response[::-1] for response in responses], CPU)
     return ids, mask, right.flip(1), right_mask.flip(1)
 
 
@@ -325,7 +325,7 @@ def test_the_reference_is_the_model_without_its_adapter(make_model, batch, kind)
 
 def decode(model: ActorCritic, temperature: float = 0.8, rows: int = 6) -> Any:
     """Mixed prompts over a vocabulary of 30, of which a fifth ends a response."""
-    prompt_ids, prompt_mask = left_pad([[1], [0, 3, 4], [5, 0], [7, 1, 2, 3, 4, 6]] * rows, 0, CPU)
+    prompt_ids, prompt_mask = left_pad([[1], [0, 3, 4], [5, 0], [7, 1, 2, 3, 4, 6]] * rows, CPU)
     sampled = sample_responses(
         model,
         prompt_ids,

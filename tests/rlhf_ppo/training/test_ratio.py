@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from rlhf_ppo.trainer import RatioTripwireError
+from rlhf_ppo.runtime.errors import RatioTripwireError
 
 
 def lora(dropout: float = 0.5) -> LoraConfig:

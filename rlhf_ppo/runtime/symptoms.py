@@ -1,0 +1,174 @@
+"""Symptoms of an unhealthy run, each found in its metrics; :mod:`rlhf_ppo.runtime.advice` says what to change."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+FEWEST_UPDATES = 6
+"""Fewest updates from which a run is judged."""
+
+
+class RunMetrics:
+    """The metrics of a run's updates, averaged over parts of the run."""
+
+    def __init__(self, rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> None:
+        """Keep the updates among ``rows`` of metrics.jsonl; ``settings``: name -> value."""
+        first = settings.get("critic_warmup_rollouts") or 0  # the policy does not learn during the warm-up
+        self.rows = [row for row in rows if "policy/loss" in row and row["progress/iteration"] > first]
+        self.settings = settings
+
+    @property
+    def bf16(self) -> bool:
+        """Whether the run computed, or may have, in bf16, which rounds differently in decoding and training."""
+        computed = self.settings.get("fingerprints", {}).get("bf16")
+        return self.settings.get("precision", "fp32") != "fp32" if computed is None else computed
+
+    def values(self, key: str) -> list[float]:
+        """Return a metric's values, in order, from the updates that logged it."""
+        return [row[key] for row in self.rows if key in row]
+
+    def whole(self, key: str) -> float | None:
+        """Return its mean over the run, or None if it was never logged."""
+        return _mean(self.values(key))
+
+    def late(self, key: str) -> float | None:
+        """Return its mean over the second half."""
+        values = self.values(key)
+        return _mean(values[len(values) // 2 :])
+
+    def ends(self, key: str) -> tuple[float, float] | None:
+        """Return its means over the first and the last tenth, at least three updates each; None if there are fewer."""
+        values = self.values(key)
+        part = max(len(values) // 10, 3)
+        return (statistics.fmean(values[:part]), statistics.fmean(values[-part:])) if len(values) >= 2 * part else None
+
+    def rises(self, *, within: float = 1.0) -> bool:
+        """Whether score or return improved beyond its noise over the last part of the run (1: the whole)."""
+        values = self.values("score/mean") or self.values("episode/return_mean")
+        values = values[-max(int(within * len(values)), FEWEST_UPDATES) :]
+        half = len(values) // 2
+        if half < 2:
+            return False
+        before, after = values[:half], values[-half:]
+        noise = (statistics.variance(before) / half + statistics.variance(after) / half) ** 0.5
+        return statistics.fmean(after) - statistics.fmean(before) > 2 * noise
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def _above(figure: float | None, limit: float) -> bool:
+    return figure is not None and figure > limit
+
+
+# Symptoms: each says what it sees, with its numbers, or returns None.
+
+
+def skipped(run: RunMetrics) -> str | None:
+    total = sum(run.values("optim/skipped_steps"))
+    return f"{total:.0f} optimizer steps were skipped" if total else None
+
+
+def disagree(run: RunMetrics) -> str | None:
+    gap = max(run.values("policy/first_minibatch_max_abs_log_ratio"), default=0.0)
+    return f"log-ratios of up to {gap:.2g} nats before any step" if gap > (0.5 if run.bf16 else 0.1) else None
+
+
+def rounding(run: RunMetrics) -> str | None:
+    gap, clip = run.late("policy/first_minibatch_max_abs_log_ratio"), run.settings.get("clip_range") or 0.2
+    if not run.bf16 or not _above(gap, clip) or disagree(run) is not None:
+        return None
+    return f"bf16 rounding alone makes log-ratios of up to {gap:.2g} nats, and clip_range is {clip:g}"
+
+
+def no_signal(run: RunMetrics) -> str | None:
+    spread = run.late("score/std")
+    return f"scores differ by {spread:.2g} within a rollout" if spread is not None and spread < 1e-6 else None
+
+
+def too_fast(run: RunMetrics) -> str | None:
+    clipped, kl = run.late("policy/clip_fraction"), run.late("policy/approx_kl")
+    if not _above(clipped, 0.3) and not _above(kl, 0.05):
+        return None
+    return f"clip fraction {clipped or 0:.2f}, KL(old || new) {kl or 0:.3f} nats per action"
+
+
+def too_timid(run: RunMetrics) -> str | None:
+    clipped, kl = run.whole("policy/clip_fraction"), run.whole("policy/approx_kl")
+    if clipped is None or kl is None or clipped >= 0.01 or kl >= 1e-3:
+        return None
+    return f"clip fraction {clipped:.4f}, KL(old || new) {kl:.1e} nats per action"
+
+
+def cut_short(run: RunMetrics) -> str | None:
+    epochs, asked = run.late("optim/epochs"), run.settings.get("num_epochs")
+    if epochs is None or not asked or epochs >= 0.75 * asked:
+        return None
+    return f"target_kl stops updates after {epochs:.1f} of {asked} epochs"
+
+
+def deterministic(run: RunMetrics) -> str | None:
+    values, ends = run.values("policy/entropy"), run.ends("policy/entropy")
+    if ends is None:
+        return None
+    middle = statistics.median(values[: len(values) // 2][-3:])
+    if ends[0] <= 0 or middle >= 0.1 * ends[0]:
+        return None
+    return f"entropy from {ends[0]:.3g} to {middle:.3g} nats per action by the middle of the run"
+
+
+def random(run: RunMetrics) -> str | None:
+    ends = run.ends("policy/entropy")
+    if ends is None or ends[1] < 0.95 * ends[0] or run.rises() or not run.settings.get("ent_coef"):
+        return None
+    return f"entropy still {ends[1] / ends[0]:.0%} of its start, and the score did not rise"
+
+
+def blind_critic(run: RunMetrics) -> str | None:
+    explained, spread = run.late("value/explained_variance"), run.late("advantage/std")
+    if explained is None or spread is None or explained >= -0.05:
+        return None
+    # Returns that are all alike leave nothing to explain.
+    return f"explained variance {explained:.2f}" if spread > 0.02 * abs(run.late("value/return_mean") or 0) else None
+
+
+def scale(run: RunMetrics) -> str | None:
+    level, spread = run.late("value/return_mean"), run.late("advantage/std")
+    if not _above(abs(level or 0.0), 100) and not _above(spread, 100):
+        return None
+    return f"returns around {level or 0:.3g}, advantages of {spread or 0:.3g}"
+
+
+def gradient(run: RunMetrics) -> str | None:
+    norm, limit = run.late("optim/grad_norm"), run.settings.get("max_grad_norm")
+    if norm is None or not limit or norm <= 50 * limit:
+        return None
+    return f"gradient norm {norm:.3g}, clipped to {limit:g}"
+
+
+def drift(run: RunMetrics) -> str | None:
+    kl, length = run.ends("kl/reference_nats_per_response"), run.ends("response/length_tokens")
+    if kl is None or length is None or kl[1] <= 0.25 * length[1]:
+        return None
+    return f"{kl[1]:.1f} nats from the reference in {length[1]:.0f} tokens"
+
+
+def held_back(run: RunMetrics) -> str | None:
+    kl = run.ends("kl/reference_nats_per_response")
+    if kl is None or kl[1] > 0.1 or run.rises() or not run.settings.get("kl_coef"):
+        return None
+    return f"{kl[1]:.2f} nats from the reference, and the score did not rise"
+
+
+def never_stops(run: RunMetrics) -> str | None:
+    ends = run.ends("response/eos_fraction")
+    if ends is None or ends[0] < 0.2 or ends[1] > 0.5 * ends[0]:
+        return None
+    return f"responses that end with a stop token fell from {ends[0]:.0%} to {ends[1]:.0%}"
+
+
+def unfinished(run: RunMetrics) -> str | None:
+    return "the score rose until the end" if run.rises(within=0.3) else None

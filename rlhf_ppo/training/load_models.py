@@ -1,0 +1,175 @@
+"""Load policy, critic and reference, and check that they fit each other and compute what training needs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf_ppo.config.groups import CriticSettings
+from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.generation.engines import Sampler, choose_engine
+from rlhf_ppo.models.actor_critic import ActorCritic, CriticKind, build_actor_critic, choose_critic
+from rlhf_ppo.models.compare import largest_kl, probe_logits
+from rlhf_ppo.models.forward_checks import check_backward, check_forward
+from rlhf_ppo.models.loading import (
+    BASE_FOLDER,
+    REFERENCE_FOLDER,
+    in_float32,
+    load_config,
+    load_policy,
+    load_trunk,
+    vocabulary_size,
+)
+from rlhf_ppo.models.lora import refuse_prompt_learning
+from rlhf_ppo.models.policy_adapter import prepare_policy
+from rlhf_ppo.models.quantization import check_precision, load_quantized, load_reference
+from rlhf_ppo.models.reference import Reference
+from rlhf_ppo.models.value_head import load_value_head
+from rlhf_ppo.rewards.functions import RewardFunction
+from rlhf_ppo.runtime.device import autocast
+from rlhf_ppo.runtime.seeding import seed_everything
+
+
+class Models(NamedTuple):
+    """What is trained and what stays frozen beside it."""
+
+    actor_critic: ActorCritic
+    reference: Reference
+    base: str | None
+    """The folder or hub id that holds the model under the policy's adapter; None: none does."""
+    start: str | None
+    """The folder or hub id that holds the reference; None: none does."""
+
+    @property
+    def reference_source(self) -> str:
+        """Where the reference can be loaded from: a hub id or folder, or a folder inside the run's."""
+        return self.start or (BASE_FOLDER if self.reference.model is None else REFERENCE_FOLDER)
+
+
+class CriticStart(NamedTuple):
+    """What the critic is, and what its value head starts from."""
+
+    kind: CriticKind
+    head: dict[str, Tensor] | None
+    """Weight and bias loaded from ``value_head_from``."""
+
+
+def check_models(
+    args: RLHFConfig, model: Any, ref_model: Any, value_model: Any, peft_config: Any, device: torch.device
+) -> None:
+    """Raise a ValueError unless the models, their adapters and the settings fit each other."""
+    vocab_size = vocabulary_size(load_config(model))
+    if peft_config is not None and ref_model is not None:
+        raise ValueError(
+            "with peft_config the reference is the same model with its adapter off: drop ref_model, or merge what "
+            "should be the reference into model"
+        )
+    if peft_config is not None:
+        refuse_prompt_learning(peft_config, "peft_config")
+    for name, config in getattr(model, "peft_config", {}).items():
+        refuse_prompt_learning(config, f"model's adapter {name!r}")
+    if peft_config is not None and hasattr(model, "peft_config"):
+        raise ValueError(
+            "model already has an adapter and peft_config asks for another: merge the first with "
+            "model.merge_and_unload(), or drop peft_config to train the adapter that is there"
+        )
+    for name, other in (("ref_model", ref_model), ("value_model", value_model)):
+        if other is not None and (size := vocabulary_size(load_config(other))) != vocab_size:
+            raise ValueError(
+                f"{name} has a vocabulary of {size} tokens and model one of {vocab_size}; they must read the same "
+                "token ids, so use models of one tokenizer"
+            )
+    check_precision(args, model, ref_model, peft_config, device)
+
+
+def prepare_critic(args: CriticSettings, model: Any, value_model: Any, peft_config: Any) -> CriticStart:
+    """Choose the critic, and load the value head that it starts from."""
+    has_adapter = peft_config is not None or hasattr(model, "peft_config")
+    kind = choose_critic(args, value_model=value_model, has_adapter=has_adapter)
+    source = args.value_head_from
+    return CriticStart(kind, None if source is None else load_value_head(source, load_config(value_model or model)))
+
+
+def load_models(
+    model: str | PreTrainedModel,
+    ref_model: str | PreTrainedModel | None,
+    value_model: str | PreTrainedModel | None,
+    peft_config: Any,
+    args: RLHFConfig,
+    device: torch.device,
+    *,
+    bf16: bool,
+    critic: CriticStart,
+    rewards: Mapping[str, tuple[RewardFunction, float]],
+) -> Models:
+    """Load policy, critic and reference; a model that a reward holds, too, is copied."""
+    seed_everything(args.seed)  # new heads and adapters start from random weights
+    policy: Any
+    if args.quantization == "none":
+        policy = load_policy(model)
+    else:
+        policy = load_quantized(cast(str, model), args.quantization, device=device, bf16=bf16)
+    # One may train while another stays frozen, so a model object given for two of them is copied.
+    judges = [getattr(function, "model", None) for function, _ in rewards.values()]
+    value_model = _copy_if_shared(value_model, model, ref_model, *judges)
+    ref_model = _copy_if_shared(ref_model, model)
+    reference_model = load_reference(model, ref_model, args, device, bf16=bf16)
+    prepared = prepare_policy(policy, peft_config)
+    policy = in_float32(prepared.policy, frozen=False)
+    base = prepared.find_base(model)
+    start = prepared.find_start(model, base)
+    if ref_model is not None:
+        start = ref_model if isinstance(ref_model, str) else None
+    trunk = None if value_model is None else load_trunk(value_model).requires_grad_(True)
+    if not any(p.requires_grad for p in policy.parameters()):
+        raise ValueError("the model has no trainable parameter; load its adapter with is_trainable=True")
+    actor_critic = build_actor_critic(
+        policy,
+        critic.kind,
+        trunk=trunk,
+        head=critic.head,
+        head_from=args.value_head_from,
+        bare_base=not prepared.base_changed and (peft_config is not None or base is not None),
+    )
+    reference = Reference(policy, reference_model, adapter_off=prepared.off_is_start)
+    actor_critic.to(device)
+    if reference.model is not None:
+        reference.model.to(device)
+    if reference_model is None:
+        _require_start(policy, reference, peft_config)
+    return Models(actor_critic, reference, base, start)
+
+
+def check_passes(
+    models: Models, args: RLHFConfig, device: torch.device, *, longest_prompt: int | None, bf16: bool
+) -> Sampler:
+    """Check forward and backward passes, and return the engine that decodes this policy.
+
+    Args:
+        longest_prompt: in tokens; None: unknown, or a conversation, which grows by replies of unknown length.
+    """
+    longest = None if longest_prompt is None else longest_prompt + args.max_new_tokens
+    check_forward(models.actor_critic, models.reference, longest=longest, bf16=bf16)
+    check_backward(models.actor_critic, bf16=bf16, checkpoint=args.gradient_checkpointing)
+    with autocast(bf16, device):
+        return choose_engine(args, models.actor_critic)
+
+
+def _require_start(policy: Any, reference: Reference, peft_config: Any) -> None:
+    """Check that policy and reference give a few tokens the same probabilities before the first update."""
+    with reference.active():
+        start = probe_logits(policy if reference.model is None else reference.model)
+    if (gap := largest_kl(probe_logits(policy), start)) > 1e-4:
+        raise ValueError(
+            f"the reference is not the model that training starts from: {gap:.2g} nats a token apart before the first "
+            f"update, with peft_config={peft_config}. Use another adapter, or a model that gives the same logits twice"
+        )
+
+
+def _copy_if_shared(model: Any, *others: Any) -> Any:
+    return copy.deepcopy(model) if any(model is other and not isinstance(model, str) for other in others) else model
