@@ -1,4 +1,4 @@
-"""CartPole-v1 over several seeds: final deterministic return, steps and seconds. One command, one table.
+"""Train CartPole-v1 on several seeds and print the final deterministic return, steps and seconds.
 
 python benchmarks/cartpole_seeds.py [--seeds 0 1 2 3 4] [--picture docs/images/cartpole.png]
 """
@@ -16,7 +16,7 @@ from rlhf_ppo.runtime.run_directory import RunDirectory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train and evaluate each seed with the preset; print one row a seed."""
+    """Train and evaluate each seed with the preset; print one row per seed."""
     parser = argparse.ArgumentParser(description="CartPole-v1 with the preset over several seeds.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="seeds to train")
     parser.add_argument("--total-timesteps", type=int, default=None, help="training steps (default: the preset's)")
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def draw(curves: dict[int, list[dict[str, float]]], finals: dict[int, float], path: Path) -> None:
-    """One line a seed: return of the last 100 training episodes over environment steps; a dot: the final evaluation."""
+    """Draw a line per seed (return of the last 100 training episodes by steps) and a dot for its final evaluation."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,10 +1,10 @@
-"""What each preset reaches, over seeds, beside the published results. Resumable: finished runs are read, not repeated.
+"""Compare each preset's returns over seeds with published results. Resumable: finished runs are not repeated.
 
 python benchmarks/classic_returns.py [--envs Acrobot-v1 Pendulum-v1] [--seeds 5] [--sb3-seeds 1] [--minutes 40]
     [--folder runs/returns] [--picture docs/images/returns.png]
 
-Every run trains with its preset and is evaluated at the end, by its final policy with deterministic actions. Seed by
-seed over all environments, so that stopping it early, or --minutes, leaves a table of what there is.
+Every run trains with its preset; the final policy is evaluated with deterministic actions. It goes seed by
+seed over all environments, so that if you stop it early, or with --minutes, you still get a table.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ PUBLISHED = {
 }
 
 
-# Where the published results are of another version of the environment, Stable-Baselines3 can run beside ours.
+# Published results here are for another version of the environment, so Stable-Baselines3 can run beside ours.
 OTHER_VERSIONS = ("LunarLander-v3", "LunarLanderContinuous-v3", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
 
 
 def row(env_id: str, variant: Variant, sb3: list[float]) -> str:
-    """One line of the table."""
+    """Return one line of the table."""
     middle, low, high = bootstrap_iqm([variant.returns])
     cells = [
         env_id,
@@ -62,12 +62,12 @@ def row(env_id: str, variant: Variant, sb3: list[float]) -> str:
 
 
 def missing(folder: Path, seeds: int) -> bool:
-    """Whether a run of the first ``seeds`` is not finished."""
+    """Tell whether a run of the first ``seeds`` is not finished."""
     return not all((folder / f"seed{seed}" / RESULT).is_file() for seed in range(seeds))
 
 
 def sb3_return(env_id: str, seed: int, episodes: int, result: Path) -> float:
-    """Stable-Baselines3 with the RL Zoo's preset, in its own environment; read where it is finished."""
+    """Return Stable-Baselines3's return with the RL Zoo's preset, run in its own environment unless finished."""
     if not result.exists():
         result.parent.mkdir(parents=True, exist_ok=True)
         worker = Path(__file__).with_name("sb3_returns.py")
@@ -77,7 +77,7 @@ def sb3_return(env_id: str, seed: int, episodes: int, result: Path) -> float:
 
 
 def draw_all(variants: dict[str, Variant], path: Path) -> None:
-    """Learning curves, one panel an environment: the IQM of the training return and its 95 % bootstrap band."""
+    """Draw learning curves, one panel per environment: IQM of the training return and its 95 % bootstrap band."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -99,13 +99,13 @@ def draw_all(variants: dict[str, Variant], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train what is not there yet, then print the table."""
+    """Train what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--envs", nargs="+", default=list(PUBLISHED), choices=list(PUBLISHED))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--sb3-seeds", type=int, default=0, help="also Stable-Baselines3, where versions differ")
     parser.add_argument("--episodes", type=int, default=100, help="episodes of each evaluation")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this; 0: read alone")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this; 0: print only")
     parser.add_argument("--folder", type=Path, default=Path("runs/returns"))
     parser.add_argument("--picture", type=Path, default=None, help="draw the learning curves to this PNG")
     flags = parser.parse_args(argv)

@@ -1,11 +1,11 @@
-"""How long classic and Stable-Baselines3 take to the same return, side by side. One command, one table.
+"""Compare how long classic and Stable-Baselines3 take to reach the same return.
 
 python benchmarks/classic_speed.py [--tasks CartPole-v1 Pendulum-v1 LunarLander-v3 HalfCheetah-v5] [--seeds 5]
 
-Each side uses its own preset (Stable-Baselines3 the RL Zoo's), in a process of its own, on one thread, by turns. The
-clock runs while training and stands while the policy is looked at: 20 deterministic episodes every 2,048 steps
-(CartPole). Stable-Baselines3 lives in build/sb3, which the first run makes. HalfCheetah: the same settings on both
-sides, and what a step costs beyond the environment's own. Other work on the machine moves CPU seconds less.
+Each side uses its own preset (Stable-Baselines3 the RL Zoo's) and its own single-threaded process, alternating. The
+clock stops while the policy is evaluated: 20 deterministic episodes every 2,048 steps (CartPole). The first run
+installs Stable-Baselines3 into build/sb3. HalfCheetah: the same settings on both sides, and a step's cost beyond the
+environment's own. On a busy machine CPU seconds are more reliable.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHEETAH = "HalfCheetah-v5"
 
 
 def peer_python() -> str:
-    """The interpreter of Stable-Baselines3's environment, made on first use."""
+    """Return the interpreter of Stable-Baselines3's environment, created on first use."""
     interpreter = PEER / "bin/python"
     if not (PEER / ".ready").exists():
         print(f"installing stable-baselines3 2.9.2 into {PEER.relative_to(ROOT)}", file=sys.stderr)
@@ -40,7 +40,7 @@ def peer_python() -> str:
 
 
 def run(python: str, side: str, task: str, seed: int) -> dict[str, Any]:
-    """One side in a process of its own."""
+    """Run one side in its own process."""
     command = [python, str(ROOT / "benchmarks/classic_speed_worker.py"), side, task, str(seed)]
     path = str(ROOT) if side == "ours" else ""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
@@ -53,7 +53,7 @@ def run(python: str, side: str, task: str, seed: int) -> dict[str, Any]:
 
 
 def to_the_return(task: str, sides: dict[str, list[dict[str, Any]]]) -> str:
-    """Two rows of the table: medians over the seeds, and SB3's over ours."""
+    """Return the rows of a task: medians over the seeds, and SB3's relative to ours."""
     lines = []
     for side, name in (("ours", "classic"), ("sb3", "Stable-Baselines3 2.9.2")):
         results = sides[side]
@@ -83,7 +83,7 @@ def to_the_return(task: str, sides: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def overhead(sides: dict[str, list[dict[str, Any]]]) -> str:
-    """HalfCheetah: milliseconds a step beyond the environment's own."""
+    """Print HalfCheetah's milliseconds per step beyond the environment's own."""
     ours, theirs = (
         {key: statistics.median(result[key] for result in sides[side]) for key in ("overhead", "overhead_cpu", "bare")}
         for side in ("ours", "sb3")

@@ -1,4 +1,4 @@
-"""One side of benchmarks/classic_speed.py on one task with one seed, in a process and on a thread of its own.
+"""Run one side of benchmarks/classic_speed.py on one task with one seed, on one thread.
 
 python benchmarks/classic_speed_worker.py ours|sb3 CartPole-v1 SEED
 """
@@ -16,7 +16,7 @@ import gymnasium
 import numpy as np
 import torch
 
-# Return that counts as reached, environment steps between two looks at it, and the step at which to give up.
+# Target return, environment steps between two evaluations, and the step at which to give up.
 TASKS: dict[str, tuple[float, int, int]] = {
     "CartPole-v1": (475.0, 2_048, 100_000),
     "Pendulum-v1": (-250.0, 4_096, 300_000),
@@ -67,12 +67,12 @@ CHEETAH, CHEETAH_STEPS = "HalfCheetah-v5", 20_480
 
 
 def derived(seed: int, purpose: int, count: int = 1) -> list[int]:
-    """Seeds that no neighbouring seed shares (Stable-Baselines3 seeds copy i with seed + i)."""
+    """Return seeds that no neighbouring seed shares (Stable-Baselines3 seeds copy i with seed + i)."""
     return (np.random.SeedSequence([purpose, seed]).generate_state(count) >> 1).tolist()
 
 
 class Watch:
-    """Looks at the policy every so many steps, with the clock stopped, and says when the return is reached."""
+    """Evaluates the policy at intervals with the clock stopped, and tells when the return is reached."""
 
     def __init__(self, task: str, seed: int, predict: Callable[[np.ndarray], np.ndarray]) -> None:
         self.target, self.every, self.limit = TASKS[task]
@@ -83,7 +83,7 @@ class Watch:
         self.start, self.start_cpu = time.perf_counter(), time.process_time()
 
     def done(self, steps: int) -> bool:
-        """Whether training is over after ``steps`` environment steps."""
+        """Tell whether training is over after ``steps`` environment steps."""
         if steps < self.due:
             return False
         wall, cpu = time.perf_counter(), time.process_time()
@@ -99,7 +99,7 @@ class Watch:
         return {"reached": self.reached, "env_steps": steps, "seconds": seconds, "cpu_seconds": cpu}
 
     def _mean_return(self) -> float:
-        """Of the first episode of each of 20 environments, deterministic actions, a seed's own starts at every look."""
+        """Average one deterministic episode in each of 20 environments, with a seed's own starts each time."""
         observation, _ = self.envs.reset(seed=self.seeds)
         returns, running = np.zeros(20), np.ones(20, dtype=bool)
         while running.any():
@@ -110,7 +110,7 @@ class Watch:
 
 
 def ours(task: str, seed: int) -> dict[str, Any]:
-    """This project with its preset."""
+    """Run this project with its preset."""
     import classic
 
     agent = classic.PPO(task, classic.PPOArgs(seed=seed, quiet=True))
@@ -123,7 +123,7 @@ def ours(task: str, seed: int) -> dict[str, Any]:
 
 
 def products_alone(sizes: tuple[int, ...], rows: int) -> float:
-    """Seconds of an optimizer step's matrix products (hidden layers of actor and critic, forward and backward)."""
+    """Time an optimizer step's matrix products (hidden layers of actor and critic, forward and backward)."""
     layers = [(torch.randn(rows, i), torch.randn(i, o), torch.randn(rows, o)) for i, o in pairwise(sizes)]
     best = float("inf")
     for _ in range(20):
@@ -139,7 +139,7 @@ def products_alone(sizes: tuple[int, ...], rows: int) -> float:
 
 
 def sb3(task: str, seed: int) -> dict[str, Any]:
-    """Stable-Baselines3 with the RL Zoo's preset."""
+    """Run Stable-Baselines3 with the RL Zoo's preset."""
     from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_vec_env
@@ -166,7 +166,7 @@ def sb3(task: str, seed: int) -> dict[str, Any]:
 
 
 def cheetah(side: str, seed: int) -> dict[str, Any]:
-    """Seconds per 1,000 steps of HalfCheetah beyond the environment's own; the same settings on both sides."""
+    """Time 1,000 steps of HalfCheetah beyond the environment's own; the same settings on both sides."""
     env = gymnasium.make(CHEETAH)
     env.reset(seed=seed)
     env.action_space.seed(seed)

@@ -1,8 +1,8 @@
-"""The demo over several seeds: does the score rise beyond noise, and at what price in KL and fluency?
+"""Run the demo on several seeds: does the score rise beyond noise, and at what cost in KL and fluency?
 
-Run:  python benchmarks/demo_seeds.py --seeds 5        (one to two minutes a seed and precision on an idle CPU core)
-Prints, for each precision, one row a seed and the mean over seeds with its 95 % interval (Student's t), and writes
-them as JSON. bf16 on a CPU without instructions for it takes longer; --precision fp32 leaves it out.
+Run:  python benchmarks/demo_seeds.py --seeds 5        (one to two minutes per seed and precision on an idle CPU core)
+Prints, for each precision, one row per seed and the mean over seeds with its 95 % interval (Student's t), and writes
+them as JSON. bf16 takes longer on a CPU without bf16 instructions; --precision fp32 skips it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def run_seed(seed: int, reward: str, precision: Precision, folder: str) -> dict[
 
 
 def show(rows: list[dict[str, float]], precision: str) -> None:
-    """Print the table of a precision."""
+    """Print the table of one precision."""
     headings = " | ".join(f"{label}: before | after | change" for label in COLUMNS.values())
     print(f"\n| {precision}: seed | minutes | {headings} |")
     print("|---" * (2 + 3 * len(COLUMNS)) + "|")

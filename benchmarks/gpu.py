@@ -1,8 +1,8 @@
-"""PPO iterations on one CUDA GPU, each engine against the limits of the hardware: ``python benchmarks/gpu.py``.
+"""Time PPO iterations on one CUDA GPU against the hardware's limits: ``python benchmarks/gpu.py``.
 
 What you will see: a table with a row for each model and engine, after about ten minutes. MFU counts the products that
-the algorithm needs, over the measured rate of bf16 products; the decoding limit is the time that the measured copy
-bandwidth takes to move the weights (bf16) and the keys and values once per decode step.
+the algorithm needs, relative to the measured rate of bf16 products; the decoding limit is the time to move weights
+(bf16), keys and values once per decode step at the measured copy bandwidth.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """Return the tokens that a model reads of one sequence."""
+        """Return how many tokens of a sequence a model processes."""
         return self.prompt_tokens + self.new_tokens - 1
 
 
@@ -134,7 +134,7 @@ class Needs:
         return case.prompts * (products + 2 * self.attention_width * case.tokens**2)  # causal: half of 4 T^2
 
     def decoding_bytes(self, case: Case) -> float:
-        """Count the bytes that decoding must at least read: weights in bf16, keys and values of all earlier tokens."""
+        """Count the bytes that decoding must read: weights in bf16, keys and values of all earlier tokens."""
         kept = case.prompts * (case.prompt_tokens + case.new_tokens / 2) * self.kv_bytes_per_token
         return case.new_tokens * (2 * (self.trunk + self.head) + kept)
 
@@ -177,7 +177,7 @@ def measure(case: Case, engine: str, device: torch.device, limits: dict[str, flo
                 quiet=True,
             ),
         )
-        for _ in range(2):  # the first may compile, the second record its graph
+        for _ in range(2):  # the first may compile, the second capture its graph
             trainer.step(trainer.rollout(prompts))
         trainer.fixed.stopwatch.take()
         if device.type == "cuda":
@@ -198,7 +198,7 @@ def measure(case: Case, engine: str, device: torch.device, limits: dict[str, flo
         "decoding_tokens_per_second": generated / phases["generate"],
         "decoding_share_of_bandwidth_limit": decoding_limit / phases["generate"],
         "update_mfu": update_flops / phases["update"] / limits["bf16_flops_per_second"],
-        # Decoding and the reference read every token once more each.
+        # Decoding and the reference process every token once more each.
         "iteration_mfu": (update_flops + 2 * needs.forward(case)) / iteration / limits["bf16_flops_per_second"],
         "peak_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
         **{f"{name}_seconds": value for name, value in phases.items()},
@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
             row: dict[str, Any] = {"model": model, "generation": engine}
             try:
                 row |= measure(case, engine, device, limits, args.iterations)
-            except Exception as error:  # the other rows are still worth their time
+            except Exception as error:  # still measure the other rows
                 row["error"] = f"{type(error).__name__}: {error}"
             rows.append(row)
             print(table_row(row), flush=True)

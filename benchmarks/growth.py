@@ -1,8 +1,8 @@
-"""How an iteration grows: time against batch, response length and vocabulary, activation memory against vocabulary.
+"""Measure how an iteration grows: time by batch, response length and vocabulary, memory by vocabulary.
 
 Run:  python benchmarks/growth.py --picture growth.png        (about five minutes on two CPU cores)
-A GPT-2 of 4 layers, 128 wide; one thing is varied at a time from 32 responses of 48 tokens over 4096 tokens. Memory is
-that of the output layer on 2048 response tokens, forward and backward, beyond weights and their gradient (Linux).
+A GPT-2 of 4 layers x 128; one quantity varies at a time from 32 responses of 48 tokens and a vocabulary of 4096. Memory
+is the output layer's on 2048 response tokens, forward and backward, beyond weights and their gradient (Linux).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HEADS = ("linear_logprobs", "all logits", "linear_kl", "KL of all logits")
 
 
 def seconds(work: Workload) -> float:
-    """The faster of two iterations after one that is not timed."""
+    """Return the faster of two iterations after an untimed one."""
     prompts = make_prompts(work)
     with tempfile.TemporaryDirectory() as folder:
         trainer, _ = trainer_for(work, folder, separate_critic=False, precision="fp32")
@@ -41,22 +41,22 @@ def seconds(work: Workload) -> float:
 
 
 def head_memory(vocabulary: int, kind: str) -> float:
-    """MiB beyond weights and gradients, in a process of its own."""
+    """Return MiB beyond weights and gradients, measured in a new process."""
     command = [sys.executable, __file__, "--head", kind, "--vocabulary", str(vocabulary)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def measure_head(vocabulary: int, kind: str) -> float:
-    """What ``head_memory`` prints."""
+    """Print what ``head_memory`` parses."""
     from rlhf_ppo.core import kl_from_logits, linear_kl, linear_logprobs, token_logprobs
 
     weight = torch.randn(vocabulary, WIDTH, requires_grad=True)
     hidden = torch.randn(ROWS, WIDTH, requires_grad=True)
     tokens = torch.randint(0, vocabulary, (ROWS,))
     reference = (hidden.detach().clone(), weight.detach().clone())
-    (torch.ones(8, 8, requires_grad=True) @ torch.ones(8, 8)).sum().backward()  # threads and libraries are there
+    (torch.ones(8, 8, requires_grad=True) @ torch.ones(8, 8)).sum().backward()  # start threads, load libraries
     before = resident_bytes()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far, which a process inherits, is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak, which a process inherits
     if kind == "linear_logprobs":
         result = linear_logprobs(hidden, weight, tokens)
         assert isinstance(result, torch.Tensor)
@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def draw(curves: dict[str, list[tuple[int, float]]], memory: dict[str, list[tuple[int, float]]], file: Path) -> None:
-    """Four panels side by side."""
+    """Draw four panels side by side."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.2))

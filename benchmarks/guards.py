@@ -1,9 +1,9 @@
-"""What the checks of guarded updates cost: their share of an update's CPU time, on one thread.
+"""Measure the cost of the non-finite checks: their share of an update's CPU time, on one thread.
 
 Run:  python benchmarks/guards.py --workload S --updates 4        (half a minute on an idle CPU core)
-Timed inside the update: the looks at each step (StepWatch), at losses and estimates (spoil_gradient) and at weights
-(nonfinite_parameters). Clipping needs the norm of the gradient anyway. A part of the time, not a difference of two
-times, and CPU time: other work on the machine disturbs it less.
+Timed inside the update: the checks of each step (StepWatch), of losses and estimates (spoil_gradient) and of weights
+(nonfinite_parameters). Clipping needs the gradient's norm anyway. It measures a share of CPU time, not a difference of
+two times, which a busy machine disturbs less.
 """
 
 from __future__ import annotations

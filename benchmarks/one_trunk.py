@@ -1,4 +1,4 @@
-"""One base with adapters against separate models: what it saves in memory, and what it costs in quality.
+"""Compare one base with adapters with separate models: memory saved, quality lost.
 
 Run:  python benchmarks/one_trunk.py memory      (Linux; two minutes on two CPU cores)
       python benchmarks/one_trunk.py quality     (three critics, three seeds, about six minutes)
@@ -54,7 +54,7 @@ def write_models(folder: Path) -> None:
 
 
 def memory_of(name: str, folder: Path, episodes: int) -> dict[str, float]:
-    """One iteration in this process: bytes that stay, and the most that the process ever held."""
+    """Run one iteration in this process; return its static bytes and its peak."""
     plan = ARRANGEMENTS[name]
     before = _peak()
     trainer = PPOTrainer(
@@ -79,18 +79,18 @@ def memory_of(name: str, folder: Path, episodes: int) -> dict[str, float]:
         held.update({} if model is None else {id(p): p for p in model.parameters()})
     trained = sum(p.numel() * p.element_size() for p in trainer.model.trainable_parameters())
     weights = sum(p.numel() * p.element_size() for p in held.values())
-    # A gradient and Adam's two moments beside each trained weight.
+    # A gradient and Adam's two moments for each trained weight.
     return {"weights": weights, "static": weights + 3 * trained, "peak": _peak(), "start": before}
 
 
 def _peak() -> float:
-    # Not getrusage: what it calls this process's peak is its parent's where that was larger.
+    # Not getrusage, which reports the parent's peak if that was larger.
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * float(status.partition("VmHWM:")[2].split()[0])
 
 
 def memory(episodes: int) -> None:
-    """A fresh process for each arrangement, because a process's peak never falls."""
+    """Measure each arrangement in a new process, because a process's peak never falls."""
     print("| models | weights, MB | with gradients and optimizer, MB | peak of the process, MB |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         write_models(Path(folder))
@@ -107,7 +107,7 @@ def memory(episodes: int) -> None:
 
 
 def quality_of(critic: str, seed: int, episodes: int) -> dict[str, float]:
-    """Train the embedded model toward positive stories; the policy is a LoRA adapter whatever the critic is."""
+    """Train the embedded model toward positive stories; the policy is always a LoRA adapter."""
     openings = load_rows(OPENINGS)
     with tempfile.TemporaryDirectory() as folder:
         trainer = PPOTrainer(
@@ -143,7 +143,7 @@ def quality_of(critic: str, seed: int, episodes: int) -> dict[str, float]:
 
 
 def quality(seeds: int, episodes: int) -> None:
-    """Mean and standard deviation over seeds."""
+    """Print mean and standard deviation over seeds."""
     print("| critic | score before | score after | KL, nats/response | explained variance |")
     print("|---|---|---|---|---|")
     for critic in CRITICS:

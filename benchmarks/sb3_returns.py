@@ -1,4 +1,4 @@
-"""What Stable-Baselines3 reaches with the RL Zoo's presets; benchmarks/classic_returns.py runs this in build/sb3.
+"""Train Stable-Baselines3 with the RL Zoo's presets; benchmarks/classic_returns.py runs this in build/sb3.
 
 python benchmarks/sb3_returns.py LunarLander-v3 SEED EPISODES RESULT.json
 """
@@ -30,7 +30,7 @@ MUJOCO: dict[str, Any] = {
         "net_arch": {"pi": [256, 256], "vf": [256, 256]},
     },
 }
-# The RL Zoo's presets, for the versions of these environments before these.
+# The RL Zoo's presets, made for earlier versions of these environments.
 PRESETS: dict[str, dict[str, Any]] = {
     "LunarLander-v3": ZOO["LunarLander-v3"],
     "LunarLanderContinuous-v3": ZOO["LunarLander-v3"],

@@ -1,11 +1,11 @@
-"""PPO iterations side by side: this project, TRL 1.12.0 (the last with PPO), and the machine's floor.
+"""Time PPO iterations side by side: this project, TRL 1.12.0 (the last with PPO), and the machine's floor.
 
 Run:  python benchmarks/speed.py                    (about an hour on two CPU cores; --workloads S: three minutes)
-The first run installs the peer into an environment of its own (build/peer). Each side works in a process of its own, in
-turns, on the same models, prompts, lengths, epochs and minibatches (speed_workloads.py):
-like for like  fp32 and a critic of its own, as the peer works;   defaults  this project as it comes: shared trunk,
+The first run installs TRL into build/peer. Each side has its own process; they alternate, with the same models,
+prompts, lengths, epochs and minibatches (speed_workloads.py):
+like for like  fp32 and a separate critic, as in TRL;   defaults  this project as it comes: shared trunk,
 precision="auto".   floor: the dense matrix products of the same iteration alone.
-Prints a table of medians over all timed iterations, writes them as JSON and draws where the time goes.
+Prints a table of medians over all timed iterations, writes them as JSON and plots where the time goes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PHASES = ("generate", "reference", "score", "update")
 
 
 def peer_python(python: str) -> str:
-    """The interpreter of the peer's environment, made on first use."""
+    """Return the interpreter of TRL's environment, created on first use."""
     interpreter = PEER / "bin/python"
     if not (PEER / ".ready").exists():
         print(f"installing trl 1.12.0 into {PEER.relative_to(ROOT)}", file=sys.stderr)
@@ -40,7 +40,7 @@ def peer_python(python: str) -> str:
 
 
 def run(python: str, side: str, workload: str, threads: int) -> dict[str, Any]:
-    """One side in a process of its own."""
+    """Run one side in its own process."""
     command = [python, str(ROOT / "benchmarks/speed_worker.py"), side, workload, "--threads", str(threads)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -50,7 +50,7 @@ def run(python: str, side: str, workload: str, threads: int) -> dict[str, Any]:
 
 
 def measure(workloads: list[str], rounds: int, threads: int, peer: str) -> dict[str, Any]:
-    """All sides of all workloads, in turns, ``rounds`` times; seconds are medians over all timed iterations."""
+    """Measure all sides of all workloads ``rounds`` times, alternating; return medians over all timed iterations."""
     results: dict[str, Any] = {}
     for workload in workloads:
         runs: dict[str, list[dict[str, Any]]] = {}
@@ -66,7 +66,7 @@ def measure(workloads: list[str], rounds: int, threads: int, peer: str) -> dict[
 
 
 def merge(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the runs of one side."""
+    """Return medians over the runs of one side."""
     seconds = [value for result in runs for value in result["seconds"]]
     return {
         "seconds": statistics.median(seconds),
@@ -80,9 +80,9 @@ def merge(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as a markdown table."""
-    head = ["workload", "side", "s/iteration (range)", "over the peer", "over its floor", "samples/s", "tokens/s"]
-    head += ["peak memory above static, MB", "share of the peer's", *PHASES]
+    """Return the results as a markdown table."""
+    head = ["workload", "side", "s/iteration (range)", "speedup over TRL", "over its floor", "samples/s", "tokens/s"]
+    head += ["peak memory above static, MB", "share of TRL's", *PHASES]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for workload, sides in results.items():
         peer = sides["peer"]
@@ -111,7 +111,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], file: Path) -> None:
-    """Stacked bars: seconds of each phase, by side, with the floor as a line."""
+    """Draw stacked bars: seconds of each phase by side, with the floor as a line."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(results), figsize=(3.2 * len(results), 3.6), squeeze=False)
@@ -136,13 +136,13 @@ def draw(results: dict[str, Any], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", default=["S", "M", "L", "V"], choices=["S", "M", "L", "V"])
-    parser.add_argument("--rounds", type=int, default=2, help="times that every side runs")
+    parser.add_argument("--rounds", type=int, default=2, help="how often every side runs")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument(
         "--peer-python", default=None, help="interpreter with trl 1.12.0; default: build/peer, made here"
     )
-    parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
-    parser.add_argument("--picture", type=Path, default=None, help="also draw them here")
+    parser.add_argument("--json", type=Path, default=None, help="also write the numbers here")
+    parser.add_argument("--picture", type=Path, default=None, help="also plot them here")
     flags = parser.parse_args()
     peer = flags.peer_python or peer_python(sys.executable)
     results = measure(flags.workloads, flags.rounds, flags.threads, peer)

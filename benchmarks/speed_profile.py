@@ -1,7 +1,7 @@
-"""Where the time of a PPO iteration goes, operator by operator: one iteration of workload M, both ways of ours.
+"""Profile where a PPO iteration's time goes, by operator, like for like and with defaults.
 
 Run:  python benchmarks/speed_profile.py --picture profile.png        (about two minutes on two CPU cores)
-Prints seconds by kind of work and draws them; "outside operators" is Python, scheduling and waiting.
+Prints and plots seconds by kind of work; "outside operators" is Python, scheduling and waiting.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ KINDS = {
 
 
 def kind_of(operator: str) -> str:
-    """The kind of work an operator does."""
+    """Return the kind of work an operator does."""
     return next((kind for kind, names in KINDS.items() if operator.startswith(names)), "other operators")
 
 
 def profile_iteration(workload: str, *, like: bool) -> tuple[dict[str, float], float]:
-    """Seconds by kind of work, the longest first, and of the whole iteration."""
+    """Return seconds by kind of work, longest first, and of the whole iteration."""
     work = WORKLOADS[workload]
     with tempfile.TemporaryDirectory() as folder:
         trainer, _ = trainer_for(work, folder, separate_critic=like, precision="fp32" if like else "auto")
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def draw(sides: dict[str, tuple[dict[str, float], float]], workload: str, file: Path) -> None:
-    """One panel a side."""
+    """Draw one panel per side."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(len(sides), 1, figsize=(7, 3.0 * len(sides)), sharex=True)

@@ -1,4 +1,4 @@
-"""One side of the speed comparison in a process of its own; prints one JSON line (see speed.py)."""
+"""Run one side of the speed comparison in its own process; print one JSON line (see speed.py)."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from speed_workloads import EOS, SHORTEST, WORKLOADS, Workload, make_models, mak
 
 
 def resident_bytes() -> int:
-    """Memory that this process has in RAM now."""
+    """Return this process's resident memory in bytes."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
 def static_bytes(*models: torch.nn.Module, trained: tuple[torch.nn.Module, ...]) -> int:
-    """Weights of all models, and gradients and both moments of the trained ones."""
+    """Count bytes of all models' weights, and of gradients and both moments of the trained ones."""
     parameters = {id(p): p for model in models for p in model.parameters()}
     moving = {id(p) for model in trained for p in model.parameters()}
     return sum(p.nbytes * (4 if i in moving else 1) for i, p in parameters.items())
 
 
 def trainer_for(work: Workload, folder: str, *, separate_critic: bool, precision: str, **arguments: Any) -> Any:
-    """This project's trainer for a workload, and the bytes of its static state."""
+    """Return this project's trainer for a workload, and the bytes of its static state."""
     from rlhf_ppo import PPOTrainer, RLHFConfig
     from rlhf_ppo.rewards.reward_model import RewardModel
 
@@ -65,7 +65,7 @@ def trainer_for(work: Workload, folder: str, *, separate_critic: bool, precision
 
 
 def run_ours(work: Workload, *, separate_critic: bool, precision: str) -> dict:
-    """This project: all through PPOTrainer.train()."""
+    """Run this project through PPOTrainer.train()."""
     import rlhf_ppo.trainer  # noqa: F401
 
     imports = resident_bytes()
@@ -85,7 +85,7 @@ def run_ours(work: Workload, *, separate_critic: bool, precision: str) -> dict:
 
 
 def run_peer(work: Workload) -> dict:
-    """TRL 1.12.0: its trainer, its loop; phases are timed around its own functions."""
+    """Run TRL 1.12.0 with its own trainer and loop; phases are timed around its functions."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
@@ -141,7 +141,7 @@ def run_peer(work: Workload) -> dict:
             args=PPOConfig(
                 output_dir=folder,
                 total_episodes=work.prompts * (work.warmup + work.iterations),
-                # One "device batch" that holds the rollout: then its num_mini_batches does add optimizer steps.
+                # One "device batch" for the whole rollout, so that its num_mini_batches does add optimizer steps.
                 per_device_train_batch_size=work.prompts,
                 gradient_accumulation_steps=1,
                 num_mini_batches=work.minibatches,
@@ -175,7 +175,7 @@ def run_peer(work: Workload) -> dict:
 
 
 def report(work: Workload, times: list, imports: int, static: int, lengths: list[float]) -> dict:
-    """What both sides print; ``times``: the start of training and the end of each iteration, with its phases."""
+    """Return what both sides print; ``times``: the start of training and the end of each iteration, with its phases."""
     seconds = [b - a for (a, _), (b, _) in pairwise(times)][work.warmup :]
     phases: dict[str, float] = defaultdict(float)
     for _, part in times[1 + work.warmup :]:
@@ -196,9 +196,9 @@ def report(work: Workload, times: list, imports: int, static: int, lengths: list
 
 
 def run_floor(work: Workload) -> dict:
-    """Seconds that the iteration's dense matrix products alone take: weights times activations, nothing else.
+    """Time the iteration's dense matrix products alone: weights times activations, nothing else.
 
-    Every product is made in the fastest of the layouts in use, into memory that is there already. Attention's own
+    Every product uses the fastest layout in use and preallocated memory. Attention's own
     products are left out. bf16 where the defaults use it.
     """
     from rlhf_ppo.runtime.device import cpu_multiplies_bf16
@@ -231,7 +231,7 @@ def run_floor(work: Workload) -> dict:
             return work.layers * sum(seconds(rows, o, i, dtype) + seconds(i, rows, o, dtype) for i, o in trunk)
 
         @cache
-        def head(rows: int) -> float:  # the vocabulary as rows: up to twice as fast as as columns
+        def head(rows: int) -> float:  # the vocabulary as rows: up to twice as fast as columns
             return seconds(vocabulary, d, rows, dtype)
 
         @cache

@@ -1,4 +1,4 @@
-"""Workloads of the speed comparison: the same models, prompts and settings for this project and its peer."""
+"""Workloads of the speed comparison: the same models, prompts and settings for this project and TRL."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Workload:
 
     @property
     def heads(self) -> int:
-        """64 columns a head."""
+        """Return the number of attention heads, 64 columns each."""
         return max(self.width // 64, 2)
 
 
@@ -46,7 +46,7 @@ SHORTEST = 4
 
 
 def config(work: Workload) -> GPT2Config:
-    """The one shape of policy, critic, reward model and reference."""
+    """Return the config of policy, critic, reward model and reference."""
     return GPT2Config(
         vocab_size=work.vocabulary,
         n_positions=256,
@@ -63,7 +63,7 @@ def config(work: Workload) -> GPT2Config:
 class SpreadLengths(GPT2LMHeadModel):
     """A policy whose end-of-text logit depends on the position, so that lengths spread evenly up to the limit.
 
-    With n tokens to go, end of text has probability 1/n: every length from 4 to the limit is as likely as another.
+    With n tokens to go, end of text has probability 1/n: every length from 4 to the limit is equally likely.
     """
 
     def __init__(self, config: GPT2Config, first: int = 16, limit: int = 128) -> None:
@@ -87,7 +87,7 @@ class SpreadLengths(GPT2LMHeadModel):
 
 
 def make_models(work: Workload) -> dict[str, torch.nn.Module]:
-    """policy, reference (equal to it), value (classifier) and reward (classifier), always from the same seeds."""
+    """Build policy, equal reference, value and reward (classifiers), always from the same seeds."""
 
     def make(kind, seed):
         torch.manual_seed(seed)
@@ -104,9 +104,9 @@ def make_models(work: Workload) -> dict[str, torch.nn.Module]:
 
 
 def make_tokenizer(work: Workload) -> PreTrainedTokenizerFast:
-    """Token i is written "<i>", so that ids become text and the text the same ids again.
+    """Build a tokenizer that writes token i as "<i>", so that ids survive decoding and encoding.
 
-    No token's text begins another's: special tokens are looked for inside words too.
+    No token's text is a prefix of another's, because special tokens are found inside words too.
     """
     core = Tokenizer(models.WordLevel({f"<{i}>": i for i in range(work.vocabulary)}, unk_token="<2>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"<\d+>"), "isolated")
@@ -115,7 +115,7 @@ def make_tokenizer(work: Workload) -> PreTrainedTokenizerFast:
 
 
 def make_prompts(work: Workload) -> list[str]:
-    """Random prompts, all of the same length, without end of text and padding."""
+    """Sample random prompts of equal length, without end of text and padding."""
     generator = torch.Generator().manual_seed(3)
     size = (work.prompts, work.prompt_tokens)
     ids = torch.randint(2, work.vocabulary, size, generator=generator)

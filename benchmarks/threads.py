@@ -1,10 +1,10 @@
-"""Threads: what one or two of them, and the way they wait for each other, cost on an idle and on a busy machine.
+"""Measure one and two threads, spinning and sleeping, on an idle and on a busy machine.
 
-Run:  python benchmarks/threads.py        (about twenty minutes; on a machine with nothing else to do)
-PPO iterations of the embedded model and of a GPT-2 of workload M, each in a process of its own. "spins" is how OpenMP
-waits unless told (torch imported before rlhf_ppo), "sleeps" is OMP_WAIT_POLICY=PASSIVE, which this project sets. Busy:
-one process that computes without end for each CPU. Prints the seconds of an iteration over those of one thread on the
-idle machine, or that it was given up (--limit).
+Run:  python benchmarks/threads.py        (about twenty minutes, on an otherwise idle machine)
+PPO iterations of the embedded model and of workload M's GPT-2, each in its own process. "spins" is how OpenMP
+waits by default (torch imported before rlhf_ppo), "sleeps" is OMP_WAIT_POLICY=PASSIVE, which this project sets. Busy:
+one endlessly computing process per CPU. Prints an iteration's time relative to one thread on the idle machine, or
+that it was given up (--limit).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def make_trainer(model: str, folder: str) -> Any:
 
 
 def work(model: str, threads: int, seconds: float) -> None:
-    """Iterate for about ``seconds`` after a first one that warms up; prints the seconds of each."""
+    """Iterate for about ``seconds`` after a warm-up; print the seconds of each iteration."""
     import torch
 
     torch.set_num_threads(threads)
@@ -58,7 +58,7 @@ def work(model: str, threads: int, seconds: float) -> None:
 
 
 def measure(model: str, threads: int, way: str, seconds: float, limit: float) -> list[float]:
-    """Seconds of each iteration; infinite where two of them and the start-up were not over within ``limit``."""
+    """Return an iteration's seconds; infinite if start-up and two iterations exceed ``limit``."""
     code = f"{WAYS[way]}; from threads import work; work({model!r}, {threads}, {seconds})"
     unset = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
     environment = {name: value for name, value in os.environ.items() if name not in unset}
@@ -76,7 +76,7 @@ def measure(model: str, threads: int, way: str, seconds: float, limit: float) ->
 
 @contextmanager
 def load(processes: int) -> Iterator[None]:
-    """So many processes that compute without end."""
+    """Start this many endlessly computing processes."""
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
     try:
         yield
@@ -90,10 +90,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=2, help="times that each is measured, in turns")
-    parser.add_argument("--seconds", type=float, default=10.0, help="least time of one, and at least one iteration")
+    parser.add_argument("--rounds", type=int, default=2, help="how often each is measured, alternating")
+    parser.add_argument("--seconds", type=float, default=10.0, help="minimum time of each, at least one iteration")
     parser.add_argument(
-        "--limit", type=float, default=120.0, help="seconds after which one is given up, start-up included"
+        "--limit", type=float, default=120.0, help="seconds after which a run is given up, start-up included"
     )
     flags = parser.parse_args()
     cases = list(itertools.product(flags.models, (False, True), flags.threads, WAYS))

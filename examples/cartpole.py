@@ -1,9 +1,9 @@
-"""CartPole with PPO, from nothing to a balanced pole.
+"""Train PPO on CartPole until the pole stays up.
 
 What you will see: a progress line whose return climbs from about 20 to 300 or more (a mean of the last 100 episodes, so
-it lags behind), then the mean of 20 evaluation episodes (475 counts as solved, 500 is the most there is), one episode
+it lags behind), then the mean of 20 evaluation episodes (475 counts as solved, 500 is the maximum), one episode
 of the same agent loaded from disk, and the path of its learning curve.
-How long: 5 to 10 seconds on a CPU core of its own, half a minute on a busy machine.
+How long: 5 to 10 seconds on an idle CPU core, half a minute on a busy machine.
 
     python examples/cartpole.py [--seed 1] [--total-timesteps N] [--output-dir runs/cartpole]
 """
@@ -21,7 +21,7 @@ import classic
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, evaluate, save, load, and play one episode by hand."""
     parser = argparse.ArgumentParser(description="Train PPO on CartPole-v1.")
-    parser.add_argument("--seed", type=int, default=1, help="seed of everything random")
+    parser.add_argument("--seed", type=int, default=1, help="seed of all random numbers")
     parser.add_argument("--total-timesteps", type=int, default=None, help="training steps (default: the preset's)")
     parser.add_argument("--output-dir", default="runs/cartpole", help="folder for the agent, its metrics and its curve")
     options = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Two pictures of PPO's arithmetic: what the clip does to the objective, and what lambda does to the advantages.
+"""Plot two parts of PPO: what the clip does to the objective, and what lambda does to the advantages.
 
 What you will see: clip.png, the clipped objective and its gradient over the ratio for both signs of the advantage, and
 lambda.png, the advantages of one episode under lambda 0, 0.95 and 1. Both come from the core's own functions.
@@ -25,7 +25,7 @@ LAMBDAS = (0.0, 0.95, 1.0)
 
 
 def objective(ratio: Tensor, advantage: float) -> tuple[Tensor, Tensor]:
-    """The clipped objective (to be maximised) and its derivative by the ratio, both [N], at ratios [N]."""
+    """Return the clipped objective (to be maximised) and its derivative by the ratio, both [N], at ratios [N]."""
     logprobs = ratio.log().requires_grad_()
     loss = clipped_policy_loss(
         logprobs, torch.zeros_like(ratio), torch.full_like(ratio, advantage), clip_range=CLIP_RANGE
@@ -35,7 +35,7 @@ def objective(ratio: Tensor, advantage: float) -> tuple[Tensor, Tensor]:
 
 
 def draw_clip(path: Path) -> None:
-    """One column for each sign of A: the objective above, its gradient below."""
+    """Draw one column for each sign of A: the objective above, its gradient below."""
     ratio = torch.linspace(0.4, 1.8, 1401)
     figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -70,10 +70,10 @@ def draw_clip(path: Path) -> None:
 
 
 def advantages_of_one_episode() -> tuple[Tensor, dict[float, Tensor]]:
-    """Values [T] of a critic that is wrong halfway, and the advantages [T] under each lambda.
+    """Return the values [T] of a partly wrong critic, and the advantages [T] under each lambda.
 
-    24 steps, a reward of 1 for the last alone, gamma 1: a perfect critic would say the probability of success. This
-    one believes 0.5 throughout, except that it sees success coming from step 12 on (a good action there).
+    24 steps, a reward of 1 only for the last, gamma 1: a perfect critic would predict the probability of success. This
+    one predicts 0.5 until a good action at step 12, and success from there on.
     """
     steps = 24
     rewards = torch.zeros(1, steps)
@@ -94,7 +94,7 @@ def advantages_of_one_episode() -> tuple[Tensor, dict[float, Tensor]]:
 
 
 def draw_lambda(path: Path) -> None:
-    """The critic's values above, the advantages under each lambda below."""
+    """Draw the critic's values above, the advantages under each lambda below."""
     values, advantages = advantages_of_one_episode()
     figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)

@@ -1,7 +1,7 @@
-"""Verifiable rewards: SmolLM2-135M-Instruct (or another chat model) learns arithmetic that can be checked.
+"""Verifiable rewards: SmolLM2-135M-Instruct (or another chat model) learns arithmetic.
 
-The reward parses the answer after #### and compares it with the right one; nothing a model writes is ever evaluated.
-What you will see: progress, then the share of right answers before and after on held-out problems, and samples.
+The reward parses the answer after #### and compares it with the solution; nothing a model writes is ever evaluated.
+What you will see: progress, then the share of correct answers before and after on held-out problems, and samples.
   python examples/gsm8k.py --model FOLDER                  word problems of GSM8K, settings of gsm8k.yaml: for a GPU
   python examples/gsm8k.py --model FOLDER --short          sums of two numbers below 20, 5 to 15 minutes on a CPU
 GSM8K (MIT licence) is read from --data FOLDER/datasets/gsm8k_train.jsonl.gz.
@@ -33,14 +33,14 @@ SHORT = {
 
 
 def sums() -> list[dict[str, str]]:
-    """Sums of numbers below 20 and their answers, in a fixed order that says nothing."""
+    """Return sums of numbers below 20 and their answers, in a fixed shuffled order."""
     pairs = [(a, b) for a in range(1, 20) for b in range(1, 20)]
     random.Random(0).shuffle(pairs)
     return [{"question": f"What is {a} + {b}? Answer with the number alone.", "answer": str(a + b)} for a, b in pairs]
 
 
 def read_problems(file: Path) -> list[dict[str, str]]:
-    """GSM8K's problems, each asked for in the form that its reward reads."""
+    """Return GSM8K's problems, each prompted for the answer format that the reward expects."""
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     return [{**row, "question": INSTRUCTION.format(question=row["question"])} for row in rows]
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", default=os.environ.get("RLHF_PPO_DATA", "../shared/data"), help="folder of the data")
     parser.add_argument("--output-dir", default="runs/gsm8k", help="folder of the run")
     parser.add_argument("--short", action="store_true", help="sums of two numbers and a short run, for a CPU")
-    flags, more = parser.parse_known_args(argv)  # whatever else is given goes to rlhf-ppo train
+    flags, more = parser.parse_known_args(argv)  # other flags go to rlhf-ppo train
 
     if flags.short:
         problems = sums()

@@ -1,6 +1,6 @@
-"""A small GPT-2 plays a text game of three questions, and learns to stay in it.
+"""Train a small GPT-2 to answer three questions in a text game.
 
-Tom is asked for his pet, then for its colour, then for its name. An answer without one ends the game, so a point for
+Tom is asked about his pet, then its colour, then its name. An answer without a fitting word ends it, so a point for
 the last question needs all three. What you will see: a progress bar, the points per game before and after,
 and two games of each. It takes about two minutes on one CPU core with the model in the package.
 Run:  python examples/multi_turn.py
@@ -23,7 +23,7 @@ QUESTIONS = [
 
 
 class ThreeQuestions:
-    """A point for each answer that has a word of the right kind; the first without one ends the game."""
+    """Give a point for each answer with a fitting word; the first answer without one ends the game."""
 
     def reset(self) -> str:
         self.asked = 0
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded", help="folder or hub id of a causal language model")
     parser.add_argument("--total-episodes", type=int, default=1280, help="games to train on")
-    parser.add_argument("--turn-credit", choices=("token", "turn"), default="turn", help="one action of GAE")
+    parser.add_argument("--turn-credit", choices=("token", "turn"), default="turn", help="what is one action for GAE")
     parser.add_argument("--output-dir", default="runs/three-questions", help="folder of the run")
     flags = parser.parse_args(argv)
 
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             max_new_tokens=6,
             stop_strings=('"', "."),
             turn_credit=flags.turn_credit,
-            precision="fp32",  # the same game on every machine; bfloat16 brings a model this small little
+            precision="fp32",  # the same on every machine; bfloat16 gains little with a model this small
             num_threads=1 if flags.model == "embedded" else None,
         ),
         train_dataset=prompts * 3,

@@ -1,7 +1,7 @@
-"""The core losses in a loop of your own: a policy whose best answer is known in closed form.
+"""Use the core losses in your own loop, on a policy whose optimum is known in closed form.
 
-A table of logits "answers" each of 4 prompts with a response of 2 tokens out of 5. With a KL penalty of weight beta
-the best policy is pi* ~ pi_ref * exp(score / beta), so the end of training can be checked against the truth.
+A table of logits answers each of 4 prompts with 2 tokens out of 5. With a KL penalty of weight beta
+the best policy is pi* ~ pi_ref * exp(score / beta), so the result of training can be checked.
 What you will see: the KL-regularised reward climbing to its optimum within a few seconds on one core.
 Run:  python examples/own_loop.py
 """
@@ -30,7 +30,7 @@ PROMPTS, VOCABULARY, BETA = 4, 5, 0.2
 
 
 class Table(torch.nn.Module):
-    """Logits of the first token given the prompt, of the second given prompt and first token; values alike."""
+    """A policy of logits: first token given the prompt, second given prompt and first token; values likewise."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Table(torch.nn.Module):
         self.values = torch.nn.Parameter(torch.zeros(PROMPTS, VOCABULARY + 1))
 
     def forward(self, prompts: torch.Tensor, tokens: torch.Tensor) -> PolicyOutput:
-        """prompts [B], tokens [B, 2] -> [B, 2] each. State 0 is "nothing said", state 1 + i "said token i"."""
+        """Return [B, 2] each for prompts [B], tokens [B, 2]. State 0: no token yet; state 1 + i: token i sampled."""
         state = torch.stack([torch.zeros_like(prompts), 1 + tokens[:, 0]], dim=1)
         logits = self.logits[prompts[:, None], state]
         return PolicyOutput(
@@ -48,14 +48,14 @@ class Table(torch.nn.Module):
 
 @torch.no_grad()
 def sample(policy: Table, prompts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """[B, 2] tokens drawn from the policy."""
+    """Sample [B, 2] tokens from the policy."""
     first = policy.logits[prompts, 0].softmax(-1).multinomial(1, generator=generator).squeeze(1)
     second = policy.logits[prompts, 1 + first].softmax(-1).multinomial(1, generator=generator).squeeze(1)
     return torch.stack([first, second], dim=1)
 
 
 def regularised_reward(policy: Table, reference: Table, scores: torch.Tensor) -> tuple[float, float]:
-    """Exact E[score] - beta * KL of the policy over all 25 responses, mean over prompts; and its maximum."""
+    """Return E[score] - beta * KL, exact over all 25 responses and averaged over prompts, and its maximum."""
     every = torch.cartesian_prod(torch.arange(VOCABULARY), torch.arange(VOCABULARY))
     now, best = 0.0, 0.0
     with torch.no_grad():

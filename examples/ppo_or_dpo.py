@@ -1,7 +1,7 @@
-"""PPO or DPO? Both learn from the same preferences, from the same model; a known toy reward says what they gained.
+"""Compare PPO with DPO: the same preferences, the same initial model, and a known toy reward to measure both.
 
-Pairs of stories are drawn from the small GPT-2 in the package, and the sentiment lexicon VADER, standing in for people,
-says which of two is better. DPO trains on the pairs directly; PPO trains a reward model on them first, then asks it.
+The small GPT-2 in the package samples pairs of stories, and the sentiment lexicon VADER, standing in for people,
+chooses the better one. DPO trains on the pairs directly; PPO first trains a reward model on them.
 What you will see: a table of true reward and KL to the start for both, on held-out prompts, and ppo_or_dpo.png with
 reward over KL along both runs. It takes about four minutes on two CPU cores.
 Run:  python examples/ppo_or_dpo.py
@@ -33,7 +33,7 @@ Curve = list[tuple[float, float]]
 def draw_pairs(
     trainer: PPOTrainer, prompts: list[str]
 ) -> tuple[list[tuple[Rollout, list[int], list[int]]], list[dict]]:
-    """Two responses to each prompt: for DPO as recorded tokens with the rows of better and worse, for PPO as text."""
+    """Sample two responses to each prompt: for DPO as tokens with the rows of better and worse, for PPO as text."""
     batches, texts = [], []
     for start in range(0, len(prompts), 16):
         rollout = trainer.rollout(prompts[start : start + 16] * 2)
@@ -42,7 +42,7 @@ def draw_pairs(
         better, worse = [], []
         for i in range(half):
             first, second = rollout.scores[i], rollout.scores[i + half]
-            if first != second:  # a tie is no preference
+            if first != second:  # skip ties
                 better.append(i if first > second else i + half)
                 worse.append(i + half if first > second else i)
         for chosen, rejected in zip(better, worse, strict=True):
@@ -53,7 +53,7 @@ def draw_pairs(
 
 
 def train_dpo(trainer: PPOTrainer, batches: list, *, epochs: int, learning_rate: float) -> Curve:
-    """The plain DPO loop on the trainer's policy; its frozen reference read the pairs when they were drawn."""
+    """Run a plain DPO loop on the trainer's policy; the reference log-probs were computed when sampling the pairs."""
     policy = trainer.model
     optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=learning_rate, weight_decay=0.0)
     steps = epochs * len(batches)
@@ -76,13 +76,13 @@ def train_dpo(trainer: PPOTrainer, batches: list, *, epochs: int, learning_rate:
 
 
 def measure(trainer: PPOTrainer) -> tuple[float, float]:
-    """KL and true reward on the held-out prompts; the trainer's own reward is the true one."""
+    """Return KL and true reward on the held-out prompts; the trainer's own reward is the true one."""
     metrics = trainer.evaluate()
     return metrics["eval/kl_nats_per_response"], metrics["eval/score_mean"]
 
 
 def ppo_curve(trainer: PPOTrainer) -> Curve:
-    """The same from the samples of each evaluation, judged again by the true reward: PPO saw the reward model's."""
+    """Return the same from each evaluation's samples, rescored by the true reward (PPO used the reward model's)."""
     rows = trainer.run.read("eval_samples.jsonl")
     curve = []
     for iteration in sorted({row["iteration"] for row in rows}):
@@ -112,13 +112,13 @@ def draw(curves: dict[str, Curve], file: Path) -> None:
 def main(argv: list[str] | None = None) -> dict[str, Curve]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded", help="folder or hub id of a causal language model")
-    parser.add_argument("--pairs", type=int, default=768, help="preferences to draw (ties among them are dropped)")
+    parser.add_argument("--pairs", type=int, default=768, help="preferences to sample (ties are dropped)")
     parser.add_argument("--total-episodes", type=int, default=1536, help="responses that PPO trains on")
-    parser.add_argument("--dpo-epochs", type=int, default=3, help="passes of DPO over the pairs")
+    parser.add_argument("--dpo-epochs", type=int, default=3, help="epochs of DPO over the pairs")
     parser.add_argument("--held-out", type=int, default=HELD_OUT, help="prompts of the evaluation")
     parser.add_argument("--output-dir", default="runs/ppo-or-dpo", help="folder for everything")
     flags = parser.parse_args(argv)
-    torch.set_num_threads(1)  # the model is too small to share
+    torch.set_num_threads(1)  # the model is too small for two threads
     folder = Path(flags.output_dir)
     openings = load_rows(OPENINGS)
     held_out, rest = openings.select(range(flags.held_out)), openings.select(range(flags.held_out, len(openings)))

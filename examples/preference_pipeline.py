@@ -1,10 +1,10 @@
 """From human judgements to a tuned model, as five commands on real data: sft -> reward -> judge -> train -> evaluate.
 
---preferences sst2 (default): sentences of film reviews that people marked as positive or negative (SST-2); each
-  comparison sets a positive one against a negative one. A small model can learn this: it is the run to look at first.
+--preferences sst2 (default): sentences of film reviews that people labelled positive or negative (SST-2); each
+  comparison pairs a positive with a negative one. A small model can learn this: start here.
 --preferences hh: answers to provoking questions, compared by people (Anthropic's HH, "harmless"; the texts are often
   offensive and are not printed). Far harder for a small model.
-The data are split by prompt: a part for the reward model, one for a judge that PPO never asks, one for the evaluation.
+The data are split by prompt: for the reward model, for a judge that PPO never uses, and for the evaluation.
 What you will see: each command with its output, ending with rewards, KL and the judge's win rate against the model
 before PPO. It takes about six minutes on two CPU cores (sst2).
 Run:  python examples/preference_pipeline.py --data FOLDER     (holds datasets/sst2_train.csv, ...)
@@ -31,7 +31,7 @@ OPENING = 3
 
 
 def read_sst2(folder: Path, draw: random.Random) -> list[Row]:
-    """A positive and a negative sentence each, which have no prompt in common; ``opening`` is a prompt for PPO."""
+    """Pair positive with negative sentences, which share no prompt; ``opening`` is a prompt for PPO."""
     with (folder / "sst2_train.csv").open(encoding="utf-8", newline="") as file:
         sentences = [(row["label"], row["sentence"].strip()) for row in csv.DictReader(file)]
     good, bad = ([text for label, text in sentences if label == wanted and len(text.split()) > OPENING]
@@ -47,7 +47,7 @@ def opening(text: str) -> str:
 
 
 def read_hh(folder: Path, draw: random.Random) -> list[Row]:
-    """The two last answers of a dialogue; of the dialogue itself the last question is kept, the rest is long."""
+    """Return a dialogue's two final answers with its last question; the rest is too long."""
     rows: list[Row] = []
     with gzip.open(folder / "hh_harmless_base_test.jsonl.gz", "rt", encoding="utf-8") as lines:
         for line in lines:
@@ -67,12 +67,12 @@ READERS = {"sst2": read_sst2, "hh": read_hh}
 
 
 def split(rows: list[Row]) -> dict[str, list[Row]]:
-    """Half of the prompts for the reward model, 3/10 for the judge, 2/10 for the evaluation, each with all its rows."""
+    """Split by prompt: half for the reward model, 3/10 for the judge, 2/10 for the evaluation."""
     prompts = list(dict.fromkeys(row["opening"] for row in rows))
     a, b = len(prompts) // 2, len(prompts) * 8 // 10
     part = {prompt: "reward" if i < a else "judge" if i < b else "evaluation" for i, prompt in enumerate(prompts)}
     parts = {name: [row for row in rows if part[row["opening"]] == name] for name in ("reward", "judge", "evaluation")}
-    # An opening may also begin a training text by chance ("This film is"): such a prompt was seen.
+    # A common opening ("This film is") may also begin a training text: leave it out.
     seen = {text for row in parts["reward"] + parts["judge"] for text in texts(row)}
     parts["evaluation"] = [row for row in parts["evaluation"] if not any(t.startswith(row["opening"]) for t in seen)]
     assert all(not text.startswith(row["opening"]) for row in parts["evaluation"] for text in seen)
@@ -80,7 +80,7 @@ def split(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def texts(row: Row) -> tuple[str, str]:
-    """The two texts that a reward model reads."""
+    """Return the two texts that a reward model compares."""
     return row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]
 
 
@@ -90,14 +90,14 @@ def write(file: Path, rows: list[Row]) -> str:
 
 
 def run(*words: object) -> None:
-    """One command of the toolkit, shown as it would be typed."""
+    """Print a command as you would type it, and run it."""
     print(f"\n$ rlhf-ppo {shlex.join(map(str, words))}", flush=True)
     if code := rlhf_ppo([str(word) for word in words]):
         raise SystemExit(code)
 
 
 def accuracy(model: str, rows: list[Row]) -> float:
-    """Share of comparisons that a reward model decides as people did."""
+    """Return the share of comparisons on which a reward model agrees with people."""
     reward, prompts = RewardModel(model), [row["prompt"] for row in rows]
     chosen, rejected = (reward(prompts, [row[name] for row in rows]) for name in ("chosen", "rejected"))
     return sum(a > b for a, b in zip(chosen, rejected, strict=True)) / len(rows)
@@ -105,12 +105,12 @@ def accuracy(model: str, rows: list[Row]) -> float:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preferences", choices=READERS, default="sst2", help="whose judgements to learn")
+    parser.add_argument("--preferences", choices=READERS, default="sst2", help="which preferences to learn")
     parser.add_argument("--data", default=os.environ.get("RLHF_PPO_DATA", "../shared/data"), help="folder of the data")
     parser.add_argument("--model", default="embedded", help="folder or hub id of a causal language model")
     parser.add_argument("--output-dir", default="runs/pipeline", help="folder for everything")
     parser.add_argument("--total-episodes", type=int, default=1024, help="responses that PPO trains on")
-    parser.add_argument("--epochs", type=int, default=2, help="passes of the reward models; sft makes twice as many")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs of the reward models; sft takes twice as many")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="longest response in tokens")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split and of every command")
     flags = parser.parse_args(argv)
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: write(folder / f"{name}.jsonl", rows) for name, rows in parts.items()}
     training = parts["reward"] + parts["judge"]
-    # The start writes like people did, in both answers: which of them is better is left to the reward.
+    # SFT sees both answers of each pair; choosing the better one is left to the reward.
     answers = [{"prompt": row["prompt"], "answer": row[side]} for row in training for side in ("chosen", "rejected")]
     sft_rows = write(folder / "sft.jsonl", answers)
     prompts, held_out = (

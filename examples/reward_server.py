@@ -1,13 +1,13 @@
-"""Serve a reward over HTTP: a function or a reward model in a process, or on a machine, of its own.
+"""Serve a reward function or reward model over HTTP, from its own process or machine.
 
-What you will see: the address to train with, then one line per request, until Ctrl-C. It starts at once; a reward model
-takes as long as it takes to load.
+What you will see: the address to train with, then one line per request, until Ctrl-C. It starts at once, or when
+the reward model is loaded.
 Run:   python examples/reward_server.py --reward rlhf_ppo.rewards.toy:dialogue
 Then:  rlhf-ppo train --reward http://127.0.0.1:8000 ...
-With a token in RLHF_PPO_REWARD_TOKEN, here and where you train, nobody else is answered. It listens on this machine
-alone unless --host says otherwise; beyond it, put a proxy that speaks https in front: tokens and texts are readable.
+Set RLHF_PPO_REWARD_TOKEN here and where you train to refuse everybody else. The server listens only on this machine
+unless you set --host; beyond it, put an https proxy in front, because tokens and texts are sent in plain text.
 
-Request: POST {"items": [{"id", "prompt", "completion", "columns"}]}; answer: {"scores": [{"id", "score"}]}.
+Request: POST {"items": [{"id", "prompt", "completion", "columns"}]}; reply: {"scores": [{"id", "score"}]}.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--reward", required=True, help="file.py:function, module:function, or a model's folder or hub id"
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for every network")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all networks")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--device", default="cpu", help="where a reward model runs")
     parser.add_argument("--num-threads", type=int, default=None, help="CPU threads; default: by the model's size")

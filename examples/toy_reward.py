@@ -1,4 +1,4 @@
-"""A small GPT-2 learns from a reward function of your own: talk without the letter e.
+"""Train a small GPT-2 on your own reward function: write without the letter e.
 
 What you will see: a progress bar, then scores and KL before and after on held-out prompts, and samples side by side.
 It takes about two minutes on two CPU cores with the model in the package. Another model: --model gpt2 (hub or folder).
@@ -16,7 +16,7 @@ from rlhf_ppo.pipeline.demo import OPENINGS
 
 
 def few_es(prompts, completions, **columns):
-    """One score per completion; None would mean "cannot be scored"."""
+    """Return one score per completion; None would mean "cannot be scored"."""
     return [1 - 10 * text.lower().count("e") / len(text) if text else None for text in completions]
 
 
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--output-dir", default="runs/few-es", help="folder of the run")
     flags = parser.parse_args(argv)
 
-    openings = load_rows(OPENINGS)  # any data set with a column "prompt" will do
+    openings = load_rows(OPENINGS)  # any data set with a column "prompt" works
     trainer = PPOTrainer(
         model=flags.model,
         reward_funcs=few_es,

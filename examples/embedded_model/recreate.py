@@ -1,8 +1,8 @@
-"""Re-create the small GPT-2 that comes with the package, and the story openings that the demo uses as prompts.
+"""Recreate the packaged small GPT-2 and the story openings that the demo uses as prompts.
 
 What you will see: a progress bar over four epochs (about an hour on two CPU cores), then the held-out perplexity.
 Run:  python examples/embedded_model/recreate.py --dataset stories.jsonl.gz --output-dir runs/embedded
-The data set is one {"text": ...} a line; any collection of short, simple stories will do.
+The data set is one {"text": ...} a line; any collection of short, simple stories works.
 """
 
 from __future__ import annotations
