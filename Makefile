@@ -1,11 +1,11 @@
-# `make demo` and `make test` are all that a fresh machine needs: Python 3.11 or newer, and make.
+# A fresh machine needs Python 3.11 or newer and make, then `make demo` or `make test`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # An environment with trl==1.12.0 (and pandas); benchmarks/speed.py makes this one.
 PEER ?= build/peer/bin/python
 READY := $(VENV)/.ready
-# One thread a process: tests run two at a time, and tiny networks get slower with more.
+# One thread per process: tests run two at a time, and more threads slow tiny networks down.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 MUTATION := build/mutation
@@ -34,33 +34,33 @@ train-cartpole: env ## Solve CartPole-v1 with the classic frontend
 
 check: lint types
 
-lint: env ## Lint and formatting
+lint: env ## Check lint and formatting
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --quiet --check .
 
-types: env ## Types: strict on rlhf_ppo/core
+types: env ## Check types, strictly in rlhf_ppo/core
 	$(BIN)/basedpyright --level error
 
-test: check ## Lint, types and the tests
+test: check ## Run lint, types and tests
 	$(TEST_ENV) $(BIN)/pytest -n 2 -m "not slow"
 
-test-all: check ## The same with the long learning runs
+test-all: check ## The same with the slow tests
 	$(TEST_ENV) $(BIN)/pytest -n 2
 
-test-shake: env ## The tests on other kinds of CPU, and each learning test on twenty seeds; about half an hour
+test-shake: env ## Run the tests as on other CPUs, and each learning test on twenty seeds; about half an hour
 	$(TEST_ENV) $(BIN)/python -P tests/shake.py
 
-test-versions: env ## The tests with the oldest and the newest transformers, peft, datasets and gymnasium that pyproject.toml allows
+test-versions: env ## Run the tests with the oldest and the newest transformers, peft, datasets and gymnasium allowed
 	$(TEST_ENV) $(PYTHON) tests/versions.py
 
-test-architectures: env ## Every causal architecture of transformers, tiny: right or refused; writes the table of docs/models.md
+test-architectures: env ## Check a tiny model of every causal architecture; write the table of docs/models.md
 	$(TEST_ENV) $(BIN)/python -P tests/architectures.py --write docs/models.md
 
-soak: env ## Kill a tiny run of each frontend at each of its file-system steps, then 200 times at random; a few minutes
+soak: env ## Kill a tiny run of each frontend at each file-system step, then 200 times at random; a few minutes
 	$(TEST_ENV) $(BIN)/python -P tests/soak.py matrix
 	$(TEST_ENV) $(BIN)/python -P tests/soak.py random --kills 200
 
-docs: env ## Make the pages of metrics, tuning and settings, and the tables of docs/migrating-from-trl.md, from their sources
+docs: env ## Regenerate the generated pages and tables of docs/
 	$(BIN)/python -m rlhf_ppo.runtime.metrics > docs/metrics.md
 	$(BIN)/python -m rlhf_ppo.runtime.advice > docs/tuning.md
 	$(BIN)/python -m rlhf_ppo.settings_page > docs/settings.md
@@ -68,16 +68,16 @@ docs: env ## Make the pages of metrics, tuning and settings, and the tables of d
 	$(BIN)/python -m rlhf_ppo.trl.page docs/migrating-from-trl.md
 	$(BIN)/python docs/module_map.py
 
-trl-fields: ## Read the field list of TRL 1.12's PPO arguments again, with an interpreter that has trl: make trl-fields PEER=...
+trl-fields: ## Regenerate the fields of TRL 1.12's PPO config, with an interpreter that has trl: make trl-fields PEER=...
 	$(PEER) tests/rlhf_ppo/trl/dump_trl_fields.py > build/trl-fields.json
 	mv build/trl-fields.json rlhf_ppo/assets/trl-1.12-ppo-fields.json
 
-audit: ## Known holes in the pinned versions, asked of PyPI's vulnerability service
+audit: ## Check the pinned versions with PyPI's vulnerability service
 	test -d build/audit || $(PYTHON) -m venv build/audit
 	build/audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1
 	build/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
-mutation: ## Mutation testing of rlhf_ppo/core in a copy, more than an hour on one CPU core
+mutation: ## Run mutation tests of rlhf_ppo/core; more than an hour on one CPU core
 	rm -rf $(MUTATION)/tree && mkdir -p $(MUTATION)/tree/rlhf_ppo $(MUTATION)/tree/tests
 	test -d $(MUTATION)/venv || $(PYTHON) -m venv $(MUTATION)/venv
 	$(MUTATION)/venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
@@ -85,7 +85,7 @@ mutation: ## Mutation testing of rlhf_ppo/core in a copy, more than an hour on o
 	touch $(MUTATION)/tree/rlhf_ppo/__init__.py && cp -r rlhf_ppo/core $(MUTATION)/tree/rlhf_ppo/
 	cp tests/conftest.py $(MUTATION)/tree/tests/ && cp -r tests/core $(MUTATION)/tree/tests/
 	cp tests/core/mutmut.toml $(MUTATION)/tree/pyproject.toml
-	@# mutmut leaves decorated functions alone; decorating after the definition lets it in.
+	@# mutmut skips decorated functions, so decorate them after their definition.
 	sed -i '/^@torch.no_grad()$$/d' $(MUTATION)/tree/rlhf_ppo/core/diagnostics.py
 	printf '\n\nppo_diagnostics = torch.no_grad()(ppo_diagnostics)\n' >> $(MUTATION)/tree/rlhf_ppo/core/diagnostics.py
 	sed -i '/^    @once_differentiable$$/d' $(MUTATION)/tree/rlhf_ppo/core/kernels/linear_logprobs.py
