@@ -81,13 +81,15 @@ def train_reward_model(args: RewardTrainingArgs) -> dict[str, float]:
     require_one_process()
     run = RunDirectory(args.output_dir, quiet=args.quiet)
     with run_lock(run.path), without_library_bars():
+        device = resolve_device(args.device)
+        bf16 = compute_in_bf16(args.precision, device)
         source = resolve_model(args.model)
         tokenizer = _load_tokenizer(args, source)
         pairs = _load_pairs(args, tokenizer, vocabulary_size(find_config(source)))
-        model = _load_model(args, source)
+        model = _load_model(args, source).to(device)
         needed = saved_bytes(model, adapted=args.lora_rank is not None)
         require_space(run.path, needed, f"the model that is saved into {run.path}")
-        chosen, rejected = _train(model, tokenizer, pairs, args)
+        chosen, rejected = _train(model, tokenizer, pairs, args, bf16=bf16)
         metrics = {
             **preference_metrics(chosen, rejected),
             "train_pairs": len(pairs.train),
@@ -107,10 +109,10 @@ def train_reward_model(args: RewardTrainingArgs) -> dict[str, float]:
 
 
 def _load_tokenizer(args: RewardTrainingArgs, source: str) -> PreTrainedTokenizerBase:
-    """Check the model's configuration and load its tokenizer, which truncates texts on the left: answers differ at
-    their end.
+    """Check the model's configuration, and load its tokenizer.
 
-    Truncation and length are saved with it, so that RewardModel truncates a text exactly as training did.
+    It truncates texts on the left, because answers differ at their end. That and the maximum length are saved with it,
+    so that RewardModel truncates a text exactly as training did.
     """
     config = find_config(source)
     refuse_encoder_decoder(config, f"model {args.model}", f"start from {ONE_STACK}")
@@ -170,7 +172,6 @@ def _load_model(args: RewardTrainingArgs, source: str) -> Any:
     """Load the model with a new score head, and wrap it in a LoRA adapter if ``lora_rank`` is set."""
     seed_everything(args.seed)
     model: Any = load_classifier(source, new_head=True)
-    model.to(resolve_device(args.device))
     if args.lora_rank is None:
         return model
     from peft import LoraConfig, get_peft_model
@@ -179,10 +180,9 @@ def _load_model(args: RewardTrainingArgs, source: str) -> Any:
 
 
 def _train(
-    model: Any, tokenizer: PreTrainedTokenizerBase, pairs: Pairs, args: RewardTrainingArgs
+    model: Any, tokenizer: PreTrainedTokenizerBase, pairs: Pairs, args: RewardTrainingArgs, *, bf16: bool
 ) -> tuple[Tensor, Tensor]:
     """Train and round the model in place; return its chosen and rejected scores [N] of the held-out pairs."""
-    bf16 = compute_in_bf16(args.precision, model.device)
     scores = _scorer(model.eval(), tokenizer, args.model, bf16=bf16)
     steps = args.num_epochs * math.ceil(len(pairs.train) / args.batch_size)
     optimizer, scheduler = make_optimizer([p for p in model.parameters() if p.requires_grad], args, steps)

@@ -1,4 +1,4 @@
-"""The closing report: paired differences with their interval, and the right rows side by side."""
+"""The report after training: paired differences with their interval, and the right rows side by side."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_report_compares_the_first_with_the_last_evaluation(tmp_path):
 
 
 def test_prompts_and_completions_are_shown_as_they_are(tmp_path):
-    """Brackets are markup to rich: those of a chat model would vanish, or end the program."""
+    """Brackets are markup to rich: a chat template's would vanish or raise an error."""
     run = RunDirectory(tmp_path)
     for iteration in (0, 1):
         run.append("eval_samples.jsonl", row(iteration, "[INST] tell [/INST]", 0.5))

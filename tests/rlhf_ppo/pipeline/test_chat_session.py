@@ -1,4 +1,4 @@
-"""A chat keeps its history, drops what no longer fits, and ends where it should."""
+"""Chat: keeps its history, drops what no longer fits, and ends with /exit."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def test_a_chat_through_a_pipe_answers_each_line_until_exit(folder, tokenizer, m
     assert len(capsys.readouterr().out.split("\n")) == 3  # two answers, and no prompt sign in a pipe
 
 
-def listening(monkeypatch, tokenizer, room: int | None = None) -> list:
-    """Replace the model by one that says "ok" and notes what it was asked."""
+def record_prompts(monkeypatch, tokenizer, room: int | None = None) -> list:
+    """Replace the model by one that answers "ok", and return the list of its prompts."""
     heard: list = []
 
     def complete(prompts):
@@ -50,11 +50,11 @@ def listening(monkeypatch, tokenizer, room: int | None = None) -> list:
 
 def test_the_history_is_kept_as_messages_or_as_one_text(monkeypatch, tokenizer, capsys):
     args = GenerateArgs(model="m", chat=True)
-    heard = listening(monkeypatch, tokenizer)
+    heard = record_prompts(monkeypatch, tokenizer)
     chat(args, ["once ", "upon"])
     assert heard == ["once ", "once okupon"]
     tokenizer.chat_template = TEMPLATE
-    heard = listening(monkeypatch, tokenizer)
+    heard = record_prompts(monkeypatch, tokenizer)
     chat(args, ["hi\n", "and\n"])
     assert heard[1] == [
         {"role": "user", "content": "hi"},

@@ -1,4 +1,4 @@
-"""Comparison: intervals by hand, win rates at their limits, distinct n-grams counted."""
+"""Comparison: intervals by hand, win rates at their limits, distinct n-grams."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlhf_ppo.pipeline.comparison import differences, distinct, interval, win_ra
 
 
 def test_the_interval_of_two_values_by_hand():
-    """1 and 3: mean 2, standard deviation sqrt 2, standard error 1. A value that is not there counts for nothing."""
+    """1 and 3: mean 2, standard deviation sqrt 2, standard error 1. A None counts for nothing."""
     assert interval([1.0, None, 3.0]) == {"mean": 2.0, "half_width": pytest.approx(1.96)}
     assert interval([5.0]) == {"mean": 5.0, "half_width": None}
     assert interval([None]) == {"mean": None, "half_width": None}

@@ -1,4 +1,4 @@
-"""Evaluation: figures that are known beforehand, the reference found, the judge kept apart, bad input named."""
+"""Evaluation: measures known in advance, the run's reference and sampling settings, the judge, bad input."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_model_against_itself_ties_everywhere(quick):
     assert report["model"]["distinct-2"] == report["against"]["distinct-2"]
 
 
-def test_figures_are_those_of_the_samples(quick):
+def test_measures_are_those_of_the_samples(quick):
     report = evaluate(quick(model="second", ref_model="first", reward=("reward.py:vowels", "reward.py:length")))
     rows = [json.loads(line) for line in Path("e/evaluation_samples.jsonl").read_text().splitlines()]
     assert json.loads(Path("e/evaluation.json").read_text()) == json.loads(json.dumps(report))
@@ -87,7 +87,7 @@ def test_the_judge_decides_and_counts_for_no_reward(quick):
     assert rows[0]["model"]["score"] == rows[0]["model"]["rewards"]["vowels"]
 
 
-def test_a_score_that_is_not_finite_is_left_out_where_the_error_says_so(quick):
+def test_a_nonfinite_score_is_an_error_or_left_out(quick):
     """On odd numbers it is NaN."""
     Path("reward.py").write_text(REWARDS.replace("None if n % 2", "float('nan') if n % 2"))
     asked = {"model": "second", "ref_model": "first", "reward": ("reward.py:odd",)}
@@ -96,7 +96,7 @@ def test_a_score_that_is_not_finite_is_left_out_where_the_error_says_so(quick):
     assert evaluate(quick(**asked, drop_nonfinite_scores=True))["win_rate"]["judged"] == 5
 
 
-def test_the_reference_and_the_sampler_are_the_runs_own(folder, quick):
+def test_reference_and_sampling_settings_come_from_the_run(folder, quick):
     (folder / "second" / "run.json").write_text(
         json.dumps({"model": "first", "ref_model": None, "temperature": 0.5, "max_new_tokens": 3, "reward": ["a:b"]})
     )
@@ -108,8 +108,8 @@ def test_the_reference_and_the_sampler_are_the_runs_own(folder, quick):
     assert evaluate(quick(model="second", judge="reward.py:length"))["judge_was_trained_on"]
 
 
-def test_the_runs_own_reward_reads_and_weighs_as_it_did_in_training(folder, quick, make_classifier, tokenizer):
-    """Its template made of every text a chat; a reward that the run did not have is read as it is."""
+def test_the_runs_reward_is_read_and_weighted_as_in_training(folder, quick, make_classifier, tokenizer):
+    """With its chat template; a reward that the run did not have reads plain text."""
     make_classifier().save_pretrained("judge")
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'][0] }}.{{ m['content'] }} {% endfor %}"
     tokenizer.save_pretrained("judge")
@@ -148,7 +148,7 @@ def test_another_opponent_keeps_the_reference(quick):
 
 def test_a_trained_run_and_an_adapter_evaluate_and_generate(folder, capsys):
     train = (
-        "train --model first --reward reward.py:vowels --dataset prompts.jsonl --output-dir run --total-episodes 8 "
+        "train --model first --reward reward.py:vowels --dataset prompts.jsonl --output-dir run --total-episodes 4 "
         "--rollout-batch-size 4 --max-new-tokens 4 --eval-size 0 --device cpu --num-minibatches 2"
     )
     flags = "evaluate --model run --reward reward.py:vowels --dataset prompts.jsonl --output-dir e --device cpu"
@@ -268,7 +268,7 @@ def test_a_model_trained_with_turns_is_evaluated_with_them(folder, quick, tokeni
     assert "turns" not in once["model"]
 
 
-def test_turns_without_anyone_to_answer_are_refused(folder, quick):
+def test_several_turns_without_respond_are_refused(folder, quick):
     (folder / "second" / "run.json").write_text(json.dumps({"model": "first", "max_turns": 3}))
     with pytest.raises(ValueError, match=r"max_turns=3 needs respond.*second does not name it"):
         evaluate(quick(model="second"))

@@ -1,4 +1,4 @@
-"""Generation: for prompts and for a data set, and what it refuses."""
+"""generate: prompts and data sets, the run's sampling settings, and bad input."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_the_same_seed_gives_the_same_completions(folder):
 
 
 def test_stop_strings_are_the_runs_or_the_ones_given(folder):
-    """Every letter stops: nothing is left of a completion but what is no letter."""
+    """Every letter stops, so no letter is left in a completion."""
     letters = [chr(97 + i) for i in range(26)]
     small = {"model": "model", "prompt": ("a cat",), "num_samples": 8, "max_new_tokens": 6, "device": "cpu"}
     texts = [text for _, text in generate(GenerateArgs(**small))]
@@ -99,7 +99,7 @@ def test_stop_strings_are_the_runs_or_the_ones_given(folder):
 
 
 def test_stop_tokens_and_the_minimum_length_are_the_runs(folder, tokenizer):
-    """All but one token stop: one token is all there is, or two where the run wanted two."""
+    """All tokens but one stop, so a completion has one token, or two where the run wanted two."""
     small = {"model": "model", "prompt": ("a cat",), "num_samples": 8, "max_new_tokens": 6, "device": "cpu"}
     stops = list(range(1, len(tokenizer)))
     for least in (0, 2):

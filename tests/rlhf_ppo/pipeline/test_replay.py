@@ -1,4 +1,4 @@
-"""Black box and replay: the minibatch that was not finite, computed again offline to the same numbers."""
+"""Black box and replay: a non-finite minibatch, recomputed offline to the same numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def one_extreme(prompts: list[str], completions: list[str], **_: Any) -> list[fl
 
 
 def healthy_box(trainer: PPOTrainer, prompts: list[str], rows: list[int]) -> Path:
-    """The black box of a step that is fine, with the numbers that it gave."""
+    """Write the black box of a finite step, with its numbers."""
     rollout = trainer.rollout(prompts)
     estimates = estimate(rollout, shape_rewards(rollout, trainer.args, trainer.kl_coef), trainer.args)
     args = trainer.state.settings_in_force(trainer.args)
@@ -69,7 +69,7 @@ def test_a_reward_beyond_float32_is_kept_and_replayed_to_the_same_nan(make_train
     assert shown.index("advantage/std = inf") < shown.index("by themselves")
 
 
-def test_a_weight_that_overflows_is_named_with_the_module_where_it_shows(make_trainer, prompts):
+def test_a_nonfinite_weight_is_named_with_the_first_nonfinite_output(make_trainer, prompts):
     trainer = make_trainer()
     rollout = trainer.rollout(prompts)
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_a_weight_that_overflows_is_named_with_the_module_where_it_shows(make_tr
     assert "the policy's logprobs" in result.findings
 
 
-def test_the_response_that_is_to_blame_is_shown(make_trainer, prompts):
+def test_a_nonfinite_response_is_shown(make_trainer, prompts):
     """One NaN among the recorded advantages of one response, in a minibatch of four."""
     trainer = make_trainer()
     rollout = trainer.rollout(prompts)
@@ -99,7 +99,7 @@ def test_the_response_that_is_to_blame_is_shown(make_trainer, prompts):
 
 @pytest.mark.parametrize("kind", ["shared", "separate", "none", "llama", "lora", "one trunk", "warm-up", "turns"])
 def test_a_healthy_minibatch_is_finite_and_gives_the_same_numbers(make_trainer, make_model, prompts, tmp_path, kind):
-    """Every kind of critic and adapter is built again from the box, to the last bit of loss and gradient."""
+    """Every kind of critic and adapter is rebuilt from the box, to the last bit of loss and gradient."""
     settings: dict[str, Any] = {"microbatch_tokens": 24, "ent_coef": 0.01, "num_epochs": 1}
     if kind == "separate":
         settings["value_model"] = make_model(seed=3)
@@ -156,7 +156,7 @@ def test_the_box_holds_the_weights_of_the_step_though_later_steps_move_them(make
     assert any(not torch.equal(p, seen[0][name]) for name, p in trainer.model.named_parameters())
 
 
-def test_black_boxes_are_few(make_trainer, prompts):
+def test_a_run_keeps_at_most_three_black_boxes(make_trainer, prompts):
     trainer = make_trainer(reward_funcs=one_extreme, num_epochs=1, max_skipped_steps=100)
     for _ in range(MAX_BLACK_BOXES + 1):
         trainer.step(trainer.rollout(prompts))
@@ -171,7 +171,7 @@ def test_a_full_disk_is_a_warning_and_leaves_nothing(make_trainer, prompts, monk
     assert not list(trainer.run.path.glob("*blackbox-*"))
 
 
-def test_what_is_no_black_box_is_one_line(make_trainer, prompts, tmp_path, capsys):
+def test_a_missing_or_damaged_black_box_is_one_line(make_trainer, prompts, tmp_path, capsys):
     assert main(["replay", str(tmp_path / "blackbox-7")]) == 2
     assert "does not exist" in capsys.readouterr().err
     folder = healthy_box(make_trainer(), prompts, [0, 1])
@@ -184,7 +184,7 @@ def test_what_is_no_black_box_is_one_line(make_trainer, prompts, tmp_path, capsy
         read_black_box(folder)
 
 
-def test_an_adapters_base_that_moved_is_named_by_hand(make_trainer, make_model, prompts, tmp_path):
+def test_an_adapters_base_can_be_named_after_it_moved(make_trainer, make_model, prompts, tmp_path):
     make_model().save_pretrained(tmp_path / "base")
     trainer = make_trainer(model=str(tmp_path / "base"), peft_config=lora_config(2))
     folder = healthy_box(trainer, prompts, [0, 1, 2])

@@ -16,15 +16,26 @@ from transformers import T5Config
 from rlhf_ppo import RewardModel
 from rlhf_ppo.cli import main
 from rlhf_ppo.data.preferences import Preference, read_preferences, split_by_prompt
+from rlhf_ppo.pipeline.comparison import calibration
 from rlhf_ppo.pipeline.reward_training import (
     RewardTrainingArgs,
     bradley_terry_loss,
-    calibration,
     preference_metrics,
     train_reward_model,
 )
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.run_directory import LOCK_FILE, RunLockedError, run_lock
+
+
+@pytest.fixture
+def pictures() -> None:
+    """For a test that looks at the picture; the others do without."""
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr("rlhf_ppo.pipeline.reward_training.plot_calibration", lambda *_, **__: None)
 
 
 @pytest.fixture
@@ -46,7 +57,7 @@ def write(tmp_path):
 
 
 def pairs(count: int = 120) -> list[dict]:
-    """The answer with an x in it is the better one."""
+    """Pairs whose better answer has an x in it."""
     draw = random.Random(0)
 
     def word() -> str:
@@ -109,7 +120,7 @@ def test_a_model_that_is_right_as_often_as_it_says_has_no_calibration_error():
     assert metrics["calibration_error"] == pytest.approx(0, abs=1e-6) and metrics["accuracy"] == 0.75
 
 
-def test_overconfidence_is_its_distance_from_the_truth():
+def test_the_calibration_error_of_an_overconfident_model():
     """Half of 52 pairs are sure and right half the time, off by 1/2; the others are ties and known to be: 1/4."""
     gap = torch.tensor([20.0, 0.0, -20.0, 0.0] * 13)
     unsure, sure = calibration(gap)
@@ -150,7 +161,7 @@ def test_reward_model_scores_as_the_trained_model_did(quick, write, base, tokeni
     assert abs(by_token[-1] - by_token[-2]) > 1e-3
 
 
-def test_it_learns_what_the_pairs_have_in_common_and_says_so(quick, write, tmp_path, learning_seed):
+def test_it_learns_what_the_pairs_have_in_common_and_reports_it(quick, write, pictures, tmp_path, learning_seed):
     settings = {"num_epochs": 4, "margin_column": "margin", "eval_fraction": 0.2, "seed": learning_seed}
     metrics = train_reward_model(quick(write(pairs(300)), **settings))
     assert metrics["accuracy"] > 0.9 and metrics["loss"] < 0.4
@@ -212,7 +223,7 @@ def test_a_folder_in_use_and_a_file_are_refused_before_anything_moves(quick, wri
         ),
     ],
 )
-def test_a_run_that_diverges_says_where_and_saves_nothing(quick, write, tmp_path, settings, message):
+def test_a_diverging_run_says_where_and_saves_nothing(quick, write, tmp_path, settings, message):
     """In one batch of all pairs there is no next step to notice; weights of about 1e6 are beyond float16."""
     with pytest.raises(NonFiniteGradientError, match=message):
         train_reward_model(quick(write(pairs(100)), warmup_steps=0, **settings))
@@ -353,7 +364,7 @@ def test_margins_must_be_numbers(quick, write):
         train_reward_model(quick(write([{**row, "margin": "big"} for row in pairs(4)]), margin_column="margin"))
 
 
-def test_nothing_is_warned_about_in_a_clean_run(quick, write):
+def test_a_clean_run_warns_of_nothing(quick, write):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         train_reward_model(quick(write(pairs(20))))

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: from a shape or from a model, every row's end learned, padding never."""
+"""Supervised fine-tuning: new models and given ones, what is learned and what is masked, bad settings and data."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def quick(tmp_path):
     return args
 
 
-def test_from_an_architecture_to_a_folder_that_opens_and_on_from_there(quick, data, architecture, tmp_path):
+def test_a_new_model_is_saved_and_trained_further(quick, data, architecture, tmp_path):
     first = sft(quick(dataset=data, architecture=architecture, num_epochs=6.0))
     # A uniform model over 290 tokens has log 290 = 5.67 nats a token; the three sentences soon cost much less.
     assert first["eval/loss_nats_per_token"] < 0.6 * math.log(290)
@@ -66,15 +66,15 @@ def test_from_an_architecture_to_a_folder_that_opens_and_on_from_there(quick, da
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "next", dtype="auto").dtype == torch.bfloat16
 
 
-def test_padding_is_never_a_target_and_the_final_end_of_text_is():
-    """Rows end in id 0, which is also what fills the batch: labels tell them apart by length."""
+def test_padding_is_masked_and_the_final_end_of_text_is_not():
+    """Rows end in id 0, which also pads the batch: labels tell them apart by length."""
     batch = collate([{"input_ids": [5, 6, 0], "labels": [5, 6, 0]}, {"input_ids": [7, 0], "labels": [7, 0]}])
     assert batch["input_ids"].tolist() == [[5, 6, 0], [7, 0, 0]]
     assert batch["labels"].tolist() == [[5, 6, 0], [7, 0, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
 
 
-def test_rows_longer_than_the_context_are_cut_to_it(quick, architecture, tmp_path):
+def test_rows_longer_than_the_context_are_truncated(quick, architecture, tmp_path):
     """The shape reads 32 tokens, max_length's default is far above."""
     file = tmp_path / "long.jsonl"
     file.write_text("".join(json.dumps({"text": "the cat " * 40 + chr(97 + i)}) + "\n" for i in range(8)))
@@ -102,9 +102,7 @@ def test_same_seed_same_weights(quick, data, architecture, tmp_path):
         ({"learning_rate": 1e5, "num_epochs": 0.01, "save_dtype": "float16"}, r"is non-finite in float16"),
     ],
 )
-def test_a_run_that_diverges_says_where_and_saves_nothing(
-    quick, data, make_model, tokenizer, tmp_path, settings, message
-):
+def test_a_diverging_run_says_where_and_saves_nothing(quick, data, make_model, tokenizer, tmp_path, settings, message):
     make_model().save_pretrained(tmp_path / "out")
     tokenizer.save_pretrained(tmp_path / "out")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
@@ -113,8 +111,8 @@ def test_a_run_that_diverges_says_where_and_saves_nothing(
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
 
 
-def test_the_perplexity_of_a_loss_beyond_all_floats_is_infinite(quick, data, architecture, monkeypatch):
-    """e^710 is the first that a float cannot hold."""
+def test_a_perplexity_beyond_the_largest_float_is_infinite(quick, data, architecture, monkeypatch):
+    """e^710 is beyond the largest float."""
     monkeypatch.setattr("rlhf_ppo.pipeline.sft.nats_per_token", lambda *_: 710.0)
     assert sft(quick(dataset=data, architecture=architecture, num_epochs=0.1))["eval/perplexity"] == math.inf
 
@@ -294,7 +292,7 @@ def test_the_held_out_loss_is_the_mean_over_tokens_whatever_the_batches(make_mod
         assert nats_per_token(model, rows, batch_size) == pytest.approx(total / count, rel=1e-5)
 
 
-def test_the_held_out_loss_is_the_tokens_alone_without_a_mixtures_router(tokenizer):
+def test_the_held_out_loss_leaves_out_a_router_loss(tokenizer):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         MixtralConfig(
@@ -358,7 +356,7 @@ def test_encoder_decoders_are_refused_as_model_and_as_shape(quick, data, tmp_pat
             sft(quick(dataset=data, **source))
 
 
-def test_shapes_that_cannot_be_are_named(quick, data, tmp_path):
+def test_bad_architectures_are_named(quick, data, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nope\.json: there is no such file"):
         sft(quick(dataset=data, architecture=str(tmp_path / "nope.json")))
     GPT2Config(vocab_size=30, n_positions=32, n_embd=16, n_layer=1, n_head=2).save_pretrained(tmp_path / "few")
