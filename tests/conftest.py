@@ -37,15 +37,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.learning)
 
 
+DRAWING = {
+    "rlhf_ppo.training.reporting": "plot_curves",
+    "rlhf_ppo.pipeline.reward_training": "plot_calibration",
+    "classic.report": "plot_curves",
+}
+
+
 @pytest.fixture
 def pictures() -> None:
-    """Draw curve.png in this test."""
+    """Draw pictures in this test."""
 
 
 @pytest.fixture(autouse=True)
 def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than these runs: only tests that ask for ``pictures`` draw curve.png."""
+    """Drawing takes longer than these runs: only tests that ask for ``pictures`` draw."""
     if "pictures" not in request.fixturenames:
-        for module in ("rlhf_ppo.training.reporting", "classic.report"):
+        for module, function in DRAWING.items():
             if module in sys.modules:
-                monkeypatch.setattr(sys.modules[module], "plot_curves", lambda *_, **__: None)
+                monkeypatch.setattr(sys.modules[module], function, lambda *_, **__: None)

@@ -28,17 +28,6 @@ from rlhf_ppo.runtime.run_directory import LOCK_FILE, RunLockedError, run_lock
 
 
 @pytest.fixture
-def pictures() -> None:
-    """For a test that looks at the picture; the others do without."""
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(request, monkeypatch):
-    if "pictures" not in request.fixturenames:
-        monkeypatch.setattr("rlhf_ppo.pipeline.reward_training.plot_calibration", lambda *_, **__: None)
-
-
-@pytest.fixture
 def base(tmp_path, make_model, tokenizer) -> str:
     folder = tmp_path / "base"
     make_model().save_pretrained(folder)
