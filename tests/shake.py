@@ -31,7 +31,7 @@ KINDS = {
 
 def pytest(*arguments: str, environment: dict[str, str] | None = None) -> tuple[bool, str]:
     """Run pytest in another process; returns whether all passed, and its last lines."""
-    command = [sys.executable, "-m", "pytest", "-n", "2", "-m", "not slow", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", "-n", "2", "-p", "no:cacheprovider", *arguments]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **(environment or {})}, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
@@ -42,7 +42,7 @@ def learning() -> bool:
     """Run every learning test on each seed and print how often it passes."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        chosen = ["-m", "learning and not slow", f"--learning-seeds={SEEDS}", f"--junit-xml={report}"]
+        chosen = ["-m", "learning", f"--learning-seeds={SEEDS}", f"--junit-xml={report}"]
         pytest(*chosen)
         passed: Counter[str] = Counter()
         for case in ElementTree.parse(report).iter("testcase"):
@@ -59,7 +59,7 @@ def main() -> int:
     part = parser.parse_args().part
     good = True
     for kind, environment in KINDS.items() if part != "learning" else ():
-        passed, said = pytest(environment=environment)
+        passed, said = pytest("-m", "not slow", environment=environment)
         print(f"{kind}: {said}", flush=True)
         good = good and passed
     if part != "kinds":

@@ -197,7 +197,7 @@ def test_files_and_functions_are_short():
 
 
 def test_a_bare_import_loads_nothing_heavy():
-    modules = ["rlhf_ppo", "rlhf_ppo.core", "rlhf_ppo.runtime", "classic"]
+    modules = ["rlhf_ppo", "rlhf_ppo.core", "rlhf_ppo.runtime", "classic", "classic.cli", "classic.commands"]
     code = f"import json, sys, {', '.join(modules)}; print(json.dumps(sorted(sys.modules)))"
     answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = set(json.loads(answer.stdout.splitlines()[-1]))

@@ -43,7 +43,7 @@ def test_own_loop_reaches_the_closed_form_optimum():
     assert best - 0.01 < now <= best
 
 
-def test_toy_reward(tmp_path):
+def test_toy_reward(tmp_path, pictures):
     metrics = small(load("toy_reward.py")).main(["--total-episodes", "8", "--output-dir", str(tmp_path)])
     assert metrics["progress/episodes"] == 8 and (tmp_path / "curve.png").exists()
 

@@ -23,7 +23,7 @@ from rlhf_ppo.rewards.validation import RewardError, coerce_scores
 from rlhf_ppo.runtime.settings import parse_settings, read_yaml
 
 FUZZ = settings(
-    max_examples=200, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None
+    max_examples=100, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None
 )
 FEW = settings(FUZZ, max_examples=40)
 

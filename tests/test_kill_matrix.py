@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -14,10 +14,25 @@ FRONTENDS = ("language", "classic")
 
 
 def soak(*flags: str) -> str:
-    # -P: beside the script lies a folder rlhf_ppo, of tests.
-    done = subprocess.run([sys.executable, "-P", str(SOAK), *flags], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    """Run the soak in a forked process, so that its audit hook stays there; returns what it prints."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(read)
+        os.dup2(write, 1)
+        sys.stdout = os.fdopen(1, "w")
+        sys.argv = [str(SOAK), *flags]
+        code = 1
+        try:
+            code = runpy.run_path(str(SOAK))["main"]()
+            sys.stdout.flush()
+        finally:
+            os._exit(code)
+    os.close(write)
+    with os.fdopen(read) as output:
+        said = output.read()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, said
+    return said
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs fork and /proc")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
-import subprocess
-import sys
 from pathlib import Path
+
+import torch
 
 import classic
 import rlhf_ppo
@@ -75,18 +75,17 @@ def test_commands_of_the_readme_parse(monkeypatch):
     assert found >= 5
 
 
-def test_python_blocks_of_the_readme_run(tmp_path):
-    training, cartpole, core = blocks("python")
-    prepare = (
-        "import torch\nfrom rlhf_ppo.core import PolicyOutput\n"
-        "rewards = values = next_values = torch.zeros(2, 3)\n"
-        "terminated = truncated = torch.zeros(2, 3, dtype=torch.bool)\nmask = ~terminated\n"
-        "logprobs = torch.zeros(2, 3)\nnew = PolicyOutput(torch.zeros(2, 3, requires_grad=True), torch.zeros(2, 3))\n"
-    )
-    training = training.replace("total_episodes=64", "total_episodes=32, max_new_tokens=8")
-    code = [training, cartpole.replace("50_000", "2_048"), prepare + core]
-    done = subprocess.run([sys.executable, "-c", "\n".join(code)], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_python_blocks_of_the_readme_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    training, cartpole, own_loop = blocks("python")
+    flags = torch.zeros(2, 3, dtype=torch.bool)
+    names = dict.fromkeys(("rewards", "values", "next_values", "logprobs"), torch.zeros(2, 3))
+    names |= {"terminated": flags, "truncated": flags, "mask": ~flags}
+    names["new"] = core.PolicyOutput(torch.zeros(2, 3, requires_grad=True), torch.zeros(2, 3))
+    exec(training.replace("total_episodes=64", "total_episodes=32, max_new_tokens=8"), {})
+    exec(cartpole.replace("50_000", "2_048"), {})
+    exec(own_loop, names)
+    assert (tmp_path / "runs/positive/model.safetensors").is_file() and names["new"].logprobs.grad is not None
 
 
 def test_metric_page_is_the_dictionary():

@@ -65,5 +65,7 @@ def test_an_explanation_uses_the_updates_own_clip_range(small):
 
 
 def test_rows_to_print_are_one_or_more(capsys):
-    assert main(["explain", "anywhere", "--max-rows", "0"]) == 2
+    with pytest.raises(SystemExit) as ended:
+        main(["explain", "anywhere", "--max-rows", "0"])
+    assert ended.value.code == 2
     assert "max_rows must be 1 or more, got 0" in capsys.readouterr().err

@@ -61,8 +61,16 @@ def test_both_autoreset_modes_give_the_same_values_on_the_same_trajectories():
         torch.testing.assert_close(ours[mask], theirs.flatten())
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize(("kind", "mode"), [("lstm", "next_step"), ("gru", "same_step")])
+@pytest.mark.parametrize(
+    ("kind", "mode", "shared"),
+    [
+        ("gru", "same_step", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("gru", "same_step", False), ("lstm", "next_step", True), ("lstm", "next_step", False))
+        ),
+    ],
+)
 def test_a_recurrent_policy_recalls_what_is_no_longer_shown(kind, mode, shared, small, learning_seed):
     memory = {"recurrent": kind, "recurrent_size": 16, "shared_network": shared, "autoreset_mode": mode}
     args = small(num_envs=16, num_steps=32, seed=learning_seed, **memory)

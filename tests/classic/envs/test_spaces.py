@@ -153,7 +153,12 @@ def test_squash_needs_bounds():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"squash": True}, {"state_dependent_std": True}, {"squash": True, "state_dependent_std": True}]
+    "settings",
+    [
+        {"squash": True, "state_dependent_std": True},
+        pytest.param({"squash": True}, marks=pytest.mark.slow),
+        pytest.param({"state_dependent_std": True}, marks=pytest.mark.slow),
+    ],
 )
 def test_squashed_and_state_dependent_policies_learn_to_aim(settings, small, learning_seed):
     """A policy at 0 with standard deviation 1 earns about -4 clipped, -3 squashed; the best action is 0.5.

@@ -80,6 +80,7 @@ def test_an_episode_that_is_cut_ends_the_conversation(make_trainer, prompts):
     assert rollout.scores.tolist() == [1.0] * 8 and (rollout.turns.amax(dim=1) == 1).all()
 
 
+@pytest.mark.slow
 def test_a_game_is_learned(make_trainer, learning_seed):
     """Say an "e", whose share is 1 in 30 at first: three turns of two letters find it in 1 of 6 conversations."""
     games = Environments(lambda prompt: GuessTheLetter(prompt))

@@ -116,6 +116,7 @@ def test_gradients_of_policy_and_value_go_to_their_own_adapters(one_trunk, wake_
         assert moved and moved <= own
 
 
+@pytest.mark.slow
 def test_the_adapter_critic_learns_what_prompts_are_worth(one_trunk, prompts, learning_seed):
     def by_prompt(prompts, completions, **_):
         return [2.0 if " " in prompt else -2.0 for prompt in prompts]

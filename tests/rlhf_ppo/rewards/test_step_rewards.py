@@ -169,6 +169,7 @@ def test_whole_scores_alone_leave_no_token_scores(make_trainer, prompts):
     assert make_trainer(reward_funcs=whole).rollout(prompts).token_scores is None
 
 
+@pytest.mark.slow
 def test_a_run_learns_from_token_rewards(make_trainer, learning_seed):
     """The same toy task as with one score a response: letters before n, each rewarded where it stands."""
 

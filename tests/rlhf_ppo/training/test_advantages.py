@@ -241,6 +241,7 @@ def test_weights_correct_a_sampler_that_disagrees(make_trainer, prompts):
 # Learning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", ESTIMATORS, ids=lambda s: s["advantage_estimator"])
 def test_every_estimator_learns(make_trainer, settings, learning_seed):
     """The share of early letters, a half by chance, rises."""

@@ -75,11 +75,16 @@ VARIANTS = {
     },
 }
 OBJECTIVES = ("plain", "adaptive-clip", "penalty", "dual-clip", "a2c", "reinforce", "cispo-grpo", "kl-loss")
+QUICK = ("plain", "adaptive-clip", "rloo-sequence", "two-adapters", "separate-critic", "noise-cache-evaluation")
+"""One of each kind of state; the others only with the slow tests."""
 VARIANTS |= {f"{name}, lora": {**VARIANTS[name], "peft_config": lora} for name in OBJECTIVES}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(VARIANTS[name], id=name, marks=() if name in QUICK else pytest.mark.slow) for name in VARIANTS],
+)
 def test_fault_21_a_run_killed_and_resumed_equals_the_one_never_killed(make_trainer, make_model, in_child, variant):
     """Killed in iteration 3 of 4, after checkpoint-2: weights, moments, controllers and every line are the same."""
 
