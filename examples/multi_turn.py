@@ -1,8 +1,8 @@
 """Train a small GPT-2 to answer three questions in a text game.
 
-Tom is asked about his pet, then its colour, then its name. An answer without a fitting word ends the game, so points for
-the last question need all three. What you will see: a progress bar, the points per game before and after,
-and two games of each. It takes about two minutes on one CPU core with the model in the package.
+Tom is asked about his pet, then its colour, then its name. An answer without a fitting word ends the game, so points
+for the last question need all three. What you will see: a progress bar, the points per game before and after, and two
+games of each. It takes about two minutes on one CPU core with the model in the package.
 Run:  python examples/multi_turn.py
 """
 
