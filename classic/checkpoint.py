@@ -73,7 +73,7 @@ def load_checkpoint(run: Run, state: TrainState, checkpoint: Checkpoint, total: 
         run: settings and environments, whose running episodes are restored, too.
         state: unchanged until everything is verified.
         checkpoint: what was saved.
-        total: environment steps that the resuming call is asked for.
+        total: environment steps of the resuming call.
         override: resume although settings or the environment differ.
     Warns:
         UserWarning: the running episodes could not be restored, so new ones begin; or what ``override`` let pass.

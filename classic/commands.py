@@ -119,12 +119,12 @@ def compare(command: CompareCommand) -> int:
 
 
 def _rescued(network: nn.Module, save: Callable[[str], Path], folder: str) -> str:
-    """Save the agent of a run that ended early; return where it lies and how the run resumes."""
+    """Save the agent of a run that ended early; return where it is and how to resume."""
     if not all(parameter.isfinite().all() for parameter in network.parameters()):
         said = "the agent was not saved: its weights are non-finite"
     else:
         try:
-            said = f"the agent as it is lies in {save(folder)}"
+            said = f"the agent was saved in {save(folder)}"
         except OSError as error:  # most likely the full disk that ended the run
             said = f"the agent could not be saved: {error}"
     # Without save_every there are checkpoints only if a signal came.

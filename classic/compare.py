@@ -27,7 +27,7 @@ SEEDING = "independent"
 """How episodes are seeded; in earlier versions neighbouring seeds shared some."""
 CURVE_POINTS = 100
 
-# Settings that may differ between a finished run and the same run asked for again.
+# Settings that may differ between a finished run and the same run repeated.
 NOT_COMPARED = ("output_dir", "quiet", "eval_envs")
 
 

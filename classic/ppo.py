@@ -123,7 +123,7 @@ class PPO:
         SIGTERM ends training after the current update, with a checkpoint in ``output_dir``.
 
         Args:
-            total_timesteps: environment steps; a resumed run must be asked for as many as before.
+            total_timesteps: environment steps; the same number as before in a run that resumes.
             callbacks: called after each update with the agent and its metrics (:mod:`classic.callbacks`).
             at_end: called likewise after the last update, while trackers still listen.
             resume_from_checkpoint: folder ``checkpoint-<n>`` of a run with the same settings, or that run's folder for
@@ -162,7 +162,7 @@ class PPO:
         return self
 
     def _train(self, display: ProgressDisplay, callbacks: Sequence[Callback]) -> None:
-        """The algorithm."""
+        """Run the algorithm, one rollout and update after another."""
         state = self.state
         state.follow_network()
         display.start(state.done)
@@ -289,7 +289,7 @@ class PPO:
         """Load the agent in a folder written by :meth:`save`.
 
         Args:
-            folder: where it lies.
+            folder: the agent's.
             env: the environment, needed if the agent was not made from an id.
             **changes: settings that differ from the saved ones, such as learning_rate=1e-4; they count as if the agent
                 had been made with them.

@@ -66,7 +66,7 @@ def predict(
     except (ValueError, TypeError, KeyError, IndexError) as error:
         raise ValueError(f"{where} has observations {shape}; predict takes one or a batch of them: {error}") from None
     if not is_finite(array).all():
-        raise ValueError(f"observation for {where} is not finite: {array.tolist()}")
+        raise ValueError(f"observation for {where} is non-finite: {array.tolist()}")
     count = len(array)
     memory = network.initial_state(count)
     if state is not None:

@@ -89,7 +89,7 @@ def read_agent(folder: str | Path, *, env_given: bool) -> SavedAgent:
     folder = Path(folder)
     if folder in list_checkpoints(folder.parent):
         raise FileNotFoundError(
-            f"{folder} is a checkpoint, which --resume continues from; the saved agent lies in {folder.parent} once "
+            f"{folder} is a checkpoint, which --resume continues from; the saved agent is in {folder.parent} once "
             "the run has ended"
         )
     for name in (AGENT, MODEL, OPTIMIZER, NORMALIZER):

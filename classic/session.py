@@ -22,7 +22,7 @@ from rlhf_ppo.runtime.trackers import reporting
 
 
 def steps_to_train(args: PPOArgs, total_timesteps: float | None) -> int:
-    """Return the environment steps that a call of learn is asked for.
+    """Return the number of environment steps that a call of learn trains for.
 
     Raises:
         ValueError: no whole number, or less than 1.
@@ -73,7 +73,7 @@ def open_run(
     Args:
         run: the run so far; with the folder of the last call, if there was one.
         state: its progress is set, and everything else if a checkpoint is loaded.
-        total: environment steps that the call is asked for.
+        total: environment steps of the call.
         folder: where it writes; None: nowhere.
         resume: a checkpoint, a run's folder, or "auto" (see :meth:`classic.PPO.learn`).
         override: resume although settings or the environment differ.
@@ -92,14 +92,14 @@ def open_run(
         "env_id": run.env_id,
         "versions": versions("torch", "gymnasium"),
         "origin": run.origin,
-        # As asked for by this call, whatever the setting says.
+        # This call's total, which may differ from the setting.
         "args": {**asdict(run.args), "total_timesteps": state.progress.first_step + total},
     }
     if run.folder is not None and run.folder.path == folder.path:
         folder.write_json("run.json", settings)
         return run
     if checkpoint is not None:
-        folder.go_on(checkpoint.folder, state.counters["iteration"], settings)
+        folder.continue_from(checkpoint.folder, state.counters["iteration"], settings)
     else:
         if resume is not None and not run.args.quiet:
             print(f"no checkpoint in {folder.path}: training starts afresh")

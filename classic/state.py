@@ -53,7 +53,7 @@ class Progress:
     """How far a call of learn is."""
 
     total: int
-    """Environment steps that the call was asked for."""
+    """Environment steps of the call."""
     first_step: int
     """Environment steps before the call."""
     consecutive_skips: int = 0
@@ -97,7 +97,7 @@ class TrainState:
     """The last finished episodes."""
     progress: Progress = field(default_factory=lambda: Progress(0, 0))
     playing: bool = False
-    """Whether episodes are running that training goes on with."""
+    """Whether episodes are running that training continues."""
     best_return: float | None = None
     """The best evaluation so far (:func:`classic.callbacks.evaluate_every`)."""
     last_metrics: Mapping[str, float] = field(default_factory=dict)

@@ -184,7 +184,7 @@ class PPOTrainer(TrainerAttributes):
                 log_evaluation(state, run, safe, progress)
             run.stopwatch.take()  # evaluations are not part of an iteration
 
-            args = state.settings_in_force(run.args)
+            args = state.effective_settings(run.args)
             prompts = next_prompts(run, state)
             with closing_episodes(run):
                 # 1. Sample responses, recording log-probs and values.
@@ -243,7 +243,7 @@ class PPOTrainer(TrainerAttributes):
             NonFiniteGradientError: ``max_skipped_steps`` consecutive steps were non-finite, or the weights are.
         """
         run, state = self.fixed, self.state
-        args = state.settings_in_force(run.args)
+        args = state.effective_settings(run.args)
         with run.stopwatch.phase("update"):
             rewards = shape_rewards(rollout, args, state.kl_coef, state.score_statistics)
             updated = update(state, run, rollout, estimate(rollout, rewards, args))

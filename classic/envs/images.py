@@ -14,7 +14,7 @@ MIN_IMAGE_SIDE = 36
 
 
 class ImageLayout(NamedTuple):
-    """How an image lies in an observation."""
+    """Layout of an image in an observation."""
 
     frames: int
     """Images stacked on the first axis, which become channels; 1 without such an axis."""

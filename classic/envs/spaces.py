@@ -142,7 +142,7 @@ def _encoded_dtype(space: gymnasium.Space) -> type[np.floating]:
 
 
 def is_finite(array: np.ndarray) -> np.ndarray:
-    """Where encoded observations or rewards are finite in float32, which networks read."""
+    """Return where encoded observations or rewards are finite in float32, which networks read."""
     if array.dtype == np.float64:
         return np.abs(array) <= np.finfo(np.float32).max
     return np.isfinite(array)

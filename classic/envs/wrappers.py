@@ -163,7 +163,7 @@ class HideVelocity(gymnasium.ObservationWrapper):
         self.observation_space = Box(space.low[list(self.KEPT)], space.high[list(self.KEPT)], dtype=space.dtype)
 
     def observation(self, observation: np.ndarray) -> np.ndarray:
-        """[4] to [2]."""
+        """Drop the velocities: [4] -> [2]."""
         return observation[list(self.KEPT)]
 
 

@@ -48,7 +48,7 @@ def choose(
         config: its objective may have no shortcut.
         batch: rows that act at a time.
         learning_rate: of a new optimizer.
-        optimizer: the one before, which goes on if the trained parameters still have its names and shapes.
+        optimizer: the previous one, which is kept if the trained parameters still have its names and shapes.
     """
     kind = FlatAdam if ENABLED else Adam
     if optimizer is None or not optimizer.fits(network):

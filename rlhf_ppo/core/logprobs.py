@@ -72,7 +72,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _scaled(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-    """``logits / temperature`` as a new tensor in ``dtype``."""
+    """Return ``logits / temperature`` as a new tensor in ``dtype``."""
     logits = logits.to(dtype, copy=True)
     return logits if temperature == 1 else logits.div_(temperature)
 

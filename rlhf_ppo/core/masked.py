@@ -1,4 +1,4 @@
-"""Masked statistics: over the True entries of a mask; what lies outside it, NaN included, never counts."""
+"""Masked statistics: over the True entries of a mask; entries outside it, NaN included, never count."""
 
 from __future__ import annotations
 
@@ -91,5 +91,5 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 
 
 def last_true(mask: Tensor) -> Tensor:
-    """[B, T] bool, True on each row's last True step: where a response's score is added and its episode ends."""
+    """Return [B, T] bool, True on each row's last True step: where a response's score is added and its episode ends."""
     return mask & (mask.flip(1).cumsum(dim=1).flip(1) == 1)

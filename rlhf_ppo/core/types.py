@@ -119,10 +119,10 @@ def require_token_ids(tokens: Tensor, vocabulary: int) -> None:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype to compute in: float32 for bf16, fp16 and integers, otherwise the tensor's own."""
+    """Return the dtype to compute in: float32 for bf16, fp16 and integers, otherwise the tensor's own."""
     return x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
 
 
 def result_dtype(x: Tensor) -> torch.dtype:
-    """The dtype to return: the input's, or float32 for integers and bool."""
+    """Return the dtype of results: the input's, or float32 for integers and bool."""
     return x.dtype if x.is_floating_point() else torch.float32

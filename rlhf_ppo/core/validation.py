@@ -131,7 +131,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _choices(hint: Any) -> list[str]:
-    """The values of a Literal, or of a Literal or None."""
+    """Return the values of a Literal, or of a Literal or None."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return [value for kind in inner for value in _choices(kind)]
@@ -139,7 +139,7 @@ def _choices(hint: Any) -> list[str]:
 
 
 def _as_whole(value: Any) -> Any:
-    """A value, or each one in a tuple or list, as an int where it is a float without a fraction."""
+    """Return a value, or each one in a tuple or list, as an int where it is a float without a fraction."""
     if isinstance(value, (tuple, list)):
         return tuple(_as_whole(item) for item in value)  # pyright: ignore[reportUnknownVariableType]
     return int(value) if _is_real(value) and float(value).is_integer() else value

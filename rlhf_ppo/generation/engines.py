@@ -121,7 +121,7 @@ class StaticEngine:
         generator: torch.Generator | None = None,
         stop_detector: StopStringDetector | None = None,
     ) -> SampledResponses:
-        """See :func:`rlhf_ppo.generation.decoding.sample_responses`: the same draws give the same tokens.
+        """Sample as :func:`rlhf_ppo.generation.decoding.sample_responses` does: the same draws give the same tokens.
 
         If the step cannot be compiled, warn and sample again without compiling.
 

@@ -96,7 +96,7 @@ class Environments:
     def _end(self, messages: Messages) -> list[float]:
         episode = self._episodes.pop(id(messages), None)
         if episode is None:
-            raise LookupError("this conversation was not held with these Environments: pass them as respond, too")
+            raise LookupError("this conversation does not belong to these Environments: pass them as respond, too")
         _close(episode)
         return episode.rewards
 

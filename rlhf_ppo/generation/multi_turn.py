@@ -41,7 +41,7 @@ class Conversations(NamedTuple):
     """B conversations. At most T tokens after the prompt, each row without holes and padded on the right."""
 
     sampled: SampledResponses
-    """The policy's turns; the ids of replies lie between them, outside the mask."""
+    """The policy's turns; the ids of replies are between them, outside the mask."""
     environment: Tensor
     """[B, T] bool, True on tokens of replies."""
     turns: Tensor

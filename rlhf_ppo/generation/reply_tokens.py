@@ -30,7 +30,7 @@ def chat_reply_ids(
         stop: the stop token that the policy's turn ended with, or None. Where the template would put it, it is there.
         where: what to call the conversation in messages.
     Raises:
-        ValueError: the template renders the conversation differently once it goes on, or fails on it; names ``where``.
+        ValueError: the template fails, or renders the conversation differently once it continues; names ``where``.
     """
     before = render_prompt(tokenizer, messages[:-1], where)
     answered = [*messages[:-1], {"role": "assistant", "content": _PLACEHOLDER}, {"role": "user", "content": reply}]

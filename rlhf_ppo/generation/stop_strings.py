@@ -18,7 +18,7 @@ class StopStringDetector:
     """
 
     def __init__(self, pieces: TextPieces, strings: Sequence[str], before: Sequence[Before]) -> None:
-        """Start with empty responses, each behind what lies ``before`` it."""
+        """Start with empty responses; ``before``: what precedes each."""
         self.strings = tuple(strings)
         self._texts = [GrowingText(pieces, start, keep=max(map(len, strings)) - 1) for start in before]
 
@@ -41,6 +41,6 @@ def cut_at_stop_string(text: str, strings: Sequence[str]) -> str:
 def response_texts(
     sampled: SampledResponses, pieces: TextPieces, before: Sequence[Before], strings: Sequence[str]
 ) -> list[str]:
-    """Decode responses behind what lies ``before`` each, and cut them at their first stop string."""
+    """Decode responses, given what precedes each (``before``), and cut them at their first stop string."""
     rows = zip(before, sampled.response_ids, sampled.mask, strict=True)
     return [cut_at_stop_string(pieces.decode(start, ids[keep].tolist()), strings) for start, ids, keep in rows]

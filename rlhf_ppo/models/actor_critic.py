@@ -100,7 +100,7 @@ class ActorCritic(nn.Module):
         return logits, self._value(state) if self.shares_trunk and state is not None else None
 
     def _value(self, states: Tensor) -> Tensor:
-        """[*, O] -> [*], in float32 whatever the models compute in."""
+        """Compute values, [*, O] -> [*], in float32 whatever the models compute in."""
         head = self.value_head
         assert head is not None
         with torch.autocast(states.device.type, enabled=False):

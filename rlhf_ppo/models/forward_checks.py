@@ -27,7 +27,7 @@ _EXACT, _ROUNDED = 1e-4, 0.05
 _WINDOWS = (
     *("window_size", "sliding_window", "local_attention", "chunk_size", "chunk_length", "index_topk", "block_size"),
 )
-"""Words in the names of config entries beyond whose length attention may change."""
+"""Words in the names of config entries that set the length of an attention window or chunk."""
 
 _DEFAULT_LONGEST = 1024
 """Longest sequence assumed where the run's is unknown."""
@@ -66,7 +66,7 @@ def check_forward(
     Args:
         model: policy and critic, on their device.
         reference: its model is checked too, if it has its own.
-        longest: most tokens of a sequence in the run; None: unknown. Attention windows and chunks shorter than this
+        longest: maximum tokens of a sequence in the run; None: unknown. Attention windows and chunks shorter than this
             are checked beyond their length.
         bf16: the run computes in bfloat16.
     Raises:

@@ -1,4 +1,4 @@
-"""Silence other libraries: their progress bars, deprecation warnings, and warnings that ask for nothing."""
+"""Silence other libraries: their progress bars, deprecation warnings, and warnings that need no action."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HARMLESS = (
     "Could not find a config file in",  # PEFT, saving an adapter of a model without a folder
     "`loss_type=None` was set in the config",  # transformers then uses the default
 )
-"""First words of warnings that ask for nothing."""
+"""First words of warnings that need no action."""
 
 
 class _Harmless(logging.Filter):

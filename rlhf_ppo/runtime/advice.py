@@ -52,7 +52,7 @@ def advise(folder: str | Path) -> list[Advice]:
     """Return the rules that a run's metrics match, the most serious first; [] if nothing stands out.
 
     Args:
-        folder: a run's folder, of either frontend; the run may still be going on.
+        folder: a run's folder, of either frontend; the run may still be training.
     Raises:
         FileNotFoundError: the folder holds no run.
         ValueError: it has too few updates.

@@ -137,7 +137,7 @@ def _discard_leftovers(root: Path) -> None:
 
 
 def _bytes(tensors: Mapping[str, Mapping[str, Tensor]], content: Mapping[str, str]) -> int:
-    """Estimate a checkpoint's size on disk from above."""
+    """Return an upper bound of a checkpoint's size on disk."""
     tensor_bytes = sum(x.numel() * x.element_size() for named in tensors.values() for x in named.values())
     names = sum(len(name) + 128 for named in tensors.values() for name in named)
     return tensor_bytes + names + sum(len(text.encode()) for text in content.values()) + 2**16

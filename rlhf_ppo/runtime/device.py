@@ -22,7 +22,7 @@ def resolve_device(name: str | None = None) -> torch.device:
 
 
 def compute_in_bf16(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> bool:
-    """Whether matrix products run in bfloat16: if asked for, or, for "auto", where they are faster than in float32.
+    """Whether matrix products run in bfloat16: under "bf16", or under "auto" where they are faster than in float32.
 
     They are on GPUs since Ampere and on CPUs with AVX512-BF16 or AMX.
 

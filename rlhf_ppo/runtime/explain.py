@@ -34,9 +34,9 @@ class Explanation:
 
     sequence, step (place in the rollout), label (what was done), reward, value (V before the action), delta (``r +
     gamma V' - V``), advantage, weight (the advantage as it is trained on, usually whitened), ended (terminated,
-    truncated or empty), ratio (new / old probability), clipped (above, below or empty: on which side the ratio lies
-    outside the clip range, whatever the sign of the advantage), gradient_alive (whether the policy's loss still pulls
-    on this action). value and delta are None without a critic.
+    truncated or empty), ratio (new / old probability), clipped (above, below or empty: on which side of the clip range
+    the ratio is, whatever the sign of the advantage), gradient_alive (whether the policy's loss has a gradient for this
+    action). value and delta are None without a critic.
     """
 
     rows: list[dict[str, Any]]
@@ -91,7 +91,7 @@ def explain_actions(
     gamma: float,
     labels: Sequence[Sequence[str]],
 ) -> Explanation:
-    """Lay out what an update would see, and what the policy as it is now makes of it.
+    """Tabulate what an update sees of each action, and the ratio and gradient under the current policy.
 
     Args:
         rewards: [B, T].
@@ -132,7 +132,7 @@ def explain_actions(
 
 
 def _gradient(new_logprobs: Tensor, old: Experience, config: PPOConfig) -> Tensor:
-    """[B, T] gradient of the core's policy loss alone with respect to each log-prob."""
+    """Compute the gradient [B, T] of the core's policy loss alone with respect to each log-prob."""
     leaf = new_logprobs.detach().clone().requires_grad_()
     policy_alone = replace(config, ent_coef=0.0, kl_loss_coef=0.0, kl_loss="k2")
     with torch.enable_grad():
@@ -142,7 +142,7 @@ def _gradient(new_logprobs: Tensor, old: Experience, config: PPOConfig) -> Tenso
 
 
 def _outside(ratio: Tensor, config: PPOConfig) -> tuple[Tensor, Tensor]:
-    """[B, T] bool each: above, and below, the clip range; all False if the objective has none."""
+    """Return [B, T] bool each: above, and below, the clip range; all False if the objective has none."""
     nowhere = torch.zeros_like(ratio, dtype=torch.bool)
     if config.objective in ("penalty", "a2c", "reinforce"):
         return nowhere, nowhere

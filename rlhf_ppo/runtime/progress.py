@@ -46,7 +46,7 @@ def _column(text: str, **column: object) -> TextColumn:
 
 
 class ProgressDisplay:
-    """Shows ``done`` of ``total``, the phase and a few numbers; without a terminal as occasional plain lines.
+    """Display of ``done`` of ``total``, the phase and a few numbers; without a terminal as occasional plain lines.
 
     Args:
         description: what is counted.
@@ -167,10 +167,10 @@ def _seconds(seconds: float) -> str:
 
 
 class Stopwatch:
-    """Adds up the seconds of named phases."""
+    """Total seconds of named phases."""
 
     def __init__(self, device: torch.device) -> None:
-        """``device``: synchronised at the end of each phase, so that its work is counted there."""
+        """Start at 0; ``device`` is synchronised at the end of each phase, so that its work is counted there."""
         self.device = device
         self._seconds: dict[str, float] = {}
         self._show: Callable[[str], None] | None = None

@@ -1,4 +1,4 @@
-"""Resume: choose the checkpoint that a run goes on from, and check that it is the same run.
+"""Resume: choose the checkpoint that a run continues from, and check that it is the same run.
 
 The `check` command says the same of a run's folder: which checkpoints are good, and which one would be resumed.
 """

@@ -96,7 +96,7 @@ class RunDirectory:
         if not self.quiet:
             print(f"{what} in {self.path} is now in {old}")
 
-    def go_on(self, checkpoint: Path, iteration: int, settings: Mapping[str, Any]) -> None:
+    def continue_from(self, checkpoint: Path, iteration: int, settings: Mapping[str, Any]) -> None:
         """Continue from a checkpoint of this run, or of a run in another folder, whose history is copied.
 
         Args:

@@ -123,7 +123,7 @@ def as_whole(value: Any) -> Any:
 
 
 def _counts(hint: Any) -> bool:
-    """Whether a setting is one whole number, or some, and nothing else."""
+    """Whether a setting takes whole numbers only."""
     words = str(hint)
     return "int" in words and not any(other in words for other in ("float", "str", "bool"))
 
@@ -216,7 +216,7 @@ def _takes_several(hint: Any) -> bool:
 
 
 def _spelt_out(flags: Sequence[str], cls: type) -> list[str]:
-    """``--chat`` alone means ``--chat True``, if chat is a bool, and ``--seed 1e3`` means 1000, if seed is an int."""
+    """Spell flags out: ``--chat`` of a bool as ``--chat True``, ``--seed 1e3`` of an int as ``--seed 1000``."""
     hints = {f"--{name.replace('_', '-')}": hint for name, hint in typing.get_type_hints(cls).items()}
     words: list[str] = []
     counts = False
@@ -240,7 +240,7 @@ def _as_flag(key: str, value: Any) -> list[str]:
 
 
 def _reads_otherwise(value: Any) -> bool:
-    """Whether this is text, or has some in it, that would be another thing as a word among flags."""
+    """Whether the value is or contains text that flags would read as something else."""
     items = value if isinstance(value, (list, tuple)) else [value]
     return any(isinstance(item, str) and (item.startswith("-") or item in ("None", "")) for item in items)
 

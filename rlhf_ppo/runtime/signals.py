@@ -42,7 +42,7 @@ def asked_to_stop() -> bool:
 def stop_if_asked() -> None:
     """Raise :class:`Interrupted` if a signal has arrived; marks a safe point.
 
-    Safe points lie where nothing is half done that cannot be repeated: between two tokens of a rollout, while waiting
+    At a safe point stopping loses nothing that cannot be repeated: between two tokens of a rollout, while waiting
     for a reward, after an update; never inside an update.
     """
     if _heard:
@@ -51,7 +51,7 @@ def stop_if_asked() -> None:
 
 @contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """During the block, only record the first SIGINT or SIGTERM, for the next :func:`stop_if_asked`.
+    """Record the first SIGINT or SIGTERM during the block, for the next :func:`stop_if_asked`.
 
     That first signal restores the earlier handlers, so that a second one takes effect at once; so does the end of the
     block. Ignored signals (``nohup``, a shell's background jobs) stay ignored. Outside the main thread, where Python

@@ -66,7 +66,7 @@ def refuse_unknown_settings(cls: type, given: Mapping[str, Any]) -> None:
 
 
 def refuse_unknown_arguments(function: Any, name: str, given: Iterable[str], elsewhere: Mapping[str, str]) -> None:
-    """Raise a TypeError likewise for arguments of a class or function, called ``name`` in the message."""
+    """Raise a TypeError for unknown arguments of a class or function, called ``name`` in the message."""
     known = [parameter for parameter in inspect.signature(function).parameters if parameter != "self"]
     for argument in given:
         if argument not in known:

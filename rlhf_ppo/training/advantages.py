@@ -86,9 +86,9 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Compute advantages and returns [B, T] of episodes that end at their last True step."""
     next_values, terminated = next_decisions(values, mask)
-    going_on = torch.zeros_like(terminated)
+    truncated = torch.zeros_like(terminated)
     return compute_gae(
-        rewards, values, next_values, terminated, going_on, gamma=gamma, gae_lambda=gae_lambda, mask=mask
+        rewards, values, next_values, terminated, truncated, gamma=gamma, gae_lambda=gae_lambda, mask=mask
     )
 
 

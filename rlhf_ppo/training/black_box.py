@@ -53,7 +53,7 @@ class BlackBox:
     weights: dict[str, Tensor]
     """Those that the optimizer updates, before the step."""
     objective: RLHFConfig
-    """The settings in force."""
+    """The settings of that update."""
     warming_up: bool
     """Whether the critic alone was trained."""
     bf16: bool
@@ -91,7 +91,7 @@ def write_black_box(state: TrainState, run: Run, rollout: Rollout, estimates: Es
         "estimates": estimates.nonfinite,
         "numbers": {name: float(x) for name, x in step.numbers.items()},
         "warming_up": state.warms_up(run.args),
-        "objective": dataclasses.asdict(state.settings_in_force(run.args)),
+        "objective": dataclasses.asdict(state.effective_settings(run.args)),
         "kl_coef": state.kl_coef,
         "generators": {"seed": run.args.seed, "rollout": state.rollouts_made, "shuffle": state.iteration},
         "bf16": run.bf16,

@@ -42,7 +42,7 @@ MAY_CHANGE = (
 
 @dataclass(frozen=True)
 class Boundary:
-    """What a rollout changes, as it was between two updates: put back, the rollout can be repeated."""
+    """What a rollout changes, recorded between two updates: once restored, the rollout can be repeated."""
 
     rng: dict[str, Tensor]
     """The global generators: reward functions may draw from them."""

@@ -201,7 +201,7 @@ def read_reference(run: Run, model: ActorCritic, rollout: Rollout) -> Rollout:
 
 
 def score(run: Run, rollout: Rollout, *, needs_scores: bool = True) -> Rollout:
-    """Have the responses scored by every reward function; see :func:`collect`."""
+    """Score the responses with every reward function; see :func:`collect`."""
     with run.stopwatch.phase("score"):
         before = _cache_use(run)
         try:

@@ -39,7 +39,7 @@ def minibatch_gradient(
         rollout: B responses.
         old: the recorded facts about them, [B, T].
         microbatches: the minibatch's rows, in groups for one forward and backward pass each.
-        args: the settings in force.
+        args: the settings of this update.
         bf16: compute in bfloat16.
         reference: read where the loss has the exact KL to it.
     Returns:

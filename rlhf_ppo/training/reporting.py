@@ -48,7 +48,7 @@ def run_facts(run: Run) -> dict[str, Any]:
 
 
 def require_rollouts_left(state: TrainState, run: Run) -> None:
-    """Check that there are prompts, and rollouts left to make; warn if a rollout repeats prompts."""
+    """Check that there are prompts and that rollouts are left; warn if a rollout repeats prompts."""
     args, prompts = run.args, run.train_prompts
     if prompts is None:
         raise ValueError("train() needs a train_dataset with a column 'prompt'")
@@ -66,7 +66,7 @@ def require_rollouts_left(state: TrainState, run: Run) -> None:
 
 
 def is_due(every: int, iteration: int, *, last: bool = False) -> bool:
-    """Whether what happens every so many iterations (0: never) happens now; the last one has it, too."""
+    """Whether something done every ``every`` iterations (0: never) is due; always after the ``last`` one."""
     return every > 0 and (last or iteration % every == 0)
 
 

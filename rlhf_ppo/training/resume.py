@@ -40,7 +40,7 @@ class SafePoint:
     """How often the run has rolled back to it."""
 
     def mark(self, run: Run) -> None:
-        """Note, between two updates, what a rollout changes."""
+        """Record, between two updates, what a rollout changes."""
         self.boundary = Boundary.of(run)
 
 
@@ -76,7 +76,7 @@ def begin(
         if not run.args.quiet:
             print(f"resuming after iteration {state.iteration}, from {found.folder}")
         safe.checkpoint = (state.iteration, found.folder)
-        run.folder.go_on(found.folder, state.iteration, facts)
+        run.folder.continue_from(found.folder, state.iteration, facts)
     if run.start is None and run.reference.model is not None:
         # No other folder holds the reference that an evaluation of this run needs.
         save_reference(run.reference.model, run.tokenizer, run.folder.path)
@@ -91,23 +91,23 @@ def keep_checkpoint(state: TrainState, run: Run, safe: SafePoint) -> Path:
 
 
 def roll_back(state: TrainState, run: Run, safe: SafePoint, problem: str) -> None:
-    """Undo an update by going back to the last checkpoint (``on_nonfinite="rollback"``).
+    """Undo an update by returning to the last checkpoint (``on_nonfinite="rollback"``).
 
     Raises:
-        NonFiniteGradientError: there is nothing to go back to, or it has not helped; says the problem.
+        NonFiniteGradientError: there is no checkpoint to return to, or that has not helped; says the problem.
     """
     state.consecutive_skips = 0
     if run.args.on_nonfinite != "rollback" or safe.checkpoint is None or safe.rollbacks >= MAX_ROLLBACKS:
         raise NonFiniteGradientError(problem)
     made, safe.rollbacks = state.rollouts_made, safe.rollbacks + 1
     load_checkpoint(state, run, safe.checkpoint[1], override=True)
-    state.rollouts_made = made  # other draws: the same ones would lead to the same problem
+    state.rollouts_made = made  # other random draws: the same ones would lead to the same problem
     run.folder.rewind(state.iteration)
-    warnings.warn(f"{problem}. Going back to {safe.checkpoint[1]}, with other draws", stacklevel=3)
+    warnings.warn(f"{problem}. Rolling back to {safe.checkpoint[1]}, with other random draws", stacklevel=3)
 
 
 def save_model(state: TrainState, run: Run, safe: SafePoint) -> None:
-    """Save the model of a run that has ended, or in another place if the run's folder has no room.
+    """Save the model of a run that has ended, or elsewhere if the run's folder has no room.
 
     Raises:
         OSError: it is not in the run's folder; says where it is instead.
@@ -130,9 +130,9 @@ def _rescue(state: TrainState, run: Run, safe: SafePoint) -> str:
         folder = tempfile.mkdtemp(prefix="rlhf-ppo-model-")
         try:
             _write_model(state, run, folder)
-            said.append(f"It lies in {folder} instead")
+            said.append(f"It was saved in {folder} instead")
         except OSError as error:
-            said.append(f"Nor does it lie elsewhere: {error.strerror}")
+            said.append(f"Saving it elsewhere failed, too: {error.strerror}")
     if checkpoint is not None:
         iteration, folder = checkpoint
         said.append(

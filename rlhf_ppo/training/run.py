@@ -39,7 +39,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     """The policy's."""
     room: int | None
-    """Most tokens of a prompt beside max_new_tokens; None: the model sets no limit."""
+    """Maximum prompt length in tokens, with room left for max_new_tokens; None: the model sets no limit."""
     train_prompts: PromptSet | None
     eval_prompts: PromptSet | None
     rewards: dict[str, tuple[RewardFunction, float]]
@@ -58,7 +58,7 @@ class Run:
     sample: Sampler
     """The engine that decodes responses."""
     microbatch_tokens: int
-    """Most tokens in one forward pass outside decoding."""
+    """Maximum tokens in one forward pass outside decoding."""
     folder: RunDirectory
     sources: dict[str, str | None]
     """For run.json: where model, ref_model and reference came from; "object" for a model that was passed as one."""

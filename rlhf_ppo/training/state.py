@@ -57,7 +57,7 @@ class TrainState:
             return args
         return dataclasses.replace(args, clip_range=self.clip_range, penalty_beta=self.penalty_beta)
 
-    def settings_in_force(self, args: RLHFConfig) -> RLHFConfig:
+    def effective_settings(self, args: RLHFConfig) -> RLHFConfig:
         """Return the settings of the next update: the objective, changed while the critic warms up."""
         objective = self.objective(args)
         return critic_warmup_settings(objective) if self.warms_up(args) else objective

@@ -24,7 +24,7 @@ from rlhf_ppo.training.state import TrainState
 
 
 class Update(NamedTuple):
-    """What came of an update."""
+    """Result of an update."""
 
     metrics: dict[str, float]
     num_responses: int
@@ -47,7 +47,7 @@ def update(state: TrainState, run: Run, rollout: Rollout, estimates: Estimates) 
     Raises:
         RatioTripwireError: old and new log-probs differ before the first optimizer step.
     """
-    args, warming_up = state.settings_in_force(run.args), state.warms_up(run.args)
+    args, warming_up = state.effective_settings(run.args), state.warms_up(run.args)
     watch = StepWatch(
         state.consecutive_skips,
         limit=1 if args.on_nonfinite == "stop" else args.max_skipped_steps,

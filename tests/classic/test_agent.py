@@ -35,7 +35,7 @@ def test_predict_refuses_a_wrong_shape(observation):
 
 
 def test_predict_refuses_nan():
-    with pytest.raises(ValueError, match="'CartPole-v1' is not finite"):
+    with pytest.raises(ValueError, match="'CartPole-v1' is non-finite"):
         classic.PPO("CartPole-v1").predict([0.0, np.nan, 0.0, 0.0])
 
 

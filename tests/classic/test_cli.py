@@ -107,14 +107,14 @@ def test_an_environment_that_breaks_late_loses_nothing_learned(fault, tmp_path, 
     assert main([*words, "--output-dir", str(folder), "--env-kwargs", "at", "40", "--save-every", "1"]) == 1
     err = capsys.readouterr().err
     where = rf"error: environment 'tests/Faulty_{fault}-v0'.* step 40: .*\n"
-    assert re.search(where + rf"the agent as it is lies in {re.escape(str(folder))}; --resume auto continues\n$", err)
+    assert re.search(where + rf"the agent was saved in {re.escape(str(folder))}; --resume auto continues\n$", err)
     assert _iteration(folder) == 2
     # The user's own traceback, and not ours around it.
     assert ("ZeroDivisionError: the simulator exploded" in err) == ("Traceback" in err) == (fault == "crash")
     assert "direct cause" not in err
 
     assert main([*words, "--env-kwargs", "at", "3", "--output-dir", str(tmp_path / "early")]) == 1
-    assert not (tmp_path / "early" / "agent.json").exists() and "lies in" not in capsys.readouterr().err
+    assert not (tmp_path / "early" / "agent.json").exists() and "saved in" not in capsys.readouterr().err
 
 
 def test_an_agent_that_diverged_is_saved_while_its_weights_are_finite(tmp_path, capsys, monkeypatch):
@@ -131,7 +131,7 @@ def test_an_agent_that_diverged_is_saved_while_its_weights_are_finite(tmp_path, 
     diverge(0.5)
     assert main([*words, "--output-dir", str(tmp_path / "finite")]) == 1
     assert capsys.readouterr().err == (
-        f"error: 10 consecutive gradients\nthe agent as it is lies in {tmp_path / 'finite'}\n"
+        f"error: 10 consecutive gradients\nthe agent was saved in {tmp_path / 'finite'}\n"
     )
     assert _iteration(tmp_path / "finite") == 5
     diverge(float("nan"))
@@ -162,7 +162,7 @@ def test_a_full_disk_is_one_line_and_the_agent_is_saved_where_it_can_be(what, tm
         assert rescued.startswith("the agent could not be saved: ") and rescued.endswith("; --resume auto continues")
         assert not (tmp_path / "agent.json").exists()
     else:
-        assert rescued == f"the agent as it is lies in {tmp_path}" and _iteration(tmp_path) == 1
+        assert rescued == f"the agent was saved in {tmp_path}" and _iteration(tmp_path) == 1
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ class ModelRunner:
         try:
             with capture_states(self.trunk) as captured:
                 output = call(self.model, self.probe_ids())
-            if not captured:  # OPT calls what lies inside its trunk
+            if not captured:  # OPT calls a module inside its trunk
                 self.states_module = base.get_decoder()
                 with capture_states(self.states_module) as captured:
                     call(self.model, self.probe_ids())
@@ -277,7 +277,7 @@ def _attention_for(ids: Tensor) -> AbstractContextManager[Any]:
 
 
 def _padded(sequences: Sequences) -> tuple[Tensor, Tensor]:
-    """Ids and mask [B, P + T - 1] whose last T positions predict the response: its last token is never an input."""
+    """Return ids and mask [B, P + T - 1]; their last T positions predict the response, whose last token is no input."""
     prompt_ids, prompt_mask, response_ids, mask, real, _ = sequences
     real = mask if real is None else real
     return torch.cat([prompt_ids, response_ids[:, :-1]], dim=1), torch.cat([prompt_mask, real[:, :-1]], dim=1)

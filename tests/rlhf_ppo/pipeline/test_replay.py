@@ -29,7 +29,7 @@ def healthy_box(trainer: PPOTrainer, prompts: list[str], rows: list[int]) -> Pat
     """Write the black box of a finite step, with its numbers."""
     rollout = trainer.rollout(prompts)
     estimates = estimate(rollout, shape_rewards(rollout, trainer.args, trainer.kl_coef), trainer.args)
-    args = trainer.state.settings_in_force(trainer.args)
+    args = trainer.state.effective_settings(trainer.args)
     _, losses = trainer.fixed.minibatch_gradient(trainer.model, rollout, estimates.experience, rows, args)
     gradients = [p.grad for p in trainer.model.trainable_parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)

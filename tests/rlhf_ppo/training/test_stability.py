@@ -160,13 +160,13 @@ def test_fault_18_rollback_returns_to_the_last_checkpoint_and_draws_other_respon
     whole.train()
     trainer = make_trainer(**settings)
     poison(trainer, lambda trainer, n: trainer.rollouts_made == 3)
-    with pytest.warns(UserWarning, match=r"rollout 3.*Going back to .*checkpoint-2, with other draws"):
+    with pytest.warns(UserWarning, match=r"rollout 3.*Rolling back to .*checkpoint-2, with other random draws"):
         trainer.train()
     assert trainer.rollouts_made == 5 and trainer.iteration == 4
     assert same(weights(whole), weights(trainer)) and whole.run.read() == trainer.run.read()
 
 
-@pytest.mark.filterwarnings("ignore:.*Going back")
+@pytest.mark.filterwarnings("ignore:.*Rolling back")
 def test_fault_18_rollbacks_end(make_trainer):
     trainer = make_trainer(on_nonfinite="rollback", max_skipped_steps=2, save_every=1)
     poison(trainer, lambda trainer, n: True)
