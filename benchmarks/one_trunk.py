@@ -1,4 +1,4 @@
-"""Compare one base with adapters with separate models: memory saved, quality lost.
+"""Compare adapters on one base to separate models: memory saved, quality lost.
 
 Run:  python benchmarks/one_trunk.py memory      (Linux; two minutes on two CPU cores)
       python benchmarks/one_trunk.py quality     (three critics, three seeds, about six minutes)

@@ -1,4 +1,4 @@
-"""Verifiable rewards: SmolLM2-135M-Instruct (or another chat model) learns arithmetic.
+"""Train SmolLM2-135M-Instruct (or another chat model) on arithmetic with a verifiable reward.
 
 The reward parses the answer after #### and compares it with the solution; nothing a model writes is ever evaluated.
 What you will see: progress, then the share of correct answers before and after on held-out problems, and samples.

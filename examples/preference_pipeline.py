@@ -1,4 +1,4 @@
-"""From human judgements to a tuned model, as five commands on real data: sft -> reward -> judge -> train -> evaluate.
+"""Tune a model on human judgements with five commands on real data: sft -> reward -> judge -> train -> evaluate.
 
 --preferences sst2 (default): sentences of film reviews that people labelled positive or negative (SST-2); each
   comparison pairs a positive with a negative one. A small model can learn this: start here.
