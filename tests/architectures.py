@@ -230,9 +230,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         else:
             cells = [found[variant]["outcome"] for variant in VARIANTS]
             lines.append(f"| {name} | {' | '.join(found['plain'].get('ways', ['', '']))} | {' | '.join(cells)} |")
-    lines += ["", "Refused at set-up, whatever is asked of them:", ""]
+    lines += ["", "Always refused at set-up:", ""]
     lines += [f"- {', '.join(names)}: {why}" for why, names in refused.items()]
-    lines += ["", "Not tried, because no tiny one is built:", ""]
+    lines += ["", "Not tried, because no tiny model can be built:", ""]
     lines += [f"- {', '.join(names)}: {why}" for why, names in unbuilt.items()]
     return "\n".join(lines)
 
