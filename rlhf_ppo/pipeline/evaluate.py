@@ -197,7 +197,7 @@ def print_evaluation(report: dict[str, Any], *, console: Console | None = None) 
         soft_wrap=True,
     )
     if report["judge_was_trained_on"]:
-        console.print("note: the model was trained on what judges here; --judge names one that it never saw")
+        console.print("note: the model was trained on the reward that judges here; name another with --judge")
 
 
 def _number(value: dict[str, float | None], sign: str = "") -> str:
@@ -209,5 +209,5 @@ def _number(value: dict[str, float | None], sign: str = "") -> str:
 def evaluate_command(args: EvaluateArgs) -> None:
     """Run the `evaluate` command."""
     print_evaluation(evaluate(args))
-    print(f"figures  {args.output_dir}/evaluation.json")
+    print(f"report   {args.output_dir}/evaluation.json")
     print(f"samples  {args.output_dir}/evaluation_samples.jsonl")

@@ -158,7 +158,7 @@ def test_a_trained_run_and_an_adapter_evaluate_and_generate(folder, capsys):
         assert main([*flags.split(), "--num-prompts", "6"]) == 0
         shown = capsys.readouterr().out
         assert "6 prompts, 95 % intervals" in shown and "win rate" in shown and "distinct-3" in shown
-        assert "trained on what judges here" in " ".join(shown.split())
+        assert "trained on the reward that judges here" in " ".join(shown.split())
         assert main(["generate", "--model", "run", "--prompt", "a cat", "--max-new-tokens", "3"]) == 0
         assert "a cat|" in capsys.readouterr().out
 
