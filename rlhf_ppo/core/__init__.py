@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rlhf_ppo.core.dpo import dpo_loss
     from rlhf_ppo.core.kernels.linear_kl import linear_kl
     from rlhf_ppo.core.kernels.linear_logprobs import linear_logprobs
-    from rlhf_ppo.core.kl import kl_estimate, kl_from_logits, kl_penalized_rewards
+    from rlhf_ppo.core.kl import kl_estimate, kl_from_logits
     from rlhf_ppo.core.logprobs import entropy_from_logits, token_logprobs
     from rlhf_ppo.core.losses import (
         aggregate_loss,
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rlhf_ppo.core.masked import masked_mean, masked_var, masked_whiten
     from rlhf_ppo.core.minibatches import minibatch_indices
     from rlhf_ppo.core.ratios import pool_old_logprobs, probability_ratio, truncated_importance_weights
+    from rlhf_ppo.core.rewards import kl_penalized_rewards
     from rlhf_ppo.core.types import Ban, BannedTokens, Experience, PolicyOutput, PPOLoss
 
 __all__ = [
@@ -79,13 +80,14 @@ _NAMES = {
     "dpo": "dpo_loss",
     "kernels.linear_kl": "linear_kl",
     "kernels.linear_logprobs": "linear_logprobs",
-    "kl": "kl_estimate kl_from_logits kl_penalized_rewards",
+    "kl": "kl_estimate kl_from_logits",
     "logprobs": "entropy_from_logits token_logprobs",
     "losses": "aggregate_loss cispo_policy_loss clipped_policy_loss clipped_value_loss k2_loss "
     "loss_denominator penalty_policy_loss policy_gradient_loss ppo_loss",
     "masked": "masked_mean masked_var masked_whiten",
     "minibatches": "minibatch_indices",
     "ratios": "pool_old_logprobs probability_ratio truncated_importance_weights",
+    "rewards": "kl_penalized_rewards",
     "types": "Ban BannedTokens Experience PolicyOutput PPOLoss",
 }
 

@@ -27,7 +27,7 @@ from rlhf_ppo.models.lora import (
     use_adapter,
 )
 from rlhf_ppo.models.reference import exact_kl
-from rlhf_ppo.models.value_head import VALUE_HEAD_FILE
+from rlhf_ppo.models.value_head import VALUE_HEAD_FILE, make_value_head
 
 CriticKind = Literal["none", "shared", "separate", "adapter"]
 
@@ -68,10 +68,7 @@ class ActorCritic(nn.Module):
         self.runner = ModelRunner(policy, plain=plain)
         self.value_runner = None if value_trunk is None else ModelRunner(value_trunk, plain=plain)
         if critic:
-            self.value_head = nn.Linear((self.value_runner or self.runner).require_width(), 1).eval()
-            # With values of 0 the first rollouts are judged by their rewards alone.
-            nn.init.zeros_(self.value_head.weight)
-            nn.init.zeros_(self.value_head.bias)
+            self.value_head = make_value_head((self.value_runner or self.runner).require_width())
 
     @property
     def shares_trunk(self) -> bool:

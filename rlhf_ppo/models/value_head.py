@@ -1,4 +1,4 @@
-"""Load a value head (hidden state -> one number) from a run, a TRL checkpoint or a reward model."""
+"""Make the value head (hidden state -> one number), or load one from a run, a TRL checkpoint or a reward model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from rlhf_ppo.data.hub import find_file, pickle_message
@@ -17,6 +17,14 @@ VALUE_HEAD_FILE = "value_head.safetensors"
 
 _HEADS = ("v_head.summary", "score", "classifier")
 """Names of TRL's value head and of sequence classifiers' heads."""
+
+
+def make_value_head(width: int) -> nn.Linear:
+    """Make a head whose values are 0, so that the first rollouts are judged by their rewards alone."""
+    head = nn.Linear(width, 1).eval()
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
 
 
 def load_value_head(source: str, trunk: PretrainedConfig) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from torch import Tensor
 from rlhf_ppo.config.groups import RewardSettings
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import kl_estimate, kl_penalized_rewards, masked_mean, masked_var
-from rlhf_ppo.core.masked import last_true
+from rlhf_ppo.core.rewards import on_last_step
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.rewards.scoring import total_score
 from rlhf_ppo.rewards.validation import Score
@@ -213,4 +213,4 @@ def _normalized(rollout: Rollout, args: RewardSettings, statistics: ScoreStatist
 
 def _on_tokens(scores: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
     """Return rewards [B, T] that sum to the scores: those of the tokens, and the remainder on the last True step."""
-    return tokens + last_true(mask) * (scores - tokens.sum(dim=1))[:, None]
+    return tokens + on_last_step(scores - tokens.sum(dim=1), mask)
