@@ -83,7 +83,7 @@ mutation: ## Run mutation tests of rlhf_ppo/core; more than an hour on one CPU c
 	$(MUTATION)/venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		torch numpy pytest hypothesis mutmut==3.8.1
 	touch $(MUTATION)/tree/rlhf_ppo/__init__.py && cp -r rlhf_ppo/core $(MUTATION)/tree/rlhf_ppo/
-	cp tests/conftest.py $(MUTATION)/tree/tests/ && cp -r tests/core $(MUTATION)/tree/tests/
+	cp tests/conftest.py tests/helpers.py $(MUTATION)/tree/tests/ && cp -r tests/core $(MUTATION)/tree/tests/
 	cp tests/core/mutmut.toml $(MUTATION)/tree/pyproject.toml
 	@# mutmut skips decorated functions, so decorate them after their definition.
 	sed -i '/^@torch.no_grad()$$/d' $(MUTATION)/tree/rlhf_ppo/core/diagnostics.py

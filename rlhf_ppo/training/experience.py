@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf_ppo.config.groups import RolloutSettings
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import (
     Experience,
@@ -101,7 +102,7 @@ def _score_metrics(rollout: Rollout) -> dict[str, float]:
 
 
 def _estimate_metrics(
-    rollout: Rollout, experience: Experience, advantages: Tensor, args: RLHFConfig
+    rollout: Rollout, experience: Experience, advantages: Tensor, args: RolloutSettings
 ) -> dict[str, float]:
     mask, returns, weights = experience.mask, experience.returns, experience.weights
     metrics = {

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_ppo.config.groups import CriticSettings
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.generation.engines import Sampler, choose_engine
 from rlhf_ppo.models.actor_critic import ActorCritic, CriticKind, build_actor_critic, choose_critic
@@ -87,7 +86,7 @@ def check_models(
     check_precision(args, model, ref_model, peft_config, device)
 
 
-def prepare_critic(args: CriticSettings, model: Any, value_model: Any, peft_config: Any) -> CriticStart:
+def prepare_critic(args: RLHFConfig, model: Any, value_model: Any, peft_config: Any) -> CriticStart:
     """Choose the critic, and load the value head that it starts from."""
     has_adapter = peft_config is not None or hasattr(model, "peft_config")
     kind = choose_critic(args, value_model=value_model, has_adapter=has_adapter)

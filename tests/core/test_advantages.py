@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import f64
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -12,10 +13,6 @@ from rlhf_ppo.core import compute_gae, group_normalized_advantages, leave_one_ou
 
 seeds = st.integers(0, 10_000)
 unit = st.floats(0, 1)
-
-
-def f64(x):
-    return torch.tensor(x, dtype=torch.float64)
 
 
 def at(shape, *steps):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import f64
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -11,10 +12,6 @@ from torch.testing import assert_close
 from rlhf_ppo.core import Experience, PolicyOutput, PPOConfig, explained_variance, ppo_diagnostics
 
 seeds = st.integers(0, 10_000)
-
-
-def f64(x):
-    return torch.tensor(x, dtype=torch.float64)
 
 
 def observed(ratios, advantages, mask=None, entropy=None):

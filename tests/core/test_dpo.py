@@ -4,13 +4,10 @@ import math
 
 import pytest
 import torch
+from helpers import f64
 from torch.testing import assert_close
 
 from rlhf_ppo.core import dpo_loss
-
-
-def f64(x):
-    return torch.tensor(x, dtype=torch.float64)
 
 
 def test_by_hand():

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import f64
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -12,10 +13,6 @@ from rlhf_ppo.core import kl_estimate, kl_from_logits, kl_penalized_rewards
 
 ESTIMATORS = ["k1", "k2", "k3"]
 seeds = st.integers(0, 10_000)
-
-
-def f64(x):
-    return torch.tensor(x, dtype=torch.float64)
 
 
 def two_policies(seed=0, vocabulary=6):

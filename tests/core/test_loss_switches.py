@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helpers import f64
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -31,10 +32,6 @@ SWITCHES = [
     {"kl_loss_coef": 0.7, "kl_loss": "exact"},
 ]
 switched = pytest.mark.parametrize("settings", SWITCHES, ids=lambda s: "-".join(map(str, s.values())))
-
-
-def f64(x):
-    return torch.tensor(x, dtype=torch.float64)
 
 
 def batch(seed=0, rows=4, steps=5, dtype=torch.float64, device="cpu"):

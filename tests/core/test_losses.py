@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import f64
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -28,10 +29,6 @@ seeds = st.integers(0, 10_000)
 AGGREGATIONS = ["token_mean", "sequence_mean", "sequence_sum"]
 OBJECTIVES = ["clip", "penalty", "adaptive_clip", "dual_clip", "cispo", "a2c", "reinforce"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-def f64(x):
-    return torch.tensor(x, dtype=torch.float64)
 
 
 def with_gradient(loss, leaf):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import f64
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import linear
@@ -13,10 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rlhf_ppo.core import kl_from_logits, linear_kl
 
 seeds = st.integers(0, 10_000)
-
-
-def f64(x):
-    return torch.tensor(x, dtype=torch.float64)
 
 
 def layers(seed=0, rows=5, features=3, ref_features=4, vocabulary=7, dtype=torch.float64, device="cpu"):
