@@ -161,7 +161,7 @@ class PPOTrainer(TrainerAttributes):
         ):
             begin(state, run, safe, resume_from_checkpoint, run_facts(run), override=resume_override)
             print_summary(run_rows(state, run), quiet=run.args.quiet)
-            # Trackers are waited for after everything is saved.
+            # Saved before the run waits for trackers.
             with trackers:
                 with saving_after_errors(state, run, safe), shown_progress(state, run) as progress:
                     metrics, ended_by = self._train(progress)
@@ -228,7 +228,7 @@ class PPOTrainer(TrainerAttributes):
             columns: other columns for the reward functions, one value per prompt each.
         Raises:
             ValueError: a prompt is bad (names its number), or a column has another length.
-            RewardError, RespondError: a reward function or ``respond`` failed; what on is in failed_rollout.jsonl.
+            RewardError, RespondError: a reward function or ``respond`` failed; failed_rollout.jsonl has the responses.
         """
         batch = make_batch(prompts, columns, copies=self.args.num_generations)
         rollout = collect(self.fixed, self.model, batch, next_draws(self.fixed, self.state))

@@ -21,7 +21,7 @@ _ROOM = 64
 
 
 class Sampler(Protocol):
-    """What samples responses: :func:`rlhf_ppo.generation.decoding.sample_responses`, or an engine by its rules."""
+    """Sample responses as :func:`rlhf_ppo.generation.decoding.sample_responses` does."""
 
     def __call__(
         self,
@@ -159,7 +159,7 @@ class StaticEngine:
             self._fixed.cache.reset()
             return self._fixed
         if self._fixed is not None and self.compile_step:
-            # Frees the old graphs, and past eight shapes torch.compile would refuse a ninth.
+            # Free the old graphs: torch.compile refuses a ninth shape.
             torch.compiler.reset()
         self._fixed = None  # the old cache is freed before the new one is made
         cache = StaticCache(model.runner.config, room)

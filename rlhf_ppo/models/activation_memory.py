@@ -38,7 +38,7 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     forward = type(self).forward
     if not torch.is_grad_enabled():
         return forward(self, *args, **kwargs)
-    # The recomputation must run under the packing and the adapter of now.
+    # The recomputation must run under the packing and the adapter of the forward pass.
     packing, adapter = current_packing(), current_adapter(self)
 
     @contextmanager

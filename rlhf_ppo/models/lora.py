@@ -165,7 +165,7 @@ def use_adapter(module: nn.Module, name: str, *, keep_flags: bool = True) -> Ite
 
 
 def current_adapter(module: nn.Module) -> AbstractContextManager[None]:
-    """Return a context manager that activates the adapter of now again later, for recomputing ``module``."""
+    """Return a context manager that activates the current adapter again later, to recompute ``module``."""
     name = _ACTIVE.get()
     return nullcontext() if name is None else use_adapter(module, name)
 

@@ -23,7 +23,6 @@ from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import save_or_rescue
 from rlhf_ppo.runtime.processes import torch_threads
 from rlhf_ppo.runtime.progress import ProgressDisplay, model_rows, print_summary
-from rlhf_ppo.training.optimizer import fit_warmup
 from rlhf_ppo.training.stability import nonfinite_parameters
 
 SupervisedArgs = SFTArgs | RewardTrainingArgs
@@ -32,8 +31,20 @@ SupervisedArgs = SFTArgs | RewardTrainingArgs
 def make_optimizer(parameters: Iterable[Any], args: SupervisedArgs, steps: int) -> tuple[AdamW, LRScheduler]:
     """Make a fused AdamW over parameters or parameter groups, and its schedule: linear warm-up, then cosine to zero."""
     optimizer = AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    warmup = fit_warmup(args.warmup_steps, steps, quiet=args.quiet)
-    return optimizer, get_scheduler("cosine", optimizer, warmup, steps)
+    return optimizer, get_scheduler("cosine", optimizer, _warmup_steps(args, steps), steps)
+
+
+def _warmup_steps(args: SupervisedArgs, steps: int) -> int:
+    """Return the warm-up; one that is longer than the run is shortened to a tenth of the run, which is printed.
+
+    Otherwise the whole run would be spent at a small share of its learning rate.
+    """
+    given, short = args.warmup_steps, steps // 10
+    if given <= steps:
+        return given
+    if not args.quiet:
+        print(f"warmup_steps={given} is more than the run's {steps} optimizer steps: shortened to {short}")
+    return short
 
 
 def take_step(

@@ -52,7 +52,7 @@ class ScoreCache:
         return rows
 
     def complete(self, keys: Sequence[bytes | None], asked: Sequence[int], answers: Sequence[Any]) -> list[Any]:
-        """Return all rows' scores from those of the rows ``asked``, and cache these, except None (asked again)."""
+        """Return all rows' scores, given those of the rows ``asked``; cache these, except None (asked again)."""
         by_row = dict(zip(asked, answers, strict=True))
         fresh = {keys[i]: answer for i, answer in by_row.items()}
         whole = []

@@ -1,7 +1,7 @@
 """Checkpoints on disk: read one, and verify that it is complete and undamaged.
 
 A checkpoint is a folder ``checkpoint-<step>`` of safetensors and JSON files; a manifest has their sizes and SHA-256.
-Nothing is ever unpickled, and a file is parsed only after its checksum has been found right.
+Nothing is ever unpickled, and a file is parsed only after its checksum has been verified.
 :mod:`rlhf_ppo.runtime.checkpoint_commit` writes them.
 """
 

@@ -27,7 +27,7 @@ def require_one_process() -> None:
     if given.isdecimal() and int(given) == 1:
         return
     raise ValueError(
-        f"{VARIABLE}={given!r} in the environment promises several processes, but training over several processes is "
+        f"{VARIABLE}={given!r} in the environment announces several processes, but training over several processes is "
         f"not supported: start one process, without torchrun or accelerate launch (or unset {VARIABLE})"
     )
 

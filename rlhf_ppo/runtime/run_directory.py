@@ -171,8 +171,8 @@ class RunLockedError(ValueError):
 def run_lock(folder: str | Path) -> Iterator[None]:
     """Lock a run's folder during the block. The operating system releases the lock however the process ends.
 
-    The file stays; only the lock on it counts. Where locks are not available, nothing is held: on a network file system
-    with a warning.
+    The file stays; only the lock on it counts. Where locks are not available there is none; on a network file system,
+    this warns.
 
     Raises:
         RunLockedError: another run holds the lock; names its process.

@@ -23,7 +23,7 @@ from rlhf_ppo.runtime.unknown_names import hint, refuse
 
 Settings = TypeVar("Settings")
 Command = tuple[type, Callable[[Any], int | None] | str]
-"""A command's arguments, and what it runs: a function, or "module:function", imported once the arguments are good."""
+"""A command's arguments, and what it runs: a function, or "module:function", imported once the arguments are valid."""
 
 
 def read_yaml(path: str | Path, cls: type) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class _StrictLoader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if key.value in seen:
                     raise _DoubleKeyError(
-                        f"{key.value!r} is there twice, in lines {seen[key.value]} and {line}: keep one of them"
+                        f"{key.value!r} is given twice, in lines {seen[key.value]} and {line}: keep one of them"
                     )
                 seen[key.value] = line
         return super().construct_mapping(node, deep)
@@ -270,7 +270,7 @@ def run_command(
         print(f"{prog} {__version__}")
         return 0
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"{usage}\n\n{prog} COMMAND --help lists the flags of a command; {prog} --version says which this is.")
+        print(f"{usage}\n\n{prog} COMMAND --help lists the flags of a command; {prog} --version prints the version.")
         return 0 if argv else 2
     if argv[0] not in commands:
         close = difflib.get_close_matches(argv[0], commands, n=1)

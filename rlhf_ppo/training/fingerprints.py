@@ -27,7 +27,7 @@ def run_fingerprints(
     device: torch.device,
     bf16: bool,
 ) -> dict[str, Any]:
-    """Return digests of the data sets and the reference, the adapters' configurations, and what no setting says."""
+    """Return digests of data sets and reference, the adapters' configurations, and facts not in the settings."""
     adapters: Any = getattr(reference.policy, "peft_config", {})
     return {
         "train_dataset": None if train_prompts is None else data_fingerprint(train_prompts),

@@ -1,4 +1,4 @@
-"""Gradients: that of one minibatch in passes of bounded size, clipped and applied."""
+"""Gradients of one minibatch, accumulated over microbatches, clipped and applied."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def load_models(
     critic: CriticStart,
     rewards: Mapping[str, tuple[RewardFunction, float]],
 ) -> Models:
-    """Load policy, critic and reference; a model that a reward holds, too, is copied."""
+    """Load policy, critic and reference; a model object that a reward also uses is copied."""
     seed_everything(args.seed)  # new heads and adapters start from random weights
     policy: Any
     if args.quantization == "none":

@@ -49,18 +49,6 @@ def _factor(step: int, *, args: RLHFConfig, delay: int) -> float:
             return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
-def fit_warmup(warmup_steps: int, steps: int, *, quiet: bool = False) -> int:
-    """Shorten a warm-up that is longer than the run to a tenth of the run, and print that.
-
-    Otherwise the whole run would be spent at a small share of its learning rate.
-    """
-    if warmup_steps <= steps:
-        return warmup_steps
-    if not quiet:
-        print(f"warmup_steps={warmup_steps} is more than the run's {steps} optimizer steps: shortened to {steps // 10}")
-    return steps // 10
-
-
 def critic_warmup_settings(args: RLHFConfig) -> RLHFConfig:
     """Return the settings under which the critic alone is trained.
 

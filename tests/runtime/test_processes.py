@@ -1,4 +1,4 @@
-"""Processes: a launcher that promises several is refused by every command and class before any work."""
+"""Processes: a launcher that announces several is refused by every command and class before any work."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def test_fault_31_anything_else_is_refused_with_its_value(monkeypatch, size):
 
 def test_fault_31_the_trainer_refuses_before_it_looks_at_a_model(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="promises several processes"):
+    with pytest.raises(ValueError, match="announces several processes"):
         PPOTrainer("nobody/nothing", len, RLHFConfig(output_dir=str(tmp_path / "run")))
-    with pytest.raises(ValueError, match="promises several processes"):
+    with pytest.raises(ValueError, match="announces several processes"):
         classic.PPO("Nothing-v0")
     assert not (tmp_path / "run").exists()
 

@@ -68,7 +68,7 @@ def test_defaults_then_yaml_then_flags(yaml):
 def test_a_key_that_is_there_twice_is_refused_with_both_lines(yaml):
     """YAML keeps the last silently; a mapping that is merged in may be overridden, as it is meant to be."""
     for text, lines in (("name: a\nrate: 1\nname: b\n", "1 and 3"), ("name: a\nsteps: {x: 1,\n x: 2}\n", "2 and 3")):
-        with pytest.raises(ValueError, match=rf"config\.yaml: '(name|x)' is there twice, in lines {lines}: keep one"):
+        with pytest.raises(ValueError, match=rf"config\.yaml: '(name|x)' is given twice, in lines {lines}: keep one"):
             read_yaml(yaml(text), Args)
     file = yaml("a: &base {rate: 1, x: 2}\nb: {<<: *base, rate: 3}\n")
     assert load_yaml(Path(file))["b"] == {"rate": 3, "x": 2}

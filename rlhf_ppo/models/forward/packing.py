@@ -84,7 +84,7 @@ def packed_attention(config: PretrainedConfig, lengths: tuple[int, ...]) -> Iter
 
 
 def current_packing() -> AbstractContextManager[None]:
-    """Return a context manager that sets the packed attention of now again later, for recomputing activations."""
+    """Return a context manager that restores the current packed attention later, to recompute activations."""
     packed = _PACKED.get()
     return nullcontext() if packed is None else packed_attention(*packed)
 

@@ -176,7 +176,7 @@ class ModelRunner:
     # What the model allows
 
     def copy_layout(self, other: ModelRunner) -> None:
-        """Lay sequences out as another runner of the same model does."""
+        """Use the layout of another runner of the same model."""
         self.packs, self.pads_left = other.packs, other.pads_left
 
     def require_width(self) -> int:
