@@ -22,6 +22,7 @@ __getattr__ = lazy_names(
         "PPO": "classic.ppo",
         "PPOArgs": "classic.config",
     },
+    modules="callbacks config evaluation report rollout update",
 )
 
 

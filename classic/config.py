@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, TypeVar
@@ -185,6 +186,11 @@ class PPOArgs:
         value = getattr(self, name)
         if value is not None and not ok(value):
             raise ValueError(f"{name} must be {what}, got {value!r}")
+
+    def resolve(self, env_id: str | None, *, single: bool = False) -> PPOArgs:
+        """Return these settings with every None filled in; see :func:`classic.presets.resolve.resolve`."""
+        # That module imports this one.
+        return importlib.import_module("classic.presets.resolve").resolve(self, env_id, single=single)
 
     def ppo_config(self) -> PPOConfig:
         """Return the core's part of resolved settings, validated there."""

@@ -6,6 +6,7 @@ Longer than other files: the trainer is the public class, and its methods docume
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -20,6 +21,7 @@ from rlhf_ppo.generation.multi_turn import Respond
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.models.quiet_libraries import without_library_bars
 from rlhf_ppo.models.saving import save_actor_critic
+from rlhf_ppo.runtime.errors import RatioTripwireError as RatioTripwireError
 from rlhf_ppo.runtime.explain import Explanation
 from rlhf_ppo.runtime.processes import torch_threads
 from rlhf_ppo.runtime.progress import ProgressDisplay, print_summary
@@ -28,8 +30,8 @@ from rlhf_ppo.runtime.signals import stop_if_asked, stop_on_signals
 from rlhf_ppo.runtime.trackers import reporting
 from rlhf_ppo.runtime.unknown_names import refuse_unknown_arguments
 from rlhf_ppo.runtime.user_code import callback_name, require_callbacks
+from rlhf_ppo.training import checkpoint
 from rlhf_ppo.training.attributes import TrainerAttributes
-from rlhf_ppo.training.checkpoint import load_checkpoint
 from rlhf_ppo.training.collect import (
     closing_episodes,
     collect,
@@ -69,7 +71,8 @@ Callback = Callable[["PPOTrainer", dict[str, float]], object]
 class PPOTrainer(TrainerAttributes):
     """Fine-tune a causal language model with PPO: prompts are states, tokens are actions.
 
-    ``train()`` runs everything; ``rollout(prompts)`` and ``step(rollout)`` are the same loop one step at a time.
+    ``train()`` runs everything; ``rollout(prompts)`` and ``step(rollout)`` are the same loop one step at a time, and
+    not called by it.
     """
 
     def __new__(cls, *args: Any, **arguments: Any) -> Self:
@@ -152,6 +155,8 @@ class PPOTrainer(TrainerAttributes):
         """
         run, state, safe = self.fixed, self.state, self.safe
         require_rollouts_left(state, run)
+        if type(self).rollout is not PPOTrainer.rollout or "rollout" in vars(self):
+            warnings.warn("train() does not call rollout(): replacing it changes nothing here", stacklevel=2)
         trackers = reporting(run.folder, run.args.report_to, project="rlhf-ppo", settings=run_settings(run))
         with (
             run_lock(run.folder.path),
@@ -179,6 +184,7 @@ class PPOTrainer(TrainerAttributes):
         if run.args.on_nonfinite == "rollback":
             keep_checkpoint(state, run, safe)  # something to roll back to
         while state.iteration < run.args.num_rollouts and ended_by is None:
+            run = self.fixed  # which callbacks may have changed
             safe.mark(run)
             if state.iteration == 0 or is_due(run.args.eval_every, state.iteration):
                 log_evaluation(state, run, safe, progress)
@@ -318,4 +324,9 @@ class PPOTrainer(TrainerAttributes):
 
     def load_checkpoint(self, folder: str | Path, *, override: bool = False) -> None:
         """Load ``checkpoint-<n>`` of a run with the same arguments, to export it by :meth:`save_model`."""
-        load_checkpoint(self.state, self.fixed, folder, override=override)
+        checkpoint.load_checkpoint(self.state, self.fixed, folder, override=override)
+
+
+def load_checkpoint(trainer: PPOTrainer, folder: str | Path, *, override: bool = False) -> None:
+    """Call :meth:`PPOTrainer.load_checkpoint`, which this function became."""
+    trainer.load_checkpoint(folder, override=override)

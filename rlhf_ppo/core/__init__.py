@@ -92,7 +92,9 @@ _NAMES = {
 }
 
 __getattr__ = lazy_names(
-    __name__, {name: f"{__name__}.{home}" for home, names in _NAMES.items() for name in names.split()}
+    __name__,
+    {name: f"{__name__}.{home}" for home, names in _NAMES.items() for name in names.split()},
+    modules="advantages config diagnostics kl logprobs losses masked ratios types",
 )
 
 

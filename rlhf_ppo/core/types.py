@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -76,8 +76,16 @@ class BannedTokens(NamedTuple):
     """The banned ids."""
 
 
-Ban = BannedTokens
-"""Its earlier name."""
+class Ban(BannedTokens):
+    """BannedTokens under their earlier names."""
+
+    def __new__(cls, rows: Tensor, tokens: tuple[int, ...]) -> Self:
+        return super().__new__(cls, rows, tokens)
+
+    @property
+    def rows(self) -> Tensor:
+        """[N] bool, True where they are banned."""
+        return self.where
 
 
 def require_same_shape(**tensors: Tensor | None) -> None:

@@ -102,6 +102,11 @@ class Rollout:
     """[B] all messages of each conversation: the very lists that ``respond`` saw."""
 
     @property
+    def barred(self) -> BannedTokens | None:
+        """``banned`` by its earlier name."""
+        return self.banned
+
+    @property
     def real(self) -> Tensor:
         """[B, T] bool, True on every token that is no padding, replies included; without replies, ``mask`` itself."""
         return self.mask if self.environment is None else self.mask | self.environment

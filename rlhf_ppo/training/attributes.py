@@ -1,7 +1,8 @@
-"""What a trainer shows of its run and state: the attributes that callbacks and users read."""
+"""What a trainer shows of its run and state: the attributes that callbacks and users read and set."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -18,6 +19,24 @@ from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.state import TrainState
 
 
+def _of_run(name: str, doc: str) -> Any:
+    """Make a field of the run an attribute of the trainer, too; setting it counts from the next iteration on."""
+
+    def change(trainer: TrainerAttributes, value: Any) -> None:
+        trainer.fixed = dataclasses.replace(trainer.fixed, **{name: value})
+
+    return property(lambda trainer: getattr(trainer.fixed, name), change, doc=doc)
+
+
+def _of_state(name: str, doc: str) -> Any:
+    """Make a field of the state an attribute of the trainer, too."""
+    return property(
+        lambda trainer: getattr(trainer.state, name),
+        lambda trainer, value: setattr(trainer.state, name, value),
+        doc=doc,
+    )
+
+
 class TrainerAttributes:
     """Attributes of :class:`rlhf_ppo.PPOTrainer`; each is a field of :class:`Run` or :class:`TrainState`."""
 
@@ -26,25 +45,40 @@ class TrainerAttributes:
     state: TrainState
     """Everything that an update changes."""
 
-    @property
-    def args(self) -> RLHFConfig:
-        """The run's settings."""
-        return self.fixed.args
+    args: RLHFConfig = _of_run("args", "The run's settings.")
+    run: RunDirectory = _of_run("folder", "The run's folder.")
+    device: torch.device = _of_run("device", "Where the models are.")
+    tokenizer: PreTrainedTokenizerBase = _of_run("tokenizer", "The policy's.")
+    train_prompts: PromptSet | None = _of_run("train_prompts", "The prompts of ``train_dataset``, checked.")
+    eval_prompts: PromptSet | None = _of_run("eval_prompts", "The prompts of ``eval_dataset``, checked.")
+    reference: Reference = _of_run("reference", "The frozen policy that the KL is measured against.")
+    sources: dict[str, str | None] = _of_run("sources", "Where model, ref_model and reference came from.")
+
+    model: ActorCritic = _of_state("model", "Policy and critic.")
+    optimizer: torch.optim.Optimizer = _of_state("optimizer", "One optimizer for policy and critic.")
+    scheduler: LambdaLR = _of_state("scheduler", "The learning rates' schedule.")
+    kl_coef: float = _of_state("kl_coef", "Weight of the KL in the rewards now.")
+    score_statistics: ScoreStatistics = _of_state(
+        "score_statistics", "Running mean and spread of each reward function's scores."
+    )
+    iteration: int = _of_state("iteration", "Updates done.")
+    episodes: int = _of_state("episodes", "Responses trained on.")
+    optimizer_steps: int = _of_state("optimizer_steps", "Optimizer steps done, skipped ones included.")
+    rollouts_made: int = _of_state("rollouts_made", "Rollouts sampled and scored: the number of the last one's draws.")
+    best: dict[str, float] | None = _of_state(
+        "best", "The best evaluation during training so far: its iteration and eval/score_mean."
+    )
 
     @property
-    def run(self) -> RunDirectory:
-        """The run's folder."""
-        return self.fixed.folder
+    def objective(self) -> RLHFConfig:
+        """The settings of the loss, with the clip range and beta that controllers have moved; may be set."""
+        return self.state.objective(self.args)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the models are."""
-        return self.fixed.device
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The policy's."""
-        return self.fixed.tokenizer
+    @objective.setter
+    def objective(self, objective: RLHFConfig) -> None:
+        moved = {"clip_range": self.args.clip_range, "penalty_beta": self.args.penalty_beta}
+        self.state.clip_range, self.state.penalty_beta = objective.clip_range, objective.penalty_beta
+        self.args = dataclasses.replace(objective, **moved)
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -52,92 +86,9 @@ class TrainerAttributes:
         return self.fixed.sampling.stop_token_ids
 
     @property
-    def train_prompts(self) -> PromptSet | None:
-        """The prompts of ``train_dataset``, checked."""
-        return self.fixed.train_prompts
-
-    @property
-    def eval_prompts(self) -> PromptSet | None:
-        """The prompts of ``eval_dataset``, checked."""
-        return self.fixed.eval_prompts
-
-    @property
-    def reference(self) -> Reference:
-        """The frozen policy that the KL is measured against."""
-        return self.fixed.reference
-
-    @property
-    def model(self) -> ActorCritic:
-        """Policy and critic."""
-        return self.state.model
-
-    @property
-    def optimizer(self) -> torch.optim.AdamW:
-        """One optimizer for policy and critic."""
-        return self.state.optimizer
-
-    @property
-    def scheduler(self) -> LambdaLR:
-        """The learning rates' schedule."""
-        return self.state.scheduler
-
-    @property
-    def objective(self) -> RLHFConfig:
-        """The settings with the clip range and beta that controllers have moved."""
-        return self.state.objective(self.args)
-
-    @property
-    def kl_coef(self) -> float:
-        """Weight of the KL in the rewards now; may be set."""
-        return self.state.kl_coef
-
-    @kl_coef.setter
-    def kl_coef(self, value: float) -> None:
-        self.state.kl_coef = value
-
-    @property
-    def score_statistics(self) -> ScoreStatistics:
-        """Running mean and spread of each reward function's scores."""
-        return self.state.score_statistics
-
-    @property
-    def iteration(self) -> int:
-        """Updates done."""
-        return self.state.iteration
-
-    @property
-    def episodes(self) -> int:
-        """Responses trained on."""
-        return self.state.episodes
-
-    @property
-    def optimizer_steps(self) -> int:
-        """Optimizer steps done, skipped ones included."""
-        return self.state.optimizer_steps
-
-    @property
-    def rollouts_made(self) -> int:
-        """Rollouts sampled and scored: the number of the last one's draws; may be set."""
-        return self.state.rollouts_made
-
-    @rollouts_made.setter
-    def rollouts_made(self, value: int) -> None:
-        self.state.rollouts_made = value
-
-    @property
-    def best(self) -> dict[str, float] | None:
-        """The best evaluation during training so far: its iteration and eval/score_mean."""
-        return self.state.best
-
-    @property
     def warming_up(self) -> bool:
         """Whether the next update trains the critic alone (``critic_warmup_rollouts``)."""
         return self.state.warms_up(self.args)
-
-    @property
-    def sources(self) -> dict[str, str | None]:
-        """Where model, ref_model and reference came from."""
-        return self.fixed.sources
 
     @property
     def fingerprints(self) -> dict[str, Any]:

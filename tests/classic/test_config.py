@@ -37,6 +37,10 @@ def test_none_means_the_preset_and_a_value_wins_over_it():
     assert resolve(PPOArgs(), "tests/Match-v0").num_steps == DEFAULTS["num_steps"]
 
 
+def test_settings_resolve_themselves():
+    assert PPOArgs().resolve("CartPole-v1", single=True) == resolve(PPOArgs(), "CartPole-v1", single=True)
+
+
 def test_every_field_is_filled_or_documented_as_off():
     names = {field.name for field in dataclasses.fields(PPOArgs)}
     for settings in (DEFAULTS, *(preset(env_id) for env_id in preset_ids())):

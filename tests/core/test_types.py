@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from rlhf_ppo.core import Experience
+from rlhf_ppo.core import Ban, BannedTokens, Experience
 from rlhf_ppo.core.types import compute_dtype, require_bool, require_same_shape, result_dtype
 
 LATER = ["weights", "ref_logprobs", "turns"]
@@ -72,3 +72,10 @@ def test_dtypes_to_compute_in_and_to_return(given, compute, result):
     x = torch.zeros(1, dtype=given)
     assert compute_dtype(x) == compute
     assert result_dtype(x) == result
+
+
+def test_banned_tokens_by_their_earlier_name_keep_its_fields():
+    rows = torch.tensor([True, False])
+    ban = Ban(rows=rows, tokens=(3,))
+    assert isinstance(ban, BannedTokens)
+    assert ban.rows is ban.where is rows and tuple(ban) == (rows, (3,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from rlhf_ppo.core import compute_gae, kl_penalized_rewards
 from rlhf_ppo.models.forward.runner import Sequences
 from rlhf_ppo.rewards.validation import RewardError
-from rlhf_ppo.trainer import PPOTrainer
+from rlhf_ppo.trainer import PPOTrainer, load_checkpoint
 from rlhf_ppo.training.experience import estimate
 from rlhf_ppo.training.rewards import shape_rewards
 
@@ -264,3 +265,40 @@ def test_num_threads_holds_during_the_run_and_no_longer(make_trainer):
 
     make_trainer(reward_funcs=reward, num_threads=before + 1, reward_timeout_s=None, total_episodes=8).train()
     assert set(seen) == {before + 1} and torch.get_num_threads() == before
+
+
+def test_what_a_callback_sets_on_the_trainer_counts_from_the_next_iteration_on(make_trainer):
+    """Optimizer, settings and objective; the settings that callbacks set are also those of the checkpoint."""
+
+    def change(trainer, metrics):
+        trainer.args = dataclasses.replace(trainer.args, missing_eos_penalty=5.0)
+        trainer.objective = dataclasses.replace(trainer.objective, clip_range=0.05, ent_coef=0.5)
+        trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+        trainer.kl_coef = 0.25
+        seen.append(weights(trainer))
+
+    seen: list[list[torch.Tensor]] = []
+    trainer = make_trainer(callbacks=[change], total_episodes=24, score_clip=1.0)
+    trainer.train()
+    assert same(seen[0], seen[2])  # the new optimizer moves nothing
+    rows = trainer.run.read()
+    assert rows[1]["kl/coef"] == 0.25
+    assert trainer.args.missing_eos_penalty == 5.0
+    assert (trainer.objective.clip_range, trainer.state.clip_range, trainer.args.clip_range) == (0.05, 0.05, 0.2)
+    assert trainer.objective.ent_coef == trainer.args.ent_coef == 0.5
+    assert rows[1]["score/shaped_mean"] < rows[0]["score/shaped_mean"] - 1
+
+
+def test_a_rollout_that_train_does_not_call_is_named(make_trainer):
+    trainer = make_trainer()
+    trainer.rollout = None
+    with pytest.warns(UserWarning, match=r"train\(\) does not call rollout\(\)"):
+        trainer.train()
+
+
+def test_a_checkpoint_is_loaded_by_the_function_that_did_it_before(make_trainer):
+    trainer = make_trainer(save_every=1)
+    trainer.train()
+    again = make_trainer(save_every=1)
+    load_checkpoint(again, trainer.run.path / "checkpoint-1")
+    assert again.iteration == 1
