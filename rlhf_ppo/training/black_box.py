@@ -60,7 +60,6 @@ class BlackBox:
     device: str
     models: dict[str, Any]
     """Configurations and names from which to build the models."""
-    versions: dict[str, str]
     data: str | None
     """Digest of the training data (:func:`rlhf_ppo.training.fingerprints.data_fingerprint`)."""
 
@@ -170,11 +169,11 @@ def read_black_box(folder: str | Path) -> BlackBox:
     state, rollout = box.state, dict(box.tensors["rollout"])
     banned = rollout.pop("barred", None)
     return BlackBox(
-        box.step,
-        state["step"],
-        state["numbers"],
-        state["estimates"],
-        Rollout(
+        iteration=box.step,
+        step=state["step"],
+        numbers=state["numbers"],
+        estimates=state["estimates"],
+        rollout=Rollout(
             prompts=state["prompts"],
             columns={},
             completions=state["completions"],
@@ -182,16 +181,15 @@ def read_black_box(folder: str | Path) -> BlackBox:
             banned=None if banned is None else BannedTokens(banned, tuple(state["barred_tokens"])),
             **_complete(rollout, "values"),
         ),
-        Experience(**_complete(box.tensors["experience"], "values", "returns")),
-        state["passes"],
-        box.tensors["trainable"],
-        _settings(state["objective"]),
-        state["warming_up"],
-        state["bf16"],
-        state["device"],
-        state["models"],
-        state["versions"],
-        state.get("train_dataset"),
+        old=Experience(**_complete(box.tensors["experience"], "values", "returns")),
+        passes=state["passes"],
+        weights=box.tensors["trainable"],
+        objective=_settings(state["objective"]),
+        warming_up=state["warming_up"],
+        bf16=state["bf16"],
+        device=state["device"],
+        models=state["models"],
+        data=state.get("train_dataset"),
     )
 
 
