@@ -45,6 +45,7 @@ def save_checkpoint(run: Run, state: TrainState, folder: RunDirectory) -> Path:
             "generators": generators,
             "memory": {} if state.memory is None else {"state": state.memory},
         },
+        # Keys are those of earlier versions, whose checkpoints load, too.
         state={
             "counters": state.counters,
             "in_force": adapted_coefficients(state.config),

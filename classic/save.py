@@ -60,7 +60,7 @@ def save_agent(folder: str | Path, run: Run, state: TrainState) -> Path:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"cannot save to {folder}: it is a file; name a folder")
-    content = {
+    content = {  # keys are those of earlier versions, whose agents load, too
         "env_id": run.env_id,
         "made_from_id": isinstance(run.env, str),
         "version": __version__,

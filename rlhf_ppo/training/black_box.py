@@ -84,7 +84,7 @@ def write_black_box(state: TrainState, run: Run, rollout: Rollout, estimates: Es
         return None
     moved = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
     moments = state.optimizer.state_dict()["state"]
-    facts = {
+    facts = {  # keys are those of earlier versions, whose black boxes replay, too
         "step": step.number,
         "passes": run.microbatches(state.model, rollout, step.rows),
         "estimates": estimates.nonfinite,

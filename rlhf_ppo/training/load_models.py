@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.config.run_groups import MemorySettings
 from rlhf_ppo.generation.engines import Sampler, choose_engine
 from rlhf_ppo.models.actor_critic import ActorCritic, CriticKind, build_actor_critic, choose_critic
 from rlhf_ppo.models.compare import largest_kl, probe_logits
@@ -59,7 +60,7 @@ class CriticStart(NamedTuple):
 
 
 def check_models(
-    args: RLHFConfig, model: Any, ref_model: Any, value_model: Any, peft_config: Any, device: torch.device
+    args: MemorySettings, model: Any, ref_model: Any, value_model: Any, peft_config: Any, device: torch.device
 ) -> None:
     """Raise a ValueError unless the models, their adapters and the settings fit each other."""
     vocab_size = vocabulary_size(load_config(model))

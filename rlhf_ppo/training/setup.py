@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_ppo.config.groups import RolloutSettings
+from rlhf_ppo.config.groups import RewardSettings, RolloutSettings
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.data.chat import refuse_prefill, with_chat_template
 from rlhf_ppo.data.prompts import PromptSet
@@ -139,7 +139,7 @@ def _sampling_params(args: RolloutSettings, stop_token_ids: tuple[int, ...]) -> 
 
 def _load_rewards(
     reward_funcs: RewardSource | Sequence[RewardSource],
-    args: RLHFConfig,
+    args: RewardSettings,
     device: torch.device,
     sets: Sequence[PromptSet],
     *,
