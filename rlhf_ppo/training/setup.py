@@ -70,9 +70,9 @@ def set_up(
     tokenizer = with_chat_template(processing_class or load_tokenizer(model), args.chat_template)
     room = prompt_room(config, args.max_new_tokens)
     stops = choose_stop_tokens(model, config, tokenizer, args, vocab_size)
-    check = partial(PromptSet, tokenizer=tokenizer, args=args, vocab_size=vocab_size, room=room)
-    train_prompts = None if train_dataset is None else check(train_dataset, name="train_dataset")
-    eval_prompts = None if eval_dataset is None else check(eval_dataset, name="eval_dataset")
+    prompt_set = partial(PromptSet, tokenizer=tokenizer, args=args, vocab_size=vocab_size, room=room)
+    train_prompts = None if train_dataset is None else prompt_set(train_dataset, name="train_dataset")
+    eval_prompts = None if eval_dataset is None else prompt_set(eval_dataset, name="eval_dataset")
     sets = [prompts for prompts in (train_prompts, eval_prompts) if prompts is not None]
     if respond is not None:
         _check_turns(tokenizer, sets)
