@@ -46,7 +46,7 @@ def learning() -> bool:
         pytest(*chosen)
         passed: Counter[str] = Counter()
         for case in ElementTree.parse(report).iter("testcase"):
-            name = re.sub(r"-?seed\d+", "", f"{case.get('classname')}::{case.get('name')}").replace("[]", "")
+            name = re.sub(r"seed\d+-?|-?seed\d+", "", f"{case.get('classname')}::{case.get('name')}").replace("[]", "")
             passed[name] += not any(case.iter("failure")) and not any(case.iter("error"))
     for name, count in sorted(passed.items(), key=lambda item: item[1]):
         print(f"{count:3d} of {SEEDS}  {name}")
