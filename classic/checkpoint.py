@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from classic.changes import adapted_coefficients, kept_coefficients
+from classic.changed_settings import adapted_coefficients, kept_coefficients
 from classic.envs.environments import Episode
 from classic.envs.spaces import scales_parts
 from classic.save import describe_spaces, freeze, frozen_parameters, layer_types

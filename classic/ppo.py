@@ -16,7 +16,7 @@ import numpy as np
 
 from classic.advantages import estimate_advantages, to_experience
 from classic.callbacks import Callback, run_callbacks
-from classic.changes import change_args, with_changes
+from classic.changed_settings import change_args, with_changes
 from classic.config import PPOArgs, filled
 from classic.envs.environments import Environments, Episode
 from classic.envs.make_env import EnvLike
@@ -98,7 +98,7 @@ class PPO:
         """The settings, every None filled in. Others may be assigned, and count from the next rollout on.
 
         Raises:
-            ValueError: a new one contradicts others, or cannot change any more (see :mod:`classic.changes`).
+            ValueError: a new one contradicts others, or cannot change any more (see :mod:`classic.changed_settings`).
         """
         return self.run.args
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from classic.changes import adapted_coefficients, kept_coefficients
+from classic.changed_settings import adapted_coefficients, kept_coefficients
 from classic.config import PPOArgs
 from classic.envs.environments import Environments
 from classic.envs.spaces import scales_parts

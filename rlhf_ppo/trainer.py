@@ -31,7 +31,6 @@ from rlhf_ppo.runtime.trackers import reporting
 from rlhf_ppo.runtime.unknown_names import refuse_unknown_arguments
 from rlhf_ppo.runtime.user_code import callback_name, require_callbacks
 from rlhf_ppo.training import checkpoint
-from rlhf_ppo.training.attributes import TrainerAttributes
 from rlhf_ppo.training.collect import (
     closing_episodes,
     collect,
@@ -62,6 +61,7 @@ from rlhf_ppo.training.rewards import shape_rewards
 from rlhf_ppo.training.setup import RewardSource, set_up
 from rlhf_ppo.training.stability import require_no_drift
 from rlhf_ppo.training.state import TrainState
+from rlhf_ppo.training.trainer_attributes import TrainerAttributes
 from rlhf_ppo.training.update import adapt, update
 
 Callback = Callable[["PPOTrainer", dict[str, float]], object]

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from classic.fast.standard import is_standard
+from classic.fast.standard_networks import is_standard
 from classic.networks.actor_critic import ActorCritic
 from classic.networks.layers import Tanh
 

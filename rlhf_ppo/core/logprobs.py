@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlhf_ppo.core.kernels.vocabulary import below_largest, blocks_of, places_in
+from rlhf_ppo.core.kernels.vocabulary_blocks import below_largest, blocks_of, places_in
 from rlhf_ppo.core.types import compute_dtype, require_same_shape, require_temperature, require_token_ids, result_dtype
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_ppo.data.chat import display_text
-from rlhf_ppo.pipeline.comparison import differences, interval
+from rlhf_ppo.pipeline.intervals import differences, interval
 from rlhf_ppo.runtime.run_directory import RunDirectory
 
 Row = Mapping[str, Any]

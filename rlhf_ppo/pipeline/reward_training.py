@@ -30,7 +30,7 @@ from rlhf_ppo.models.loading import (
     vocabulary_size,
 )
 from rlhf_ppo.models.quiet_libraries import without_library_bars
-from rlhf_ppo.pipeline.comparison import calibration
+from rlhf_ppo.pipeline.intervals import calibration
 from rlhf_ppo.pipeline.supervised import make_optimizer, round_trained, save_model, supervised_run, take_step
 from rlhf_ppo.rewards.reward_model import ONE_STACK, padding_is_harmless, text_scores
 from rlhf_ppo.runtime.device import autocast, compute_in_bf16, resolve_device

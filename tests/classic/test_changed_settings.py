@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import classic
-from classic.changes import COPY_SETTINGS, WEIGHT_SETTINGS
+from classic.changed_settings import COPY_SETTINGS, WEIGHT_SETTINGS
 from classic.config import PPOArgs
 from classic.update import update
 from rlhf_ppo.core import PPOConfig

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from rlhf_ppo.core.kernels import vocabulary
+from rlhf_ppo.core.kernels import vocabulary_blocks as vocabulary
 
 # Derandomised: the same examples everywhere, so a red run can be repeated.
 settings.register_profile("core", max_examples=50, deadline=None, derandomize=True, database=None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlhf_ppo.core.kernels.vocabulary import (
+from rlhf_ppo.core.kernels.vocabulary_blocks import (
     CHUNK_LOGITS,
     ChunkLogits,
     HeadGradients,

@@ -12,7 +12,7 @@ from torch import nn
 
 import classic
 from classic.fast.analytic_gradients import AnalyticGradients
-from classic.fast.standard import is_standard
+from classic.fast.standard_networks import is_standard
 from classic.gradient_step import Autograd
 from rlhf_ppo.runtime.errors import RatioTripwireError
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from rlhf_ppo.core import entropy_from_logits, linear_logprobs, token_logprobs
 from rlhf_ppo.core.kernels import linear_logprobs as module
-from rlhf_ppo.core.kernels import vocabulary
+from rlhf_ppo.core.kernels import vocabulary_blocks as vocabulary
 
 seeds = st.integers(0, 10_000)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -16,7 +16,7 @@ from transformers import T5Config
 from rlhf_ppo import RewardModel
 from rlhf_ppo.cli import main
 from rlhf_ppo.data.preferences import Preference, read_preferences, split_by_prompt
-from rlhf_ppo.pipeline.comparison import calibration
+from rlhf_ppo.pipeline.intervals import calibration
 from rlhf_ppo.pipeline.reward_training import (
     RewardTrainingArgs,
     bradley_terry_loss,
