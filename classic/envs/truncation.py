@@ -1,7 +1,7 @@
 """Termination, truncation and autoreset: which steps end an episode, which only reset, which observation came last.
 
 A terminated episode is over: nothing follows. A truncated one was only cut, by a time limit mostly, so the value of its
-last observation still counts.
+last observation still counts: ``classic/advantages.py`` bootstraps from it. ``environments.py`` reads both flags.
 
 Vector environments reset copies by themselves. Under NEXT_STEP the step after an episode's end is spent on the reset:
 its action is ignored, so that step is masked. Under SAME_STEP the observation after the end is already the new

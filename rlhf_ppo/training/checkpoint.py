@@ -55,7 +55,7 @@ class Boundary:
 
 
 def save_checkpoint(state: TrainState, run: Run, boundary: Boundary | None = None) -> Path:
-    """Commit ``checkpoint-<iteration>`` into the run's folder (:func:`rlhf_ppo.runtime.checkpoint.write_checkpoint`).
+    """Commit ``checkpoint-<iteration>`` into the run's folder, as ``rlhf_ppo/runtime/checkpoint_commit.py`` says.
 
     Args:
         state: between two updates, perhaps in the middle of a rollout.
