@@ -57,7 +57,8 @@ def test_a_reward_beyond_float32_is_kept_and_replayed_to_the_same_nan(make_train
     result = replay(ReplayArgs(folder=str(folder)))
     assert result.box.step == 1 and not result.finite and result.same
     assert math.isnan(result.numbers["grad_norm"])
-    assert "advantage/std = inf of the rollout" in result.findings
+    # Infinite, or undefined where the sum of squares overflows first.
+    assert {f"advantage/std = {std} of the rollout" for std in ("inf", "nan")} & set(result.findings)
     if any(5 in group for group in result.box.passes):
         assert result.findings[-1].startswith("  response 5: 'blue' -> ")
     assert main(["replay", str(folder)]) == 1

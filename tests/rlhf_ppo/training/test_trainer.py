@@ -37,7 +37,7 @@ def test_a_toy_task_is_learned(make_trainer, learning_seed):
     assert scores[0] < 0.6
     assert sum(scores[-5:]) / 5 > 0.85
     # The critic learned with it, and the KL to the reference shows how far the policy went.
-    assert rows[0]["value/mean"] == 0 and rows[0]["value/return_mean"] > 0.4
+    assert rows[0]["value/mean"] == 0 and rows[0]["value/return_mean"] > 0.2
     assert all(abs(row["value/mean"] - row["value/return_mean"]) < 0.2 for row in rows[-10:])
     assert rows[0]["kl/reference_nats_per_response"] == pytest.approx(0, abs=1e-4)
     assert rows[-1]["kl/reference_nats_per_response"] > 0.5
@@ -278,7 +278,7 @@ def test_what_a_callback_sets_on_the_trainer_counts_from_the_next_iteration_on(m
         seen.append(weights(trainer))
 
     seen: list[list[torch.Tensor]] = []
-    trainer = make_trainer(callbacks=[change], total_episodes=24, score_clip=1.0)
+    trainer = make_trainer(callbacks=[change], total_episodes=24, score_clip=1.0, stop_token_ids=(0,))
     trainer.train()
     assert same(seen[0], seen[2])  # the new optimizer moves nothing
     rows = trainer.run.read()
