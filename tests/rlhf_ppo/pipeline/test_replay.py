@@ -67,7 +67,7 @@ def test_a_reward_beyond_float32_is_kept_and_replayed_to_the_same_nan(make_train
     assert (
         f"optimizer step 1 of the update on rollout 1; training data: {data}" in shown and "as in the run: yes" in shown
     )
-    assert shown.index("advantage/std = inf") < shown.index("by themselves")
+    assert shown.index("advantage/std = ") < shown.index("by themselves")
 
 
 def test_a_nonfinite_weight_is_named_with_the_first_nonfinite_output(make_trainer, prompts):
