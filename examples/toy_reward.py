@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded", help="folder or hub id of a causal language model")
     parser.add_argument("--total-episodes", type=int, default=1024, help="responses to train on")
-    parser.add_argument("--learning-rate", type=float, default=1e-4, help="use 1e-5 for GPT-2 and larger models")
+    parser.add_argument("--learning-rate", type=float, default=None, help="default: chosen by the model's size")
     parser.add_argument("--output-dir", default="runs/few-es", help="folder of the run")
     flags = parser.parse_args(argv)
 

@@ -126,7 +126,7 @@ class PPOTrainer(TrainerAttributes):
             peft_config=peft_config,
             respond=respond,
         )
-        self.state = TrainState.start(actor_critic, args)
+        self.state = TrainState.start(actor_critic, self.fixed.args)
         self.safe = SafePoint()
         self.timings: dict[str, float] = {}  # seconds of each phase of the last iteration
 

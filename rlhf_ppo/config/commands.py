@@ -23,8 +23,8 @@ class DemoArgs(Settings):
     """Folder for the model, metrics, samples and curve; an earlier run there is kept as previous-<n>."""
     total_episodes: int = 1536
     """Responses to train on."""
-    learning_rate: float = 1e-4
-    """Peak learning rate; use 1e-5 for GPT-2 and larger models."""
+    learning_rate: float | None = None
+    """Peak learning rate; None: chosen by the model's size."""
     kl_coef: float = 0.05
     """Coefficient of the KL penalty: larger stays closer to the initial model."""
     precision: Precision = "auto"

@@ -194,8 +194,9 @@ class AdvantageSettings(Settings):
 class OptimizationSettings(Settings):
     """Optimization: AdamW and its learning rate."""
 
-    learning_rate: float = 1e-4
-    """Peak learning rate of AdamW; about 1e-4 for models of a few million parameters, 1e-5 for GPT-2 and larger."""
+    learning_rate: float | None = None
+    """Peak learning rate of AdamW. None: chosen by the model's size, and 10 times as high for an adapter; the run's
+    first lines and run.json say which."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
     """Learning rate schedule after the warm-up, over all optimizer steps of the run."""
     warmup_steps: int = 0
@@ -225,7 +226,8 @@ class CriticSettings(Settings):
     """Folder or hub id to load the value head from: a run of this project, an old TRL checkpoint with a value head, or
     a one-label sequence-classification model with a linear head. None: start at 0."""
     value_learning_rate: float | None = None
-    """Peak learning rate of the value head and of the critic's own trunk or adapter. None: learning_rate."""
+    """Peak learning rate of the value head and of the critic's own trunk or adapter. None: 10 times learning_rate, but
+    at most 1e-3; with an adapter learning_rate itself."""
     critic_warmup_rollouts: int = 0
     """Rollouts at the start that train the critic alone, on Monte Carlo returns and without value clipping; a shared
     trunk stays frozen too. They count as episodes and optimizer steps; the policy's learning rate schedule starts
@@ -233,8 +235,7 @@ class CriticSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_at_least(0, "critic_warmup_rollouts")
-        self._require_positive("value_learning_rate")
+        self._require_at_least(0, "critic_warmup_rollouts", "value_learning_rate")
         if self.critic_warmup_rollouts and self.vf_coef == 0:
             raise ValueError(
                 f"critic_warmup_rollouts={self.critic_warmup_rollouts} trains the critic, but vf_coef=0 leaves it no "

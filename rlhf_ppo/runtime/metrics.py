@@ -60,7 +60,7 @@ METRICS: dict[str, str] = {
     "value/return_mean": "Mean return, the critic's target.",
     "advantage/std": "Standard deviation of the advantages before whitening.",
     "optim/learning_rate": "Learning rate at the end of the update.",
-    "optim/value_learning_rate": "The critic's learning rate at the end of the update, if it has its own.",
+    "optim/value_learning_rate": "The critic's learning rate at the end of the update; there if it has a loss.",
     "optim/grad_norm": "Mean global gradient norm before clipping.",
     "optim/skipped_steps": "Optimizer steps skipped because of a non-finite loss or gradient.",
     "optim/epochs": "Epochs run on this rollout (target_kl may stop them early).",

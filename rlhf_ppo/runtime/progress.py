@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
@@ -206,15 +206,15 @@ class Stopwatch:
 def model_rows(name: str, model: nn.Module, *, device: torch.device, bf16: bool) -> dict[str, str]:
     """Return the summary's rows on a model: its parameters, device, precision and threads."""
     parameters = list(model.parameters())  # shared ones once
-    total = sum(map(_size, parameters))
-    trained = sum(_size(p) for p in parameters if p.requires_grad)
+    total = count_parameters(parameters)
+    trained = count_parameters(p for p in parameters if p.requires_grad)
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     threads = f"{torch.get_num_threads()} on {usable_cpus()} CPUs"
     if package.THREADS_SPIN and torch.get_num_threads() > 1:
         threads += "; waiting threads spin: import rlhf_ppo before torch, or set OMP_WAIT_POLICY=PASSIVE"
     return {
         "model": name,
-        "trained": f"{_count(trained)} of {_count(total)} parameters ({100 * trained / total:.3g} %)",
+        "trained": f"{short_count(trained)} of {short_count(total)} parameters ({100 * trained / total:.3g} %)",
         "device": f"{device} {on}".strip(),
         "precision": "bf16 products, fp32 weights" if bf16 else "fp32",
         "threads": threads,
@@ -237,12 +237,14 @@ def print_summary(rows: Mapping[str, str], *, quiet: bool = False) -> None:
         print(f"{name:<{width}}  {text}", file=sys.stderr, flush=True)
 
 
-def _size(parameter: nn.Parameter) -> int:
+def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
+    """Count the numbers in parameters."""
     # bitsandbytes keeps two 4-bit numbers in a byte.
-    return parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
+    return sum(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1) for p in parameters)
 
 
-def _count(number: int) -> str:
+def short_count(number: int) -> str:
+    """Write a count with three significant digits and a unit, such as 2.13 M."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"

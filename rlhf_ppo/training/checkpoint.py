@@ -102,6 +102,11 @@ def load_checkpoint(state: TrainState, run: Run, source: Checkpoint | str | Path
     """
     checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
     settings = _settings(run.args)
+    saved_settings = checkpoint.settings
+    if settings["value_learning_rate"] is not None and saved_settings.get("value_learning_rate") is None:
+        # Written before there was a choice, when None meant the policy's.
+        was = {"value_learning_rate": saved_settings.get("learning_rate")}
+        checkpoint = dataclasses.replace(checkpoint, settings={**saved_settings, **was})
     require_unchanged(
         checkpoint,
         settings=settings,

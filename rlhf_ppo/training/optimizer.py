@@ -22,6 +22,7 @@ def make_optimizer(model: ActorCritic, args: RLHFConfig) -> tuple[torch.optim.Ad
     alone, its value head above all. Each has its own learning rate; both share the schedule's shape: linear warm-up,
     then ``lr_scheduler_type``. The policy's schedule starts after the critic's warm-up.
     """
+    assert args.learning_rate is not None  # resolve_learning_rates has filled it in
     rates = (args.learning_rate, args.learning_rate if args.value_learning_rate is None else args.value_learning_rate)
     groups = [
         {"params": parameters, "lr": rate}

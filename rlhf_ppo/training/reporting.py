@@ -42,6 +42,7 @@ def run_facts(run: Run) -> dict[str, Any]:
     return {
         "reward": run.reward_sources,
         **run_settings(run),
+        "learning_rates": run.learning_rates,
         "versions": versions("torch", "transformers", "peft"),
         "fingerprints": run.fingerprints,
     }
@@ -97,6 +98,7 @@ def run_rows(state: TrainState, run: Run) -> dict[str, str]:
         "reward": ", ".join(run.rewards),
         "prompts": ", ".join(f"{len(prompts)} {name}" for name, prompts in sets.items() if prompts is not None),
         "run": text,
+        "learning rate": run.learning_rates,
         "folder": str(run.folder.path),
     }
 

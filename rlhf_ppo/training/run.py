@@ -33,6 +33,9 @@ class Run:
     """What every step of training may read and none changes; its counterpart is :class:`TrainState`."""
 
     args: RLHFConfig
+    """The settings, with the learning rates that were chosen."""
+    learning_rates: str
+    """These rates and where they come from, in words."""
     device: torch.device
     bf16: bool
     """Matrix products run in bfloat16."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.progress import Stopwatch
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.trackers import require_installed
+from rlhf_ppo.training.learning_rates import resolve_learning_rates
 from rlhf_ppo.training.load_models import check_models, check_passes, load_models, prepare_critic
 from rlhf_ppo.training.run import Run
 
@@ -70,20 +70,20 @@ def set_up(
     tokenizer = with_chat_template(processing_class or load_tokenizer(model), args.chat_template)
     room = prompt_room(config, args.max_new_tokens)
     stops = choose_stop_tokens(model, config, tokenizer, args, vocab_size)
-    prompt_set = partial(PromptSet, tokenizer=tokenizer, args=args, vocab_size=vocab_size, room=room)
-    train_prompts = None if train_dataset is None else prompt_set(train_dataset, name="train_dataset")
-    eval_prompts = None if eval_dataset is None else prompt_set(eval_dataset, name="eval_dataset")
+    rows = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+    train_prompts, eval_prompts = _prompt_sets(rows, tokenizer=tokenizer, args=args, vocab_size=vocab_size, room=room)
     sets = [prompts for prompts in (train_prompts, eval_prompts) if prompts is not None]
-    if respond is not None:
-        _check_turns(tokenizer, sets)
+    _check_turns(tokenizer, sets if respond is not None else ())
     rewards = _load_rewards(reward_funcs, args, device, sets, conversations=respond is not None)
     models = load_models(
         model, ref_model, value_model, peft_config, args, device, bf16=bf16, critic=critic, rewards=rewards
     )
     longest_prompt = None if respond is not None else max((p.longest for p in sets), default=None)
     sample = check_passes(models, args, device, longest_prompt=longest_prompt, bf16=bf16)
+    args, learning_rates = resolve_learning_rates(args, models.actor_critic)
     run = Run(
         args=args,
+        learning_rates=learning_rates,
         device=device,
         bf16=bf16,
         tokenizer=tokenizer,
@@ -125,6 +125,10 @@ def _check_arguments(args: RLHFConfig, eval_dataset: RowSource | None, respond: 
         raise ValueError(
             f"eval_every={args.eval_every} has nothing to evaluate on: pass an eval_dataset, or set it to 0"
         )
+
+
+def _prompt_sets(datasets: Mapping[str, RowSource | None], **facts: Any) -> list[PromptSet | None]:
+    return [None if rows is None else PromptSet(rows, name=name, **facts) for name, rows in datasets.items()]
 
 
 def _sampling_params(args: RolloutSettings, stop_token_ids: tuple[int, ...]) -> SamplingParams:

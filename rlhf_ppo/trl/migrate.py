@@ -65,6 +65,7 @@ def convert(given: Mapping[str, Any], num_processes: int = 1) -> dict[str, Any]:
     ours.setdefault("output_dir", "trainer_output")
     ours["reward"] = [trl["reward_model_path"]]
     ours["value_model"] = ours["value_head_from"] = trl["reward_model_path"]
+    ours["value_learning_rate"] = trl["learning_rate"]
     if not trl["use_peft"]:
         ours = {name: value for name, value in ours.items() if not name.startswith("lora_")}
     if trl["load_in_8bit"] or trl["load_in_4bit"]:

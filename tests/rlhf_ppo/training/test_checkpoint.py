@@ -189,7 +189,7 @@ def test_fault_26_a_run_made_longer_goes_on_through_the_data_sets_next_epoch(fin
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"learning_rate": 0.5}, "learning_rate: 0.001 -> 0.5"),
+        ({"learning_rate": 0.5, "value_learning_rate": 1e-3}, "learning_rate: 0.001 -> 0.5"),
         ({"train_dataset": [{"prompt": "other"}] * 8}, 'train_dataset: "8 rows, .*" -> "8 rows, .*"'),
         ({"eval_dataset": [{"prompt": "x"}]}, 'eval_dataset: null -> "1 rows'),
         ({"reward_funcs": drawing}, r'reward_funcs: \["early_letters"\] -> \["drawing"\]'),

@@ -234,7 +234,7 @@ def test_a_folder_without_a_model_says_so(make_trainer, tmp_path):
         ({"reward_funcs": 3}, "a reward must be a function, a model, a folder, a hub id or an address, got int"),
         ({"reward_funcs": "r.py"}, "names a file but no function: write r.py:function"),
         ({"output_dir": ""}, "output_dir is empty"),
-        ({"learning_rate": "1e-4"}, "learning_rate must be a number, got the text '1e-4'"),
+        ({"learning_rate": "1e-4"}, "learning_rate must be a number or None, got the text '1e-4'"),
     ],
 )
 def test_arguments_of_the_wrong_kind_are_named(make_trainer, arguments, message):
