@@ -11,7 +11,7 @@ from rlhf_ppo.config.commands import DemoArgs, MigrateArgs, ReplayArgs, join_com
 from rlhf_ppo.config.inference import EvaluateArgs, GenerateArgs
 from rlhf_ppo.config.reward_training import RewardTrainingArgs
 from rlhf_ppo.config.sft import SFTArgs
-from rlhf_ppo.config.train import TrainArgs
+from rlhf_ppo.config.train import CriticRecordArgs, TrainArgs
 from rlhf_ppo.runtime.commands import AdviseArgs, CheckArgs
 from rlhf_ppo.runtime.errors import RunError, print_failure
 from rlhf_ppo.runtime.settings import Command, run_command
@@ -23,6 +23,7 @@ COMMANDS: dict[str, Command] = {
     "sft": (SFTArgs, "rlhf_ppo.pipeline.sft:sft_command"),
     "reward": (RewardTrainingArgs, "rlhf_ppo.pipeline.reward_training:reward_command"),
     "evaluate": (EvaluateArgs, "rlhf_ppo.pipeline.evaluate:evaluate_command"),
+    "critic record": (CriticRecordArgs, "rlhf_ppo.pipeline.train:record_command"),
     "generate": (GenerateArgs, "rlhf_ppo.pipeline.chat_session:generate_or_chat"),
     "migrate": (MigrateArgs, "rlhf_ppo.trl.migrate:migrate_command"),
     "replay": (ReplayArgs, "rlhf_ppo.pipeline.replay:print_replay"),

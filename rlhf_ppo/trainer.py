@@ -43,6 +43,8 @@ from rlhf_ppo.training.collect import (
 )
 from rlhf_ppo.training.experience import estimate
 from rlhf_ppo.training.explain import explain_rollout
+from rlhf_ppo.training.recorded_rollouts import Recording
+from rlhf_ppo.training.recording import keep_rollout, record_policy
 from rlhf_ppo.training.reporting import (
     evaluate,
     is_due,
@@ -213,6 +215,7 @@ class PPOTrainer(TrainerAttributes):
             safe.mark(run)
             metrics, self.timings = updated.metrics, run.stopwatch.take()
             log_update(state, run, rollout, metrics, self.timings, progress)
+            keep_rollout(run, state.iteration, rollout)
             if updated.problem is not None:
                 roll_back(state, run, safe, updated.problem)
                 continue
@@ -266,7 +269,35 @@ class PPOTrainer(TrainerAttributes):
         """
         return explain_rollout(self.state, self.fixed, rollout)
 
-    # Evaluation and saving
+    # Recording, evaluation and saving
+
+    def record(self) -> Recording:
+        """Sample and score ``total_episodes`` responses, and record them in ``output_dir/rollouts``; train nothing.
+
+        They are those that :meth:`train` would sample if no update changed the policy. ``save_rollouts_gb`` may end the
+        recording earlier, with a warning. See docs/critic-laboratory.md.
+
+        Returns:
+            The recording: iterating it reads one :class:`Rollout` after the other.
+        Raises:
+            ValueError: there is no ``train_dataset``, or another run is writing into ``output_dir``.
+            RewardError, RespondError: a reward function or ``respond`` failed; the rollouts before it are recorded.
+            OSError: the disk is full; likewise.
+            Interrupted: SIGINT or SIGTERM came; likewise.
+        """
+        run, state = self.fixed, self.state
+        require_rollouts_left(state, run)
+        with (
+            run_lock(run.folder.path),
+            torch_threads(run.args.num_threads, state.model),
+            stop_on_signals(),
+            without_library_bars(),
+        ):
+            run.folder.start(run_facts(run))
+            rows = run_rows(state, run)
+            print_summary({**rows, "run": f"{run.planned_episodes} responses to record"}, quiet=run.args.quiet)
+            with shown_progress(state, run) as progress:
+                return record_policy(state, run, progress)
 
     def evaluate(self) -> dict[str, float]:
         """Sample a response to every evaluation prompt, with the same draws at every call, and measure.

@@ -16,7 +16,7 @@ from rlhf_ppo.config.groups import (
     RolloutSettings,
 )
 from rlhf_ppo.config.name_hints import REMOVED, REMOVED_VALUES, SETTINGS
-from rlhf_ppo.config.run_groups import MemorySettings, RunSettings, SafetySettings
+from rlhf_ppo.config.run_groups import MemorySettings, RecordingSettings, RunSettings, SafetySettings
 from rlhf_ppo.core.config import PPOConfig
 from rlhf_ppo.core.validation import refuse_unread
 from rlhf_ppo.runtime.unknown_names import refuse_unknown_settings
@@ -45,6 +45,7 @@ class RLHFConfig(
     PPOConfig,
     SafetySettings,
     MemorySettings,
+    RecordingSettings,
     RunSettings,
 ):
     """Settings of a language-model run, with defaults that learn on a small model; only `output_dir` is required."""

@@ -1,4 +1,4 @@
-"""Groups of settings about the run itself: safety, memory, device, evaluations, checkpoints, reports."""
+"""Groups of settings about the run itself: safety, memory, recording, device, evaluations, checkpoints, reports."""
 
 from __future__ import annotations
 
@@ -59,6 +59,22 @@ class MemorySettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("microbatch_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordingSettings(Settings):
+    """Recording: rollouts kept on disk, to fit a critic on."""
+
+    save_rollouts: bool = False
+    """Record the rollouts into output_dir/rollouts, with all that was measured about them."""
+    save_rollouts_gb: float = 1.0
+    """Maximum size of the recording in GB; the rollouts from the first one it has no room for on are not recorded."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("save_rollouts_gb")
+        if not self.save_rollouts:
+            refuse_unread(self, "save_rollouts=False records nothing", "save_rollouts_gb")
 
 
 @dataclass(frozen=True, kw_only=True)

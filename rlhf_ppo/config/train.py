@@ -80,3 +80,21 @@ class TrainArgs(ModelArgs, HeldOutPromptArgs, LoRAArgs, RLHFConfig, ResumeArgs):
         *("rollout_batch_size", "lora_rank"),
     )
     """Settings that a beginner needs first, as help and docs list them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticRecordArgs(TrainArgs):
+    """Record scored responses of a policy that is not trained; takes the flags and files of `train`."""
+
+    save_rollouts: bool = True
+    """Record the rollouts into output_dir/rollouts, which is what this command does."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.save_rollouts:
+            raise ValueError("save_rollouts=False leaves `critic record` nothing to do: drop it")
+        if self.resume_from_checkpoint is not None:
+            raise ValueError(
+                f"resume_from_checkpoint={self.resume_from_checkpoint!r}, but `critic record` samples from model as it "
+                "is: drop it; to record a trained policy, name its folder as model"
+            )

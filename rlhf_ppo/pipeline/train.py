@@ -1,10 +1,10 @@
-"""Run `rlhf-ppo train`: load the prompts, train, and print the change."""
+"""Run `rlhf-ppo train` and `critic record`: load the prompts, train and print the change, or only record."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from rlhf_ppo.config.train import TrainArgs
+from rlhf_ppo.config.train import CriticRecordArgs, TrainArgs
 from rlhf_ppo.data.mixtures import load_data, load_mixture
 from rlhf_ppo.data.rows import Rows, prompt_rows
 from rlhf_ppo.models.lora import lora_config
@@ -17,7 +17,25 @@ from rlhf_ppo.trainer import PPOTrainer
 def train(args: TrainArgs) -> None:
     """Run the `train` command."""
     train_rows, eval_rows = _load_prompts(args)
-    trainer = PPOTrainer(
+    trainer = _trainer(args, train_rows, eval_rows)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint, resume_override=args.resume_override)
+    merged = trainer.save_model(trainer.run.path / "merged", merge_adapter=True) if args.merge_adapter else None
+    if eval_rows is not None:
+        print_before_after(trainer.run)
+    if merged is not None:
+        print(f"merged   {merged}")
+    print_paths(trainer.run.path)
+
+
+def record_command(args: CriticRecordArgs) -> None:
+    """Run the `critic record` command."""
+    recording = _trainer(args, _load_prompts(args)[0], None).record()
+    print(f"{len(recording)} rollouts, {recording.num_responses} responses, {recording.num_tokens} tokens")
+    print(f"recorded in {recording.folder}")
+
+
+def _trainer(args: TrainArgs, train_rows: Rows, eval_rows: Rows | None) -> PPOTrainer:
+    return PPOTrainer(
         model=args.model,
         reward_funcs=list(args.reward),
         args=args,
@@ -28,13 +46,6 @@ def train(args: TrainArgs) -> None:
         peft_config=_lora(args),
         respond=None if args.respond is None else load_function(args.respond, "respond"),
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint, resume_override=args.resume_override)
-    merged = trainer.save_model(trainer.run.path / "merged", merge_adapter=True) if args.merge_adapter else None
-    if eval_rows is not None:
-        print_before_after(trainer.run)
-    if merged is not None:
-        print(f"merged   {merged}")
-    print_paths(trainer.run.path)
 
 
 def _load_prompts(args: TrainArgs) -> tuple[Rows, Rows | None]:

@@ -74,7 +74,7 @@ class RunDirectory:
 
     def start(self, settings: Mapping[str, Any]) -> None:
         """Start a run: move an earlier run's files aside, then write ``run.json``."""
-        if (self.path / "metrics.jsonl").exists() or any(self.path.glob("checkpoint-*")):
+        if any(any(self.path.glob(name)) for name in ("metrics.jsonl", "checkpoint-*", "rollouts")):
             # Checkpoints go first: if this is interrupted, no later run takes the rest for its own.
             entries = [entry for entry in self.path.iterdir() if not entry.name.startswith(("previous-", LOCK_FILE))]
             self.set_aside(

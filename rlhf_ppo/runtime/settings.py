@@ -256,7 +256,7 @@ def run_command(
 
     Args:
         prog: name of the program.
-        commands: name -> its arguments and what it runs.
+        commands: name -> its arguments and what it runs; a name of two words is a group's command.
         argv: the words after the program's name; None: those of this process.
         around: makes the context in which the command runs.
     Returns:
@@ -272,8 +272,11 @@ def run_command(
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{usage}\n\n{prog} COMMAND --help lists the flags of a command; {prog} --version prints the version.")
         return 0 if argv else 2
+    group = {rest: command for name, command in commands.items() if (rest := name.removeprefix(f"{argv[0]} ")) != name}
+    if group:
+        return run_command(f"{prog} {argv[0]}", group, argv[1:], around=around)
     if argv[0] not in commands:
-        close = difflib.get_close_matches(argv[0], commands, n=1)
+        close = difflib.get_close_matches(argv[0], [name.split()[0] for name in commands], n=1)
         print(
             f"error: unknown command {argv[0]!r}" + (f"; did you mean {close[0]!r}?" if close else ""), file=sys.stderr
         )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.data.prompts import PromptSet
 from rlhf_ppo.models.lora import earlier_name
@@ -64,19 +65,29 @@ def _plain(value: Any) -> Any:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Compute a digest of the frozen parameters: name, shape, dtype, and up to 65,536 evenly spaced values of each.
+    """Compute a digest of a model's frozen parameters (:func:`parameters_fingerprint`)."""
+    return parameters_fingerprint((name, p) for name, p in model.named_parameters() if not p.requires_grad)
+
+
+def parameters_fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Compute a digest of parameters: name, shape, dtype, and up to 65,536 evenly spaced values of each.
 
     That is every value of a small model, and of a large one enough to tell it from another without reading all of it.
     """
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            continue
+    for name, parameter in named:
         digest.update(f"{earlier_name(name)} {tuple(parameter.shape)} {parameter.dtype}".encode())
         values = parameter.detach().flatten()
         spread = values[:: max(1, len(values) // _VALUES_PER_TENSOR)].contiguous().cpu()
         digest.update(spread.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Compute a digest of a vocabulary: which text has which id."""
+    vocabulary = tokenizer.get_vocab()
+    digest = hashlib.sha256(json.dumps(sorted(vocabulary.items(), key=lambda pair: pair[1])).encode())
+    return f"{len(vocabulary)} tokens, {digest.hexdigest()[:16]}"
 
 
 def _adapter(config: Any) -> dict[str, Any]:

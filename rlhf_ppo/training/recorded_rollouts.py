@@ -166,15 +166,15 @@ def record_rollout(folder: str | Path, number: int, rollout: Rollout, *, max_byt
     return True
 
 
-def rewind_recording(folder: str | Path, number: int) -> bool:
-    """Remove the rollouts after ``number`` from the recording in a run's folder, if it has one.
+def rewind_recording(folder: str | Path, number: int) -> int | None:
+    """Remove the rollouts after ``number`` from the recording in a run's folder; None: it has none.
 
     Returns:
-        Whether the next rollout to be recorded is ``number + 1``.
+        Number of the rollout that it takes next: ``number + 1``, unless it begins later or ended earlier.
     """
     folder = recording_folder(folder)
     if not (folder / MANIFEST).is_file():
-        return False
+        return None
     manifest = _read_manifest(folder)
     kept = [entry for entry in manifest["rollouts"] if entry["number"] <= number]
     if kept != manifest["rollouts"]:
@@ -183,7 +183,7 @@ def rewind_recording(folder: str | Path, number: int) -> bool:
     for file in folder.glob("rollout-*"):
         if file.name not in listed:
             file.unlink()
-    return number + 1 == manifest["first"] + len(kept)
+    return manifest["first"] + len(kept)
 
 
 def _files(number: int) -> tuple[str, str]:

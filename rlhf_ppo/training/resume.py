@@ -20,6 +20,8 @@ from rlhf_ppo.runtime.files import require_space
 from rlhf_ppo.runtime.resume import find_checkpoint
 from rlhf_ppo.runtime.signals import Interrupted, asked_to_stop
 from rlhf_ppo.training.checkpoint import Boundary, load_checkpoint, save_checkpoint
+from rlhf_ppo.training.recorded_rollouts import rewind_recording
+from rlhf_ppo.training.recording import begin_recording, continue_recording
 from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.stability import PolicyDriftError, nonfinite_parameters
 from rlhf_ppo.training.state import TrainState
@@ -71,12 +73,14 @@ def begin(
             print(f"no checkpoint in {run.folder.path}: the run starts afresh")
         run.folder.start(facts)
         safe.checkpoint = None
+        begin_recording(state, run)
     else:
         load_checkpoint(state, run, found, override=override)
         if not run.args.quiet:
             print(f"resuming after iteration {state.iteration}, from {found.folder}")
         safe.checkpoint = (state.iteration, found.folder)
         run.folder.continue_from(found.folder, state.iteration, facts)
+        continue_recording(state, run, found.folder.parent)
     if run.start is None and run.reference.model is not None:
         # No other folder holds the reference that an evaluation of this run needs.
         save_reference(run.reference.model, run.tokenizer, run.folder.path)
@@ -103,6 +107,7 @@ def roll_back(state: TrainState, run: Run, safe: SafePoint, problem: str) -> Non
     load_checkpoint(state, run, safe.checkpoint[1], override=True)
     state.rollouts_made = made  # other random draws: the same ones would lead to the same problem
     run.folder.rewind(state.iteration)
+    rewind_recording(run.folder.path, state.iteration)
     warnings.warn(f"{problem}. Rolling back to {safe.checkpoint[1]}, with other random draws", stacklevel=3)
 
 

@@ -43,13 +43,29 @@ TRAIN = (
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_a_sentence_for_every_flag(command, capsys):
     with pytest.raises(SystemExit) as ended:
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
     names = {field.name for field in fields(COMMANDS[command][0])}
     assert names <= set(sentences(COMMANDS[command][0]))
     names -= set(positional(COMMANDS[command][0]))  # words without a flag
     assert all(f"--{name.replace('_', '-')}" in text for name in names)
+
+
+def test_critic_record_takes_the_flags_of_train_and_trains_nothing(folder, capsys):
+    Path("train.yaml").write_text("learning_rate: 1e-3\nnum_epochs: 2\nsave_rollouts_gb: 0.5\nquiet: true\n")
+    assert main(["critic", "record", "--config", "train.yaml", *TRAIN[1:]]) == 0
+    assert "2 rollouts, 8 responses, " in (said := capsys.readouterr().out) and "recorded in run/rollouts" in said
+    lines = Path("run/rollouts/rollout-000001.jsonl").read_text().splitlines()
+    row = json.loads(lines[0])
+    assert len(lines) == 4 and row["prompt"].startswith("the cat ") and row["score"] == row["score_parts"]["vowels"]
+    assert not Path("run/metrics.jsonl").exists() and not Path("run/model.safetensors").exists()
+    with pytest.raises(SystemExit):
+        main(["critic", "record", *TRAIN[1:], "--resume", "run"])
+    said = re.sub(r"\s+", " ", capsys.readouterr().err)
+    assert "resume_from_checkpoint='run', but `critic record` samples from model as it is: drop it" in said
+    assert main(["critic", "recrod", *TRAIN[1:]]) == 2
+    assert "unknown command 'recrod'; did you mean 'record'?" in capsys.readouterr().err
 
 
 GAME = """

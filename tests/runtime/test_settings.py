@@ -230,6 +230,21 @@ def test_run_command_dispatches_and_turns_bad_input_into_one_line(capsys):
         run_command("prog", commands, ["fail", "--name", "x"])
 
 
+def test_commands_of_two_words_are_a_group(capsys):
+    seen: list[Args] = []
+    commands = {"go": (Args, print), "critic fit": (Args, seen.append), "critic report": (Args, print)}
+    assert run_command("prog", commands, ["critic", "fit", "--name", "x"]) == 0 and seen == [Args(name="x")]
+    assert run_command("prog", commands, ["critic", "rport"]) == 2
+    assert "unknown command 'rport'; did you mean 'report'?\nusage: prog critic COMMAND" in capsys.readouterr().err
+    assert run_command("prog", commands, ["critic", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "  fit     Do a small thing." in text and "go " not in text
+    assert run_command("prog", commands, ["critc", "fit"]) == 2
+    assert "unknown command 'critc'; did you mean 'critic'?" in capsys.readouterr().err
+    assert run_command("prog", commands, ["--help"]) == 0
+    assert "  critic report  Do a small thing." in capsys.readouterr().out
+
+
 def test_a_class_with_a_config_of_its_own_keeps_the_flag():
     @dataclass(frozen=True, kw_only=True)
     class Convert:

@@ -114,8 +114,8 @@ def test_a_recording_keeps_its_beginning_and_has_no_gaps(tmp_path):
     assert record_rollout(tmp_path, 3, make(), max_bytes=3 * size - 1) is False
     assert record_rollout(tmp_path, 4, make(), max_bytes=MUCH) is None
     assert open_recording(tmp_path).numbers == [1, 2]
-    assert not rewind_recording(tmp_path, 4)  # rollout 5 would leave a gap
-    assert rewind_recording(tmp_path, 2)
+    assert rewind_recording(tmp_path, 4) == 3
+    assert rewind_recording(tmp_path, 1) == 2
 
 
 def test_rewinding_undoes_rollouts_and_removes_what_a_kill_left(tmp_path):
@@ -123,14 +123,14 @@ def test_rewinding_undoes_rollouts_and_removes_what_a_kill_left(tmp_path):
     for number in (3, 4, 5):
         record_rollout(tmp_path, number, make(number), max_bytes=MUCH)
     (tmp_path / "rollouts" / "rollout-000006.jsonl").write_text("half a li")
-    assert rewind_recording(tmp_path, 4)
+    assert rewind_recording(tmp_path, 4) == 5
     assert {file.name for file in (tmp_path / "rollouts").iterdir()} == {
         "rollouts.json",
         *(f"rollout-00000{number}.{kind}" for number in (3, 4) for kind in ("jsonl", "safetensors")),
     }
     assert record_rollout(tmp_path, 5, make(9), max_bytes=MUCH)
     assert_equal(open_recording(tmp_path).read(2), make(9))
-    assert not rewind_recording(tmp_path, 1)  # before its first
+    assert rewind_recording(tmp_path, 1) == 3  # before its first
 
 
 def test_what_is_no_recording_is_refused(tmp_path):
@@ -141,7 +141,7 @@ def test_what_is_no_recording_is_refused(tmp_path):
     start_recording(tmp_path, FACTS)
     with pytest.raises(ValueError, match=r"rollouts is empty: .*; record again"):
         open_recording(tmp_path)
-    assert not rewind_recording(tmp_path / "nowhere", 1)
+    assert rewind_recording(tmp_path / "nowhere", 1) is None
 
 
 @pytest.mark.parametrize(
