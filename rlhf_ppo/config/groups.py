@@ -220,6 +220,9 @@ class CriticSettings(Settings):
     adapter on the policy's base, with peft_config), or auto: separate if there is a value_model, else shared."""
     vf_coef: float = 0.1
     """Coefficient of the value loss."""
+    normalize_values: bool = True
+    """Learn values in units of the returns' running mean and standard deviation, so that the critic does not depend on
+    the reward's scale and offset; value loss and clip_range_vf are in these units."""
     clip_range_vf: float | None = 0.2
     """Clip new values to within this of the recorded ones in the value loss; None: no value clipping."""
     value_head_from: str | None = None

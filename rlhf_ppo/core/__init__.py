@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rlhf_ppo.core.ratios import pool_old_logprobs, probability_ratio, truncated_importance_weights
     from rlhf_ppo.core.rewards import kl_penalized_rewards
     from rlhf_ppo.core.types import Ban, BannedTokens, Experience, PolicyOutput, PPOLoss
+    from rlhf_ppo.core.value_scale import ValueScale, rescaled_head, update_value_scale
 
 __all__ = [
     "Ban",
@@ -38,6 +39,7 @@ __all__ = [
     "PPOConfig",
     "PPOLoss",
     "PolicyOutput",
+    "ValueScale",
     "adapt_clip_range",
     "adapt_kl_coef",
     "adapt_penalty_beta",
@@ -68,8 +70,10 @@ __all__ = [
     "ppo_diagnostics",
     "ppo_loss",
     "probability_ratio",
+    "rescaled_head",
     "token_logprobs",
     "truncated_importance_weights",
+    "update_value_scale",
 ]
 
 _NAMES = {
@@ -89,6 +93,7 @@ _NAMES = {
     "ratios": "pool_old_logprobs probability_ratio truncated_importance_weights",
     "rewards": "kl_penalized_rewards",
     "types": "Ban BannedTokens Experience PolicyOutput PPOLoss",
+    "value_scale": "ValueScale rescaled_head update_value_scale",
 }
 
 __getattr__ = lazy_names(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_ppo.core import BannedTokens
+from rlhf_ppo.core import BannedTokens, ValueScale
 from rlhf_ppo.data.chat import Completion, Prompt
 from rlhf_ppo.models.forward.packing import token_batches
 from rlhf_ppo.models.forward.runner import Sequences
@@ -69,7 +69,9 @@ class Rollout:
     entropy: Tensor
     """[B, T] entropy in nats of the distribution that each token was drawn from."""
     values: Tensor | None
-    """[B, T] the critic's value of the state before each token, or None without a critic."""
+    """[B, T] the critic's value of the state before each token, in the reward's units, or None without a critic."""
+    value_scale: ValueScale | None = None
+    """The critic's units when they were recorded; None: its head was fresh, and they are 0."""
     completions: list[Completion] = field(default_factory=list)
     """[B] the responses as text, special tokens left out; of multi-turn chats, lists of messages."""
     ref_logprobs: Tensor | None = None

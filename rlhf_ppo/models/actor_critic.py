@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from rlhf_ppo.config.rlhf import RLHFConfig
-from rlhf_ppo.core import BannedTokens, PolicyOutput
+from rlhf_ppo.core import BannedTokens, PolicyOutput, ValueScale, rescaled_head
+from rlhf_ppo.core.masked import keep
 from rlhf_ppo.data.hub import find_file
 from rlhf_ppo.models.dropout import without_dropout
 from rlhf_ppo.models.forward.output_layer import Outputs
@@ -27,7 +27,8 @@ from rlhf_ppo.models.lora import (
     use_adapter,
 )
 from rlhf_ppo.models.reference import exact_kl
-from rlhf_ppo.models.value_head import VALUE_HEAD_FILE, make_value_head
+from rlhf_ppo.models.value_head import VALUE_HEAD_FILE, SavedHead, make_value_head, save_value_head
+from rlhf_ppo.runtime.device import exact_dtype
 
 CriticKind = Literal["none", "shared", "separate", "adapter"]
 
@@ -62,6 +63,8 @@ class ActorCritic(nn.Module):
         self.value_trunk = value_trunk
         self.value_adapter = value_adapter
         self.value_head: nn.Linear | None = None
+        self.value_scale: ValueScale | None = None
+        """The units of the head's values; None until the first update of a head that starts at 0."""
         without_dropout(self)
         if not plain:
             fuse_activations(self)
@@ -102,6 +105,22 @@ class ActorCritic(nn.Module):
         assert head is not None
         with torch.autocast(states.device.type, enabled=False):
             return linear(states.to(head.weight.dtype), head.weight, head.bias).squeeze(-1)
+
+    def in_reward_units(self, values: Tensor | None, mask: Tensor) -> Tensor | None:
+        """Convert the head's values [*] to the reward's units, 0 outside ``mask``; a fresh head's are 0 everywhere."""
+        if values is None or self.value_scale is None:
+            return values
+        return keep(self.value_scale.denormalize(values.to(exact_dtype(values.device))), mask)
+
+    @torch.no_grad()
+    def change_value_scale(self, scale: ValueScale | None) -> None:
+        """Let the head predict in the units of ``scale``; what it has learned stays the same in the reward's units."""
+        head, old = self.value_head, self.value_scale
+        if head is not None and old is not None and scale is not None and scale != old:
+            weight, bias = rescaled_head(head.weight, head.bias, old, scale)
+            head.weight.copy_(weight)
+            head.bias.copy_(bias)
+        self.value_scale = scale
 
     def separate_values(self, sequences: Sequences) -> Tensor | None:
         """Compute values [B, T] where the critic has a forward pass of its own, 0 outside the mask; else None."""
@@ -157,7 +176,7 @@ class ActorCritic(nn.Module):
         """Save the value head beside the policy, as safetensors, and a separate trunk in ``critic/``."""
         if self.value_head is None:
             return
-        save_file(self.value_head.state_dict(), folder / VALUE_HEAD_FILE)
+        save_value_head(self.value_head, self.value_scale, folder / VALUE_HEAD_FILE)
         if self.value_trunk is not None:
             self.value_trunk.save_pretrained(folder / "critic")
 
@@ -206,7 +225,7 @@ def build_actor_critic(
     kind: CriticKind,
     *,
     trunk: PreTrainedModel | None,
-    head: dict[str, Tensor] | None,
+    head: SavedHead | None,
     head_from: str | None,
     bare_base: bool = True,
 ) -> ActorCritic:
@@ -216,7 +235,7 @@ def build_actor_critic(
         policy: causal language model, its adapter in place.
         kind: see :func:`choose_critic`.
         trunk: a separate critic's.
-        head: weights that the value head starts from; None: 0.
+        head: what the value head starts from; None: 0.
         head_from: where the head came from; a critic that is an adapter starts from the adapter beside it.
         bare_base: without its adapter the policy is a model that a critic can start from.
     """
@@ -234,10 +253,11 @@ def build_actor_critic(
         value_adapter=VALUE_ADAPTER if kind == "adapter" else None,
     )
     if head is not None and model.value_head is not None:
-        if head["weight"].shape != model.value_head.weight.shape:
+        if head.weight.shape != model.value_head.weight.shape:
             raise ValueError(
-                f"value_head_from={head_from!r} fits hidden states of width {head['weight'].shape[1]}, but the model "
+                f"value_head_from={head_from!r} fits hidden states of width {head.weight.shape[1]}, but the model "
                 f"under it is {model.value_head.in_features} wide: take a head that was trained on this model"
             )
-        model.value_head.load_state_dict(head)
+        model.value_head.load_state_dict({"weight": head.weight, "bias": head.bias})
+        model.value_scale = head.scale
     return model

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from rlhf_ppo.core import ValueScale
 from rlhf_ppo.data.hub import find_file, pickle_message
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 
 _HEADS = ("v_head.summary", "score", "classifier")
 """Names of TRL's value head and of sequence classifiers' heads."""
+
+
+class SavedHead(NamedTuple):
+    """A linear value head, in float32."""
+
+    weight: Tensor
+    """[1, O]"""
+    bias: Tensor
+    """[1]"""
+    scale: ValueScale
+    """The units of its values."""
 
 
 def make_value_head(width: int) -> nn.Linear:
@@ -27,8 +41,14 @@ def make_value_head(width: int) -> nn.Linear:
     return head
 
 
-def load_value_head(source: str, trunk: PretrainedConfig) -> dict[str, Tensor]:
-    """Load weight [1, O] and bias [1] of a linear head with one output, in float32.
+def save_value_head(head: nn.Linear, scale: ValueScale | None, file: Path) -> None:
+    """Save a head's weight and bias as safetensors, with its scale in the file's metadata."""
+    facts = {} if scale is None else {f"return_{name}": repr(x) for name, x in vars(scale).items()}
+    save_file(head.state_dict(), file, metadata=facts)
+
+
+def load_value_head(source: str, trunk: PretrainedConfig) -> SavedHead:
+    """Load a linear head with one output; one that was not saved by a run of today predicts in the reward's own units.
 
     Args:
         source: folder or hub id of a run, an old TRL checkpoint with a value head (``v_head.summary``), a one-label
@@ -39,10 +59,12 @@ def load_value_head(source: str, trunk: PretrainedConfig) -> dict[str, Tensor]:
     """
     where = f"value_head_from={source!r}"
     found: dict[str, Tensor] = {}
+    scale = ValueScale()
     for name, file in _tensor_files(source, where):
         if file.name == VALUE_HEAD_FILE or _layer(name) in _HEADS:
             with safe_open(file, "pt") as tensors:
                 found[name] = tensors.get_tensor(name).float()
+                scale = _scale(tensors.metadata() or {})
     weights = [name for name in found if name.endswith("weight")]
     if len(weights) != 1:
         raise ValueError(
@@ -64,7 +86,14 @@ def load_value_head(source: str, trunk: PretrainedConfig) -> dict[str, Tensor]:
             f"{where} fits hidden states of width {weight.shape[1]}, but the model under it is {width} wide: take a "
             "head that was trained on this model"
         )
-    return {"weight": weight, "bias": found.get(name.removesuffix("weight") + "bias", torch.zeros(1))}
+    return SavedHead(weight, found.get(name.removesuffix("weight") + "bias", torch.zeros(1)), scale)
+
+
+def _scale(metadata: Mapping[str, str]) -> ValueScale:
+    if "return_std" not in metadata:
+        return ValueScale()
+    mean, std, count = (metadata[f"return_{name}"] for name in ("mean", "std", "count"))
+    return ValueScale(float(mean), float(std), int(count))
 
 
 def adapter_labels(file: Path) -> int | None:

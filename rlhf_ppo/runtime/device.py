@@ -21,6 +21,11 @@ def resolve_device(name: str | None = None) -> torch.device:
         raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """Return float64, in which scores keep their spread beside a large offset; float32 where a device lacks it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def compute_in_bf16(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> bool:
     """Whether matrix products run in bfloat16: under "bf16", or under "auto" where they are faster than in float32.
 

@@ -54,10 +54,12 @@ METRICS: dict[str, str] = {
     "policy/importance_weight_mean": "Mean importance weight pi_trainer / pi_sampler of the actions, after importance_weight_cap; "
     "close to 1 unless sampler and trainer disagree.",
     "policy/importance_capped_fraction": "Share of actions whose importance weight was capped.",
-    "value/loss": "Value loss: half the squared error of the critic.",
+    "value/loss": "Value loss: half the squared error of the critic, in the reward's units (squared).",
     "value/explained_variance": "Share of the returns' variance that the critic's values explain: 1 is perfect, 0 no better than a constant.",
     "value/mean": "Mean value that the critic predicted at rollout.",
     "value/return_mean": "Mean return, the critic's target.",
+    "value/return_std": "Unit in which the critic learns: the running standard deviation of the returns (1 without normalize_values).",
+    "value/clip_range": "Clip range of the values (clip_range_vf) in the reward's units.",
     "advantage/std": "Standard deviation of the advantages before whitening.",
     "optim/learning_rate": "Learning rate at the end of the update.",
     "optim/value_learning_rate": "The critic's learning rate at the end of the update; there if it has a loss.",

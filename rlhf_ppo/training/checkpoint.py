@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rlhf_ppo.config.name_hints import REMOVED
 from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.core import ValueScale
 from rlhf_ppo.models.lora import earlier_name, with_current_names
 from rlhf_ppo.runtime.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from rlhf_ppo.runtime.checkpoint_commit import write_checkpoint
@@ -78,6 +79,7 @@ def save_checkpoint(state: TrainState, run: Run, boundary: Boundary | None = Non
             **{key: getattr(state, name) for key, name in _COUNTERS.items()},
             **{name: getattr(state, name) for name in _COEFFICIENTS},
             "score_statistics": state.score_statistics.state_dict(),
+            "value_scale": None if state.model.value_scale is None else vars(state.model.value_scale),
             "scheduler_steps": state.scheduler.last_epoch,
             "best": best,
             "score_caches": boundary.score_caches,
@@ -126,6 +128,9 @@ def load_checkpoint(state: TrainState, run: Run, source: Checkpoint | str | Path
         if settings[name] == checkpoint.settings[name]:
             setattr(state, name, saved[name])
     state.score_statistics.load_state_dict(saved["score_statistics"])
+    # A checkpoint of before value scales holds a head in the reward's units.
+    scale = saved.get("value_scale", {})
+    state.model.value_scale = None if scale is None else ValueScale(**scale)
     state.best = saved["best"]
     for name, answers in saved["score_caches"].items():
         if name in run.score_caches:

@@ -117,6 +117,7 @@ def generate(run: Run, model: ActorCritic, batch: PromptBatch, generator: torch.
             ids,
             mask,
             **sampled._asdict(),
+            value_scale=model.value_scale,
             completions=completions,
         )
 
@@ -127,7 +128,8 @@ def _sample(
     strings, detector = run.sampling.stop_strings, None
     if strings:
         detector = StopStringDetector(TextPieces(run.tokenizer), strings, before)
-    return run.sample(model, ids, mask, run.sampling, generator=generator, stop_detector=detector)
+    sampled = run.sample(model, ids, mask, run.sampling, generator=generator, stop_detector=detector)
+    return sampled._replace(values=model.in_reward_units(sampled.values, sampled.mask))
 
 
 def _converse(
@@ -163,6 +165,7 @@ def _converse(
         ids,
         mask,
         **said.sampled._asdict(),
+        value_scale=model.value_scale,
         completions=said.completions,
         environment=said.environment,
         turns=said.turns,
@@ -179,8 +182,8 @@ def read_reference(run: Run, model: ActorCritic, rollout: Rollout) -> Rollout:
 
     def note(name: str, values: Tensor | None, rows: list[int]) -> None:
         if values is not None:
-            whole = read.setdefault(name, torch.zeros_like(rollout.logprobs))
-            whole[rows, : values.shape[1]] = values.to(whole.dtype)
+            whole = read.setdefault(name, rollout.logprobs.new_zeros(rollout.mask.shape, dtype=values.dtype))
+            whole[rows, : values.shape[1]] = values
 
     with run.stopwatch.phase("reference"):
         for rows in run.microbatches(model, rollout, range(len(rollout.prompts))):
@@ -191,9 +194,9 @@ def read_reference(run: Run, model: ActorCritic, rollout: Rollout) -> Rollout:
                 if args.recompute_logprobs:
                     again = model(*part, temperature=args.temperature, entropy=False)
                     note("logprobs", again.logprobs, rows)
-                    note("values", again.values, rows)
+                    note("values", model.in_reward_units(again.values, part.mask), rows)
                 elif rollout.values is None:
-                    note("values", model.separate_values(part), rows)
+                    note("values", model.in_reward_units(model.separate_values(part), part.mask), rows)
         if "logprobs" not in read:
             return dataclasses.replace(rollout, **read)
         gap = float((read["logprobs"] - rollout.logprobs).abs().max())

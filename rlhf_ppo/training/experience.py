@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -9,17 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_ppo.config.groups import RolloutSettings
+from rlhf_ppo.config.groups import CriticSettings, RolloutSettings
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import (
     Experience,
+    ValueScale,
     explained_variance,
     kl_estimate,
     masked_mean,
     masked_var,
     masked_whiten,
     truncated_importance_weights,
+    update_value_scale,
 )
+from rlhf_ppo.core.masked import keep
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.training.advantages import comparable, estimate_advantages
 from rlhf_ppo.training.rewards import Rewards
@@ -31,7 +35,11 @@ class Estimates(NamedTuple):
     experience: Experience
     """[B, T] what the update learns from."""
     advantages: Tensor
-    """[B, T] before whitening."""
+    """[B, T] before whitening, in the reward's units."""
+    values: Tensor | None
+    """[B, T] the critic's, in the reward's units."""
+    value_scale: ValueScale | None
+    """The units of the values and returns in ``experience``; the critic's, once the update begins."""
     rewards: Rewards
     metrics: dict[str, float]
 
@@ -52,22 +60,48 @@ def estimate(rollout: Rollout, rewards: Rewards, args: RLHFConfig) -> Estimates:
     assert rollout.scored is not None
     # A response without another to compare it with teaches nothing either.
     mask = rewards.mask & comparable(rollout.scored, args)[:, None]
-    advantages, returns = estimate_advantages(rewards.per_token, rollout.values, mask, args, turns=rollout.turns)
+    scale, values, normal = ValueScale(), rollout.values, rollout.values
+    if rollout.values is not None:
+        scale = _next_scale(rollout, rewards, mask, args)
+        # A fresh head's values are the mean of these returns, which 0 is in the new units.
+        fresh = rollout.value_scale is None
+        normal = keep(rollout.values if fresh else scale.normalize(rollout.values), mask)
+        values = keep(scale.denormalize(normal.to(rewards.per_token.dtype)), mask)
+    advantages, returns = estimate_advantages(rewards.per_token, values, mask, args, turns=rollout.turns)
     # grpo's are already divided by the spread of their own group.
     whiten = args.normalize_advantages and args.advantage_estimator != "grpo"
+    dtype = rollout.logprobs.dtype
     experience = Experience(
         logprobs=rollout.logprobs,
-        values=rollout.values,
-        advantages=masked_whiten(advantages, mask) if whiten else advantages,
-        returns=returns,
+        values=None if normal is None else normal.to(dtype),
+        # In units of the returns' spread, so that whitening's epsilon means the same for every reward.
+        advantages=(masked_whiten(advantages / scale.std, mask) if whiten else advantages).to(dtype),
+        returns=None if returns is None else keep(scale.normalize(returns), mask).to(dtype),
         mask=mask,
         weights=_importance_weights(rollout, args.importance_weight_cap),
         ref_logprobs=rollout.ref_logprobs,
         # Without an environment a response is one turn.
         turns=torch.zeros_like(mask, dtype=torch.long) if rollout.turns is None else rollout.turns,
     )
-    metrics = {**_rollout_metrics(rollout, rewards), **_estimate_metrics(rollout, experience, advantages, args)}
-    return Estimates(experience, advantages, rewards, metrics)
+    metrics = {
+        **_rollout_metrics(rollout, rewards),
+        **_estimate_metrics(rollout, experience, advantages, args),
+        **_value_metrics(values, returns, mask, scale, args),
+    }
+    return Estimates(experience, advantages, values, None if values is None else scale, rewards, metrics)
+
+
+def _next_scale(rollout: Rollout, rewards: Rewards, mask: Tensor, args: RLHFConfig) -> ValueScale:
+    """Return the critic's scale with this rollout's Monte Carlo returns, which do not depend on the critic."""
+    if not args.normalize_values:
+        return rollout.value_scale or ValueScale()
+    whole = dataclasses.replace(args, gae_lambda=1.0, gae_lambda_value=None, adaptive_lambda_alpha=None)
+    _, returns = estimate_advantages(
+        rewards.per_token, torch.zeros_like(rewards.per_token), mask, whole, turns=rollout.turns
+    )
+    assert returns is not None
+    # Where all scores are equal, what is left is the KL of a policy that has not moved: rounding, not a unit.
+    return update_value_scale(rollout.value_scale, returns, mask, min_std=rewards.kl_coef)
 
 
 def _rollout_metrics(rollout: Rollout, rewards: Rewards) -> dict[str, float]:
@@ -104,15 +138,11 @@ def _score_metrics(rollout: Rollout) -> dict[str, float]:
 def _estimate_metrics(
     rollout: Rollout, experience: Experience, advantages: Tensor, args: RolloutSettings
 ) -> dict[str, float]:
-    mask, returns, weights = experience.mask, experience.returns, experience.weights
+    mask, weights = experience.mask, experience.weights
     metrics = {
         "policy/entropy": float(masked_mean(rollout.entropy, mask)),
         "advantage/std": float(masked_var(advantages, mask).sqrt()),
     }
-    if rollout.values is not None and returns is not None:
-        metrics["value/explained_variance"] = float(explained_variance(rollout.values, returns, mask))
-        metrics["value/mean"] = float(masked_mean(rollout.values, mask))
-        metrics["value/return_mean"] = float(masked_mean(returns, mask))
     if rollout.cache_hit_fraction is not None:
         metrics["score/cache_hit_fraction"] = rollout.cache_hit_fraction
     if rollout.decode_gap is not None:
@@ -121,6 +151,22 @@ def _estimate_metrics(
         capped = weights >= (args.importance_weight_cap or 0.0)
         metrics["policy/importance_weight_mean"] = float(masked_mean(weights, mask))
         metrics["policy/importance_capped_fraction"] = float(masked_mean(capped.float(), mask))
+    return metrics
+
+
+def _value_metrics(
+    values: Tensor | None, returns: Tensor | None, mask: Tensor, scale: ValueScale, args: CriticSettings
+) -> dict[str, float]:
+    if values is None or returns is None:
+        return {}
+    metrics = {
+        "value/explained_variance": float(explained_variance(values, returns, mask)),
+        "value/mean": float(masked_mean(values, mask)),
+        "value/return_mean": float(masked_mean(returns, mask)),
+        "value/return_std": scale.std,
+    }
+    if args.clip_range_vf is not None:
+        metrics["value/clip_range"] = args.clip_range_vf * scale.std
     return metrics
 
 

@@ -24,14 +24,14 @@ def explain_rollout(state: TrainState, run: Run, rollout: Rollout) -> Explanatio
     args = run.args
     rewards = shape_rewards(rollout, args, state.kl_coef, state.score_statistics)
     estimates = estimate(rollout, rewards, args)
-    mask = estimates.experience.mask
-    baseline = torch.zeros_like(rollout.logprobs) if rollout.values is None else rollout.values
+    mask, values = estimates.experience.mask, estimates.values
+    baseline = torch.zeros_like(rollout.logprobs) if values is None else values
     next_values, last = next_decisions(baseline, mask)
     # Where a whole turn is one action, a token has no successor of its own.
-    by_token = rollout.values is not None and args.turn_credit == "token"
+    by_token = values is not None and args.turn_credit == "token"
     return explain_actions(
         rewards=rewards.per_token,
-        values=rollout.values,
+        values=values,
         next_values=next_values if by_token else None,
         terminated=last,
         truncated=torch.zeros_like(last),

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_ppo.config.rlhf import RLHFConfig
@@ -29,7 +28,7 @@ from rlhf_ppo.models.lora import refuse_prompt_learning
 from rlhf_ppo.models.policy_adapter import prepare_policy
 from rlhf_ppo.models.quantization import check_precision, load_quantized, load_reference
 from rlhf_ppo.models.reference import Reference
-from rlhf_ppo.models.value_head import load_value_head
+from rlhf_ppo.models.value_head import SavedHead, load_value_head
 from rlhf_ppo.rewards.functions import RewardFunction
 from rlhf_ppo.runtime.device import autocast
 from rlhf_ppo.runtime.seeding import seed_everything
@@ -55,8 +54,8 @@ class CriticStart(NamedTuple):
     """What the critic is, and what its value head starts from."""
 
     kind: CriticKind
-    head: dict[str, Tensor] | None
-    """Weight and bias loaded from ``value_head_from``."""
+    head: SavedHead | None
+    """Loaded from ``value_head_from``."""
 
 
 def check_models(

@@ -31,6 +31,7 @@ from rlhf_ppo.core.rewards import on_last_step
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.rewards.scoring import total_score
 from rlhf_ppo.rewards.validation import Score
+from rlhf_ppo.runtime.device import exact_dtype
 
 
 @dataclass
@@ -125,7 +126,7 @@ def shape_rewards(
     mask = rollout.mask & rollout.scored[:, None]
     shaped = shape_scores(rollout, mask, args, statistics if args.normalize_scores else None)
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator)
-    per_token = kl_penalized_rewards(shaped.rewards, kl, mask, kl_coef)
+    per_token = kl_penalized_rewards(shaped.rewards, kl.to(shaped.rewards.dtype), mask, kl_coef)
     return Rewards(per_token, mask, kl_coef, statistics, shaped.metrics)
 
 
@@ -154,7 +155,7 @@ def with_scores(rollout: Rollout, parts: dict[str, list[Score]], weights: Sequen
     token_scores = [w * token_parts[name] for w, name in zip(weights, parts, strict=True) if name in token_parts]
     return dataclasses.replace(
         rollout,
-        scores=torch.tensor(totals, dtype=torch.float32, device=device),
+        scores=torch.tensor(totals, dtype=exact_dtype(device), device=device),
         scored=scored,
         score_parts=score_parts,
         token_score_parts=token_parts,

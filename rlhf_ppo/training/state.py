@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_ppo.config.groups import CriticSettings
 from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.core import ValueScale
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.training.optimizer import critic_warmup_settings, make_optimizer
 from rlhf_ppo.training.rewards import ScoreStatistics
@@ -45,6 +46,8 @@ class TrainState:
     def start(cls, model: ActorCritic, args: RLHFConfig) -> Self:
         """Return the state before the first update."""
         optimizer, scheduler = make_optimizer(model, args)
+        if not args.normalize_values:
+            model.change_value_scale(ValueScale())
         return cls(model, optimizer, scheduler, args.kl_coef, args.clip_range, args.penalty_beta)
 
     def warms_up(self, args: CriticSettings) -> bool:

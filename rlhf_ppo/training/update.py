@@ -53,6 +53,7 @@ def update(state: TrainState, run: Run, rollout: Rollout, estimates: Estimates) 
         limit=1 if args.on_nonfinite == "stop" else args.max_skipped_steps,
         on_skip=lambda step: write_black_box(state, run, rollout, estimates, step),
     )
+    state.model.change_value_scale(estimates.value_scale)
     with train_critic_alone(state.model, on=warming_up):
         averages = _run_epochs(state, run, args, rollout, estimates, watch)
     state.consecutive_skips = watch.consecutive
@@ -121,7 +122,7 @@ def _update_metrics(
     state: TrainState, args: RLHFConfig, estimated: dict[str, float], averages: _Averages, watch: StepWatch
 ) -> dict[str, float]:
     losses = averages.losses.compute() if watch.steps else {"policy": 0.0, "value": 0.0, "kl": 0.0, "grad_norm": 0.0}
-    rates = state.scheduler.get_last_lr()
+    rates, scale = state.scheduler.get_last_lr(), state.model.value_scale
     return {
         "progress/iteration": state.iteration,
         "progress/episodes": state.episodes,
@@ -134,7 +135,8 @@ def _update_metrics(
         **({"kl/loss": losses["kl"]} if args.kl_loss_coef > 0 else {}),
         **({} if args.value_learning_rate is None else {"optim/value_learning_rate": float(rates[-1])}),
         "policy/loss": losses["policy"],
-        "value/loss": losses["value"],
+        # In the reward's units, like all that is reported about values.
+        "value/loss": losses["value"] * (1.0 if scale is None else scale.std**2),
         "optim/grad_norm": losses["grad_norm"],
         "optim/learning_rate": float(rates[0]),
         "optim/skipped_steps": watch.skipped,
