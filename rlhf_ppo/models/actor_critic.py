@@ -108,7 +108,7 @@ class ActorCritic(nn.Module):
 
     def in_reward_units(self, values: Tensor | None, mask: Tensor) -> Tensor | None:
         """Convert the head's values [*] to the reward's units, 0 outside ``mask``; a fresh head's are 0 everywhere."""
-        if values is None or self.value_scale is None:
+        if values is None or self.value_scale in (None, ValueScale()):
             return values
         return keep(self.value_scale.denormalize(values.to(exact_dtype(values.device))), mask)
 

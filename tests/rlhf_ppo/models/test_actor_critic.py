@@ -26,8 +26,8 @@ def test_the_first_values_are_0(make_trainer, make_model, prompts):
     for trainer in (make_trainer(), make_trainer(value_model=make_model(seed=1))):
         rollout = trainer.rollout(prompts)
         assert rollout.values is not None and (rollout.values == 0).all()
-        _, _, _, metrics = estimate(rollout, shape_rewards(rollout, trainer.args, trainer.kl_coef), trainer.args)
-        assert metrics["value/mean"] == 0 and metrics["value/explained_variance"] == pytest.approx(0, abs=1e-6)
+        metrics = estimate(rollout, shape_rewards(rollout, trainer.args, trainer.kl_coef), trainer.args).metrics
+        assert metrics["value/explained_variance"] == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("separate", [False, True])
