@@ -100,8 +100,8 @@ class PPOArgs:
     lr_schedule: Schedule | None = None
     """linear: the learning rate falls to 0 over total_timesteps; constant: it stays."""
     objective: Objective | None = None
-    """Policy loss: clip, penalty, adaptive_clip, dual_clip, cispo, a2c (no ratio) or reinforce (no ratio, no
-    baseline)."""
+    """Policy loss: clip, penalty, adaptive_clip, dual_clip, cispo, dis (actions outside the clip range, on either side,
+    are masked), a2c (no ratio) or reinforce (no ratio, no baseline)."""
     clip_range: float | None = None
     """Clip the ratio to 1 +- this (the initial value for adaptive_clip)."""
     clip_range_schedule: Schedule | None = None

@@ -92,7 +92,7 @@ def circles(graph: dict[str, set[str]]) -> list[set[str]]:
 
 def test_the_walk_sees_the_packages():
     assert len(FILES) > 100 and {"rlhf_ppo.trainer", "classic.ppo"} <= MODULES.keys()
-    assert "rlhf_ppo.core.kl" in GRAPH["rlhf_ppo.core.losses"]
+    assert "rlhf_ppo.core.kl" in GRAPH["rlhf_ppo.core.policy_losses"]
 
 
 def test_every_part_of_rlhf_ppo_has_a_level():

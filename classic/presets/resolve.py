@@ -48,7 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "max_grad_norm": 0.5,
 }
 
-FIXED_CLIP = ("clip", "dual_clip", "cispo")
+FIXED_CLIP = ("clip", "dual_clip", "cispo", "dis")
 """Objectives whose clip range no controller moves."""
 
 READ_BY = {

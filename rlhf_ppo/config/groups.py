@@ -95,6 +95,8 @@ class RewardSettings(Settings):
     """Penalty for a response that reaches max_new_tokens without a stop token, on the scale of the final scores."""
     missing_eos_mode: Literal["subtract", "replace"] = "subtract"
     """Subtract missing_eos_penalty from the score, or replace the score by minus the penalty."""
+    positive_score_above: float = 0.0
+    """With positive_loss_coef: responses whose score, before shaping, is above this are positive examples."""
     drop_nonfinite_scores: bool = False
     """Treat a NaN or infinite score as unscorable (and count it) instead of stopping."""
     cache_rewards: bool = False
@@ -231,6 +233,14 @@ class CriticSettings(Settings):
     value_learning_rate: float | None = None
     """Peak learning rate of the value head and of the critic's own trunk or adapter. None: 10 times learning_rate, but
     at most 1e-3; with an adapter learning_rate itself."""
+    critic_epochs: int | None = None
+    """Epochs per rollout for the critic, num_epochs or more; those beyond num_epochs train the critic alone, after the
+    others, and a shared trunk stays frozen in them. None: num_epochs."""
+    critic_minibatches: int | None = None
+    """Minibatches, each one optimizer step, per epoch that trains the critic alone. None: num_minibatches."""
+    critic_frozen: Literal["none", "attention", "trunk"] = "none"
+    """Parts of a separate critic (value_model) that stay as they are: nothing (none), its attention layers, or all but
+    the value head (trunk)."""
     critic_warmup_rollouts: int = 0
     """Rollouts at the start that train the critic alone, on Monte Carlo returns and without value clipping; a shared
     trunk stays frozen too. They count as episodes and optimizer steps; the policy's learning rate schedule starts
@@ -239,6 +249,7 @@ class CriticSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_at_least(0, "critic_warmup_rollouts", "value_learning_rate")
+        self._require_at_least(1, "critic_epochs", "critic_minibatches")
         if self.critic_warmup_rollouts and self.vf_coef == 0:
             raise ValueError(
                 f"critic_warmup_rollouts={self.critic_warmup_rollouts} trains the critic, but vf_coef=0 leaves it no "

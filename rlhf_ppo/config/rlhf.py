@@ -29,6 +29,7 @@ _FILTERS = (
 _OF_A_CRITIC = (
     *("vf_coef", "clip_range_vf", "gae_lambda", "gae_lambda_value", "adaptive_lambda_alpha", "critic"),
     *("value_head_from", "value_learning_rate", "critic_warmup_rollouts"),
+    *("critic_epochs", "critic_minibatches", "critic_frozen"),
 )
 """Settings of a critic, or of advantages that need one."""
 
@@ -112,6 +113,11 @@ class RLHFConfig(
             refuse_unread(self, f"{objective} does not bound the loss of bad actions", "dual_clip")
         if self.objective != "penalty":
             refuse_unread(self, f"{objective} has no KL penalty against the old policy", "penalty_beta")
+        if self.objective == "dis":
+            weighs = f"{objective} itself weighs each action by its ratio to the sampler's log-probs"
+            refuse_unread(self, weighs, "importance_weight_cap")
+        if self.positive_loss_coef == 0:
+            refuse_unread(self, "positive_loss_coef=0 imitates no response", "positive_score_above")
 
     def _check_critic(self) -> None:
         if not self.has_critic:
@@ -119,6 +125,7 @@ class RLHFConfig(
         elif self.vf_coef == 0:
             no_loss = "vf_coef=0 leaves the critic no loss"
             refuse_unread(self, no_loss, "clip_range_vf", "value_learning_rate", "gae_lambda_value")
+            refuse_unread(self, no_loss, "critic_epochs", "critic_minibatches", "critic_frozen")
             if self.value_head_from is None:
                 refuse_unread(self, "under vf_coef=0 its values stay 0, wherever they come from", "critic")
             if self.adaptive_lambda_alpha is not None:
@@ -127,6 +134,20 @@ class RLHFConfig(
         if self.adaptive_lambda_alpha is not None and self.gae_lambda_value is not None:
             both = f"adaptive_lambda_alpha={self.adaptive_lambda_alpha} and gae_lambda_value={self.gae_lambda_value}"
             refuse_unread(self, f"{both} replace it for the policy and for the critic", "gae_lambda")
+
+        if self.critic_epochs is not None and self.critic_epochs < self.num_epochs:
+            raise ValueError(
+                f"critic_epochs={self.critic_epochs} is below num_epochs={self.num_epochs}, in which policy and critic "
+                "learn together: raise the first or lower the second"
+            )
+        if self.critic_only_epochs == 0:
+            none = f"no epoch trains the critic alone (critic_epochs={self.critic_epochs})"
+            refuse_unread(self, none, "critic_minibatches")
+        elif self.rollout_batch_size % self.critic_only_minibatches:
+            raise ValueError(
+                f"rollout_batch_size={self.rollout_batch_size} does not divide into critic_minibatches="
+                f"{self.critic_only_minibatches} whole minibatches: change one of the two"
+            )
 
     def _check_estimator(self) -> None:
         if self.advantage_estimator in ("rloo", "grpo") and self.num_generations < 2:
@@ -166,6 +187,21 @@ class RLHFConfig(
         return math.ceil(self.total_episodes / self.rollout_batch_size)
 
     @property
+    def critic_only_epochs(self) -> int:
+        """Epochs per rollout that train the critic alone."""
+        return 0 if self.critic_epochs is None else self.critic_epochs - self.num_epochs
+
+    @property
+    def critic_only_minibatches(self) -> int:
+        """Minibatches of each of them."""
+        return self.num_minibatches if self.critic_minibatches is None else self.critic_minibatches
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Number of optimizer steps on a rollout, those of the critic alone included."""
+        return self.num_epochs * self.num_minibatches + self.critic_only_epochs * self.critic_only_minibatches
+
+    @property
     def num_optimizer_steps(self) -> int:
         """Number of optimizer steps in the run: rollouts x epochs x minibatches."""
-        return self.num_rollouts * self.num_epochs * self.num_minibatches
+        return self.num_rollouts * self.steps_per_rollout

@@ -14,19 +14,17 @@ if TYPE_CHECKING:
     from rlhf_ppo.core.kernels.linear_logprobs import linear_logprobs
     from rlhf_ppo.core.kl import kl_estimate, kl_from_logits
     from rlhf_ppo.core.logprobs import entropy_from_logits, token_logprobs
-    from rlhf_ppo.core.losses import (
-        aggregate_loss,
-        cispo_policy_loss,
-        clipped_policy_loss,
-        clipped_value_loss,
-        k2_loss,
-        loss_denominator,
-        penalty_policy_loss,
-        policy_gradient_loss,
-        ppo_loss,
-    )
+    from rlhf_ppo.core.losses import aggregate_loss, clipped_value_loss, loss_denominator, ppo_loss
     from rlhf_ppo.core.masked import masked_mean, masked_var, masked_whiten
     from rlhf_ppo.core.minibatches import minibatch_indices
+    from rlhf_ppo.core.policy_losses import (
+        cispo_policy_loss,
+        clipped_policy_loss,
+        dis_policy_loss,
+        k2_loss,
+        penalty_policy_loss,
+        policy_gradient_loss,
+    )
     from rlhf_ppo.core.ratios import pool_old_logprobs, probability_ratio, truncated_importance_weights
     from rlhf_ppo.core.rewards import kl_penalized_rewards
     from rlhf_ppo.core.types import Ban, BannedTokens, Experience, PolicyOutput, PPOLoss
@@ -48,6 +46,7 @@ __all__ = [
     "clipped_policy_loss",
     "clipped_value_loss",
     "compute_gae",
+    "dis_policy_loss",
     "dpo_loss",
     "entropy_from_logits",
     "explained_variance",
@@ -86,10 +85,11 @@ _NAMES = {
     "kernels.linear_logprobs": "linear_logprobs",
     "kl": "kl_estimate kl_from_logits",
     "logprobs": "entropy_from_logits token_logprobs",
-    "losses": "aggregate_loss cispo_policy_loss clipped_policy_loss clipped_value_loss k2_loss "
-    "loss_denominator penalty_policy_loss policy_gradient_loss ppo_loss",
+    "losses": "aggregate_loss clipped_value_loss loss_denominator ppo_loss",
     "masked": "masked_mean masked_var masked_whiten",
     "minibatches": "minibatch_indices",
+    "policy_losses": "cispo_policy_loss clipped_policy_loss dis_policy_loss k2_loss penalty_policy_loss "
+    "policy_gradient_loss",
     "ratios": "pool_old_logprobs probability_ratio truncated_importance_weights",
     "rewards": "kl_penalized_rewards",
     "types": "Ban BannedTokens Experience PolicyOutput PPOLoss",
@@ -99,7 +99,7 @@ _NAMES = {
 __getattr__ = lazy_names(
     __name__,
     {name: f"{__name__}.{home}" for home, names in _NAMES.items() for name in names.split()},
-    modules="advantages config diagnostics kl logprobs losses masked ratios types",
+    modules="advantages config diagnostics kl logprobs losses masked policy_losses ratios types",
 )
 
 

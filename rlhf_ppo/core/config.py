@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from rlhf_ppo.core.validation import Settings
 
-Objective = Literal["clip", "penalty", "adaptive_clip", "dual_clip", "cispo", "a2c", "reinforce"]
+Objective = Literal["clip", "penalty", "adaptive_clip", "dual_clip", "cispo", "dis", "a2c", "reinforce"]
 RatioLevel = Literal["token", "turn", "sequence"]
 KLLoss = Literal["k2", "exact"]
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
@@ -24,8 +24,9 @@ class PPOConfig(Settings):
 
     objective: Objective = "clip"
     """Policy loss: clip (PPO), penalty (adaptive KL penalty), adaptive_clip (clip range follows the KL),
-    dual_clip (bounds the loss of bad actions), cispo (the ratio is a capped weight, so no gradient is lost), a2c (no
-    ratio) or reinforce (no ratio, no critic)."""
+    dual_clip (bounds the loss of bad actions), cispo (the ratio is a capped weight, so no gradient is lost), dis (the
+    ratio to the sampler's own log-probs is a weight, and actions outside the clip range, on either side, are masked),
+    a2c (no ratio) or reinforce (no ratio, no critic)."""
     clip_range: float = 0.2
     """Ratios are clipped to 1 +- this (adaptive_clip: the initial value)."""
     clip_range_high: float | None = None
@@ -46,6 +47,9 @@ class PPOConfig(Settings):
     """Coefficient of the KL to the reference as a loss term, in addition to the KL penalty in the rewards."""
     kl_loss: KLLoss = "k2"
     """Its form: k2 (from the sampled actions; in expectation the exact KL's gradient) or exact (whole vocabulary)."""
+    positive_loss_coef: float = 0.0
+    """Coefficient of the negative log-likelihood of positive examples (language models: responses with a score above
+    positive_score_above) as a loss term."""
     loss_aggregation: Aggregation = "token_mean"
     """How per-action losses are aggregated: token_mean, sequence_mean or sequence_sum."""
     gamma: float = 0.99
@@ -67,7 +71,7 @@ class PPOConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("clip_range", "max_grad_norm", "clip_range_high", "clip_range_vf", "target_kl")
-        self._require_at_least(0, "vf_coef", "ent_coef", "kl_loss_coef", "penalty_beta")
+        self._require_at_least(0, "vf_coef", "ent_coef", "kl_loss_coef", "positive_loss_coef", "penalty_beta")
         self._require_between(0, 1, "gamma", "gae_lambda")
         self._require_at_least(1, "num_epochs", "num_minibatches")
         self._require("above 1", lambda value: value > 1, "dual_clip")
@@ -75,8 +79,8 @@ class PPOConfig(Settings):
             raise ValueError("objective='adaptive_clip' moves one symmetric clip_range; remove clip_range_high")
         if self.ratio_level != "token" and self.objective in ("penalty", "a2c", "reinforce"):
             raise ValueError(
-                f"ratio_level={self.ratio_level!r} pools the ratio that clip, adaptive_clip, dual_clip and cispo "
-                f"bound, but objective={self.objective!r} bounds none: change one of the two"
+                f"ratio_level={self.ratio_level!r} pools the ratio that clip, adaptive_clip, dual_clip, cispo and "
+                f"dis bound, but objective={self.objective!r} bounds none: change one of the two"
             )
         if self.kl_loss != "k2" and self.kl_loss_coef == 0:
             raise ValueError(f"kl_loss={self.kl_loss!r} has the weight kl_loss_coef=0: set kl_loss_coef above 0")

@@ -45,7 +45,8 @@ def ppo_diagnostics(new: PolicyOutput, old: Experience, config: PPOConfig | None
     Returns:
         Scalars: approx_kl (nats per action, k3 of old against new), clip_fraction (share of actions whose gradient
         the clip removed: A > 0 with r > 1 + eps_high, or A < 0 with r < 1 - eps; cispo: whose weight r was capped at
-        1 + eps_high), out_of_range_fraction (r outside the band whatever A's sign), ratio_mean, max_abs_log_ratio
+        1 + eps_high; dis: with r outside the band, where r is to the sampler's log-probs), out_of_range_fraction (r
+        outside the band whatever A's sign), ratio_mean, max_abs_log_ratio
         (nats), overflow_fraction (|log r| beyond 20, where it is clamped), and entropy (nats) when it was computed.
         r is pooled by ``config.ratio_level``; approx_kl and max_abs_log_ratio are per action.
     Raises:
@@ -61,10 +62,16 @@ def ppo_diagnostics(new: PolicyOutput, old: Experience, config: PPOConfig | None
     dtype = compute_dtype(new.logprobs)
     logprobs, old_logprobs, advantages = (keep(x.to(dtype), mask) for x in (new.logprobs, old.logprobs, old.advantages))
     log_ratio = logprobs - old_logprobs
-    pooled = pool_old_logprobs(logprobs, old_logprobs, mask, level=config.ratio_level, turns=old.turns)
+    compared = keep(old.compared_logprobs(config).to(dtype), mask)
+    pooled = pool_old_logprobs(logprobs, compared, mask, level=config.ratio_level, turns=old.turns)
     ratio = probability_ratio(logprobs, pooled)
     above, below = ratio > 1 + high, ratio < 1 - config.clip_range
-    killed = above if config.objective == "cispo" else ((advantages > 0) & above) | ((advantages < 0) & below)
+    if config.objective == "cispo":
+        killed = above
+    elif config.objective == "dis":
+        killed = above | below
+    else:
+        killed = ((advantages > 0) & above) | ((advantages < 0) & below)
 
     def share(flags: Tensor) -> Tensor:
         return masked_mean(flags.to(dtype), mask)

@@ -1,14 +1,14 @@
-"""Losses: PPO's policy objectives, the value loss, and their sum as one scalar."""
+"""Losses: the value loss, how losses per action are aggregated, and the sum of all of them as one scalar."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from rlhf_ppo.core.config import AGGREGATIONS, OBJECTIVES, PPOConfig
-from rlhf_ppo.core.kl import kl_estimate
+from rlhf_ppo.core.config import AGGREGATIONS, PPOConfig
 from rlhf_ppo.core.masked import keep
-from rlhf_ppo.core.ratios import pool_old_logprobs, probability_ratio
+from rlhf_ppo.core.policy_losses import k2_loss, policy_loss
+from rlhf_ppo.core.ratios import pool_old_logprobs
 from rlhf_ppo.core.types import (
     Experience,
     PolicyOutput,
@@ -18,107 +18,6 @@ from rlhf_ppo.core.types import (
     require_same_shape,
     result_dtype,
 )
-
-
-def clipped_policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    *,
-    clip_range: float = 0.2,
-    clip_range_high: float | None = None,
-    dual_clip: float | None = None,
-) -> Tensor:
-    """Compute PPO's clipped surrogate, negated: ``max(-r * A, -clip(r, 1 - eps, 1 + eps_high) * A)``, r = new / old.
-
-    Only two cases lose their gradient: A > 0 with r > 1 + eps_high, and A < 0 with r < 1 - eps.
-
-    Args:
-        logprobs: [*] current log-probs, with gradients.
-        old_logprobs: [*] log-probs at rollout.
-        advantages: [*] advantages.
-        clip_range: eps.
-        clip_range_high: upper eps when it differs ("clip-higher").
-        dual_clip: c > 1: where A < 0 the loss is at most -c * A.
-    Returns:
-        [*] loss per action, to be minimised.
-    Raises:
-        ValueError: shapes differ, or a range is out of bounds.
-    Source: Schulman et al. (2017), equation 7; Ye et al., "Mastering Complex Control in MOBA Games" (2020), equation 6.
-    """
-    require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
-    high = clip_range if clip_range_high is None else clip_range_high
-    if clip_range < 0 or high < 0:
-        raise ValueError(f"clip ranges must not be negative, got clip_range={clip_range}, clip_range_high={high}")
-    if dual_clip is not None and dual_clip <= 1:
-        raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
-    dtype = compute_dtype(logprobs)
-    a = advantages.to(dtype)
-    ratio = probability_ratio(logprobs.to(dtype), old_logprobs.to(dtype))
-    loss = torch.maximum(-ratio * a, -ratio.clamp(1 - clip_range, 1 + high) * a)
-    if dual_clip is not None:
-        loss = torch.where(a < 0, torch.minimum(loss, -dual_clip * a), loss)
-    return loss.to(result_dtype(logprobs))
-
-
-def cispo_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_range_high: float) -> Tensor:
-    """Compute CISPO's objective, negated: ``-sg(min(r, 1 + eps_high)) * A * log pi``.
-
-    The ratio is a capped weight without a gradient. Every action keeps its gradient, where the clipped surrogate drops
-    those it clips. There is no lower bound: raising a small ratio to 1 - eps would overweight the very actions that the
-    policy has left, and the paper sets none.
-
-    Shapes and errors are those of :func:`clipped_policy_loss`. Source: MiniMax, "MiniMax-M1" (2025), equations 4 and 5.
-    """
-    require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
-    if clip_range_high < 0:
-        raise ValueError(f"clip_range_high must not be negative, got {clip_range_high}")
-    dtype = compute_dtype(logprobs)
-    new = logprobs.to(dtype)
-    weight = probability_ratio(new, old_logprobs.to(dtype)).clamp(max=1 + clip_range_high).detach()
-    return (-weight * advantages.to(dtype) * new).to(result_dtype(logprobs))
-
-
-def penalty_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, beta: float) -> Tensor:
-    """Compute PPO-Penalty's objective, negated: ``-r * A + beta * KL(old || new)``.
-
-    The KL is estimated from the old policy's own actions by ``(r - 1) - log r``, which is never negative and whose
-    gradient is unbiased here, because the actions were drawn from the fixed old policy.
-
-    Shapes and errors are those of :func:`clipped_policy_loss`. Source: Schulman et al. (2017), equation 8.
-    """
-    require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
-    dtype = compute_dtype(logprobs)
-    new, old = logprobs.to(dtype), old_logprobs.to(dtype)
-    loss = -probability_ratio(new, old) * advantages.to(dtype) + beta * kl_estimate(old, new, "k3")
-    return loss.to(result_dtype(logprobs))
-
-
-def policy_gradient_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
-    """Compute ``-log pi(a|s) * A`` per action [*]: A2C's loss, and REINFORCE's when A is the Monte Carlo return.
-
-    Source: Williams (1992); Mnih et al., "Asynchronous Methods for Deep Reinforcement Learning" (2016).
-    """
-    require_same_shape(logprobs=logprobs, advantages=advantages)
-    dtype = compute_dtype(logprobs)
-    return (-logprobs.to(dtype) * advantages.to(dtype)).to(result_dtype(logprobs))
-
-
-def k2_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Compute ``sg(r) * 0.5 * (log pi - log pi_ref)^2`` per action [*].
-
-    In expectation its gradient is that of KL(pi || pi_ref).
-
-    The actions were drawn from the old policy; r = new / old makes the expectation the current one's. At the first step
-    of an update r is 1. As losses, k1 has no gradient in expectation, and k3 that of the reverse KL.
-
-    Shapes and errors are those of :func:`clipped_policy_loss`. Source: Tang and Munos, "On a few pitfalls in KL
-    divergence gradient estimation for RL" (2025).
-    """
-    require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
-    dtype = compute_dtype(logprobs)
-    ratio = probability_ratio(logprobs.to(dtype), old_logprobs.to(dtype)).detach()
-    return (ratio * kl_estimate(logprobs.to(dtype), ref_logprobs.to(dtype), "k2")).to(result_dtype(logprobs))
 
 
 def clipped_value_loss(
@@ -207,15 +106,21 @@ def _check_mode(mode: str, like: Tensor) -> None:
 
 
 def ppo_loss(
-    new: PolicyOutput, old: Experience, config: PPOConfig, *, denominator: float | Tensor | None = None
+    new: PolicyOutput,
+    old: Experience,
+    config: PPOConfig,
+    *,
+    denominator: float | Tensor | None = None,
+    positive_denominator: float | Tensor | None = None,
 ) -> PPOLoss:
-    """Compute the loss ``policy + vf_coef * value - ent_coef * entropy + kl_loss_coef * kl``.
+    """Compute ``policy + vf_coef * value - ent_coef * entropy + kl_loss_coef * kl + positive_loss_coef * positive``.
 
     Args:
         new: the current policy on the recorded actions, [*].
         old: the recorded facts, [*]; nothing outside ``old.mask`` is read.
         config: objective, clip ranges, coefficients and loss aggregation.
         denominator: see :func:`aggregate_loss`.
+        positive_denominator: likewise, of the mask ``old.mask & old.positive``.
     Raises:
         ValueError: shapes differ, the objective is unknown, or something that the config asks for is missing.
     """
@@ -231,6 +136,8 @@ def ppo_loss(
         weights=old.weights,
         ref_logprobs=old.ref_logprobs,
         turns=old.turns,
+        sampled_logprobs=old.sampled_logprobs,
+        positive=old.positive,
         mask=old.mask,
     )
     require_bool(mask=old.mask)
@@ -242,55 +149,59 @@ def ppo_loss(
     # Masked inputs are replaced before anything is computed: where() on results would still back-propagate their NaN.
     logprobs, old_logprobs, advantages = (keep(x, mask) for x in (new.logprobs, old.logprobs, old.advantages))
     weights = None if old.weights is None else keep(old.weights, mask)
-    pooled = pool_old_logprobs(logprobs, old_logprobs, mask, level=config.ratio_level, turns=old.turns)
-    policy = aggregate(_weighted(_policy_loss(logprobs, pooled, advantages, config), weights))
-    value = entropy = kl = torch.zeros_like(policy)
+    compared = keep(old.compared_logprobs(config), mask)
+    pooled = pool_old_logprobs(logprobs, compared, mask, level=config.ratio_level, turns=old.turns)
+    policy = aggregate(_weighted(policy_loss(logprobs, pooled, advantages, config), weights))
+    value = entropy = kl = positive = torch.zeros_like(policy)
     if new.values is not None and config.objective != "reinforce":
-        if old.returns is None:
-            raise ValueError("new.values are given but old.returns is None: the critic has nothing to learn from")
-        old_values = None if old.values is None else keep(old.values, mask)
-        value = aggregate(
-            clipped_value_loss(
-                keep(new.values, mask), old_values, keep(old.returns, mask), clip_range=config.clip_range_vf
-            )
-        )
+        value = aggregate(_value_loss(new.values, old, config))
     if new.entropy is not None:
         entropy = aggregate(keep(new.entropy, mask))
     elif config.ent_coef != 0:
         raise ValueError(f"ent_coef={config.ent_coef} needs new.entropy, which is None")
     if config.kl_loss_coef != 0:
-        if config.kl_loss == "exact":
-            if new.kl is None:
-                raise ValueError(f"kl_loss='exact' with kl_loss_coef={config.kl_loss_coef} needs new.kl, which is None")
-            kl = aggregate(keep(new.kl, mask))
-        else:
-            if old.ref_logprobs is None:
-                raise ValueError(f"kl_loss_coef={config.kl_loss_coef} needs old.ref_logprobs, which is None")
-            per_action = k2_loss(logprobs, old_logprobs, keep(old.ref_logprobs, mask))
-            kl = aggregate(_weighted(per_action, weights))
+        kl = aggregate(_kl_loss(new, old, logprobs, old_logprobs, weights, config))
+    if config.positive_loss_coef != 0:
+        if denominator is not None and positive_denominator is None:
+            raise ValueError("denominator is given, positive_denominator is not: parts would not sum to the whole")
+        examples = _positive_actions(old, config)
+        positive = aggregate_loss(-logprobs, examples, config.loss_aggregation, denominator=positive_denominator)
     total = policy + config.vf_coef * value - config.ent_coef * entropy + config.kl_loss_coef * kl
-    return PPOLoss(total=total, policy=policy, value=value, entropy=entropy, kl=kl)
+    if config.positive_loss_coef != 0:
+        total = total + config.positive_loss_coef * positive
+    return PPOLoss(total=total, policy=policy, value=value, entropy=entropy, kl=kl, positive=positive)
+
+
+def _value_loss(values: Tensor, old: Experience, config: PPOConfig) -> Tensor:
+    if old.returns is None:
+        raise ValueError("new.values are given but old.returns is None: the critic has nothing to learn from")
+    old_values, returns = None if old.values is None else keep(old.values, old.mask), keep(old.returns, old.mask)
+    return clipped_value_loss(keep(values, old.mask), old_values, returns, clip_range=config.clip_range_vf)
+
+
+def _kl_loss(
+    new: PolicyOutput,
+    old: Experience,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    weights: Tensor | None,
+    config: PPOConfig,
+) -> Tensor:
+    if config.kl_loss == "exact":
+        if new.kl is None:
+            raise ValueError(f"kl_loss='exact' with kl_loss_coef={config.kl_loss_coef} needs new.kl, which is None")
+        return keep(new.kl, old.mask)
+    if old.ref_logprobs is None:
+        raise ValueError(f"kl_loss_coef={config.kl_loss_coef} needs old.ref_logprobs, which is None")
+    return _weighted(k2_loss(logprobs, old_logprobs, keep(old.ref_logprobs, old.mask)), weights)
+
+
+def _positive_actions(old: Experience, config: PPOConfig) -> Tensor:
+    if old.positive is None:
+        raise ValueError(f"positive_loss_coef={config.positive_loss_coef} needs old.positive, which is None")
+    require_bool(positive=old.positive)
+    return old.mask & old.positive
 
 
 def _weighted(loss: Tensor, weights: Tensor | None) -> Tensor:
     return loss if weights is None else loss * weights.to(loss.dtype)
-
-
-def _policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, config: PPOConfig) -> Tensor:
-    if config.objective in ("clip", "adaptive_clip", "dual_clip"):
-        return clipped_policy_loss(
-            logprobs,
-            old_logprobs,
-            advantages,
-            clip_range=config.clip_range,
-            clip_range_high=config.clip_range_high,
-            dual_clip=config.dual_clip if config.objective == "dual_clip" else None,
-        )
-    if config.objective == "cispo":
-        high = config.clip_range if config.clip_range_high is None else config.clip_range_high
-        return cispo_policy_loss(logprobs, old_logprobs, advantages, clip_range_high=high)
-    if config.objective == "penalty":
-        return penalty_policy_loss(logprobs, old_logprobs, advantages, beta=config.penalty_beta)
-    if config.objective in ("a2c", "reinforce"):
-        return policy_gradient_loss(logprobs, advantages)
-    raise ValueError(f"unknown objective {config.objective!r}; known: {', '.join(OBJECTIVES)}")

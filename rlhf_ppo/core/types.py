@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from rlhf_ppo.core.config import PPOConfig
+
 
 @dataclass(frozen=True)
 class PolicyOutput:
@@ -44,6 +46,14 @@ class Experience:
     """[*] log-probs under the frozen reference, or None when no loss needs them."""
     turns: Tensor | None = None
     """[*] long, the index of the turn that each action belongs to, or None when no ratio is pooled over turns."""
+    sampled_logprobs: Tensor | None = None
+    """[*] log-probs as the sampler recorded them, for objective dis, or None: ``logprobs`` are the sampler's."""
+    positive: Tensor | None = None
+    """[*] bool, True on the actions of positive examples, or None when no loss imitates them."""
+
+    def compared_logprobs(self, config: PPOConfig) -> Tensor:
+        """Return what the objective's ratio compares with: the old policy's log-probs, or under dis the sampler's."""
+        return self.logprobs if self.sampled_logprobs is None or config.objective != "dis" else self.sampled_logprobs
 
     def __getitem__(self, rows: Tensor | list[int] | slice | tuple[slice, ...]) -> Experience:
         whole = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -56,7 +66,7 @@ class PPOLoss:
     """Scalar losses of one minibatch; ``total`` is the one to minimise."""
 
     total: Tensor
-    """policy + vf_coef * value - ent_coef * entropy + kl_loss_coef * kl."""
+    """policy + vf_coef * value - ent_coef * entropy + kl_loss_coef * kl + positive_loss_coef * positive."""
     policy: Tensor
     """The policy objective, negated."""
     value: Tensor
@@ -65,6 +75,8 @@ class PPOLoss:
     """Mean entropy in nats (a bonus, so larger is better); 0 when it was not computed."""
     kl: Tensor = field(default_factory=lambda: torch.zeros(()))
     """The KL to the reference as a loss term; 0 when kl_loss_coef is."""
+    positive: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """Negative log-likelihood of the positive examples; 0 when positive_loss_coef is."""
 
 
 class BannedTokens(NamedTuple):

@@ -82,6 +82,10 @@ class ActorCritic(nn.Module):
         """Return the parameters that the optimizer updates."""
         return [p for p in self.parameters() if p.requires_grad]
 
+    def saved_parameters(self) -> dict[str, nn.Parameter]:
+        """Return by name what a checkpoint holds: what is trained, and frozen parts of a separate critic."""
+        return {n: p for n, p in self.named_parameters() if p.requires_grad or n.startswith("value_trunk.")}
+
     def critic_parameters(self) -> list[nn.Parameter]:
         """Return those that only the value loss trains: value head, and separate trunk or the critic's adapter."""
         own = [p for part in (self.value_head, self.value_trunk) if part is not None for p in part.parameters()]
@@ -132,6 +136,11 @@ class ActorCritic(nn.Module):
         else:
             return None
         return place(self._value(states), sequences.mask)
+
+    def head_values(self, sequences: Sequences) -> Tensor:
+        """Compute the head's values [B, T] alone, without log-probs, 0 outside the mask."""
+        values = self.separate_values(sequences)
+        return place(self._value(self.runner.hidden(sequences)), sequences.mask) if values is None else values
 
     def forward(
         self,
@@ -203,6 +212,11 @@ def choose_critic(args: RLHFConfig, *, value_model: Any, has_adapter: bool) -> C
         )
     if kind != "separate" and value_model is not None:
         raise ValueError(f"critic={kind!r} uses the policy's own model, but a value_model is given: drop one of them")
+    if kind != "separate" and args.critic_frozen != "none":
+        raise ValueError(
+            f"critic_frozen={args.critic_frozen!r} is about a critic with a trunk of its own, but critic={kind!r} uses "
+            "the policy's: give a value_model, or drop critic_frozen"
+        )
     if kind == "adapter" and not has_adapter:
         raise ValueError(
             "critic='adapter' is a second adapter on the policy's base, so it needs peft_config (lora_rank on the "

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from rlhf_ppo.config.commands import ReplayArgs
@@ -22,6 +22,7 @@ from rlhf_ppo.models.activation_memory import checkpoint_layers
 from rlhf_ppo.models.actor_critic import ActorCritic, build_actor_critic
 from rlhf_ppo.models.compare import OBJECT
 from rlhf_ppo.models.forward_checks import check_forward
+from rlhf_ppo.models.frozen_critic import freeze_critic
 from rlhf_ppo.models.loading import BASE_FOLDER, REFERENCE_FOLDER, load_policy, resolve_model
 from rlhf_ppo.models.lora import with_current_names
 from rlhf_ppo.models.policy_adapter import prepare_policy
@@ -30,7 +31,7 @@ from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.runtime.device import resolve_device
 from rlhf_ppo.runtime.processes import torch_threads
 from rlhf_ppo.training.black_box import BlackBox, read_black_box
-from rlhf_ppo.training.gradients import clear_gradients, minibatch_gradient
+from rlhf_ppo.training.gradients import clear_gradients, critic_gradient, minibatch_gradient
 from rlhf_ppo.training.optimizer import train_critic_alone
 from rlhf_ppo.training.stability import nonfinite_parameters, spoil_gradient
 
@@ -67,7 +68,7 @@ def replay(args: ReplayArgs) -> Replay:
     device = resolve_device(args.device or box.device)
     model, reference = _build(box, args.model, device)
     box = _on_device(box, device)
-    alone = train_critic_alone(model, on=box.warming_up)
+    alone = train_critic_alone(model, on=box.warming_up or box.critic_alone)
     with torch_threads(args.num_threads or box.objective.num_threads, model), alone:
         findings = [f"weight {name}" for name in nonfinite_parameters(model)] + _nonfinite_records(box)
         findings += [f"{name} = {x} of the rollout" for name, x in box.estimates.items()]
@@ -90,9 +91,12 @@ def _gradient(
 ) -> tuple[dict[str, float], list[str]]:
     """Compute losses and gradient norm, and the names of the parameters whose gradient is non-finite."""
     clear_gradients(model)
-    _, losses = minibatch_gradient(
-        model, box.rollout, box.old, passes, box.objective, bf16=box.bf16, reference=reference
-    )
+    if box.critic_alone:
+        losses = critic_gradient(model, box.rollout, box.old, passes, box.objective, bf16=box.bf16)
+    else:
+        _, losses = minibatch_gradient(
+            model, box.rollout, box.old, passes, box.objective, bf16=box.bf16, reference=reference
+        )
     named = [(name, p) for name, p in model.named_parameters() if p.grad is not None and p.requires_grad]
     broken = [name for name, p in named if not torch.isfinite(p.grad).all()]  # pyright: ignore[reportArgumentType]
     # From here on as in the update.
@@ -176,6 +180,7 @@ def _build(box: BlackBox, name: str | None, device: torch.device) -> tuple[Actor
     if models["critic_config"] is not None:
         config = AutoConfig.for_model(**models["critic_config"])
         trunk = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False).requires_grad_(True)
+        freeze_critic(trunk, box.objective.critic_frozen)
     model = build_actor_critic(policy, models["critic"], trunk=trunk, head=None, head_from=None).to(device)
     if reference is not None and reference.model is not None:
         reference.model.to(device)
@@ -229,13 +234,13 @@ def _adapter_config(facts: Mapping[str, Any]) -> Any:
         return PeftConfig.from_pretrained(folder)
 
 
-def _restore(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy the box's weights into the trainable parameters.
+def _restore(model: ActorCritic, weights: Mapping[str, Tensor]) -> None:
+    """Copy the box's weights into the model.
 
     Raises:
         ValueError: their names or shapes differ.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = model.saved_parameters()
     weights = with_current_names(weights, parameters)
     if {n: p.shape for n, p in parameters.items()} != {n: w.shape for n, w in weights.items()}:
         different = sorted(set(parameters) ^ set(weights))[:3] or "shapes"

@@ -123,7 +123,7 @@ def becomes(setting: str, value: Any) -> Move:
     return Move(setting, f"`{setting}` {value}, if it is off", lambda now: None if now else value)
 
 
-CLIPPING = ("clip", "adaptive_clip", "dual_clip", "cispo")
+CLIPPING = ("clip", "adaptive_clip", "dual_clip", "cispo", "dis")
 """Objectives that read clip_range."""
 
 _SCALED = (becomes("normalize_rewards", True), becomes("normalize_scores", True))

@@ -107,7 +107,8 @@ def explain_actions(
         labels: [B][T] what each action was.
     """
     alive = _gradient(new_logprobs, old, config) != 0
-    pooled = pool_old_logprobs(new_logprobs, old.logprobs, old.mask, level=config.ratio_level, turns=old.turns)
+    compared = old.compared_logprobs(config)
+    pooled = pool_old_logprobs(new_logprobs, compared, old.mask, level=config.ratio_level, turns=old.turns)
     ratio = probability_ratio(new_logprobs, pooled)
     above, below = _outside(ratio, config)
     delta = None
@@ -134,7 +135,7 @@ def explain_actions(
 def _gradient(new_logprobs: Tensor, old: Experience, config: PPOConfig) -> Tensor:
     """Compute the gradient [B, T] of the core's policy loss alone with respect to each log-prob."""
     leaf = new_logprobs.detach().clone().requires_grad_()
-    policy_alone = replace(config, ent_coef=0.0, kl_loss_coef=0.0, kl_loss="k2")
+    policy_alone = replace(config, ent_coef=0.0, kl_loss_coef=0.0, kl_loss="k2", positive_loss_coef=0.0)
     with torch.enable_grad():
         loss = ppo_loss(PolicyOutput(leaf), replace(old, values=None, returns=None), policy_alone)
         (gradient,) = torch.autograd.grad(loss.policy, leaf)

@@ -18,6 +18,7 @@ METRICS: dict[str, str] = {
     "score/std": "Standard deviation of the scores over the rollout.",
     "score/unscored_fraction": "Share of responses whose score was None, or non-finite and dropped.",
     "score/part/*": "Mean score of one reward function, before its weight; * is the function's name.",
+    "score/positive_fraction": "With positive_loss_coef: share of responses with a score above positive_score_above.",
     "score/shaped_mean": "Mean score after normalisation, clipping and penalties, as the policy learns from it.",
     "score/shaped_std": "Standard deviation of those scores.",
     "score/clipped_fraction": "Share of responses whose score was clipped by score_clip.",
@@ -36,9 +37,11 @@ METRICS: dict[str, str] = {
     "episode/length_mean": "Mean length in steps of the last 100 finished training episodes.",
     "episode/count": "Number of training episodes finished so far.",
     "policy/loss": "Policy loss, mean over the update.",
+    "policy/positive_loss": "Negative log-likelihood of the positive examples (with positive_loss_coef), in nats per token, "
+    "before its coefficient.",
     "policy/approx_kl": "KL(old || new) in nats per action, estimated by k3: (r - 1) - log r.",
     "policy/clip_fraction": "Share of actions whose gradient the clip removed: A > 0 with r > 1 + eps_high, or A < 0 with r < 1 - eps "
-    "(cispo: whose weight r was capped). "
+    "(cispo: whose weight r was capped; dis: with r, to the sampler's log-probs, outside the range). "
     "Typically 0.01 to 0.3; lower: small steps or a small learning rate; higher: updates too large for their rollout.",
     "policy/out_of_range_fraction": "Share of actions with a ratio outside the clip range, whatever the sign of A.",
     "policy/ratio_mean": "Mean probability ratio new/old; should stay close to 1.",

@@ -51,11 +51,13 @@ class BlackBox:
     passes: list[list[int]]
     """The minibatch's rows, grouped into microbatches."""
     weights: dict[str, Tensor]
-    """Those that the optimizer updates, before the step."""
+    """Those that the optimizer updates, before the step, and frozen parts of a separate critic."""
     objective: RLHFConfig
     """The settings of that update."""
     warming_up: bool
     """Whether the critic alone was trained."""
+    critic_alone: bool
+    """Whether the step was one of the critic's own, after the policy's epochs."""
     bf16: bool
     device: str
     models: dict[str, Any]
@@ -82,7 +84,9 @@ def write_black_box(state: TrainState, run: Run, rollout: Rollout, estimates: Es
     folder = run.folder.path / f"blackbox-{number}"
     if folder.exists() or len(list(run.folder.path.glob("blackbox-*"))) >= MAX_BLACK_BOXES:
         return None
+    # A critic that trains alone has frozen the policy for a while.
     moved = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
+    moved |= {id(p) for p in state.model.saved_parameters().values()}
     moments = state.optimizer.state_dict()["state"]
     facts = {  # keys are those of earlier versions, whose black boxes replay, too
         "step": step.number,
@@ -90,6 +94,7 @@ def write_black_box(state: TrainState, run: Run, rollout: Rollout, estimates: Es
         "estimates": estimates.nonfinite,
         "numbers": {name: float(x) for name, x in step.numbers.items()},
         "warming_up": state.warms_up(run.args),
+        "critic_alone": step.critic_alone,
         "objective": dataclasses.asdict(state.effective_settings(run.args)),
         "kl_coef": state.kl_coef,
         "generators": {"seed": run.args.seed, "rollout": state.rollouts_made, "shuffle": state.iteration},
@@ -186,6 +191,7 @@ def read_black_box(folder: str | Path) -> BlackBox:
         weights=box.tensors["trainable"],
         objective=_settings(state["objective"]),
         warming_up=state["warming_up"],
+        critic_alone=state.get("critic_alone", False),
         bf16=state["bf16"],
         device=state["device"],
         models=state["models"],

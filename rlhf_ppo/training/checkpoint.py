@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_ppo.config.name_hints import REMOVED
 from rlhf_ppo.config.rlhf import RLHFConfig
@@ -71,7 +71,7 @@ def save_checkpoint(state: TrainState, run: Run, boundary: Boundary | None = Non
         run.folder.path,
         state.iteration,
         tensors={
-            "trainable": _trainable(state.model),
+            "trainable": state.model.saved_parameters(),
             "optimizer": _moments(state),
             "rng": boundary.rng,
         },
@@ -144,10 +144,6 @@ def _settings(args: RLHFConfig) -> dict[str, Any]:
     return {field.name: getattr(args, field.name) for field in dataclasses.fields(RLHFConfig)}
 
 
-def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
 def _optimizer_names(state: TrainState) -> list[str]:
     """Return the names of the optimizer's parameters, in its order."""
     names = {id(p): name for name, p in state.model.named_parameters()}
@@ -161,7 +157,7 @@ def _moments(state: TrainState) -> dict[str, Tensor]:
 
 
 def _load_weights(state: TrainState, checkpoint: Checkpoint) -> None:
-    parameters = _trainable(state.model)
+    parameters = state.model.saved_parameters()
     weights = with_current_names(checkpoint.tensors["trainable"], parameters)
     if {n: p.shape for n, p in parameters.items()} != {n: w.shape for n, w in weights.items()}:
         different = sorted(set(parameters) ^ set(weights)) or "shapes"

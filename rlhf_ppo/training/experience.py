@@ -82,6 +82,8 @@ def estimate(rollout: Rollout, rewards: Rewards, args: RLHFConfig) -> Estimates:
         ref_logprobs=rollout.ref_logprobs,
         # Without an environment a response is one turn.
         turns=torch.zeros_like(mask, dtype=torch.long) if rollout.turns is None else rollout.turns,
+        sampled_logprobs=rollout.sampled_logprobs if args.objective == "dis" else None,
+        positive=_positive_examples(rollout, args),
     )
     metrics = {
         **_rollout_metrics(rollout, rewards),
@@ -143,6 +145,8 @@ def _estimate_metrics(
         "policy/entropy": float(masked_mean(rollout.entropy, mask)),
         "advantage/std": float(masked_var(advantages, mask).sqrt()),
     }
+    if experience.positive is not None and rollout.scored is not None:
+        metrics["score/positive_fraction"] = float(experience.positive.any(dim=1).sum() / rollout.scored.sum())
     if rollout.cache_hit_fraction is not None:
         metrics["score/cache_hit_fraction"] = rollout.cache_hit_fraction
     if rollout.decode_gap is not None:
@@ -168,6 +172,14 @@ def _value_metrics(
     if args.clip_range_vf is not None:
         metrics["value/clip_range"] = args.clip_range_vf * scale.std
     return metrics
+
+
+def _positive_examples(rollout: Rollout, args: RLHFConfig) -> Tensor | None:
+    """Return [B, T] bool, True on the actions of responses that scored above the bound; None without such a loss."""
+    if args.positive_loss_coef == 0:
+        return None
+    assert rollout.scores is not None and rollout.scored is not None
+    return rollout.mask & (rollout.scored & (rollout.scores > args.positive_score_above))[:, None]
 
 
 def _importance_weights(rollout: Rollout, cap: float | None) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ppo.config.rlhf import RLHFConfig
-from rlhf_ppo.core import Experience, loss_denominator, ppo_diagnostics, ppo_loss
+from rlhf_ppo.core import Experience, PolicyOutput, loss_denominator, ppo_diagnostics, ppo_loss
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.models.activation_memory import offload_activations
 from rlhf_ppo.models.actor_critic import ActorCritic
@@ -43,14 +44,19 @@ def minibatch_gradient(
         bf16: compute in bfloat16.
         reference: read where the loss has the exact KL to it.
     Returns:
-        (diagnostics over the minibatch's actions, its losses [] by name: policy, value, kl).
+        (diagnostics over the minibatch's actions, its losses [] by name: policy, value, kl and, where its weight is
+        above 0, positive).
     """
     device = old.mask.device
     minibatch = [row for rows in microbatches for row in rows]
-    denominator = loss_denominator(old.mask[minibatch], args.loss_aggregation)
+    mask = old.mask[minibatch]
+    denominator = loss_denominator(mask, args.loss_aggregation)
+    positive = None if old.positive is None else loss_denominator(mask & old.positive[minibatch], args.loss_aggregation)
     exact_kl = args.kl_loss_coef > 0 and args.kl_loss == "exact"
     actions = MetricAverage()
     losses = {name: torch.zeros((), device=device) for name in ("policy", "value", "kl")}
+    if args.positive_loss_coef > 0:
+        losses["positive"] = torch.zeros((), device=device)
     for rows in microbatches:
         part = rollout.sequences(rows)
         facts = old[list(rows)][:, : part.mask.shape[1]]
@@ -62,13 +68,48 @@ def minibatch_gradient(
                     entropy=args.ent_coef > 0,
                     reference=reference.outputs(part) if exact_kl and reference is not None else None,
                 )
-            loss = ppo_loss(new, facts, args, denominator=denominator)
+            loss = ppo_loss(new, facts, args, denominator=denominator, positive_denominator=positive)
             loss.total.backward()
         actions.add(ppo_diagnostics(new, facts, args), weight=facts.mask.sum())
         losses["policy"] += loss.policy.detach()
         losses["value"] += loss.value.detach()
         losses["kl"] += loss.kl.detach()
+        if args.positive_loss_coef > 0:
+            losses["positive"] += loss.positive.detach()
     return actions, losses
+
+
+def critic_gradient(
+    model: ActorCritic,
+    rollout: Rollout,
+    old: Experience,
+    microbatches: Sequence[Sequence[int]],
+    args: RLHFConfig,
+    *,
+    bf16: bool,
+) -> dict[str, Tensor]:
+    """Add the gradient of a minibatch's value loss alone to ``.grad``, without a forward pass of the policy's output.
+
+    Arguments are those of :func:`minibatch_gradient`.
+
+    Returns:
+        The minibatch's loss [] by name: value.
+    """
+    device = old.mask.device
+    denominator = loss_denominator(old.mask[[row for rows in microbatches for row in rows]], args.loss_aggregation)
+    value = torch.zeros((), device=device)
+    policy_off = {"ent_coef": 0.0, "kl_loss_coef": 0.0, "kl_loss": "k2"}
+    alone = dataclasses.replace(args, **policy_off, positive_loss_coef=0.0, positive_score_above=0.0)
+    for rows in microbatches:
+        part = rollout.sequences(rows)
+        facts = old[list(rows)][:, : part.mask.shape[1]]
+        with accumulate_gradients(model):
+            with offload_activations(on=args.offload_activations), autocast(bf16, device):
+                values = model.head_values(part)
+            loss = ppo_loss(PolicyOutput(facts.logprobs, values), facts, alone, denominator=denominator)
+            (args.vf_coef * loss.value).backward()
+        value += loss.value.detach()
+    return {"value": value}
 
 
 @contextmanager

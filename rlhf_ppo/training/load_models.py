@@ -15,6 +15,7 @@ from rlhf_ppo.generation.engines import Sampler, choose_engine
 from rlhf_ppo.models.actor_critic import ActorCritic, CriticKind, build_actor_critic, choose_critic
 from rlhf_ppo.models.compare import largest_kl, probe_logits
 from rlhf_ppo.models.forward_checks import check_backward, check_forward
+from rlhf_ppo.models.frozen_critic import freeze_critic
 from rlhf_ppo.models.loading import (
     BASE_FOLDER,
     REFERENCE_FOLDER,
@@ -125,6 +126,8 @@ def load_models(
     if ref_model is not None:
         start = ref_model if isinstance(ref_model, str) else None
     trunk = None if value_model is None else load_trunk(value_model).requires_grad_(True)
+    if trunk is not None:
+        freeze_critic(trunk, args.critic_frozen)
     if not any(p.requires_grad for p in policy.parameters()):
         raise ValueError("the model has no trainable parameter; load its adapter with is_trainable=True")
     actor_critic = build_actor_critic(

@@ -30,7 +30,7 @@ def make_optimizer(model: ActorCritic, args: RLHFConfig) -> tuple[torch.optim.Ad
         if parameters
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
-    delay = args.critic_warmup_rollouts * args.num_epochs * args.num_minibatches
+    delay = args.critic_warmup_rollouts * args.steps_per_rollout
     factors = [partial(_factor, args=args, delay=steps) for steps in (delay, 0)]
     return optimizer, LambdaLR(optimizer, factors[: len(groups)])
 
@@ -54,9 +54,10 @@ def critic_warmup_settings(args: RLHFConfig) -> RLHFConfig:
     """Return the settings under which the critic alone is trained.
 
     Monte Carlo returns, because its values are not yet worth bootstrapping from; no value clipping, which would hold
-    them near their start; no KL loss, because the policy does not change.
+    them near their start; no KL loss and no positive examples, because the policy does not change.
     """
     critic_alone = {"gae_lambda_value": None, "clip_range_vf": None, "kl_loss_coef": 0.0, "kl_loss": "k2"}
+    critic_alone |= {"positive_loss_coef": 0.0, "positive_score_above": 0.0}
     return dataclasses.replace(args, gae_lambda=1.0, **critic_alone)
 
 
@@ -66,6 +67,8 @@ def train_critic_alone(model: ActorCritic, *, on: bool = True) -> Iterator[None]
     policy = model.policy_parameters() if on else []
     for parameter in policy:
         parameter.requires_grad_(False)
+        # With a gradient of zeros, as embeddings keep one, AdamW's momentum would still move it.
+        parameter.grad = None
     try:
         yield
     finally:

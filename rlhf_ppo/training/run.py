@@ -25,7 +25,7 @@ from rlhf_ppo.runtime.metrics import MetricAverage
 from rlhf_ppo.runtime.progress import Stopwatch
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.training.fingerprints import run_fingerprints
-from rlhf_ppo.training.gradients import MinibatchGradient, minibatch_gradient
+from rlhf_ppo.training.gradients import MinibatchGradient, critic_gradient, minibatch_gradient
 
 
 @dataclass(frozen=True)
@@ -99,3 +99,9 @@ class Run:
         """Add the gradient of the minibatch ``rows`` to ``.grad``; see :func:`minibatch_gradient`."""
         microbatches = self.microbatches(model, rollout, rows)
         return self.gradient(model, rollout, old, microbatches, args, bf16=self.bf16, reference=self.reference)
+
+    def critic_gradient(
+        self, model: ActorCritic, rollout: Rollout, old: Experience, rows: Sequence[int], args: RLHFConfig
+    ) -> dict[str, Tensor]:
+        """Add the gradient of the minibatch's value loss alone to ``.grad``; see :func:`critic_gradient`."""
+        return critic_gradient(model, rollout, old, self.microbatches(model, rollout, rows), args, bf16=self.bf16)

@@ -27,6 +27,8 @@ class Step:
     """Its minibatch's rows of the rollout."""
     numbers: dict[str, Tensor]
     """Losses and the gradient's norm, []."""
+    critic_alone: bool = False
+    """Whether the value loss alone was computed, after the policy's epochs."""
 
 
 class StepWatch:
@@ -48,11 +50,11 @@ class StepWatch:
         self.steps = self.skipped = 0
         self._open: tuple[Tensor, Step] | None = None
 
-    def add(self, finite: Tensor, rows: list[int], numbers: dict[str, Tensor]) -> None:
-        """Add a step, taken if ``finite`` []; for ``rows`` and ``numbers`` see :class:`Step`."""
+    def add(self, finite: Tensor, rows: list[int], numbers: dict[str, Tensor], *, critic_alone: bool = False) -> None:
+        """Add a step, taken if ``finite`` []; for the other arguments see :class:`Step`."""
         self.settle()
         self.steps += 1
-        self._open = finite, Step(self.steps, rows, numbers)
+        self._open = finite, Step(self.steps, rows, numbers, critic_alone)
 
     def settle(self) -> None:
         """Read whether the last added step was finite."""

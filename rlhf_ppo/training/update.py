@@ -85,13 +85,35 @@ class _Averages:
         for average in (self.actions, self.epoch):
             average.merge(step, only_if=only_if)
 
+    def add_losses(self, numbers: dict[str, Tensor], finite: Tensor) -> None:
+        """Add a step's losses and gradient norm, if they are finite."""
+        self.losses.add({name: torch.where(finite, x, 0.0) for name, x in numbers.items()}, weight=finite)
+
 
 def _run_epochs(
     state: TrainState, run: Run, args: RLHFConfig, rollout: Rollout, estimates: Estimates, watch: StepWatch
 ) -> _Averages:
-    """Take the optimizer steps, until the epochs are over, the KL is above its limit or ``watch`` gives up."""
-    model, averages = state.model, _Averages()
-    shuffle = numbered_generator(args.seed, SHUFFLE, state.iteration, "cpu")
+    """Take the optimizer steps: first the policy's epochs, then those of the critic alone."""
+    averages, shuffle = _Averages(), numbered_generator(args.seed, SHUFFLE, state.iteration, "cpu")
+    _run_policy_epochs(state, run, args, rollout, estimates, watch, averages, shuffle)
+    with train_critic_alone(state.model, on=args.critic_only_epochs > 0):
+        _run_critic_epochs(state, run, args, rollout, estimates, watch, averages, shuffle)
+    watch.settle()
+    return averages
+
+
+def _run_policy_epochs(
+    state: TrainState,
+    run: Run,
+    args: RLHFConfig,
+    rollout: Rollout,
+    estimates: Estimates,
+    watch: StepWatch,
+    averages: _Averages,
+    shuffle: torch.Generator,
+) -> None:
+    """Take optimizer steps until the epochs are over, the KL is above its limit or ``watch`` gives up."""
+    model = state.model
     for _ in range(args.num_epochs):
         averages.begin_epoch()
         for minibatch in minibatch_indices(len(rollout.prompts), args.num_minibatches, generator=shuffle):
@@ -105,23 +127,52 @@ def _run_epochs(
                 averages.add(step)
             if too_far or watch.gave_up:
                 clear_gradients(model)
-                return averages
+                return
             spoil_gradient(model.trainable_parameters(), losses, estimates.nonfinite)
-            grad_norm, finite = clip_and_step(state.optimizer, model.trainable_parameters(), args.max_grad_norm)
-            state.scheduler.step()
-            clear_gradients(model)
+            finite, numbers = _step(state, args, losses)
             averages.add(step, only_if=finite)
-            numbers = {**losses, "grad_norm": grad_norm}
-            averages.losses.add({name: torch.where(finite, x, 0.0) for name, x in numbers.items()}, weight=finite)
+            averages.add_losses(numbers, finite)
             watch.add(finite, rows, numbers)
-    watch.settle()
-    return averages
+
+
+def _run_critic_epochs(
+    state: TrainState,
+    run: Run,
+    args: RLHFConfig,
+    rollout: Rollout,
+    estimates: Estimates,
+    watch: StepWatch,
+    averages: _Averages,
+    shuffle: torch.Generator,
+) -> None:
+    """Take the optimizer steps of the critic alone (``critic_epochs``), unless ``watch`` gives up."""
+    model = state.model
+    for _ in range(args.critic_only_epochs):
+        for minibatch in minibatch_indices(len(rollout.prompts), args.critic_only_minibatches, generator=shuffle):
+            rows = minibatch.tolist()
+            losses = run.critic_gradient(model, rollout, estimates.experience, rows, args)
+            watch.settle()
+            if watch.gave_up:
+                clear_gradients(model)
+                return
+            spoil_gradient(model.trainable_parameters(), losses, estimates.nonfinite)
+            finite, numbers = _step(state, args, losses)
+            averages.add_losses(numbers, finite)
+            watch.add(finite, rows, numbers, critic_alone=True)
+
+
+def _step(state: TrainState, args: RLHFConfig, losses: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Take one optimizer step; return whether the gradient was finite [] bool, and losses and gradient norm []."""
+    grad_norm, finite = clip_and_step(state.optimizer, state.model.trainable_parameters(), args.max_grad_norm)
+    state.scheduler.step()
+    clear_gradients(state.model)
+    return finite, {**losses, "grad_norm": grad_norm}
 
 
 def _update_metrics(
     state: TrainState, args: RLHFConfig, estimated: dict[str, float], averages: _Averages, watch: StepWatch
 ) -> dict[str, float]:
-    losses = averages.losses.compute() if watch.steps else {"policy": 0.0, "value": 0.0, "kl": 0.0, "grad_norm": 0.0}
+    losses = dict.fromkeys(("policy", "value", "kl", "positive", "grad_norm"), 0.0) | averages.losses.compute()
     rates, scale = state.scheduler.get_last_lr(), state.model.value_scale
     return {
         "progress/iteration": state.iteration,
@@ -133,6 +184,7 @@ def _update_metrics(
         "policy/penalty_beta": args.penalty_beta,
         "policy/first_minibatch_max_abs_log_ratio": averages.first_gap,
         **({"kl/loss": losses["kl"]} if args.kl_loss_coef > 0 else {}),
+        **({"policy/positive_loss": losses["positive"]} if args.positive_loss_coef > 0 else {}),
         **({} if args.value_learning_rate is None else {"optim/value_learning_rate": float(rates[-1])}),
         "policy/loss": losses["policy"],
         # In the reward's units, like all that is reported about values.

@@ -12,6 +12,7 @@ import classic
 from classic.config import PPOArgs
 from classic.presets.resolve import DEFAULTS, FOLDER, preset, preset_ids, resolve
 from rlhf_ppo.core import clipped_value_loss
+from rlhf_ppo.core.config import OBJECTIVES
 
 # These mean "off" as None; every other None means "the preset's".
 OPTIONAL = (
@@ -50,7 +51,7 @@ def test_every_field_is_filled_or_documented_as_off():
     assert {name for name in names if getattr(resolved, name) is None} == set(OPTIONAL)
 
 
-@pytest.mark.parametrize("objective", ["clip", "penalty", "adaptive_clip", "dual_clip", "cispo", "a2c", "reinforce"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_resolving_twice_changes_nothing(objective):
     once = resolve(PPOArgs(objective=objective, target_kl=0.01), "CartPole-v1")
     assert resolve(once, "CartPole-v1") == once

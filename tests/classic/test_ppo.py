@@ -11,6 +11,7 @@ import torch
 import classic
 from classic.fast.analytic_gradients import AnalyticGradients
 from classic.update import shuffled_minibatches
+from rlhf_ppo.core.config import OBJECTIVES
 from rlhf_ppo.runtime.processes import torch_threads
 from rlhf_ppo.runtime.run_directory import RunDirectory
 
@@ -44,7 +45,7 @@ def test_infinite_chain_with_a_time_limit_is_worth_one_over_one_minus_gamma(mode
     assert value == pytest.approx(50, abs=1)
 
 
-@pytest.mark.parametrize("objective", ["clip", "penalty", "adaptive_clip", "dual_clip", "cispo", "a2c", "reinforce"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_learns_to_match(objective, small, learning_seed):
     """A random policy earns 2.5 of 5."""
     args = small(

@@ -23,6 +23,7 @@ def test_defaults():
         "ent_coef": 0.0,
         "kl_loss_coef": 0.0,
         "kl_loss": "k2",
+        "positive_loss_coef": 0.0,
         "loss_aggregation": "token_mean",
         "gamma": 0.99,
         "gae_lambda": 0.95,
@@ -35,7 +36,7 @@ def test_defaults():
 
 
 def test_names():
-    assert OBJECTIVES == ("clip", "penalty", "adaptive_clip", "dual_clip", "cispo", "a2c", "reinforce")
+    assert OBJECTIVES == ("clip", "penalty", "adaptive_clip", "dual_clip", "cispo", "dis", "a2c", "reinforce")
     assert RATIO_LEVELS == ("token", "turn", "sequence")
     assert KL_LOSSES == ("k2", "exact")
     assert AGGREGATIONS == ("token_mean", "sequence_mean", "sequence_sum")
@@ -108,7 +109,7 @@ def test_non_finite(name, value):
 
 
 def test_all_numbers_are_covered():
-    assert len(NUMBERS) == 12
+    assert len(NUMBERS) == 13
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,8 @@ CONFIG = PPOConfig(ent_coef=0.1, clip_range_vf=0.2)
 
 
 TURNS = torch.zeros(4, 6, device="meta", dtype=torch.long)
-EVERYTHING = Experience(X, X, X, X, MASK, weights=X, ref_logprobs=X, turns=TURNS)
-SWITCHED = PPOConfig(objective="cispo", ratio_level="turn", kl_loss_coef=0.1)
+EVERYTHING = Experience(X, X, X, X, MASK, weights=X, ref_logprobs=X, turns=TURNS, positive=MASK)
+SWITCHED = PPOConfig(objective="cispo", ratio_level="turn", kl_loss_coef=0.1, positive_loss_coef=0.1)
 
 CALLS = {
     "dpo_loss": lambda: [dpo_loss(X, X, X, X)],

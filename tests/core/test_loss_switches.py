@@ -1,4 +1,4 @@
-"""Proves ppo_loss's switches: ratio level, KL as a loss term, importance weights; gradients, limits, masks, splits."""
+"""Proves ppo_loss's switches: ratio level, KL and positive examples as loss terms, weights; limits, masks, splits."""
 
 import dataclasses
 import math
@@ -23,13 +23,15 @@ from rlhf_ppo.core import (
 
 seeds = st.integers(0, 10_000)
 AGGREGATIONS = ["token_mean", "sequence_mean", "sequence_sum"]
-POOLED = ["clip", "adaptive_clip", "dual_clip", "cispo"]
+POOLED = ["clip", "adaptive_clip", "dual_clip", "cispo", "dis"]
 SWITCHES = [
     {"ratio_level": "sequence"},
     {"ratio_level": "turn"},
     {"ratio_level": "sequence", "objective": "cispo"},
     {"kl_loss_coef": 0.7},
     {"kl_loss_coef": 0.7, "kl_loss": "exact"},
+    {"positive_loss_coef": 0.7},
+    {"objective": "dis", "clip_range": 0.5},
 ]
 switched = pytest.mark.parametrize("settings", SWITCHES, ids=lambda s: "-".join(map(str, s.values())))
 
@@ -52,6 +54,8 @@ def batch(seed=0, rows=4, steps=5, dtype=torch.float64, device="cpu"):
         weights=draw().abs(),
         ref_logprobs=old + 0.5 * draw(),
         turns=torch.randint(3, (rows, steps), generator=g).to(device),
+        sampled_logprobs=old + 0.1 * draw(),
+        positive=(torch.rand(rows, 1, generator=g) > 0.4).expand(rows, steps).to(device),
     )
 
 
@@ -249,12 +253,15 @@ class TestEverySwitch:
         new, old = batch(9)
         config = PPOConfig(**settings, loss_aggregation=mode)
         whole = ppo_loss(new, old, config)
-        count = loss_denominator(old.mask, mode)
+        counts = {
+            "denominator": loss_denominator(old.mask, mode),
+            "positive_denominator": loss_denominator(old.mask & old.positive, mode),
+        }
         parts = [
-            ppo_loss(PolicyOutput(new.logprobs[rows], kl=new.kl[rows]), old[rows], config, denominator=count)
+            ppo_loss(PolicyOutput(new.logprobs[rows], kl=new.kl[rows]), old[rows], config, **counts)
             for rows in torch.arange(4).split(size)
         ]
-        for name in ("total", "policy", "kl"):
+        for name in ("total", "policy", "kl", "positive"):
             assert_close(sum(getattr(part, name) for part in parts), getattr(whole, name))
         split = torch.autograd.grad(
             sum(part.total for part in parts), (new.logprobs, new.kl), allow_unused=True, materialize_grads=True
@@ -299,3 +306,69 @@ class TestEverySwitch:
         for part in (loss.total, loss.policy, loss.kl):
             assert part.dtype == dtype and part.device.type == device.type
         assert all(g.dtype == dtype and torch.isfinite(g).all() for g in gradient(loss, new))
+
+
+class TestSampler:
+    def test_dis_compares_with_the_sampler_and_the_others_with_the_old_policy(self):
+        new, old = batch(3)
+        old = dataclasses.replace(old, weights=None)
+        swapped = dataclasses.replace(old, logprobs=old.sampled_logprobs, sampled_logprobs=None)
+        dis, clip = PPOConfig(objective="dis", clip_range=0.5), PPOConfig()
+        assert_close(ppo_loss(new, old, dis).total, ppo_loss(new, swapped, dis).total)
+        # Without log-probs of the sampler's own, those recorded are taken for its.
+        bare = dataclasses.replace(old, sampled_logprobs=None)
+        assert not torch.equal(ppo_loss(new, old, dis).total, ppo_loss(new, bare, dis).total)
+        assert torch.equal(ppo_loss(new, old, clip).total, ppo_loss(new, bare, clip).total)
+
+    def test_diagnostics_count_what_is_masked_on_both_sides(self):
+        # Ratios to the sampler 1.1 and 2 for A > 0, .5 and .9 for A < 0; the old policy's play no part.
+        sampled, a = f64([-1.0, -1, -1, -1]), f64([1.0, 1, -1, -1])
+        old = Experience(sampled - 3, None, a, None, torch.ones(4) > 0, sampled_logprobs=sampled)
+        new = PolicyOutput(sampled + f64([1.1, 2.0, 0.5, 0.9]).log())
+        got = ppo_diagnostics(new, old, PPOConfig(objective="dis"))
+        assert_close(got["clip_fraction"].item(), 0.5)
+        assert_close(got["out_of_range_fraction"].item(), 0.5)
+        assert_close(got["ratio_mean"].item(), (1.1 + 2 + 0.5 + 0.9) / 4)
+        # The same on the other side of each sign: dis masks it, where clipping would not.
+        turned = ppo_diagnostics(new, dataclasses.replace(old, advantages=-a), PPOConfig(objective="dis"))
+        assert_close(turned["clip_fraction"].item(), 0.5)
+
+
+class TestPositiveExamples:
+    def facts(self, positive):
+        zeros = torch.zeros(2, 3, dtype=torch.float64)
+        mask = torch.tensor([[True, True, True], [True, True, False]])
+        return Experience(zeros, None, zeros, None, mask, positive=positive)
+
+    def test_by_hand(self):
+        # Row 0 is positive, and the mask's token of row 1 is not. -(-1 - 2 - 4.5) / 3 tokens = 2.5, slopes -1/3.
+        logprobs = f64([[-1.0, -2, -4.5], [-7, -8, math.nan]]).requires_grad_()
+        positive = torch.tensor([[True] * 3, [False] * 3])
+        loss = ppo_loss(PolicyOutput(logprobs), self.facts(positive), PPOConfig(positive_loss_coef=0.1))
+        assert_close(loss.positive.item(), 2.5)
+        assert_close(loss.total.item(), 0.25)  # no advantage, so nothing else
+        slopes = torch.autograd.grad(loss.total, logprobs)[0]
+        assert_close(slopes, f64([[-0.1 / 3] * 3, [0, 0, 0]]))
+
+    def test_padding_of_a_positive_response_does_not_count(self):
+        logprobs = f64([[-1.0, -1, -1], [-3, -5, math.nan]]).requires_grad_()
+        positive = torch.tensor([[False] * 3, [True] * 3])
+        loss = ppo_loss(PolicyOutput(logprobs), self.facts(positive), PPOConfig(positive_loss_coef=1.0))
+        assert_close(loss.positive.item(), 4.0)
+
+    def test_none_positive_is_no_loss_and_no_gradient(self):
+        logprobs = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+        nobody = self.facts(torch.zeros(2, 3, dtype=torch.bool))
+        loss = ppo_loss(PolicyOutput(logprobs), nobody, PPOConfig(positive_loss_coef=1.0))
+        assert loss.positive == 0
+        assert not torch.autograd.grad(loss.total, logprobs)[0].any()
+
+    def test_it_needs_to_know_them(self):
+        new, old = batch()
+        with pytest.raises(ValueError, match=r"positive_loss_coef=0.5 needs old.positive, which is None"):
+            ppo_loss(new, dataclasses.replace(old, positive=None), PPOConfig(positive_loss_coef=0.5))
+        with pytest.raises(ValueError, match="denominator is given, positive_denominator is not"):
+            ppo_loss(new, old, PPOConfig(positive_loss_coef=0.5), denominator=4)
+        with pytest.raises(ValueError, match="positive must be a bool tensor"):
+            floats = dataclasses.replace(old, positive=old.positive.double())
+            ppo_loss(new, floats, PPOConfig(positive_loss_coef=0.5))

@@ -17,6 +17,7 @@ from rlhf_ppo.core import (
     cispo_policy_loss,
     clipped_policy_loss,
     clipped_value_loss,
+    dis_policy_loss,
     loss_denominator,
     masked_mean,
     penalty_policy_loss,
@@ -27,7 +28,7 @@ from rlhf_ppo.core.ratios import probability_ratio
 
 seeds = st.integers(0, 10_000)
 AGGREGATIONS = ["token_mean", "sequence_mean", "sequence_sum"]
-OBJECTIVES = ["clip", "penalty", "adaptive_clip", "dual_clip", "cispo", "a2c", "reinforce"]
+OBJECTIVES = ["clip", "penalty", "adaptive_clip", "dual_clip", "cispo", "dis", "a2c", "reinforce"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -180,6 +181,44 @@ class TestCISPO:
             cispo_policy_loss(x, x, x, clip_range_high=-0.1)
         with pytest.raises(ValueError, match=r"advantages \(2, 1\) and logprobs \(2,\)"):
             cispo_policy_loss(x, x, x[:, None], clip_range_high=0.1)
+
+
+class TestDIS:
+    def test_by_hand(self):
+        # 1 - .6 < r < 1 + 3.5 holds for all but r 4.5; with .2 on both sides for r 1.1 alone, whatever the sign of A.
+        x, sampled, a = six_actions()
+        loss, grad = with_gradient(dis_policy_loss(x, sampled, a, clip_range=0.6, clip_range_high=3.5), x)
+        assert_close(loss, -f64(RATIOS) * a * (f64(RATIOS).log() - 1))
+        assert_close(grad, -f64(RATIOS) * a)
+        loss, grad = with_gradient(dis_policy_loss(x, sampled, a), x)
+        assert_close(loss, f64([0, 0, 0, 0, 0, -2.2 * (math.log(1.1) - 1)]))
+        assert_close(grad, f64([0, 0, 0, 0, 0, -2.2]))
+
+    def test_the_bounds_themselves_are_masked(self):
+        x = f64([0.5, 2.0]).log().requires_grad_()
+        _, grad = with_gradient(dis_policy_loss(x, 0 * x, f64([1.0, 1.0]), clip_range=0.5, clip_range_high=1.0), x)
+        assert_close(grad, f64([0, 0]))
+
+    @given(seeds)
+    def test_inside_the_range_it_is_cispo_and_at_ratio_1_a2c(self, seed):
+        g = torch.Generator().manual_seed(seed)
+        new, old, a = (torch.randn(8, generator=g, dtype=torch.float64) for _ in range(3))
+        new.requires_grad_()
+        pairs = [
+            (dis_policy_loss(new, old, a, clip_range=1.0, clip_range_high=1e9), (new, old, 1e9)),
+            (dis_policy_loss(new, new.detach(), a), (new, new.detach(), 1e9)),
+        ]
+        for masked, (x, before, high) in pairs:
+            capped = cispo_policy_loss(x, before, a, clip_range_high=high)
+            for left, right in zip(with_gradient(masked, new), with_gradient(capped, new), strict=True):
+                assert_close(left, right)
+
+    def test_errors(self):
+        x = torch.zeros(2)
+        with pytest.raises(ValueError, match=r"clip_range=0.2, clip_range_high=-0.1"):
+            dis_policy_loss(x, x, x, clip_range_high=-0.1)
+        with pytest.raises(ValueError, match=r"sampled_logprobs \(2, 1\) and logprobs \(2,\)"):
+            dis_policy_loss(x, x[:, None], x)
 
 
 class TestOtherPolicyLosses:
@@ -405,6 +444,8 @@ BY_HAND = {
     # Weights r up to 1.2: w A = 1.2, .5, -1.2, -.5, -1.2, 2.2 with sum 1, and log pi = log r - 1, so that
     # sum -w A log pi = 1 + 1.2 ln 4 - 2.2 ln 1.1 (what ln 1.5 and ln .5 add cancels). No slope is 0.
     "cispo": (1 + 1.2 * LN(4) - 2.2 * LN(1.1), [-1.2, -0.5, 1.2, 0.5, 1.2, -2.2]),
+    # Only r 1.1 lies within .8 to 1.2: -1.1 * 2 * (ln 1.1 - 1).
+    "dis": (2.2 * (1 - LN(1.1)), [0, 0, 0, 0, 0, -2.2]),
     # sum -r A = 1.8; sum (r - 1) = 3.1; product of the ratios = 1.5 * .5 * 1.5 * .5 * 4 * 1.1 = 2.475
     "penalty": (1.8 + 0.5 * (3.1 - LN(2.475)), [-1.25, -0.75, 1.75, 0.25, 5.5, -2.15]),
     # log pi = log r - 1 and sum A = 1: sum -A log r = ln 4 - 2 ln 1.1, and + 1
@@ -621,6 +662,7 @@ def test_per_action_losses_compute_in_float32_or_better(dtype, device):
         lambda x, old, a, v: clipped_policy_loss(x, old, a),
         lambda x, old, a, v: clipped_policy_loss(x, old, a, dual_clip=1.5),
         lambda x, old, a, v: cispo_policy_loss(x, old, a, clip_range_high=0.2),
+        lambda x, old, a, v: dis_policy_loss(x, old, a, clip_range=0.5),
         lambda x, old, a, v: penalty_policy_loss(x, old, a, beta=0.3),
         lambda x, old, a, v: policy_gradient_loss(x, a),
         lambda x, old, a, v: clipped_value_loss(x, old, v, clip_range=0.2),

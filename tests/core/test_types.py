@@ -8,7 +8,7 @@ import torch
 from rlhf_ppo.core import Ban, BannedTokens, Experience
 from rlhf_ppo.core.types import compute_dtype, require_bool, require_same_shape, result_dtype
 
-LATER = ["weights", "ref_logprobs", "turns"]
+LATER = ["weights", "ref_logprobs", "turns", "sampled_logprobs", "positive"]
 
 
 def experience(**changes):

@@ -9,7 +9,7 @@ import pytest
 from rlhf_ppo.training.experience import estimate
 from rlhf_ppo.training.rewards import shape_rewards
 
-OBJECTIVES = ["clip", "penalty", "adaptive_clip", "dual_clip", "cispo", "a2c", "reinforce"]
+OBJECTIVES = ["clip", "penalty", "adaptive_clip", "dual_clip", "cispo", "dis", "a2c", "reinforce"]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
