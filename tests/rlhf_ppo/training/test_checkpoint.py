@@ -61,6 +61,7 @@ VARIANTS = {
     "dual-clip": {"objective": "dual_clip", "lr_scheduler_type": "cosine", "warmup_steps": 3},
     "a2c": {"objective": "a2c", "num_epochs": 1, "num_minibatches": 1},
     "reinforce": {"objective": "reinforce", "num_epochs": 1, "num_minibatches": 1, "advantage_estimator": "reinforce"},
+    "dis": {"objective": "dis", "recompute_logprobs": True, "critic_epochs": 3, "positive_loss_coef": 0.1},
     "cispo-grpo": {"objective": "cispo", "advantage_estimator": "grpo", "num_generations": 4},
     "rloo-sequence": {"advantage_estimator": "rloo", "num_generations": 2, "ratio_level": "sequence"},
     "kl-loss": {"kl_loss_coef": 0.1, "kl_loss": "exact", "kl_coef": 0.0},
