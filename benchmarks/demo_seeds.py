@@ -14,9 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from rlhf_ppo.config.run_groups import Precision
 from rlhf_ppo.pipeline.before_after import first_and_last_evaluation, paired_difference
 from rlhf_ppo.pipeline.demo import DemoArgs, demo_trainer
-from rlhf_ppo.runtime.device import Precision
 
 STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
 COLUMNS = {"score": "score", "kl_nats": "KL (nats/response)", "reference_nats_per_token": "surprise (nats/token)"}
