@@ -206,6 +206,10 @@ def draw(rows: Sequence[Row], file: Path) -> None:
                 axis.fill_between(x, heights.mean(axis=0) - half, heights.mean(axis=0) + half, color=color, alpha=0.15)
             for c in curves:
                 axis.scatter(c[0][1:], c[1][1:], s=10, color=color, alpha=0.6, linewidths=0)
+        heights = [row["score"] for found in arms.values() for rows in found.values() for row in rows]
+        heights += [rows[0]["score_before"] for found in arms.values() for rows in found.values()]
+        margin = 0.1 * (max(heights) - min(heights))  # bands of few seeds may be far wider
+        axis.set_ylim(min(heights) - margin, max(heights) + margin)
         axis.set_title(TASKS[task].says if task in TASKS else task, fontsize=9)
         ticks = [t for t in (0, 0.5, 1, 2, 4, 8, 16, 32, 64) if t**0.5 <= axis.get_xlim()[1]]
         axis.set_xticks([t**0.5 for t in ticks], [f"{t:g}" for t in ticks])

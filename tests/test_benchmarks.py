@@ -1,0 +1,173 @@
+"""Benchmarks: each script imports; tables of frontiers and of times to a score say what their points say."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from rlhf_ppo import RLHFConfig
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Import a benchmark by its name, as a script in its folder would."""
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module
+
+
+@pytest.fixture
+def frontier(load) -> ModuleType:
+    """The module benchmarks/frontier.py."""
+    return load("frontier")
+
+
+@pytest.fixture
+def times(load) -> ModuleType:
+    """The module benchmarks/time_to_score.py."""
+    return load("time_to_score")
+
+
+def test_every_benchmark_imports():
+    names = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem != "sb3_returns")  # has its own environment
+    code = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]"
+    done = subprocess.run([sys.executable, "-c", code, *names], cwd=FOLDER, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def rows(arm: str, seed: int, points: list[tuple[float, float]], start: float = 0.0) -> list[dict]:
+    """Lines of the results: ``points`` are (KL, score) of rising kl_coef."""
+    common = {"task": "toy", "arm": arm, "seed": seed, "episodes": 64, "draws": 1, "score_before": start}
+    return [
+        {**common, "settings": {"kl_coef": i}, "kl": kl, "score": score, "explained_variance": None}
+        for i, (kl, score) in enumerate(points)
+    ]
+
+
+def test_the_gap_is_the_area_over_the_root_of_the_kl_divided_by_its_width(frontier):
+    # Heights 2 x and x over x = sqrt(KL), both known up to x = 2: the area of x from 0 to 2 is 2, over the width 2.
+    ours, theirs = frontier.curve(rows("a", 0, [(1, 2), (4, 4)])), frontier.curve(rows("b", 0, [(9, 3)]))
+    assert frontier.gap(ours, theirs) == pytest.approx((1, 2, 4))
+    assert frontier.gap(theirs, ours) == pytest.approx((-1, 1, 4))
+    bent = frontier.curve(rows("c", 0, [(1, 2), (4, 2)]))  # rises to 2 at x = 1, then stays: area 1 + 2 = 3
+    assert frontier.gap(bent, theirs)[0] == pytest.approx((3 - 2) / 2, abs=1e-4)
+
+
+def test_frontiers_are_paired_by_seed_and_need_all_points(frontier):
+    lines = []
+    for seed, luck in enumerate((0.0, 5.0, -3.0)):  # what a seed does to both does not widen the interval
+        lines += rows("PPO", seed, [(1, luck + 3), (4, luck + 5)], luck)
+        lines += rows("RLOO", seed, [(1, luck + 2), (4, luck + 4)], luck)
+    lines += rows("PPO", 3, [(1, 99.0)])  # half measured
+    (row,) = frontier.compare(lines)
+    assert row["pair"] == "PPO - RLOO" and row["seeds"] == 3 and row["verdict"] == "above"
+    # The difference rises from 0 to 1 at x = 1 and stays 1 to x = 2.
+    assert row["gap"] == pytest.approx(0.75, abs=1e-4) and row["half_width"] == pytest.approx(0)
+    assert row["bootstrap"] == pytest.approx((0.75, 0.75), abs=1e-4)
+
+
+def test_intervals_agree_with_closed_forms(frontier):
+    assert frontier.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.30 / 3**0.5)
+    low, high = frontier.bootstrap(list(np.linspace(-1, 1, 201)))
+    error = np.std(np.linspace(-1, 1, 201)) / 201**0.5
+    assert (low, high) == pytest.approx((-1.96 * error, 1.96 * error), rel=0.05)
+
+
+def test_finished_runs_are_not_run_again(frontier, tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def run_once(task, seed, episodes, folder, *, draws, **settings):
+        ran.append((seed, settings["kl_coef"], settings.get("advantage_estimator")))
+        return {"score_before": 0.0, "score": 1.0, "kl": 1.0, "explained_variance": 0.5, "cpu_seconds": 0.0}
+
+    monkeypatch.setattr(frontier, "run_once", run_once)
+    file = tmp_path / "results.jsonl"
+    command = ["frontier", "--tasks", "sentiment", "--strengths", "1", "2", "--seeds", "0", "--results", str(file)]
+    for seeds, expected in (([], 6), ([], 0), (["1"], 6)):
+        ran.clear()
+        monkeypatch.setattr(sys, "argv", [*command[:-2], *seeds, *command[-2:]])
+        frontier.main()
+        assert len(ran) == expected
+    assert {kl for _, kl, _ in ran} == {0.05, 0.1} and {name for *_, name in ran} == {None, "rloo", "grpo"}
+    file.write_text(file.read_text() * 2)  # two processes that ran the same
+    capsys.readouterr()
+    frontier.show(frontier.read_results([file]))
+    assert "| sentiment | PPO | 0.05 | 2 | 1.000 ± 0.000 |" in capsys.readouterr().out
+
+
+def test_arms_are_names_with_settings(frontier):
+    given = [["full"], ["no clipping", "clip_range_vf=None", "critic=separate", "vf_coef=1e-1"]]
+    expected = {"clip_range_vf": None, "critic": "separate", "vf_coef": 0.1}
+    assert frontier.read_arms(given) == {"full": {}, "no clipping": expected}
+    for settings in frontier.read_arms(None).values():
+        RLHFConfig(output_dir="x", **settings)
+
+
+def test_tasks_have_valid_settings_and_say_what_they_lack(load, monkeypatch, tmp_path):
+    tasks = load("critic_tasks")
+    monkeypatch.setenv("RLHF_PPO_DATA", str(tmp_path))
+    for name, task in tasks.TASKS.items():
+        RLHFConfig(output_dir="x", kl_coef=task.kl_coef, **task.settings)
+        assert (tasks.missing(name) is None) == (not task.sources())
+    with pytest.raises(ValueError, match=r"vowels needs .*stories260K.*: name its data folder by RLHF_PPO_DATA"):
+        tasks.make_trainer("vowels", 0, tmp_path / "run", 64)
+    assert tasks.vowels([""] * 3, ["aeIO", "bc de", ""]) == [10, 2, 0]
+    with pytest.raises(argparse.ArgumentTypeError, match="is not name=value"):
+        tasks.read_setting("kl_coef")
+
+
+def test_a_task_is_trained_and_measured(load, tmp_path, monkeypatch, capsys):
+    tasks = load("critic_tasks")
+    argv = ["x", "run", "sentiment", "--episodes", "64", "--out", str(tmp_path), "--draws", "2"]
+    argv += ["--set", "max_new_tokens=4", "--set", "eval_every=1", "--set", "num_epochs=1"]
+    monkeypatch.setattr(sys, "argv", argv)
+    tasks.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert [episodes for episodes, _, _ in result["curve"]] == [0, 32, 64]
+    assert result["settings"]["max_new_tokens"] == 4 and result["explained_variance"] is not None
+    samples = (tmp_path / "eval_samples.jsonl").read_text().splitlines()
+    assert len(samples) == 3 * 2 * 96
+
+
+def line(side: str, seed: int, scores: list[float], *, kl: float = 1.0, rate: float | None = None) -> dict:
+    """Line of the results: an evaluation every 64 episodes, ten CPU seconds apart."""
+    common = {"side": side, "learning_rate": rate, "kl_coef": rate, "seed": seed, "episodes": 128, "every": 64}
+    return {**common, "draws": 1, "curve": [[64 * i, 10.0 * i, 20.0 * i, s, kl * i] for i, s in enumerate(scores)]}
+
+
+def test_a_level_is_reached_where_two_evaluations_have_it_within_the_kl(times):
+    assert times.reached(line("ours", 0, [0, 1, 0, 1, 1]), 0.9, 9) == (192, 30, 60)
+    assert times.reached(line("ours", 0, [0, 0, 1]), 0.9, 9) == (128, 20, 40)  # the last stands alone
+    assert times.reached(line("ours", 0, [0, 0, 1, 1], kl=4), 0.9, 9) is None
+    quick, slow, never = (line("ours", 0, scores) for scores in ([0, 1, 1], [0, 0, 1], [0, 0.5, 0.4]))
+    assert sorted((never, slow, quick), key=lambda row: times.rank(row, 0.9, 9)) == [quick, slow, never]
+    assert times.rank(never, 0.9, 9)[1] == -0.5
+
+
+def test_times_compare_each_side_under_the_setting_that_its_search_chose(times, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(times, "LEARNING_RATES", (1, 2))
+    monkeypatch.setattr(times, "KL_COEFS", (1,))
+    found = [line("ours_as_it_comes", seed, [0, 1, 1]) for seed in (0, 1)]
+    found += [line("trl_ppo", 100, [0, 0, 0], rate=1), line("trl_ppo", 100, [0, 0, 1], rate=2)]
+    found += [line("trl_ppo", seed, [0, 0, 1], rate=2) for seed in (0, 1)] + [line("trl_ppo", 0, [0, 1, 1], rate=1)]
+    found += [line("trl_grpo", 100, [0, 0, 0], rate=rate) for rate in (1, 2)]
+    found += [line("trl_grpo", seed, [0, 0, 0], rate=1) for seed in (0, 1)]
+    file = tmp_path / "times.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in found))
+    command = ["x", "--table", str(file), "--seeds", "0", "1", "--level", ".9", "--episodes", "128", "--draws", "1"]
+    monkeypatch.setattr(sys, "argv", command)
+    times.main()
+    printed = capsys.readouterr().out
+    assert "| ours, as it comes | default | default | 2 of 2 | 64 | 10 | 20 | 1.0 | 1.0 |" in printed
+    assert "| 2 | 2 | 2 of 2 | 128 | 20 | 40 | 2.0 | 2.0 |" in printed
+    assert "| 1 | 1 | 0 of 2 | > 128 | > 20 | > 40 | > 2.0 | > 2.0 |" in printed
