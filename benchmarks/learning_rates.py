@@ -12,13 +12,13 @@ import argparse
 import statistics
 import tempfile
 
-from critic_tasks import TASKS, TOY, Task, _lora, read_setting, run_once
+from critic_tasks import TASKS, TOY, Task, read_setting, run_once
 
 SMOLLM2 = "models/SmolLM2-135M-Instruct"
 SHORT = {"num_epochs": 2, "max_new_tokens": 16}
 TASKS |= {
     "smollm2": Task("positive words (VADER), Llama of 135 M", TOY + "positive_sentiment", SMOLLM2, SHORT),
-    "smollm2-lora": Task("the same, LoRA", TOY + "positive_sentiment", SMOLLM2, SHORT, _lora),
+    "smollm2-lora": Task("the same, LoRA", TOY + "positive_sentiment", SMOLLM2, SHORT, TASKS["lora"].peft),
 }
 MODELS = {
     "2m": "sentiment",

@@ -102,7 +102,9 @@ def tuning_page() -> str:
     return (
         "# Tuning\n\n`rlhf-ppo advise RUN` and `classic-ppo advise RUN` read a run's `metrics.jsonl`, also while it is"
         " running,\nand report what stands out and which settings to change. Change one at a time;\n"
-        "`classic-ppo compare` compares over seeds. This page is generated from the rules: `make docs`.\n\n"
+        "`classic-ppo compare` compares over seeds. This page is generated from the rules: `make docs`.\n"
+        "What a language-model run chooses where you set no learning rate: "
+        "[learning rates](models.md#learning-rates).\n\n"
         f"| symptom | healthy | what it means | try |\n|---|---|---|---|\n{rows}\n"
     )
 

@@ -25,8 +25,10 @@ def policy_rate(parameters: int, *, adapter: bool) -> float:
     root of their number, rounded to one digit: 4e-5 with 15 million, 1e-5 with 135 million, 5e-6 with a billion, 2e-6
     with 7 billion. An adapter learns at 10 times that rate, whatever its rank.
 
-    Source: measured on 2, 15 and 135 million parameters (docs/models.md); above that, what published PPO runs use
-    (1e-6 to 3e-6 with 7 billion). The adapter's factor: Schulman et al., "LoRA Without Regret" (2025).
+    Source: measured on 2 and 15 million parameters, tried on 135 million (docs/models.md). Above that, published PPO
+    runs: 3e-6 with 1 to 7 billion (Huang et al., "The N+ Implementation Details of RLHF with PPO", 2024), 5e-7 with 8
+    billion (OpenRLHF's example, whose critic learns 18 times as fast). The adapter's factor: Schulman et al., "LoRA
+    Without Regret" (2025).
     """
     rate = 1e-4 * min(1.0, (2.5e6 / parameters) ** 0.5)
     return _rounded(rate * (ADAPTER_MULTIPLE if adapter else 1), 1)
