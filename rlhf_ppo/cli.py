@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from rlhf_ppo.config.commands import DemoArgs, MigrateArgs, ReplayArgs, join_command_line
 from rlhf_ppo.config.inference import EvaluateArgs, GenerateArgs
+from rlhf_ppo.config.presets import PresetsArgs
 from rlhf_ppo.config.reward_training import RewardTrainingArgs
 from rlhf_ppo.config.sft import SFTArgs
 from rlhf_ppo.config.train import CriticRecordArgs, TrainArgs
@@ -25,6 +26,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": (EvaluateArgs, "rlhf_ppo.pipeline.evaluate:evaluate_command"),
     "critic record": (CriticRecordArgs, "rlhf_ppo.pipeline.train:record_command"),
     "generate": (GenerateArgs, "rlhf_ppo.pipeline.chat_session:generate_or_chat"),
+    "presets": (PresetsArgs, "rlhf_ppo.config.presets:print_presets"),
     "migrate": (MigrateArgs, "rlhf_ppo.trl.migrate:migrate_command"),
     "replay": (ReplayArgs, "rlhf_ppo.pipeline.replay:print_replay"),
     "check": (CheckArgs, "rlhf_ppo.runtime.resume:check"),

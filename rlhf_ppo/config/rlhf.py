@@ -16,9 +16,11 @@ from rlhf_ppo.config.groups import (
     RolloutSettings,
 )
 from rlhf_ppo.config.name_hints import REMOVED, REMOVED_VALUES, SETTINGS
+from rlhf_ppo.config.presets import preset_settings
 from rlhf_ppo.config.run_groups import MemorySettings, RecordingSettings, RunSettings, SafetySettings
 from rlhf_ppo.core.config import PPOConfig
 from rlhf_ppo.core.validation import refuse_unread
+from rlhf_ppo.runtime.presets import naming_preset
 from rlhf_ppo.runtime.unknown_names import refuse_unknown_settings
 
 _FILTERS = (
@@ -66,6 +68,20 @@ class RLHFConfig(
         """Name our setting, or the reason, where Python would only say that an argument is unknown."""
         refuse_unknown_settings(cls, settings)
         return super().__new__(cls)
+
+    @classmethod
+    def from_preset(cls, name: str, **settings: Any) -> Self:
+        """Return the settings of a paper's recipe, which ``settings`` override.
+
+        Args:
+            name: one of those that `rlhf-ppo presets` lists.
+            settings: ``output_dir`` and whatever else.
+        Raises:
+            ValueError: no such recipe, or a setting contradicts it.
+        """
+        preset = preset_settings(name)
+        with naming_preset(name, preset, settings):
+            return cls(**{**preset, **settings})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,6 +151,11 @@ class RLHFConfig(
             both = f"adaptive_lambda_alpha={self.adaptive_lambda_alpha} and gae_lambda_value={self.gae_lambda_value}"
             refuse_unread(self, f"{both} replace it for the policy and for the critic", "gae_lambda")
 
+        if self.critic_frozen != "none" and self.critic in ("shared", "adapter"):
+            raise ValueError(
+                f"critic_frozen={self.critic_frozen!r} is about a critic with a trunk of its own, but critic="
+                f"{self.critic!r} uses the policy's: change one of the two"
+            )
         if self.critic_epochs is not None and self.critic_epochs < self.num_epochs:
             raise ValueError(
                 f"critic_epochs={self.critic_epochs} is below num_epochs={self.num_epochs}, in which policy and critic "
@@ -143,10 +164,10 @@ class RLHFConfig(
         if self.critic_only_epochs == 0:
             none = f"no epoch trains the critic alone (critic_epochs={self.critic_epochs})"
             refuse_unread(self, none, "critic_minibatches")
-        elif self.rollout_batch_size % self.critic_only_minibatches:
+        elif self.critic_only_minibatches > self.rollout_batch_size:
             raise ValueError(
-                f"rollout_batch_size={self.rollout_batch_size} does not divide into critic_minibatches="
-                f"{self.critic_only_minibatches} whole minibatches: change one of the two"
+                f"critic_minibatches={self.critic_minibatches} is more than the rollout_batch_size="
+                f"{self.rollout_batch_size} responses to fill them with: lower the first or raise the second"
             )
 
     def _check_estimator(self) -> None:

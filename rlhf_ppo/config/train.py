@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 import tyro
 
 from rlhf_ppo.config.data import HeldOutPromptArgs
+from rlhf_ppo.config.presets import PRESETS, preset_settings
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core.validation import Settings
+from rlhf_ppo.runtime.presets import naming_preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +75,18 @@ class ModelArgs(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainArgs(ModelArgs, HeldOutPromptArgs, LoRAArgs, RLHFConfig, ResumeArgs):
+class PresetArgs(Settings):
+    """Recipe: where the settings start from."""
+
+    PRESETS: ClassVar[Path] = PRESETS
+    """Folder of the presets that ``preset`` may name."""
+
+    preset: str | None = None
+    """A paper's recipe to start from, by its name in `rlhf-ppo presets`; your YAML file and flags override it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArgs(ModelArgs, HeldOutPromptArgs, PresetArgs, LoRAArgs, RLHFConfig, ResumeArgs):
     """Fine-tune a language model from a reward with PPO."""
 
     FIRST: ClassVar[tuple[str, ...]] = (
@@ -80,6 +94,12 @@ class TrainArgs(ModelArgs, HeldOutPromptArgs, LoRAArgs, RLHFConfig, ResumeArgs):
         *("rollout_batch_size", "lora_rank"),
     )
     """Settings that a beginner needs first, as help and docs list them."""
+
+    def __post_init__(self) -> None:
+        preset = {} if self.preset is None else preset_settings(self.preset)
+        usual = {field.name: preset.get(field.name, field.default) for field in fields(self)}
+        with naming_preset(self.preset, preset, [name for name, x in usual.items() if getattr(self, name) != x]):
+            super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)

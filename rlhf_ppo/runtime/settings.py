@@ -1,4 +1,4 @@
-"""Load settings: defaults, then a YAML file, then flags; a typo is an error with a suggestion."""
+"""Load settings: defaults, then a preset, then a YAML file, then flags; a typo is an error with a suggestion."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import tyro
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from rlhf_ppo.runtime.package import __version__
+from rlhf_ppo.runtime.presets import find_preset
 from rlhf_ppo.runtime.settings_help import aliases, help_text, positional
 from rlhf_ppo.runtime.unknown_names import hint, refuse
+from rlhf_ppo.runtime.yaml_files import load_yaml
 
 Settings = TypeVar("Settings")
 Command = tuple[type, Callable[[Any], int | None] | str]
@@ -43,41 +44,6 @@ def read_yaml(path: str | Path, cls: type) -> dict[str, Any]:
     types = typing.get_type_hints(cls)
     known = [field.name for field in dataclasses.fields(cls) if field.init]
     return {key: _checked(path, key, value, known, types) for key, value in content.items()}
-
-
-def load_yaml(path: Path) -> dict[Any, Any]:
-    """Read the mapping in a YAML file.
-
-    Raises:
-        ValueError: invalid YAML, not a mapping, or a duplicate key, of which YAML would silently keep the last.
-    """
-    try:
-        content = _StrictLoader(path.read_text(encoding="utf-8")).get_single_data() or {}
-    except _DoubleKeyError as error:
-        raise ValueError(f"{path}: {error}") from None
-    except Exception as error:  # its constructors let a KeyError, RecursionError and others through
-        raise ValueError(f"{path} is not valid YAML: {error or type(error).__name__}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold `name: value` lines, got {type(content).__name__}")
-    return content
-
-
-class _DoubleKeyError(Exception):
-    pass
-
-
-class _StrictLoader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[str, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise _DoubleKeyError(
-                        f"{key.value!r} is given twice, in lines {seen[key.value]} and {line}: keep one of them"
-                    )
-                seen[key.value] = line
-        return super().construct_mapping(node, deep)
 
 
 def _checked(path: Path, key: Any, value: Any, known: list[str], types: Mapping[str, Any]) -> Any:
@@ -129,7 +95,7 @@ def _counts(hint: Any) -> bool:
 
 
 def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, description: str | None = None) -> Settings:
-    """Build ``cls`` from ``argv``: flags win over ``--config file.yaml``, which wins over the defaults.
+    """Build ``cls`` from ``argv``: flags win over ``--config file.yaml``, which wins over ``--preset``, then defaults.
 
     A bool's flag without a value means True. A field annotated ``tyro.conf.Positional[...]`` is a word without a flag;
     such words come first. A class with a field ``config`` of its own takes settings from flags only.
@@ -146,7 +112,7 @@ def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, descr
     flags: list[str] = []
     from_yaml: list[str] = []
     held: dict[str, Any] = {}
-    from_file = False
+    from_file: dict[str, Any] | None = None
     # Words before the first flag go first again: after YAML's list values they would be read as part of the list.
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
     rest = iter(argv[len(words) :])
@@ -155,21 +121,23 @@ def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, descr
             path = word.partition("=")[2] or next(rest, "")
             if not path:
                 raise ValueError("--config needs the path of a YAML file")
-            if from_file:
+            if from_file is not None:
                 raise ValueError("--config is given twice: put the settings into one file")
-            from_file = True
-            for key, value in read_yaml(path, cls).items():
-                if key in positional(cls):
-                    words = words or [str(value)]
-                elif _reads_otherwise(value):
-                    held[key] = value
-                    from_yaml += _as_flag(key, "held")
-                else:
-                    from_yaml += _as_flag(key, value)
+            from_file = read_yaml(path, cls)
         else:
             flags.append(word)
     before, given = _grouped(flags, cls)
     refuse(cls, {name: words[-1].rpartition("=")[2] for name, words in given.items()})
+    file = from_file or {}
+    preset = given["preset"][-1].rpartition("=")[2] if "preset" in given else file.get("preset")
+    for key, value in {**_read_preset(cls, preset), **file}.items():
+        if key in positional(cls):
+            words = words or [str(value)]
+        elif _reads_otherwise(value):
+            held[key] = value
+            from_yaml += _as_flag(key, "held")
+        else:
+            from_yaml += _as_flag(key, value)
     settings = tyro.cli(
         cls,
         args=[*words, *before, *from_yaml, *_spelt_out(list(itertools.chain(*given.values())), cls)],
@@ -179,6 +147,12 @@ def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, descr
     )
     held = {key: value for key, value in held.items() if key not in given}
     return dataclasses.replace(cast(Any, settings), **held) if held else settings
+
+
+def _read_preset(cls: type, name: str | None) -> dict[str, Any]:
+    """Read the settings of a preset of the class's folder ``PRESETS``; none without a name."""
+    folder: Path | None = getattr(cls, "PRESETS", None)
+    return {} if name is None or folder is None else read_yaml(find_preset(folder, name), cls)
 
 
 def _grouped(flags: Sequence[str], cls: type) -> tuple[list[str], dict[str, list[str]]]:
