@@ -5,10 +5,11 @@ Run:  python benchmarks/time_to_score.py --results build/time-to-score.jsonl --p
 TRL 1.12.0, the last with PPO, and the newest TRL get an environment each (build/trl-<version>, made on first use).
 All sides fine-tune the embedded GPT-2 on the demo's prompts toward positive_sentiment, with equal batches, minibatches,
 epochs and lengths, fp32 for TRL, one thread, in turns. First, every side but "ours as it comes" is searched over the
-same grid of learning rates and KL coefficients on a seed of its own; the setting that reaches the level in the fewest
-CPU seconds (else the highest score within the KL) is then run on --seeds. Each run is a line of the results and is not
-run again. A run has reached the level at the first evaluation that has the score within the KL and is followed by
-another such one (or is the last). Seconds are those of training alone, from the first rollout on.
+same grid of learning rates and KL coefficients on a seed of its own, each run until it has reached the level; the
+setting that does in the fewest CPU seconds (else the highest score within the KL) is then run in full on --seeds. Each
+run is a line of the results and is not run again; the table shows the newest chosen setting, at any --level. A run has
+reached the level at the first evaluation that has the score within the KL and is followed by another such one (or is
+the last). Seconds are those of training alone, from the first rollout on.
 """
 
 from __future__ import annotations
@@ -59,10 +60,13 @@ def trl_python(version: str) -> str:
     return str(interpreter)
 
 
-def run(side: str, learning_rate: float | None, kl_coef: float | None, seed: int, flags: argparse.Namespace) -> Row:
+def run(
+    side: str, setting: tuple[float | None, float | None], seed: int, flags: argparse.Namespace, *, search: bool
+) -> Row:
     """Return the row of one run: from the results, or else run in a process of its own and added to them."""
-    row: Row = {"side": side, "learning_rate": learning_rate, "kl_coef": kl_coef, "seed": seed}
+    row: Row = {"side": side, "learning_rate": setting[0], "kl_coef": setting[1], "seed": seed}
     row |= {"episodes": flags.episodes, "every": flags.every, "draws": flags.draws}
+    row["until"] = [flags.level, flags.kl] if search else None
     for found in read_results(flags.results):
         if all(found[key] == value for key, value in row.items()):
             return found
@@ -90,7 +94,7 @@ def run(side: str, learning_rate: float | None, kl_coef: float | None, seed: int
         file.write(json.dumps(row) + "\n")
     episodes, cpu, _, score, kl = row["curve"][-1]
     print(
-        f"{side} learning_rate={learning_rate} kl_coef={kl_coef} seed {seed}: {episodes} episodes in {cpu:.0f} CPU "
+        f"{side} learning_rate={setting[0]} kl_coef={setting[1]} seed {seed}: {episodes} episodes in {cpu:.0f} CPU "
         f"seconds, score {score:.3f} at {kl:.2f} nats",
         file=sys.stderr,
     )
@@ -117,29 +121,32 @@ def rank(row: Row, level: float, kl: float) -> tuple[float, float]:
     return (math.inf if found is None else found[1]), -max(point[3] for point in row["curve"] if point[4] <= kl)
 
 
-def best(rows: Sequence[Row], side: str, flags: argparse.Namespace) -> tuple[float | None, float | None] | None:
-    """Return the learning rate and KL coefficient that won a side's search; None before its end."""
-    if side == "ours_as_it_comes":
-        return None, None
-    keys = ("side", "seed", "episodes", "every", "draws")
-    wanted = (side, flags.search_seed, flags.episodes, flags.every, flags.draws)
-    found = [row for row in rows if tuple(row[key] for key in keys) == wanted]
-    if len(found) < len(LEARNING_RATES) * len(KL_COEFS):
-        return None
-    first = min(found, key=lambda row: rank(row, flags.level, flags.kl))
-    return first["learning_rate"], first["kl_coef"]
-
-
 def chosen(rows: Sequence[Row], flags: argparse.Namespace) -> dict[str, list[Row]]:
-    """Return each side's runs on --seeds under the setting that its search chose."""
+    """Return each side's full runs on --seeds under the setting that was chosen last."""
+    wanted = {"episodes": flags.episodes, "every": flags.every, "draws": flags.draws, "until": None}
+    full = [row for row in rows if row["seed"] in flags.seeds and all(row[key] == wanted[key] for key in wanted)]
     found = {}
     for side in flags.sides:
-        if (setting := best(rows, side, flags)) is not None:
-            mine = [row for row in rows if row["side"] == side and row["seed"] in flags.seeds]
-            mine = [row for row in mine if (row["learning_rate"], row["kl_coef"]) == setting]
-            if mine := [row for row in mine if row["episodes"] == flags.episodes]:
-                found[side] = sorted(mine, key=lambda row: row["seed"])
+        if mine := [row for row in full if row["side"] == side]:
+            setting = mine[-1]["learning_rate"], mine[-1]["kl_coef"]
+            found[side] = [row for row in mine if (row["learning_rate"], row["kl_coef"]) == setting]
     return found
+
+
+def measure(flags: argparse.Namespace) -> None:
+    """Search every side, then run what it chose; sides take turns."""
+    tried: dict[str, list[Row]] = {side: [] for side in flags.sides}
+    for setting in itertools.product(LEARNING_RATES, KL_COEFS):
+        for side in flags.sides:
+            if side != "ours_as_it_comes":
+                tried[side].append(run(side, setting, flags.search_seed, flags, search=True))
+    for seed in flags.seeds:
+        for side, rows in tried.items():
+            setting = (None, None)
+            if rows:
+                first = min(rows, key=lambda row: rank(row, flags.level, flags.kl))
+                setting = first["learning_rate"], first["kl_coef"]
+            run(side, setting, seed, flags, search=False)
 
 
 def show(runs: dict[str, list[Row]], flags: argparse.Namespace) -> None:
@@ -210,16 +217,7 @@ def main() -> None:
     flags = parser.parse_args()
     if flags.table is None:
         flags.results.parent.mkdir(parents=True, exist_ok=True)
-        for learning_rate, kl_coef in itertools.product(LEARNING_RATES, KL_COEFS):
-            for side in flags.sides:
-                if side != "ours_as_it_comes":
-                    run(side, learning_rate, kl_coef, flags.search_seed, flags)
-        rows = read_results(flags.results)
-        for seed in flags.seeds:
-            for side in flags.sides:
-                setting = best(rows, side, flags)
-                assert setting is not None
-                run(side, *setting, seed, flags)
+        measure(flags)
     runs = chosen(read_results(flags.table or flags.results), flags)
     show(runs, flags)
     if flags.picture is not None:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -22,7 +23,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 Spec = dict[str, Any]
 """model, prompts, held_out, batch, minibatches, epochs, new_tokens, episodes, learning_rate, kl_coef, seed, every,
-draws; a learning_rate or kl_coef of None leaves the side's default."""
+draws, until; a learning_rate or kl_coef of None leaves the side's default.
+
+``until``: [score, KL] at which to stop, after two evaluations that have it; None: after all episodes.
+"""
+
+
+class Reached(Exception):  # noqa: N818
+    """Ends a run that has what it was for, whatever trainer it is in."""
 
 
 def sentiment() -> Callable[[list[str]], list[float]]:
@@ -55,6 +63,10 @@ class Meter:
             score, kl = self.measure(policy.eval())
             policy.train(training)
             self.curve.append([episodes, self.cpu, self.wall, score, kl])
+            until = self.spec["until"]
+            last = self.curve[-2:]
+            if until and len(last) == 2 and all(point[3] >= until[0] and point[4] <= until[1] for point in last):
+                raise Reached
         self.start()
 
     @torch.no_grad()
@@ -237,7 +249,7 @@ def main() -> None:
     side, text = sys.argv[1:]
     spec = json.loads(text)
     meter = Meter(spec, sentiment())
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, suppress(Reached):
         if side.startswith("ours"):
             run_ours(spec, meter, folder)
         elif side == "trl_ppo":
