@@ -21,7 +21,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -176,12 +176,16 @@ def show(rows: Sequence[Row]) -> None:
         print(f"| {task} | {arm} | {kl_coef:g} | {len(found)} | " + " | ".join(cells) + " |")
     print("\n| task | frontiers | seeds | to KL | gap in score | bootstrap | of the rise | the first is |")
     print("|---" * 8 + "|")
+    verdicts: dict[str, Counter[str]] = defaultdict(Counter)
     for row in compare(rows):
+        verdicts[row["pair"]][row["verdict"]] += 1
         low, high = row["bootstrap"]
         print(
             f"| {row['task']} | {row['pair']} | {row['seeds']} | {row['kl']:.1f} | {row['gap']:+.4f} ± "
             f"{row['half_width']:.4f} | {low:+.4f} to {high:+.4f} | {row['share']:+.0%} | {row['verdict']} |"
         )
+    for pair, found in verdicts.items():
+        print(f"\n{pair}: " + ", ".join(f"{found[word]} {word}" for word in ("above", "open", "below")))
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:

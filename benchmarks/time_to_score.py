@@ -192,8 +192,6 @@ def draw(runs: dict[str, list[Row]], flags: argparse.Namespace, file: Path) -> N
         axis.axhline(flags.level, color="gray", linestyle=":", linewidth=1)
         axis.set_xlabel(label)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[1].set_xscale("symlog", linthresh=1)
-    axes[1].set_xlim(left=1)
     axes[2].axvline(flags.kl, color="gray", linestyle=":", linewidth=1)
     axes[0].set_ylabel("held-out score")
     axes[0].legend(frameon=False, fontsize=8)

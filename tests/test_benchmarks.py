@@ -67,7 +67,7 @@ def test_frontiers_are_paired_by_seed_and_need_all_points(frontier):
     for seed, luck in enumerate((0.0, 5.0, -3.0)):  # what a seed does to both does not widen the interval
         lines += rows("PPO", seed, [(1, luck + 3), (4, luck + 5)], luck)
         lines += rows("RLOO", seed, [(1, luck + 2), (4, luck + 4)], luck)
-    lines += rows("PPO", 3, [(1, 99.0)])  # half measured
+    lines += rows("PPO", 3, [(1, 99.0)]) + rows("RLOO", 3, [(1, 2.0), (4, 4.0)])  # half measured
     (row,) = frontier.compare(lines)
     assert row["pair"] == "PPO - RLOO" and row["seeds"] == 3 and row["verdict"] == "above"
     # The difference rises from 0 to 1 at x = 1 and stays 1 to x = 2.
@@ -172,6 +172,7 @@ def test_times_search_each_side_and_compare_what_it_chose(times, monkeypatch, ca
     monkeypatch.setattr(times, "trl_python", str)
     monkeypatch.setattr(times.subprocess, "run", run)
     file = str(tmp_path / "times.jsonl")
+    Path(file).write_text(json.dumps(line("trl_ppo", 0, [0, 1, 1], rate=1)) + "\n")  # chosen by an earlier search
     sides = ["ours_as_it_comes", "trl_ppo", "trl_grpo"]
     command = ["x", "--sides", *sides, "--seeds", "0", "1", "--level", ".9", "--episodes", "128", "--draws", "1"]
     for end in (["--results", file], ["--results", file], ["--table", file, "--level", ".4"]):
