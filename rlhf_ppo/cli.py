@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rlhf_ppo.config.commands import DemoArgs, MigrateArgs, ReplayArgs, join_command_line
+from rlhf_ppo.config.critic_fit import CriticFitArgs, CriticReportArgs
 from rlhf_ppo.config.inference import EvaluateArgs, GenerateArgs
 from rlhf_ppo.config.presets import PresetsArgs
 from rlhf_ppo.config.reward_training import RewardTrainingArgs
@@ -25,6 +26,8 @@ COMMANDS: dict[str, Command] = {
     "reward": (RewardTrainingArgs, "rlhf_ppo.pipeline.reward_training:reward_command"),
     "evaluate": (EvaluateArgs, "rlhf_ppo.pipeline.evaluate:evaluate_command"),
     "critic record": (CriticRecordArgs, "rlhf_ppo.pipeline.train:record_command"),
+    "critic fit": (CriticFitArgs, "rlhf_ppo.pipeline.critic_fit:fit_command"),
+    "critic report": (CriticReportArgs, "rlhf_ppo.pipeline.critic_report:report_command"),
     "generate": (GenerateArgs, "rlhf_ppo.pipeline.chat_session:generate_or_chat"),
     "presets": (PresetsArgs, "rlhf_ppo.config.presets:print_presets"),
     "migrate": (MigrateArgs, "rlhf_ppo.trl.migrate:migrate_command"),

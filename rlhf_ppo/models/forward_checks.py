@@ -59,7 +59,12 @@ class RowOutputs(NamedTuple):
 
 @torch.no_grad()
 def check_forward(
-    model: ActorCritic, reference: Reference | None = None, *, longest: int | None = None, bf16: bool = False
+    model: ActorCritic,
+    reference: Reference | None = None,
+    *,
+    longest: int | None = None,
+    bf16: bool = False,
+    decodes: bool = True,
 ) -> None:
     """Choose for each model the fastest correct way to run it (see :class:`.ModelRunner`).
 
@@ -69,11 +74,12 @@ def check_forward(
         longest: maximum tokens of a sequence in the run; None: unknown. Attention windows and chunks shorter than this
             are checked beyond their length.
         bf16: the run computes in bfloat16.
+        decodes: the policy samples.
     Raises:
         ValueError: no way gives the plain pass's numbers; names the model, its role and what differs.
     """
     longest = _DEFAULT_LONGEST if longest is None else longest
-    _choose_ways(model.runner, "model", longest, bf16=bf16, decodes=True)
+    _choose_ways(model.runner, "model", longest, bf16=bf16, decodes=decodes)
     if model.value_runner is not None:
         _choose_ways(model.value_runner, "value_model", longest, bf16=bf16)
     if reference is None:

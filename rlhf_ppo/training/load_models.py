@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.config.run_groups import MemorySettings
+from rlhf_ppo.data.prompts import PromptSet
 from rlhf_ppo.generation.engines import Sampler, choose_engine
 from rlhf_ppo.models.actor_critic import ActorCritic, CriticKind, build_actor_critic, choose_critic
-from rlhf_ppo.models.compare import largest_kl, probe_logits
+from rlhf_ppo.models.compare import largest_kl, probe_logits, source_name
 from rlhf_ppo.models.forward_checks import check_backward, check_forward
 from rlhf_ppo.models.frozen_critic import freeze_critic
 from rlhf_ppo.models.loading import (
@@ -33,6 +34,7 @@ from rlhf_ppo.models.value_head import SavedHead, load_value_head
 from rlhf_ppo.rewards.functions import RewardFunction
 from rlhf_ppo.runtime.device import autocast
 from rlhf_ppo.runtime.seeding import seed_everything
+from rlhf_ppo.training.fitted_critic import CriticFacts, find_fitted, require_same_values
 
 
 class Models(NamedTuple):
@@ -57,6 +59,8 @@ class CriticStart(NamedTuple):
     kind: CriticKind
     head: SavedHead | None
     """Loaded from ``value_head_from``."""
+    fitted: CriticFacts | None
+    """What that was fitted on, if ``critic fit`` made it."""
 
 
 def check_models(
@@ -91,8 +95,9 @@ def prepare_critic(args: RLHFConfig, model: Any, value_model: Any, peft_config: 
     """Choose the critic, and load the value head that it starts from."""
     has_adapter = peft_config is not None or hasattr(model, "peft_config")
     kind = choose_critic(args, value_model=value_model, has_adapter=has_adapter)
-    source = args.value_head_from
-    return CriticStart(kind, None if source is None else load_value_head(source, load_config(value_model or model)))
+    fitted, source = find_fitted(args, kind, value_model, peft_config), args.value_head_from
+    head = None if source is None else load_value_head(source, load_config(value_model or model))
+    return CriticStart(kind, head, fitted)
 
 
 def load_models(
@@ -140,6 +145,7 @@ def load_models(
     )
     reference = Reference(policy, reference_model, adapter_off=prepared.off_is_start)
     actor_critic.to(device)
+    require_same_values(critic.fitted, actor_critic, source=source_name(model), exact=args.quantization == "none")
     if reference.model is not None:
         reference.model.to(device)
     if reference_model is None:
@@ -148,14 +154,15 @@ def load_models(
 
 
 def check_passes(
-    models: Models, args: RLHFConfig, device: torch.device, *, longest_prompt: int | None, bf16: bool
+    models: Models, args: RLHFConfig, device: torch.device, *, prompts: Sequence[PromptSet], bf16: bool
 ) -> Sampler:
     """Check forward and backward passes, and return the engine that decodes this policy.
 
     Args:
-        longest_prompt: in tokens; None: unknown, or a conversation, which grows by replies of unknown length.
+        prompts: what responses are sampled to; none where that is unknown, or a conversation, which grows by replies of
+            unknown length.
     """
-    longest = None if longest_prompt is None else longest_prompt + args.max_new_tokens
+    longest = max((some.longest + args.max_new_tokens for some in prompts), default=None)
     check_forward(models.actor_critic, models.reference, longest=longest, bf16=bf16)
     check_backward(models.actor_critic, bf16=bf16, checkpoint=args.gradient_checkpointing)
     with autocast(bf16, device):

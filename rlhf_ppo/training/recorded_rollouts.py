@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from rlhf_ppo.core import BannedTokens
+from rlhf_ppo.core import BannedTokens, ValueScale
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.runtime.checkpoint import as_json, file_facts, manifest_text
 from rlhf_ppo.runtime.files import replacing_files
@@ -250,6 +250,7 @@ def _entry(number: int, rollout: Rollout) -> tuple[dict[str, Any], dict[str, byt
             "responses": len(rollout.prompts),
             "tokens": int(rollout.lengths.sum()),
             **{name: getattr(rollout, name) for name in _SCALARS},
+            "value_scale": None if rollout.value_scale is None else dataclasses.asdict(rollout.value_scale),
             "banned_tokens": None if rollout.banned is None else rollout.banned.tokens,
             "tables": {name: list(getattr(rollout, name)) for name in _TABLES},
             "files": {
@@ -290,6 +291,7 @@ def _rollout(entry: Mapping[str, Any], tensors: dict[str, Tensor], rows: list[di
         **lists,
         **tables,
         **{name: entry[name] for name in _SCALARS},
+        value_scale=None if entry["value_scale"] is None else ValueScale(**entry["value_scale"]),
         banned=None if banned is None else BannedTokens(banned, tuple(entry["banned_tokens"])),
         token_score_parts={name: parts[name] for name in tables["score_parts"] if name in parts},
         **{"values": None, **tensors},

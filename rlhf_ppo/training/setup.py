@@ -35,6 +35,7 @@ from rlhf_ppo.runtime.processes import require_one_process
 from rlhf_ppo.runtime.progress import Stopwatch
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.trackers import require_installed
+from rlhf_ppo.training.fitted_critic import require_same_task
 from rlhf_ppo.training.learning_rates import resolve_learning_rates
 from rlhf_ppo.training.load_models import check_models, check_passes, load_models, prepare_critic
 from rlhf_ppo.training.run import Run
@@ -75,11 +76,11 @@ def set_up(
     sets = [prompts for prompts in (train_prompts, eval_prompts) if prompts is not None]
     _check_turns(tokenizer, sets if respond is not None else ())
     rewards = _load_rewards(reward_funcs, args, device, sets, conversations=respond is not None)
+    require_same_task(critic.fitted, args, tokenizer, rewards)
     models = load_models(
         model, ref_model, value_model, peft_config, args, device, bf16=bf16, critic=critic, rewards=rewards
     )
-    longest_prompt = None if respond is not None else max((p.longest for p in sets), default=None)
-    sample = check_passes(models, args, device, longest_prompt=longest_prompt, bf16=bf16)
+    sample = check_passes(models, args, device, prompts=sets if respond is None else (), bf16=bf16)
     args, learning_rates = resolve_learning_rates(args, models.actor_critic)
     run = Run(
         args=args,
