@@ -48,23 +48,22 @@ def _calibration(axes: Any, calibration: Mapping[str, Any]) -> None:
 
 def _lambdas(axes: Any, rows: list[dict[str, float]], supported: float) -> None:
     places = range(len(rows))  # lambdas crowd together below 1
-    for name, label in (
-        ("squared_bias", "squared bias (lower bound)"),
-        ("variance", "variance"),
-        ("alignment", "alignment"),
+    right = axes.twinx()
+    for panel, name, label, color in (
+        (axes, "squared_bias", "squared bias (lower bound)", "C0"),
+        (axes, "variance", "variance", "C1"),
+        (right, "alignment", "alignment (right)", "C2"),
     ):
-        axes.errorbar(
-            places,
-            [row[name] for row in rows],
-            yerr=[row[f"{name}_error"] for row in rows],
-            marker="o",
-            markersize=4,
-            linewidth=1.6,
-            capsize=3,
-            label=label,
+        values, errors = ([row[key] for row in rows] for key in (name, f"{name}_error"))
+        panel.errorbar(
+            places, values, yerr=errors, color=color, marker="o", markersize=4, linewidth=1.6, capsize=3, label=label
         )
     axes.axvline([row["lambda"] for row in rows].index(supported), color="gray", linestyle="--", label="supported")
     axes.set_xticks(list(places), [f"{row['lambda']:g}" for row in rows])
     axes.set_xlabel("lambda")
-    axes.set_ylabel("share of the variance under lambda 1; correlation")
-    axes.legend(fontsize=8)
+    axes.set_ylabel("share of the variance under lambda 1")
+    right.set_ylabel("correlation with what words bring")
+    handles, labels = (
+        left + own for left, own in zip(*(x.get_legend_handles_labels() for x in (axes, right)), strict=True)
+    )
+    axes.legend(handles, labels, fontsize=8, loc="upper left")

@@ -22,6 +22,7 @@ from rlhf_ppo.pipeline.critic.lambdas import (
     LAMBDAS,
     advantages_by_lambda,
     compare_lambdas,
+    cross_fitted,
     mean_bias_by_position,
     supported_lambda,
     words_baseline,
@@ -133,6 +134,18 @@ def test_squared_bias_is_found_where_words_show_it_and_not_where_there_is_none()
         assert exact["squared_bias"] < 2 * exact["squared_bias_error"]
         # A constant critic misses what prompts and words are worth.
         assert constant["squared_bias"] > 3 * constant["squared_bias_error"]
+        # Errors that come and go with each token are those of the state after it, which its value shows.
+        noise = lambdas(world("noise", seed=seed)[0])[0]
+        assert noise["squared_bias"] > constant["squared_bias"] + 3 * noise["squared_bias_error"]
+
+
+def test_a_fold_is_predicted_from_the_others_alone():
+    """Features that name the fold, and a target that only they tell: of one's own fold nothing can be known."""
+    mask = torch.ones(20, 1, dtype=torch.bool)
+    target = torch.arange(20, dtype=torch.float64)
+    seen = evidence(target, torch.zeros(20, 1, dtype=torch.float64), mask)
+    found = cross_fitted(torch.eye(20, dtype=torch.float64), target[:, None], seen)[:, 0]
+    assert float(torch.corrcoef(torch.stack([found, target]))[0, 1]) < 0
 
 
 def test_explained_variance_has_the_standard_error_of_many_samples():
