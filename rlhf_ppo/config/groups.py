@@ -163,6 +163,9 @@ class AdvantageSettings(Settings):
     (rloo divided by their standard deviation, or without it: normalize_advantages=False), reinforce (the return)."""
     gamma: float = 1.0
     """Discount per token."""
+    gae_lambda: float = 1.0
+    """GAE's lambda: 1 credits every token with the whole score (less the critic's expectation); below 1 credit fades
+    toward the beginning of a response, by this factor per token."""
     gae_lambda_value: float | None = None
     """GAE's lambda for the critic's targets; None: gae_lambda."""
     adaptive_lambda_alpha: float | None = None
@@ -225,7 +228,7 @@ class CriticSettings(Settings):
     normalize_values: bool = True
     """Learn values in units of the returns' running mean and standard deviation, so that the critic does not depend on
     the reward's scale and offset; value loss and clip_range_vf are in these units."""
-    clip_range_vf: float | None = 0.2
+    clip_range_vf: float | None = None
     """Clip new values to within this of the recorded ones in the value loss; None: no value clipping."""
     value_head_from: str | None = None
     """Folder or hub id to load the value head from: a run of this project, an old TRL checkpoint with a value head, or

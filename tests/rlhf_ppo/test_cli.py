@@ -115,7 +115,7 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(folder):
     assert main([*TRAIN, "--config", "c.yaml", "--num-epochs", "2"]) == 0
     settings = json.loads(Path("run/run.json").read_text())
     assert (settings["learning_rate"], settings["num_epochs"], settings["kl_target"]) == (1e-3, 2, None)
-    assert settings["gae_lambda"] == 0.95
+    assert settings["gae_lambda"] == 1.0
 
 
 @pytest.mark.parametrize(

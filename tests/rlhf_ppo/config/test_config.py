@@ -92,7 +92,7 @@ def test_total_episodes_round_up_to_whole_rollouts():
         ),
         *(
             ({"advantage_estimator": "rloo", "num_generations": 4, name: value}, (f"{name}={value}", "'rloo'"))
-            for name, value in (("vf_coef", 0.5), ("clip_range_vf", None), ("gae_lambda", 1.0))
+            for name, value in (("vf_coef", 0.5), ("clip_range_vf", 0.3), ("gae_lambda", 0.9))
         ),
         ({"total_episodes": 64, "warmup_steps": 33}, ("warmup_steps=33", "total_episodes=64", "32 optimizer steps")),
         ({"vf_coef": 0.0, "clip_range_vf": 0.1}, ("clip_range_vf=0.1", "vf_coef=0")),

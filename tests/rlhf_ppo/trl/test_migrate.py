@@ -241,7 +241,7 @@ def test_the_tldr_command_becomes_our_yaml(tmp_path, capsys):
     assert (ours["rollout_batch_size"], ours["num_minibatches"], ours["eval_every"]) == (512, 1, 100)
     assert (ours["learning_rate"], ours["missing_eos_penalty"], ours["max_new_tokens"]) == (3e-6, 1.0, 53)
     # Equal to the defaults here: no line.
-    assert not {"kl_coef", "vf_coef", "gae_lambda", "num_epochs", "clip_range", "max_grad_norm"} & set(ours)
+    assert not {"kl_coef", "vf_coef", "num_epochs", "clip_range", "max_grad_norm"} & set(ours)
     # Without a line, but with the reason.
     assert "# dataset_test_split: validation. " in text
     assert "# local_rollout_forward_batch_size: 16 (needs no setting). " in text
