@@ -1,8 +1,8 @@
 """Run the demo on several seeds: does the score rise beyond noise, and at what cost in KL and fluency?
 
 Run:  python benchmarks/demo_seeds.py --seeds 5        (one to two minutes per seed and precision on an idle CPU core)
-Prints, for each precision, one row per seed and the mean over seeds with its 95 % interval (Student's t), and writes
-them as JSON. bf16 takes longer on a CPU without bf16 instructions; --precision fp32 skips it.
+Prints, for each precision, one row per seed (the critic's explained variance is the mean over the run's second half)
+and the mean over seeds with its 95 % interval (Student's t), and writes them as JSON. bf16 takes longer on a CPU without bf16 instructions; --precision fp32 skips it.
 """
 
 from __future__ import annotations
@@ -32,21 +32,25 @@ def run_seed(seed: int, reward: str, precision: Precision, folder: str) -> dict[
         firsts, lasts = [r[key] for r in before], [r[key] for r in after]
         row[f"{key}_before"], row[f"{key}_after"] = statistics.fmean(firsts), statistics.fmean(lasts)
         row[f"{key}_change"], row[f"{key}_half_width"] = paired_difference(firsts, lasts)
+    updates = [line for line in trainer.run.read() if "value/explained_variance" in line]
+    row["explained_variance"] = statistics.fmean(
+        line["value/explained_variance"] for line in updates[len(updates) // 2 :]
+    )
     return row
 
 
 def show(rows: list[dict[str, float]], precision: str) -> None:
     """Print the table of one precision."""
     headings = " | ".join(f"{label}: before | after | change" for label in COLUMNS.values())
-    print(f"\n| {precision}: seed | minutes | {headings} |")
-    print("|---" * (2 + 3 * len(COLUMNS)) + "|")
+    print(f"\n| {precision}: seed | minutes | {headings} | explained variance |")
+    print("|---" * (3 + 3 * len(COLUMNS)) + "|")
     for row in rows:
         cells = [
             f"{row[f'{key}_before']:.3f} | {row[f'{key}_after']:.3f} | {row[f'{key}_change']:+.3f} ± "
             f"{row[f'{key}_half_width']:.3f}"
             for key in COLUMNS
         ]
-        print(f"| {row['seed']} | {row['minutes']:.1f} | " + " | ".join(cells) + " |")
+        print(f"| {row['seed']} | {row['minutes']:.1f} | {' | '.join(cells)} | {row['explained_variance']:.3f} |")
     for key, label in COLUMNS.items():
         changes = [row[f"{key}_change"] for row in rows]
         half = STUDENT_T[len(changes)] * statistics.stdev(changes) / len(changes) ** 0.5
