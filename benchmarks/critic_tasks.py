@@ -84,7 +84,7 @@ TASKS: dict[str, Task] = {
     "sentiment": Task("positive words (VADER), GPT-2 of 2 M", TOY + "positive_sentiment", 0.05),
     "no_e": Task("words without the letter e, GPT-2 of 2 M", TOY + "no_letter_e", 0.01),
     "dialogue": Task("text inside quotes, GPT-2 of 2 M", TOY + "dialogue", 0.01),
-    "vowels": Task("10 x share of vowels, Llama of 260 k", vowels, 0.025, STORIES_260K),
+    "vowels": Task("10 x share of vowels, Llama of 260 k", vowels, 0.025, STORIES_260K, settings={}),
     "stories15m": Task(
         "sentiment model, Llama of 15 M", MINILM, 0.25, STORIES_15M, settings={"num_epochs": 2, "max_new_tokens": 24}
     ),

@@ -2,7 +2,8 @@
 
 Run:  python benchmarks/demo_seeds.py --seeds 5        (one to two minutes per seed and precision on an idle CPU core)
 Prints, for each precision, one row per seed (the critic's explained variance is the mean over the run's second half)
-and the mean over seeds with its 95 % interval (Student's t), and writes them as JSON. bf16 takes longer on a CPU without bf16 instructions; --precision fp32 skips it.
+and the mean over seeds with its 95 % interval (Student's t), and writes them as JSON. bf16 takes longer on a CPU
+without bf16 instructions; --precision fp32 skips it.
 """
 
 from __future__ import annotations
