@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from classic.config import PPOArgs
+from classic.config import PPOArgs, filled
 from classic.envs.checks import require_fit
 from classic.presets.resolve import unread
 from classic.state import Run, TrainState
@@ -84,6 +84,7 @@ def change_args(run: Run, state: TrainState, args: PPOArgs) -> Run:
     kept = kept_coefficients(vars(run.args), vars(args), adapted_coefficients(state.config))
     state.config = dataclasses.replace(args.ppo_config(), **kept)
     state.normalizer.gamma = state.config.gamma
+    state.follow_value_setting(filled(args.normalize_values))
     return dataclasses.replace(run, args=args)
 
 

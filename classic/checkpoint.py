@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from classic.changed_settings import adapted_coefficients, kept_coefficients
+from classic.config import EARLIER, filled
 from classic.envs.environments import Episode
 from classic.envs.spaces import scales_parts
-from classic.save import describe_spaces, freeze, frozen_parameters, layer_types
+from classic.save import describe_spaces, freeze, frozen_parameters, layer_types, loaded_scale, saved_scale
 from classic.state import Progress, Run, TrainState, begin_episodes
 from rlhf_ppo.runtime.checkpoint import Checkpoint, CheckpointError, as_json
 from rlhf_ppo.runtime.checkpoint_commit import write_checkpoint
@@ -52,6 +53,7 @@ def save_checkpoint(run: Run, state: TrainState, folder: RunDirectory) -> Path:
             "layers": layer_types(state.network),
             "frozen": frozen_parameters(state.network),
             "recent": [list(episode) for episode in state.recent],
+            "value_scale": saved_scale(state.value_scale),
             "best_return": state.best_return,
             "last_metrics": dict(state.last_metrics),
             "progress": {
@@ -83,7 +85,14 @@ def load_checkpoint(run: Run, state: TrainState, checkpoint: Checkpoint, total: 
     """
     settings = {**asdict(run.args), "total": total}
     fingerprints = {"env_id": run.env_id, **describe_spaces(run.envs)}
-    require_unchanged(checkpoint, settings=settings, fingerprints=fingerprints, free=FREE_SETTINGS, override=override)
+    require_unchanged(
+        checkpoint,
+        settings=settings,
+        fingerprints=fingerprints,
+        defaults=EARLIER,
+        free=FREE_SETTINGS,
+        override=override,
+    )
     _check_network(run, state, checkpoint)
     tensors, saved = checkpoint.tensors, checkpoint.state
     state.network.load_state_dict(tensors["model"])
@@ -95,7 +104,8 @@ def load_checkpoint(run: Run, state: TrainState, checkpoint: Checkpoint, total: 
     state.normalizer.load(tensors["normalizer"])
     state.generator.set_state(tensors["generators"]["training"])
     state.predict_generator.set_state(tensors["generators"]["predicting"])
-    state.counters = dict(saved["counters"])
+    state.counters, state.value_scale = dict(saved["counters"]), loaded_scale(saved)
+    state.follow_value_setting(filled(run.args.normalize_values))
     state.config = replace(state.config, **kept_coefficients(checkpoint.settings, settings, saved["in_force"]))
     state.recent = deque((Episode(*episode) for episode in saved["recent"]), maxlen=state.recent.maxlen)
     state.best_return, state.last_metrics = saved["best_return"], saved["last_metrics"]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from classic.config import PPOArgs
+from classic.config import EARLIER, PPOArgs
 from classic.ppo import PPO
 from classic.presets.resolve import resolve
 from rlhf_ppo.runtime.files import read_json
@@ -148,7 +148,7 @@ def _finished(path: Path, env_id: str, args: PPOArgs, episodes: int) -> dict[str
             "intervals too narrow: name another --output-dir, or remove that folder"
         )
     now = {"env_id": env_id, "episodes": episodes, **_settings(args)}
-    then = {"env_id": result["env_id"], "episodes": result["episodes"], **result["settings"]}
+    then = {"env_id": result["env_id"], "episodes": result["episodes"], **EARLIER, **result["settings"]}
     for key in sorted({*now, *then}):
         if now.get(key) != then.get(key):
             raise ValueError(

@@ -46,6 +46,8 @@ OTHER_NAMES: dict[str, str] = {
 }
 """A setting's name in Stable-Baselines3 or CleanRL -> ours, or why there is none."""
 
+EARLIER: dict[str, Any] = {"normalize_values": False}
+"""Settings that earlier versions did not have -> what those did."""
 
 CONTINUOUS: dict[str, Any] = {"squash": False, "log_std_init": 0.0, "state_dependent_std": False}
 """Settings of continuous actions -> their defaults, the only values that fit discrete actions."""
@@ -95,6 +97,9 @@ class PPOArgs:
     """Scale observations to mean 0 and variance 1 by running statistics, which are saved with the agent."""
     normalize_rewards: bool | None = None
     """Divide rewards by the running standard deviation of the discounted return; reported returns are unscaled."""
+    normalize_values: bool | None = None
+    """Learn values in units of the returns' running mean and standard deviation, so that the critic does not depend on
+    the rewards' scale; value loss and clip_range_vf are in these units."""
     learning_rate: float | None = None
     """Adam's initial learning rate."""
     lr_schedule: Schedule | None = None

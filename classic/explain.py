@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from classic.advantages import Estimate
+from classic.advantages import Estimate, trained_advantages
 from classic.networks.actor_critic import ActorCritic
 from classic.rollout import Rollout
-from rlhf_ppo.core import Experience, PPOConfig, masked_whiten
+from rlhf_ppo.core import Experience, PPOConfig
 from rlhf_ppo.runtime.explain import Explanation, explain_actions
 
 
@@ -16,8 +16,7 @@ from rlhf_ppo.runtime.explain import Explanation, explain_actions
 def explain_rollout(network: ActorCritic, rollout: Rollout, estimate: Estimate, config: PPOConfig) -> Explanation:
     """Explain every decision of a rollout, with its update's estimates and settings and the current policy."""
     mask = rollout.mask
-    advantages = estimate.advantages
-    whitened = masked_whiten(advantages, mask) if config.normalize_advantages else advantages
+    trained = trained_advantages(estimate, mask, config).to(rollout.logprobs.dtype)
     now = network.evaluate(rollout.decisions()).logprobs
     if rollout.state is None:  # rows of unmasked steps only
         now = torch.zeros_like(rollout.logprobs).masked_scatter(mask, now)
@@ -27,8 +26,8 @@ def explain_rollout(network: ActorCritic, rollout: Rollout, estimate: Estimate, 
         next_values=estimate.next_values,
         terminated=rollout.terminated,
         truncated=rollout.truncated,
-        advantages=advantages,
-        old=Experience(rollout.logprobs, None, whitened, None, mask),
+        advantages=estimate.advantages,
+        old=Experience(rollout.logprobs, None, trained, None, mask),
         new_logprobs=now,
         config=config,
         gamma=config.gamma,

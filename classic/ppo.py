@@ -33,7 +33,7 @@ from classic.save import read_agent, restore_agent, save_agent
 from classic.session import announce, guarded, open_run, save_if_due, saving_if_interrupted, steps_to_train, trackers
 from classic.state import LastUpdate, Run, TrainState, begin_episodes, initial_state, make_run
 from classic.update import adapt, follow_schedules, update
-from rlhf_ppo.core import PPOConfig
+from rlhf_ppo.core import PPOConfig, ValueScale
 from rlhf_ppo.runtime.explain import Explanation
 from rlhf_ppo.runtime.processes import require_one_process, torch_threads
 from rlhf_ppo.runtime.progress import ProgressDisplay
@@ -65,6 +65,7 @@ class PPO:
     counters: dict[str, int] = _held_by("state", "counters")
     recent: deque[Episode] = _held_by("state", "recent")
     best_return: float | None = _held_by("state", "best_return")
+    value_scale: ValueScale | None = _held_by("state", "value_scale")
     last_metrics: Mapping[str, float] = _held_by("state", "last_metrics")
     last_update: LastUpdate | None = _held_by("state", "last_update")
 
@@ -180,9 +181,11 @@ class PPO:
             )
             state.memory = rollout.state_after
 
-            # 2. Values, advantages and returns by compute_gae; whitened advantages.
-            estimate = estimate_advantages(state.network, rollout, state.config)
-            experience = to_experience(rollout, estimate, state.config)
+            # 2. Values, advantages and returns by compute_gae; the critic's units; whitened advantages.
+            estimate = estimate_advantages(state.network, rollout, state.config, state.value_scale)
+            if run.args.normalize_values:
+                state.follow_returns(estimate, rollout.mask)
+            experience = to_experience(rollout, estimate, state.config, state.value_scale)
             state.last_update = LastUpdate(rollout, estimate, state.config)
 
             # 3. Epochs of minibatches: ppo_loss, backward, clip, check finite, step.
@@ -274,7 +277,7 @@ class PPO:
             ValueError: nothing was given, and there was no update yet.
         """
         if rollout is not None:
-            estimate = estimate_advantages(self.network, rollout, self.config)
+            estimate = estimate_advantages(self.network, rollout, self.config, self.state.value_scale)
             return explain_rollout(self.network, rollout, estimate, self.config)
         if self.last_update is None:
             raise ValueError("there was no update yet to explain: call learn() first, or give a rollout")

@@ -50,12 +50,11 @@ def run_metrics(counters: Mapping[str, int], recent: Collection[Episode]) -> dic
 
 def estimate_metrics(estimate: Estimate, mask: Tensor) -> dict[str, float]:
     """Return statistics of values, returns and advantages over a rollout's unmasked steps (mask [B, T])."""
-    values, _, advantages, returns = estimate
     return {
-        "value/explained_variance": float(explained_variance(values, returns, mask)),
-        "value/mean": float(masked_mean(values, mask)),
-        "value/return_mean": float(masked_mean(returns, mask)),
-        "advantage/std": float(masked_var(advantages, mask).sqrt()),
+        "value/explained_variance": float(explained_variance(estimate.values, estimate.returns, mask)),
+        "value/mean": float(masked_mean(estimate.values, mask)),
+        "value/return_mean": float(masked_mean(estimate.returns, mask)),
+        "advantage/std": float(masked_var(estimate.advantages, mask).sqrt()),
     }
 
 
@@ -103,8 +102,11 @@ class UpdateRecord:
         self._norms.append(gradient_norm)
 
     @torch.no_grad()
-    def metrics(self, config: PPOConfig) -> dict[str, float]:
-        """Average policy/... over all decisions, losses and gradient norm over those with an optimizer step."""
+    def metrics(self, config: PPOConfig, value_std: float = 1.0) -> dict[str, float]:
+        """Average policy/... over all decisions, losses and gradient norm over those with an optimizer step.
+
+        The value loss is in the reward's units: ``value_std`` is the critic's unit in them.
+        """
         read = self._read or self._dropped
         new, old = _joined(read)
         metrics = {f"policy/{name}": float(value) for name, value in ppo_diagnostics(new, old, config).items()}
@@ -113,7 +115,8 @@ class UpdateRecord:
             loss = update_loss(*((new, old) if len(self._taken) == len(read) else _joined(self._taken)), config)
             sizes = torch.stack([old.mask.sum() for _, old in self._taken]).tolist()
             norm = math.fsum(size * norm for size, norm in zip(sizes, self._norms, strict=True)) / sum(sizes)
-            metrics |= {"policy/loss": float(loss.policy), "value/loss": float(loss.value), "optim/grad_norm": norm}
+            value = float(loss.value) * value_std**2
+            metrics |= {"policy/loss": float(loss.policy), "value/loss": value, "optim/grad_norm": norm}
         return metrics
 
 

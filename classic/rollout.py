@@ -31,7 +31,7 @@ class Rollout:
     logprobs: Tensor
     """[B, T] log pi(a|s) in nats."""
     rewards: Tensor
-    """[B, T]."""
+    """[B, T] float64, or float32 if they are scaled (normalize_rewards)."""
     terminated: Tensor
     """[B, T] bool, the episode ended here: no value follows."""
     truncated: Tensor
@@ -101,7 +101,7 @@ def collect(
         steps.append(step)
         reward = step.rewards
         if normalizer.returns is not None:
-            reward = normalizer.scale_rewards(reward, step.terminated | step.truncated, step.mask)
+            reward = normalizer.scale_rewards(reward.float(), step.terminated | step.truncated, step.mask)
         rewards.append(reward)
         if step.final_envs.shape[0]:
             final_envs.append(step.final_envs)

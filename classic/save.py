@@ -7,17 +7,19 @@ import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from classic.changed_settings import adapted_coefficients, kept_coefficients
-from classic.config import PPOArgs
+from classic.config import EARLIER, PPOArgs, filled
 from classic.envs.environments import Environments
 from classic.envs.spaces import scales_parts
 from classic.networks.actor_critic import ActorCritic
 from classic.state import Run, TrainState
+from rlhf_ppo.core import ValueScale
 from rlhf_ppo.runtime.checkpoint import list_checkpoints
 from rlhf_ppo.runtime.files import replacing_files
 from rlhf_ppo.runtime.package import __version__
@@ -45,6 +47,8 @@ class SavedAgent:
     """Name of each part of the network -> its class; None: saved by an earlier version."""
     frozen: list[str]
     """Parameters that were not trained."""
+    value_scale: ValueScale | None
+    """The critic's units."""
 
 
 def save_agent(folder: str | Path, run: Run, state: TrainState) -> Path:
@@ -70,6 +74,7 @@ def save_agent(folder: str | Path, run: Run, state: TrainState) -> Path:
         "in_force": adapted_coefficients(state.config),
         "layers": layer_types(state.network),
         "frozen": frozen_parameters(state.network),
+        "value_scale": saved_scale(state.value_scale),
     }
     with replacing_files(folder) as new:
         save_file(_copies(state.network.state_dict()), new / MODEL)
@@ -106,12 +111,13 @@ def read_agent(folder: str | Path, *, env_given: bool) -> SavedAgent:
         return SavedAgent(
             folder,
             content["env_id"],
-            PPOArgs(**content["args"]),
+            PPOArgs(**{**EARLIER, **content["args"]}),
             content["spaces"],
             dict(content["counters"]),
             content["in_force"],
             content.get("layers"),
             content.get("frozen", []),
+            loaded_scale(content),
         )
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / AGENT} was not written by this version ({__version__}): {error!r}") from error
@@ -141,7 +147,8 @@ def restore_agent(saved: SavedAgent, run: Run, state: TrainState) -> None:
         state.normalizer.load(statistics)
     except (SafetensorError, RuntimeError, KeyError) as error:
         raise ValueError(f"the tensors in {folder} cannot be read: {error}") from error
-    state.counters = saved.counters
+    state.counters, state.value_scale = saved.counters, saved.value_scale
+    state.follow_value_setting(filled(run.args.normalize_values))
     state.config = replace(state.config, **kept_coefficients(vars(saved.args), vars(run.args), saved.adapted))
 
 
@@ -166,6 +173,17 @@ def _check_fit(saved: SavedAgent, run: Run, state: TrainState) -> None:
             "until they are put back into agent.network",
             stacklevel=4,
         )
+
+
+def saved_scale(scale: ValueScale | None) -> dict[str, float] | None:
+    """Return the critic's units as JSON, for :func:`loaded_scale`."""
+    return None if scale is None else asdict(scale)
+
+
+def loaded_scale(content: Mapping[str, Any]) -> ValueScale | None:
+    """Return the critic's units; earlier versions had the reward's own."""
+    scale = content.get("value_scale", {})
+    return None if scale is None else ValueScale(**scale)
 
 
 def layer_types(network: ActorCritic) -> dict[str, str]:

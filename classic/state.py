@@ -23,7 +23,7 @@ from classic.gradient_step import trained_parameters
 from classic.networks.actor_critic import ActorCritic, Sample
 from classic.presets.resolve import preset_ids, resolve
 from classic.rollout import Rollout
-from rlhf_ppo.core import PPOConfig
+from rlhf_ppo.core import PPOConfig, ValueScale, update_value_scale
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.trackers import require_installed
 
@@ -93,6 +93,8 @@ class TrainState:
     """Draws of :meth:`classic.PPO.predict`."""
     counters: dict[str, int]
     """Iterations, environment steps, optimizer steps and episodes so far."""
+    value_scale: ValueScale | None
+    """The units in which the critic predicts; None: it has seen no returns that differ (normalize_values)."""
     recent: deque[Episode] = field(default_factory=lambda: deque(maxlen=100))
     """The last finished episodes."""
     progress: Progress = field(default_factory=lambda: Progress(0, 0))
@@ -114,6 +116,34 @@ class TrainState:
         self.counters["env_steps"] += int(rollout.mask.sum())
         self.counters["episodes"] += len(rollout.episodes)
         self.recent.extend(rollout.episodes)
+
+    def follow_returns(self, estimate: Estimate, mask: Tensor) -> None:
+        """Let the critic's units follow the returns of a rollout.
+
+        Args:
+            estimate: of the rollout, under the units so far.
+            mask: [B, T] its decisions.
+        """
+        if self.value_scale is not None:
+            self.change_value_scale(update_value_scale(self.value_scale, estimate.returns, mask))
+        elif estimate.value_scale.count:
+            self.value_scale = estimate.value_scale
+
+    def change_value_scale(self, scale: ValueScale) -> None:
+        """Let the critic predict in other units; what it has learned stays the same in the reward's.
+
+        A last layer that is frozen or not linear keeps its units.
+        """
+        old = self.value_scale
+        if old is None or scale == old or self.network.rescale_values(old, scale):
+            self.value_scale = scale
+
+    def follow_value_setting(self, normalize_values: bool) -> None:
+        """Keep the reward's own units without normalize_values; with it an agent that has not learned has none yet."""
+        if not normalize_values:
+            self.change_value_scale(ValueScale())
+        elif not self.counters["iteration"]:
+            self.value_scale = None
 
     def follow_network(self) -> None:
         """Train the network as it is now: parts may have been replaced, frozen, loaded or copied.
@@ -208,6 +238,7 @@ def initial_state(run: Run) -> TrainState:
         generator,
         torch.Generator().manual_seed(derive_seeds(args.seed, "prediction", 1)[0]),
         {"iteration": 0, "env_steps": 0, "optimizer_steps": 0, "episodes": 0},
+        None if args.normalize_values else ValueScale(),
     )
 
 

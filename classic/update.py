@@ -48,14 +48,14 @@ def update(state: TrainState, run: Run, rollout: Rollout, old: Experience) -> di
         state: its weights, optimizer and counts of steps change.
         run: settings, and the environment's name for messages.
         rollout: what was collected; masked steps are not learned from.
-        old: its experience, in minibatch rows.
+        old: its experience, in minibatch rows; its values and returns are in the units of ``state.value_scale``.
     Returns:
         The update's metrics.
     Raises:
         NonFiniteGradientError: ten consecutive steps had to be skipped.
         RatioTripwireError: old and new log-probs differ before the first optimizer step.
     """
-    args, config, progress = run.args, state.config, state.progress
+    args, config, progress, scale = run.args, state.config, state.progress, state.value_scale
     where = f"environment {run.env_id!r}, iteration {state.counters['iteration'] + 1}"
     decisions = rollout.decisions()
     record = UpdateRecord()
@@ -64,7 +64,8 @@ def update(state: TrainState, run: Run, rollout: Rollout, old: Experience) -> di
     while epochs < config.num_epochs and not stop:
         epochs += 1
         if args.recompute_advantages and epochs > 1:
-            old = to_experience(rollout, estimate_advantages(state.network, rollout, config), config)
+            estimate = estimate_advantages(state.network, rollout, config, scale)
+            old = to_experience(rollout, estimate, config, scale)
         for taken, part in shuffled_minibatches(decisions, old, config.num_minibatches, state.generator):
             new = state.gradients.evaluate(taken)
             record.add(new, part)
@@ -86,8 +87,10 @@ def update(state: TrainState, run: Run, rollout: Rollout, old: Experience) -> di
             state.optimizer.step()
             record.stepped(norm)
     state.counters["optimizer_steps"] += steps - skipped
+    std = 1.0 if scale is None else scale.std
     return {
-        **record.metrics(config),
+        **record.metrics(config, std),
+        **(_unit_metrics(std, config) if args.normalize_values else {}),
         "policy/clip_range": config.clip_range,
         "policy/penalty_beta": config.penalty_beta,
         "optim/learning_rate": state.optimizer.lr,
@@ -136,6 +139,12 @@ def adapt(state: TrainState, rollout: Rollout, old: Experience) -> None:
         state.config = replace(config, penalty_beta=beta)
     else:
         state.config = replace(config, clip_range=adapt_clip_range(config.clip_range, kl, target=target))
+
+
+def _unit_metrics(std: float, config: PPOConfig) -> dict[str, float]:
+    """Return the critic's unit, and what depends on it, in the reward's units."""
+    clip_range = {} if config.clip_range_vf is None else {"value/clip_range": config.clip_range_vf * std}
+    return {"value/return_std": std, **clip_range}
 
 
 def _check_initial_ratio(gap: float, bound: float | None, where: str) -> None:

@@ -101,7 +101,8 @@ class Environments:
         rewards = checks.rewards(reward, mask)
         ended = checks.flags("terminated", terminated) & mask
         cut = checks.flags("truncated", truncated) & mask
-        episodes = self._episodes.advance(rewards, mask, ended | cut)
+        # Returns are sums of float32 in checkpoints, too.
+        episodes = self._episodes.advance(rewards.astype(np.float32), mask, ended | cut)
         final_envs, final_observations = NO_ENVS, observations[:0]
         if episodes and not self.next_step_autoreset:
             copies = [episode.env for episode in episodes]

@@ -64,12 +64,12 @@ class OutputChecks:
         return row
 
     def rewards(self, rewards: Any, mask: np.ndarray) -> np.ndarray:
-        """Return rewards [B] as float32, 0 where mask [B] is False."""
-        array = np.asarray(rewards, dtype=np.float32)
+        """Return rewards [B] as float64, which keeps small differences beside a large offset; 0 where mask is False."""
+        array = np.asarray(rewards, dtype=np.float64)
         if array.shape != (self.num_envs,):
             raise self.fault(f"rewards must be ({self.num_envs},), got {array.shape}")
-        array = np.where(mask, array, np.float32(0))
-        self._require_finite("reward", array)
+        array = np.where(mask, array, 0.0)
+        self._require_finite("reward", array.astype(np.float32))
         return array
 
     def flags(self, name: str, flags: Any) -> np.ndarray:

@@ -35,7 +35,7 @@ class Step:
     """One step of B copies."""
 
     rewards: Tensor
-    """[B] float32; 0 where mask is False."""
+    """[B] float64; 0 where mask is False."""
     terminated: Tensor
     """[B] bool, the episode ended: no value follows."""
     truncated: Tensor

@@ -26,7 +26,7 @@ from classic.networks.distributions import (
     squashed_logprobs,
 )
 from classic.networks.layers import IMAGE_FEATURES, Body, Memory, image_network, mlp
-from rlhf_ppo.core import PolicyOutput
+from rlhf_ppo.core import PolicyOutput, ValueScale, rescaled_head
 
 Sample = Callable[
     [Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
@@ -63,7 +63,7 @@ class Decisions:
 
 
 class ActorCritic(nn.Module):
-    """A policy pi(a|s) and a critic V(s).
+    """A policy pi(a|s) and a critic V(s), in units of its own (``TrainState.value_scale``).
 
     ``policy`` and ``critic`` are the heads. What comes before them, if anything, is in ``bodies``: one shared by both,
     or one each.
@@ -233,6 +233,24 @@ class ActorCritic(nn.Module):
     def values(self, observations: Tensor, starts: Tensor | None = None, state: Tensor | None = None) -> Tensor:
         """Compute V(s): [N, *O] -> [N], or with a recurrent layer [B, L, *O] -> [B, L] from its state [B, K] before."""
         return self.critic(self._features(1, observations, starts, state)).squeeze(-1)
+
+    @torch.no_grad()
+    def rescale_values(self, old: ValueScale, new: ValueScale) -> bool:
+        """Let the critic predict in the units ``new`` what it predicts in ``old``, by its last layer, in place.
+
+        Returns:
+            Whether it does; not if that layer is frozen or no plain linear one with a bias.
+        """
+        head = self.critic[-1] if isinstance(self.critic, nn.Sequential) else None
+        if type(head) is not nn.Linear:
+            return False
+        trained = {name for name, parameter in head.named_parameters() if parameter.requires_grad}
+        if trained != {"weight", "bias"}:
+            return False
+        weight, bias = rescaled_head(head.weight, head.bias, old, new)
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
+        return True
 
     def _features(self, head: int, observations: Tensor, starts: Tensor | None, state: Tensor | None) -> Tensor:
         """Compute the input of the policy (head 0) or the critic (head 1)."""

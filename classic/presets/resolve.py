@@ -31,6 +31,7 @@ DEFAULTS: dict[str, Any] = {
     **CONTINUOUS,
     "normalize_observations": False,
     "normalize_rewards": False,
+    "normalize_values": True,
     "clip_range_schedule": "constant",
     "ent_coef_schedule": "constant",
     "recompute_advantages": False,

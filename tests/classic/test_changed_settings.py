@@ -40,6 +40,7 @@ OF_THE_RUN = {
     "clip_range_schedule": "linear",
     "ent_coef_schedule": "linear",
     "recompute_advantages": True,
+    "normalize_values": False,
     "max_initial_log_ratio": 0.5,
 }
 
@@ -90,6 +91,7 @@ def test_changed_settings_equal_those_an_agent_was_made_with(way, small, saved, 
     made.network.load_state_dict(agent.network.state_dict())
     made.optimizer.load(agent.optimizer.state())
     made.normalizer.load(agent.normalizer.state())
+    made.value_scale = agent.value_scale
     made.counters = dict(agent.counters)
     assert learned(agent, monkeypatch) == learned(made, monkeypatch)
     assert torch.equal(agent.optimizer.weights.vector, made.optimizer.weights.vector)
@@ -199,7 +201,7 @@ def test_an_agent_saved_by_an_earlier_version_loads(small, tmp_path):
     agent = classic.PPO("tests/Match-v0", small()).learn(100)
     agent.save(tmp_path)
     content = json.loads((tmp_path / "agent.json").read_text())
-    del content["layers"], content["frozen"], content["args"]["max_initial_log_ratio"]
+    del content["layers"], content["frozen"], content["value_scale"], content["args"]["max_initial_log_ratio"]
     (tmp_path / "agent.json").write_text(json.dumps(content))
     loaded = classic.PPO.load(tmp_path)
     observations = np.random.default_rng(0).normal(size=(50, 1))

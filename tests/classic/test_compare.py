@@ -75,6 +75,12 @@ def test_compare_trains_every_variant_and_seed_once_and_continues_where_it_stopp
     assert trained == [(3, 1)]
     assert capsys.readouterr().out == first  # one seed, one result
 
+    # As an earlier version wrote it, which had no normalize_values.
+    del result["settings"]["normalize_values"]
+    (tmp_path / "num_epochs=3" / "seed1" / "result.json").write_text(json.dumps(result))
+    assert main(command) == 2
+    assert "finished with normalize_values=False, now it is True" in capsys.readouterr().err
+
     trained.clear()
     assert main([*command, "--gamma", "0.5"]) == 2
     assert "finished with gamma=0.99, now it is 0.5" in capsys.readouterr().err and not trained

@@ -37,8 +37,8 @@ def test_a_given_rollout_is_explained_by_the_current_critic(small):
     agent = classic.PPO("tests/Aim-v0", small()).learn(64)
     rollout = agent.last_update.rollout
     given = agent.explain(rollout).rows
-    values = estimate_advantages(agent.network, rollout, agent.config).values
-    torch.testing.assert_close(torch.tensor([row["value"] for row in given]), values[rollout.mask])
+    values = estimate_advantages(agent.network, rollout, agent.config, agent.value_scale).values
+    torch.testing.assert_close(torch.tensor([row["value"] for row in given]), values[rollout.mask].float())
     assert "." in given[0]["label"]  # a continuous action
 
 

@@ -38,7 +38,13 @@ def minibatches(monkeypatch):
 def test_infinite_chain_with_a_time_limit_is_worth_one_over_one_minus_gamma(mode, small):
     """Reward 1 for ever, cut every 8 steps: V = 1 / (1 - 0.98) = 50. Merged flags would give about 4.4."""
     args = small(
-        autoreset_mode=mode, gamma=0.98, learning_rate=3e-2, num_epochs=8, num_minibatches=1, max_grad_norm=100.0
+        autoreset_mode=mode,
+        gamma=0.98,
+        learning_rate=3e-2,
+        num_epochs=8,
+        num_minibatches=1,
+        max_grad_norm=100.0,
+        normalize_values=False,  # else the critic would start from the answer
     )
     agent = classic.PPO("tests/Chain-v0", args).learn(5_000)
     value = agent.network.values(torch.ones(1, 1)).item()
@@ -116,6 +122,7 @@ def test_the_loop_lets_nothing_leak_from_one_episode_into_another(mode, num_step
     Clock's rewards are 0.5 * t + episode; episodes terminate and are truncated by turns.
     """
     settings = {"num_envs": 1, "num_steps": num_steps, "num_minibatches": 1, "num_epochs": 1, "autoreset_mode": mode}
+    settings["normalize_values"] = False
     agent = classic.PPO("tests/Clock-v0", small(gamma=0.9, gae_lambda=1.0, learning_rate=0.0, **settings))
     for parameter in agent.network.critic.parameters():
         parameter.data.zero_()
@@ -144,7 +151,8 @@ def test_gradients_are_clipped(small, monkeypatch):
 
 
 def test_learning_rate_0_keeps_the_ratio_at_1(small, tmp_path):
-    agent = classic.PPO("tests/Match-v0", small(learning_rate=0.0, num_minibatches=7, output_dir=str(tmp_path)))
+    args = small(learning_rate=0.0, num_minibatches=7, normalize_values=False, output_dir=str(tmp_path))
+    agent = classic.PPO("tests/Match-v0", args)
     before = {name: x.clone() for name, x in agent.network.state_dict().items()}
     agent.learn(200)
     for row in log_of(tmp_path):
@@ -227,7 +235,8 @@ def test_adaptive_coefficients_move_once_per_update(small, tmp_path):
 
 def test_reinforce_learns_from_returns_and_its_critic_learns_too(small, minibatches):
     """Advantages are Monte Carlo returns: Clock's are all positive, a baseline would leave both signs."""
-    agent = classic.PPO("tests/Clock-v0", small(objective="reinforce", num_epochs=1, normalize_advantages=False))
+    raw = {"normalize_advantages": False, "normalize_values": False}
+    agent = classic.PPO("tests/Clock-v0", small(objective="reinforce", num_epochs=1, **raw))
     before = agent.network.critic[0].weight.detach().clone()
     agent.learn(60)
     assert minibatches
