@@ -32,10 +32,17 @@ class ValueScale:
         return self.mean + self.std * x
 
 
+_FARTHEST = 1e4
+"""A return further from the mean than this many deviations counts as one at that distance."""
+
+
 def update_value_scale(
     scale: ValueScale | None, returns: Tensor, mask: Tensor, *, min_rate: float = 0.05, min_std: float = 0.0
 ) -> ValueScale:
     """Update the running moments by one rollout: with weight 1 / (rollouts so far), and at least ``min_rate``.
+
+    One absurd return must not make all others look alike for hundreds of rollouts, so its pull is bounded; one whose
+    square, in the units so far, is beyond float32 leaves the scale alone, and overflows the value loss.
 
     Args:
         scale: the moments so far; None: this is the first rollout.
@@ -44,16 +51,18 @@ def update_value_scale(
         min_rate: weight of a rollout once many have been seen.
         min_std: smallest standard deviation, in the reward's units; a deviation of 0 becomes 1.
     Returns:
-        The new moments; ``scale`` itself (or the default) if the mask is empty or a return is not finite.
+        The new moments; ``scale`` itself (or the default) if the mask is empty or a return is not finite or that far.
     Raises:
         ValueError: shapes differ, or the mask is not bool.
     Source: van Hasselt et al., "Learning values across many orders of magnitude" (2016), section 2. The decreasing
-    weight of the first rollouts and the smallest deviation are ours.
+    weight of the first rollouts, the smallest deviation and the bound on a return's pull are ours.
     """
     old = scale or ValueScale()
-    mean, var = float(masked_mean(returns, mask)), float(masked_var(returns, mask))
-    if not mask.any() or not math.isfinite(mean) or not math.isfinite(var):
+    if not mask.any() or not old.normalize(returns)[mask].float().square().isfinite().all():
         return old
+    if old.count:
+        returns = returns.clamp(old.mean - _FARTHEST * old.std, old.mean + _FARTHEST * old.std)
+    mean, var = float(masked_mean(returns, mask)), float(masked_var(returns, mask))
     rate = max(1 / (old.count + 1), min_rate)
     shift = mean - old.mean if old.count else 0.0
     mixed = (1 - rate) * (old.std**2 + rate * shift**2) + rate * var if old.count else var

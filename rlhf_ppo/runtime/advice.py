@@ -128,7 +128,11 @@ def becomes(setting: str, value: Any) -> Move:
 CLIPPING = ("clip", "adaptive_clip", "dual_clip", "cispo", "dis")
 """Objectives that read clip_range."""
 
-_SCALED = (becomes("normalize_rewards", True), becomes("normalize_scores", True))
+_SCALED = (
+    becomes("normalize_values", True),
+    becomes("normalize_rewards", True),
+    becomes("normalize_scores", True),
+)
 
 _FP32 = Move("precision", "`precision` fp32", lambda now: None if now == "fp32" else "fp32")
 
@@ -215,7 +219,7 @@ RULES = (
     ),
     Rule(
         "large returns",
-        "returns and advantages below 100",
+        "returns and advantages below 100, or a critic in units of the returns' spread",
         symptoms.scale,
         "The value loss grows with their square and dominates the gradient that policy and critic share.",
         _SCALED,

@@ -136,6 +136,8 @@ def blind_critic(run: RunMetrics) -> str | None:
 
 
 def scale(run: RunMetrics) -> str | None:
+    if run.settings.get("normalize_values"):
+        return None
     level, spread = run.late("value/return_mean"), run.late("advantage/std")
     if not _above(abs(level or 0.0), 100) and not _above(spread, 100):
         return None

@@ -40,7 +40,7 @@ def update(state: TrainState, run: Run, rollout: Rollout, estimates: Estimates) 
     """Train on a rollout, and count it.
 
     Args:
-        state: weights, optimizer, schedule, score statistics and counters change.
+        state: weights, optimizer, schedule, value scale, score statistics and counters change.
         run: seed, epochs, minibatches and limits are its settings; non-finite steps leave a black box in its folder.
         rollout: B scored responses.
         estimates: what to learn from them.
@@ -53,6 +53,7 @@ def update(state: TrainState, run: Run, rollout: Rollout, estimates: Estimates) 
         limit=1 if args.on_nonfinite == "stop" else args.max_skipped_steps,
         on_skip=lambda step: write_black_box(state, run, rollout, estimates, step),
     )
+    before = state.model.value_scale
     state.model.change_value_scale(estimates.value_scale)
     with train_critic_alone(state.model, on=warming_up):
         averages = _run_epochs(state, run, args, rollout, estimates, watch)
@@ -61,6 +62,8 @@ def update(state: TrainState, run: Run, rollout: Rollout, estimates: Estimates) 
     accepted = watch.steps == 0 or watch.skipped < watch.steps
     if accepted:
         state.score_statistics = estimates.rewards.score_statistics
+    else:
+        state.model.change_value_scale(before)
     state.iteration += 1
     state.episodes += len(rollout.prompts)
     state.optimizer_steps += watch.steps

@@ -66,6 +66,7 @@ def convert(given: Mapping[str, Any], num_processes: int = 1) -> dict[str, Any]:
     ours["reward"] = [trl["reward_model_path"]]
     ours["value_model"] = ours["value_head_from"] = trl["reward_model_path"]
     ours["value_learning_rate"] = trl["learning_rate"]
+    ours["normalize_values"] = False  # TRL's cliprange_value is in the reward's units
     if not trl["use_peft"]:
         ours = {name: value for name, value in ours.items() if not name.startswith("lora_")}
     if trl["load_in_8bit"] or trl["load_in_4bit"]:

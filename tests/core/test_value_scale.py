@@ -59,6 +59,26 @@ def test_returns_without_spread_or_none_at_all_keep_a_usable_unit():
     assert update_value_scale(known, f64([[1, math.inf]]), all_true(spread)) == known
 
 
+def test_one_absurd_return_pulls_the_scale_by_a_bounded_amount():
+    """Unbounded, 1e15 would leave a unit of 1e14, in which all other returns look alike for hundreds of rollouts."""
+    known, returns = ValueScale(1.0, 2.0, 30), f64([[1, 3, -1, 1e15]])
+    scale = update_value_scale(known, returns, all_true(returns))
+    assert scale == update_value_scale(known, f64([[1, 3, -1, 1 + 1e4 * 2]]), all_true(returns))
+    assert scale.std < 1e4 and scale.count == 31
+    below = update_value_scale(known, -returns, all_true(returns))
+    assert below == update_value_scale(known, f64([[-1, -3, 1, 1 - 1e4 * 2]]), all_true(returns))
+
+
+def test_a_return_whose_squared_distance_overflows_float32_leaves_the_scale_alone():
+    for known in (None, ValueScale(1.0, 2.0, 3)):
+        for far in (1e30, -1e30, 1e200):
+            returns = f64([[1, far]])
+            assert update_value_scale(known, returns, all_true(returns)) == (known or ValueScale())
+    # In the units so far: to rewards of that size it is an ordinary number.
+    returns = f64([[1e30, 3e30]])
+    assert update_value_scale(ValueScale(0.0, 1e30, 3), returns, all_true(returns)).count == 4
+
+
 def test_a_rescaled_head_predicts_the_same_values():
     weight, bias, states = torch.randn(1, 7), torch.randn(1), torch.randn(5, 7)
     old, new = ValueScale(3.0, 2.0, 4), ValueScale(-10.0, 0.5, 5)

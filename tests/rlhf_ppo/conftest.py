@@ -32,6 +32,7 @@ from transformers import (
 from transformers.utils import logging
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
+from rlhf_ppo.core import ValueScale
 from rlhf_ppo.generation import sampling
 from rlhf_ppo.models.actor_critic import ActorCritic
 
@@ -166,13 +167,14 @@ def prompts() -> list[str]:
 
 @pytest.fixture
 def wake_critic():
-    """Give a value head, which starts at 0, weights that make its values differ."""
+    """Give a value head, which starts at 0, weights that make its values differ, in the reward's units."""
 
     def wake(model: ActorCritic) -> None:
         assert model.value_head is not None
         with torch.no_grad():
             model.value_head.weight.copy_(torch.linspace(-1, 1, model.value_head.weight.numel())[None])
             model.value_head.bias.fill_(0.3)
+        model.value_scale = ValueScale()
 
     return wake
 

@@ -95,6 +95,15 @@ def test_changes_start_from_the_runs_own_settings(tmp_path, capsys):
     assert "clip fraction 0.50" in (out := capsys.readouterr().out) and "try learning_rate 0.0003 -> 0.0001" in out
 
 
+def test_large_returns_are_no_fault_where_the_critic_learns_in_their_units(tmp_path):
+    def found(**settings: bool) -> list:
+        return advise(write_run(tmp_path / "run", SYMPTOMS["large returns"], {**SETTINGS, **settings}))
+
+    assert not found(normalize_values=True)
+    (advice,) = found(normalize_values=False)
+    assert advice.changes["normalize_values"] == (False, True)
+
+
 def test_bf16_rounding_is_no_fault_and_fp32_is_named_where_it_helps(tmp_path):
     def gap(nats: float, settings: dict) -> list:
         changed = {"policy/first_minibatch_max_abs_log_ratio": lambda t: nats}

@@ -19,6 +19,7 @@ def test_tokens_are_explained_by_the_updates_own_numbers(make_trainer, prompts, 
     assert [(row["sequence"], row["step"]) for row in rows] == [tuple(place) for place in real]
     assert rows[0]["label"] == repr(tokenizer.decode([int(rollout.response_ids[0, 0])]))
     torch.testing.assert_close(torch.tensor([row["weight"] for row in rows]), old.advantages[rollout.mask])
+    # In the reward's units, whatever the critic's are.
     torch.testing.assert_close(torch.tensor([row["value"] for row in rows]), rollout.values[rollout.mask])
     # A_t = delta_t + gamma lambda A_{t+1}; the last token of a response has delta alone.
     decay = trainer.args.gamma * trainer.args.gae_lambda

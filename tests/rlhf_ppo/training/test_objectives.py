@@ -28,9 +28,10 @@ def test_reinforce_has_no_critic(make_trainer, prompts):
     assert trainer.model.value_head is None
     rollout = trainer.rollout(prompts)
     assert rollout.values is None
-    old, _, _, metrics = estimate(rollout, shape_rewards(rollout, trainer.args, trainer.kl_coef), trainer.args)
-    assert old.values is None and old.returns is None
-    assert not any(key.startswith("value/") for key in metrics)
+    estimates = estimate(rollout, shape_rewards(rollout, trainer.args, trainer.kl_coef), trainer.args)
+    assert estimates.experience.values is None and estimates.experience.returns is None
+    assert estimates.values is None and estimates.value_scale is None
+    assert not any(key.startswith("value/") for key in estimates.metrics)
     assert not (trainer.save_model() / "value_head.safetensors").exists()
 
 
@@ -40,7 +41,7 @@ def test_reinforce_ignores_lambda(make_trainer, prompts):
     rollout = trainer.rollout(prompts)
     old = estimate(rollout, shape_rewards(rollout, trainer.args, trainer.kl_coef), trainer.args).experience
     for row, keep in enumerate(rollout.mask):
-        assert old.advantages[row][keep].tolist() == [rollout.scores[row]] * int(keep.sum())
+        assert old.advantages[row][keep].tolist() == [rollout.scores[row].float()] * int(keep.sum())
 
 
 # Learning rate 0 keeps the KL of the update at 0, far below any target; a large one drives it far above.

@@ -52,10 +52,16 @@ def updated(reference_kl: float) -> Update:
 
 @pytest.fixture
 def estimate(make_trainer):
-    """Advantages and metrics of a written rollout under some settings; undiscounted and not whitened by default."""
+    """Advantages and metrics of a written rollout under some settings; undiscounted, raw and in the reward's units."""
 
     def run(rollout: Rollout, **settings):
-        base = {"gamma": 1.0, "gae_lambda": 1.0, "kl_coef": 0.5, "normalize_advantages": False}
+        base = {
+            "gamma": 1.0,
+            "gae_lambda": 1.0,
+            "kl_coef": 0.5,
+            "normalize_advantages": False,
+            "normalize_values": False,
+        }
         trainer: PPOTrainer = make_trainer(**{**base, **settings})
         return estimated(rollout, trainer.args, trainer.kl_coef)
 
@@ -127,7 +133,12 @@ def test_the_missing_eos_penalty_lowers_only_responses_that_ran_into_the_limit(e
 def test_fault_5_the_penalty_follows_the_stop_tokens_in_use(make_trainer, prompts):
     """The stop tokens are all letters but a and b, so end of text (id 0), a and b are tokens like any other."""
     trainer = make_trainer(
-        stop_token_ids=tuple(range(5, 30)), max_new_tokens=2, kl_coef=0.0, gae_lambda=1.0, normalize_advantages=False
+        stop_token_ids=tuple(range(5, 30)),
+        max_new_tokens=2,
+        kl_coef=0.0,
+        gae_lambda=1.0,
+        normalize_advantages=False,
+        normalize_values=False,  # a fresh critic would predict the mean return, which the penalty lowers
     )
     rollout = trainer.rollout(prompts)
     last = rollout.response_ids.gather(1, rollout.lengths[:, None] - 1).squeeze(1)

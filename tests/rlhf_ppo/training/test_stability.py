@@ -110,12 +110,14 @@ def test_fault_18_a_rejected_update_enters_no_statistic_and_no_controller(make_t
     trainer = make_trainer(**settings)
     trainer.step(trainer.rollout(prompts))
     before = copy.deepcopy((trainer.score_statistics, trainer.kl_coef, trainer.objective.clip_range))
+    units, learned = trainer.model.value_scale, weights(trainer)
     moments = copy.deepcopy(trainer.optimizer.state_dict()["state"])
     scale["by"] = 1e37  # 7e37 at most: float32 holds it, but not its square
     poison(trainer, lambda trainer, n: True)
     metrics = trainer.step(trainer.rollout(prompts))
     assert metrics["optim/skipped_steps"] == 4
     assert (trainer.score_statistics, trainer.kl_coef, trainer.objective.clip_range) == before
+    assert trainer.model.value_scale == units and same(weights(trainer), learned)
     after = trainer.optimizer.state_dict()["state"]
     assert all(torch.equal(moments[i][key], after[i][key]) for i in moments for key in moments[i])
 

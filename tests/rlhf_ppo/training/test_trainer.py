@@ -37,7 +37,9 @@ def test_a_toy_task_is_learned(make_trainer, learning_seed):
     assert scores[0] < 0.6
     assert sum(scores[-5:]) / 5 > 0.85
     # The critic learned with it, and the KL to the reference shows how far the policy went.
-    assert rows[0]["value/mean"] == 0 and rows[0]["value/return_mean"] > 0.2
+    # The first values are the mean of the scores' sums to the end; the targets mix the two, as lambda says.
+    assert rows[0]["value/mean"] == pytest.approx(rows[0]["value/return_mean"], abs=0.02)
+    assert rows[0]["value/return_mean"] > 0.2
     assert all(abs(row["value/mean"] - row["value/return_mean"]) < 0.2 for row in rows[-10:])
     assert rows[0]["kl/reference_nats_per_response"] == pytest.approx(0, abs=1e-4)
     assert rows[-1]["kl/reference_nats_per_response"] > 0.5
@@ -93,7 +95,8 @@ def test_advantages_of_a_rollout_follow_from_its_public_fields(make_trainer, wak
     trainer = make_trainer(normalize_advantages=False, kl_coef=0.3, gamma=0.9, gae_lambda=0.8)
     wake_critic(trainer.model)
     r = trainer.rollout(prompts)
-    old = estimate(r, shape_rewards(r, trainer.args, trainer.kl_coef), trainer.args).experience
+    estimates = estimate(r, shape_rewards(r, trainer.args, trainer.kl_coef), trainer.args)
+    old, scale = estimates.experience, estimates.value_scale
     rewards = kl_penalized_rewards(r.scores, r.logprobs - r.ref_logprobs, r.mask, 0.3)
     for row, n in enumerate(r.lengths.tolist()):
         v = r.values[row : row + 1, :n]
@@ -102,8 +105,9 @@ def test_advantages_of_a_rollout_follow_from_its_public_fields(make_trainer, wak
         advantages, returns = compute_gae(
             rewards[row : row + 1, :n], v, following, end, torch.zeros_like(end), gamma=0.9, gae_lambda=0.8
         )
-        torch.testing.assert_close(old.advantages[row, :n], advantages[0])
-        torch.testing.assert_close(old.returns[row, :n], returns[0])
+        torch.testing.assert_close(old.advantages[row, :n], advantages[0].float())
+        torch.testing.assert_close(old.returns[row, :n], scale.normalize(returns[0]).float(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(old.values[row, :n], scale.normalize(v[0].double()).float())
 
 
 def test_total_episodes_round_up_and_say_so(make_trainer, capsys):
@@ -275,12 +279,17 @@ def test_what_a_callback_sets_on_the_trainer_counts_from_the_next_iteration_on(m
         trainer.objective = dataclasses.replace(trainer.objective, clip_range=0.05, ent_coef=0.5)
         trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
         trainer.kl_coef = 0.25
-        seen.append(weights(trainer))
+        head, scale = trainer.model.value_head, trainer.model.value_scale
+        seen.append([p.detach().clone() for p in trainer.model.policy.parameters()])
+        # The head follows the returns' scale; what it predicts in the reward's units stays.
+        heads.append((scale.std * head.weight.detach(), scale.denormalize(head.bias.detach())))
 
     seen: list[list[torch.Tensor]] = []
+    heads: list[tuple[torch.Tensor, torch.Tensor]] = []
     trainer = make_trainer(callbacks=[change], total_episodes=24, score_clip=1.0, stop_token_ids=(0,))
     trainer.train()
     assert same(seen[0], seen[2])  # the new optimizer moves nothing
+    torch.testing.assert_close(heads[0], heads[2])
     rows = trainer.run.read()
     assert rows[1]["kl/coef"] == 0.25
     assert trainer.args.missing_eos_penalty == 5.0

@@ -47,7 +47,13 @@ def written(mask=MASK, turns=TURNS, values=VALUES) -> Rollout:
 @pytest.fixture
 def args(make_trainer):
     def make(**settings):
-        both = {"respond": lambda messages: None, "max_turns": 2, "normalize_advantages": False, "kl_coef": 1.0}
+        both = {
+            "respond": lambda messages: None,
+            "max_turns": 2,
+            "normalize_advantages": False,
+            "normalize_values": False,
+            "kl_coef": 1.0,
+        }
         return make_trainer(**{**both, "turn_credit": "turn", **settings}).args
 
     return make

@@ -158,8 +158,9 @@ def test_advantages_are_whitened_over_the_whole_rollout(make_trainer, prompts):
     assert max(abs(float(part.advantages[part.mask].mean())) for part in seen[:4]) > 0.01
     raw = make_trainer(normalize_advantages=False)
     rollout = raw.rollout(prompts)
-    old, _, _, metrics = estimate(rollout, shape_rewards(rollout, raw.args, raw.kl_coef), raw.args)
-    assert old.advantages[old.mask].std(correction=0) == pytest.approx(metrics["advantage/std"], rel=1e-5)
+    estimates = estimate(rollout, shape_rewards(rollout, raw.args, raw.kl_coef), raw.args)
+    unwhitened = estimates.experience.advantages[rollout.mask]
+    assert unwhitened.std(correction=0) == pytest.approx(estimates.metrics["advantage/std"], rel=1e-5)
 
 
 def test_the_end_of_text_action_is_learned_with_pad_equal_to_eos(make_trainer, tokenizer, make_model, prompts):
@@ -193,18 +194,20 @@ def test_an_unscored_response_trains_nothing(make_trainer, prompts):
     trainer = make_trainer(reward_funcs=without_third, ent_coef=0.1)
     rollout = trainer.rollout(prompts)
     assert rollout.scored.tolist() == [True, True, False, True, True, True, True, True]
-    old, _, _, metrics = estimate(rollout, shape_rewards(rollout, trainer.args, trainer.kl_coef), trainer.args)
-    trainer.fixed.minibatch_gradient(trainer.model, rollout, old, list(range(8)), trainer.args)
+    all_eight = estimate(rollout, shape_rewards(rollout, trainer.args, trainer.kl_coef), trainer.args)
+    trainer.fixed.minibatch_gradient(trainer.model, rollout, all_eight.experience, list(range(8)), trainer.args)
     masked = gradients(trainer)
     trainer.optimizer.zero_grad()
 
     keep = torch.tensor([0, 1, 3, 4, 5, 6, 7])
     tensors = {name: x[keep] for name, x in vars(rollout).items() if isinstance(x, torch.Tensor)}
     rest = dataclasses.replace(rollout, prompts=[p for p in prompts if p != "a"], score_parts={}, **tensors)
-    old = estimate(rest, shape_rewards(rest, trainer.args, trainer.kl_coef), trainer.args).experience
-    trainer.fixed.minibatch_gradient(trainer.model, rest, old, list(range(7)), trainer.args)
+    seven = estimate(rest, shape_rewards(rest, trainer.args, trainer.kl_coef), trainer.args)
+    assert vars(seven.value_scale) == pytest.approx(vars(all_eight.value_scale))
+    trainer.fixed.minibatch_gradient(trainer.model, rest, seven.experience, list(range(7)), trainer.args)
     for a, b in zip(masked, gradients(trainer), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)  # float32 sums in another order
+    metrics = all_eight.metrics
     assert metrics["score/unscored_fraction"] == pytest.approx(1 / 8)
     # Lengths of the other seven prompts: 9 + 7 + 11 + 8 + 4 + 2 + 10 = 51.
     assert metrics["score/mean"] == pytest.approx(51 / 7)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 import pytest
 import torch
 
+from rlhf_ppo.config.commands import ReplayArgs
 from rlhf_ppo.core import ValueScale
+from rlhf_ppo.pipeline.replay import replay
+from rlhf_ppo.runtime.checkpoint import read_checkpoint
+from rlhf_ppo.runtime.checkpoint_commit import write_checkpoint
 
 
 def early_share(text: str) -> float:
@@ -133,3 +139,79 @@ def test_a_head_without_a_scale_predicts_in_the_reward_s_units(make_trainer, mak
     before = trainer.rollout(prompts)
     trainer.step(before)
     assert trainer.model.value_scale.count == 1
+
+
+def test_a_checkpoint_of_an_earlier_version_holds_a_head_in_the_reward_s_units(make_trainer, prompts, tmp_path):
+    settings = {"reward_funcs": scaled(10.0, 3.0), "learning_rate": 0.01, "total_episodes": 16}
+    earlier = make_trainer(**settings, normalize_values=False, save_every=1)
+    earlier.train()
+    saved = read_checkpoint(earlier.run.path / "checkpoint-1")
+    state, known = dict(saved.state), dict(saved.settings)
+    del state["value_scale"], known["normalize_values"]
+    old = write_checkpoint(
+        tmp_path / "old", 1, tensors=saved.tensors, state=state, settings=known, fingerprints=saved.fingerprints
+    )
+    trainer = make_trainer(**settings)
+    trainer.load_checkpoint(old)
+    head = trainer.model.value_head
+    assert trainer.model.value_scale == ValueScale() and head.weight.any()
+    assert torch.equal(head.weight, saved.tensors["trainable"]["value_head.weight"])
+    assert torch.equal(head.bias, saved.tensors["trainable"]["value_head.bias"])
+    rollout = trainer.rollout(prompts)
+    part = rollout.sequences(range(len(prompts)))
+    with torch.no_grad():
+        torch.testing.assert_close(rollout.values, trainer.model(*part).values, atol=1e-4, rtol=1e-4)
+    trainer.step(rollout)
+    assert trainer.model.value_scale.count == 1 and trainer.model.value_scale.std != 1
+
+
+def absurd(by: dict[str, float]) -> Any:
+    return lambda prompts, completions, **_: [by["score"], *map(early_share, completions[1:])]
+
+
+def test_an_absurd_score_is_skipped_leaves_a_black_box_and_spoils_no_unit(make_trainer, prompts):
+    by = {"score": 1.0}
+    trainer = make_trainer(reward_funcs=absurd(by), num_epochs=1, num_minibatches=8)
+    trainer.step(trainer.rollout(prompts))
+    before, by["score"] = trainer.model.value_scale, 1e30
+    metrics = trainer.step(trainer.rollout(prompts))
+    assert metrics["optim/skipped_steps"] == 1 and all(map(math.isfinite, metrics.values()))
+    assert trainer.model.value_scale == before
+    replayed = replay(ReplayArgs(folder=str(trainer.run.path / "blackbox-2")))
+    assert replayed.same and "loss value = inf" in replayed.findings
+    by["score"] = 1.0
+    metrics = trainer.step(trainer.rollout(prompts))
+    assert metrics["optim/skipped_steps"] == 0 and trainer.model.value_scale.count == 2
+    assert trainer.model.value_scale.std < 10
+
+
+def test_an_absurd_score_that_float32_can_square_spoils_one_rollout_not_hundreds(make_trainer, prompts):
+    by = {"score": 1.0}
+    trainer = make_trainer(reward_funcs=absurd(by))
+    trainer.step(trainer.rollout(prompts))
+    before, by["score"] = trainer.model.value_scale, 1e15
+    trainer.step(trainer.rollout(prompts))
+    assert trainer.model.value_scale.std < 1e4 * before.std
+    by["score"] = 1.0
+    rollout = trainer.rollout(prompts)
+    kept = trainer.explain(rollout).rows
+    spread = torch.tensor([row["weight"] for row in kept]).std(correction=0)
+    assert float(spread) == pytest.approx(1, abs=0.05)  # the policy still hears a difference between scores
+
+
+def test_a_rejected_update_changes_no_unit(make_trainer, prompts):
+    trainer = make_trainer(reward_funcs=scaled(10.0, 3.0))
+    trainer.step(trainer.rollout(prompts))
+    scale, start = trainer.model.value_scale, [p.detach().clone() for p in trainer.model.parameters()]
+    gradient = trainer.fixed.gradient
+
+    def poisoned(*inputs: Any, **settings: Any) -> Any:
+        result = gradient(*inputs, **settings)
+        trainer.model.value_head.bias.grad.fill_(math.nan)
+        return result
+
+    trainer.fixed = dataclasses.replace(trainer.fixed, gradient=poisoned)
+    assert trainer.step(trainer.rollout(prompts))["optim/skipped_steps"] == 4
+    assert trainer.model.value_scale == scale
+    for p, q in zip(start, trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-6)

@@ -166,6 +166,7 @@ def test_trls_own_defaults_hold_where_nothing_is_given():
     assert (ours["max_new_tokens"], ours["temperature"], ours["seed"], ours["learning_rate"]) == (53, 0.7, 42, 3e-6)
     assert (ours["model"], ours["reward"]) == ("EleutherAI/pythia-160m", ["EleutherAI/pythia-160m"])
     assert (ours["eval_size"], ours["save_every"], ours["num_minibatches"]) == (0, 500, 1)
+    assert ours["normalize_values"] is False  # cliprange_value is in the reward's units
     assert "total_episodes" not in ours and "lora_rank" not in ours and "precision" not in ours
 
 
