@@ -126,6 +126,12 @@ class ActorCritic(nn.Module):
             head.bias.copy_(bias)
         self.value_scale = scale
 
+    def restore_head(self, head: nn.Linear | None, scale: ValueScale | None) -> None:
+        """Take weight, bias and units from a copy of the head: changing the units back would round."""
+        if self.value_head is not None and head is not None:
+            self.value_head.load_state_dict(head.state_dict())
+        self.value_scale = scale
+
     def separate_values(self, sequences: Sequences) -> Tensor | None:
         """Compute values [B, T] where the critic has a forward pass of its own, 0 outside the mask; else None."""
         if self.value_adapter is not None:

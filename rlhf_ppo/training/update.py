@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import NamedTuple
 
@@ -53,7 +54,7 @@ def update(state: TrainState, run: Run, rollout: Rollout, estimates: Estimates) 
         limit=1 if args.on_nonfinite == "stop" else args.max_skipped_steps,
         on_skip=lambda step: write_black_box(state, run, rollout, estimates, step),
     )
-    before = state.model.value_scale
+    before = copy.deepcopy((state.model.value_head, state.model.value_scale))
     state.model.change_value_scale(estimates.value_scale)
     with train_critic_alone(state.model, on=warming_up):
         averages = _run_epochs(state, run, args, rollout, estimates, watch)
@@ -63,7 +64,7 @@ def update(state: TrainState, run: Run, rollout: Rollout, estimates: Estimates) 
     if accepted:
         state.score_statistics = estimates.rewards.score_statistics
     else:
-        state.model.change_value_scale(before)
+        state.model.restore_head(*before)
     state.iteration += 1
     state.episodes += len(rollout.prompts)
     state.optimizer_steps += watch.steps

@@ -213,5 +213,4 @@ def test_a_rejected_update_changes_no_unit(make_trainer, prompts):
     trainer.fixed = dataclasses.replace(trainer.fixed, gradient=poisoned)
     assert trainer.step(trainer.rollout(prompts))["optim/skipped_steps"] == 4
     assert trainer.model.value_scale == scale
-    for p, q in zip(start, trainer.model.parameters(), strict=True):
-        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-6)
+    assert all(torch.equal(p, q) for p, q in zip(start, trainer.model.parameters(), strict=True))
