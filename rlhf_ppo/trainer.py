@@ -45,6 +45,7 @@ from rlhf_ppo.training.experience import estimate
 from rlhf_ppo.training.explain import explain_rollout
 from rlhf_ppo.training.recorded_rollouts import Recording
 from rlhf_ppo.training.recording import keep_rollout, record_policy
+from rlhf_ppo.training.replayed_rollouts import replay_rollout, require_first_policy
 from rlhf_ppo.training.reporting import (
     evaluate,
     is_due,
@@ -128,6 +129,7 @@ class PPOTrainer(TrainerAttributes):
             peft_config=peft_config,
             respond=respond,
         )
+        require_first_policy(self.fixed, actor_critic)
         self.state = TrainState.start(actor_critic, self.fixed.args)
         self.safe = SafePoint()
         self.timings: dict[str, float] = {}  # seconds of each phase of the last iteration
@@ -193,15 +195,20 @@ class PPOTrainer(TrainerAttributes):
             run.stopwatch.take()  # evaluations are not part of an iteration
 
             args = state.effective_settings(run.args)
-            prompts = next_prompts(run, state)
-            with closing_episodes(run):
-                # 1. Sample responses, recording log-probs and values.
-                rollout = generate(run, state.model, prompts, next_draws(run, state))
-                # 2. Read the reference's log-probs.
-                rollout = read_reference(run, state.model, rollout)
-                # 3. Ask the reward functions.
-                rollout = score(run, rollout)
-            state.rollouts_made += 1  # only now: a run that a failed reward ended resumes with the same rollout
+            off_policy: dict[str, float] = {}
+            if run.recording is None:
+                prompts = next_prompts(run, state)
+                with closing_episodes(run):
+                    # 1. Sample responses, recording log-probs and values.
+                    rollout = generate(run, state.model, prompts, next_draws(run, state))
+                    # 2. Read the reference's log-probs.
+                    rollout = read_reference(run, state.model, rollout)
+                    # 3. Ask the reward functions.
+                    rollout = score(run, rollout)
+                state.rollouts_made += 1  # only now: a run that a failed reward ended resumes with the same rollout
+            else:
+                # 1. to 3. were recorded; read what the critic says now.
+                rollout, off_policy = replay_rollout(state, run, run.recording)
             with run.stopwatch.phase("update"):
                 # 4. Shape the scores and charge the KL.
                 rewards = shape_rewards(rollout, args, state.kl_coef, state.score_statistics)
@@ -213,7 +220,7 @@ class PPOTrainer(TrainerAttributes):
                 adapt(state, args, updated)
             # 8. Log, call back, save.
             safe.mark(run)
-            metrics, self.timings = updated.metrics, run.stopwatch.take()
+            metrics, self.timings = {**updated.metrics, **off_policy}, run.stopwatch.take()
             log_update(state, run, rollout, metrics, self.timings, progress)
             keep_rollout(run, state.iteration, rollout)
             if updated.problem is not None:

@@ -93,6 +93,11 @@ class RLHFConfig(
         self._check_length()
         if self.on_nonfinite == "rollback" and self.save_every == 0:
             raise ValueError("on_nonfinite='rollback' resumes from a checkpoint, but save_every=0 writes none: set it")
+        if self.on_nonfinite == "rollback" and self.replay is not None:
+            raise ValueError(
+                "on_nonfinite='rollback' goes on with other responses, and replay has only the recorded ones: set "
+                "on_nonfinite to 'skip' or 'stop'"
+            )
         if self.kl_target is not None and self.kl_horizon < self.rollout_batch_size:
             raise ValueError(
                 f"kl_horizon={self.kl_horizon} must be at least rollout_batch_size={self.rollout_batch_size}, "

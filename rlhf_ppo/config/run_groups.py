@@ -63,18 +63,26 @@ class MemorySettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class RecordingSettings(Settings):
-    """Recording: rollouts kept on disk, to fit a critic on."""
+    """Recording: rollouts kept on disk, to fit a critic on or to replay."""
 
     save_rollouts: bool = False
     """Record the rollouts into output_dir/rollouts, with all that was measured about them."""
     save_rollouts_gb: float = 1.0
     """Maximum size of the recording in GB; the rollouts from the first one it has no room for on are not recorded."""
+    replay: str | None = None
+    """Train on recorded rollouts instead of sampling: a run's folder, or its rollouts/. The first update is that of a
+    run that samples; later ones are off-policy, because another policy sampled their responses."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("save_rollouts_gb")
         if not self.save_rollouts:
             refuse_unread(self, "save_rollouts=False records nothing", "save_rollouts_gb")
+        elif self.replay is not None:
+            raise ValueError(
+                f"replay={self.replay!r} trains on rollouts that are recorded already, and save_rollouts=True would "
+                "record them again: drop one of them"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,6 +57,10 @@ METRICS: dict[str, str] = {
     "policy/importance_weight_mean": "Mean importance weight pi_trainer / pi_sampler of the actions, after importance_weight_cap; "
     "close to 1 unless sampler and trainer disagree.",
     "policy/importance_capped_fraction": "Share of actions whose importance weight was capped.",
+    "replay/kl_nats_per_response": "With replay: KL(recording policy || policy) before the update in nats, k1 summed over each recorded "
+    "response, mean over responses: how far off-policy the update is.",
+    "replay/effective_fraction": "With replay: effective share of the recorded responses, (sum w)^2 / (n sum w^2) with w = policy / recording "
+    "policy of a whole response: 1 on-policy, 1/n where a single response counts.",
     "value/loss": "Value loss: half the squared error of the critic, in the reward's units (squared).",
     "value/explained_variance": "Share of the returns' variance that the critic's values explain: 1 is perfect, 0 no better than a constant.",
     "value/mean": "Mean value that the critic predicted at rollout.",

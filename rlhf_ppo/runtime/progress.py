@@ -25,6 +25,7 @@ PHASES = {
     "generate": "generating",
     "reference": "reading reference",
     "score": "scoring",
+    "replay": "reading rollout",
     "update": "updating",
 }
 """Phase -> its text while it lasts; other names are shown as they are."""

@@ -56,12 +56,12 @@ def architecture(config: PretrainedConfig) -> str:
 
 
 def model_fingerprints(model: ActorCritic) -> dict[str, str | None]:
-    """Return digests of the policy's weights, and of those that only the critic has (None: no critic)."""
+    """Return digests of the policy's weights, and of the critic's own with its scale (None: no critic)."""
     own = {id(p) for p in model.critic_parameters()}
-    named = list(model.named_parameters())
+    policy, critic = ([(n, p) for n, p in model.named_parameters() if (id(p) in own) is of] for of in (False, True))
     return {
-        "policy": parameters_fingerprint((name, p) for name, p in named if id(p) not in own),
-        "critic": parameters_fingerprint((name, p) for name, p in named if id(p) in own) if own else None,
+        "policy": parameters_fingerprint(policy),
+        "critic": f"{parameters_fingerprint(critic)}, {model.value_scale}" if critic else None,
     }
 
 

@@ -32,6 +32,11 @@ PANELS = {
 """What the run's final plot shows."""
 
 
+_OFF_POLICY = (
+    "The first update is the recorded run's own; later ones are off-policy: another policy sampled their responses"
+)
+
+
 def run_settings(run: Run) -> dict[str, Any]:
     """Return the settings, and where the models came from, for run.json and trackers."""
     return {**run.sources, **dataclasses.asdict(run.args)}
@@ -51,10 +56,10 @@ def run_facts(run: Run) -> dict[str, Any]:
 def require_rollouts_left(state: TrainState, run: Run) -> None:
     """Check that there are prompts and that rollouts are left; warn if a rollout repeats prompts."""
     args, prompts = run.args, run.train_prompts
-    if prompts is None:
+    if prompts is None and run.recording is None:
         raise ValueError("train() needs a train_dataset with a column 'prompt'")
     wanted = args.rollout_batch_size // args.num_generations
-    if len(prompts) < wanted:
+    if prompts is not None and len(prompts) < wanted:
         warnings.warn(
             f"train_dataset has {len(prompts)} prompts, fewer than the {wanted} of a rollout "
             f"(rollout_batch_size={args.rollout_batch_size}): each rollout repeats some",
@@ -93,11 +98,13 @@ def run_rows(state: TrainState, run: Run) -> dict[str, str]:
     if whole * size != args.total_episodes:
         text += f" (total_episodes={args.total_episodes} rounds up to {whole * size}: whole rollouts of {size})"
     sets = {"train": run.train_prompts, "evaluation": run.eval_prompts}
+    replay = {} if run.recording is None else {"replay": f"{run.recording.folder}. {_OFF_POLICY}"}
     return {
         **model_rows(run.sources["model"] or "object", state.model, device=run.device, bf16=run.bf16),
         "reward": ", ".join(run.rewards),
         "prompts": ", ".join(f"{len(prompts)} {name}" for name, prompts in sets.items() if prompts is not None),
         "run": text,
+        **replay,
         "learning rate": run.learning_rates,
         "folder": str(run.folder.path),
     }

@@ -26,6 +26,7 @@ from rlhf_ppo.runtime.progress import Stopwatch
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.training.fingerprints import run_fingerprints
 from rlhf_ppo.training.gradients import MinibatchGradient, critic_gradient, minibatch_gradient
+from rlhf_ppo.training.recorded_rollouts import Recording
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class Run:
     reward_sources: list[str]
     """Likewise, the reward functions."""
     stopwatch: Stopwatch
+    recording: Recording | None = None
+    """The rollouts that the run trains on instead of sampling (``replay``)."""
     gradient: MinibatchGradient = minibatch_gradient
     """How a minibatch's gradient is computed."""
 
@@ -75,6 +78,12 @@ class Run:
     def planned_episodes(self) -> int:
         """Responses of the whole run."""
         return self.args.num_rollouts * self.args.rollout_batch_size
+
+    @property
+    def initial_ratio_bound(self) -> float:
+        """Largest |log ratio| in nats that rounding explains before an update (``max_initial_log_ratio``)."""
+        rounded = self.bf16 or (self.recording is not None and self.recording.facts.fingerprints["bf16"])
+        return self.args.max_initial_log_ratio or (0.5 if rounded else 0.1)
 
     @cached_property
     def fingerprints(self) -> dict[str, Any]:

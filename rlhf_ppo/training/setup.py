@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ppo.config.groups import RewardSettings, RolloutSettings
 from rlhf_ppo.config.rlhf import RLHFConfig
@@ -38,6 +39,8 @@ from rlhf_ppo.runtime.trackers import require_installed
 from rlhf_ppo.training.fitted_critic import require_same_task
 from rlhf_ppo.training.learning_rates import resolve_learning_rates
 from rlhf_ppo.training.load_models import check_models, check_passes, load_models, prepare_critic
+from rlhf_ppo.training.recorded_rollouts import Recording
+from rlhf_ppo.training.replayed_rollouts import open_replay, require_same_rewards
 from rlhf_ppo.training.run import Run
 
 
@@ -65,17 +68,16 @@ def set_up(
     bf16 = compute_in_bf16(args.precision, device)
     model, ref_model, value_model = map(resolve_model, (model, ref_model, value_model))
     config = load_config(model)
-    vocab_size = vocabulary_size(config)
     check_models(args, model, ref_model, value_model, peft_config, device)
     critic = prepare_critic(args, model, value_model, peft_config)
     tokenizer = with_chat_template(processing_class or load_tokenizer(model), args.chat_template)
+    recording = open_replay(args, config, tokenizer)
     room = prompt_room(config, args.max_new_tokens)
-    stops = choose_stop_tokens(model, config, tokenizer, args, vocab_size)
-    rows = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-    train_prompts, eval_prompts = _prompt_sets(rows, tokenizer=tokenizer, args=args, vocab_size=vocab_size, room=room)
+    stops = choose_stop_tokens(model, config, tokenizer, args, vocabulary_size(config))
+    train_prompts, eval_prompts = _prompt_sets(train_dataset, eval_dataset, tokenizer, args, config, room)
     sets = [prompts for prompts in (train_prompts, eval_prompts) if prompts is not None]
     _check_turns(tokenizer, sets if respond is not None else ())
-    rewards = _load_rewards(reward_funcs, args, device, sets, conversations=respond is not None)
+    rewards = _load_rewards(reward_funcs, args, device, sets, conversations=respond is not None, recording=recording)
     require_same_task(critic.fitted, args, tokenizer, rewards)
     models = load_models(
         model, ref_model, value_model, peft_config, args, device, bf16=bf16, critic=critic, rewards=rewards
@@ -104,6 +106,7 @@ def set_up(
         sources={**sources, "reference": models.reference_source},
         reward_sources=_reward_sources(reward_funcs),
         stopwatch=Stopwatch(device),
+        recording=recording,
     )
     return run, models.actor_critic
 
@@ -128,8 +131,18 @@ def _check_arguments(args: RLHFConfig, eval_dataset: RowSource | None, respond: 
         )
 
 
-def _prompt_sets(datasets: Mapping[str, RowSource | None], **facts: Any) -> list[PromptSet | None]:
-    return [None if rows is None else PromptSet(rows, name=name, **facts) for name, rows in datasets.items()]
+def _prompt_sets(
+    train_dataset: RowSource | None,
+    eval_dataset: RowSource | None,
+    tokenizer: PreTrainedTokenizerBase,
+    args: RLHFConfig,
+    config: PretrainedConfig,
+    room: int | None,
+) -> list[PromptSet | None]:
+    vocab_size = vocabulary_size(config)
+    prompt_set = partial(PromptSet, tokenizer=tokenizer, args=args, vocab_size=vocab_size, room=room)
+    named = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+    return [None if rows is None else prompt_set(rows, name=name) for name, rows in named.items()]
 
 
 def _sampling_params(args: RolloutSettings, stop_token_ids: tuple[int, ...]) -> SamplingParams:
@@ -149,9 +162,11 @@ def _load_rewards(
     sets: Sequence[PromptSet],
     *,
     conversations: bool,
+    recording: Recording | None,
 ) -> dict[str, tuple[RewardFunction, float]]:
-    """Load the rewards, and check that they can judge responses to these prompts."""
+    """Load the rewards, and check that they can judge responses to these prompts, and gave a replay's scores."""
     rewards = load_rewards(reward_funcs, args, device)
+    require_same_rewards(recording, {name: weight for name, (_, weight) in rewards.items()})
     for prompts in sets:
         for name, (function, _) in rewards.items():
             require_accepts_columns(function, name, prompts.columns, prompts.name, conversations=conversations)

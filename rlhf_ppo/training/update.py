@@ -221,11 +221,13 @@ def adapt(state: TrainState, args: RLHFConfig, update: Update) -> None:
 
 
 def _check_first_ratio(state: TrainState, run: Run, first_step: MetricAverage) -> float:
-    """Return the largest |log ratio| before the first optimizer step, which must be near 0."""
+    """Return the largest |log ratio| before the first optimizer step, which must be near 0 on a policy's own tokens."""
     gap = first_step.compute()["max_abs_log_ratio"]
     if math.isnan(gap):
         return gap  # the gradient is NaN, too, and its own check skips the step
-    bound = run.args.max_initial_log_ratio or (0.5 if run.bf16 else 0.1)
+    if run.recording is not None and state.iteration > 0:
+        return gap  # another policy sampled these responses
+    bound = run.initial_ratio_bound
     if not gap <= bound:
         clear_gradients(state.model)
         raise RatioTripwireError(

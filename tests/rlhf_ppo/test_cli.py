@@ -60,6 +60,12 @@ def test_critic_record_takes_the_flags_of_train_and_trains_nothing(folder, capsy
     row = json.loads(lines[0])
     assert len(lines) == 4 and row["prompt"].startswith("the cat ") and row["score"] == row["score_parts"]["vowels"]
     assert not Path("run/metrics.jsonl").exists() and not Path("run/model.safetensors").exists()
+    other = [*TRAIN, "--output-dir", "replayed"]
+    other.remove("--output-dir"), other.remove("run")
+    assert main([*other, "--replay", "run", "--num-epochs", "2"]) == 0
+    assert "replay/kl_nats_per_response" in Path("replayed/metrics.jsonl").read_text()
+    assert main([*other, "--replay", "run", "--temperature", "0.5"]) == 2
+    assert "sampled with temperature=1.0, this run has temperature=0.5: set it so" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["critic", "record", *TRAIN[1:], "--resume", "run"])
     said = re.sub(r"\s+", " ", capsys.readouterr().err)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_ppo.core import BannedTokens
+from rlhf_ppo.core import BannedTokens, ValueScale
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.runtime.checkpoint import manifest_text
 from rlhf_ppo.training.recorded_rollouts import (
@@ -50,6 +50,7 @@ def make(seed: int = 0, **more) -> Rollout:
 
 
 EVERYTHING = {
+    "value_scale": ValueScale(1 / 3, 0.1, 7),
     "token_scores": torch.tensor([[0.1, 0.2, 0.3], [0.0, 0.5, 0.0]]),
     "token_score_parts": {"length": torch.ones(2, 3)},
     "cache_hit_fraction": 1 / 3,

@@ -66,6 +66,18 @@ def test_a_run_killed_and_resumed_has_the_recording_of_one_never_killed(make_tra
     assert facts.fingerprints == open_recording(whole.run.path).facts.fingerprints  # of the policy before rollout 1
 
 
+def test_a_run_resumed_with_other_settings_records_what_it_samples_then(make_trainer):
+    """Rollouts 3 and 4 of before are gone."""
+    first = make_trainer(**RECORDED)
+    first.train()
+    folder = str(first.run.path)
+    resumed = make_trainer(**{**RECORDED, "output_dir": folder, "seed": 1})
+    with pytest.warns(UserWarning, match="seed: 0 -> 1"):
+        resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-2", resume_override=True)
+    said = [text for rollout in open_recording(folder) for text in rollout.completions]
+    assert said == [row["completion"] for row in resumed.run.read("samples.jsonl")] and len(said) == 32
+
+
 def test_a_recording_begun_by_a_resumed_run_begins_there(make_trainer):
     first = make_trainer(total_episodes=16, save_every=1)
     first.train()

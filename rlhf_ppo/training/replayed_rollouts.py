@@ -1,0 +1,164 @@
+"""Replay: train on recorded rollouts in place of sampled ones, and refuse those that another run sampled.
+
+(Not `rlhf-ppo replay`, which recomputes the one minibatch in a black box.)
+
+What the policy did and how it scored comes from the record, and so do the old log-probs: the ratio that PPO clips is
+the one to the policy that recorded. What the critic says is read again, because the critic is what settings change.
+The first update is the recorded run's own; from the second one on the responses are those of another policy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.core import kl_estimate
+from rlhf_ppo.generation.rollout import Rollout
+from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.runtime.device import autocast
+from rlhf_ppo.runtime.signals import stop_if_asked
+from rlhf_ppo.training.fingerprints import tokenizer_fingerprint
+from rlhf_ppo.training.recorded_rollouts import Recording, open_recording
+from rlhf_ppo.training.recording import architecture, model_fingerprints
+from rlhf_ppo.training.run import Run
+from rlhf_ppo.training.state import TrainState
+
+_SAMPLING = (
+    *("rollout_batch_size", "num_generations", "max_new_tokens", "min_new_tokens", "temperature"),
+    *("stop_token_ids", "stop_strings", "max_turns", "recompute_logprobs"),
+)
+"""Settings of what was sampled, which the update reads, too."""
+
+
+def open_replay(args: RLHFConfig, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Recording | None:
+    """Open the recording that ``replay`` names, and check that this run could have sampled it; None without one.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`.open_recording`; or the recording is of another tokenizer or model,
+            was sampled with other settings, is too short, or would be moved aside.
+    """
+    if args.replay is None:
+        return None
+    recording = open_recording(args.replay)
+    facts, where = recording.facts, f"the rollouts in {recording.folder}"
+    if recording.folder.resolve().is_relative_to(Path(args.output_dir).resolve()):
+        raise ValueError(
+            f"replay={args.replay!r} is in output_dir={str(args.output_dir)!r}, from where a new run moves an earlier "
+            "one's files: name another output_dir"
+        )
+    if (ours := tokenizer_fingerprint(tokenizer)) != facts.tokenizer:
+        raise ValueError(
+            f"{where} were sampled with another tokenizer ({facts.tokenizer}) than this run's ({ours}): start from the "
+            f"model that sampled them ({facts.model})"
+        )
+    if (ours := architecture(config)) != facts.architecture:
+        raise ValueError(
+            f"{where} were sampled by another model ({facts.model}: {facts.architecture}) than this run's ({ours}): "
+            "start from that model"
+        )
+    for name in _SAMPLING:
+        ours, theirs = getattr(args, name), facts.settings[name]
+        if (list(ours) if isinstance(ours, tuple) else ours) != theirs:
+            raise ValueError(f"{where} were sampled with {name}={theirs!r}, this run has {name}={ours!r}: set it so")
+    if args.num_rollouts > len(recording):
+        size = args.rollout_batch_size
+        raise ValueError(
+            f"{where} are {len(recording)} of {size} responses, and total_episodes={args.total_episodes} asks for "
+            f"{args.num_rollouts}: lower total_episodes to {len(recording) * size}, or record more"
+        )
+    return recording
+
+
+def require_same_rewards(recording: Recording | None, weights: dict[str, float]) -> None:
+    """Raise a ValueError unless a run's reward functions and their weights are those of the recorded scores."""
+    if recording is not None and recording.facts.rewards != weights:
+        theirs, ours = (
+            ", ".join(f"{name} x {weight:g}" for name, weight in named.items())
+            for named in (recording.facts.rewards, weights)
+        )
+        raise ValueError(
+            f"the rollouts in {recording.folder} were scored by {theirs}, and this run's reward is {ours}: name the "
+            "same reward functions and reward_weights, or record with these"
+        )
+
+
+def require_first_policy(run: Run, model: ActorCritic) -> None:
+    """Check that a run that replays starts from the policy that sampled the recording's first rollout.
+
+    Raises:
+        ValueError: the log-probs of its first responses differ; names both models.
+    """
+    if run.recording is None:
+        return
+    rollout = run.recording.read(0, run.device)
+    rows = run.microbatches(model, rollout, range(len(rollout.prompts)))[0]
+    logprobs, _, _ = _read(run, model, rollout, [rows], reference=False)
+    gap = float((logprobs - rollout.logprobs)[rows].abs().max())
+    if not gap <= run.initial_ratio_bound:
+        facts = run.recording.facts
+        raise ValueError(
+            f"the rollouts in {run.recording.folder} were sampled by another policy ({facts.model}) than the one that "
+            f"this run starts from ({run.sources['model']}): log-probs of its first responses differ by {gap:.3g} "
+            "nats. Start from the same model"
+        )
+
+
+def replay_rollout(state: TrainState, run: Run, recording: Recording) -> tuple[Rollout, dict[str, float]]:
+    """Read the next recorded rollout, and what the critic and, if it is another one, the reference say of it now.
+
+    Returns:
+        (the rollout, metrics of how far the policy is from the one that sampled it).
+    """
+    model, rollout = state.model, recording.read(state.iteration, run.device)
+    theirs = recording.facts.fingerprints
+    same_reference = theirs["reference"] == run.fingerprints["reference"]
+    with run.stopwatch.phase("replay"):
+        groups = run.microbatches(model, rollout, range(len(rollout.prompts)))
+        logprobs, values, ref_logprobs = _read(run, model, rollout, groups, reference=not same_reference)
+    if state.iteration == 0 and all(theirs[name] == x for name, x in model_fingerprints(model).items()):
+        values = rollout.values  # to the last bit: decoding rounds otherwise than a whole pass
+    state.rollouts_made += 1
+    moved = dataclasses.replace(
+        rollout,
+        values=values,
+        value_scale=model.value_scale,
+        ref_logprobs=rollout.ref_logprobs if ref_logprobs is None else ref_logprobs,
+    )
+    return moved, _distance(rollout, logprobs)
+
+
+@torch.no_grad()
+def _read(
+    run: Run, model: ActorCritic, rollout: Rollout, groups: list[list[int]], *, reference: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Compute log-probs and values [B, T] of the rows in ``groups``, and on demand the reference's log-probs."""
+    read: dict[str, Tensor] = {}
+
+    def note(name: str, part: Tensor | None, rows: list[int]) -> None:
+        if part is not None:
+            whole = read.setdefault(name, rollout.logprobs.new_zeros(rollout.mask.shape, dtype=part.dtype))
+            whole[rows, : part.shape[1]] = part
+
+    for rows in groups:
+        stop_if_asked()
+        part = rollout.sequences(rows)
+        with autocast(run.bf16, run.device):
+            now = model(*part, temperature=run.args.temperature, entropy=False)
+            note("logprobs", now.logprobs, rows)
+            note("values", model.in_reward_units(now.values, part.mask), rows)
+            if reference:
+                note("ref_logprobs", run.reference.logprobs(part, temperature=run.args.temperature), rows)
+    return read["logprobs"], read.get("values"), read.get("ref_logprobs")
+
+
+def _distance(rollout: Rollout, logprobs: Tensor) -> dict[str, float]:
+    kl = kl_estimate(rollout.logprobs, logprobs, "k1").sum(dim=1)
+    # Of the weights w = pi(response) / pi_recording(response): (sum w)^2 / (B sum w^2).
+    log_weights = -kl.double()
+    effective = (2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)).exp() / len(kl)
+    return {"replay/kl_nats_per_response": float(kl.mean()), "replay/effective_fraction": float(effective)}
