@@ -169,9 +169,11 @@ def _moments(reader: Reader, split: Split, rows: list[list[int]]) -> Tensor:
         for batch, sequences in reader.passes(part, some):
             with autocast(reader.bf16, reader.device):
                 states = reader.model.runner.hidden(sequences)
-            target = scale.normalize(part.returns[batch, : sequences.mask.shape[1]]).to(reader.device)
-            real = select(sequences.mask, sequences.mask)  # on a GPU states of padding come, too
-            x, y = states[real].double(), select(target, sequences.mask)[real][:, None]
+            states = states[select(sequences.mask, sequences.mask)]  # on a GPU those of padding come, too
+            length = sequences.mask.shape[1]
+            y = scale.normalize(part.returns[batch, :length][part.mask[batch, :length]])[:, None]
+            x = states.to("cpu" if reader.device.type == "mps" else reader.device).double()  # MPS has no float64
+            y = y.to(x.device)
             row = torch.cat([x, torch.ones_like(y), y], dim=1)
             total = row.T @ row if total is None else total + row.T @ row
     assert total is not None
