@@ -87,7 +87,7 @@ def estimate(rollout: Rollout, rewards: Rewards, args: RLHFConfig) -> Estimates:
     )
     metrics = {
         **_rollout_metrics(rollout, rewards),
-        **_estimate_metrics(rollout, experience, advantages, args),
+        **_estimate_metrics(rollout, experience, advantages, scale, args),
         **_value_metrics(values, returns, mask, scale, args),
     }
     return Estimates(experience, advantages, values, None if values is None else scale, rewards, metrics)
@@ -138,12 +138,13 @@ def _score_metrics(rollout: Rollout) -> dict[str, float]:
 
 
 def _estimate_metrics(
-    rollout: Rollout, experience: Experience, advantages: Tensor, args: RolloutSettings
+    rollout: Rollout, experience: Experience, advantages: Tensor, scale: ValueScale, args: RolloutSettings
 ) -> dict[str, float]:
     mask, weights = experience.mask, experience.weights
     metrics = {
         "policy/entropy": float(masked_mean(rollout.entropy, mask)),
-        "advantage/std": float(masked_var(advantages, mask).sqrt()),
+        # In float32, so that a return which whitening would leave the others advantages of 0 beside shows as infinite.
+        "advantage/std": float(masked_var((advantages / scale.std).float(), mask).sqrt()) * scale.std,
     }
     if experience.positive is not None and rollout.scored is not None:
         metrics["score/positive_fraction"] = float(experience.positive.any(dim=1).sum() / rollout.scored.sum())

@@ -47,7 +47,7 @@ def test_fault_11_the_reward_model_reads_text_with_its_own_tokenizer(
     texts = [prompt + completion for prompt, completion in zip(prompts, rollout.completions, strict=True)]
     assert other_tokenizer(texts[0])["input_ids"] != trainer.tokenizer(texts[0])["input_ids"]
     expected = one_at_a_time(classifier, other_tokenizer, texts)
-    torch.testing.assert_close(rollout.scores, torch.tensor(expected), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rollout.scores.float(), torch.tensor(expected), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "opt"])

@@ -145,7 +145,8 @@ def test_mixed_rewards_are_weighted_and_placed_on_their_tokens(make_trainer, pro
         normalize_advantages=False,
     )
     rollout = trainer.rollout(prompts)
-    old, _, _, metrics = estimate(rollout, shape_rewards(rollout, trainer.args, 0.0), trainer.args)
+    estimates = estimate(rollout, shape_rewards(rollout, trainer.args, 0.0), trainer.args)
+    old, metrics = estimates.experience, estimates.metrics
     stepped = 0
     for i, ids in enumerate(rollout.token_counts):
         n = ids[1]

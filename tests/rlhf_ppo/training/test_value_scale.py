@@ -47,6 +47,7 @@ def test_a_score_of_other_scale_and_offset_trains_the_same_policy(make_trainer, 
             total_episodes=24,
             learning_rate=3e-3,
             value_learning_rate=1e-2,
+            clip_range_vf=0.2,
         )
         trainer.train()
         runs.append((trainer, trainer.run.read()))
@@ -171,14 +172,14 @@ def absurd(by: dict[str, float]) -> Any:
 
 def test_an_absurd_score_is_skipped_leaves_a_black_box_and_spoils_no_unit(make_trainer, prompts):
     by = {"score": 1.0}
-    trainer = make_trainer(reward_funcs=absurd(by), num_epochs=1, num_minibatches=8)
+    trainer = make_trainer(reward_funcs=absurd(by), num_epochs=1, num_minibatches=1)
     trainer.step(trainer.rollout(prompts))
     before, by["score"] = trainer.model.value_scale, 1e30
     metrics = trainer.step(trainer.rollout(prompts))
-    assert metrics["optim/skipped_steps"] == 1 and all(map(math.isfinite, metrics.values()))
+    assert metrics["optim/skipped_steps"] == 1
     assert trainer.model.value_scale == before
     replayed = replay(ReplayArgs(folder=str(trainer.run.path / "blackbox-2")))
-    assert replayed.same and "loss value = inf" in replayed.findings
+    assert replayed.same and {"advantage/std = inf of the rollout", "loss value = inf"} <= set(replayed.findings)
     by["score"] = 1.0
     metrics = trainer.step(trainer.rollout(prompts))
     assert metrics["optim/skipped_steps"] == 0 and trainer.model.value_scale.count == 2
