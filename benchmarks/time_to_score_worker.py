@@ -134,7 +134,7 @@ def run_ours(spec: Spec, meter: Meter, folder: str) -> None:
 
 
 def trl_arguments(spec: Spec, folder: str) -> dict[str, Any]:
-    """Return what all of TRL's configs share; fp32, which is faster than bf16 for models of this size on a CPU."""
+    """Return what all of TRL's configs share; fp32, as speed.py has it, and no step that only saves memory."""
     return {
         "output_dir": folder,
         "seed": spec["seed"],
