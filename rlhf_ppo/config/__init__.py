@@ -1,4 +1,4 @@
-"""Settings: nine groups by theme, and RLHFConfig, which is all of them."""
+"""Settings: groups by theme, and RLHFConfig, which is all of them."""
 
 from rlhf_ppo.core.lazy import lazy_names
 
