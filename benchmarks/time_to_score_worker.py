@@ -19,7 +19,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 Spec = dict[str, Any]
 """model, prompts, held_out, batch, minibatches, epochs, new_tokens, episodes, learning_rate, kl_coef, seed, every,
@@ -27,6 +28,21 @@ draws, until; a learning_rate or kl_coef of None leaves the side's default.
 
 ``until``: [score, KL] at which to stop, after two evaluations that have it; None: after all episodes.
 """
+
+
+def load_model(kind: Any, folder: str, **changes: Any) -> Any:
+    """Load a model in float32 from safetensors alone; weights that the folder lacks are tied, or drawn (a head)."""
+    model = kind.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False, **changes))
+    missing, unexpected = model.load_state_dict(load_file(f"{folder}/model.safetensors"), strict=False)
+    model.tie_weights()
+    if unexpected != ["lm_head.weight"][: len(unexpected)] or {*missing} - {"lm_head.weight", "score.weight"}:
+        raise ValueError(f"{folder}: {missing} are missing and {unexpected} do not fit")
+    return model
+
+
+def load_tokenizer(folder: str) -> Any:
+    """Load a tokenizer that pads on the left."""
+    return AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
 
 
 class Reached(Exception):  # noqa: N818
@@ -46,9 +62,9 @@ class Meter:
 
     def __init__(self, spec: Spec, score: Callable[[list[str]], list[float]]) -> None:
         self.spec, self.score, self.curve = spec, score, []
-        self.tokenizer = AutoTokenizer.from_pretrained(spec["model"], padding_side="left")
+        self.tokenizer = load_tokenizer(spec["model"])
         self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.reference = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32).eval()
+        self.reference = load_model(AutoModelForCausalLM, spec["model"]).eval()
         self.cpu = self.wall = 0.0
 
     def start(self) -> None:
@@ -172,11 +188,11 @@ def run_trl_ppo(spec: Spec, meter: Meter, folder: str) -> None:
     from datasets import Dataset
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-    tokenizer = AutoTokenizer.from_pretrained(spec["model"], padding_side="left")
+    tokenizer = load_tokenizer(spec["model"])
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    policy, reference = (AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32) for _ in range(2))
+    policy, reference = (load_model(AutoModelForCausalLM, spec["model"]) for _ in range(2))
     torch.manual_seed(spec["seed"])  # the value head's weights
-    value = AutoModelForSequenceClassification.from_pretrained(spec["model"], num_labels=1, dtype=torch.float32)
+    value = load_model(AutoModelForSequenceClassification, spec["model"], num_labels=1)
     reward, get_reward = torch.nn.Identity(), ppo_trainer.get_reward
 
     def score(model: Any, ids: torch.Tensor, pad: int, context: int) -> Any:
@@ -223,7 +239,7 @@ def run_trl_group(spec: Spec, meter: Meter, folder: str, kind: str) -> None:
         return meter.score(completions)
 
     updates = spec["minibatches"] * spec["epochs"]
-    policy = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
+    policy = load_model(AutoModelForCausalLM, spec["model"])
     trainer = getattr(trl, f"{kind}Trainer")(
         model=policy,
         reward_funcs=reward,
@@ -238,7 +254,7 @@ def run_trl_group(spec: Spec, meter: Meter, folder: str, kind: str) -> None:
             max_steps=spec["episodes"] // spec["batch"] * updates,
         ),
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in spec["prompts"]]),
-        processing_class=AutoTokenizer.from_pretrained(spec["model"], padding_side="left"),
+        processing_class=load_tokenizer(spec["model"]),
         callbacks=[recorder(meter, policy, lambda step: None if step % updates else step // updates * spec["batch"])],
     )
     meter.start()

@@ -43,7 +43,8 @@ def make_value_head(width: int) -> nn.Linear:
 
 def save_value_head(head: nn.Linear, scale: ValueScale | None, file: Path) -> None:
     """Save a head's weight and bias as safetensors, with its scale in the file's metadata."""
-    facts = {} if scale is None else {f"return_{name}": repr(x) for name, x in vars(scale).items()}
+    # One entry: safetensors writes several in any order, and a resumed run's file equals the whole run's.
+    facts = {} if scale is None else {"value_scale": json.dumps(vars(scale))}
     save_file(head.state_dict(), file, metadata=facts)
 
 
@@ -90,10 +91,7 @@ def load_value_head(source: str, trunk: PretrainedConfig) -> SavedHead:
 
 
 def _scale(metadata: Mapping[str, str]) -> ValueScale:
-    if "return_std" not in metadata:
-        return ValueScale()
-    mean, std, count = (metadata[f"return_{name}"] for name in ("mean", "std", "count"))
-    return ValueScale(float(mean), float(std), int(count))
+    return ValueScale(**json.loads(metadata.get("value_scale", "{}")))
 
 
 def adapter_labels(file: Path) -> int | None:

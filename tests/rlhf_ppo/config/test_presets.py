@@ -86,7 +86,7 @@ def test_files_override_presets_and_flags_override_both(tmp_path):
             "sao",
             "advantage_estimator",
             "grpo",
-            ("preset 'sao' sets clip_range_vf=None", "you set advantage_estimator: "),
+            ("preset 'sao' sets gae_lambda_value=1.0", "you set advantage_estimator: "),
         ),
         ("sao", "critic", "shared", ("preset 'sao' sets critic_frozen='attention'", "you set critic: ")),
         ("vapo", "vf_coef", 0.0, ("preset 'vapo' sets", "critic_warmup_rollouts=50", "you set vf_coef")),

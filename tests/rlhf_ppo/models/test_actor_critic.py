@@ -214,7 +214,8 @@ def test_the_warm_up_learns_monte_carlo_returns_and_leaves_the_controllers(make_
         "rlhf_ppo.trainer.estimate",
         lambda rollout, rewards, args: seen.append(args) or estimate(rollout, rewards, args),
     )
-    trainer = make_trainer(critic_warmup_rollouts=1, gae_lambda_value=0.5, kl_target=1.0, objective="adaptive_clip")
+    settings = {"gae_lambda": 0.95, "gae_lambda_value": 0.5, "clip_range_vf": 0.2}
+    trainer = make_trainer(critic_warmup_rollouts=1, **settings, kl_target=1.0, objective="adaptive_clip")
     trainer.step(trainer.rollout(prompts))
     assert (trainer.kl_coef, trainer.objective.clip_range) == (trainer.args.kl_coef, trainer.args.clip_range)
     trainer.step(trainer.rollout(prompts))

@@ -88,7 +88,7 @@ def test_lambda_grows_with_the_response():
     # The critic keeps gae_lambda.
     torch.testing.assert_close(returns, estimate_advantages(rewards, values, mask, config(gae_lambda=0.6))[1])
     own = estimate_advantages(
-        rewards, values, mask, dataclasses.replace(settings, gae_lambda=0.95, gae_lambda_value=1.0)
+        rewards, values, mask, dataclasses.replace(settings, gae_lambda=1.0, gae_lambda_value=1.0)
     )
     torch.testing.assert_close(own[1], estimate_advantages(rewards, values, mask, config(gae_lambda=1.0))[1])
 

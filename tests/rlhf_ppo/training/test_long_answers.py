@@ -258,7 +258,7 @@ def test_a_run_resumes_exactly(make_trainer, make_model, prompts, critic):
         ({"critic_epochs": 1, "num_epochs": 2}, ("critic_epochs=1", "num_epochs=2")),
         ({"critic_epochs": 2, "num_epochs": 2, "critic_minibatches": 2}, ("critic_minibatches=2", "critic_epochs=2")),
         ({"critic_epochs": 3, "critic_minibatches": 9}, ("critic_minibatches=9", "rollout_batch_size=8")),
-        ({"critic_epochs": 3, "vf_coef": 0.0, "clip_range_vf": 0.2}, ("critic_epochs=3", "vf_coef=0")),
+        ({"critic_epochs": 3, "vf_coef": 0.0}, ("critic_epochs=3", "vf_coef=0")),
         ({"critic_epochs": 3, "objective": "reinforce"}, ("critic_epochs=3", "objective='reinforce'")),
         ({"positive_score_above": 0.5}, ("positive_score_above=0.5", "positive_loss_coef=0")),
         (
