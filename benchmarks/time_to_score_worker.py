@@ -32,7 +32,8 @@ draws, until; a learning_rate or kl_coef of None leaves the side's default.
 
 def load_model(kind: Any, folder: str, **changes: Any) -> Any:
     """Load a model in float32 from safetensors alone; weights that the folder lacks are tied, or drawn (a head)."""
-    model = kind.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False, **changes))
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **changes)
+    model = kind.from_config(config, dtype=torch.float32)
     missing, unexpected = model.load_state_dict(load_file(f"{folder}/model.safetensors"), strict=False)
     model.tie_weights()
     if unexpected != ["lm_head.weight"][: len(unexpected)] or {*missing} - {"lm_head.weight", "score.weight"}:
