@@ -138,7 +138,7 @@ def with_scores(rollout: Rollout, parts: dict[str, list[Score]], weights: Sequen
         parts: name -> [B] scores of one reward function.
         weights: one per function.
     """
-    device = rollout.mask.device
+    device, dtype = rollout.mask.device, exact_dtype(rollout.mask.device)
     score_parts = {name: [total_score(value) for value in part] for name, part in parts.items()}
     rows = list(zip(*score_parts.values(), strict=True))
     scored = torch.tensor([None not in row for row in rows], device=device)
@@ -148,14 +148,14 @@ def with_scores(rollout: Rollout, parts: dict[str, list[Score]], weights: Sequen
     token_parts: dict[str, Tensor] = {}
     for name, part in parts.items():
         if any(isinstance(value, list) for value in part):
-            token_parts[name] = torch.zeros(rollout.mask.shape, device=device)
+            token_parts[name] = torch.zeros(rollout.mask.shape, dtype=dtype, device=device)
             for i, value in enumerate(part):
                 if isinstance(value, list) and scored[i]:
-                    token_parts[name][i, rollout.mask[i]] = torch.tensor(value, device=device)
+                    token_parts[name][i, rollout.mask[i]] = torch.tensor(value, dtype=dtype, device=device)
     token_scores = [w * token_parts[name] for w, name in zip(weights, parts, strict=True) if name in token_parts]
     return dataclasses.replace(
         rollout,
-        scores=torch.tensor(totals, dtype=exact_dtype(device), device=device),
+        scores=torch.tensor(totals, dtype=dtype, device=device),
         scored=scored,
         score_parts=score_parts,
         token_score_parts=token_parts,

@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from rlhf_ppo.config.commands import ReplayArgs
+from rlhf_ppo.config.critic_fit import CriticFitArgs
 from rlhf_ppo.core import ValueScale
+from rlhf_ppo.pipeline.critic_fit import fit_critic
 from rlhf_ppo.pipeline.replay import replay
 from rlhf_ppo.runtime.checkpoint import read_checkpoint
 from rlhf_ppo.runtime.checkpoint_commit import write_checkpoint
@@ -215,3 +218,75 @@ def test_a_rejected_update_changes_no_unit(make_trainer, prompts):
     assert trainer.step(trainer.rollout(prompts))["optim/skipped_steps"] == 4
     assert trainer.model.value_scale == scale
     assert all(torch.equal(p, q) for p, q in zip(start, trainer.model.parameters(), strict=True))
+
+
+def by_token(a: float, b: float) -> Any:
+    def reward(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> Any:
+        scores = [[a * (token % 3) for token in ids] for ids in completion_ids]
+        return [[*row[:-1], row[-1] + b] if row else row for row in scores]
+
+    return reward
+
+
+def of_messages(a: float, b: float) -> Any:
+    def reward(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+        said = ["".join(str(m["content"]) for m in c if m["role"] == "assistant") for c in completions]
+        return [a * early_share(text) + b for text in said]
+
+    return reward
+
+
+def adapter() -> Any:
+    return LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM", lora_dropout=0.0)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "adapter": {"peft_config": adapter, "critic": "adapter"},
+    "by token": {"reward": by_token},
+    "by turn": {"respond": lambda messages: "go on", "max_turns": 2, "turn_credit": "turn", "gae_lambda": 0.9},
+    "running scores": {"normalize_scores": True},
+    "warm-up": {"critic_warmup_rollouts": 1, "critic_epochs": 3, "gae_lambda": 0.9, "clip_range_vf": 0.1},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_setting_brings_the_units_back(make_trainer, prompts, kind):
+    settings = {name: x for name, x in KINDS[kind].items() if name not in ("reward", "peft_config")}
+    runs = []
+    for scale, offset in [(1.0, 0.0), (1e-3, -50.0)]:
+        trainer = make_trainer(
+            reward_funcs=KINDS[kind].get("reward", scaled)(scale, offset),
+            peft_config=KINDS[kind]["peft_config"]() if "peft_config" in KINDS[kind] else None,
+            # Scores in units of their own running spread are charged the same KL.
+            kl_coef=0.05 * (1.0 if kind == "running scores" else scale),
+            **{"total_episodes": 24, "learning_rate": 3e-3, "value_learning_rate": 1e-2, **settings},
+        )
+        trainer.train()
+        runs.append((trainer.rollout(prompts), trainer.run.read()))
+    (ours, first), (theirs, second) = runs
+    assert torch.equal(theirs.response_ids, ours.response_ids)
+    torch.testing.assert_close(theirs.logprobs, ours.logprobs, atol=1e-4, rtol=1e-4)
+    for row, same in zip(first, second, strict=True):
+        assert same["value/explained_variance"] == pytest.approx(row["value/explained_variance"], abs=1e-3)
+    assert first[-1]["value/explained_variance"] != 0
+
+
+def test_a_fitted_critic_and_a_replay_know_no_units(make_trainer, make_model, tokenizer, prompts, tmp_path):
+    policy = tmp_path / "policy"
+    make_model().save_pretrained(policy)
+    tokenizer.save_pretrained(policy)
+    rates = {"learning_rate": 3e-3, "value_learning_rate": 1e-2}
+    runs = []
+    for scale, offset in [(1.0, 0.0), (1e-3, -50.0)]:
+        task = {"model": str(policy), "reward_funcs": scaled(scale, offset), "kl_coef": 0.05 * scale, **rates}
+        recorded = make_trainer(**task, save_rollouts=True)
+        recorded.train()
+        folder, critic = str(recorded.run.path), str(tmp_path / f"critic of {scale}")
+        fit_critic(CriticFitArgs(rollouts=(folder,), output_dir=critic, device="cpu", precision="fp32", quiet=True))
+        trainer = make_trainer(**task, replay=folder, value_head_from=critic)
+        trainer.train()
+        runs.append((trainer.rollout(prompts), trainer.run.read()))
+    (ours, first), (theirs, second) = runs
+    torch.testing.assert_close(theirs.logprobs, ours.logprobs, atol=1e-4, rtol=1e-4)
+    shares = [[row["value/explained_variance"] for row in rows] for rows in (first, second)]
+    assert shares[0] == pytest.approx(shares[1], abs=1e-3) and all(shares[0])
