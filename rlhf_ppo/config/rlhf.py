@@ -30,7 +30,7 @@ _FILTERS = (
 
 _OF_A_CRITIC = (
     *("vf_coef", "clip_range_vf", "gae_lambda", "gae_lambda_value", "adaptive_lambda_alpha", "critic"),
-    *("value_head_from", "value_learning_rate", "critic_warmup_rollouts"),
+    *("normalize_values", "value_head_from", "value_learning_rate", "critic_warmup_rollouts"),
     *("critic_epochs", "critic_minibatches", "critic_frozen"),
 )
 """Settings of a critic, or of advantages that need one."""
@@ -148,7 +148,7 @@ class RLHFConfig(
             refuse_unread(self, no_loss, "clip_range_vf", "value_learning_rate", "gae_lambda_value")
             refuse_unread(self, no_loss, "critic_epochs", "critic_minibatches", "critic_frozen")
             if self.value_head_from is None:
-                refuse_unread(self, "under vf_coef=0 its values stay 0, wherever they come from", "critic")
+                refuse_unread(self, "under vf_coef=0 its values stay constant, wherever they come from", "critic")
             if self.adaptive_lambda_alpha is not None:
                 replaced = f"adaptive_lambda_alpha={self.adaptive_lambda_alpha} replaces it for the policy"
                 refuse_unread(self, f"{replaced}, and {no_loss}", "gae_lambda")

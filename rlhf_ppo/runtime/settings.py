@@ -129,7 +129,9 @@ def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, descr
     before, given = _grouped(flags, cls)
     refuse(cls, {name: words[-1].rpartition("=")[2] for name, words in given.items()})
     file = from_file or {}
-    preset = given["preset"][-1].rpartition("=")[2] if "preset" in given else file.get("preset")
+    *_, named = given.get("preset", ["--preset"])
+    # A flag without a value is tyro's to refuse.
+    preset = file.get("preset") if named == "--preset" else named.rpartition("=")[2]
     for key, value in {**_read_preset(cls, preset), **file}.items():
         if key in positional(cls):
             words = words or [str(value)]

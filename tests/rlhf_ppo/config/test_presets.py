@@ -119,6 +119,9 @@ def test_the_command_lists_and_shows(capsys):
     for words in (["presets", "soa"], ["train", *NEEDED, "--preset", "soa"]):
         assert main(words) == 2
         assert "unknown preset 'soa' (did you mean 'sao'?); known: open-reasoner-zero, " in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", *NEEDED, "--preset"])
+    assert "Missing value for argument '--preset'" in capsys.readouterr().err
     with pytest.raises(ValueError, match="unknown preset 'tulu'; known: "):
         RLHFConfig.from_preset("tulu", output_dir="o")
 

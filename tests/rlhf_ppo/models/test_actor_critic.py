@@ -153,7 +153,13 @@ def test_critics_that_contradict_the_models(make_trainer, make_model, settings, 
 
 @pytest.mark.parametrize(
     "setting",
-    [{"critic": "shared"}, {"value_head_from": "x"}, {"value_learning_rate": 1e-3}, {"critic_warmup_rollouts": 1}],
+    [
+        {"critic": "shared"},
+        {"value_head_from": "x"},
+        {"value_learning_rate": 1e-3},
+        {"critic_warmup_rollouts": 1},
+        {"normalize_values": False},
+    ],
 )
 def test_settings_of_a_critic_without_one(setting):
     (name,) = setting
