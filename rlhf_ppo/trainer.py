@@ -301,8 +301,9 @@ class PPOTrainer(TrainerAttributes):
             without_library_bars(),
         ):
             run.folder.start(run_facts(run))
-            rows = run_rows(state, run)
-            print_summary({**rows, "run": f"{run.planned_episodes} responses to record"}, quiet=run.args.quiet)
+            rows = {**run_rows(state, run), "run": f"{run.planned_episodes} responses to record"}
+            untrained = {name: row for name, row in rows.items() if name not in ("trained", "learning rate")}
+            print_summary(untrained, quiet=run.args.quiet)
             with shown_progress(state, run) as progress:
                 return record_policy(state, run, progress)
 

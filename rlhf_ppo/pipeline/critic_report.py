@@ -157,8 +157,9 @@ def _say_calibration(calibration: dict[str, Any], critic: dict[str, float]) -> s
     kind = "too far apart" if slope < 1 else "too close together"
     kind = "calibrated" if abs(slope - 1) <= 2 * error else kind
     side = "high" if critic["offset"] > 0 else "low"
+    way = "higher" if slope >= 0 else "lower"
     return (
-        f"where a value is higher by 1, returns are higher by {slope:.2f} (± {error:.2f}): values are {kind}; on "
+        f"where a value is higher by 1, returns are {way} by {abs(slope):.2f} (± {error:.2f}): values are {kind}; on "
         f"average they are {abs(critic['offset']):.3g} (± {critic['offset_error']:.2g}) too {side}"
     )
 

@@ -147,14 +147,16 @@ CRITICS = {
 
 
 @pytest.mark.parametrize("kind", CRITICS)
-def test_an_untrained_policy_is_recorded_as_training_would_sample_it(make_trainer, kind):
+def test_an_untrained_policy_is_recorded_as_training_would_sample_it(make_trainer, kind, capsys):
     settings = {name: value() if callable(value) else value for name, value in CRITICS[kind].items()}
     trained = make_trainer(**{**RECORDED, **settings})
     trained.train()
-    trainer = make_trainer(**settings, total_episodes=24)
+    trainer = make_trainer(**settings, total_episodes=24, quiet=False)
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     recording = trainer.record()
     assert recording.numbers == [1, 2, 3]
+    said = capsys.readouterr().err
+    assert "24 responses to record" in said and "\ntrained" not in said and "learning rate" not in said
     assert all(torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
     assert not trainer.optimizer.state and trainer.iteration == 0  # no memory for moments
     assert_equal(recording.read(0), open_recording(trained.run.path).read(0))
