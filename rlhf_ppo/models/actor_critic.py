@@ -126,6 +126,12 @@ class ActorCritic(nn.Module):
             head.bias.copy_(bias)
         self.value_scale = scale
 
+    def load_head(self, head: SavedHead) -> None:
+        """Start from a saved value head, with its units."""
+        assert self.value_head is not None
+        self.value_head.load_state_dict({"weight": head.weight, "bias": head.bias})
+        self.value_scale = head.scale
+
     def restore_head(self, head: nn.Linear | None, scale: ValueScale | None) -> None:
         """Take weight, bias and units from a copy of the head: changing the units back would round."""
         if self.value_head is not None and head is not None:
@@ -207,7 +213,7 @@ def choose_critic(args: RLHFConfig, *, value_model: Any, has_adapter: bool) -> C
             raise ValueError(f"{args.critic_free} has no critic, but a value_model is given: drop one of them")
         return "none"
     if value_model is not None and args.vf_coef == 0 and args.value_head_from is None:
-        raise ValueError("a value_model is given, but under vf_coef=0 its values stay 0: drop one of them")
+        raise ValueError("a value_model is given, but under vf_coef=0 its values stay constant: drop one of them")
     kind = args.critic
     if kind == "auto":
         kind = "shared" if value_model is None else "separate"
@@ -278,6 +284,5 @@ def build_actor_critic(
                 f"value_head_from={head_from!r} fits hidden states of width {head.weight.shape[1]}, but the model "
                 f"under it is {model.value_head.in_features} wide: take a head that was trained on this model"
             )
-        model.value_head.load_state_dict({"weight": head.weight, "bias": head.bias})
-        model.value_scale = head.scale
+        model.load_head(head)
     return model

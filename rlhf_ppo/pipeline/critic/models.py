@@ -110,9 +110,8 @@ def build_critic(args: CriticFitArgs, data: CriticData, policy: str) -> Reader:
         model = _with_adapter(load_policy(source), config)
     else:
         model = ActorCritic(load_policy(source).requires_grad_(False))
-    if head is not None and model.value_head is not None:
-        model.value_head.load_state_dict({"weight": head.weight, "bias": head.bias})
-        model.value_scale = head.scale
+    if head is not None:
+        model.load_head(head)
     return _reader(model, args, data)
 
 
@@ -137,9 +136,7 @@ def load_fitted(folder: str, args: RecordedArgs, data: CriticData) -> tuple[Read
         model = ActorCritic(policy, value_adapter=_ADAPTER)
     else:
         model = ActorCritic(load_policy(trunk))
-    assert model.value_head is not None
-    model.value_head.load_state_dict({"weight": head.weight, "bias": head.bias})
-    model.value_scale = head.scale
+    model.load_head(head)
     return _reader(model, args, data), facts
 
 
