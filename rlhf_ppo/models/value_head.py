@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -121,5 +121,11 @@ def _tensor_files(source: str, where: str) -> Iterator[tuple[str, Path]]:
     else:
         raise ValueError(f"{where}: found neither {VALUE_HEAD_FILE} nor model.safetensors")
     for file in sorted(files):
-        with safe_open(file, "pt") as tensors:
-            yield from ((name, file) for name in list(tensors.keys()))
+        try:
+            with safe_open(file, "pt") as tensors:
+                names = list(tensors.keys())
+        except SafetensorError as error:
+            raise ValueError(
+                f"{where}: {file} is damaged ({error}): restore it from a backup, or save it again"
+            ) from None
+        yield from ((name, file) for name in names)

@@ -53,6 +53,14 @@ def test_a_value_head_from_a_run(make_trainer, prompts):
         assert torch.equal(x, again.model.value_head.state_dict()[name]) and (x != 0).any()
 
 
+def test_a_truncated_value_head_is_refused(make_trainer, tmp_path):
+    folder = make_trainer().save_model()
+    file = folder / "value_head.safetensors"
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"value_head_from='.*value_head.safetensors is damaged \(.*restore it"):
+        make_trainer(model=str(folder), value_head_from=str(folder))
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_a_critic_that_starts_as_the_reward_model_gives_its_score_after_each_token(
     make_trainer, make_classifier, prompts, tmp_path, kind
