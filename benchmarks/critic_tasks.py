@@ -3,7 +3,7 @@
 Run:  python benchmarks/critic_tasks.py run sentiment --seed 0 --episodes 1024 --set value_learning_rate=1e-3
       python benchmarks/critic_tasks.py list
 Every setting that no task and no --set names is the toolkit's default. Prompts are story openings, of which the first
-96 are held out (`late` has eight prompts; see late_reward.py). Score and KL are over one response to each of these
+96 are held out (`late` has a single prompt; see late_reward.py). Score and KL are over one response to each of these
 (--draws: more), drawn alike before and after training. 512 episodes with both evaluations take a quarter of a CPU
 minute on the GPT-2, two fifths on the small Llama or with LoRA, and four fifths on the Llama of 15 M (2026-11-28, one
 AMD EPYC core with AVX512-BF16, busy machine).
@@ -30,7 +30,7 @@ from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.data.files import load_rows
 from rlhf_ppo.pipeline.demo import HELD_OUT, OPENINGS
 
-LATE_MODEL = Path(__file__).resolve().parents[1] / "build/late-reward"
+LATE_MODEL = Path(__file__).resolve().parents[1] / "build/late-first-word"
 STORIES_260K = "models/stories260K-hf-fp32"
 STORIES_15M = "models/stories15M-hf-fp16"
 MINILM = "models/minilm-sst2-reward-fp16"
@@ -48,9 +48,10 @@ def openings() -> tuple[Any, Any]:
 
 
 def late_prompts() -> tuple[Any, Any]:
-    """Return the late reward's eight prompts, and as many copies of them as there are held-out openings."""
-    rows = [{"prompt": prompt} for prompt in late_task(LATE_MODEL).prompts]
-    return Dataset.from_list(rows), Dataset.from_list(rows * (HELD_OUT // len(rows)))
+    """Return the late reward's prompt, as often as there are held-out openings, twice."""
+    (prompt,) = late_task(LATE_MODEL).prompts
+    rows = Dataset.from_list([{"prompt": prompt}] * HELD_OUT)
+    return rows, rows
 
 
 def _lora() -> Any:
@@ -90,9 +91,9 @@ TASKS: dict[str, Task] = {
     ),
     "lora": Task("positive words (VADER), LoRA on GPT-2 of 2 M", TOY + "positive_sentiment", 0.05, peft=_lora),
     "late": Task(
-        "early words decide, paid after 256, GPT-2 of 60 k",
+        "the first word decides, paid after 256, GPT-2 of 38 k",
         opening_score,
-        0.02,
+        0.05,
         str(LATE_MODEL),
         settings={"num_epochs": 2, "max_new_tokens": 256, "min_new_tokens": 256},
         prompts=late_prompts,

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 
 from rlhf_ppo import RLHFConfig
 
@@ -137,6 +138,19 @@ def test_a_task_is_trained_and_measured(load, tmp_path, monkeypatch, capsys):
     assert result["settings"]["max_new_tokens"] == 4 and result["explained_variance"] is not None
     samples = (tmp_path / "eval_samples.jsonl").read_text().splitlines()
     assert len(samples) == 3 * 2 * 96
+
+
+def test_the_first_word_decides_a_late_reward_and_all_others_go_with_it(load):
+    late = load("late_reward")
+    texts = [[late.WORDS[i] for i in row] for row in late._texts(16, torch.Generator().manual_seed(0)).tolist()]
+    assert {len(text) for text in texts} == {1 + 256}
+    for ask, *words in texts:
+        kind = words[0].rstrip("1a2b3c4d")
+        assert ask == "ask" and late.opening_score([ask], [" ".join(words)]) == [kind == "bright"]
+        assert [word[:-1] for word in words] == [f"{kind}{stage}" for stage in range(1, 9) for _ in range(32)]
+    assert late.opening_score(["ask"] * 3, ["dark1a bright1a", " bright2b dark1a", ""]) == [0, 1, 0]
+    both = {"scores": torch.tensor([1.0, 0.0, 1.0]), "values": torch.tensor([[0.5, 0.8], [0.5, 0.1], [0.5, 1.0]])}
+    assert late._gap(both) == pytest.approx(0.8)
 
 
 def line(side: str, seed: int, scores: list[float], *, kl: float = 1.0, rate: float | None = None) -> dict:

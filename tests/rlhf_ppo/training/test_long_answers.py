@@ -1,4 +1,4 @@
-"""What recipes for long answers need: dis, positive examples, epochs of the critic alone, a critic frozen in part."""
+"""What recipes for long answers need: early credit, dis, positive examples, epochs of the critic alone, frozen parts."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from rlhf_ppo import RLHFConfig
 from rlhf_ppo.config.commands import ReplayArgs
 from rlhf_ppo.models.frozen_critic import freeze_critic
 from rlhf_ppo.pipeline.replay import replay
 from rlhf_ppo.training import update as updates
+from rlhf_ppo.training.advantages import estimate_advantages
 from rlhf_ppo.training.experience import estimate
 from rlhf_ppo.training.rewards import shape_rewards
 
@@ -38,6 +40,25 @@ def weights(module):
 
 def equal(left, right):
     return all(torch.equal(x, y) for x, y in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("score", [0.0, 1.0])
+@pytest.mark.parametrize("values", ["learned", "cold"])
+def test_who_is_credited_for_a_score_that_the_first_of_256_tokens_decides(values, score):
+    # In closed form. Before the first token half is expected; a critic that has learned expects the score right after
+    # it, a cold one half to the end. All deltas but one are 0: that of the first token, or that of the last.
+    args = RLHFConfig(output_dir="x", gae_lambda=0.95, gae_lambda_value=1.0)
+    expected, mask = torch.full((1, 256), 0.5), torch.ones(1, 256, dtype=torch.bool)
+    rewards = torch.zeros(1, 256)
+    rewards[0, -1] = score
+    if values == "learned":
+        expected[0, 1:] = score
+    advantages, targets = estimate_advantages(rewards, expected, mask, args)
+    surprise, ago = score - 0.5, torch.arange(255, -1, -1)
+    credit = surprise * (ago == 255) if values == "learned" else surprise * 0.95**ago
+    assert_close(advantages[0], credit, rtol=1e-4, atol=1e-9)
+    assert (abs(advantages[0, 0]) < 2e-6) == (values == "cold")
+    assert_close(targets, torch.full((1, 256), score))  # for the critic the score does not fade on its way
 
 
 def test_dis_compares_with_what_the_sampler_recorded(make_trainer, prompts):
