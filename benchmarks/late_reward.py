@@ -18,6 +18,7 @@ import math
 import statistics
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,13 +164,16 @@ def show(found: dict[str, dict[str, dict[str, list[float]]]]) -> None:
     for arm, runs in found.items():
         cells = []
         for _, name, part in COLUMNS:
-            values = [statistics.fmean(curves[name][part]) for curves in runs.values()]
-            cells.append(f"{statistics.fmean(values):.2f}" + (f" ± {half_width(values):.2f}" if values[1:] else ""))
+            mean, half = summary([statistics.fmean(curves[name][part]) for curves in runs.values()])
+            cells.append(f"{mean:.2f}" + (f" ± {half:.2f}" if half else ""))
         print(f"| {arm} | {len(runs)} | {' | '.join(cells)} |")
 
 
-def half_width(values: list[float]) -> float:
-    return STUDENT_T[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+def summary(values: Iterable[float]) -> tuple[float, float]:
+    """Return mean and half the 95 % interval over runs; a gap that a run could not measure (NaN) is left out."""
+    known = [value for value in values if not math.isnan(value)]
+    half = STUDENT_T[len(known)] * statistics.stdev(known) / len(known) ** 0.5 if len(known) > 1 else 0.0
+    return (statistics.fmean(known) if known else math.nan), half
 
 
 def draw(found: dict[str, dict[str, dict[str, list[float]]]], path: Path) -> None:
@@ -186,18 +190,13 @@ def draw(found: dict[str, dict[str, dict[str, list[float]]]], path: Path) -> Non
     for place, (name, label) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(1, 2, place)
         for arm, runs in found.items():
-            # Only runs in which both kinds of text occurred: a gap needs both.
-            at = [
-                [value for value in values if not math.isnan(value)]
-                for values in zip(*(curves[name] for curves in runs.values()), strict=True)
-            ]
-            mean = [statistics.fmean(values) if values else math.nan for values in at]
-            half = [half_width(values) if values[1:] else 0.0 for values in at]
+            at = [summary(values) for values in zip(*(curves[name] for curves in runs.values()), strict=True)]
+            mean, half = zip(*at, strict=True)
             axes.plot(range(1, len(at) + 1), mean, label=arm, linewidth=1.8)
             low, high = ([m + sign * h for m, h in zip(mean, half, strict=True)] for sign in (-1, 1))
             axes.fill_between(range(1, len(at) + 1), low, high, alpha=0.15)
         axes.axvline(PRETRAINING + 0.5, color="gray", linestyle=":", linewidth=1)
-        axes.set_xlabel("rollouts of 32 responses; left of the dotted line, pretraining is on the critic alone")
+        axes.set_xlabel("rollouts of 32 responses (dotted: end of the value pretraining)")
         axes.set_title(label, fontsize=10)
         axes.grid(alpha=0.3)
         axes.set_ylim(-0.1, 1.1)

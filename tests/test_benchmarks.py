@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +152,7 @@ def test_the_first_word_decides_a_late_reward_and_all_others_go_with_it(load):
     assert late.opening_score(["ask"] * 3, ["dark1a bright1a", " bright2b dark1a", ""]) == [0, 1, 0]
     both = {"scores": torch.tensor([1.0, 0.0, 1.0]), "values": torch.tensor([[0.5, 0.8], [0.5, 0.1], [0.5, 1.0]])}
     assert late._gap(both) == pytest.approx(0.8)
+    assert late.summary([1.0, math.nan, 3.0]) == pytest.approx((2, 12.71))  # t * sqrt(2) / sqrt(2)
 
 
 def line(side: str, seed: int, scores: list[float], *, kl: float = 1.0, rate: float | None = None) -> dict:

@@ -1,4 +1,4 @@
-"""What recipes for long answers need: early credit, dis, positive examples, epochs of the critic alone, frozen parts."""
+"""What recipes for long answers need: early credit, dis, positive examples, epochs of the critic alone, freezing."""
 
 from __future__ import annotations
 
