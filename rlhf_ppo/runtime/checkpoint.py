@@ -100,6 +100,16 @@ def _examine(folder: Path) -> tuple[dict[str, Any], list[str]]:
     return manifest, problems
 
 
+def intact_manifest(file: Path) -> dict[str, Any] | None:
+    """Read what :func:`manifest_text` wrote; None: it is no JSON, or its checksum does not match."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        return manifest if isinstance(manifest, dict) and manifest_text(manifest) == text else None
+    except (ValueError, RecursionError):
+        return None
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """Read a checkpoint's manifest and verify its own checksum.
 
@@ -110,13 +120,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if not file.is_file():
         older = " (its state.json is of a version that wrote no manifest)" if (Path(folder) / STATE).is_file() else ""
         raise CheckpointError(f"{MANIFEST}: is missing, so the checkpoint is incomplete{older}")
-    try:
-        text = file.read_text(encoding="utf-8")
-        manifest = json.loads(text)
-        intact = isinstance(manifest, dict) and manifest_text(manifest) == text
-    except (ValueError, RecursionError):
-        intact, manifest = False, {}
-    if not intact:
+    if (manifest := intact_manifest(file)) is None:
         raise CheckpointError(f"{MANIFEST}: its checksum does not match: it was changed after it was written")
     if manifest["format"] != FORMAT:
         raise CheckpointError(

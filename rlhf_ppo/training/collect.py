@@ -174,17 +174,19 @@ def _converse(
     )
 
 
+def note_rows(read: dict[str, Tensor], rollout: Rollout, name: str, part: Tensor | None, rows: list[int]) -> None:
+    """Write what a pass over some rows of a rollout gave, [n, t], into ``read[name]`` [B, T]; None: nothing."""
+    if part is not None:
+        whole = read.setdefault(name, rollout.logprobs.new_zeros(rollout.mask.shape, dtype=part.dtype))
+        whole[rows, : part.shape[1]] = part
+
+
 @torch.no_grad()
 def read_reference(run: Run, model: ActorCritic, rollout: Rollout) -> Rollout:
     """Add the reference's log-probs, and with the same passes a separate critic's values or recomputed log-probs."""
     args = run.args
     read: dict[str, Tensor] = {}
-
-    def note(name: str, values: Tensor | None, rows: list[int]) -> None:
-        if values is not None:
-            whole = read.setdefault(name, rollout.logprobs.new_zeros(rollout.mask.shape, dtype=values.dtype))
-            whole[rows, : values.shape[1]] = values
-
+    note = partial(note_rows, read, rollout)
     with run.stopwatch.phase("reference"):
         for rows in run.microbatches(model, rollout, range(len(rollout.prompts))):
             stop_if_asked()

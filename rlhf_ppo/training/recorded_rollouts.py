@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rlhf_ppo.core import BannedTokens, ValueScale
 from rlhf_ppo.generation.rollout import Rollout
-from rlhf_ppo.runtime.checkpoint import as_json, file_facts, manifest_text
+from rlhf_ppo.runtime.checkpoint import as_json, file_facts, intact_manifest, manifest_text
 from rlhf_ppo.runtime.files import replacing_files
 from rlhf_ppo.runtime.package import __version__
 
@@ -208,13 +208,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         ValueError: it is damaged, or of another version.
     """
     file = folder / MANIFEST
-    try:
-        text = file.read_text(encoding="utf-8")
-        manifest = json.loads(text)
-        intact = isinstance(manifest, dict) and manifest_text(manifest) == text
-    except (ValueError, RecursionError):
-        intact, manifest = False, {}
-    if not intact:
+    if (manifest := intact_manifest(file)) is None:
         raise ValueError(
             f"{file} is damaged (its checksum does not match): restore it from a backup, or record again in another "
             "folder"

@@ -10,6 +10,7 @@ The first update is the recorded run's own; from the second one on the responses
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.runtime.device import autocast
 from rlhf_ppo.runtime.signals import stop_if_asked
+from rlhf_ppo.training.collect import note_rows
 from rlhf_ppo.training.fingerprints import tokenizer_fingerprint
 from rlhf_ppo.training.recorded_rollouts import Recording, open_recording
 from rlhf_ppo.training.recording import architecture, model_fingerprints
@@ -138,12 +140,7 @@ def _read(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Compute log-probs and values [B, T] of the rows in ``groups``, and on demand the reference's log-probs."""
     read: dict[str, Tensor] = {}
-
-    def note(name: str, part: Tensor | None, rows: list[int]) -> None:
-        if part is not None:
-            whole = read.setdefault(name, rollout.logprobs.new_zeros(rollout.mask.shape, dtype=part.dtype))
-            whole[rows, : part.shape[1]] = part
-
+    note = partial(note_rows, read, rollout)
     for rows in groups:
         stop_if_asked()
         part = rollout.sequences(rows)

@@ -132,11 +132,7 @@ def _run_policy_epochs(
             if too_far or watch.gave_up:
                 clear_gradients(model)
                 return
-            spoil_gradient(model.trainable_parameters(), losses, estimates.nonfinite)
-            finite, numbers = _step(state, args, losses)
-            averages.add(step, only_if=finite)
-            averages.add_losses(numbers, finite)
-            watch.add(finite, rows, numbers)
+            averages.add(step, only_if=_step(state, args, estimates, rows, losses, watch, averages))
 
 
 def _run_critic_epochs(
@@ -159,18 +155,30 @@ def _run_critic_epochs(
             if watch.gave_up:
                 clear_gradients(model)
                 return
-            spoil_gradient(model.trainable_parameters(), losses, estimates.nonfinite)
-            finite, numbers = _step(state, args, losses)
-            averages.add_losses(numbers, finite)
-            watch.add(finite, rows, numbers, critic_alone=True)
+            _step(state, args, estimates, rows, losses, watch, averages, critic_alone=True)
 
 
-def _step(state: TrainState, args: RLHFConfig, losses: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Take one optimizer step; return whether the gradient was finite [] bool, and losses and gradient norm []."""
-    grad_norm, finite = clip_and_step(state.optimizer, state.model.trainable_parameters(), args.max_grad_norm)
+def _step(
+    state: TrainState,
+    args: RLHFConfig,
+    estimates: Estimates,
+    rows: list[int],
+    losses: dict[str, Tensor],
+    watch: StepWatch,
+    averages: _Averages,
+    *,
+    critic_alone: bool = False,
+) -> Tensor:
+    """Take one optimizer step on the minibatch ``rows``, and note it; returns whether the gradient was finite []."""
+    parameters = state.model.trainable_parameters()
+    spoil_gradient(parameters, losses, estimates.nonfinite)
+    grad_norm, finite = clip_and_step(state.optimizer, parameters, args.max_grad_norm)
     state.scheduler.step()
     clear_gradients(state.model)
-    return finite, {**losses, "grad_norm": grad_norm}
+    numbers = {**losses, "grad_norm": grad_norm}
+    averages.add_losses(numbers, finite)
+    watch.add(finite, rows, numbers, critic_alone=critic_alone)
+    return finite
 
 
 def _update_metrics(
