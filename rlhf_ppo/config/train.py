@@ -110,6 +110,11 @@ class CriticRecordArgs(TrainArgs):
     """Record the rollouts into output_dir/rollouts, which is what this command does."""
 
     def __post_init__(self) -> None:
+        if self.replay is not None:
+            raise ValueError(
+                f"replay={self.replay!r} trains on rollouts that are recorded already, but `critic record` samples new "
+                "ones: drop it, or replay with train"
+            )
         super().__post_init__()
         if not self.save_rollouts:
             raise ValueError("save_rollouts=False leaves `critic record` nothing to do: drop it")

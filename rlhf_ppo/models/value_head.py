@@ -119,7 +119,11 @@ def _tensor_files(source: str, where: str) -> Iterator[tuple[str, Path]]:
     elif find_file(source, "pytorch_model.bin") or find_file(source, "pytorch_model.bin.index.json"):
         raise ValueError(pickle_message(where, "pytorch_model.bin"))
     else:
-        raise ValueError(f"{where}: found neither {VALUE_HEAD_FILE} nor model.safetensors")
+        missing = "" if Path(source).exists() else " (no such folder here; read as a hub id)"
+        raise ValueError(
+            f"{where}{missing}: found neither {VALUE_HEAD_FILE} nor model.safetensors; name the folder of a run, of "
+            "`critic fit` or of a reward model"
+        )
     for file in sorted(files):
         try:
             with safe_open(file, "pt") as tensors:

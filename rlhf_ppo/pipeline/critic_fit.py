@@ -14,20 +14,19 @@ from torch import Tensor
 
 from rlhf_ppo.config.critic_fit import CriticFitArgs
 from rlhf_ppo.core import ValueScale, explained_variance
-from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward.runner import select
-from rlhf_ppo.models.loading import resolve_model
+from rlhf_ppo.models.loading import adapter_base, resolve_model
 from rlhf_ppo.pipeline.critic.data import CriticData, gather_evidence, hold_out, load_critic_data
 from rlhf_ppo.pipeline.critic.models import Reader, build_critic, check_tokenizer, policy_name, save_critic
 from rlhf_ppo.pipeline.critic_report import judge_critic, lambda_table, say_report, write_report
 from rlhf_ppo.runtime.device import autocast
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.processes import require_one_process, torch_threads
-from rlhf_ppo.runtime.progress import ProgressDisplay, count_parameters
+from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory, run_lock
 from rlhf_ppo.runtime.seeding import seed_everything
-from rlhf_ppo.training.fitted_critic import SHAPING, CriticFacts, adapter_facts, facts_json, probe_values
-from rlhf_ppo.training.learning_rates import critic_rate, policy_rate
+from rlhf_ppo.training.fitted_critic import SHAPING, CriticFacts, adapter_facts, facts_json, probe_values, read_weights
+from rlhf_ppo.training.learning_rates import critic_rate, model_size, policy_rate
 
 _PENALTIES = [10.0**power for power in range(-7, 3)]
 """Ridge penalties to try, as shares of the hidden states' mean variance."""
@@ -113,6 +112,7 @@ def _facts(
 ) -> CriticFacts:
     model = reader.model
     adapter: Any = getattr(model.policy, "peft_config", {}).get(model.value_adapter)
+    merged = model.value_trunk is None and adapter_base(resolve_model(policy)) is not None
     return CriticFacts(
         kind=args.kind,
         model=policy,
@@ -124,6 +124,7 @@ def _facts(
         recordings=data.folders,
         held_out=held_out,
         probe=probe_values(model).tolist(),
+        weights=None if merged else read_weights(model),
         adapter=None if adapter is None else adapter_facts(adapter),
     )
 
@@ -194,7 +195,7 @@ def train_critic(reader: Reader, split: Split, args: CriticFitArgs) -> list[floa
         The held-out explained variance at the start and after each pass.
     """
     trained = reader.model.critic_parameters()
-    rate = args.learning_rate or _learning_rate(reader.model)
+    rate = args.learning_rate or _learning_rate(reader.model.policy)
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     order = torch.Generator().manual_seed(args.seed)
     history = [split.explained(reader)]
@@ -217,9 +218,8 @@ def train_critic(reader: Reader, split: Split, args: CriticFitArgs) -> list[floa
     return history
 
 
-def _learning_rate(model: ActorCritic) -> float:
-    adapter = model.value_adapter is not None
-    size = count_parameters(p for p in model.policy.parameters() if not (adapter and p.requires_grad))
+def _learning_rate(policy: Any) -> float:
+    size, adapter = model_size(policy)
     return critic_rate(policy_rate(size, adapter=adapter), adapter=adapter)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,11 @@ class StepRewards:
 def reward_name(function: RewardFunction) -> str:
     """Return the name under which a reward function is logged."""
     return getattr(function, "__name__", type(function).__name__)
+
+
+def rewards_in_words(weights: Mapping[str, float]) -> str:
+    """Return the names of reward functions with their weights, as errors name them."""
+    return ", ".join(f"{name} (weight {weight:g})" for name, weight in weights.items())
 
 
 def reward_source(source: Any) -> str:

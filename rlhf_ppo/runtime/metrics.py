@@ -62,9 +62,10 @@ METRICS: dict[str, str] = {
     "replay/effective_fraction": "With replay: effective share of the recorded responses, (sum w)^2 / (n sum w^2) with w = policy / recording "
     "policy of a whole response: 1 on-policy, 1/n where a single response counts.",
     "value/loss": "Value loss: half the squared error of the critic, in the reward's units (squared).",
-    "value/explained_variance": "Share of the returns' variance that the critic's values explain: 1 is perfect, 0 no better than a constant.",
+    "value/explained_variance": "Share of the returns' variance that the critic's values explain: 1 is perfect, 0 no better than a constant. "
+    "A language model's returns are whole (Monte Carlo) under any lambda; in classic they are the critic's targets.",
     "value/mean": "Mean value that the critic predicted at rollout.",
-    "value/return_mean": "Mean return, the critic's target.",
+    "value/return_mean": "Mean return: of whole returns for a language model, of the critic's targets in classic.",
     "value/return_std": "Unit in which the critic learns: the running standard deviation of the returns (1 without normalize_values).",
     "value/clip_range": "Clip range of the values (clip_range_vf) in the reward's units.",
     "advantage/std": "Standard deviation of the advantages before whitening.",

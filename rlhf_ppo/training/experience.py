@@ -60,9 +60,10 @@ def estimate(rollout: Rollout, rewards: Rewards, args: RLHFConfig) -> Estimates:
     assert rollout.scored is not None
     # A response without another to compare it with teaches nothing either.
     mask = rewards.mask & comparable(rollout.scored, args)[:, None]
-    scale, values, normal = ValueScale(), rollout.values, rollout.values
+    scale, values, normal, whole = ValueScale(), rollout.values, rollout.values, None
     if rollout.values is not None:
-        scale = _next_scale(rollout, rewards, mask, args)
+        whole = _whole_returns(rollout, rewards, mask, args)
+        scale = _next_scale(rollout.value_scale, whole, mask, rewards.kl_coef, args)
         # A fresh head's values are the mean of these returns, which 0 is in the new units.
         fresh = rollout.value_scale is None
         normal = keep(rollout.values if fresh else scale.normalize(rollout.values), mask)
@@ -88,22 +89,29 @@ def estimate(rollout: Rollout, rewards: Rewards, args: RLHFConfig) -> Estimates:
     metrics = {
         **_rollout_metrics(rollout, rewards),
         **_estimate_metrics(rollout, experience, advantages, scale, args),
-        **_value_metrics(values, returns, mask, scale, args),
+        **_value_metrics(values, whole, mask, scale, args),
     }
     return Estimates(experience, advantages, values, None if values is None else scale, rewards, metrics)
 
 
-def _next_scale(rollout: Rollout, rewards: Rewards, mask: Tensor, args: RLHFConfig) -> ValueScale:
-    """Return the critic's scale with this rollout's Monte Carlo returns, which do not depend on the critic."""
-    if not args.normalize_values:
-        return rollout.value_scale or ValueScale()
+def _whole_returns(rollout: Rollout, rewards: Rewards, mask: Tensor, args: RLHFConfig) -> Tensor:
+    """Compute Monte Carlo returns [B, T]: what really followed each token, whatever the critic predicted."""
     whole = dataclasses.replace(args, gae_lambda=1.0, gae_lambda_value=None, adaptive_lambda_alpha=None)
     _, returns = estimate_advantages(
         rewards.per_token, torch.zeros_like(rewards.per_token), mask, whole, turns=rollout.turns
     )
     assert returns is not None
+    return returns
+
+
+def _next_scale(
+    scale: ValueScale | None, returns: Tensor, mask: Tensor, kl_coef: float, args: CriticSettings
+) -> ValueScale:
+    """Return the critic's scale with this rollout's whole returns."""
+    if not args.normalize_values:
+        return scale or ValueScale()
     # Where all scores are equal, what is left is the KL of a policy that has not moved: rounding, not a unit.
-    return update_value_scale(rollout.value_scale, returns, mask, min_std=rewards.kl_coef)
+    return update_value_scale(scale, returns, mask, min_std=kl_coef)
 
 
 def _rollout_metrics(rollout: Rollout, rewards: Rewards) -> dict[str, float]:
@@ -162,6 +170,7 @@ def _estimate_metrics(
 def _value_metrics(
     values: Tensor | None, returns: Tensor | None, mask: Tensor, scale: ValueScale, args: CriticSettings
 ) -> dict[str, float]:
+    """Measure the critic on whole returns: the targets under lambda below 1 hold its own predictions."""
     if values is None or returns is None:
         return {}
     metrics = {

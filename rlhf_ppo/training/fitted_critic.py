@@ -15,11 +15,11 @@ from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.data.hub import find_file
 from rlhf_ppo.models.actor_critic import ActorCritic, CriticKind
 from rlhf_ppo.models.forward.runner import Sequences
-from rlhf_ppo.rewards.functions import RewardFunction
+from rlhf_ppo.rewards.functions import RewardFunction, rewards_in_words
 from rlhf_ppo.runtime.files import read_json
-from rlhf_ppo.training.fingerprints import tokenizer_fingerprint
+from rlhf_ppo.training.fingerprints import copy_fingerprint, tokenizer_fingerprint
 
-FILE, FORMAT = "critic.json", 1
+FILE, FORMAT = "critic.json", 2
 
 SHAPING = ("normalize_scores", "score_clip", "missing_eos_penalty", "missing_eos_mode")
 """Settings that change what a response's score counts for."""
@@ -48,6 +48,9 @@ class CriticFacts:
     """Its numbers on the rollouts that it was not fitted on."""
     probe: list[float]
     """Its values of eight tokens, in standard deviations of the returns, by which a run sees that it holds this one."""
+    weights: str | None
+    """Digest of the weights that its head reads (:func:`read_weights`); None: of a model with a merged adapter, which
+    another machine merges into slightly other weights."""
     adapter: dict[str, Any] | None = None
     """Rank, alpha and layers of its adapter, under "adapter"."""
 
@@ -137,8 +140,9 @@ def require_same_task(
         )
     if weights != facts.rewards:
         raise ValueError(
-            f"{where} was fitted on the rewards {_weights(facts.rewards)}, but the run has {_weights(weights)}: take "
-            "the same rewards and reward_weights, or fit a critic on rollouts with the run's"
+            f"{where} was fitted on the rewards {rewards_in_words(facts.rewards)}, but the run has "
+            f"{rewards_in_words(weights)}: take the same rewards and reward_weights, or fit a critic on rollouts with "
+            "the run's"
         )
     for name, fitted in {"gamma": facts.gamma, **facts.shaping}.items():
         if (own := getattr(args, name)) != fitted:
@@ -146,10 +150,6 @@ def require_same_task(
                 f"{where} was fitted on returns with {name}={fitted!r}, but the run has {name}={own!r}: set it to "
                 f"{fitted!r}, or fit a critic with the run's"
             )
-
-
-def _weights(rewards: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} (weight {weight:g})" for name, weight in rewards.items())
 
 
 @torch.no_grad()
@@ -161,21 +161,37 @@ def probe_values(model: ActorCritic) -> Tensor:
         return model.head_values(Sequences(ids[:, :1], real[:, :1], ids[:, 1:], real[:, 1:])).squeeze(0)
 
 
-def require_same_values(facts: CriticFacts | None, model: ActorCritic, *, source: str, exact: bool) -> None:
-    """Raise a ValueError unless a run's critic gives the values that the fitted one gave: else their models differ.
+def read_weights(model: ActorCritic) -> str:
+    """Compute a digest of the weights under the head: of the policy, or of the critic's own trunk."""
+    return copy_fingerprint(model.policy if model.value_trunk is None else model.value_trunk)
+
+
+def require_same_trunk(
+    facts: CriticFacts | None, model: ActorCritic, *, source: str, exact: bool, base_changed: bool
+) -> None:
+    """Raise a ValueError unless a run's critic stands on the model that the fitted one was fitted on.
+
+    Values of a few tokens tell one model from another and find an adapter that is trained already; the weights tell a
+    model from itself after some training.
 
     Args:
         facts: of the fitted critic; None: the run starts from none.
         model: the run's, before any training.
         source: where its policy came from.
         exact: it is not quantised.
+        base_changed: its adapter changed the weights that it was added to, and makes up for that (PiSSA and the like).
     """
     if facts is None:
         return
     gap = (probe_values(model).cpu() - torch.tensor(facts.probe)).abs().max()
     if not gap <= (1e-2 if exact else 0.3):
-        raise ValueError(
-            f"the critic was fitted on hidden states of {facts.model!r}, but the run's model ({source!r}) has others: "
-            f"its values of eight tokens differ by up to {gap:.2g} standard deviations of the returns; start the run "
-            f"from {facts.model!r}, or fit a critic on the run's model (critic fit --model)"
-        )
+        differ = f"its values of eight tokens differ by up to {gap:.2g} standard deviations of the returns"
+    elif exact and not base_changed and facts.weights not in (None, own := read_weights(model)):
+        differ = f"its weights have the digest {own}, those of the critic's model had {facts.weights}"
+    else:
+        return
+    raise ValueError(
+        f"the critic was fitted on hidden states of {facts.model!r}, but the run's model ({source!r}) has others: "
+        f"{differ}; start the run from {facts.model!r} as it was, or fit a critic on the run's model (critic fit "
+        "--model)"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.models.actor_critic import ActorCritic
@@ -43,6 +44,13 @@ def critic_rate(policy: float, *, adapter: bool) -> float:
     return max(policy, min(_rounded(policy * (1 if adapter else CRITIC_MULTIPLE), 6), MAX_VALUE_RATE))
 
 
+def model_size(policy: Any) -> tuple[int, bool]:
+    """Return the number of a policy's parameters without those of its adapter, and whether it has one."""
+    adapter = hasattr(policy, "peft_config")
+    # What an adapter trains is not the model's size.
+    return count_parameters(p for p in policy.parameters() if not (adapter and p.requires_grad)), adapter
+
+
 def _rounded(number: float, digits: int) -> float:
     return float(f"{number:.{digits}g}")
 
@@ -53,12 +61,10 @@ def resolve_learning_rates(args: RLHFConfig, model: ActorCritic) -> tuple[RLHFCo
     Returns:
         (the settings, the rates in words with the reason for each that was chosen).
     """
-    adapter = hasattr(model.policy, "peft_config")
+    size, adapter = model_size(model.policy)
     policy, critic = args.learning_rate, args.value_learning_rate
     why_policy = why_critic = ""
     if policy is None:
-        # What an adapter trains is not the model's size.
-        size = count_parameters(p for p in model.policy.parameters() if not (adapter and p.requires_grad))
         policy = policy_rate(size, adapter=adapter)
         why_policy = f" (chosen: {short_count(size)} parameters, {'adapter' if adapter else 'full weights'})"
     if args.has_critic and args.vf_coef > 0 and critic is None:

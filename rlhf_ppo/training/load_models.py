@@ -34,7 +34,7 @@ from rlhf_ppo.models.value_head import SavedHead, load_value_head
 from rlhf_ppo.rewards.functions import RewardFunction
 from rlhf_ppo.runtime.device import autocast
 from rlhf_ppo.runtime.seeding import seed_everything
-from rlhf_ppo.training.fitted_critic import CriticFacts, find_fitted, require_same_values
+from rlhf_ppo.training.fitted_critic import CriticFacts, find_fitted, require_same_trunk
 
 
 class Models(NamedTuple):
@@ -145,7 +145,13 @@ def load_models(
     )
     reference = Reference(policy, reference_model, adapter_off=prepared.off_is_start)
     actor_critic.to(device)
-    require_same_values(critic.fitted, actor_critic, source=source_name(model), exact=args.quantization == "none")
+    require_same_trunk(
+        critic.fitted,
+        actor_critic,
+        source=source_name(model),
+        exact=args.quantization == "none",
+        base_changed=prepared.base_changed,
+    )
     if reference.model is not None:
         reference.model.to(device)
     if reference_model is None:

@@ -21,6 +21,7 @@ from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import kl_estimate
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.rewards.functions import rewards_in_words
 from rlhf_ppo.runtime.device import autocast
 from rlhf_ppo.runtime.signals import stop_if_asked
 from rlhf_ppo.training.collect import note_rows
@@ -79,13 +80,10 @@ def open_replay(args: RLHFConfig, config: PretrainedConfig, tokenizer: PreTraine
 def require_same_rewards(recording: Recording | None, weights: dict[str, float]) -> None:
     """Raise a ValueError unless a run's reward functions and their weights are those of the recorded scores."""
     if recording is not None and recording.facts.rewards != weights:
-        theirs, ours = (
-            ", ".join(f"{name} x {weight:g}" for name, weight in named.items())
-            for named in (recording.facts.rewards, weights)
-        )
         raise ValueError(
-            f"the rollouts in {recording.folder} were scored by {theirs}, and this run's reward is {ours}: name the "
-            "same reward functions and reward_weights, or record with these"
+            f"the rollouts in {recording.folder} were scored by {rewards_in_words(recording.facts.rewards)}, and this "
+            f"run's rewards are {rewards_in_words(weights)}: name the same reward functions and reward_weights, or "
+            "record with these"
         )
 
 

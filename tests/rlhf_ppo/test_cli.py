@@ -70,6 +70,13 @@ def test_critic_record_takes_the_flags_of_train_and_trains_nothing(folder, capsy
         main(["critic", "record", *TRAIN[1:], "--resume", "run"])
     said = re.sub(r"\s+", " ", capsys.readouterr().err)
     assert "resume_from_checkpoint='run', but `critic record` samples from model as it is: drop it" in said
+    with pytest.raises(SystemExit):
+        main(["critic", "record", *TRAIN[1:], "--replay", "run"])
+    said = re.sub(r"\s+", " ", capsys.readouterr().err)
+    assert "replay='run' trains on rollouts that are recorded already, but `critic record` samples new ones" in said
+    one = " ".join(TRAIN[1:]).replace("--output-dir run --total-episodes 8", "--output-dir one --total-episodes 4")
+    assert main(["critic", "record", *one.split(), "--quiet"]) == 0
+    assert "1 rollout, 4 responses, " in capsys.readouterr().out
     assert main(["critic", "recrod", *TRAIN[1:]]) == 2
     assert "unknown command 'recrod'; did you mean 'record'?" in capsys.readouterr().err
 
@@ -244,7 +251,8 @@ def exit_code(words: list[str]) -> int:
         ("--offload-activations True", "offload_activations=True moves activations from a GPU"),
         (
             "--value-head-from nowhere",
-            "value_head_from='nowhere': found neither value_head.safetensors nor model.safetensors",
+            "value_head_from='nowhere' (no such folder here; read as a hub id): found neither value_head.safetensors "
+            "nor model.safetensors; name the folder of a run, of `critic fit` or of a reward model",
         ),
     ],
 )

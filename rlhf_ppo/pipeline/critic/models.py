@@ -106,7 +106,8 @@ def build_critic(args: CriticFitArgs, data: CriticData, policy: str) -> Reader:
     if args.kind == "separate":
         model = _with_trunk(source)
     elif args.kind == "adapter":
-        config = lora_config(args.lora_rank or 8, alpha=args.lora_alpha, target_modules=args.lora_target_modules)
+        assert args.lora_rank is not None  # CriticFitArgs asks for it
+        config = lora_config(args.lora_rank, alpha=args.lora_alpha, target_modules=args.lora_target_modules)
         model = _with_adapter(load_policy(source), config)
     else:
         model = ActorCritic(load_policy(source).requires_grad_(False))

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_ppo.cli import main
 from rlhf_ppo.config.critic_fit import CriticFitArgs, CriticReportArgs
@@ -19,6 +20,7 @@ from rlhf_ppo.pipeline.critic.data import all_rows, hold_out, load_critic_data, 
 from rlhf_ppo.pipeline.critic.models import load_fitted
 from rlhf_ppo.pipeline.critic_fit import fit_critic
 from rlhf_ppo.pipeline.critic_report import report_critic
+from rlhf_ppo.training.fingerprints import copy_fingerprint
 
 PROMPTS = ["".join(letters) for pair in ("ab", "yz") for letters in itertools.product(pair, repeat=6)]
 SMALL = {"microbatch_tokens": 4096, "device": "cpu", "precision": "fp32"}
@@ -260,6 +262,40 @@ def test_a_run_with_other_rewards_tokenizer_or_model_is_refused(world, make_mode
         world.start(value_head_from=folder, model=str(world.tmp / "other"))
 
 
+def test_a_model_that_was_trained_a_little_is_refused_and_its_copies_are_not(world):
+    """One step at a rate of 1e-5 changes the values of eight tokens by less than 0.01; its digest tells it."""
+    start, folder = {"value_head_from": str(world.critic.folder)}, world.tmp / "trained"
+    shutil.copytree(world.policy, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1e-5)
+    model.save_pretrained(folder)
+    own, theirs = r"its weights have the digest \w+", rf"critic's model had {world.critic.facts.weights}"
+    message = rf"of '.*policy', but the run's model \('.*trained'\) has others: {own}, those of the {theirs}; start"
+    with pytest.raises(ValueError, match=message):
+        world.start(**start, model=str(folder))
+    config = lora_config(2, target_modules=("c_attn",))
+    with pytest.raises(ValueError, match=message):
+        world.start(**start, model=str(folder), peft_config=config)
+    world.start(**start, peft_config=config)
+    world.start(**start, peft_config=LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights="pissa"))
+    half = AutoModelForCausalLM.from_pretrained(world.policy, dtype=torch.bfloat16)
+    assert copy_fingerprint(half) == copy_fingerprint(half.float()) == world.critic.facts.weights
+
+
+def test_an_adapter_that_is_merged_has_no_digest(world, make_trainer):
+    """Another machine's products round otherwise, so that only the values of eight tokens are compared."""
+    trainer = world.start(peft_config=lora_config(2, target_modules=("c_attn",)), learning_rate=0.02)
+    trainer.step(trainer.rollout(PROMPTS[:64]))
+    model = str(trainer.save_model())
+    critic = world.fit(world.run, model=model)
+    assert critic.facts.weights is None
+    world.start(value_head_from=str(critic.folder), model=model)
+    with pytest.raises(ValueError, match=r"hidden states of '.*', but .*policy'\) has others: its values of eight"):
+        world.start(value_head_from=str(critic.folder))
+
+
 def test_the_parts_of_a_fitted_critic_stay_together(world):
     run, lora = world.run, {"lora_rank": 2, "lora_target_modules": ("c_attn",)}
     separate = world.fit(run, name="separate", kind="separate", value_model=world.policy, num_epochs=1)
@@ -288,7 +324,7 @@ def test_a_damaged_or_newer_critic_is_refused(world):
     file = folder / "critic.json"
     for content, message in (
         ("{", "critic.json is damaged .*: fit the critic again"),
-        (json.dumps({**facts, "format": 2}), "has format 2, but this version reads format 1"),
+        (json.dumps({**facts, "format": 1}), "has format 1, but this version reads format 2: fit the critic again"),
         (json.dumps({**facts, "more": 1}), "critic.json is damaged .*more"),
     ):
         file.write_text(content)
@@ -409,8 +445,7 @@ def test_the_report_of_a_run_is_about_the_values_that_it_sampled_with(world):
     metrics = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in metrics if "value/explained_variance" in row][-1]
     assert report["responses"] == 64
-    # The metric measures against the targets of GAE with lambda below 1, which hold a part of the values.
-    assert report["critic"]["explained_variance"] == pytest.approx(last["value/explained_variance"], abs=0.1)
+    assert report["critic"]["explained_variance"] == pytest.approx(last["value/explained_variance"], abs=1e-4)
     assert report["notes"] == [] and report["critic"]["explained_variance"] > 0.5
 
 

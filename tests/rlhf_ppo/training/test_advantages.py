@@ -11,6 +11,7 @@ import torch
 
 from rlhf_ppo import RLHFConfig
 from rlhf_ppo.cli import TrainArgs
+from rlhf_ppo.core import explained_variance
 from rlhf_ppo.runtime.settings import parse_settings
 from rlhf_ppo.trainer import PPOTrainer
 from rlhf_ppo.training.advantages import adaptive_lambda, comparable, estimate_advantages
@@ -197,6 +198,21 @@ def test_no_critic_is_built_if_none_is_read(make_trainer, make_model, settings):
     name = settings["advantage_estimator"]
     with pytest.raises(ValueError, match=f"advantage_estimator='{name}' has no critic, but a value_model"):
         make_trainer(**settings, value_model=make_model())
+
+
+@pytest.mark.parametrize("normalize_values", [True, False])
+def test_a_critic_is_measured_on_whole_returns_under_every_lambda(make_trainer, prompts, wake_critic, normalize_values):
+    """Targets under a smaller lambda hold the critic's own values, which would make any critic look good."""
+    trainer = make_trainer(normalize_values=normalize_values)
+    wake_critic(trainer.model)
+    rollout = trainer.rollout(prompts)
+    rewards, found = shape_rewards(rollout, trainer.args, 0.05), []
+    for settings in ({}, {"gae_lambda": 0.0}, {"gae_lambda": 0.95, "gae_lambda_value": 0.5}):
+        estimates = estimate(rollout, rewards, dataclasses.replace(trainer.args, **settings))
+        found.append([estimates.metrics[f"value/{name}"] for name in ("explained_variance", "return_mean")])
+        old = estimates.experience
+    assert found[1] == pytest.approx(found[0], abs=1e-6) and found[2] == pytest.approx(found[0], abs=1e-6)
+    assert explained_variance(old.values, old.returns, old.mask) > found[0][0] + 0.2
 
 
 # Importance weights

@@ -165,6 +165,7 @@ def test_fault_18_rollback_returns_to_the_last_checkpoint_and_draws_other_respon
     with pytest.warns(UserWarning, match=r"rollout 3.*Rolling back to .*checkpoint-2, with other random draws"):
         trainer.train()
     assert trainer.rollouts_made == 5 and trainer.iteration == 4
+    assert trainer.model.value_scale == whole.model.value_scale and trainer.model.value_scale.count == 4
     assert same(weights(whole), weights(trainer)) and whole.run.read() == trainer.run.read()
 
 
