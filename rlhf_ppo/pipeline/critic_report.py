@@ -121,7 +121,7 @@ def say_report(report: Report) -> list[str]:
         f"{report['title']}: {report['responses']} responses, {report['tokens']} tokens",
         *report.get("notes", []),
         _say_explained(critic),
-        *_say_baselines(critic, report["baselines"]),
+        *_say_baselines(critic, report["baselines"], report["responses"]),
         "explained variance from the first to the last tenth of a response: "
         + ", ".join(f"{row['explained_variance']:.0%}" for row in tenths),
         _say_calibration(report["calibration"], critic),
@@ -137,7 +137,7 @@ def _say_explained(critic: dict[str, float]) -> str:
     return f"it explains nothing ({share:.1%} ± {off:.1%} of the variance of the returns): {errors}"
 
 
-def _say_baselines(critic: dict[str, float], baselines: dict[str, dict[str, float]]) -> list[str]:
+def _say_baselines(critic: dict[str, float], baselines: dict[str, dict[str, float]], responses: int) -> list[str]:
     position, words = (baselines[name] for name in ("position", "words"))
     lines = [
         f"the mean return at each position explains {position['explained_variance']:.1%}, a linear model of the words "
@@ -148,7 +148,10 @@ def _say_baselines(critic: dict[str, float], baselines: dict[str, dict[str, floa
     if gap > noise:
         lines.append("so there is more to learn than this critic has: train it longer, at a higher rate, or fit one")
     elif not explains(words) and not explains(critic):
-        lines.append("so neither finds what these returns depend on: a critic may have little to learn here")
+        lines.append(
+            f"so neither explains more than chance would in {responses} responses: record more, or a critic has little "
+            "to learn here"
+        )
     return lines
 
 

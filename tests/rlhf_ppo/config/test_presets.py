@@ -49,7 +49,7 @@ def test_every_setting_has_its_source(name):
             comment += line
         elif line:
             said = comment + line.partition("#")[2]
-            assert "(" in said and ("ection" in said or ".py" in said or "ours" in said.lower()), line
+            assert "(" in said and re.search(r"[sS]ection|Appendix|\.py|[oO]urs", said), line
             comment = ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from rlhf_ppo.models.lora import lora_config
 from rlhf_ppo.pipeline.critic.data import all_rows, hold_out, load_critic_data, recorded_values
 from rlhf_ppo.pipeline.critic.models import load_fitted
 from rlhf_ppo.pipeline.critic_fit import fit_critic
-from rlhf_ppo.pipeline.critic_report import report_critic
+from rlhf_ppo.pipeline.critic_report import report_critic, say_report
 from rlhf_ppo.training.fingerprints import copy_fingerprint
 
 PROMPTS = ["".join(letters) for pair in ("ab", "yz") for letters in itertools.product(pair, repeat=6)]
@@ -417,6 +418,13 @@ def test_a_report_in_words_a_table_a_picture_and_json(world, capsys):
     assert main(["critic", "report", f"{folder}/rollouts", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["lambdas"] == written["lambdas"] and printed["responses"] == 192
+
+
+def test_a_report_of_noise_says_how_little_it_can_tell(world):
+    noise = random.Random(0)
+    folder = world.record("noise", total_episodes=64, reward_funcs=lambda p, c, **_: [noise.random() for _ in c])
+    said = say_report(report_critic(CriticReportArgs(rollouts=folder)))
+    assert any("so neither explains more than chance would in 64 responses: record more, or" in line for line in said)
 
 
 def test_fit_and_report_as_commands(world, capsys):
