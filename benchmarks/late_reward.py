@@ -44,7 +44,7 @@ COLUMNS = [
     ("score, rollouts 13 to 16", SCORE, slice(12, 16)),
     ("score, 17 to 24", SCORE, slice(16, 24)),
     (f"gap of values, {AT}", GAP, slice(AT - 1, AT)),
-    (f"explained variance of its own targets, {AT}", EXPLAINED, slice(AT - 1, AT)),
+    (f"explained variance, {AT}", EXPLAINED, slice(AT - 1, AT)),
     ("KL to the start, nats, 17 to 24", KL, slice(16, 24)),
 ]
 STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}

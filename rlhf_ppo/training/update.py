@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -82,8 +83,9 @@ class _Averages:
         self.first_gap = math.nan
         """Largest |log ratio| before the first step."""
 
-    def begin_epoch(self) -> None:
-        self.epochs, self.epoch = self.epochs + 1, MetricAverage()
+    def enter_epoch(self, number: int) -> None:
+        if number != self.epochs:
+            self.epochs, self.epoch = number, MetricAverage()
 
     def add(self, step: MetricAverage, only_if: Tensor | None = None) -> None:
         for average in (self.actions, self.epoch):
@@ -97,88 +99,68 @@ class _Averages:
 def _run_epochs(
     state: TrainState, run: Run, args: RLHFConfig, rollout: Rollout, estimates: Estimates, watch: StepWatch
 ) -> _Averages:
-    """Take the optimizer steps: first the policy's epochs, then those of the critic alone."""
-    averages, shuffle = _Averages(), numbered_generator(args.seed, SHUFFLE, state.iteration, "cpu")
-    _run_policy_epochs(state, run, args, rollout, estimates, watch, averages, shuffle)
-    with train_critic_alone(state.model, on=args.critic_only_epochs > 0):
-        _run_critic_epochs(state, run, args, rollout, estimates, watch, averages, shuffle)
+    """Take the optimizer steps: first the policy's epochs, which a limit on the KL may end, then the critic's own.
+
+    Both end when ``watch`` gives up.
+    """
+    model, averages = state.model, _Averages()
+    given = (model, rollout, estimates.experience)
+    shuffle = numbered_generator(args.seed, SHUFFLE, state.iteration, "cpu")
+    # 1. Policy and critic.
+    for epoch, rows in _minibatches(len(rollout.prompts), args.num_epochs, args.num_minibatches, shuffle):
+        averages.enter_epoch(epoch)
+        step, losses = run.minibatch_gradient(*given, rows, args)
+        watch.settle()
+        if watch.steps == 0:
+            averages.first_gap = _check_first_ratio(state, run, step)
+        if args.stopping_kl is not None and step.compute()["approx_kl"] > args.stopping_kl:
+            averages.add(step)
+            break
+        if watch.gave_up:
+            break
+        numbers, finite = _take_step(state, losses, estimates.nonfinite, args.max_grad_norm)
+        averages.add(step, only_if=finite)
+        averages.add_losses(numbers, finite)
+        watch.add(finite, rows, numbers, critic_alone=False)
+    clear_gradients(model)
+    # 2. The critic alone.
+    with train_critic_alone(model, on=args.critic_only_epochs > 0):
+        for _, rows in _minibatches(
+            len(rollout.prompts), args.critic_only_epochs, args.critic_only_minibatches, shuffle
+        ):
+            losses = run.critic_gradient(*given, rows, args)
+            watch.settle()
+            if watch.gave_up:
+                break
+            numbers, finite = _take_step(state, losses, estimates.nonfinite, args.max_grad_norm)
+            averages.add_losses(numbers, finite)
+            watch.add(finite, rows, numbers, critic_alone=True)
+        clear_gradients(model)
     watch.settle()
     return averages
 
 
-def _run_policy_epochs(
-    state: TrainState,
-    run: Run,
-    args: RLHFConfig,
-    rollout: Rollout,
-    estimates: Estimates,
-    watch: StepWatch,
-    averages: _Averages,
-    shuffle: torch.Generator,
-) -> None:
-    """Take optimizer steps until the epochs are over, the KL is above its limit or ``watch`` gives up."""
-    model = state.model
-    for _ in range(args.num_epochs):
-        averages.begin_epoch()
-        for minibatch in minibatch_indices(len(rollout.prompts), args.num_minibatches, generator=shuffle):
-            rows = minibatch.tolist()
-            step, losses = run.minibatch_gradient(model, rollout, estimates.experience, rows, args)
-            watch.settle()
-            if watch.steps == 0:
-                averages.first_gap = _check_first_ratio(state, run, step)
-            too_far = args.stopping_kl is not None and step.compute()["approx_kl"] > args.stopping_kl
-            if too_far:
-                averages.add(step)
-            if too_far or watch.gave_up:
-                clear_gradients(model)
-                return
-            averages.add(step, only_if=_step(state, args, estimates, rows, losses, watch, averages))
+def _minibatches(rows: int, epochs: int, minibatches: int, shuffle: torch.Generator) -> Iterator[tuple[int, list[int]]]:
+    """Yield (the epoch's number, from 1; the rows of a minibatch); each epoch has an order of its own."""
+    for epoch in range(1, epochs + 1):
+        for minibatch in minibatch_indices(rows, minibatches, generator=shuffle):
+            yield epoch, minibatch.tolist()
 
 
-def _run_critic_epochs(
-    state: TrainState,
-    run: Run,
-    args: RLHFConfig,
-    rollout: Rollout,
-    estimates: Estimates,
-    watch: StepWatch,
-    averages: _Averages,
-    shuffle: torch.Generator,
-) -> None:
-    """Take the optimizer steps of the critic alone (``critic_epochs``), unless ``watch`` gives up."""
-    model = state.model
-    for _ in range(args.critic_only_epochs):
-        for minibatch in minibatch_indices(len(rollout.prompts), args.critic_only_minibatches, generator=shuffle):
-            rows = minibatch.tolist()
-            losses = run.critic_gradient(model, rollout, estimates.experience, rows, args)
-            watch.settle()
-            if watch.gave_up:
-                clear_gradients(model)
-                return
-            _step(state, args, estimates, rows, losses, watch, averages, critic_alone=True)
+def _take_step(
+    state: TrainState, losses: dict[str, Tensor], nonfinite: dict[str, float], max_grad_norm: float
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Take one optimizer step with the gradients that are there, and clear them.
 
-
-def _step(
-    state: TrainState,
-    args: RLHFConfig,
-    estimates: Estimates,
-    rows: list[int],
-    losses: dict[str, Tensor],
-    watch: StepWatch,
-    averages: _Averages,
-    *,
-    critic_alone: bool = False,
-) -> Tensor:
-    """Take one optimizer step on the minibatch ``rows``, and note it; returns whether the gradient was finite []."""
+    Returns:
+        (the losses and the gradient's norm [], whether the gradient was finite [] bool).
+    """
     parameters = state.model.trainable_parameters()
-    spoil_gradient(parameters, losses, estimates.nonfinite)
-    grad_norm, finite = clip_and_step(state.optimizer, parameters, args.max_grad_norm)
+    spoil_gradient(parameters, losses, nonfinite)
+    grad_norm, finite = clip_and_step(state.optimizer, parameters, max_grad_norm)
     state.scheduler.step()
     clear_gradients(state.model)
-    numbers = {**losses, "grad_norm": grad_norm}
-    averages.add_losses(numbers, finite)
-    watch.add(finite, rows, numbers, critic_alone=critic_alone)
-    return finite
+    return {**losses, "grad_norm": grad_norm}, finite
 
 
 def _update_metrics(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from rlhf_ppo import RLHFConfig
 from rlhf_ppo.config.commands import ReplayArgs
 from rlhf_ppo.models.frozen_critic import freeze_critic
 from rlhf_ppo.pipeline.replay import replay
+from rlhf_ppo.training import run as runs
 from rlhf_ppo.training import update as updates
 from rlhf_ppo.training.advantages import estimate_advantages
 from rlhf_ppo.training.experience import estimate
@@ -114,37 +117,37 @@ def test_positive_examples_become_more_likely_without_any_advantage(make_trainer
     assert float(gained) > 0.05
 
 
+def before_the_critic_s_turn(monkeypatch, look: Callable[[Any], Any]) -> list[Any]:
+    """Call ``look(model)`` before the gradient of each step of the critic alone; returns what it returned."""
+    seen, gradient = [], runs.critic_gradient
+
+    def watched(model, *inputs, **settings):
+        seen.append(look(model))
+        return gradient(model, *inputs, **settings)
+
+    monkeypatch.setattr(runs, "critic_gradient", watched)
+    return seen
+
+
 class TestCriticEpochs:
     def test_they_train_the_critic_and_leave_the_policy(self, make_trainer, make_model, prompts, monkeypatch):
         trainer = make_trainer(**ALONE, value_model=make_model(seed=3))
         rollout = trainer.rollout(prompts)
-        critics_turn = updates._run_critic_epochs
-        seen = {}
-
-        def watched(state, *arguments):
-            seen["policy"], seen["critic"] = weights(state.model.policy), weights(state.model.value_trunk)
-            critics_turn(state, *arguments)
-            assert equal(seen["policy"], weights(state.model.policy))
-            assert not equal(seen["critic"], weights(state.model.value_trunk))
-
-        monkeypatch.setattr(updates, "_run_critic_epochs", watched)
+        seen = before_the_critic_s_turn(monkeypatch, lambda model: [weights(model.policy), weights(model.value_trunk)])
         metrics = trainer.step(rollout)
-        assert seen and metrics["progress/optimizer_steps"] == STEPS
+        policy, critic = seen[0]
+        assert equal(policy, weights(trainer.model.policy)) and not equal(critic, weights(trainer.model.value_trunk))
+        assert metrics["progress/optimizer_steps"] == STEPS
         assert metrics["optim/epochs"] == 1
         assert all(p.requires_grad for p in trainer.model.trainable_parameters())
 
     def test_a_shared_trunk_stays_frozen(self, make_trainer, prompts, monkeypatch):
         trainer = make_trainer(**ALONE)
         rollout = trainer.rollout(prompts)
-        critics_turn = updates._run_critic_epochs
-
-        def watched(state, *arguments):
-            before, head = weights(state.model.policy), weights(state.model.value_head)
-            critics_turn(state, *arguments)
-            assert equal(before, weights(state.model.policy)) and not equal(head, weights(state.model.value_head))
-
-        monkeypatch.setattr(updates, "_run_critic_epochs", watched)
+        seen = before_the_critic_s_turn(monkeypatch, lambda model: [weights(model.policy), weights(model.value_head)])
         trainer.step(rollout)
+        policy, head = seen[0]
+        assert equal(policy, weights(trainer.model.policy)) and not equal(head, weights(trainer.model.value_head))
 
     def test_the_gradient_is_that_of_the_whole_loss_s_value_part(self, make_trainer, make_model, prompts):
         trainer = make_trainer(value_model=make_model(seed=3), vf_coef=0.7)
@@ -183,14 +186,12 @@ class TestCriticEpochs:
     def test_a_non_finite_step_replays(self, make_trainer, make_model, prompts, monkeypatch):
         trainer = make_trainer(**ALONE, value_model=make_model(seed=3))
         rollout = trainer.rollout(prompts)
-        critics_turn = updates._run_critic_epochs
 
-        def broken(state, *arguments):
+        def broken(model):
             with torch.no_grad():
-                state.model.value_trunk.ln_f.weight[0] = math.nan
-            critics_turn(state, *arguments)
+                model.value_trunk.ln_f.weight[0] = math.nan
 
-        monkeypatch.setattr(updates, "_run_critic_epochs", broken)
+        before_the_critic_s_turn(monkeypatch, broken)
         updates.update(trainer.state, trainer.fixed, rollout, experience(trainer, rollout))
         (folder,) = trainer.run.path.glob("blackbox-*")
         result = replay(ReplayArgs(folder=str(folder)))
