@@ -182,6 +182,14 @@ class TestCriticEpochs:
         trainer = make_trainer(**(ALONE | {"num_epochs": 2}), target_kl=1e-9, learning_rate=0.05)
         metrics = trainer.step(trainer.rollout(prompts))
         assert metrics["progress/optimizer_steps"] < 4 + 4 and metrics["progress/optimizer_steps"] > 4
+        assert metrics["policy/approx_kl"] > 1e-9  # the minibatch that ended them is counted
+
+    def test_they_end_when_the_run_gives_up(self, make_trainer, make_model, prompts, monkeypatch):
+        trainer = make_trainer(**ALONE, value_model=make_model(seed=3), on_nonfinite="stop")
+        rollout = trainer.rollout(prompts)
+        before_the_critic_s_turn(monkeypatch, lambda model: model.value_trunk.ln_f.weight.data.fill_(math.nan))
+        result = updates.update(trainer.state, trainer.fixed, rollout, experience(trainer, rollout))
+        assert result.metrics["progress/optimizer_steps"] == 3 and result.metrics["optim/skipped_steps"] == 1
 
     def test_a_non_finite_step_replays(self, make_trainer, make_model, prompts, monkeypatch):
         trainer = make_trainer(**ALONE, value_model=make_model(seed=3))
