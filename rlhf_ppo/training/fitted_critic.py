@@ -100,7 +100,10 @@ def find_fitted(args: RLHFConfig, kind: CriticKind, value_model: Any, peft_confi
             "adapter": f"set critic='adapter' with {_adapter_words(head.adapter)}",
         }[head.kind]
         raise ValueError(f"{where} is a critic of the kind {head.kind!r}, but the run's is {kind!r}: {remedy}")
-    if head.kind == "adapter" and peft_config is not None and (own := adapter_facts(peft_config)) != head.adapter:
+    own = {} if head.kind != "adapter" or peft_config is None else adapter_facts(peft_config)
+    # Layers that PEFT has yet to choose (None, "all-linear") are compared once it has: when the weights are loaded.
+    given = {name: x for name, x in own.items() if x is not None and not isinstance(x, str)}
+    if any((head.adapter or {}).get(name) != x for name, x in given.items()):
         raise ValueError(
             f"{where} is an adapter with {_adapter_words(head.adapter)}, but the run's has {_adapter_words(own)}: give "
             "the run the same"

@@ -316,6 +316,10 @@ def test_the_parts_of_a_fitted_critic_stay_together(world):
     ):
         config = lora_config(2, alpha=9, target_modules=("c_attn",))
         world.start(value_head_from=adapter, critic="adapter", peft_config=config)
+    world.start(value_head_from=adapter, critic="adapter", peft_config=lora_config(2))  # PEFT's choice: c_attn
+    with pytest.raises(ValueError, match=r"is no adapter for this model and configuration: .* of its weights differ"):
+        config = lora_config(2, target_modules=("all-linear",))
+        world.start(value_head_from=adapter, critic="adapter", peft_config=config)
 
 
 def test_a_damaged_or_newer_critic_is_refused(world):
