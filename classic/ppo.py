@@ -35,9 +35,10 @@ from classic.state import LastUpdate, Run, TrainState, begin_episodes, initial_s
 from classic.update import adapt, follow_schedules, update
 from rlhf_ppo.core import PPOConfig, ValueScale
 from rlhf_ppo.runtime.explain import Explanation
-from rlhf_ppo.runtime.processes import require_one_process, torch_threads
+from rlhf_ppo.runtime.processes.launch import require_one_process
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.signals import stop_if_asked
+from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.runtime.unknown_names import refuse_unknown_arguments
 from rlhf_ppo.runtime.user_code import require_callbacks
 
@@ -86,7 +87,7 @@ class PPO:
             ValueError: unknown environment, unsupported spaces, settings that contradict each other, or a launcher
                 that started several processes (WORLD_SIZE).
         """
-        require_one_process()
+        require_one_process("classic", "its networks are so small that dividing the work would cost more than it saves")
         self.run: Run = make_run(env, args or PPOArgs())
         with torch_threads(self.args.num_threads):  # on which the last digits of the initial weights depend
             self.state: TrainState = initial_state(self.run)

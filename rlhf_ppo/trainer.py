@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,10 +24,10 @@ from rlhf_ppo.models.quiet_libraries import without_library_bars
 from rlhf_ppo.models.saving import save_actor_critic
 from rlhf_ppo.runtime.errors import RatioTripwireError as RatioTripwireError
 from rlhf_ppo.runtime.explain import Explanation
-from rlhf_ppo.runtime.processes import torch_threads
 from rlhf_ppo.runtime.progress import ProgressDisplay, print_summary
 from rlhf_ppo.runtime.run_directory import run_lock
 from rlhf_ppo.runtime.signals import stop_if_asked, stop_on_signals
+from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.runtime.trackers import reporting
 from rlhf_ppo.runtime.unknown_names import refuse_unknown_arguments
 from rlhf_ppo.runtime.user_code import callback_name, require_callbacks
@@ -162,12 +163,7 @@ class PPOTrainer(TrainerAttributes):
         if type(self).rollout is not PPOTrainer.rollout or "rollout" in vars(self):
             warnings.warn("train() does not call rollout(): replacing it changes nothing here", stacklevel=2)
         trackers = reporting(run.folder, run.args.report_to, project="rlhf-ppo", settings=run_settings(run))
-        with (
-            run_lock(run.folder.path),
-            torch_threads(run.args.num_threads, state.model),
-            stop_on_signals(),
-            without_library_bars(),
-        ):
+        with self._running():
             begin(state, run, safe, resume_from_checkpoint, run_facts(run), override=resume_override)
             print_summary(run_rows(state, run), quiet=run.args.quiet)
             # Saved before the run waits for trackers.
@@ -180,6 +176,19 @@ class PPOTrainer(TrainerAttributes):
                 save_model(state, run, safe)
         plot_run(run)
         return metrics
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Hold what a run needs: its folder's lock, its threads, and handlers of signals."""
+        run, state = self.fixed, self.state
+        with (
+            ExitStack() as lock,
+            torch_threads(run.args.num_threads, state.model),
+            stop_on_signals(),
+            without_library_bars(),
+        ):
+            run.processes.on_first(lambda: lock.enter_context(run_lock(run.folder.path)))
+            yield
 
     def _train(self, progress: ProgressDisplay) -> tuple[dict[str, float], Callback | None]:
         """Run PPO to the last rollout, or until a callback ends it; returns the last metrics and that callback."""
@@ -227,14 +236,20 @@ class PPOTrainer(TrainerAttributes):
                 roll_back(state, run, safe, updated.problem)
                 continue
             require_no_drift(metrics, args)
-            ending = [callback for callback in self.callbacks if callback(self, metrics) is True]
+            ending = self._call_back(metrics)
             ended_by = ending[0] if ending else None
             safe.mark(run)  # what callbacks drew is in the checkpoint: a resumed run does not call them again
             if is_due(args.save_every, state.iteration, last=bool(ending) or state.iteration == args.num_rollouts):
                 keep_checkpoint(state, run, safe)
             if ended_by is None:
-                stop_if_asked()
+                run.processes.facts(stop_if_asked)
         return {**metrics, **log_evaluation(state, run, safe, progress)}, ended_by
+
+    def _call_back(self, metrics: dict[str, float]) -> list[Callback]:
+        """Call the callbacks, on every process; returns those that end the run on some process."""
+        ending = [number for number, callback in enumerate(self.callbacks) if callback(self, metrics) is True]
+        votes = self.fixed.processes.facts(lambda: ending)
+        return [self.callbacks[number] for number in sorted({number for some in votes for number in some})]
 
     def rollout(self, prompts: Sequence[Prompt], **columns: list[Any]) -> Rollout:
         """Generate ``num_generations`` responses to each prompt, side by side, score them, and read the reference.
@@ -294,12 +309,7 @@ class PPOTrainer(TrainerAttributes):
         """
         run, state = self.fixed, self.state
         require_rollouts_left(state, run)
-        with (
-            run_lock(run.folder.path),
-            torch_threads(run.args.num_threads, state.model),
-            stop_on_signals(),
-            without_library_bars(),
-        ):
+        with self._running():
             run.folder.start(run_facts(run))
             rows = {**run_rows(state, run), "run": f"{run.planned_episodes} responses to record"}
             untrained = {name: row for name, row in rows.items() if name not in ("trained", "learning rate")}
@@ -335,7 +345,10 @@ class PPOTrainer(TrainerAttributes):
         folder = Path(output_dir or self.args.output_dir)
         if merge_adapter and not hasattr(self.model.policy, "peft_config"):
             raise ValueError("merge_adapter=True needs an adapter, but the run has no peft_config")
-        save_actor_critic(self.model, self.tokenizer, folder, base=self.fixed.base, merged=merge_adapter)
+        base = self.fixed.base
+        self.fixed.processes.on_first(
+            lambda: save_actor_critic(self.model, self.tokenizer, folder, base=base, merged=merge_adapter)
+        )
         return folder
 
     def push_to_hub(self, repo_id: str | None = None, *, private: bool = True, merge_adapter: bool = False) -> str:
@@ -355,11 +368,11 @@ class PPOTrainer(TrainerAttributes):
                 "the model under this adapter is on no hub and in no folder of its own (a changed object, PiSSA and "
                 "its like), so that the adapter alone could not be loaded from the hub: push_to_hub(merge_adapter=True)"
             )
-        api = HfApi()
-        repo_id = api.create_repo(repo_id or self.run.path.resolve().name, private=private, exist_ok=True).repo_id
+        api, processes, wanted = HfApi(), self.fixed.processes, repo_id or self.run.path.resolve().name
+        made = processes.on_first(lambda: api.create_repo(wanted, private=private, exist_ok=True).repo_id)
         with tempfile.TemporaryDirectory() as folder:
             self.save_model(folder, merge_adapter=merge_adapter)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+            return processes.on_first(lambda: str(api.upload_folder(repo_id=made, folder_path=folder)))
 
     def load_checkpoint(self, folder: str | Path, *, override: bool = False) -> None:
         """Load ``checkpoint-<n>`` of a run with the same arguments, to export it by :meth:`save_model`."""

@@ -101,6 +101,10 @@ class RewardSettings(Settings):
     """Treat a NaN or infinite score as unscorable (and count it) instead of stopping."""
     cache_rewards: bool = False
     """Score each distinct pair of prompt and response once per run; only for rewards that score each row by itself."""
+    whole_rollout_rewards: bool = False
+    """With several processes: let the first one score whole rollouts, for rewards that compare responses with each
+    other. Otherwise each process scores its own responses. A function whose attribute whole_rollout is true says so
+    itself."""
     reward_chat_template: str | None = None
     """For reward models loaded by name: a file with a Jinja chat template, or "tokenizer" for the tokenizer's own; text
     prompts then become a user message. None: the tokenizer's own for chats, none for text."""

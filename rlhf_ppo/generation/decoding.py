@@ -95,6 +95,7 @@ def sample_responses(
     *,
     generator: torch.Generator | None = None,
     stop_detector: StopStringDetector | None = None,
+    whole: sampling.RowsOf | None = None,
     fixed: FixedShape | None = None,
 ) -> SampledResponses:
     """Sample a response to each prompt from exactly ``softmax(logits / temperature)``.
@@ -110,6 +111,7 @@ def sample_responses(
         params: length limits, temperature, stop tokens and stop strings.
         generator: source of randomness, on the model's device.
         stop_detector: detects ``params.stop_strings`` in these B responses; needed where there are any.
+        whole: which rows of a larger rollout these are; their draws do not depend on how it is divided.
         fixed: decode in this one shape, which no row leaves.
     Raises:
         ValueError: stop strings without a detector.
@@ -119,7 +121,7 @@ def sample_responses(
     (batch, prompt_length), device = prompt_ids.shape, prompt_ids.device
     stops = torch.tensor(sorted(params.stop_token_ids), dtype=torch.long, device=device)
     may_end = len(stops) > 0 or stop_detector is not None
-    u = sampling.uniforms(params.max_new_tokens, batch, generator, device)
+    u = sampling.uniforms(params.max_new_tokens, batch, generator, device, whole)
     record = _Record(batch, params.max_new_tokens, device)
     room = prompt_length + params.max_new_tokens if fixed is None else fixed.room
     cache = model.runner.new_cache(room) if fixed is None else fixed.cache

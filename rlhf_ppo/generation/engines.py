@@ -13,6 +13,7 @@ from transformers.cache_utils import StaticLayer
 from rlhf_ppo.config.groups import RolloutSettings
 from rlhf_ppo.generation.decoding import FixedShape, Step, decode_step, sample_responses
 from rlhf_ppo.generation.rollout import SampledResponses, SamplingParams
+from rlhf_ppo.generation.sampling import RowsOf
 from rlhf_ppo.generation.stop_strings import StopStringDetector
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward.hidden_states import without_adapter_wrapper
@@ -33,6 +34,7 @@ class Sampler(Protocol):
         *,
         generator: torch.Generator | None = None,
         stop_detector: StopStringDetector | None = None,
+        whole: RowsOf | None = None,
     ) -> SampledResponses: ...
 
 
@@ -120,6 +122,7 @@ class StaticEngine:
         *,
         generator: torch.Generator | None = None,
         stop_detector: StopStringDetector | None = None,
+        whole: RowsOf | None = None,
     ) -> SampledResponses:
         """Sample as :func:`rlhf_ppo.generation.decoding.sample_responses` does: the same draws give the same tokens.
 
@@ -136,7 +139,9 @@ class StaticEngine:
             fixed = self._prepare(
                 model, len(prompt_ids), prompt_ids.shape[1] + params.max_new_tokens, params.temperature
             )
-            return sample_responses(model, prompt_ids, prompt_mask, params, generator=generator, fixed=fixed)
+            return sample_responses(
+                model, prompt_ids, prompt_mask, params, generator=generator, whole=whole, fixed=fixed
+            )
 
         try:
             return sample()

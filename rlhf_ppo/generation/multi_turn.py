@@ -55,7 +55,7 @@ class Conversations(NamedTuple):
 
 
 def sample_conversations(
-    sample: Callable[[Tensor, Tensor, list[Before]], SampledResponses],
+    sample: Callable[[Tensor, Tensor, list[Before], list[int]], SampledResponses],
     prompts: Sequence[Prompt],
     prompt_ids: Tensor,
     prompt_mask: Tensor,
@@ -72,8 +72,8 @@ def sample_conversations(
     Each turn continues from the very ids that were sampled before it; only the reply is encoded.
 
     Args:
-        sample: samples one turn with ``params``: (ids [N, P] left-padded, mask [N, P], and the same contexts [N] as
-            what the turn's text lies behind) -> responses.
+        sample: samples one turn with ``params``: (ids [N, P] left-padded, mask [N, P], the same contexts [N] as what
+            the turn's text lies behind, and which of the B conversations these are [N]) -> responses.
         prompts: [B] text or chat messages.
         prompt_ids, prompt_mask: [B, P], left-padded.
         params: what ends a turn.
@@ -91,13 +91,13 @@ def sample_conversations(
     codec = _Codec(tokenizer, TextPieces(tokenizer), TextPieces(tokenizer, special=True))
     rows = [ids[keep].tolist() for ids, keep in zip(prompt_ids, prompt_mask, strict=True)]
     conversations = [
-        _Conversation(prompt, ids, codec, params, f"prompt {i}")
-        for i, (prompt, ids) in enumerate(zip(prompts, rows, strict=True))
+        _Conversation(prompt, ids, codec, params, i) for i, (prompt, ids) in enumerate(zip(prompts, rows, strict=True))
     ]
     live, has_values = conversations, False
     for turn in range(max_turns):
         ids, mask = left_pad([conversation.context for conversation in live], device)
-        sampled = sample(ids, mask, [conversation.before for conversation in live])
+        numbers = [conversation.number for conversation in live]
+        sampled = sample(ids, mask, [conversation.before for conversation in live], numbers)
         has_values = sampled.values is not None
         speakers, live = live, []
         for row, conversation in enumerate(speakers):
@@ -142,13 +142,13 @@ class _Part(NamedTuple):
 class _Conversation:
     """One conversation as it grows."""
 
-    def __init__(self, prompt: Prompt, ids: list[int], codec: _Codec, params: SamplingParams, where: str) -> None:
+    def __init__(self, prompt: Prompt, ids: list[int], codec: _Codec, params: SamplingParams, number: int) -> None:
         if isinstance(prompt, str):
             self.messages: Messages = [{"role": "user", "content": prompt}]
         else:
-            refuse_prefill(prompt, where)
+            refuse_prefill(prompt, f"prompt {number}")
             self.messages = [dict(message) for message in prompt]
-        self.prompt, self.codec, self.params = prompt, codec, params
+        self.prompt, self.codec, self.params, self.number = prompt, codec, params, number
         self.context = ids
         """Every token so far, the prompt's first."""
         self.before = codec.pieces.before(ids, prompt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,13 +12,24 @@ from torch import Tensor
 _BLOCK = 256
 
 
-def uniforms(steps: int, rows: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+class RowsOf(NamedTuple):
+    """Which rows of a rollout are sampled here: their draws are those that they get when all are sampled together."""
+
+    rows: Sequence[int]
+    count: int
+    """Rows of the whole rollout."""
+
+
+def uniforms(
+    steps: int, rows: int, generator: torch.Generator | None, device: torch.device, whole: RowsOf | None = None
+) -> Tensor:
     """Draw uniform numbers in [0, 1), [steps, rows], in float64 where the device has it.
 
     All draws of a rollout are made before it starts, so a row's draws do not depend on when other rows end.
     """
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    return torch.rand(steps, rows, generator=generator, dtype=dtype, device=device)
+    u = torch.rand(steps, rows if whole is None else whole.count, generator=generator, dtype=dtype, device=device)
+    return u if whole is None else u[:, torch.tensor(whole.rows, dtype=torch.long, device=device)]
 
 
 def sample_from_logits(

@@ -21,10 +21,11 @@ from rlhf_ppo.pipeline.critic.models import Reader, build_critic, check_tokenize
 from rlhf_ppo.pipeline.critic_report import judge_critic, lambda_table, say_report, write_report
 from rlhf_ppo.runtime.device import autocast
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
-from rlhf_ppo.runtime.processes import require_one_process, torch_threads
+from rlhf_ppo.runtime.processes.launch import require_one_process
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory, run_lock
 from rlhf_ppo.runtime.seeding import seed_everything
+from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.training.fitted_critic import SHAPING, CriticFacts, adapter_facts, facts_json, probe_values, read_weights
 from rlhf_ppo.training.learning_rates import critic_rate, model_size, policy_rate
 
@@ -79,7 +80,7 @@ def fit_critic(args: CriticFitArgs) -> FitResult:
         NonFiniteGradientError: a loss or gradient is non-finite; nothing is saved.
         OSError: the disk is full.
     """
-    require_one_process()
+    require_one_process("critic fit", "TODO")
     data = load_critic_data(args.rollouts, gamma=args.gamma, kl_coef=args.kl_coef)
     split = Split(data, *hold_out(data, args.eval_fraction, by=args.split_by, seed=args.seed))
     policy = policy_name(data, args.model)

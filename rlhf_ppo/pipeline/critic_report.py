@@ -23,7 +23,8 @@ from rlhf_ppo.pipeline.critic.lambdas import compare_lambdas, supported_lambda, 
 from rlhf_ppo.pipeline.critic.models import load_fitted
 from rlhf_ppo.pipeline.critic.plot import plot_critic
 from rlhf_ppo.runtime.files import replace_text
-from rlhf_ppo.runtime.processes import require_one_process, torch_threads
+from rlhf_ppo.runtime.processes.launch import require_one_process
+from rlhf_ppo.runtime.threads import torch_threads
 
 Report = dict[str, Any]
 
@@ -38,7 +39,7 @@ def report_critic(args: CriticReportArgs) -> Report:
     Raises:
         FileNotFoundError, ValueError: a bad recording or critic, or the two do not fit; says which.
     """
-    require_one_process()
+    require_one_process("critic report", "TODO")
     data = load_critic_data([args.rollouts], gamma=args.gamma, kl_coef=args.kl_coef, last=args.last)
     rows, notes = all_rows(data), []
     if args.critic is None:

@@ -27,9 +27,10 @@ from rlhf_ppo.pipeline.evaluation_settings import (
 )
 from rlhf_ppo.pipeline.generate import require_prompts
 from rlhf_ppo.pipeline.intervals import differences, distinct, interval, win_rate
-from rlhf_ppo.runtime.processes import require_one_process, torch_threads
+from rlhf_ppo.runtime.processes.launch import require_one_process
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory, read_run
+from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.training.collect import collect
 from rlhf_ppo.training.reporting import describe
 from rlhf_ppo.training.setup import set_up
@@ -45,7 +46,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
         ValueError: bad settings, data or models, no reference found, or a judge that scores nothing.
         RewardError: a reward function failed.
     """
-    require_one_process()
+    require_one_process("evaluate", "TODO")
     load_config(resolve_model(args.model))  # a missing model is said before what its folder lacks
     settings = read_run(args.model)
     reference = args.ref_model or find_reference(args.model, settings)

@@ -31,9 +31,10 @@ from rlhf_ppo.models.loading import (
     vocabulary_size,
 )
 from rlhf_ppo.runtime.device import resolve_device
-from rlhf_ppo.runtime.processes import require_one_process, torch_threads
+from rlhf_ppo.runtime.processes.launch import require_one_process
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import read_run
+from rlhf_ppo.runtime.threads import torch_threads
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class TextGenerator:
 
 def load_generator(args: GenerateArgs) -> TextGenerator:
     """Load the model with its sampler, whose random numbers continue from call to call."""
-    require_one_process()
+    require_one_process("generate", "TODO")
     device = resolve_device(args.device)
     name = resolve_model(args.model)
     config, tokenizer = load_config(name), with_chat_template(load_tokenizer(name), args.chat_template)
@@ -92,7 +93,7 @@ def generate(args: GenerateArgs) -> list[tuple[Prompt, str]]:
     Raises:
         ValueError: a bad model, data set or prompt (names the row), or ``output`` cannot be written.
     """
-    require_one_process()
+    require_one_process("generate", "TODO")
     rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in args.prompt]
     names = [f"prompt {i}" for i in range(len(rows))]
     if args.dataset is not None:

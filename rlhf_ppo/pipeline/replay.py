@@ -29,7 +29,7 @@ from rlhf_ppo.models.policy_adapter import prepare_policy
 from rlhf_ppo.models.quantization import load_quantized, load_reference
 from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.runtime.device import resolve_device
-from rlhf_ppo.runtime.processes import torch_threads
+from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.training.black_box import BlackBox, read_black_box
 from rlhf_ppo.training.gradients import clear_gradients, critic_gradient, minibatch_gradient
 from rlhf_ppo.training.optimizer import train_critic_alone

@@ -38,7 +38,7 @@ from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space
 from rlhf_ppo.runtime.package import versions
 from rlhf_ppo.runtime.plots import plot_calibration
-from rlhf_ppo.runtime.processes import require_one_process
+from rlhf_ppo.runtime.processes.launch import require_one_process
 from rlhf_ppo.runtime.run_directory import RunDirectory, run_lock
 from rlhf_ppo.runtime.seeding import seed_everything
 
@@ -78,7 +78,7 @@ def train_reward_model(args: RewardTrainingArgs) -> dict[str, float]:
         NonFiniteGradientError: a non-finite loss, gradient, score or weight; nothing is saved.
         SavedModelError: the saved folder holds another model than the one that was trained.
     """
-    require_one_process()
+    require_one_process("reward", "TODO")
     run = RunDirectory(args.output_dir, quiet=args.quiet)
     with run_lock(run.path), without_library_bars():
         device = resolve_device(args.device)

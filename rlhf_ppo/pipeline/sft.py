@@ -45,7 +45,7 @@ from rlhf_ppo.pipeline.supervised import make_optimizer, round_trained, save_mod
 from rlhf_ppo.runtime.device import resolve_device
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space
-from rlhf_ppo.runtime.processes import require_one_process
+from rlhf_ppo.runtime.processes.launch import require_one_process
 from rlhf_ppo.runtime.run_directory import RunDirectory, run_lock
 from rlhf_ppo.runtime.seeding import seed_everything
 
@@ -67,7 +67,7 @@ def sft(args: SFTArgs) -> dict[str, float]:
         NonFiniteGradientError: a non-finite loss, gradient or weight; nothing is saved.
         SavedModelError: the saved folder holds another model than the one that was trained.
     """
-    require_one_process()
+    require_one_process("sft", "TODO")
     folder = RunDirectory(args.output_dir).path
     with run_lock(folder), without_library_bars():
         seed_everything(args.seed)

@@ -21,8 +21,8 @@ from rlhf_ppo.models.loading import saved_bytes
 from rlhf_ppo.models.quantization import round_weights
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import save_or_rescue
-from rlhf_ppo.runtime.processes import torch_threads
 from rlhf_ppo.runtime.progress import ProgressDisplay, model_rows, print_summary
+from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.training.stability import nonfinite_parameters
 
 SupervisedArgs = SFTArgs | RewardTrainingArgs

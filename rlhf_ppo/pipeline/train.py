@@ -20,6 +20,8 @@ def train(args: TrainArgs) -> None:
     trainer = _trainer(args, train_rows, eval_rows)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint, resume_override=args.resume_override)
     merged = trainer.save_model(trainer.run.path / "merged", merge_adapter=True) if args.merge_adapter else None
+    if not trainer.fixed.processes.first:
+        return
     if eval_rows is not None:
         print_before_after(trainer.run)
     if merged is not None:

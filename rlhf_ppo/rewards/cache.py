@@ -32,11 +32,11 @@ class ScoreCache:
 
     def state_dict(self) -> list[tuple[str, Any]]:
         """Return keys in hexadecimal and scores for a checkpoint, the least recently used first."""
-        return [(key.hex(), _encoded(answer)) for key, answer in self._answers.items()]
+        return [(key.hex(), encoded_score(answer)) for key, answer in self._answers.items()]
 
     def load_state_dict(self, answers: Sequence[Sequence[Any]]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        self._answers = OrderedDict((bytes.fromhex(key), _decoded(answer)) for key, answer in answers)
+        self._answers = OrderedDict((bytes.fromhex(key), decoded_score(answer)) for key, answer in answers)
 
     def to_ask(self, keys: Sequence[bytes | None]) -> list[int]:
         """Return the rows to score: each unknown key once, at its first row, and every row without a key."""
@@ -68,14 +68,15 @@ class ScoreCache:
         return whole
 
 
-def _encoded(answer: Any) -> Any:
-    """Convert a score for JSON; steps may hold NumPy numbers."""
+def encoded_score(answer: Any) -> Any:
+    """Convert a reward function's answer for JSON; steps may hold NumPy numbers."""
     if isinstance(answer, StepRewards):
         return {"steps": [[*map(int, places), float(value)] for *places, value in answer.steps]}
     return answer
 
 
-def _decoded(answer: Any) -> Any:
+def decoded_score(answer: Any) -> Any:
+    """Undo :func:`encoded_score`."""
     if isinstance(answer, dict):
         return StepRewards([(*places, value) for *places, value in answer["steps"]])  # pyright: ignore
     return answer

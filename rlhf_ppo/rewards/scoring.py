@@ -9,11 +9,12 @@ from functools import partial
 from typing import Any
 
 from rlhf_ppo.data.chat import Completion, Prompt
-from rlhf_ppo.rewards.cache import ScoreCache
+from rlhf_ppo.rewards.cache import ScoreCache, decoded_score, encoded_score
 from rlhf_ppo.rewards.calling import call_rewards
 from rlhf_ppo.rewards.functions import RewardFunction, StepRewards, accepts, reward_name
 from rlhf_ppo.rewards.step_rewards import Decode, step_rewards_per_token, step_rewards_per_turn
 from rlhf_ppo.rewards.validation import RewardError, Score, coerce_scores, finite_or_none
+from rlhf_ppo.runtime.processes.group import ALONE, ProcessGroup
 
 DecodeOf = Callable[[int, int], Decode]
 """(number of the response, number of its turn) -> how its ids were decoded, which depends on what precedes them."""
@@ -73,6 +74,9 @@ def score_responses(
     drop_nonfinite: bool = False,
     needs_scores: bool = True,
     caches: Mapping[str, ScoreCache] | None = None,
+    processes: ProcessGroup = ALONE,
+    own: Sequence[int] | None = None,
+    whole_rollout: bool = False,
 ) -> dict[str, list[Score]]:
     """Call every reward function and check what it returns.
 
@@ -84,6 +88,10 @@ def score_responses(
         drop_nonfinite: turn NaN and infinite scores into None.
         needs_scores: refuse None for all.
         caches: name -> the function's scores so far; it is called with the other rows alone.
+        processes: those that share the work; each returns all scores.
+        own: the responses that this process scores; None: all of them.
+        whole_rollout: the first process scores all of them; so it does for a function whose attribute
+            ``whole_rollout`` is true.
     Returns:
         Name -> [B] scores.
     Raises:
@@ -95,12 +103,26 @@ def score_responses(
     asked = {
         name: caches[name].to_ask(keys[name]) if name in caches else list(range(len(responses))) for name in rewards
     }
-    questions = {name: responses.take(asked[name]) for name in rewards}
-    # A function whose scores are all cached is not called.
-    results = call_rewards({n: questions[n].arguments(f) for n, f in rewards.items() if asked[n]}, timeout_s)
+
+    def answer() -> dict[str, list[tuple[int, Any]]]:
+        mine: dict[str, list[int]] = {}
+        for name, function in rewards.items():
+            at_once = whole_rollout or getattr(function, "whole_rollout", False)
+            here = range(len(responses)) if own is None else own
+            here = here if not at_once else range(len(responses)) if processes.first else ()
+            mine[name] = [i for i in asked[name] if i in here]
+        questions = {name: responses.take(mine[name]) for name in rewards}
+        # A function whose scores are all cached is not called.
+        results = call_rewards({n: questions[n].arguments(f) for n, f in rewards.items() if mine[n]}, timeout_s)
+        answers = {n: coerce_scores(results.get(n, []), len(mine[n]), n, questions[n].lengths) for n in rewards}
+        sent = answers if processes.alone else {n: [*map(encoded_score, items)] for n, items in answers.items()}
+        return {n: [*zip(mine[n], sent[n], strict=True)] for n in rewards}
+
+    parts = processes.facts(answer)
     scores: dict[str, list[Score]] = {}
     for name in rewards:
-        items = coerce_scores(results.get(name, []), len(asked[name]), name, questions[name].lengths)
+        given = {i: decoded_score(item) for part in parts for i, item in part[name]}
+        items = [given[i] for i in asked[name]]
         if name in caches:
             items = caches[name].complete(keys[name], asked[name], items)
         scores[name] = [

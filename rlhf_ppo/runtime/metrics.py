@@ -150,6 +150,19 @@ class MetricAverage:
             self._weights[key] = self._weights.get(key, torch.zeros_like(value)) + kept(other._weights[key])
         self.add({key: kept(value) for key, value in other._maxima.items()}, weight=1)
 
+    def packed(self) -> Tensor:
+        """Return sums, weights and maxima as one tensor [k], in float64."""
+        parts = [x for named in (self._sums, self._weights, self._maxima) for x in named.values()]
+        return torch.stack([x.to(torch.float64) for x in parts]) if parts else torch.zeros(0, dtype=torch.float64)
+
+    def combined(self, table: Tensor) -> MetricAverage:
+        """Return the average over several processes, of which each packed one [processes, k] of the same keys."""
+        average, rows = MetricAverage(), iter(table.T)
+        average._sums = {key: next(rows).sum() for key in self._sums}
+        average._weights = {key: next(rows).sum() for key in self._weights}
+        average._maxima = {key: next(rows).amax() for key in self._maxima}
+        return average
+
     def compute(self, prefix: str = "") -> dict[str, float]:
         """Return the averages and maxima so far as floats; NaN for a key of total weight 0."""
         averages = {key: float(total / self._weights[key]) for key, total in self._sums.items()}

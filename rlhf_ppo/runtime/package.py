@@ -60,7 +60,6 @@ MOVED = {
     "rlhf_ppo.reward_training": "rlhf_ppo.pipeline.reward_training",
     "rlhf_ppo.rollout": "rlhf_ppo.generation.rollout",
     "rlhf_ppo.runtime.lock": "rlhf_ppo.runtime.run_directory",
-    "rlhf_ppo.runtime.threads": "rlhf_ppo.runtime.processes",
     "rlhf_ppo.sft": "rlhf_ppo.pipeline.sft",
     "rlhf_ppo.toy_rewards": "rlhf_ppo.rewards.toy",
     "rlhf_ppo.verifiable": "rlhf_ppo.rewards.gsm8k",

@@ -18,7 +18,7 @@ from rich.text import Text
 from torch import nn
 
 from rlhf_ppo.runtime import package
-from rlhf_ppo.runtime.processes import usable_cpus
+from rlhf_ppo.runtime.threads import usable_cpus
 
 PHASES = {
     "collect": "collecting",

@@ -27,6 +27,12 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
+def append_line(file: Path, row: Mapping[str, Any]) -> None:
+    """Append one line to a JSONL file."""
+    with file.open("a", encoding="utf-8") as handle:
+        handle.write(_line(row))
+
+
 def _row(file: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         return json.loads(line.decode())
@@ -53,16 +59,17 @@ def read_run(folder: str | Path) -> dict[str, Any]:
 class RunDirectory:
     """One run's folder. Starting a run in the folder of another moves the old files to ``previous-<n>/`` first."""
 
-    def __init__(self, path: str | Path, *, quiet: bool = True) -> None:
+    def __init__(self, path: str | Path, *, quiet: bool = True, writes: bool = True) -> None:
         """Create the folder if it is missing.
 
         Args:
             path: the folder.
             quiet: do not print that files move into ``previous-<n>/``.
+            writes: False for a process that leaves all writing to the first one: its calls then write nothing.
         Raises:
             ValueError: the path is a file, or the folder cannot be created.
         """
-        self.path, self.quiet = Path(path), quiet
+        self.path, self.quiet, self.writes = Path(path), quiet, writes
         self.listener: Callable[[Mapping[str, float]], None] | None = None
         """Called with each line of metrics.jsonl after it is written (see :mod:`rlhf_ppo.runtime.trackers`)."""
         if self.path.exists() and not self.path.is_dir():
@@ -74,6 +81,8 @@ class RunDirectory:
 
     def start(self, settings: Mapping[str, Any]) -> None:
         """Start a run: move an earlier run's files aside, then write ``run.json``."""
+        if not self.writes:
+            return
         if any(any(self.path.glob(name)) for name in ("metrics.jsonl", "checkpoint-*", "rollouts")):
             # Checkpoints go first: if this is interrupted, no later run takes the rest for its own.
             entries = [entry for entry in self.path.iterdir() if not entry.name.startswith(("previous-", LOCK_FILE))]
@@ -104,6 +113,8 @@ class RunDirectory:
             iteration: where the run is now.
             settings: of the run from here on, for ``run.json``.
         """
+        if not self.writes:
+            return
         if checkpoint.parent.resolve() == self.path.resolve():
             # Later or damaged checkpoints are no longer part of this run.
             later = [f for f in list_checkpoints(self.path) if int(f.name.rpartition("-")[2]) > iteration]
@@ -120,6 +131,8 @@ class RunDirectory:
 
         Those of the evaluation after ``iteration`` go, too: it belongs to the next one and is repeated.
         """
+        if not self.writes:
+            return
         for file in self.path.glob("*.jsonl"):
             rows = [row for row in self.read(file.name) if _position(file.name, row) <= (iteration, False)]
             replace_text(file, "".join(_line(row) for row in rows))
@@ -137,12 +150,14 @@ class RunDirectory:
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Append one line to a JSONL file."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(_line(row))
+        if self.writes:
+            append_line(self.path / name, row)
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Append a line to ``metrics.jsonl``; raises a KeyError for an unknown key of a built-in family."""
         require_known_metrics(metrics)
+        if not self.writes:
+            return
         # Callbacks may log scalars of numpy and torch.
         metrics = {name: x if isinstance(x, (int, float)) else float(x) for name, x in metrics.items()}
         self.append("metrics.jsonl", metrics)

@@ -32,6 +32,8 @@ _COEFFICIENTS = ("kl_coef", "clip_range", "penalty_beta")
 MAY_CHANGE = (
     *("output_dir", "total_episodes", "quiet", "num_threads", "microbatch_tokens"),
     "device",  # the one that is used is among the fingerprints
+    "processes",
+    "whole_rollout_rewards",
     *("save_every", "save_total_limit", "save_best", "eval_every", "samples_per_rollout"),
     *("save_rollouts", "save_rollouts_gb"),
     *("http_timeout_s", "http_retries", "http_batch_size", "http_concurrency", "reward_timeout_s", "respond_timeout_s"),

@@ -13,18 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_ppo.data.chat import Completion, Prompt
+from rlhf_ppo.core import BannedTokens
+from rlhf_ppo.data.chat import Prompt
 from rlhf_ppo.data.detokenization import Before, TextPieces, before_each
 from rlhf_ppo.data.prompts import PromptBatch
 from rlhf_ppo.data.tokenization import encode_prompts
-from rlhf_ppo.generation.multi_turn import Respond, RespondError, sample_conversations
+from rlhf_ppo.generation.multi_turn import RespondError, sample_conversations
 from rlhf_ppo.generation.rollout import Rollout, SampledResponses
+from rlhf_ppo.generation.sampling import RowsOf
 from rlhf_ppo.generation.stop_strings import StopStringDetector, response_texts
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.rewards.scoring import Responses, score_responses
 from rlhf_ppo.rewards.validation import RewardError, Score
 from rlhf_ppo.runtime.device import autocast
-from rlhf_ppo.runtime.run_directory import RunDirectory
+from rlhf_ppo.runtime.processes.group import Part
+from rlhf_ppo.runtime.run_directory import append_line
 from rlhf_ppo.runtime.seeding import TRAIN, numbered_generator
 from rlhf_ppo.runtime.signals import stop_if_asked
 from rlhf_ppo.training.rewards import with_scores
@@ -104,74 +107,118 @@ def generate(run: Run, model: ActorCritic, batch: PromptBatch, generator: torch.
             truncate=run.args.overlong_prompts == "truncate",
             device=run.device,
         )
-        with autocast(run.bf16, run.device):
-            if run.respond is not None:
-                return _converse(run, run.respond, model, batch, ids, mask, generator)
-            pieces = TextPieces(run.tokenizer)
-            before = before_each(pieces, batch.prompts, ids, mask)
-            sampled = _sample(run, model, ids, mask, before, generator)
-        completions: list[Completion] = [*response_texts(sampled, pieces, before, run.sampling.stop_strings)]
-        return Rollout(
-            list(batch.prompts),
-            batch.columns,
-            ids,
-            mask,
-            **sampled._asdict(),
-            value_scale=model.value_scale,
-            completions=completions,
-        )
+        own = run.own_rows(len(batch.prompts))
+
+        def sample_own() -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+            if not own:
+                return {}, None
+            prompts = list(batch.prompts[own.start : own.stop])
+            here = slice(own.start, own.stop)
+            longest = int(mask[here].sum(dim=1).max())
+            with autocast(run.bf16, run.device):
+                inputs = (prompts, ids[here, -longest:], mask[here, -longest:], own, len(batch.prompts), generator)
+                return _respond_to(run, model, *inputs) if run.respond is None else _converse(run, model, *inputs)
+
+        return _join(run, model, batch, ids, mask, run.processes.exchange(sample_own))
+
+
+def _respond_to(
+    run: Run,
+    model: ActorCritic,
+    prompts: list[Prompt],
+    ids: Tensor,
+    mask: Tensor,
+    own: range,
+    count: int,
+    generator: torch.Generator,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Sample a response to each of the rows ``own`` of a rollout of ``count``."""
+    pieces = TextPieces(run.tokenizer)
+    before = before_each(pieces, prompts, ids, mask)
+    sampled = _sample(run, model, ids, mask, before, generator, RowsOf(own, count))
+    texts = response_texts(sampled, pieces, before, run.sampling.stop_strings)
+    return _tensors(sampled), {"completions": [*texts]}
 
 
 def _sample(
-    run: Run, model: ActorCritic, ids: Tensor, mask: Tensor, before: list[Before], generator: torch.Generator
+    run: Run,
+    model: ActorCritic,
+    ids: Tensor,
+    mask: Tensor,
+    before: list[Before],
+    generator: torch.Generator,
+    whole: RowsOf,
 ) -> SampledResponses:
     strings, detector = run.sampling.stop_strings, None
     if strings:
         detector = StopStringDetector(TextPieces(run.tokenizer), strings, before)
-    sampled = run.sample(model, ids, mask, run.sampling, generator=generator, stop_detector=detector)
+    sampled = run.sample(model, ids, mask, run.sampling, generator=generator, stop_detector=detector, whole=whole)
     return sampled._replace(values=model.in_reward_units(sampled.values, sampled.mask))
 
 
 def _converse(
     run: Run,
-    respond: Respond,
     model: ActorCritic,
-    batch: PromptBatch,
+    prompts: list[Prompt],
     ids: Tensor,
     mask: Tensor,
+    own: range,
+    count: int,
     generator: torch.Generator,
-) -> Rollout:
-    prompts = list(batch.prompts)
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Hold a conversation about each of the rows ``own`` of a rollout of ``count``."""
+    assert run.respond is not None
     try:
         said = sample_conversations(
-            lambda ids, mask, before: _sample(run, model, ids, mask, before, generator),
+            lambda ids, mask, before, rows: _sample(
+                run, model, ids, mask, before, generator, RowsOf([own[row] for row in rows], count)
+            ),
             prompts,
             ids,
             mask,
             run.sampling,
-            respond=respond,
+            respond=run.respond,
             timeout_s=run.args.respond_timeout_s,
             max_turns=run.args.max_turns,
             room=run.room,
             tokenizer=run.tokenizer,
         )
     except RespondError as error:
-        file = _write_failed(run.folder, ({"conversation": messages} for messages in error.conversations))
+        # Only this process knows what was said here.
+        name = "failed_rollout.jsonl" if run.processes.first else f"failed_rollout-{run.processes.rank}.jsonl"
+        file = _write_failed(run.folder.path / name, ({"conversation": told} for told in error.conversations))
         message = f"{error}. All conversations are in {file}"
         raise RespondError(message, error.conversations) from error.__cause__
-    return Rollout(
-        prompts,
-        batch.columns,
-        ids,
-        mask,
-        **said.sampled._asdict(),
-        value_scale=model.value_scale,
-        completions=said.completions,
-        environment=said.environment,
-        turns=said.turns,
-        context_full=said.context_full,
-        conversations=said.messages,
-    )
+    tensors = {"environment": said.environment, "turns": said.turns, "context_full": said.context_full}
+    facts = {"completions": said.completions, "conversations": said.messages}
+    return {**_tensors(said.sampled), **tensors}, facts
+
+
+def _tensors(sampled: SampledResponses) -> dict[str, Tensor]:
+    named = {**sampled._asdict(), "banned": None if sampled.banned is None else sampled.banned.where}
+    return {name: x for name, x in named.items() if x is not None}
+
+
+def _join(
+    run: Run, model: ActorCritic, batch: PromptBatch, ids: Tensor, mask: Tensor, parts: Sequence[Part]
+) -> Rollout:
+    """Make the whole rollout of what each process has sampled."""
+    parts = [part for part in parts if part.facts is not None]  # a process may have had no row
+    names, facts = list(parts[0].tensors), list(parts[0].facts)
+    tensors: dict[str, Any] = {name: _rows([part.tensors[name] for part in parts], run.device) for name in names}
+    said = {name: [text for part in parts for text in part.facts[name]] for name in facts}
+    if "banned" in tensors:
+        tensors["banned"] = BannedTokens(tensors["banned"], run.sampling.stop_token_ids)
+    tensors = {"values": None, **tensors}
+    return Rollout(list(batch.prompts), batch.columns, ids, mask, **tensors, value_scale=model.value_scale, **said)
+
+
+def _rows(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Put rows [b, ...] under each other, each padded on the right with zeros to the longest."""
+    if len(parts) == 1 or parts[0].ndim == 1:
+        return torch.cat([part.to(device) for part in parts])
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part.to(device), (0, longest - part.shape[1])) for part in parts])
 
 
 def note_rows(read: dict[str, Tensor], rollout: Rollout, name: str, part: Tensor | None, rows: list[int]) -> None:
@@ -184,25 +231,37 @@ def note_rows(read: dict[str, Tensor], rollout: Rollout, name: str, part: Tensor
 @torch.no_grad()
 def read_reference(run: Run, model: ActorCritic, rollout: Rollout) -> Rollout:
     """Add the reference's log-probs, and with the same passes a separate critic's values or recomputed log-probs."""
-    args = run.args
+    shares = run.shares(rollout, range(len(rollout.prompts)))
     read: dict[str, Tensor] = {}
-    note = partial(note_rows, read, rollout)
     with run.stopwatch.phase("reference"):
-        for rows in run.microbatches(model, rollout, range(len(rollout.prompts))):
-            stop_if_asked()
-            part = rollout.sequences(rows)
-            with autocast(run.bf16, run.device):
-                note("ref_logprobs", run.reference.logprobs(part, temperature=args.temperature), rows)
-                if args.recompute_logprobs:
-                    again = model(*part, temperature=args.temperature, entropy=False)
-                    note("logprobs", again.logprobs, rows)
-                    note("values", model.in_reward_units(again.values, part.mask), rows)
-                elif rollout.values is None:
-                    note("values", model.in_reward_units(model.separate_values(part), part.mask), rows)
-        if "logprobs" not in read:
-            return dataclasses.replace(rollout, **read)
-        gap = float((read["logprobs"] - rollout.logprobs).abs().max())
-        return dataclasses.replace(rollout, **read, sampled_logprobs=rollout.logprobs, decode_gap=gap)
+        own = shares[run.processes.rank]
+        for rows, part in zip(
+            shares, run.processes.exchange(lambda: (_read_rows(run, model, rollout, own), None)), strict=True
+        ):
+            for name, x in part.tensors.items():
+                note_rows(read, rollout, name, x.to(run.device), rows)
+    if "logprobs" not in read:
+        return dataclasses.replace(rollout, **read)
+    gap = float((read["logprobs"] - rollout.logprobs).abs().max())
+    return dataclasses.replace(rollout, **read, sampled_logprobs=rollout.logprobs, decode_gap=gap)
+
+
+def _read_rows(run: Run, model: ActorCritic, rollout: Rollout, own: list[int]) -> dict[str, Tensor]:
+    """Read the rows ``own`` [n], by name [n, T]; nothing for no row."""
+    args, read = run.args, {}
+    note = partial(note_rows, read, rollout)
+    for rows in run.microbatches(model, rollout, own):
+        stop_if_asked()
+        part = rollout.sequences(rows)
+        with autocast(run.bf16, run.device):
+            note("ref_logprobs", run.reference.logprobs(part, temperature=args.temperature), rows)
+            if args.recompute_logprobs:
+                again = model(*part, temperature=args.temperature, entropy=False)
+                note("logprobs", again.logprobs, rows)
+                note("values", model.in_reward_units(again.values, part.mask), rows)
+            elif rollout.values is None:
+                note("values", model.in_reward_units(model.separate_values(part), part.mask), rows)
+    return {name: x[own] for name, x in read.items()}
 
 
 def score(run: Run, rollout: Rollout, *, needs_scores: bool = True) -> Rollout:
@@ -215,7 +274,9 @@ def score(run: Run, rollout: Rollout, *, needs_scores: bool = True) -> Rollout:
                 raise RewardError("no completion was scored by every reward function")
         except RewardError as error:
             texts = zip(rollout.prompts, rollout.completions, strict=True)
-            file = _write_failed(run.folder, ({"prompt": prompt, "completion": said} for prompt, said in texts))
+            file = run.folder.path / "failed_rollout.jsonl"
+            if run.processes.first:
+                _write_failed(file, ({"prompt": prompt, "completion": said} for prompt, said in texts))
             raise RewardError(f"{error}. The responses are in {file}") from error.__cause__
         rollout = with_scores(rollout, parts, [weight for _, weight in run.rewards.values()])
         if run.score_caches:
@@ -240,6 +301,9 @@ def _score_parts(run: Run, rollout: Rollout, *, needs_scores: bool) -> dict[str,
         drop_nonfinite=run.args.drop_nonfinite_scores,
         needs_scores=needs_scores,
         caches=run.score_caches,
+        processes=run.processes,
+        own=run.own_rows(len(rollout.prompts)),
+        whole_rollout=run.args.whole_rollout_rewards,
     )
 
 
@@ -252,12 +316,11 @@ def _warn_of_constant_scores(rollout: Rollout) -> None:
         )
 
 
-def _write_failed(folder: RunDirectory, rows: Iterable[dict[str, Any]]) -> Path:
+def _write_failed(file: Path, rows: Iterable[dict[str, Any]]) -> Path:
     """Write what a reward function or ``respond`` failed on."""
-    file = folder.path / "failed_rollout.jsonl"
     file.unlink(missing_ok=True)
     for row in rows:
-        folder.append(file.name, row)
+        append_line(file, row)
     return file
 
 

@@ -27,6 +27,7 @@ def run_fingerprints(
     stop_token_ids: Sequence[int],
     device: torch.device,
     bf16: bool,
+    processes: int,
 ) -> dict[str, Any]:
     """Return digests of data sets and reference, the adapters' configurations, and facts not in the settings."""
     adapters: Any = getattr(reference.policy, "peft_config", {})
@@ -39,7 +40,7 @@ def run_fingerprints(
         "adapters": {earlier_name(name): _adapter(config) for name, config in adapters.items()},
         "device": device.type,
         "bf16": bf16,
-        "processes": 1,
+        "processes": processes,
     }
 
 

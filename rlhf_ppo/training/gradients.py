@@ -15,9 +15,11 @@ from rlhf_ppo.core import Experience, PolicyOutput, loss_denominator, ppo_diagno
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.models.activation_memory import offload_activations
 from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.models.forward.runner import Sequences
 from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.runtime.device import autocast
 from rlhf_ppo.runtime.metrics import MetricAverage
+from rlhf_ppo.runtime.processes.group import ProcessGroup
 
 MinibatchGradient = Callable[..., tuple[MetricAverage, dict[str, Tensor]]]
 """Has the signature of :func:`minibatch_gradient`."""
@@ -32,6 +34,7 @@ def minibatch_gradient(
     *,
     bf16: bool,
     reference: Reference | None,
+    minibatch: Sequence[int] | None = None,
 ) -> tuple[MetricAverage, dict[str, Tensor]]:
     """Add the gradient of a minibatch's loss to ``.grad``; it is the same however the minibatch is split.
 
@@ -39,16 +42,19 @@ def minibatch_gradient(
         model: policy and critic.
         rollout: B responses.
         old: the recorded facts about them, [B, T].
-        microbatches: the minibatch's rows, in groups for one forward and backward pass each.
+        microbatches: the minibatch's rows, in groups for one forward and backward pass each; a pass over no rows adds
+            zeros.
         args: the settings of this update.
         bf16: compute in bfloat16.
         reference: read where the loss has the exact KL to it.
+        minibatch: all rows of the minibatch, where other processes hold some of them; the sums over processes are then
+            the minibatch's.
     Returns:
         (diagnostics over the minibatch's actions, its losses [] by name: policy, value, kl and, where its weight is
         above 0, positive).
     """
     device = old.mask.device
-    minibatch = [row for rows in microbatches for row in rows]
+    minibatch = _all_rows(microbatches) if minibatch is None else list(minibatch)
     mask = old.mask[minibatch]
     denominator = loss_denominator(mask, args.loss_aggregation)
     positive = None if old.positive is None else loss_denominator(mask & old.positive[minibatch], args.loss_aggregation)
@@ -58,8 +64,7 @@ def minibatch_gradient(
     if args.positive_loss_coef > 0:
         losses["positive"] = torch.zeros((), device=device)
     for rows in microbatches:
-        part = rollout.sequences(rows)
-        facts = old[list(rows)][:, : part.mask.shape[1]]
+        part, facts = _microbatch(rollout, old, rows)
         with accumulate_gradients(model):
             with offload_activations(on=args.offload_activations), autocast(bf16, device):
                 new = model(
@@ -87,6 +92,7 @@ def critic_gradient(
     args: RLHFConfig,
     *,
     bf16: bool,
+    minibatch: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
     """Add the gradient of a minibatch's value loss alone to ``.grad``, without a forward pass of the policy's output.
 
@@ -96,13 +102,13 @@ def critic_gradient(
         The minibatch's loss [] by name: value.
     """
     device = old.mask.device
-    denominator = loss_denominator(old.mask[[row for rows in microbatches for row in rows]], args.loss_aggregation)
+    minibatch = _all_rows(microbatches) if minibatch is None else list(minibatch)
+    denominator = loss_denominator(old.mask[minibatch], args.loss_aggregation)
     value = torch.zeros((), device=device)
     policy_off = {"ent_coef": 0.0, "kl_loss_coef": 0.0, "kl_loss": "k2"}
     alone = dataclasses.replace(args, **policy_off, positive_loss_coef=0.0, positive_score_above=0.0)
     for rows in microbatches:
-        part = rollout.sequences(rows)
-        facts = old[list(rows)][:, : part.mask.shape[1]]
+        part, facts = _microbatch(rollout, old, rows)
         with accumulate_gradients(model):
             with offload_activations(on=args.offload_activations), autocast(bf16, device):
                 values = model.head_values(part)
@@ -110,6 +116,45 @@ def critic_gradient(
             (args.vf_coef * loss.value).backward()
         value += loss.value.detach()
     return {"value": value}
+
+
+def _all_rows(microbatches: Sequence[Sequence[int]]) -> list[int]:
+    return [row for rows in microbatches for row in rows]
+
+
+def _microbatch(rollout: Rollout, old: Experience, rows: Sequence[int]) -> tuple[Sequences, Experience]:
+    """Return some rows' tokens and recorded facts; for no rows those of the shortest response, which count nothing."""
+    if not rows:
+        shortest = min(range(len(rollout.token_counts)), key=lambda row: sum(rollout.token_counts[row]))
+        part, facts = _microbatch(rollout, old, [shortest])
+        return part, dataclasses.replace(facts, mask=torch.zeros_like(facts.mask))
+    part = rollout.sequences(rows)
+    return part, old[list(rows)][:, : part.mask.shape[1]]
+
+
+def sum_over_processes(
+    processes: ProcessGroup, model: ActorCritic, actions: MetricAverage, losses: dict[str, Tensor]
+) -> tuple[MetricAverage, dict[str, Tensor]]:
+    """Add up the gradients, diagnostics and losses that the processes have for their shares of a minibatch.
+
+    Afterwards each process holds what one process would that had the whole minibatch.
+    """
+    if processes.alone:
+        return actions, losses
+    parameters = model.trainable_parameters()
+    missing = [p for p in parameters if p.grad is None]
+    present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float64)
+    lost = torch.stack([x.to(torch.float64) for x in losses.values()])
+    parts = [x.to(lost.device) for x in (present, lost, actions.packed())]
+    present, summands, packed = processes.table(torch.cat(parts)).split([len(part) for part in parts], dim=1)
+    if missing:
+        # A layer that no row here has used (an expert) has a gradient elsewhere; one without any must stay without.
+        for parameter, somewhere in zip(parameters, present.any(dim=0).tolist(), strict=True):
+            if parameter.grad is None and somewhere:
+                parameter.grad = torch.zeros_like(parameter)
+    processes.add_up([p.grad for p in parameters if p.grad is not None])
+    totals = {name: x.to(losses[name].dtype) for name, x in zip(losses, summands.sum(dim=0), strict=True)}
+    return actions.combined(packed), totals
 
 
 @contextmanager
@@ -167,7 +212,7 @@ def clip_and_step(
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     finite = torch.isfinite(norm)
     fused: Any = optimizer
-    fused.grad_scale = (norm / max_norm).clamp(min=1.0)
+    fused.grad_scale = (norm / max_norm).clamp(min=1.0).float()
     fused.found_inf = (~finite).float()
     fused.step()
     return norm, finite

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -67,7 +68,7 @@ def model_fingerprints(model: ActorCritic) -> dict[str, str | None]:
 
 def begin_recording(state: TrainState, run: Run) -> None:
     """Begin a recording with the next rollout, under ``save_rollouts``."""
-    if run.args.save_rollouts:
+    if run.args.save_rollouts and run.folder.writes:
         start_recording(run.folder.path, recording_facts(run, state.model), first=state.iteration + 1)
 
 
@@ -79,6 +80,8 @@ def continue_recording(state: TrainState, run: Run, origin: Path) -> None:
         run: the one that resumes.
         origin: folder of the run whose checkpoint that was; its recording so far is copied.
     """
+    if not run.folder.writes:
+        return
     folder, record = run.folder.path, run.args.save_rollouts
     if record and origin.resolve() != folder.resolve() and (origin / FOLDER).is_dir():
         shutil.copytree(origin / FOLDER, folder / FOLDER, dirs_exist_ok=True)
@@ -95,7 +98,7 @@ def continue_recording(state: TrainState, run: Run, origin: Path) -> None:
 
 def keep_rollout(run: Run, number: int, rollout: Rollout) -> None:
     """Record a rollout under ``save_rollouts``; a full disk ends the recording, not the run."""
-    if not run.args.save_rollouts:
+    if not run.args.save_rollouts or not run.folder.writes:
         return
     try:
         _record(run, number, rollout)
@@ -124,8 +127,8 @@ def record_policy(state: TrainState, run: Run, progress: ProgressDisplay) -> Rec
         at = dataclasses.replace(state, iteration=done, rollouts_made=done)  # which prompts and which draws
         rollout = collect(run, state.model, next_prompts(run, at), next_draws(run, at))
         assert rollout.scores is not None and rollout.scored is not None
-        if not _record(run, done + 1, rollout):
+        if not run.processes.on_first(partial(_record, run, done + 1, rollout)):
             break
         progress.update((done + 1) * run.args.rollout_batch_size, score=float(rollout.scores[rollout.scored].mean()))
-        stop_if_asked()
+        run.processes.facts(stop_if_asked)
     return open_recording(run.folder.path)

@@ -85,7 +85,8 @@ def resumed_metrics(state: TrainState, run: Run) -> dict[str, float]:
 def plot_run(run: Run) -> None:
     """Plot the run's metrics into curve.png."""
     file = run.folder.path / "curve.png"
-    plot_curves(run.folder.read(), file, x="progress/episodes", panels=PANELS, title="PPO, scores and KL")
+    if run.folder.writes:
+        plot_curves(run.folder.read(), file, x="progress/episodes", panels=PANELS, title="PPO, scores and KL")
 
 
 def run_rows(state: TrainState, run: Run) -> dict[str, str]:
@@ -101,6 +102,7 @@ def run_rows(state: TrainState, run: Run) -> dict[str, str]:
     replay = {} if run.recording is None else {"replay": f"{run.recording.folder}. {_OFF_POLICY}"}
     return {
         **model_rows(run.sources["model"] or "object", state.model, device=run.device, bf16=run.bf16),
+        **({} if run.processes.alone else {"processes": f"{run.processes.size}, each with all weights"}),
         "reward": ", ".join(run.rewards),
         "prompts": ", ".join(f"{len(prompts)} {name}" for name, prompts in sets.items() if prompts is not None),
         "run": text,

@@ -15,6 +15,7 @@ from rlhf_ppo.generation.multi_turn import RespondError
 from rlhf_ppo.models.compare import SavedModelError
 from rlhf_ppo.models.saving import bytes_to_save, save_actor_critic, save_reference
 from rlhf_ppo.rewards.validation import RewardError
+from rlhf_ppo.runtime.checkpoint import MANIFEST, Checkpoint, file_facts
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space
 from rlhf_ppo.runtime.resume import find_checkpoint
@@ -68,6 +69,7 @@ def begin(
     needed = bytes_to_save(state.model, base=run.base)
     require_space(run.folder.path, needed, f"the model that is saved into {run.folder.path}")
     found = None if checkpoint is None else find_checkpoint(checkpoint, run.folder.path)
+    _require_one_checkpoint(run, found)
     if found is None:
         if checkpoint is not None and not run.args.quiet:
             print(f"no checkpoint in {run.folder.path}: the run starts afresh")
@@ -83,13 +85,27 @@ def begin(
         continue_recording(state, run, found.folder.parent)
     if run.start is None and run.reference.model is not None:
         # No other folder holds the reference that an evaluation of this run needs.
-        save_reference(run.reference.model, run.tokenizer, run.folder.path)
+        model = run.reference.model
+        run.processes.on_first(lambda: save_reference(model, run.tokenizer, run.folder.path))
+
+
+def _require_one_checkpoint(run: Run, found: Checkpoint | None) -> None:
+    """Raise a ValueError unless all processes have found the same checkpoint."""
+    digests = run.processes.facts(lambda: None if found is None else file_facts(found.folder / MANIFEST)["sha256"])
+    for rank, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise ValueError(
+                f"process {rank} sees {'no' if digest is None else 'another'} checkpoint where the first one sees "
+                f"{'none' if found is None else found.folder}: output_dir={str(run.folder.path)!r} must be on a file "
+                "system that all machines share"
+            )
 
 
 def keep_checkpoint(state: TrainState, run: Run, safe: SafePoint) -> Path:
     """Save a checkpoint, unless this iteration has one. Not to be called in the middle of an update."""
     if safe.checkpoint is None or safe.checkpoint[0] != state.iteration:
-        safe.checkpoint = (state.iteration, save_checkpoint(state, run, safe.boundary))
+        folder = run.processes.on_first(lambda: str(save_checkpoint(state, run, safe.boundary)))
+        safe.checkpoint = (state.iteration, Path(folder))
         safe.rollbacks = 0
     return safe.checkpoint[1]
 
@@ -107,7 +123,7 @@ def roll_back(state: TrainState, run: Run, safe: SafePoint, problem: str) -> Non
     load_checkpoint(state, run, safe.checkpoint[1], override=True)
     state.rollouts_made = made  # other random draws: the same ones would lead to the same problem
     run.folder.rewind(state.iteration)
-    rewind_recording(run.folder.path, state.iteration)
+    run.processes.on_first(lambda: rewind_recording(run.folder.path, state.iteration))
     warnings.warn(f"{problem}. Rolling back to {safe.checkpoint[1]}, with other random draws", stacklevel=3)
 
 
@@ -117,11 +133,15 @@ def save_model(state: TrainState, run: Run, safe: SafePoint) -> None:
     Raises:
         OSError: it is not in the run's folder; says where it is instead.
     """
-    try:
-        _write_model(state, run, run.folder.path)
-    except OSError as error:
-        where = _rescue(state, run, safe)
-        raise OSError(error.errno, f"the model is not in its place: {error.strerror}. {where}") from error
+
+    def write() -> None:
+        try:
+            _write_model(state, run, run.folder.path)
+        except OSError as error:
+            where = _rescue(state, run, safe)
+            raise OSError(error.errno, f"the model is not in its place: {error.strerror}. {where}") from error
+
+    run.processes.on_first(write)
 
 
 def _write_model(state: TrainState, run: Run, folder: str | Path) -> None:

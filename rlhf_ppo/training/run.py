@@ -22,10 +22,11 @@ from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.rewards.cache import ScoreCache
 from rlhf_ppo.rewards.functions import RewardFunction
 from rlhf_ppo.runtime.metrics import MetricAverage
+from rlhf_ppo.runtime.processes.group import ALONE, ProcessGroup
 from rlhf_ppo.runtime.progress import Stopwatch
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.training.fingerprints import run_fingerprints
-from rlhf_ppo.training.gradients import MinibatchGradient, critic_gradient, minibatch_gradient
+from rlhf_ppo.training.gradients import MinibatchGradient, critic_gradient, minibatch_gradient, sum_over_processes
 from rlhf_ppo.training.recorded_rollouts import Recording
 
 
@@ -73,6 +74,8 @@ class Run:
     """The rollouts that the run trains on instead of sampling (``replay``)."""
     gradient: MinibatchGradient = minibatch_gradient
     """How a minibatch's gradient is computed."""
+    processes: ProcessGroup = ALONE
+    """The processes that share the work; each holds the whole rollout."""
 
     @property
     def planned_episodes(self) -> int:
@@ -96,6 +99,7 @@ class Run:
             stop_token_ids=self.sampling.stop_token_ids,
             device=self.device,
             bf16=self.bf16,
+            processes=self.processes.size,
         )
 
     def microbatches(self, model: ActorCritic, rollout: Rollout, rows: Sequence[int]) -> list[list[int]]:
@@ -106,11 +110,29 @@ class Run:
         self, model: ActorCritic, rollout: Rollout, old: Experience, rows: Sequence[int], args: RLHFConfig
     ) -> tuple[MetricAverage, dict[str, Tensor]]:
         """Add the gradient of the minibatch ``rows`` to ``.grad``; see :func:`minibatch_gradient`."""
-        microbatches = self.microbatches(model, rollout, rows)
-        return self.gradient(model, rollout, old, microbatches, args, bf16=self.bf16, reference=self.reference)
+        passes = self._own_passes(model, rollout, rows)
+        step, losses = self.gradient(
+            model, rollout, old, passes, args, bf16=self.bf16, reference=self.reference, minibatch=rows
+        )
+        return sum_over_processes(self.processes, model, step, losses)
 
     def critic_gradient(
         self, model: ActorCritic, rollout: Rollout, old: Experience, rows: Sequence[int], args: RLHFConfig
     ) -> dict[str, Tensor]:
         """Add the gradient of the minibatch's value loss alone to ``.grad``; see :func:`critic_gradient`."""
-        return critic_gradient(model, rollout, old, self.microbatches(model, rollout, rows), args, bf16=self.bf16)
+        passes = self._own_passes(model, rollout, rows)
+        losses = critic_gradient(model, rollout, old, passes, args, bf16=self.bf16, minibatch=rows)
+        return sum_over_processes(self.processes, model, MetricAverage(), losses)[1]
+
+    def own_rows(self, count: int) -> range:
+        """Return which rows of a rollout of ``count`` this process samples and scores: consecutive, in whole groups."""
+        return self.processes.block(count, self.args.num_generations)
+
+    def shares(self, rollout: Rollout, rows: Sequence[int]) -> list[list[int]]:
+        """Divide rows of a rollout among the processes by their tokens."""
+        shares = self.processes.shares([sum(rollout.token_counts[row]) for row in rows])
+        return [[rows[i] for i in share] for share in shares]
+
+    def _own_passes(self, model: ActorCritic, rollout: Rollout, rows: Sequence[int]) -> list[list[int]]:
+        """Return this process's microbatches of a minibatch; one of no rows if it has none."""
+        return self.microbatches(model, rollout, self.shares(rollout, rows)[self.processes.rank]) or [[]]

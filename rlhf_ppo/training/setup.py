@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -32,7 +33,7 @@ from rlhf_ppo.rewards.functions import RewardFunction, require_accepts_columns, 
 from rlhf_ppo.rewards.loading import RewardSource, check_servers, load_rewards
 from rlhf_ppo.rewards.reward_model import RewardModel
 from rlhf_ppo.runtime.device import compute_in_bf16, resolve_device
-from rlhf_ppo.runtime.processes import require_one_process
+from rlhf_ppo.runtime.processes.group import join_processes
 from rlhf_ppo.runtime.progress import Stopwatch
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.trackers import require_installed
@@ -62,7 +63,10 @@ def set_up(
     Returns:
         (what is fixed for the run, policy and critic).
     """
+    processes = join_processes()
     _check_arguments(args, eval_dataset, respond)
+    if not processes.first:
+        args = dataclasses.replace(args, quiet=True, report_to=())
     sources = {"model": source_name(model), "ref_model": None if ref_model is None else source_name(ref_model)}
     device = resolve_device(args.device)
     bf16 = compute_in_bf16(args.precision, device)
@@ -102,17 +106,17 @@ def set_up(
         sampling=_sampling_params(args, stops),
         sample=sample,
         microbatch_tokens=args.microbatch_tokens or (1024 if device.type == "cpu" else 16384),
-        folder=RunDirectory(args.output_dir, quiet=args.quiet),
+        folder=RunDirectory(args.output_dir, quiet=args.quiet, writes=processes.first),
         sources={**sources, "reference": models.reference_source},
         reward_sources=_reward_sources(reward_funcs),
         stopwatch=Stopwatch(device),
         recording=recording,
+        processes=processes,
     )
     return run, models.actor_critic
 
 
 def _check_arguments(args: RLHFConfig, eval_dataset: RowSource | None, respond: Respond | None) -> None:
-    require_one_process()
     if not isinstance(args, RLHFConfig):
         raise TypeError(f"args must be an RLHFConfig, got {type(args).__name__}: write RLHFConfig(output_dir=..., ...)")
     require_installed(args.report_to)

@@ -12,8 +12,8 @@ import classic
 from classic.fast.analytic_gradients import AnalyticGradients
 from classic.update import shuffled_minibatches
 from rlhf_ppo.core.config import OBJECTIVES
-from rlhf_ppo.runtime.processes import torch_threads
 from rlhf_ppo.runtime.run_directory import RunDirectory
+from rlhf_ppo.runtime.threads import torch_threads
 
 
 def log_of(folder):

@@ -1,4 +1,4 @@
-"""Processes and threads: one process a run, and as many threads as the model and the machine's CPUs allow."""
+"""Threads: as many as the model and the machine's CPUs allow."""
 
 from __future__ import annotations
 
@@ -11,25 +11,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-VARIABLE = "WORLD_SIZE"
-"""torchrun and accelerate set it to the number of processes that they start."""
+from rlhf_ppo.runtime.processes.launch import read_launch
 
 SMALL = 10_000_000
 """Number of parameters below which a second thread costs as much as it saves."""
-
-
-def require_one_process() -> None:
-    """Raise a ValueError if a launcher has started several processes.
-
-    They are not supported yet: each would train a model of its own in the same folder.
-    """
-    given = os.environ.get(VARIABLE, "1").strip()
-    if given.isdecimal() and int(given) == 1:
-        return
-    raise ValueError(
-        f"{VARIABLE}={given!r} in the environment announces several processes, but training over several processes is "
-        f"not supported: start one process, without torchrun or accelerate launch (or unset {VARIABLE})"
-    )
 
 
 def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
@@ -59,7 +44,8 @@ def choose_threads(model: nn.Module | None = None) -> int:
         return torch.get_num_threads()
     if model is not None and sum(p.numel() for p in model.parameters()) < SMALL:
         return 1
-    return min(torch.get_num_threads(), usable_cpus())
+    # Processes on one machine share its CPUs.
+    return min(torch.get_num_threads(), max(1, usable_cpus() // read_launch().local_size))
 
 
 @contextmanager

@@ -1,0 +1,54 @@
+"""Launch: how many processes torchrun or accelerate started, and which of them this is."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+SIZE, RANK = "WORLD_SIZE", "RANK"
+"""torchrun and accelerate set them: how many processes they start, and the number of each."""
+
+
+class Launch(NamedTuple):
+    """What the launcher said."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Number of this process on its machine."""
+    local_size: int = 1
+    """Processes on this machine."""
+
+
+def read_launch() -> Launch:
+    """Read the launcher's environment variables; without them this is the only process.
+
+    Raises:
+        ValueError: they announce several processes, but not how to find the others.
+    """
+    size = _number(SIZE, 1)
+    if size == 1:
+        return Launch()
+    if missing := [name for name in (RANK, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ValueError(
+            f"{SIZE}={size} in the environment announces {size} processes, but not how to find them: "
+            f"{', '.join(missing)} is not set. Start them by torchrun or accelerate launch, or unset {SIZE}"
+        )
+    rank = _number(RANK, 0)
+    return Launch(rank, size, _number("LOCAL_RANK", rank), _number("LOCAL_WORLD_SIZE", size))
+
+
+def require_one_process(what: str, why: str) -> None:
+    """Raise a ValueError if a launcher has started several processes for ``what``, which ``why`` says runs in one."""
+    if (size := _number(SIZE, 1)) > 1:
+        raise ValueError(
+            f"{SIZE}={size} in the environment announces {size} processes, but {what} runs in one: {why}. Start it "
+            f"without torchrun or accelerate launch (or unset {SIZE})"
+        )
+
+
+def _number(name: str, default: int) -> int:
+    given = os.environ.get(name, str(default)).strip()
+    if not given.isdecimal() or (name == SIZE and int(given) < 1):
+        raise ValueError(f"{name}={given!r} in the environment is no number of processes: unset it")
+    return int(given)
