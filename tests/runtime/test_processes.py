@@ -12,7 +12,7 @@ import classic
 import classic.cli
 from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.cli import main
-from rlhf_ppo.runtime.processes import require_one_process
+from rlhf_ppo.runtime.processes.launch import Launch, read_launch, require_one_process
 
 
 @pytest.mark.parametrize("alone", [None, "1", " 1 "])
@@ -20,21 +20,33 @@ def test_one_process_is_fine(monkeypatch, alone):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if alone is not None:
         monkeypatch.setenv("WORLD_SIZE", alone)
-    require_one_process()
+    require_one_process("classic", "it is small")
+    assert read_launch() == Launch(0, 1, 0, 1)
 
 
-@pytest.mark.parametrize("size", ["2", "16", "0", "two", ""])
-def test_fault_31_anything_else_is_refused_with_its_value(monkeypatch, size):
+@pytest.mark.parametrize("size", ["0", "two", ""])
+def test_fault_31_no_number_of_processes_is_refused_with_its_value(monkeypatch, size):
     monkeypatch.setenv("WORLD_SIZE", size)
-    with pytest.raises(ValueError, match=f"WORLD_SIZE='{size}'.*start one process"):
-        require_one_process()
+    with pytest.raises(ValueError, match=f"WORLD_SIZE='{size}'.*unset it"):
+        read_launch()
+    with pytest.raises(ValueError, match=f"WORLD_SIZE='{size}'.*unset it"):
+        require_one_process("classic", "it is small")
 
 
-def test_fault_31_the_trainer_refuses_before_it_looks_at_a_model(monkeypatch, tmp_path):
+def test_the_launcher_says_which_process_this_is(monkeypatch):
+    said = {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4, "MASTER_ADDR": "a", "MASTER_PORT": 1}
+    for name, value in said.items():
+        monkeypatch.setenv(name, str(value))
+    assert read_launch() == Launch(rank=5, size=8, local_rank=1, local_size=4)
+
+
+def test_fault_31_a_number_of_processes_without_the_others_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="announces several processes"):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="WORLD_SIZE=2.*RANK, MASTER_ADDR, MASTER_PORT is not set.*torchrun"):
         PPOTrainer("nobody/nothing", len, RLHFConfig(output_dir=str(tmp_path / "run")))
-    with pytest.raises(ValueError, match="announces several processes"):
+    with pytest.raises(ValueError, match="WORLD_SIZE=2.*classic runs in one: its networks"):
         classic.PPO("Nothing-v0")
     assert not (tmp_path / "run").exists()
 
@@ -54,13 +66,13 @@ def test_fault_31_every_command_refuses(monkeypatch, tmp_path, capsys, command):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
     assert main(command.split()) == 2
-    assert "error: WORLD_SIZE='2'" in capsys.readouterr().err
+    assert "error: WORLD_SIZE=2" in capsys.readouterr().err
 
 
 def test_fault_31_classic_refuses_too(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert classic.cli.main(["train", "CartPole-v1"]) == 2
-    assert "error: WORLD_SIZE='2'" in capsys.readouterr().err
+    assert "error: WORLD_SIZE=2" in capsys.readouterr().err
 
 
 def test_fault_31_a_launched_process_ends_with_one_line(tmp_path):
@@ -68,7 +80,7 @@ def test_fault_31_a_launched_process_ends_with_one_line(tmp_path):
     command = [sys.executable, "-m", "classic.cli", "train", "CartPole-v1"]
     environment = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "PATH": "", "PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: WORLD_SIZE='2'") and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and done.stderr.startswith("error: WORLD_SIZE=2") and done.stderr.count("\n") == 1
 
 
 def test_fault_32_under_a_launcher_all_processes_end_and_nothing_is_written(tmp_path):
@@ -76,5 +88,5 @@ def test_fault_32_under_a_launcher_all_processes_end_and_nothing_is_written(tmp_
     command = [*launcher, "-m", "classic.cli", "train", "CartPole-v1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode != 0 and "error: WORLD_SIZE='2'" in done.stderr
+    assert done.returncode != 0 and "error: WORLD_SIZE=2" in done.stderr
     assert not any(tmp_path.iterdir())
