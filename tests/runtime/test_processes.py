@@ -44,9 +44,9 @@ def test_fault_31_a_number_of_processes_without_the_others_is_refused(monkeypatc
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ValueError, match="WORLD_SIZE=2.*RANK, MASTER_ADDR, MASTER_PORT is not set.*torchrun"):
+    with pytest.raises(ValueError, match=r"WORLD_SIZE=2.*RANK, MASTER_ADDR, MASTER_PORT is not set.*torchrun"):
         PPOTrainer("nobody/nothing", len, RLHFConfig(output_dir=str(tmp_path / "run")))
-    with pytest.raises(ValueError, match="WORLD_SIZE=2.*classic runs in one: its networks"):
+    with pytest.raises(ValueError, match=r"WORLD_SIZE=2.*classic runs in one: its networks"):
         classic.PPO("Nothing-v0")
     assert not (tmp_path / "run").exists()
 

@@ -1,4 +1,8 @@
-"""Several processes: the same run as one process, to rounding, however the work is divided."""
+"""Several processes: the same run as one process, to rounding, however the work is divided.
+
+In float64, so that what differs is seen: a rollout of 12 responses in minibatches of 4, so that with three processes
+some have a single response and with four every minibatch leaves one or more with hardly any.
+"""
 
 from __future__ import annotations
 
@@ -8,65 +12,105 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from processes import in_processes
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
+from rlhf_ppo.rewards.functions import StepRewards
 
 PROMPTS = ["once upon", "the cat", "a", "dog and cow", "she said", "blue", "no", "why not go"]
 
+Case = dict[str, Any]
+"""Settings, and arguments of the trainer: those that cannot travel to another process are made there from a name."""
+
 
 def early_letters(prompts: list[Any], completions: list[str], **columns: Any) -> list[float | None]:
-    """Share of the characters before n in the alphabet; a short text cannot be scored."""
-    return [None if len(c) < 2 else sum("a" <= x < "n" for x in c) / len(c) for c in completions]
+    """Share of the characters before n in the alphabet; a text that begins with an x cannot be scored.
+
+    A little for the length keeps every score away from the mean: at an advantage of 0, rounding decides what is clipped.
+    """
+    return [None if c[:1] == "x" else sum("a" <= x < "n" for x in c) / 7 + len(c) / 71 for c in completions]
 
 
-def run_in_float64(folder: str, settings: dict[str, Any], given: dict[str, Any], updates: int = 3) -> dict[str, Any]:
-    """Train in float64; return tokens, metrics and weights."""
+def rank_in_rollout(prompts: list[Any], completions: list[str], **columns: Any) -> list[float]:
+    """Score the responses against each other: the share of the rollout's texts that come before each."""
+    return [sum(other < one for other in completions) / len(completions) for one in completions]
+
+
+rank_in_rollout.whole_rollout = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def letters_as_steps(prompts: list[Any], completions: list[str], **columns: Any) -> list[StepRewards]:
+    """Score each letter on the token that completes it."""
+    return [StepRewards([(i + 1, float(x < "n")) for i, x in enumerate(text)]) for text in completions]
+
+
+def letters_of_conversation(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+    return [sum(str(said).count(x) for x in "abcde") / 10 for said in completions]
+
+
+def ask_again(messages: list[dict[str, str]]) -> str | None:
+    """Reply twice, unless the policy has said an early letter first."""
+    said = messages[-1]["content"]
+    return None if said[:1] < "e" else " go on"
+
+
+def train(folder: str, case: Case, updates: int = 3) -> dict[str, Any]:
+    """Train in float64; return the tokens sampled afterwards, all metrics, and the trained weights."""
     torch.set_default_dtype(torch.float64)
+    case = dict(case)
+    given = {name: case.pop(name) for name in ("reward_funcs", "value_model", "respond") if name in case}
+    if rank := case.pop("lora", None):
+        given["peft_config"] = LoraConfig(r=rank, target_modules="all-linear")
+    settings = {
+        "output_dir": f"{folder}/run",
+        "total_episodes": 12 * updates,
+        "rollout_batch_size": 12,
+        "max_new_tokens": 6,
+        "stop_token_ids": (0, 12, 16, 20, 24, 28),
+        "num_epochs": 2,
+        "num_minibatches": 3,
+        "learning_rate": 1e-3,
+        "device": "cpu",
+        "precision": "fp32",
+        "microbatch_tokens": 40,
+        "num_threads": 1,
+        "quiet": True,
+    }
+    rows = [{"prompt": prompt} for prompt in PROMPTS]
+    metrics: list[dict[str, float]] = []
     try:
-        args = {
-            "output_dir": f"{folder}/run",
-            "total_episodes": 12 * updates,
-            "rollout_batch_size": 12,
-            "max_new_tokens": 6,
-            "stop_token_ids": (0, 12, 16, 20, 24, 28),
-            "num_epochs": 2,
-            "num_minibatches": 3,
-            "learning_rate": 1e-3,
-            "device": "cpu",
-            "precision": "fp32",
-            "microbatch_tokens": 40,
-            "quiet": True,
-        }
-        rows = [{"prompt": prompt} for prompt in PROMPTS]
         trainer = PPOTrainer(
             f"{folder}/model",
-            early_letters,
-            RLHFConfig(**{**args, **settings}),
+            args=RLHFConfig(**{**settings, **case}),
             train_dataset=rows,
             eval_dataset=rows[:5],
-            **given,
+            callbacks=[lambda trainer, now: metrics.append(now)],
+            **{"reward_funcs": early_letters, **given},
         )
         trainer.model.double()
         if trainer.reference.model is not None:
             trainer.reference.model.double()
-        rollouts = []
-        keep = lambda trainer, metrics: rollouts.append(metrics)  # noqa: E731
-        trainer.callbacks.append(keep)
         last = trainer.train()
-        tokens = trainer.rollout(["once upon", "a", "blue"]).response_ids
-        weights = {name: p.detach().numpy() for name, p in trainer.model.named_parameters() if p.requires_grad}
-        return {"tokens": tokens.numpy(), "metrics": [*rollouts, last], "weights": weights}
+        tokens = trainer.rollout(PROMPTS).response_ids.tolist()
     finally:
         torch.set_default_dtype(torch.float32)
+    weights = {name: p.detach().numpy() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return {"tokens": tokens, "metrics": [*metrics, last], "weights": weights}
 
 
-def require_equal(one: dict[str, Any], other: dict[str, Any], tolerance: float) -> None:
-    assert one["tokens"].tolist() == other["tokens"].tolist()
+def train_all(folder: str, cases: list[Case]) -> list[dict[str, Any]]:
+    return [train(folder, case) for case in cases]
+
+
+def require_equal(one: dict[str, Any], other: dict[str, Any], tolerance: float = 1e-9) -> None:
+    assert one["tokens"] == other["tokens"]
+    assert len(one["metrics"]) == len(other["metrics"])
     for before, after in zip(one["metrics"], other["metrics"], strict=True):
         assert before.keys() == after.keys()
         for name, value in before.items():
-            assert math.isclose(value, after[name], rel_tol=tolerance, abs_tol=tolerance), name
+            same = math.isclose(value, after[name], rel_tol=tolerance, abs_tol=tolerance)
+            assert same or math.isnan(value) is math.isnan(after[name]) is True, (name, value, after[name])
     for name, weight in one["weights"].items():
         assert abs(weight - other["weights"][name]).max() <= tolerance, name
 
@@ -83,9 +127,47 @@ def saved(tmp_path: Path, tokenizer, make_model):
     return save
 
 
+CASES: dict[str, Case] = {
+    "plain": {},
+    "groups": {"num_generations": 4, "advantage_estimator": "grpo"},
+    "leave one out": {"num_generations": 2, "advantage_estimator": "rloo", "loss_aggregation": "sequence_mean"},
+    "controllers": {"kl_target": 0.5, "normalize_scores": True, "target_kl": 0.002, "objective": "adaptive_clip"},
+    "exact KL": {"kl_loss_coef": 0.1, "kl_loss": "exact", "kl_coef": 0.0, "ent_coef": 0.01},
+    "conversations": {"respond": ask_again, "max_turns": 3, "reward_funcs": letters_of_conversation},
+    "whole rollout": {"reward_funcs": [rank_in_rollout, letters_as_steps], "cache_rewards": True},
+    "adapter": {"lora": 2, "critic": "adapter"},
+    "separate critic": {"critic_epochs": 3, "critic_warmup_rollouts": 1, "recompute_logprobs": True},
+    "rows by the one": {"rollout_batch_size": 3, "num_minibatches": 1, "total_episodes": 9, "temperature": 0.7},
+}
+"""What is divided, or summed, in another way each."""
+
+
+def _cases(folder: str, names: list[str]) -> list[Case]:
+    return [
+        {**CASES[name], **({"value_model": f"{folder}/model"} if name == "separate critic" else {})} for name in names
+    ]
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_two_processes_train_as_one(saved, kind):
+def test_two_processes_give_what_one_gives(saved, kind):
+    names = list(CASES) if kind == "gpt2" else ["plain", "conversations", "adapter"]
     folder = saved(kind)
-    alone = run_in_float64(folder, {}, {})
-    for one in in_processes(2, run_in_float64, folder, {}, {}):
-        require_equal(alone, one, 1e-9)
+    cases = _cases(folder, names)
+    alone = train_all(folder, cases)
+    for found in in_processes(2, train_all, folder, cases):
+        for one, other in zip(alone, found, strict=True):
+            require_equal(one, other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [3, 4])
+@pytest.mark.parametrize("objective", ["clip", "penalty", "dual_clip", "a2c", "reinforce", "cispo"])
+def test_three_and_four_processes_give_what_one_gives(saved, count, objective):
+    folder = saved("gpt2")
+    cases = [{**case, "objective": objective} for case in ({}, {"rollout_batch_size": 3, "num_minibatches": 1})]
+    if objective == "clip":
+        cases = _cases(folder, list(CASES))
+    alone = train_all(folder, cases)
+    for found in in_processes(count, train_all, folder, cases):
+        for one, other in zip(alone, found, strict=True):
+            require_equal(one, other)
