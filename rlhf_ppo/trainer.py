@@ -35,7 +35,6 @@ from rlhf_ppo.training import checkpoint
 from rlhf_ppo.training.collect import (
     closing_episodes,
     collect,
-    generate,
     make_batch,
     next_draws,
     next_prompts,
@@ -44,6 +43,7 @@ from rlhf_ppo.training.collect import (
 )
 from rlhf_ppo.training.experience import estimate
 from rlhf_ppo.training.explain import explain_rollout
+from rlhf_ppo.training.generate import generate
 from rlhf_ppo.training.recorded_rollouts import Recording
 from rlhf_ppo.training.recording import keep_rollout, record_policy
 from rlhf_ppo.training.replayed_rollouts import replay_rollout, require_first_policy

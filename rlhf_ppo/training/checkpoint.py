@@ -32,7 +32,6 @@ _COEFFICIENTS = ("kl_coef", "clip_range", "penalty_beta")
 MAY_CHANGE = (
     *("output_dir", "total_episodes", "quiet", "num_threads", "microbatch_tokens"),
     "device",  # the one that is used is among the fingerprints
-    "processes",
     "whole_rollout_rewards",
     *("save_every", "save_total_limit", "save_best", "eval_every", "samples_per_rollout"),
     *("save_rollouts", "save_rollouts_gb"),
@@ -118,7 +117,7 @@ def load_checkpoint(state: TrainState, run: Run, source: Checkpoint | str | Path
         fingerprints=run.fingerprints,
         defaults={f.name: f.default for f in dataclasses.fields(RLHFConfig) if f.default is not dataclasses.MISSING},
         removed=REMOVED,
-        free=MAY_CHANGE,
+        free=(*MAY_CHANGE, "processes"),
         override=override,
     )
     _load_weights(state, checkpoint)

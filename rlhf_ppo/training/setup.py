@@ -33,7 +33,8 @@ from rlhf_ppo.rewards.functions import RewardFunction, require_accepts_columns, 
 from rlhf_ppo.rewards.loading import RewardSource, check_servers, load_rewards
 from rlhf_ppo.rewards.reward_model import RewardModel
 from rlhf_ppo.runtime.device import compute_in_bf16, resolve_device
-from rlhf_ppo.runtime.processes.group import join_processes
+from rlhf_ppo.runtime.processes.group import ProcessGroup, join_processes
+from rlhf_ppo.runtime.processes.launch import own_gpu
 from rlhf_ppo.runtime.progress import Stopwatch
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.trackers import require_installed
@@ -64,11 +65,9 @@ def set_up(
         (what is fixed for the run, policy and critic).
     """
     processes = join_processes()
-    _check_arguments(args, eval_dataset, respond)
-    if not processes.first:
-        args = dataclasses.replace(args, quiet=True, report_to=())
+    args = _check_arguments(args, eval_dataset, respond, processes)
     sources = {"model": source_name(model), "ref_model": None if ref_model is None else source_name(ref_model)}
-    device = resolve_device(args.device)
+    device = own_gpu(resolve_device(args.device))
     bf16 = compute_in_bf16(args.precision, device)
     model, ref_model, value_model = map(resolve_model, (model, ref_model, value_model))
     config = load_config(model)
@@ -77,18 +76,17 @@ def set_up(
     tokenizer = with_chat_template(processing_class or load_tokenizer(model), args.chat_template)
     recording = open_replay(args, config, tokenizer)
     room = prompt_room(config, args.max_new_tokens)
-    stops = choose_stop_tokens(model, config, tokenizer, args, vocabulary_size(config))
+    sampling = _sampling_params(args, choose_stop_tokens(model, config, tokenizer, args, vocabulary_size(config)))
     train_prompts, eval_prompts = _prompt_sets(train_dataset, eval_dataset, tokenizer, args, config, room)
     sets = [prompts for prompts in (train_prompts, eval_prompts) if prompts is not None]
     _check_turns(tokenizer, sets if respond is not None else ())
     rewards = _load_rewards(reward_funcs, args, device, sets, conversations=respond is not None, recording=recording)
     require_same_task(critic.fitted, args, tokenizer, rewards)
-    models = load_models(
-        model, ref_model, value_model, peft_config, args, device, bf16=bf16, critic=critic, rewards=rewards
-    )
+    given = (model, ref_model, value_model, peft_config)
+    models = load_models(*given, args, device, bf16=bf16, critic=critic, rewards=rewards)
     sample = check_passes(models, args, device, prompts=sets if respond is None else (), bf16=bf16)
     args, learning_rates = resolve_learning_rates(args, models.actor_critic)
-    run = Run(
+    return Run(
         args=args,
         learning_rates=learning_rates,
         device=device,
@@ -103,7 +101,7 @@ def set_up(
         reference=models.reference,
         base=models.base,
         start=models.start,
-        sampling=_sampling_params(args, stops),
+        sampling=sampling,
         sample=sample,
         microbatch_tokens=args.microbatch_tokens or (1024 if device.type == "cpu" else 16384),
         folder=RunDirectory(args.output_dir, quiet=args.quiet, writes=processes.first),
@@ -112,11 +110,13 @@ def set_up(
         stopwatch=Stopwatch(device),
         recording=recording,
         processes=processes,
-    )
-    return run, models.actor_critic
+    ), models.actor_critic
 
 
-def _check_arguments(args: RLHFConfig, eval_dataset: RowSource | None, respond: Respond | None) -> None:
+def _check_arguments(
+    args: RLHFConfig, eval_dataset: RowSource | None, respond: Respond | None, processes: ProcessGroup
+) -> RLHFConfig:
+    """Check arguments against each other; returns the settings of this process, of which the first alone speaks."""
     if not isinstance(args, RLHFConfig):
         raise TypeError(f"args must be an RLHFConfig, got {type(args).__name__}: write RLHFConfig(output_dir=..., ...)")
     require_installed(args.report_to)
@@ -133,6 +133,7 @@ def _check_arguments(args: RLHFConfig, eval_dataset: RowSource | None, respond: 
         raise ValueError(
             f"eval_every={args.eval_every} has nothing to evaluate on: pass an eval_dataset, or set it to 0"
         )
+    return args if processes.first else dataclasses.replace(args, quiet=True, report_to=())
 
 
 def _prompt_sets(

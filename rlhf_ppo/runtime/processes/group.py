@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rlhf_ppo.runtime.processes.errors import Agreed, error_facts, error_from_facts
 from rlhf_ppo.runtime.processes.launch import read_launch
+from rlhf_ppo.runtime.signals import Interrupted
 
 _MESSAGE = "message"
 _BUCKET = 2**25
@@ -87,7 +88,7 @@ class ProcessGroup:
         tensors, facts = {}, None
         try:
             tensors, facts = work()
-        except Agreed as error:
+        except (Exception, Interrupted) as error:
             own = error
         message = json.dumps({"facts": facts, "error": None if own is None else error_facts(own)})
         parts: list[Part] = []
@@ -168,7 +169,8 @@ def join_processes(*, timeout_s: float = 1800.0) -> ProcessGroup:
             if gpus:
                 torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timeout)
-        _joined = ProcessGroup(launch.rank, launch.size, dist.new_group(backend="gloo", timeout=timeout))
+        records: Any = dist.new_group(backend="gloo", timeout=timeout)
+        _joined = ProcessGroup(launch.rank, launch.size, records)
     return _joined
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+import torch
+
 SIZE, RANK = "WORLD_SIZE", "RANK"
 """torchrun and accelerate set them: how many processes they start, and the number of each."""
 
@@ -45,6 +47,21 @@ def require_one_process(what: str, why: str) -> None:
             f"{SIZE}={size} in the environment announces {size} processes, but {what} runs in one: {why}. Start it "
             f"without torchrun or accelerate launch (or unset {SIZE})"
         )
+
+
+def own_gpu(device: torch.device) -> torch.device:
+    """Return the device, which must be this process's alone if it is a GPU.
+
+    Raises:
+        ValueError: this machine runs more processes than it has GPUs.
+    """
+    launch = read_launch()
+    if device.type == "cuda" and launch.local_size > torch.cuda.device_count():
+        raise ValueError(
+            f"{launch.local_size} processes were started on this machine, which has {torch.cuda.device_count()} GPUs: "
+            f"start one for each GPU (--nproc-per-node {torch.cuda.device_count()}), or set device='cpu'"
+        )
+    return device
 
 
 def _number(name: str, default: int) -> int:

@@ -27,7 +27,7 @@ Case = dict[str, Any]
 def early_letters(prompts: list[Any], completions: list[str], **columns: Any) -> list[float | None]:
     """Share of the characters before n in the alphabet; a text that begins with an x cannot be scored.
 
-    A little for the length keeps every score away from the mean: at an advantage of 0, rounding decides what is clipped.
+    A little for the length keeps every score off the mean: at an advantage of 0, rounding decides what is clipped.
     """
     return [None if c[:1] == "x" else sum("a" <= x < "n" for x in c) / 7 + len(c) / 71 for c in completions]
 

@@ -1,0 +1,160 @@
+"""Generate: each process samples responses to its prompts, and all of them make the whole rollout of these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_ppo.core import BannedTokens
+from rlhf_ppo.data.chat import Prompt
+from rlhf_ppo.data.detokenization import Before, TextPieces, before_each
+from rlhf_ppo.data.prompts import PromptBatch
+from rlhf_ppo.data.tokenization import encode_prompts
+from rlhf_ppo.generation.multi_turn import RespondError, sample_conversations
+from rlhf_ppo.generation.rollout import Rollout, SampledResponses
+from rlhf_ppo.generation.sampling import RowsOf
+from rlhf_ppo.generation.stop_strings import StopStringDetector, response_texts
+from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.runtime.device import autocast
+from rlhf_ppo.runtime.processes.group import Part
+from rlhf_ppo.runtime.run_directory import append_line
+from rlhf_ppo.training.run import Run
+
+
+def generate(run: Run, model: ActorCritic, batch: PromptBatch, generator: torch.Generator) -> Rollout:
+    """Sample one response, or conversation, per prompt, recording log-probs and values.
+
+    Arguments and errors are those of :func:`rlhf_ppo.training.collect.collect`.
+    """
+    with run.stopwatch.phase("generate"):
+        ids, mask = encode_prompts(
+            batch.prompts,
+            run.tokenizer,
+            room=run.room,
+            truncate=run.args.overlong_prompts == "truncate",
+            device=run.device,
+        )
+        own = run.own_rows(len(batch.prompts))
+
+        def sample_own() -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+            if not own:
+                return {}, None
+            prompts = list(batch.prompts[own.start : own.stop])
+            here = slice(own.start, own.stop)
+            longest = int(mask[here].sum(dim=1).max())
+            with autocast(run.bf16, run.device):
+                inputs = (prompts, ids[here, -longest:], mask[here, -longest:], own, len(batch.prompts), generator)
+                return _respond_to(run, model, *inputs) if run.respond is None else _converse(run, model, *inputs)
+
+        return _join(run, model, batch, ids, mask, run.processes.exchange(sample_own))
+
+
+def _respond_to(
+    run: Run,
+    model: ActorCritic,
+    prompts: list[Prompt],
+    ids: Tensor,
+    mask: Tensor,
+    own: range,
+    count: int,
+    generator: torch.Generator,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Sample a response to each of the rows ``own`` of a rollout of ``count``."""
+    pieces = TextPieces(run.tokenizer)
+    before = before_each(pieces, prompts, ids, mask)
+    sampled = _sample(run, model, ids, mask, before, generator, RowsOf(own, count))
+    texts = response_texts(sampled, pieces, before, run.sampling.stop_strings)
+    return _tensors(sampled), {"completions": [*texts]}
+
+
+def _sample(
+    run: Run,
+    model: ActorCritic,
+    ids: Tensor,
+    mask: Tensor,
+    before: list[Before],
+    generator: torch.Generator,
+    whole: RowsOf,
+) -> SampledResponses:
+    strings, detector = run.sampling.stop_strings, None
+    if strings:
+        detector = StopStringDetector(TextPieces(run.tokenizer), strings, before)
+    sampled = run.sample(model, ids, mask, run.sampling, generator=generator, stop_detector=detector, whole=whole)
+    return sampled._replace(values=model.in_reward_units(sampled.values, sampled.mask))
+
+
+def _converse(
+    run: Run,
+    model: ActorCritic,
+    prompts: list[Prompt],
+    ids: Tensor,
+    mask: Tensor,
+    own: range,
+    count: int,
+    generator: torch.Generator,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Hold a conversation about each of the rows ``own`` of a rollout of ``count``."""
+    assert run.respond is not None
+    try:
+        said = sample_conversations(
+            lambda ids, mask, before, rows: _sample(
+                run, model, ids, mask, before, generator, RowsOf([own[row] for row in rows], count)
+            ),
+            prompts,
+            ids,
+            mask,
+            run.sampling,
+            respond=run.respond,
+            timeout_s=run.args.respond_timeout_s,
+            max_turns=run.args.max_turns,
+            room=run.room,
+            tokenizer=run.tokenizer,
+        )
+    except RespondError as error:
+        # Only this process knows what was said here.
+        name = "failed_rollout.jsonl" if run.processes.first else f"failed_rollout-{run.processes.rank}.jsonl"
+        file = write_failed(run.folder.path / name, ({"conversation": told} for told in error.conversations))
+        message = f"{error}. All conversations are in {file}"
+        raise RespondError(message, error.conversations) from error.__cause__
+    tensors = {"environment": said.environment, "turns": said.turns, "context_full": said.context_full}
+    facts = {"completions": said.completions, "conversations": said.messages}
+    return {**_tensors(said.sampled), **tensors}, facts
+
+
+def _tensors(sampled: SampledResponses) -> dict[str, Tensor]:
+    named = {**sampled._asdict(), "banned": None if sampled.banned is None else sampled.banned.where}
+    return {name: x for name, x in named.items() if x is not None}
+
+
+def _join(
+    run: Run, model: ActorCritic, batch: PromptBatch, ids: Tensor, mask: Tensor, parts: Sequence[Part]
+) -> Rollout:
+    """Make the whole rollout of what each process has sampled."""
+    parts = [part for part in parts if part.facts is not None]  # a process may have had no row
+    names, facts = list(parts[0].tensors), list(parts[0].facts)
+    tensors: dict[str, Any] = {name: _rows([part.tensors[name] for part in parts], run.device) for name in names}
+    said: dict[str, Any] = {name: [text for part in parts for text in part.facts[name]] for name in facts}
+    if "banned" in tensors:
+        tensors["banned"] = BannedTokens(tensors["banned"], run.sampling.stop_token_ids)
+    tensors = {"values": None, **tensors}
+    return Rollout(list(batch.prompts), batch.columns, ids, mask, **tensors, value_scale=model.value_scale, **said)
+
+
+def _rows(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Put rows [b, ...] under each other, each padded on the right with zeros to the longest."""
+    if len(parts) == 1 or parts[0].ndim == 1:
+        return torch.cat([part.to(device) for part in parts])
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part.to(device), (0, longest - part.shape[1])) for part in parts])
+
+
+def write_failed(file: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    """Write what a reward function or ``respond`` failed on."""
+    file.unlink(missing_ok=True)
+    for row in rows:
+        append_line(file, row)
+    return file
