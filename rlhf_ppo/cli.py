@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rlhf_ppo.config.commands import DemoArgs, MigrateArgs, ReplayArgs, join_command_line
+from rlhf_ppo.config.commands import DemoArgs, ExportArgs, MigrateArgs, ReplayArgs, join_command_line
 from rlhf_ppo.config.critic_fit import CriticFitArgs, CriticReportArgs
 from rlhf_ppo.config.inference import EvaluateArgs, GenerateArgs
 from rlhf_ppo.config.presets import PresetsArgs
@@ -32,6 +32,7 @@ COMMANDS: dict[str, Command] = {
     "presets": (PresetsArgs, "rlhf_ppo.config.presets:print_presets"),
     "migrate": (MigrateArgs, "rlhf_ppo.trl.migrate:migrate_command"),
     "replay": (ReplayArgs, "rlhf_ppo.pipeline.replay:print_replay"),
+    "export": (ExportArgs, "rlhf_ppo.pipeline.export:export_command"),
     "check": (CheckArgs, "rlhf_ppo.runtime.resume:check"),
     "advise": (AdviseArgs, "rlhf_ppo.runtime.advice:print_advice"),
 }

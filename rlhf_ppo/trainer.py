@@ -22,6 +22,7 @@ from rlhf_ppo.generation.multi_turn import Respond
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.models.quiet_libraries import without_library_bars
 from rlhf_ppo.models.saving import save_actor_critic
+from rlhf_ppo.models.skeleton import whole_copy
 from rlhf_ppo.runtime.errors import RatioTripwireError as RatioTripwireError
 from rlhf_ppo.runtime.explain import Explanation
 from rlhf_ppo.runtime.progress import ProgressDisplay, print_summary
@@ -346,9 +347,11 @@ class PPOTrainer(TrainerAttributes):
         if merge_adapter and not hasattr(self.model.policy, "peft_config"):
             raise ValueError("merge_adapter=True needs an adapter, but the run has no peft_config")
         base = self.fixed.base
-        self.fixed.processes.on_first(
-            lambda: save_actor_critic(self.model, self.tokenizer, folder, base=base, merged=merge_adapter)
-        )
+        with whole_copy(self.model, keep=self.fixed.processes.first) as model:
+            model.value_scale = self.model.value_scale
+            self.fixed.processes.on_first(
+                lambda: save_actor_critic(model, self.tokenizer, folder, base=base, merged=merge_adapter)
+            )
         return folder
 
     def push_to_hub(self, repo_id: str | None = None, *, private: bool = True, merge_adapter: bool = False) -> str:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-import rlhf_ppo.runtime.checkpoint_commit
+import rlhf_ppo.runtime.stored_tensors
 from rlhf_ppo.runtime.checkpoint import list_checkpoints, verify_checkpoint
 
 # Not an import: beside this file lies a folder rlhf_ppo, of tests, so that its folder is no place to import from.
@@ -73,22 +73,22 @@ def steps_in(folder: Path, at_step: Callable[[int, str], None]) -> None:
         elif event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"):
             step(event, *args[:2])
 
-    fsync, save_file = os.fsync, rlhf_ppo.runtime.checkpoint_commit.save_file
+    fsync, save_file = os.fsync, rlhf_ppo.runtime.stored_tensors.save_file
 
     def fsync_step(handle: int) -> None:
         step("fsync", os.readlink(f"/proc/self/fd/{handle}"))
         fsync(handle)
 
-    def torn_save(tensors, file) -> None:
-        save_file(tensors, file)
+    def torn_save(tensors, file, metadata=None) -> None:
+        save_file(tensors, file, metadata)
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2])  # its open and this point: a file half written
         step("half of", file)
-        save_file(tensors, file)
+        save_file(tensors, file, metadata)
 
     sys.addaudithook(audit)
     os.fsync = fsync_step
-    rlhf_ppo.runtime.checkpoint_commit.save_file = torn_save
+    rlhf_ppo.runtime.stored_tensors.save_file = torn_save
 
 
 def kill_at(number: int) -> Callable[[int, str], None]:

@@ -1,4 +1,4 @@
-"""Arguments of the smaller commands: demo, replay, migrate."""
+"""Arguments of the smaller commands: demo, replay, export, migrate."""
 
 from __future__ import annotations
 
@@ -51,6 +51,20 @@ class ReplayArgs(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_at_least(1, "num_threads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportArgs(Settings):
+    """Make a checkpoint, sharded or not, a model folder that transformers loads; needs no GPU."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """Folder checkpoint-<n> of a run, or a run's folder for its newest good one."""
+    folder: tyro.conf.Positional[str]
+    """Folder for the model, its value head and its tokenizer."""
+    model: str | None = None
+    """Where the base of an adapter, and the tokenizer, are. None: where they were in the run."""
+    merge_adapter: bool = False
+    """Save the whole model with the adapter merged in, instead of the adapter alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

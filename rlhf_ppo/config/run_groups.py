@@ -55,10 +55,24 @@ class MemorySettings(Settings):
     """Load the policy's frozen base in 8 or 4 bits (QLoRA); needs bitsandbytes, a CUDA GPU and an adapter."""
     reference_dtype: Literal["float32", "bfloat16", "8bit", "4bit"] = "float32"
     """Number format of a reference with weights of its own; 8bit and 4bit need bitsandbytes and a CUDA GPU."""
+    sharding: Literal["auto", "none", "full", "hybrid"] = "auto"
+    """With several processes: all weights on each (none); a share of weights, gradients and optimizer on each (full);
+    a share within each machine, repeated on every machine (hybrid); or auto: full where a device's memory would not
+    hold them all, else none."""
+    sharded_decoding: Literal["auto", "whole", "layers"] = "auto"
+    """Under sharding: gather all weights once for a rollout's decoding (whole), each layer's at each decode step
+    (layers: less memory, much slower), or auto: whole where they fit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("microbatch_tokens")
+        if self.sharding == "none":
+            refuse_unread(self, "sharding='none' leaves all weights on each process", "sharded_decoding")
+        elif self.sharding != "auto" and self.quantization != "none":
+            raise ValueError(
+                f"sharding={self.sharding!r} shares out weights of 16 bits or more, but quantization="
+                f"{self.quantization!r} packs the base's, which stay whole on each process: set sharding='none'"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

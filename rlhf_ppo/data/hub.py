@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers.utils.hub import cached_file
 
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 
 
 def find_file(source: str, name: str) -> Path | None:
@@ -56,11 +56,11 @@ def read_weights(kind: Any, source: str, *, new: Literal["none", "pooler", "head
         ValueError: no weights, a damaged file, or other missing weights.
     """
     refuse_pickles(source)
-    index = find_file(source, _INDEX)
+    index = find_file(source, INDEX)
     shards = [] if index is None else list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     # transformers opens any file that an index names.
     if pickled := [name for name in shards if not str(name).endswith(".safetensors")]:
-        raise ValueError(pickle_message(f"model {source!r}: {_INDEX}", pickled[0]))
+        raise ValueError(pickle_message(f"model {source!r}: {INDEX}", pickled[0]))
     try:
         model, info = kind.from_pretrained(
             source,

@@ -17,6 +17,7 @@ from rlhf_ppo.generation.sampling import RowsOf
 from rlhf_ppo.generation.stop_strings import StopStringDetector
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward.hidden_states import without_adapter_wrapper
+from rlhf_ppo.models.sharding import is_sharded
 
 _ROOM = 64
 
@@ -54,7 +55,12 @@ def choose_engine(args: RolloutSettings, model: ActorCritic) -> Sampler:
         ValueError: the engine does not give this model's log-probs.
     """
     device = next(model.parameters()).device
-    dynamic_only = args.max_turns > 1 or args.min_new_tokens > 0 or len(args.stop_strings) > 0
+    if args.generation == "static" and is_sharded(model):
+        raise ValueError(
+            "generation='static' captures CUDA graphs of weights that stay in place, but sharded ones are gathered "
+            "anew for each rollout: set generation='dynamic' (or 'auto'), or sharding='none'"
+        )
+    dynamic_only = args.max_turns > 1 or args.min_new_tokens > 0 or len(args.stop_strings) > 0 or is_sharded(model)
     auto = args.generation == "auto"
     if args.generation == "dynamic" or (auto and (dynamic_only or device.type != "cuda")):
         return sample_responses

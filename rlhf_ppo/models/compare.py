@@ -26,15 +26,16 @@ def source_name(model: Any) -> str:
     return model if isinstance(model, str) else OBJECT
 
 
-def probe_logits(model: nn.Module, *, grad: bool = False) -> Tensor:
+def probe_logits(model: nn.Module, *, grad: bool = False, bf16: bool = False) -> Tensor:
     """Compute the logits of eight tokens in float32 on CPU: [8, V] of a language model, [labels] of a classifier.
 
     Args:
         model: its dropout is switched off and stays off.
         grad: let the logits carry gradients.
+        bf16: its layers' weights are in bfloat16, and so are their products.
     """
     ids = probe_ids(without_dropout(model))
-    with torch.set_grad_enabled(grad), torch.autocast(ids.device.type, enabled=False):
+    with torch.set_grad_enabled(grad), torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
         return call(model, ids).logits[0].float().cpu()
 
 

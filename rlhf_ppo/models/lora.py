@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 # A name that no layer of a model has: PEFT finds an adapter's weights by its name between dots.
 VALUE_ADAPTER = "ppo_critic"
@@ -21,6 +21,8 @@ _EARLIER_NAMES = {VALUE_ADAPTER: "value"}
 
 VALUE_FOLDER = "value"
 """Folder of the critic's adapter inside a run's folder."""
+
+Value = TypeVar("Value")
 
 _ACTIVE: ContextVar[str | None] = ContextVar("active_adapter", default=None)
 
@@ -51,8 +53,8 @@ def earlier_name(name: str) -> str:
     return ".".join(_EARLIER_NAMES.get(part, part) for part in name.split("."))
 
 
-def with_current_names(weights: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """Rename weights that an earlier version saved to the current parameters' ``names``."""
+def with_current_names(weights: Mapping[str, Value], names: Iterable[str]) -> dict[str, Value]:
+    """Rename weights (or what is known of each) that an earlier version saved to the current ``names``."""
     now = {earlier_name(name): name for name in names if name not in weights}
     return {now.get(name, name): weight for name, weight in weights.items()}
 

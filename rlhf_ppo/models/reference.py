@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from rlhf_ppo.models.forward.output_layer import Outputs
 from rlhf_ppo.models.forward.runner import ModelRunner, Sequences, place, select
 from rlhf_ppo.models.loading import fuse_activations
 from rlhf_ppo.models.lora import without_adapters
+from rlhf_ppo.models.sharding import gathered
 
 
 class Reference:
@@ -28,15 +29,14 @@ class Reference:
         if self.model is not None:
             fuse_activations(self.model)
         self.runner = ModelRunner(policy if self.model is None else self.model)
+        self.root: nn.Module = policy if self.model is None else self.model
+        """The module that gathers its weights, if they are sharded (:mod:`rlhf_ppo.models.sharding`)."""
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Switch the policy's adapter off inside, if that is the reference."""
-        if self.model is not None:
+        """Switch the policy's adapter off inside, if that is the reference, and gather its weights."""
+        with gathered(self.root), nullcontext() if self.model is not None else without_adapters(self.policy):
             yield
-        else:
-            with without_adapters(self.policy):
-                yield
 
     @torch.no_grad()
     def logprobs(self, sequences: Sequences, *, temperature: float) -> Tensor:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from rlhf_ppo.config.commands import ReplayArgs
 from rlhf_ppo.data.chat import display_text
@@ -22,12 +18,11 @@ from rlhf_ppo.models.activation_memory import checkpoint_layers
 from rlhf_ppo.models.actor_critic import ActorCritic, build_actor_critic
 from rlhf_ppo.models.compare import OBJECT
 from rlhf_ppo.models.forward_checks import check_forward
-from rlhf_ppo.models.frozen_critic import freeze_critic
 from rlhf_ppo.models.loading import BASE_FOLDER, REFERENCE_FOLDER, load_policy, resolve_model
-from rlhf_ppo.models.lora import with_current_names
 from rlhf_ppo.models.policy_adapter import prepare_policy
 from rlhf_ppo.models.quantization import load_quantized, load_reference
 from rlhf_ppo.models.reference import Reference
+from rlhf_ppo.pipeline.rebuild import adapter_config, build_policy, build_trunk, restore_weights
 from rlhf_ppo.runtime.device import resolve_device
 from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.training.black_box import BlackBox, read_black_box
@@ -167,20 +162,12 @@ def _build(box: BlackBox, name: str | None, device: torch.device) -> tuple[Actor
     """Build the models as they were at that step; a policy that was trained whole needs only the box."""
     models = box.models
     if models["adapter"] is None and not _has_exact_kl(box):
-        config = AutoConfig.for_model(**models["policy_config"])
-        policy: Any = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=models["attention"], trust_remote_code=False
-        )
-        reference = None
+        policy, reference = build_policy(models), None
     else:
         policy, reference = _load_policy(box, name, device)
     if models["adapter"] is None:
         policy.requires_grad_(True)
-    trunk = None
-    if models["critic_config"] is not None:
-        config = AutoConfig.for_model(**models["critic_config"])
-        trunk = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False).requires_grad_(True)
-        freeze_critic(trunk, box.objective.critic_frozen)
+    trunk = build_trunk(models, box.objective.critic_frozen)
     model = build_actor_critic(policy, models["critic"], trunk=trunk, head=None, head_from=None).to(device)
     if reference is not None and reference.model is not None:
         reference.model.to(device)
@@ -188,7 +175,7 @@ def _build(box: BlackBox, name: str | None, device: torch.device) -> tuple[Actor
     check_forward(model, reference, longest=longest, bf16=box.bf16)  # before the box's weights, which may be NaN
     if box.objective.gradient_checkpointing:
         checkpoint_layers(model)
-    _restore(model, box.weights)
+    restore_weights(model, box.weights, "the box's weights")
     return model, reference
 
 
@@ -214,7 +201,7 @@ def _load_policy(box: BlackBox, name: str | None, device: torch.device) -> tuple
     frozen = load_reference(name, models["ref_model"], objective, device, bf16=box.bf16)
     adapter_off = False
     if models["adapter"] is not None:
-        prepared = prepare_policy(policy, _adapter_config(models["adapter"]))
+        prepared = prepare_policy(policy, adapter_config(models["adapter"]))
         policy, adapter_off = prepared.policy, prepared.off_is_start
     if not _has_exact_kl(box):
         return policy, None
@@ -224,30 +211,6 @@ def _load_policy(box: BlackBox, name: str | None, device: torch.device) -> tuple
             "before the run), which it does not hold: it cannot be recomputed"
         )
     return policy, Reference(policy, frozen, adapter_off=adapter_off)
-
-
-def _adapter_config(facts: Mapping[str, Any]) -> Any:
-    from peft import PeftConfig
-
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "adapter_config.json").write_text(json.dumps(facts), encoding="utf-8")
-        return PeftConfig.from_pretrained(folder)
-
-
-def _restore(model: ActorCritic, weights: Mapping[str, Tensor]) -> None:
-    """Copy the box's weights into the model.
-
-    Raises:
-        ValueError: their names or shapes differ.
-    """
-    parameters = model.saved_parameters()
-    weights = with_current_names(weights, parameters)
-    if {n: p.shape for n, p in parameters.items()} != {n: w.shape for n, w in weights.items()}:
-        different = sorted(set(parameters) ^ set(weights))[:3] or "shapes"
-        raise ValueError(f"the box's weights are not this model's ({different} differ): name its base with --model")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
 
 
 def _on_device(box: BlackBox, device: torch.device) -> BlackBox:

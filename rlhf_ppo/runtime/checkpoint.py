@@ -1,6 +1,8 @@
 """Checkpoints on disk: read one, and verify that it is complete and undamaged.
 
 A checkpoint is a folder ``checkpoint-<step>`` of safetensors and JSON files; a manifest has their sizes and SHA-256.
+A group of tensors is one file ``<group>.safetensors``, or one a process, ``<group>.<rank>.safetensors`` from the second
+process on, where several processes share its weights (:mod:`rlhf_ppo.runtime.stored_tensors`).
 Nothing is ever unpickled, and a file is parsed only after its checksum has been verified.
 :mod:`rlhf_ppo.runtime.checkpoint_commit` writes them.
 """
@@ -15,14 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-from torch import Tensor
-
 from rlhf_ppo.runtime.package import __version__
+from rlhf_ppo.runtime.stored_tensors import StoredTensors
 
 MANIFEST, STATE = "manifest.json", "state.json"
 _PREFIX = "checkpoint-"
-FORMAT = 1
+FORMAT, IN_PIECES = 1, 2
+"""Format of a checkpoint, and of one whose tensors are in pieces, which versions before it cannot read."""
 
 
 class CheckpointError(ValueError):
@@ -35,8 +36,8 @@ class Checkpoint:
 
     folder: Path
     step: int
-    tensors: dict[str, dict[str, Tensor]]
-    """Group -> name -> tensor, on the CPU."""
+    tensors: Mapping[str, StoredTensors]
+    """Group -> name -> tensor, on the CPU, read from the files when it is asked for."""
     state: dict[str, Any]
     """Everything but tensors, as read from JSON (tuples become lists)."""
     settings: dict[str, Any]
@@ -122,10 +123,10 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{MANIFEST}: is missing, so the checkpoint is incomplete{older}")
     if (manifest := intact_manifest(file)) is None:
         raise CheckpointError(f"{MANIFEST}: its checksum does not match: it was changed after it was written")
-    if manifest["format"] != FORMAT:
+    if manifest["format"] not in (FORMAT, IN_PIECES):
         raise CheckpointError(
-            f"{MANIFEST}: has format {manifest['format']}, but this version ({__version__}) reads format {FORMAT}: use "
-            f"version {manifest['versions']['rlhf_ppo']}"
+            f"{MANIFEST}: has format {manifest['format']}, but this version ({__version__}) reads formats {FORMAT} and "
+            f"{IN_PIECES}: use version {manifest['versions']['rlhf_ppo']}"
         )
     return manifest
 
@@ -143,11 +144,18 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     manifest, problems = _examine(folder)
     if problems:
         raise CheckpointError(f"checkpoint {folder} cannot be used: {'; '.join(problems)}")
-    groups = [Path(name) for name in manifest["files"] if name.endswith(".safetensors")]
+    groups: dict[str, list[Path]] = {}
+    for name in manifest["files"]:
+        if name.endswith(".safetensors"):
+            groups.setdefault(name.partition(".")[0], []).append(folder / name)
+    try:
+        tensors = {group: StoredTensors(files) for group, files in groups.items()}
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {folder} cannot be used: {error}") from None
     return Checkpoint(
         folder,
         manifest["step"],
-        {file.stem: load_file(folder / file) for file in groups},
+        tensors,
         json.loads((folder / STATE).read_text(encoding="utf-8")),
         manifest["settings"],
         manifest["fingerprints"],

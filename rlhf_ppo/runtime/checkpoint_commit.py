@@ -2,7 +2,8 @@
 
 Write into ``.tmp-<step>``, fsync every file, write the manifest (sizes, SHA-256, settings, fingerprints) last, rename
 to ``checkpoint-<step>``, fsync the parent, and only then delete older ones. A process that is killed at any point
-leaves the earlier checkpoints as they were.
+leaves the earlier checkpoints as they were. Of several processes that share the weights, each writes its pieces; the
+first one writes the manifest, with the checksums of all, once the files of all are on disk.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rlhf_ppo.runtime.checkpoint import (
     FORMAT,
+    IN_PIECES,
     MANIFEST,
     STATE,
     as_json,
@@ -35,18 +36,21 @@ from rlhf_ppo.runtime.checkpoint import (
 )
 from rlhf_ppo.runtime.files import TEMPORARY, follow_umask, require_space, sync_file, sync_folder
 from rlhf_ppo.runtime.package import __version__
+from rlhf_ppo.runtime.processes.group import ALONE, ProcessGroup
+from rlhf_ppo.runtime.stored_tensors import Piece, bytes_of, save_tensors
 
 
 def write_checkpoint(
     root: str | Path,
     step: int,
     *,
-    tensors: Mapping[str, Mapping[str, Tensor]],
+    tensors: Mapping[str, Mapping[str, Tensor | Piece]],
     state: Mapping[str, Any],
     settings: Mapping[str, Any] | None = None,
     fingerprints: Mapping[str, Any] | None = None,
     keep: int | None = None,
     spare: Collection[int] = (),
+    processes: ProcessGroup = ALONE,
 ) -> Path:
     """Commit ``checkpoint-<step>`` into a run's folder.
 
@@ -58,6 +62,8 @@ def write_checkpoint(
         settings, fingerprints: compared with those of a run that resumes (:mod:`rlhf_ppo.runtime.resume`), as JSON.
         keep: number of good checkpoints to keep, this one included; older ones are deleted after the commit. None: all.
         spare: steps that are never deleted, such as the best so far; they do not count toward ``keep``.
+        processes: those that hold pieces of tensors, and call together: each writes its own into a file of its own.
+            Everything else is the first one's.
     Returns:
         The checkpoint's folder.
     Raises:
@@ -65,48 +71,91 @@ def write_checkpoint(
         OSError: writing failed, usually on a full disk. Earlier checkpoints are untouched, and nothing partial is left.
     """
     root, folder = Path(root), checkpoint_folder(root, step)
-    if folder.exists() and not verify_checkpoint(folder):
-        raise FileExistsError(errno.EEXIST, "a good checkpoint of this step already exists", str(folder))
-    ready = {group: {n: x.detach().contiguous() for n, x in named.items()} for group, named in tensors.items()}
+    temporary = root / f"{TEMPORARY}{step}"
+    ready = {group: _own(named, processes) for group, named in tensors.items()}
     content = {STATE: json.dumps(state, indent=1) + "\n"}
     header = {
-        "format": FORMAT,
+        "format": IN_PIECES
+        if any(isinstance(x, Piece) for named in ready.values() for x in named.values())
+        else FORMAT,
         "step": step,
         "versions": {"rlhf_ppo": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "settings": as_json(settings or {}),
         "fingerprints": as_json(fingerprints or {}),
     }
-    root.mkdir(parents=True, exist_ok=True)
-    _discard_leftovers(root)
-    temporary = root / f"{TEMPORARY}{step}"
+    # Each failure reaches all processes as the same error, before anything is committed.
     try:
-        require_space(root, _bytes(ready, content))
-        temporary.mkdir()
-        files: dict[str, dict[str, Any]] = {}
-        for group, named in ready.items():
-            file = temporary / f"{group}.safetensors"
-            save_file(named, file)
-            files[file.name] = _settle(file)
-        for name, text in content.items():
-            (temporary / name).write_text(text, encoding="utf-8")
-            files[name] = _settle(temporary / name)
-        (temporary / MANIFEST).write_text(manifest_text({**header, "files": files}), encoding="utf-8")
-        _settle(temporary / MANIFEST)
-        sync_folder(temporary)
-        if folder.exists():
-            shutil.rmtree(folder)  # a damaged one: see above
-        os.rename(temporary, folder)
-        sync_folder(root)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        needed = sum(processes.facts(lambda: _bytes(ready, content if processes.first else {})))
+        processes.on_first(lambda: _begin(folder, temporary, needed))
+        written = processes.facts(lambda: _write_tensors(temporary, ready, processes))
+        files = {name: facts for part in written for name, facts in part.items()}
+        processes.on_first(lambda: _commit(folder, temporary, header, files, content))
+    except OSError as error:
+        if processes.first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, FileExistsError):
+            raise
         raise OSError(
-            getattr(error, "errno", None) or errno.EIO,
-            f"checkpoint of step {step} could not be written into {root}: {getattr(error, 'strerror', None) or error}. "
+            error.errno or errno.EIO,
+            f"checkpoint of step {step} could not be written into {root}: {error.strerror or error}. "
             "Earlier checkpoints are untouched; free some space, or keep fewer checkpoints, then resume from the last",
         ) from error
     if keep is not None:
-        prune(root, keep=keep, spare=spare)
+        processes.on_first(lambda: len(prune(root, keep=keep, spare=spare)))
     return folder
+
+
+def _own(named: Mapping[str, Tensor | Piece], processes: ProcessGroup) -> dict[str, Tensor | Piece]:
+    """Return what this process writes of a group: its pieces, and on the first one whole tensors."""
+    return {n: x for n, x in named.items() if (len(x.rows) > 0 if isinstance(x, Piece) else processes.first)}
+
+
+def _begin(folder: Path, temporary: Path, needed: int) -> None:
+    """Make the temporary folder of a checkpoint."""
+    if folder.exists() and not verify_checkpoint(folder):
+        raise FileExistsError(errno.EEXIST, "a good checkpoint of this step already exists", str(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _discard_leftovers(folder.parent)
+    require_space(folder.parent, needed)
+    temporary.mkdir()
+
+
+def _write_tensors(
+    temporary: Path, ready: Mapping[str, Mapping[str, Tensor | Piece]], processes: ProcessGroup
+) -> dict[str, dict[str, Any]]:
+    """Write this process's files; returns their names with size and checksum."""
+    files: dict[str, dict[str, Any]] = {}
+    for group, named in ready.items():
+        if named or processes.first:
+            file = temporary / (f"{group}.safetensors" if processes.first else f"{group}.{processes.rank}.safetensors")
+            try:
+                save_tensors(named, file)
+            except SafetensorError as error:  # a full disk
+                raise OSError(errno.EIO, str(error)) from error
+            files[file.name] = _settle(file)
+    return files
+
+
+def _commit(
+    folder: Path,
+    temporary: Path,
+    header: Mapping[str, Any],
+    files: dict[str, dict[str, Any]],
+    content: Mapping[str, str],
+) -> None:
+    """Write the other files of a checkpoint, the manifest last, and give the folder its name."""
+    if lost := [name for name in files if not (temporary / name).is_file()]:
+        raise OSError(errno.ENOENT, f"{', '.join(lost)} of another process is not there: is the disk shared by all?")
+    for name, text in content.items():
+        (temporary / name).write_text(text, encoding="utf-8")
+        files[name] = _settle(temporary / name)
+    (temporary / MANIFEST).write_text(manifest_text({**header, "files": files}), encoding="utf-8")
+    _settle(temporary / MANIFEST)
+    sync_folder(temporary)
+    if folder.exists():
+        shutil.rmtree(folder)  # a damaged one: see above
+    os.rename(temporary, folder)
+    sync_folder(folder.parent)
 
 
 def prune(root: str | Path, *, keep: int, spare: Collection[int] = ()) -> list[Path]:
@@ -136,11 +185,9 @@ def _discard_leftovers(root: Path) -> None:
             leftover.unlink()
 
 
-def _bytes(tensors: Mapping[str, Mapping[str, Tensor]], content: Mapping[str, str]) -> int:
+def _bytes(tensors: Mapping[str, Mapping[str, Tensor | Piece]], content: Mapping[str, str]) -> int:
     """Return an upper bound of a checkpoint's size on disk."""
-    tensor_bytes = sum(x.numel() * x.element_size() for named in tensors.values() for x in named.values())
-    names = sum(len(name) + 128 for named in tensors.values() for name in named)
-    return tensor_bytes + names + sum(len(text.encode()) for text in content.values()) + 2**16
+    return sum(map(bytes_of, tensors.values())) + sum(len(text.encode()) for text in content.values()) + 2**16
 
 
 def _settle(file: Path) -> dict[str, Any]:

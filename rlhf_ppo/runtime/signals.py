@@ -15,6 +15,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 # Signals are delivered to the process, so this is global.
 _heard: list[int] = []
+_deferring: list[bool] = []
 
 
 class Interrupted(KeyboardInterrupt):
@@ -45,8 +46,18 @@ def stop_if_asked() -> None:
     At a safe point stopping loses nothing that cannot be repeated: between two tokens of a rollout, while waiting
     for a reward, after an update; never inside an update.
     """
-    if _heard:
+    if _heard and not _deferring:
         raise Interrupted(_heard[0])
+
+
+@contextmanager
+def deferring_stops() -> Iterator[None]:
+    """Let nothing inside be a safe point: other processes compute together with this one."""
+    _deferring.append(True)
+    try:
+        yield
+    finally:
+        _deferring.pop()
 
 
 @contextmanager

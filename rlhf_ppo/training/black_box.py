@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
@@ -20,12 +18,12 @@ from rlhf_ppo.config.name_hints import REMOVED_VALUES
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import BannedTokens, Experience
 from rlhf_ppo.generation.rollout import Rollout
-from rlhf_ppo.models.actor_critic import ActorCritic, critic_kind
-from rlhf_ppo.models.forward.hidden_states import without_adapter_wrapper
+from rlhf_ppo.models.sharding import as_piece, local_part
 from rlhf_ppo.runtime.checkpoint import read_checkpoint
 from rlhf_ppo.runtime.checkpoint_commit import write_checkpoint
 from rlhf_ppo.training.experience import Estimates
 from rlhf_ppo.training.fingerprints import data_fingerprint
+from rlhf_ppo.training.model_facts import model_facts
 from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.stability import Step
 from rlhf_ppo.training.state import TrainState
@@ -50,7 +48,7 @@ class BlackBox:
     old: Experience
     passes: list[list[int]]
     """The minibatch's rows, grouped into microbatches."""
-    weights: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
     """Those that the optimizer updates, before the step, and frozen parts of a separate critic."""
     objective: RLHFConfig
     """The settings of that update."""
@@ -82,12 +80,18 @@ def write_black_box(state: TrainState, run: Run, rollout: Rollout, estimates: Es
     """
     number = state.iteration + 1
     folder = run.folder.path / f"blackbox-{number}"
-    if folder.exists() or len(list(run.folder.path.glob("blackbox-*"))) >= MAX_BLACK_BOXES:
+    enough = run.processes.on_first(
+        lambda: folder.exists() or len(list(run.folder.path.glob("blackbox-*"))) >= MAX_BLACK_BOXES
+    )
+    if enough:
         return None
     # A critic that trains alone has frozen the policy for a while.
     moved = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
-    moved |= {id(p) for p in state.model.saved_parameters().values()}
+    moved |= {id(local_part(p)) for p in state.model.saved_parameters().values()}
+    weights = {name: p for name, p in state.model.named_parameters() if id(local_part(p)) in moved}
     moments = state.optimizer.state_dict()["state"]
+    owners = {id(local_part(p)): p for p in weights.values()}
+    order = [owners[id(part)] for group in state.optimizer.param_groups for part in group["params"]]
     facts = {  # keys are those of earlier versions, whose black boxes replay, too
         "step": step.number,
         "passes": run.microbatches(state.model, rollout, step.rows),
@@ -100,7 +104,7 @@ def write_black_box(state: TrainState, run: Run, rollout: Rollout, estimates: Es
         "generators": {"seed": run.args.seed, "rollout": state.rollouts_made, "shuffle": state.iteration},
         "bf16": run.bf16,
         "device": str(run.device),
-        "models": _models(state.model, run),
+        "models": model_facts(state.model, run),
         "versions": {name: version(name) for name in ("transformers", "peft", "safetensors")},
         "train_dataset": None if run.train_prompts is None else data_fingerprint(run.train_prompts),
         "barred_tokens": None if rollout.banned is None else list(rollout.banned.tokens),
@@ -114,20 +118,24 @@ def write_black_box(state: TrainState, run: Run, rollout: Rollout, estimates: Es
             scratch,
             number,
             tensors={
-                "trainable": {name: p for name, p in state.model.named_parameters() if id(p) in moved},
-                "optimizer": {f"{i}.{key}": x for i, entry in moments.items() for key, x in entry.items()},
+                "trainable": {name: as_piece(p, local_part(p)) for name, p in weights.items()},
+                "optimizer": {
+                    f"{i}.{key}": as_piece(order[i], x) for i, entry in moments.items() for key, x in entry.items()
+                },
                 "rollout": _tensors(rollout),
                 "experience": _tensors(estimates.experience),
             },
             state=facts,
             settings=dataclasses.asdict(run.args),
+            processes=run.processes,
         )
-        os.rename(written, folder)
+        run.processes.on_first(lambda: os.rename(written, folder))
     except OSError as error:
         warnings.warn(f"the black box of rollout {number} could not be written: {error}", stacklevel=2)
         return None
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if run.processes.first:
+            shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
@@ -136,29 +144,6 @@ def _tensors(record: Rollout | Experience) -> dict[str, Tensor]:
     if isinstance(record, Rollout) and record.banned is not None:
         found["barred"] = record.banned.where
     return {name: x for name, x in found.items() if isinstance(x, Tensor)}
-
-
-def _models(model: ActorCritic, run: Run) -> dict[str, Any]:
-    policy = cast(Any, model.policy)
-    base, adapter = without_adapter_wrapper(policy), None
-    if base is not policy:
-        with tempfile.TemporaryDirectory() as folder:
-            policy.peft_config[policy.active_adapter].save_pretrained(folder)
-            adapter = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-    return {
-        **run.sources,
-        "base": run.base,
-        "own_reference": run.reference.model is not None,
-        "policy_config": _config(base),
-        "attention": base.config._attn_implementation,
-        "adapter": adapter,
-        "critic": critic_kind(model),
-        "critic_config": None if model.value_trunk is None else _config(model.value_trunk),
-    }
-
-
-def _config(model: Any) -> dict[str, Any]:
-    return json.loads(model.config.to_json_string(use_diff=False))
 
 
 def read_black_box(folder: str | Path) -> BlackBox:

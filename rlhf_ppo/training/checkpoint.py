@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_ppo.config.name_hints import REMOVED
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import ValueScale
 from rlhf_ppo.models.lora import earlier_name, with_current_names
+from rlhf_ppo.models.sharding import as_piece, local_part, read_part
 from rlhf_ppo.runtime.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from rlhf_ppo.runtime.checkpoint_commit import write_checkpoint
 from rlhf_ppo.runtime.resume import require_unchanged
 from rlhf_ppo.runtime.seeding import global_rng_state, restore_rng_state
+from rlhf_ppo.runtime.stored_tensors import Piece
+from rlhf_ppo.training.model_facts import model_facts
 from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.state import TrainState
 
@@ -37,7 +40,7 @@ MAY_CHANGE = (
     *("save_rollouts", "save_rollouts_gb"),
     *("http_timeout_s", "http_retries", "http_batch_size", "http_concurrency", "reward_timeout_s", "respond_timeout_s"),
     "report_to",
-    *("gradient_checkpointing", "offload_activations"),
+    *("gradient_checkpointing", "offload_activations", "sharding", "sharded_decoding"),
     *("on_nonfinite", "max_skipped_steps", "max_kl_nats_per_response", "min_entropy_nats_per_token"),
 )
 """Settings that a resumed run may change: how long, where and how fast it runs, and what stops it."""
@@ -72,7 +75,7 @@ def save_checkpoint(state: TrainState, run: Run, boundary: Boundary | None = Non
         run.folder.path,
         state.iteration,
         tensors={
-            "trainable": state.model.saved_parameters(),
+            "trainable": {n: as_piece(p, local_part(p)) for n, p in state.model.saved_parameters().items()},
             "optimizer": _moments(state),
             "rng": boundary.rng,
         },
@@ -83,12 +86,14 @@ def save_checkpoint(state: TrainState, run: Run, boundary: Boundary | None = Non
             "value_scale": None if state.model.value_scale is None else vars(state.model.value_scale),
             "scheduler_steps": state.scheduler.last_epoch,
             "best": best,
+            "models": model_facts(state.model, run),
             "score_caches": boundary.score_caches,
         },
         settings=_settings(run.args),
         fingerprints=run.fingerprints,
         keep=run.args.save_total_limit,
         spare=() if best is None else (int(best["iteration"]),),
+        processes=run.processes,
     )
 
 
@@ -145,33 +150,37 @@ def _settings(args: RLHFConfig) -> dict[str, Any]:
     return {field.name: getattr(args, field.name) for field in dataclasses.fields(RLHFConfig)}
 
 
-def _optimizer_names(state: TrainState) -> list[str]:
-    """Return the names of the optimizer's parameters, in its order."""
-    names = {id(p): name for name, p in state.model.named_parameters()}
-    return [names[id(p)] for group in state.optimizer.param_groups for p in group["params"]]
+def _optimized(state: TrainState) -> list[tuple[str, nn.Parameter]]:
+    """Return the optimizer's parameters with their names, in its order."""
+    named = {id(local_part(p)): (name, p) for name, p in state.model.named_parameters()}
+    return [named[id(part)] for group in state.optimizer.param_groups for part in group["params"]]
 
 
-def _moments(state: TrainState) -> dict[str, Tensor]:
-    names = _optimizer_names(state)
-    entries = state.optimizer.state_dict()["state"].items()
-    return {f"{key}:{names[i]}": value for i, entry in entries for key, value in entry.items()}
+def _moments(state: TrainState) -> dict[str, Tensor | Piece]:
+    named = _optimized(state)
+    entries = [(*named[i], entry) for i, entry in state.optimizer.state_dict()["state"].items()]
+    return {f"{key}:{name}": as_piece(p, x) for name, p, entry in entries for key, x in entry.items()}
 
 
 def _load_weights(state: TrainState, checkpoint: Checkpoint) -> None:
-    parameters = state.model.saved_parameters()
-    weights = with_current_names(checkpoint.tensors["trainable"], parameters)
-    if {n: p.shape for n, p in parameters.items()} != {n: w.shape for n, w in weights.items()}:
-        different = sorted(set(parameters) ^ set(weights)) or "shapes"
+    """Load weights and moments; of sharded ones this process's parts alone, however the checkpoint is divided."""
+    parameters, stored = state.model.saved_parameters(), checkpoint.tensors["trainable"]
+    sources = with_current_names({name: name for name in stored}, parameters)
+    shapes = {name: stored.shapes[source] for name, source in sources.items()}
+    if {n: p.shape for n, p in parameters.items()} != shapes:
+        different = sorted(set(parameters) ^ set(shapes)) or "shapes"
         raise CheckpointError(f"checkpoint {checkpoint.folder} belongs to another model or adapter: {different} differ")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-    places = {name: i for i, name in enumerate(_optimizer_names(state))}
-    places |= {earlier_name(name): i for name, i in places.items() if name not in checkpoint.tensors["trainable"]}
+            local_part(parameter).copy_(read_part(parameter, stored, sources[name]))
+    optimized, moments = _optimized(state), checkpoint.tensors["optimizer"]
+    places = {name: i for i, (name, _) in enumerate(optimized)}
+    places |= {earlier_name(name): i for name, i in places.items() if name not in stored}
     entries: dict[int, dict[str, Tensor]] = {}
-    for key, value in checkpoint.tensors["optimizer"].items():
+    for key in moments:
         kind, _, name = key.partition(":")
-        entries.setdefault(places[name], {})[kind] = value
+        place = places[name]
+        entries.setdefault(place, {})[kind] = read_part(optimized[place][1], moments, key)
     state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": entries})
 
 

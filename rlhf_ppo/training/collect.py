@@ -17,11 +17,12 @@ from rlhf_ppo.data.detokenization import Before, TextPieces
 from rlhf_ppo.data.prompts import PromptBatch
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.models.sharding import gathered
 from rlhf_ppo.rewards.scoring import Responses, score_responses
 from rlhf_ppo.rewards.validation import RewardError, Score
 from rlhf_ppo.runtime.device import autocast
 from rlhf_ppo.runtime.seeding import TRAIN, numbered_generator
-from rlhf_ppo.runtime.signals import stop_if_asked
+from rlhf_ppo.runtime.signals import deferring_stops, stop_if_asked
 from rlhf_ppo.training.generate import generate, write_failed
 from rlhf_ppo.training.rewards import with_scores
 from rlhf_ppo.training.run import Run
@@ -103,10 +104,12 @@ def read_reference(run: Run, model: ActorCritic, rollout: Rollout) -> Rollout:
     shares = run.shares(rollout, range(len(rollout.prompts)))
     read: dict[str, Tensor] = {}
     with run.stopwatch.phase("reference"):
-        own = shares[run.processes.rank]
-        for rows, part in zip(
-            shares, run.processes.exchange(lambda: (_read_rows(run, model, rollout, own), None)), strict=True
-        ):
+        work = partial(_read_rows, run, model, rollout, shares)
+        if run.plan.sharding is not None:
+            with deferring_stops():  # all processes make all passes
+                own = work()
+            work = lambda: own  # noqa: E731
+        for rows, part in zip(shares, run.processes.exchange(lambda: (work(), None)), strict=True):
             for name, x in part.tensors.items():
                 note_rows(read, rollout, name, x.to(run.device), rows)
     if "logprobs" not in read:
@@ -115,12 +118,13 @@ def read_reference(run: Run, model: ActorCritic, rollout: Rollout) -> Rollout:
     return dataclasses.replace(rollout, **read, sampled_logprobs=rollout.logprobs, decode_gap=gap)
 
 
-def _read_rows(run: Run, model: ActorCritic, rollout: Rollout, own: list[int]) -> dict[str, Tensor]:
-    """Read the rows ``own`` [n], by name [n, T]; nothing for no row."""
-    args, read = run.args, {}
-    note = partial(note_rows, read, rollout)
-    for rows in run.microbatches(model, rollout, own):
+def _read_rows(run: Run, model: ActorCritic, rollout: Rollout, shares: list[list[int]]) -> dict[str, Tensor]:
+    """Read this process's rows [n], by name [n, T]; nothing for no row."""
+    args, own, read = run.args, shares[run.processes.rank], dict[str, Tensor]()
+    for rows in run.passes(model, rollout, shares):
         stop_if_asked()
+        note = partial(note_rows, read if rows else {}, rollout)
+        rows = rows or [0]  # for the other processes' sake
         part = rollout.sequences(rows)
         with autocast(run.bf16, run.device):
             note("ref_logprobs", run.reference.logprobs(part, temperature=args.temperature), rows)
@@ -129,7 +133,9 @@ def _read_rows(run: Run, model: ActorCritic, rollout: Rollout, own: list[int]) -
                 note("logprobs", again.logprobs, rows)
                 note("values", model.in_reward_units(again.values, part.mask), rows)
             elif rollout.values is None:
-                note("values", model.in_reward_units(model.separate_values(part), part.mask), rows)
+                with gathered(model):
+                    values = model.separate_values(part)
+                note("values", model.in_reward_units(values, part.mask), rows)
     return {name: x[own] for name, x in read.items()}
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_ppo.data.prompts import PromptSet
 from rlhf_ppo.models.lora import earlier_name
 from rlhf_ppo.models.reference import Reference
+from rlhf_ppo.models.sharding import whole_tensor
 
 _VALUES_PER_TENSOR = 2**16
 
@@ -78,7 +79,7 @@ def parameters_fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, parameter in named:
         digest.update(f"{earlier_name(name)} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        values = parameter.detach().flatten()
+        values = whole_tensor(parameter.detach()).flatten()
         spread = values[:: max(1, len(values) // _VALUES_PER_TENSOR)].contiguous().cpu()
         digest.update(spread.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

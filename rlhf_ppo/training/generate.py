@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,15 @@ from rlhf_ppo.generation.rollout import Rollout, SampledResponses
 from rlhf_ppo.generation.sampling import RowsOf
 from rlhf_ppo.generation.stop_strings import StopStringDetector, response_texts
 from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.models.sharding import taking_part, whole_weights
 from rlhf_ppo.runtime.device import autocast
 from rlhf_ppo.runtime.processes.group import Part
 from rlhf_ppo.runtime.run_directory import append_line
+from rlhf_ppo.runtime.signals import deferring_stops
 from rlhf_ppo.training.run import Run
+
+Work = Callable[[], tuple[dict[str, Tensor], Any]]
+"""What an exchange between processes runs on each."""
 
 
 def generate(run: Run, model: ActorCritic, batch: PromptBatch, generator: torch.Generator) -> Rollout:
@@ -50,7 +56,36 @@ def generate(run: Run, model: ActorCritic, batch: PromptBatch, generator: torch.
                 inputs = (prompts, ids[here, -longest:], mask[here, -longest:], own, len(batch.prompts), generator)
                 return _respond_to(run, model, *inputs) if run.respond is None else _converse(run, model, *inputs)
 
-        return _join(run, model, batch, ids, mask, run.processes.exchange(sample_own))
+        with _weights_for_decoding(run, model) as for_exchange:
+            parts = run.processes.exchange(for_exchange(sample_own))
+        return _join(run, model, batch, ids, mask, parts)
+
+
+@contextmanager
+def _weights_for_decoding(run: Run, model: ActorCritic) -> Iterator[Callable[[Work], Work]]:
+    """Gather a sharded model's weights for decoding; yields what turns the work into work for an exchange.
+
+    Layers that are gathered one by one need every process at each decode step of any: then the work is done before the
+    exchange.
+    """
+
+    def at_once(work: Work) -> Work:
+        with deferring_stops(), taking_part(model, "decode", lambda: _decode_nothing(run, model)):
+            result = work()
+        return lambda: result
+
+    if run.plan.sharding is not None and run.plan.decoding == "layers":
+        yield at_once
+        return
+    with nullcontext() if run.plan.sharding is None else whole_weights(model, model.policy):
+        yield lambda work: work
+
+
+def _decode_nothing(run: Run, model: ActorCritic) -> None:
+    """Run one decode step on one token, for the other processes' sake."""
+    one = torch.ones(1, 1, dtype=torch.long, device=run.device)
+    with autocast(run.bf16, run.device):
+        model.decode(one, torch.zeros_like(one), one.bool(), model.runner.new_cache(1))
 
 
 def _respond_to(

@@ -17,6 +17,7 @@ from rlhf_ppo.models.activation_memory import offload_activations
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward.runner import Sequences
 from rlhf_ppo.models.reference import Reference
+from rlhf_ppo.models.sharding import is_sharded, local_part, total_norm, whole_parameters
 from rlhf_ppo.runtime.device import autocast
 from rlhf_ppo.runtime.metrics import MetricAverage
 from rlhf_ppo.runtime.processes.group import ProcessGroup
@@ -141,7 +142,7 @@ def sum_over_processes(
     """
     if processes.alone:
         return actions, losses
-    parameters = model.trainable_parameters()
+    parameters = whole_parameters(model)  # FSDP has summed the others' gradients in the backward passes
     missing = [p for p in parameters if p.grad is None]
     present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float64)
     lost = torch.stack([x.to(torch.float64) for x in losses.values()])
@@ -163,7 +164,11 @@ def accumulate_gradients(model: nn.Module) -> Iterator[None]:
 
     An embedding's gradient is zero except in the rows that were looked up. On CPU only those rows are added, to the
     output layer's gradient (tied weights) or to one that stays allocated, instead of a [V, O] of zeros each time.
+    A sharded model adds up its own.
     """
+    if is_sharded(model):
+        yield
+        return
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     rows_only = [m for m in embeddings if m.weight.requires_grad and m.weight.device.type == "cpu" and not m.sparse]
     weights = [module.weight for module in rows_only]
@@ -187,6 +192,7 @@ def clear_gradients(model: nn.Module) -> None:
     modules = list(model.modules())
     heads = {id(module.weight) for module in modules if isinstance(module, nn.Linear)}
     kept = {id(m.weight) for m in modules if isinstance(m, nn.Embedding) and id(m.weight) not in heads}
+    kept = set() if is_sharded(model) else kept
     for parameter in model.parameters():
         if parameter.grad is not None and id(parameter) in kept:
             parameter.grad.zero_()
@@ -209,10 +215,14 @@ def clip_and_step(
     Returns:
         (norm before clipping [], whether it was finite [] bool).
     """
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = total_norm([p.grad for p in parameters if p.grad is not None])
     finite = torch.isfinite(norm)
+    parts = [local_part(p) for p in parameters]
     fused: Any = optimizer
     fused.grad_scale = (norm / max_norm).clamp(min=1.0).float()
     fused.found_inf = (~finite).float()
     fused.step()
+    for part, parameter in zip(parts, parameters, strict=True):
+        if part is not parameter:
+            part.grad = None
     return norm, finite

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.config.run_groups import MemorySettings
@@ -15,6 +16,7 @@ from rlhf_ppo.data.prompts import PromptSet
 from rlhf_ppo.generation.engines import Sampler, choose_engine
 from rlhf_ppo.models.actor_critic import ActorCritic, CriticKind, build_actor_critic, choose_critic
 from rlhf_ppo.models.compare import largest_kl, probe_logits, source_name
+from rlhf_ppo.models.deferred import Loader, simple_adapter
 from rlhf_ppo.models.forward_checks import check_backward, check_forward
 from rlhf_ppo.models.frozen_critic import freeze_critic
 from rlhf_ppo.models.loading import (
@@ -30,11 +32,13 @@ from rlhf_ppo.models.lora import refuse_prompt_learning
 from rlhf_ppo.models.policy_adapter import prepare_policy
 from rlhf_ppo.models.quantization import check_precision, load_quantized, load_reference
 from rlhf_ppo.models.reference import Reference
+from rlhf_ppo.models.sharding import Sharding, gathered
 from rlhf_ppo.models.value_head import SavedHead, load_value_head
 from rlhf_ppo.rewards.functions import RewardFunction
 from rlhf_ppo.runtime.device import autocast
 from rlhf_ppo.runtime.seeding import seed_everything
 from rlhf_ppo.training.fitted_critic import CriticFacts, find_fitted, require_same_trunk
+from rlhf_ppo.training.shard_models import shard_models
 
 
 class Models(NamedTuple):
@@ -111,26 +115,28 @@ def load_models(
     bf16: bool,
     critic: CriticStart,
     rewards: Mapping[str, tuple[RewardFunction, float]],
+    sharding: Sharding | None = None,
 ) -> Models:
-    """Load policy, critic and reference; a model object that a reward also uses is copied."""
+    """Load policy, critic and reference, and shard them; a model object that a reward also uses is copied."""
     seed_everything(args.seed)  # new heads and adapters start from random weights
+    loader = Loader(defers=sharding is not None and simple_adapter(peft_config))
     policy: Any
     if args.quantization == "none":
-        policy = load_policy(model)
+        policy = loader.load(AutoModelForCausalLM, model, load_policy)
     else:
         policy = load_quantized(cast(str, model), args.quantization, device=device, bf16=bf16)
     # One may train while another stays frozen, so a model object given for two of them is copied.
     judges = [getattr(function, "model", None) for function, _ in rewards.values()]
     value_model = _copy_if_shared(value_model, model, ref_model, *judges)
     ref_model = _copy_if_shared(ref_model, model)
-    reference_model = load_reference(model, ref_model, args, device, bf16=bf16)
+    reference_model = _load_reference(loader, model, ref_model, peft_config, args, device, bf16=bf16)
     prepared = prepare_policy(policy, peft_config)
     policy = in_float32(prepared.policy, frozen=False)
     base = prepared.find_base(model)
     start = prepared.find_start(model, base)
     if ref_model is not None:
         start = ref_model if isinstance(ref_model, str) else None
-    trunk = None if value_model is None else load_trunk(value_model).requires_grad_(True)
+    trunk = None if value_model is None else loader.load(AutoModel, value_model, load_trunk).requires_grad_(True)
     if trunk is not None:
         freeze_critic(trunk, args.critic_frozen)
     if not any(p.requires_grad for p in policy.parameters()):
@@ -144,19 +150,42 @@ def load_models(
         bare_base=not prepared.base_changed and (peft_config is not None or base is not None),
     )
     reference = Reference(policy, reference_model, adapter_off=prepared.off_is_start)
+    if sharding is not None:
+        shard_models(actor_critic, reference, sharding, args, loader.sources)
     actor_critic.to(device)
-    require_same_trunk(
-        critic.fitted,
-        actor_critic,
-        source=source_name(model),
-        exact=args.quantization == "none",
-        base_changed=prepared.base_changed,
-    )
+    low = sharding is not None and sharding.bf16
+    with autocast(low, device):
+        require_same_trunk(
+            critic.fitted,
+            actor_critic,
+            source=source_name(model),
+            exact=args.quantization == "none" and not low,
+            base_changed=prepared.base_changed,
+        )
     if reference.model is not None:
         reference.model.to(device)
-    if reference_model is None:
-        _require_start(policy, reference, peft_config)
+    if ref_model is None and args.reference_dtype == "float32":
+        with gathered(actor_critic):
+            _require_start(policy, reference, peft_config, bf16=low)
     return Models(actor_critic, reference, base, start)
+
+
+def _load_reference(
+    loader: Loader,
+    model: Any,
+    ref_model: Any,
+    peft_config: Any,
+    args: RLHFConfig,
+    device: torch.device,
+    *,
+    bf16: bool,
+) -> Any:
+    """Load a reference with weights of its own; None where a copy of the policy, or its adapter off, will do."""
+    source, kind = model if ref_model is None else ref_model, args.reference_dtype
+    whole = partial(load_reference, model, ref_model, args, device, bf16=bf16)
+    if peft_config is not None or kind not in ("float32", "bfloat16"):
+        return whole()
+    return loader.load(AutoModelForCausalLM, source, lambda _: whole(), getattr(torch, kind))
 
 
 def check_passes(
@@ -175,11 +204,11 @@ def check_passes(
         return choose_engine(args, models.actor_critic)
 
 
-def _require_start(policy: Any, reference: Reference, peft_config: Any) -> None:
+def _require_start(policy: Any, reference: Reference, peft_config: Any, *, bf16: bool) -> None:
     """Check that policy and reference give a few tokens the same probabilities before the first update."""
     with reference.active():
-        start = probe_logits(policy if reference.model is None else reference.model)
-    if (gap := largest_kl(probe_logits(policy), start)) > 1e-4:
+        start = probe_logits(policy if reference.model is None else reference.model, bf16=bf16)
+    if (gap := largest_kl(probe_logits(policy, bf16=bf16), start)) > 1e-4:
         raise ValueError(
             f"the reference is not the model that training starts from: {gap:.2g} nats a token apart before the first "
             f"update, with peft_config={peft_config}. Use another adapter, or a model that gives the same logits twice"

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.models.sharding import local_part
 
 
 def make_optimizer(model: ActorCritic, args: RLHFConfig) -> tuple[torch.optim.AdamW, LambdaLR]:
@@ -25,7 +26,7 @@ def make_optimizer(model: ActorCritic, args: RLHFConfig) -> tuple[torch.optim.Ad
     assert args.learning_rate is not None  # resolve_learning_rates has filled it in
     rates = (args.learning_rate, args.learning_rate if args.value_learning_rate is None else args.value_learning_rate)
     groups = [
-        {"params": parameters, "lr": rate}
+        {"params": [local_part(p) for p in parameters], "lr": rate}
         for parameters, rate in zip((model.policy_parameters(), model.critic_parameters()), rates, strict=True)
         if parameters
     ]

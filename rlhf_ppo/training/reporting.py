@@ -102,7 +102,7 @@ def run_rows(state: TrainState, run: Run) -> dict[str, str]:
     replay = {} if run.recording is None else {"replay": f"{run.recording.folder}. {_OFF_POLICY}"}
     return {
         **model_rows(run.sources["model"] or "object", state.model, device=run.device, bf16=run.bf16),
-        **({} if run.processes.alone else {"processes": f"{run.processes.size}, each with all weights"}),
+        **({} if run.processes.alone else {"processes": run.plan.words}),
         "reward": ", ".join(run.rewards),
         "prompts": ", ".join(f"{len(prompts)} {name}" for name, prompts in sets.items() if prompts is not None),
         "run": text,

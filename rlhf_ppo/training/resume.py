@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ppo.generation.multi_turn import RespondError
+from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.compare import SavedModelError
 from rlhf_ppo.models.saving import bytes_to_save, save_actor_critic, save_reference
+from rlhf_ppo.models.skeleton import whole_copy
 from rlhf_ppo.rewards.validation import RewardError
 from rlhf_ppo.runtime.checkpoint import MANIFEST, Checkpoint, file_facts
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
@@ -85,8 +87,8 @@ def begin(
         continue_recording(state, run, found.folder.parent)
     if run.start is None and run.reference.model is not None:
         # No other folder holds the reference that an evaluation of this run needs.
-        model = run.reference.model
-        run.processes.on_first(lambda: save_reference(model, run.tokenizer, run.folder.path))
+        with whole_copy(run.reference.model, keep=run.processes.first) as model:
+            run.processes.on_first(lambda: save_reference(model, run.tokenizer, run.folder.path))
 
 
 def _require_one_checkpoint(run: Run, found: Checkpoint | None) -> None:
@@ -104,8 +106,7 @@ def _require_one_checkpoint(run: Run, found: Checkpoint | None) -> None:
 def keep_checkpoint(state: TrainState, run: Run, safe: SafePoint) -> Path:
     """Save a checkpoint, unless this iteration has one. Not to be called in the middle of an update."""
     if safe.checkpoint is None or safe.checkpoint[0] != state.iteration:
-        folder = run.processes.on_first(lambda: str(save_checkpoint(state, run, safe.boundary)))
-        safe.checkpoint = (state.iteration, Path(folder))
+        safe.checkpoint = (state.iteration, save_checkpoint(state, run, safe.boundary))
         safe.rollbacks = 0
     return safe.checkpoint[1]
 
@@ -134,27 +135,30 @@ def save_model(state: TrainState, run: Run, safe: SafePoint) -> None:
         OSError: it is not in the run's folder; says where it is instead.
     """
 
-    def write() -> None:
-        try:
-            _write_model(state, run, run.folder.path)
-        except OSError as error:
-            where = _rescue(state, run, safe)
-            raise OSError(error.errno, f"the model is not in its place: {error.strerror}. {where}") from error
+    with whole_copy(state.model, keep=run.processes.first) as model:
+        model.value_scale = state.model.value_scale
 
-    run.processes.on_first(write)
+        def write() -> None:
+            try:
+                _write_model(model, run, run.folder.path)
+            except OSError as error:
+                where = _rescue(state, model, run, safe)
+                raise OSError(error.errno, f"the model is not in its place: {error.strerror}. {where}") from error
+
+        run.processes.on_first(write)
 
 
-def _write_model(state: TrainState, run: Run, folder: str | Path) -> None:
-    save_actor_critic(state.model, run.tokenizer, Path(folder), base=run.base)
+def _write_model(model: ActorCritic, run: Run, folder: str | Path) -> None:
+    save_actor_critic(model, run.tokenizer, Path(folder), base=run.base)
 
 
-def _rescue(state: TrainState, run: Run, safe: SafePoint) -> str:
+def _rescue(state: TrainState, model: ActorCritic, run: Run, safe: SafePoint) -> str:
     """Say where the model is: in a checkpoint, or else in the system's temporary folder, where it is then saved."""
     checkpoint, said = safe.checkpoint, []
     if checkpoint is None or checkpoint[0] != state.iteration:
         folder = tempfile.mkdtemp(prefix="rlhf-ppo-model-")
         try:
-            _write_model(state, run, folder)
+            _write_model(model, run, folder)
             said.append(f"It was saved in {folder} instead")
         except OSError as error:
             said.append(f"Saving it elsewhere failed, too: {error.strerror}")

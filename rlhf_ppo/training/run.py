@@ -28,6 +28,7 @@ from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.training.fingerprints import run_fingerprints
 from rlhf_ppo.training.gradients import MinibatchGradient, critic_gradient, minibatch_gradient, sum_over_processes
 from rlhf_ppo.training.recorded_rollouts import Recording
+from rlhf_ppo.training.shard_models import UNSHARDED, Plan
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class Run:
     """How a minibatch's gradient is computed."""
     processes: ProcessGroup = ALONE
     """The processes that share the work; each holds the whole rollout."""
+    plan: Plan = UNSHARDED
+    """How the weights are spread over the processes."""
 
     @property
     def planned_episodes(self) -> int:
@@ -135,4 +138,16 @@ class Run:
 
     def _own_passes(self, model: ActorCritic, rollout: Rollout, rows: Sequence[int]) -> list[list[int]]:
         """Return this process's microbatches of a minibatch; one of no rows if it has none."""
-        return self.microbatches(model, rollout, self.shares(rollout, rows)[self.processes.rank]) or [[]]
+        return self.passes(model, rollout, self.shares(rollout, rows)) or [[]]
+
+    def passes(self, model: ActorCritic, rollout: Rollout, shares: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return the microbatches of this process's share.
+
+        Processes that share the weights make the same number of passes: the others' layers need its shares of them.
+        Passes that have no rows make up the number.
+        """
+        own = self.microbatches(model, rollout, shares[self.processes.rank])
+        if self.plan.sharding is None:
+            return own
+        most = max(len(self.microbatches(model, rollout, share)) for share in shares)
+        return own + [[] for _ in range(most - len(own))]

@@ -44,6 +44,7 @@ from rlhf_ppo.training.load_models import check_models, check_passes, load_model
 from rlhf_ppo.training.recorded_rollouts import Recording
 from rlhf_ppo.training.replayed_rollouts import open_replay, require_same_rewards
 from rlhf_ppo.training.run import Run
+from rlhf_ppo.training.shard_models import plan_sharding
 
 
 def set_up(
@@ -82,8 +83,10 @@ def set_up(
     _check_turns(tokenizer, sets if respond is not None else ())
     rewards = _load_rewards(reward_funcs, args, device, sets, conversations=respond is not None, recording=recording)
     require_same_task(critic.fitted, args, tokenizer, rewards)
+    adapter = peft_config is not None or hasattr(model, "peft_config")
+    plan = plan_sharding(args, model, value_model, adapter=adapter, device=device, bf16=bf16, processes=processes)
     given = (model, ref_model, value_model, peft_config)
-    models = load_models(*given, args, device, bf16=bf16, critic=critic, rewards=rewards)
+    models = load_models(*given, args, device, bf16=bf16, critic=critic, rewards=rewards, sharding=plan.sharding)
     sample = check_passes(models, args, device, prompts=sets if respond is None else (), bf16=bf16)
     args, learning_rates = resolve_learning_rates(args, models.actor_critic)
     return Run(
@@ -110,6 +113,7 @@ def set_up(
         stopwatch=Stopwatch(device),
         recording=recording,
         processes=processes,
+        plan=plan,
     ), models.actor_critic
 
 

@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlhf_ppo.config.run_groups import SafetySettings
+from rlhf_ppo.models.sharding import is_sharded, local_part
 from rlhf_ppo.runtime.errors import RunError
 
 
@@ -87,17 +89,28 @@ def spoil_gradient(
         losses: [] by name.
         estimates: the rollout's non-finite metrics, by name.
     """
-    gradient = next(p.grad for p in parameters if p.grad is not None)
+    held = (local_part(p).grad for p in parameters)
+    gradient = next(gradient for gradient in held if gradient is not None and gradient.numel())
     taint = torch.stack(list(losses.values())).sum() * (math.nan if estimates else 0.0)
     gradient[(0,) * gradient.ndim].add_(taint)
 
 
 @torch.no_grad()
 def nonfinite_parameters(model: nn.Module) -> list[str]:
-    """Return the names of non-finite trainable parameters; one pass over them, one wait for the device."""
+    """Return the names of non-finite trainable parameters; one pass over them, one wait for the device.
+
+    The processes that share a model's weights call together.
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.numel()]
-    largest = torch.stack([torch.linalg.vector_norm(p, float("inf")).float() for _, p in named])
-    return [name for (name, _), ok in zip(named, torch.isfinite(largest).tolist(), strict=True) if not ok]
+    parts = [local_part(p).detach() for _, p in named]
+    # Of an empty part nothing can be the largest.
+    largest = torch.stack(
+        [torch.linalg.vector_norm(p if p.numel() else p.new_zeros(1), float("inf")).float() for p in parts]
+    )
+    broken = (~torch.isfinite(largest)).float()
+    if is_sharded(model):
+        dist.all_reduce(broken)
+    return [name for (name, _), flag in zip(named, broken.tolist(), strict=True) if flag]
 
 
 def require_no_drift(metrics: Mapping[str, float], args: SafetySettings) -> None:

@@ -53,7 +53,7 @@ def update(state: TrainState, run: Run, rollout: Rollout, estimates: Estimates) 
     watch = StepWatch(
         state.consecutive_skips,
         limit=1 if args.on_nonfinite == "stop" else args.max_skipped_steps,
-        on_skip=lambda step: run.processes.first and write_black_box(state, run, rollout, estimates, step),
+        on_skip=lambda step: write_black_box(state, run, rollout, estimates, step),
     )
     before = copy.deepcopy((state.model.value_head, state.model.value_scale))
     state.model.change_value_scale(estimates.value_scale)

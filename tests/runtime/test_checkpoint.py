@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_ppo.runtime import checkpoint, checkpoint_commit
+from rlhf_ppo.runtime import checkpoint, stored_tensors
 from rlhf_ppo.runtime.checkpoint import CheckpointError, list_checkpoints, read_checkpoint, verify_checkpoint
 from rlhf_ppo.runtime.checkpoint_commit import prune, write_checkpoint
 from rlhf_ppo.runtime.resume import find_checkpoint, newest_good, require_unchanged
@@ -109,11 +109,11 @@ def test_a_resumed_run_hashes_and_reads_each_file_once(tmp_path, monkeypatch, wa
     for step in (1, 2):
         write(tmp_path, step)
     hashed, read = [], []
-    digest, load = hashlib.file_digest, checkpoint.load_file
+    digest, load = hashlib.file_digest, stored_tensors.safe_open
     monkeypatch.setattr(
         checkpoint.hashlib, "file_digest", lambda f, *rest: (hashed.append(f.name), digest(f, *rest))[1]
     )
-    monkeypatch.setattr(checkpoint, "load_file", lambda file: (read.append(file), load(file))[1])
+    monkeypatch.setattr(stored_tensors, "safe_open", lambda file, kind: (read.append(file), load(file, kind))[1])
     path = {"the run": tmp_path, "the checkpoint": tmp_path / "checkpoint-2"}.get(wanted, wanted)
     found = find_checkpoint(path, tmp_path)
     assert found is not None and (found.step, found.state) == (2, STATE)
@@ -158,7 +158,7 @@ def test_a_committed_checkpoint_is_never_touched_again_but_a_bad_one_is_replaced
 
 def test_fault_27_rotation_comes_after_the_commit(tmp_path, monkeypatch):
     write(tmp_path, 1, keep=1)
-    monkeypatch.setattr(checkpoint_commit, "save_file", _full)
+    monkeypatch.setattr(stored_tensors, "save_file", _full)
     with pytest.raises(OSError):
         write(tmp_path, 2, keep=1)
     assert steps(tmp_path) == ["checkpoint-1"]
@@ -185,7 +185,7 @@ def _full(*_, **__):
 @pytest.mark.parametrize("where", ["save_file", "fsync", "write_text", "rename"])
 def test_fault_23_a_full_disk_in_mid_save_leaves_the_old_one_and_no_temporary(tmp_path, monkeypatch, where):
     write(tmp_path, 1)
-    owner = {"save_file": checkpoint_commit, "write_text": Path}.get(where, os)
+    owner = {"save_file": stored_tensors, "write_text": Path}.get(where, os)
     monkeypatch.setattr(owner, where, _full)
     with pytest.raises(OSError, match=r"step 2 could not be written.*No space left.*untouched; free some space") as got:
         write(tmp_path, 2, keep=1)
@@ -198,7 +198,7 @@ def test_fault_23_a_full_disk_in_mid_save_leaves_the_old_one_and_no_temporary(tm
 def test_fault_23_the_space_is_checked_before_anything_is_written(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
-    monkeypatch.setattr(checkpoint_commit, "save_file", None)
+    monkeypatch.setattr(stored_tensors, "save_file", None)
     with pytest.raises(OSError, match=r"needs 0\.1 MB and the disk has 0\.0 MB free") as got:
         write(tmp_path, 2)
     assert got.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []

@@ -23,6 +23,7 @@ from rlhf_ppo.models.forward.hidden_states import (
 from rlhf_ppo.models.forward.kv_cache import TokenCache, preallocated_cache
 from rlhf_ppo.models.forward.output_layer import Outputs, find_plain_head, vocabulary_as_rows
 from rlhf_ppo.models.forward.packing import align, pack, packed_attention
+from rlhf_ppo.models.sharding import is_share
 
 
 class Sequences(NamedTuple):
@@ -66,7 +67,7 @@ class ModelRunner:
 
     def __init__(self, model: nn.Module, *, plain: bool = False) -> None:
         """Find the model's trunk and output layer, and the shortcuts that it allows; none if ``plain``."""
-        self.model = model
+        self.model, self.plain = model, plain
         base = without_adapter_wrapper(model)
         self.trunk: nn.Module = base.base_model
         if self.trunk is base and base.get_output_embeddings() is not None:
@@ -75,13 +76,18 @@ class ModelRunner:
         self.has_head = self.trunk is not base
         self.states_module = self.trunk
         """The module that returns the last hidden states when the whole model is called."""
+        self.output_layer = None if plain or not self.has_head else base.get_output_embeddings()
+        self._rounded_head: Tensor | None = None
+        self.find_shortcuts()
+
+    def find_shortcuts(self) -> None:
+        """Find by a few tokens what the model allows; again once weights that were deferred are there."""
+        base = without_adapter_wrapper(self.model)
         logits, states = self._first_outputs(base)
         self.width = states.shape[-1] if states.shape[:-1] == (1, 8) else None
         """Width of the last hidden states; None: they are not [B, L, O]."""
-        self.head = None if plain else find_plain_head(base, logits, states)
-        self.output_layer = None if plain or not self.has_head else base.get_output_embeddings()
-        self.packs = not plain and self._can_pack()
-        self._rounded_head: Tensor | None = None
+        self.head = None if self.plain else find_plain_head(base, logits, states)
+        self.packs = not self.plain and self._can_pack()
 
     # Response tokens
 
@@ -166,7 +172,8 @@ class ModelRunner:
     @contextmanager
     def decoding(self) -> Iterator[None]:
         """Round the output layer to bfloat16 once for all decode steps inside, on CPU; weights must not change."""
-        if self.head is not None and self.head.weight.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        here = self.head is not None and self.head.weight.device.type == "cpu" and not is_share(self.head.weight)
+        if self.head is not None and here and torch.is_autocast_enabled("cpu"):
             self._rounded_head = self.head.weight.detach().to(torch.get_autocast_dtype("cpu"))
         try:
             yield

@@ -1,0 +1,105 @@
+"""Runs in float64 whose numbers must not depend on how many processes share them, or how; called in processes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from rlhf_ppo import PPOTrainer, RLHFConfig
+from rlhf_ppo.models import quantization
+from rlhf_ppo.models.sharding import whole_tensor
+from rlhf_ppo.training import load_models
+
+PROMPTS = ["once upon", "the cat", "a", "dog and cow", "she said", "blue", "no", "why not go"]
+
+
+def early_letters(prompts: list[Any], completions: list[str], **columns: Any) -> list[float | None]:
+    """Share of the characters before n in the alphabet; a short text cannot be scored."""
+    return [None if len(c) < 2 else sum("a" <= x < "n" for x in c) / len(c) for c in completions]
+
+
+def make_trainer(folder: str, settings: dict[str, Any], given: dict[str, Any]) -> PPOTrainer:
+    """Return a small trainer that computes in float64, of the model in ``folder/model``."""
+    args = {
+        "output_dir": f"{folder}/run",
+        "total_episodes": 36,
+        "rollout_batch_size": 12,
+        "max_new_tokens": 6,
+        "stop_token_ids": (0, 12, 16, 20, 24, 28),
+        "num_epochs": 2,
+        "num_minibatches": 3,
+        "learning_rate": 1e-3,
+        "device": "cpu",
+        "precision": "fp32",
+        "microbatch_tokens": 40,
+        "quiet": True,
+    }
+    given = dict(given)
+    if (rank := given.pop("lora_rank", None)) is not None:
+        from rlhf_ppo.models.lora import lora_config
+
+        given["peft_config"] = lora_config(rank)
+    rows = [{"prompt": prompt} for prompt in PROMPTS]
+    model = given.pop("model", None) or load_float64(f"{folder}/model")
+    if given.pop("critic", None) == "separate":
+        given["value_model"] = model if isinstance(model, str) else load_float64(f"{folder}/model")
+    given = {"train_dataset": rows, "eval_dataset": rows[:5], **given}
+    return PPOTrainer(model, early_letters, args=RLHFConfig(**{**args, **settings}), **given)
+
+
+def load_float64(folder: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+
+
+def loaded_weights(folder: str, settings: dict[str, Any], given: dict[str, Any], deferred: bool) -> dict[str, Any]:
+    """Return the weights and the reference's digest before any update; ``deferred``: nothing may be loaded whole."""
+    if deferred:
+        load_models.load_policy = load_models.load_trunk = quantization.load_policy = None  # pyright: ignore
+    trainer = make_trainer(folder, settings, {**given, "model": f"{folder}/model"})
+    head = trainer.model.runner.head is not None
+    return {**weights_of(trainer), "reference": trainer.fingerprints["reference"], "plain head": head}
+
+
+def weights_of(trainer: PPOTrainer) -> dict[str, Any]:
+    named = trainer.model.named_parameters()
+    return {name: whole_tensor(p.detach()).clone().numpy() for name, p in named if p.requires_grad}
+
+
+def train(
+    folder: str,
+    settings: dict[str, Any],
+    given: dict[str, Any] | None = None,
+    resume: str | None = None,
+    until: int | None = None,
+) -> dict[str, Any]:
+    """Train in float64, at most ``until`` an iteration; return sampled tokens, metrics and weights."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        trainer = make_trainer(folder, settings, given or {})
+        metrics: list[dict[str, float]] = []
+
+        def keep(trainer: PPOTrainer, now: dict[str, float]) -> bool:
+            metrics.append(now)
+            return trainer.iteration == until
+
+        trainer.callbacks.append(keep)
+        last = trainer.train(resume_from_checkpoint=resume)
+        tokens = trainer.rollout(["once upon", "a", "blue"]).response_ids
+        return {"tokens": tokens.numpy(), "metrics": [*metrics, last], "weights": weights_of(trainer)}
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def require_equal(one: dict[str, Any], other: dict[str, Any], tolerance: float = 1e-9) -> None:
+    """Require equal tokens, and equal metrics and weights to rounding."""
+    assert one["tokens"].tolist() == other["tokens"].tolist()
+    for before, after in zip(one["metrics"], other["metrics"], strict=True):
+        assert before.keys() == after.keys()
+        for name, value in before.items():
+            assert math.isclose(value, after[name], rel_tol=tolerance, abs_tol=tolerance), name
+    assert one["weights"].keys() == other["weights"].keys()
+    for name, weight in one["weights"].items():
+        assert abs(weight - other["weights"][name]).max() <= tolerance, name
