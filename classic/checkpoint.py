@@ -101,7 +101,7 @@ def load_checkpoint(run: Run, state: TrainState, checkpoint: Checkpoint, total: 
         warnings.warn(f"{', '.join(thawed)} train on: in {checkpoint.folder} they are not frozen", stacklevel=4)
     freeze(state, frozen)
     state.optimizer.load(tensors["optimizer"])
-    state.normalizer.load(tensors["normalizer"])
+    state.normalizer.load(dict(tensors["normalizer"]))
     state.generator.set_state(tensors["generators"]["training"])
     state.predict_generator.set_state(tensors["generators"]["predicting"])
     state.counters, state.value_scale = dict(saved["counters"]), loaded_scale(saved)

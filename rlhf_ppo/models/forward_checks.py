@@ -15,7 +15,7 @@ from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward.hidden_states import accepts, capture_states, without_adapter_wrapper
 from rlhf_ppo.models.forward.runner import ModelRunner, Sequences, position_ids
 from rlhf_ppo.models.reference import Reference
-from rlhf_ppo.models.sharding import gathered, is_sharded, whole_parameters
+from rlhf_ppo.models.sharding import gathered, is_share
 from rlhf_ppo.runtime.device import autocast
 
 _LONG, _SHORT = 8, 3
@@ -24,7 +24,6 @@ _LONG, _SHORT = 8, 3
 _EXACT, _ROUNDED = 1e-4, 0.05
 """Tolerance in float32, and in formats of 16, 8 or 4 bits, as a share of the spread of the log-probs."""
 
-
 _WINDOWS = (
     *("window_size", "sliding_window", "local_attention", "chunk_size", "chunk_length", "index_topk", "block_size"),
 )
@@ -32,7 +31,6 @@ _WINDOWS = (
 
 _DEFAULT_LONGEST = 1024
 """Longest sequence assumed where the run's is unknown."""
-
 
 _SMALL = 2**16
 """Largest size of a weight whose gradient is compared."""
@@ -80,19 +78,15 @@ def check_forward(
         ValueError: no way gives the plain pass's numbers; names the model, its role and what differs.
     """
     longest = _DEFAULT_LONGEST if longest is None else longest
-    # Layers of a sharded model are gathered in bfloat16 alone.
-    rounded = bf16 and is_sharded(model)
     with gathered(model):
-        _choose_ways(model.runner, "model", longest, bf16=bf16, rounded=rounded, decodes=decodes)
+        _choose_ways(model.runner, "model", longest, bf16=bf16, decodes=decodes)
         if model.value_runner is not None:
-            _choose_ways(model.value_runner, "value_model", longest, bf16=bf16, rounded=rounded)
-    if reference is None:
-        return
-    if reference.model is None:
+            _choose_ways(model.value_runner, "value_model", longest, bf16=bf16)
+    if reference is not None and reference.model is None:
         reference.runner.copy_layout(model.runner)
-    else:
+    elif reference is not None:
         with reference.active():
-            _choose_ways(reference.runner, "ref_model", longest, bf16=bf16, rounded=rounded)
+            _choose_ways(reference.runner, "ref_model", longest, bf16=bf16)
 
 
 def check_backward(model: ActorCritic, *, bf16: bool, checkpoint: bool) -> None:
@@ -119,19 +113,15 @@ def _gradient(model: ActorCritic, name: str, *, bf16: bool) -> Tensor:
     """Compute the gradient of log-probs and values at the rows' tokens, of the small trained weights."""
     ids, mask = _rows(model.runner, _LONG).padded()
     sequences = ids[:, :-_SHORT], torch.ones_like(mask)[:, :-_SHORT], ids[:, -_SHORT:], mask[:, -_SHORT:]
-    trained = sorted(model.policy_parameters(), key=lambda p: p.numel())
-    trained = [p for p in trained if p in set(whole_parameters(model))] if is_sharded(model) else trained
+    trained = sorted((p for p in model.policy_parameters() if not is_share(p)), key=lambda p: p.numel())
     trained = [p for p in trained if p.numel() <= _SMALL] or trained[:1]
     try:
         with autocast(bf16, ids.device):
             output = model(*sequences, entropy=False)
         total = output.logprobs.sum() + (0.0 if output.values is None else output.values.sum())
-        if is_sharded(model):  # whose layers divide their gradients among processes in a whole backward pass
-            total.backward()
-            found = [p.grad for p in trained]
-            model.zero_grad()
-        else:
-            found = torch.autograd.grad(total, trained, allow_unused=True)
+        total.backward()  # not autograd.grad: sharded layers divide their gradients in whole backward passes
+        found = [p.grad for p in trained]
+        model.zero_grad()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -147,16 +137,15 @@ def require_decoder(model: nn.Module) -> None:
     _plain(runner, _rows(runner, _LONG), _name(runner, "model"), _EXACT)
 
 
-def _choose_ways(
-    runner: ModelRunner, role: str, longest: int, *, bf16: bool, rounded: bool = False, decodes: bool = False
-) -> None:
+def _choose_ways(runner: ModelRunner, role: str, longest: int, *, bf16: bool, decodes: bool = False) -> None:
     name, base = _name(runner, role), without_adapter_wrapper(runner.model)
     device = next(runner.model.parameters()).device
     full = all(p.dtype == torch.float32 for p in runner.model.parameters() if p.is_floating_point())
     exact = full and not getattr(base, "is_quantized", False)
     # Float32 shows a wrong way best; then the run's own format is checked.
-    formats = [] if rounded else [(False, _EXACT if exact else _ROUNDED)]
-    formats += [(True, _ROUNDED)] if bf16 else []
+    formats = [(False, _EXACT if exact else _ROUNDED)] + ([(True, _ROUNDED)] if bf16 else [])
+    if bf16 and any(map(is_share, runner.model.parameters())):  # whose layers are gathered in bfloat16 alone
+        formats = formats[1:]
     rows = _rows(runner, _length(base.config, longest))
     plain: dict[bool, RowOutputs] = {}
     for low, tolerance in formats:

@@ -32,13 +32,14 @@ from rlhf_ppo.models.lora import refuse_prompt_learning
 from rlhf_ppo.models.policy_adapter import prepare_policy
 from rlhf_ppo.models.quantization import check_precision, load_quantized, load_reference
 from rlhf_ppo.models.reference import Reference
-from rlhf_ppo.models.sharding import Sharding, gathered
+from rlhf_ppo.models.sharding import gathered
 from rlhf_ppo.models.value_head import SavedHead, load_value_head
 from rlhf_ppo.rewards.functions import RewardFunction
 from rlhf_ppo.runtime.device import autocast
+from rlhf_ppo.runtime.processes.group import ProcessGroup
 from rlhf_ppo.runtime.seeding import seed_everything
 from rlhf_ppo.training.fitted_critic import CriticFacts, find_fitted, require_same_trunk
-from rlhf_ppo.training.shard_models import shard_models
+from rlhf_ppo.training.shard_models import Plan, plan_sharding, shard_models
 
 
 class Models(NamedTuple):
@@ -50,6 +51,10 @@ class Models(NamedTuple):
     """The folder or hub id that holds the model under the policy's adapter; None: none does."""
     start: str | None
     """The folder or hub id that holds the reference; None: none does."""
+    base_changed: bool
+    """Adding the adapter changed the weights that it was added to."""
+    plan: Plan
+    """How the weights are spread over processes."""
 
     @property
     def reference_source(self) -> str:
@@ -115,11 +120,13 @@ def load_models(
     bf16: bool,
     critic: CriticStart,
     rewards: Mapping[str, tuple[RewardFunction, float]],
-    sharding: Sharding | None = None,
+    processes: ProcessGroup,
 ) -> Models:
     """Load policy, critic and reference, and shard them; a model object that a reward also uses is copied."""
+    adapter = peft_config is not None or hasattr(model, "peft_config")
+    plan = plan_sharding(args, model, value_model, adapter=adapter, device=device, bf16=bf16, processes=processes)
     seed_everything(args.seed)  # new heads and adapters start from random weights
-    loader = Loader(defers=sharding is not None and simple_adapter(peft_config))
+    loader = Loader(defers=plan.sharding is not None and simple_adapter(peft_config))
     policy: Any
     if args.quantization == "none":
         policy = loader.load(AutoModelForCausalLM, model, load_policy)
@@ -150,24 +157,48 @@ def load_models(
         bare_base=not prepared.base_changed and (peft_config is not None or base is not None),
     )
     reference = Reference(policy, reference_model, adapter_off=prepared.off_is_start)
+    models = Models(actor_critic, reference, base, start, prepared.base_changed, plan)
+    _place(models, args, device, loader)
+    _check_start(
+        models, critic, args, device, source=source_name(model), own=ref_model is None, peft_config=peft_config
+    )
+    return models
+
+
+def _place(models: Models, args: RLHFConfig, device: torch.device, loader: Loader) -> None:
+    """Move the models to the device, this process's shares of them where they are sharded."""
+    actor_critic, reference, sharding = models.actor_critic, models.reference, models.plan.sharding
     if sharding is not None:
         shard_models(actor_critic, reference, sharding, args, loader.sources)
     actor_critic.to(device)
+    if reference.model is not None:
+        reference.model.to(device)
+
+
+def _check_start(
+    models: Models,
+    critic: CriticStart,
+    args: RLHFConfig,
+    device: torch.device,
+    *,
+    source: str,
+    own: bool,
+    peft_config: Any,
+) -> None:
+    """Check that the critic was fitted on this policy, and that the reference (the policy's ``own``) equals it."""
+    policy, sharding = models.actor_critic.policy, models.plan.sharding
     low = sharding is not None and sharding.bf16
     with autocast(low, device):
         require_same_trunk(
             critic.fitted,
-            actor_critic,
-            source=source_name(model),
+            models.actor_critic,
+            source=source,
             exact=args.quantization == "none" and not low,
-            base_changed=prepared.base_changed,
+            base_changed=models.base_changed,
         )
-    if reference.model is not None:
-        reference.model.to(device)
-    if ref_model is None and args.reference_dtype == "float32":
-        with gathered(actor_critic):
-            _require_start(policy, reference, peft_config, bf16=low)
-    return Models(actor_critic, reference, base, start)
+    if own and args.reference_dtype == "float32":
+        with gathered(models.actor_critic):
+            _require_start(policy, models.reference, peft_config, bf16=low)
 
 
 def _load_reference(

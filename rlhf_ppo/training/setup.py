@@ -44,7 +44,6 @@ from rlhf_ppo.training.load_models import check_models, check_passes, load_model
 from rlhf_ppo.training.recorded_rollouts import Recording
 from rlhf_ppo.training.replayed_rollouts import open_replay, require_same_rewards
 from rlhf_ppo.training.run import Run
-from rlhf_ppo.training.shard_models import plan_sharding
 
 
 def set_up(
@@ -83,11 +82,8 @@ def set_up(
     _check_turns(tokenizer, sets if respond is not None else ())
     rewards = _load_rewards(reward_funcs, args, device, sets, conversations=respond is not None, recording=recording)
     require_same_task(critic.fitted, args, tokenizer, rewards)
-    adapter = peft_config is not None or hasattr(model, "peft_config")
-    plan = plan_sharding(args, model, value_model, adapter=adapter, device=device, bf16=bf16, processes=processes)
     given = (model, ref_model, value_model, peft_config)
-    models = load_models(*given, args, device, bf16=bf16, critic=critic, rewards=rewards, sharding=plan.sharding)
-    sample = check_passes(models, args, device, prompts=sets if respond is None else (), bf16=bf16)
+    models = load_models(*given, args, device, bf16=bf16, critic=critic, rewards=rewards, processes=processes)
     args, learning_rates = resolve_learning_rates(args, models.actor_critic)
     return Run(
         args=args,
@@ -105,7 +101,7 @@ def set_up(
         base=models.base,
         start=models.start,
         sampling=sampling,
-        sample=sample,
+        sample=check_passes(models, args, device, prompts=sets if respond is None else (), bf16=bf16),
         microbatch_tokens=args.microbatch_tokens or (1024 if device.type == "cpu" else 16384),
         folder=RunDirectory(args.output_dir, quiet=args.quiet, writes=processes.first),
         sources={**sources, "reference": models.reference_source},
@@ -113,7 +109,7 @@ def set_up(
         stopwatch=Stopwatch(device),
         recording=recording,
         processes=processes,
-        plan=plan,
+        plan=models.plan,
     ), models.actor_critic
 
 
