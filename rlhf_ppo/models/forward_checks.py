@@ -118,9 +118,8 @@ def _gradient(model: ActorCritic, name: str, *, bf16: bool) -> Tensor:
     try:
         with autocast(bf16, ids.device):
             output = model(*sequences, entropy=False)
-        total = output.logprobs.sum() + (0.0 if output.values is None else output.values.sum())
-        total.backward()  # not autograd.grad: sharded layers divide their gradients in whole backward passes
-        found = [p.grad for p in trained]
+        (output.logprobs.sum() + (0.0 if output.values is None else output.values.sum())).backward()
+        found = [p.grad for p in trained]  # not by autograd.grad: sharded layers need whole backward passes
         model.zero_grad()
     except torch.OutOfMemoryError:
         raise
