@@ -54,6 +54,7 @@ from rlhf_ppo.training.reporting import (
     log_evaluation,
     log_update,
     plot_run,
+    print_traffic,
     require_rollouts_left,
     resumed_metrics,
     run_facts,
@@ -176,6 +177,7 @@ class PPOTrainer(TrainerAttributes):
                     print(f"callback {callback_name(ended_by)} ended the run after {done}")
                 save_model(state, run, safe)
         plot_run(run)
+        print_traffic(state, run)
         return metrics
 
     @contextmanager

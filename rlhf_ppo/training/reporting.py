@@ -112,6 +112,22 @@ def run_rows(state: TrainState, run: Run) -> dict[str, str]:
     }
 
 
+def print_traffic(state: TrainState, run: Run) -> None:
+    """Print what the processes exchanged in an update, beside the least that several processes must."""
+    rows = run.folder.read("timings.jsonl")
+    if run.processes.alone or run.args.quiet or len(rows) < 2:
+        return
+    # The first rows also count the set-up and an evaluation.
+    updates = len(rows) - 1
+    exchanged = (rows[-1]["exchanged_bytes"] - rows[0]["exchanged_bytes"]) / updates
+    steps = state.optimizer_steps / max(1, state.iteration)
+    gradients = steps * sum(p.nbytes for p in state.model.trainable_parameters())
+    print(
+        f"each process contributed {exchanged / 1e6:.3g} MB an update to what the processes exchanged; the gradients "
+        f"alone, once an optimizer step, are {gradients / 1e6:.3g} MB"
+    )
+
+
 @contextmanager
 def shown_progress(state: TrainState, run: Run) -> Iterator[ProgressDisplay]:
     """Show the run's progress, and the phase it is in, while the block lasts."""
@@ -184,7 +200,10 @@ def log_update(
     for row in describe(rollout)[: run.args.samples_per_rollout]:
         folder.append("samples.jsonl", {"iteration": iteration, **row})
     tokens = int(rollout.lengths.sum())
-    folder.append("timings.jsonl", {"iteration": iteration, "generated_tokens": tokens, **timings})
+    row = {"iteration": iteration, "generated_tokens": tokens, **timings}
+    if not run.processes.alone:
+        row["exchanged_bytes"] = run.processes.bytes_exchanged
+    folder.append("timings.jsonl", row)
     progress.update(
         state.episodes,
         score=metrics["score/mean"],
