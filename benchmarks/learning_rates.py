@@ -17,8 +17,8 @@ from critic_tasks import TASKS, TOY, Task, read_setting, run_once
 SMOLLM2 = "models/SmolLM2-135M-Instruct"
 SHORT = {"num_epochs": 2, "max_new_tokens": 16}
 TASKS |= {
-    "smollm2": Task("positive words (VADER), Llama of 135 M", TOY + "positive_sentiment", SMOLLM2, SHORT),
-    "smollm2-lora": Task("the same, LoRA", TOY + "positive_sentiment", SMOLLM2, SHORT, TASKS["lora"].peft),
+    "smollm2": Task("positive words (VADER), Llama of 135 M", TOY + "positive_sentiment", 0.05, SMOLLM2, SHORT),
+    "smollm2-lora": Task("the same, LoRA", TOY + "positive_sentiment", 0.05, SMOLLM2, SHORT, TASKS["lora"].peft),
 }
 MODELS = {
     "2m": "sentiment",
