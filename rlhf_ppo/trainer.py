@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -185,12 +185,11 @@ class PPOTrainer(TrainerAttributes):
         """Hold what a run needs: its folder's lock, its threads, and handlers of signals."""
         run, state = self.fixed, self.state
         with (
-            ExitStack() as lock,
+            run_lock(run.folder.path, run.processes),
             torch_threads(run.args.num_threads, state.model),
             stop_on_signals(),
             without_library_bars(),
         ):
-            run.processes.on_first(lambda: lock.enter_context(run_lock(run.folder.path)))
             yield
 
     def _train(self, progress: ProgressDisplay) -> tuple[dict[str, float], Callback | None]:

@@ -1,4 +1,4 @@
-"""Preferences: prompt, chosen and rejected as pairs of texts, split by prompt."""
+"""Preferences: prompt, chosen and rejected as pairs of texts, split by prompt, and their token ids."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.data.chat import Prompt, ends_in_prefill, is_chat, message_text, render_completed
 from rlhf_ppo.data.rows import RowSource, as_rows, require_column
+from rlhf_ppo.data.tokenization import encode_text, require_vocabulary
+
+PairIds = tuple[list[int], list[int]]
+"""Token ids of the chosen and of the rejected text."""
 
 
 @dataclass(frozen=True)
@@ -124,3 +128,25 @@ def split_by_prompt(
     count = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
     held_out = {prompts[i] for i in order[:count]}
     return [pair for pair in pairs if pair.prompt not in held_out], [pair for pair in pairs if pair.prompt in held_out]
+
+
+def encode_pairs(
+    pairs: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> tuple[list[PairIds], int]:
+    """Tokenize pairs, truncated to the tokenizer's model_max_length; also return how many were truncated.
+
+    Raises:
+        ValueError: a token id beyond ``vocab_size``; names the row.
+    """
+
+    def encode(texts: list[str], limit: int | None = None) -> list[list[int]]:
+        return [encode_text(tokenizer, text, ended=True, limit=limit) for text in texts]
+
+    sides = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
+    whole = [encode(side) for side in sides]
+    for pair, chosen, rejected in zip(pairs, *whole, strict=True):
+        require_vocabulary(chosen + rejected, vocab_size, pair.where)
+    limit = tokenizer.model_max_length
+    cut = sum(max(len(a), len(b)) > limit for a, b in zip(*whole, strict=True))
+    kept = [encode(side, limit) for side in sides] if cut else whole
+    return list(zip(*kept, strict=True)), cut

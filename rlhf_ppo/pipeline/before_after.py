@@ -41,7 +41,12 @@ def first_and_last_evaluation(run: RunDirectory) -> tuple[list[Row], list[Row]]:
 
 
 def print_before_after(run: RunDirectory, *, samples: int = 4, console: Console | None = None) -> None:
-    """Print the change in score, KL, fluency and length on the held-out prompts, then samples side by side."""
+    """Print the change in score, KL, fluency and length on the held-out prompts, then samples side by side.
+
+    Of several processes, the first prints.
+    """
+    if not run.writes:
+        return
     console = console or Console()
     before, after = first_and_last_evaluation(run)
     summary = Table(title=f"{len(before)} held-out prompts, before and after", title_justify="left")

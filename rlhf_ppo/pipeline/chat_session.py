@@ -10,6 +10,8 @@ from rlhf_ppo.data.chat import Prompt
 from rlhf_ppo.data.detokenization import TextPieces
 from rlhf_ppo.data.tokenization import tokenize_prompt
 from rlhf_ppo.pipeline.generate import TextGenerator, generate, load_generator
+from rlhf_ppo.runtime.processes.group import join_processes
+from rlhf_ppo.runtime.processes.launch import require_one_process
 
 
 def chat(args: GenerateArgs, lines: Iterable[str] | None = None) -> None:
@@ -21,7 +23,10 @@ def chat(args: GenerateArgs, lines: Iterable[str] | None = None) -> None:
     Args:
         args: model and sampler.
         lines: the user's lines; None: standard input.
+    Raises:
+        ValueError: a launcher started several processes.
     """
+    require_one_process("chat", "it answers one line at a time")
     generator = load_generator(args)
     interactive = lines is None and sys.stdin.isatty()
     history: Prompt = [] if generator.tokenizer.chat_template else ""
@@ -80,6 +85,8 @@ def generate_or_chat(args: GenerateArgs) -> None:
         chat(args)
         return
     pairs = generate(args)
+    if not join_processes().first:
+        return
     if args.output is not None:
         print(f"{len(pairs)} completions  {args.output}")
         return

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -27,9 +27,10 @@ from rlhf_ppo.pipeline.evaluation_settings import (
 )
 from rlhf_ppo.pipeline.generate import require_prompts
 from rlhf_ppo.pipeline.intervals import differences, distinct, interval, win_rate
-from rlhf_ppo.runtime.processes.launch import require_one_process
+from rlhf_ppo.runtime.processes.group import join_processes
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory, read_run
+from rlhf_ppo.runtime.seeding import EVALUATION, numbered_generator
 from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.training.collect import collect
 from rlhf_ppo.training.reporting import describe
@@ -46,7 +47,8 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
         ValueError: bad settings, data or models, no reference found, or a judge that scores nothing.
         RewardError: a reward function failed.
     """
-    require_one_process("evaluate", "TODO")
+    processes = join_processes()
+    args = args if processes.first else dataclasses.replace(args, quiet=True)
     load_config(resolve_model(args.model))  # a missing model is said before what its folder lacks
     settings = read_run(args.model)
     reference = args.ref_model or find_reference(args.model, settings)
@@ -68,8 +70,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
         "interval": "95 %: 1.96 standard errors over prompts; win rate: Wilson's",
         **_compare(args.model, ours, against, theirs),
     }
-    _write_samples(run, ours, theirs)
-    run.write_json("evaluation.json", report)
+    processes.on_first(lambda: _write(run, report, ours, theirs))
     return report
 
 
@@ -108,14 +109,15 @@ def sample(
         respond=respond,
     )
     assert run.eval_prompts is not None
-    generator = torch.Generator(run.device).manual_seed(args.seed)
     found: list[dict[str, Any]] = []
     with (
         torch_threads(args.num_threads, policy),
         ProgressDisplay(f"prompts of {Path(model).name}", len(rows), each="batch", quiet=args.quiet) as progress,
         run.stopwatch.shown_by(progress.phase),
     ):
-        for start in range(0, len(rows), args.batch_size):
+        for number, start in enumerate(range(0, len(rows), args.batch_size)):
+            # Numbered: conversations draw more often where they are longer, and each process holds its own.
+            generator = numbered_generator(args.seed, EVALUATION, number, run.device)
             batch = run.eval_prompts.take(range(start, min(start + args.batch_size, len(rows))))
             rollout = collect(run, policy, batch, generator, needs_scores=False)
             for i, row in enumerate(describe(rollout)):
@@ -166,13 +168,16 @@ def _spoken(completion: Completion) -> str:
     return "\n".join(message["content"] for message in completion if message["role"] == "assistant")
 
 
-def _write_samples(run: RunDirectory, ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> None:
-    """Write evaluation_samples.jsonl: a row per prompt with both models' responses."""
+def _write(
+    run: RunDirectory, report: dict[str, Any], ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]
+) -> None:
+    """Write evaluation_samples.jsonl, a row per prompt with both models' responses, then evaluation.json."""
     file = run.path / "evaluation_samples.jsonl"
     file.unlink(missing_ok=True)
     for pair in zip(ours, theirs, strict=True):
         model, other = ({name: value for name, value in row.items() if name != "prompt"} for row in pair)
         run.append(file.name, {"prompt": pair[0]["prompt"], "model": model, "against": other})
+    run.write_json("evaluation.json", report)
 
 
 def print_evaluation(report: dict[str, Any], *, console: Console | None = None) -> None:
@@ -209,6 +214,9 @@ def _number(value: dict[str, float | None], sign: str = "") -> str:
 
 def evaluate_command(args: EvaluateArgs) -> None:
     """Run the `evaluate` command."""
-    print_evaluation(evaluate(args))
+    report = evaluate(args)
+    if not join_processes().first:
+        return
+    print_evaluation(report)
     print(f"report   {args.output_dir}/evaluation.json")
     print(f"samples  {args.output_dir}/evaluation_samples.jsonl")

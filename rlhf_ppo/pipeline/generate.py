@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -18,6 +19,7 @@ from rlhf_ppo.data.rows import prompt_rows
 from rlhf_ppo.data.tokenization import encode_prompts, fit_prompt, require_vocabulary, tokenize_prompt
 from rlhf_ppo.generation.decoding import sample_responses
 from rlhf_ppo.generation.rollout import SamplingParams
+from rlhf_ppo.generation.sampling import RowsOf, uniforms
 from rlhf_ppo.generation.stop_strings import StopStringDetector, response_texts
 from rlhf_ppo.generation.stop_tokens import stop_tokens, warn_of_unread_end
 from rlhf_ppo.models.actor_critic import ActorCritic
@@ -31,7 +33,8 @@ from rlhf_ppo.models.loading import (
     vocabulary_size,
 )
 from rlhf_ppo.runtime.device import resolve_device
-from rlhf_ppo.runtime.processes.launch import require_one_process
+from rlhf_ppo.runtime.processes.group import join_processes
+from rlhf_ppo.runtime.processes.launch import own_gpu
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import read_run
 from rlhf_ppo.runtime.threads import torch_threads
@@ -45,13 +48,12 @@ class TextGenerator:
     room: int | None
     """Maximum prompt length in tokens beside max_new_tokens; None: the model sets no limit."""
     complete: Callable[[Sequence[Prompt]], list[str]]
-    """[B] prompts -> [B] completions; an overlong prompt is an error."""
+    """[B] prompts -> [B] completions, which several processes share; an overlong prompt is an error."""
 
 
 def load_generator(args: GenerateArgs) -> TextGenerator:
     """Load the model with its sampler, whose random numbers continue from call to call."""
-    require_one_process("generate", "TODO")
-    device = resolve_device(args.device)
+    processes, device = join_processes(), own_gpu(resolve_device(args.device))
     name = resolve_model(args.model)
     config, tokenizer = load_config(name), with_chat_template(load_tokenizer(name), args.chat_template)
     model = ActorCritic(load_policy(name), critic=False).to(device)
@@ -72,14 +74,25 @@ def load_generator(args: GenerateArgs) -> TextGenerator:
     )
     generator = torch.Generator(device).manual_seed(args.seed)
 
-    def complete(prompts: Sequence[Prompt]) -> list[str]:
+    def complete_own(prompts: Sequence[Prompt], whole: RowsOf) -> list[str]:
+        if not prompts:
+            uniforms(params.max_new_tokens, 0, generator, device, whole)  # used up on every process alike
+            return []
         ids, mask = encode_prompts(prompts, tokenizer, room=room, truncate=False, device=device)
         pieces = TextPieces(tokenizer)
         before = before_each(pieces, prompts, ids, mask)
         detector = StopStringDetector(pieces, params.stop_strings, before) if params.stop_strings else None
         with torch_threads(args.num_threads, model):
-            sampled = sample_responses(model, ids, mask, params, generator=generator, stop_detector=detector)
+            sampled = sample_responses(
+                model, ids, mask, params, generator=generator, stop_detector=detector, whole=whole
+            )
         return response_texts(sampled, pieces, before, params.stop_strings)
+
+    def complete(prompts: Sequence[Prompt]) -> list[str]:
+        own = processes.block(len(prompts))
+        whole = RowsOf(own, len(prompts))
+        parts = processes.facts(lambda: complete_own(prompts[own.start : own.stop], whole))
+        return [text for part in parts for text in part]
 
     return TextGenerator(tokenizer, room, complete)
 
@@ -88,12 +101,12 @@ def generate(args: GenerateArgs) -> list[tuple[Prompt, str]]:
     """Return (prompt, completion) pairs, ``num_samples`` per prompt; write those of a data set to ``output``, too.
 
     Every prompt is checked, and ``output`` opened, before the model is loaded. Completions are written batch by batch,
-    so that a later failure does not lose them.
+    in the order of the prompts, so that a later failure does not lose them.
 
     Raises:
         ValueError: a bad model, data set or prompt (names the row), or ``output`` cannot be written.
     """
-    require_one_process("generate", "TODO")
+    processes = join_processes()
     rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in args.prompt]
     names = [f"prompt {i}" for i in range(len(rows))]
     if args.dataset is not None:
@@ -102,21 +115,22 @@ def generate(args: GenerateArgs) -> list[tuple[Prompt, str]]:
     require_prompts([row["prompt"] for row in rows], names, args.model, args.max_new_tokens, args.chat_template)
     rows = [row for row in rows for _ in range(args.num_samples)]
     pairs: list[tuple[Prompt, str]] = []
-    if args.output is not None:
-        _open(args.output, "a").close()
+    output = args.output
+    if output is not None:
+        processes.on_first(lambda: _open(output, "a").close())
     generator = load_generator(args)
     # Without an output the completions themselves are printed.
-    with ProgressDisplay("completions", len(rows), each="batch", quiet=args.output is None) as progress:
+    quiet = output is None or not processes.first
+    with ProgressDisplay("completions", len(rows), each="batch", quiet=quiet) as progress:
         progress.phase("generate")
         for start in range(0, len(rows), args.batch_size):
             batch = rows[start : start + args.batch_size]
             completions = generator.complete([row["prompt"] for row in batch])
             pairs += zip([row["prompt"] for row in batch], completions, strict=True)
-            if args.output is not None:
+            if output is not None:
                 written = [{**row, "completion": text} for row, text in zip(batch, completions, strict=True)]
                 # An earlier run's completions are kept until there are new ones to replace them.
-                with _open(args.output, "a" if start else "w") as file:
-                    file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in written)
+                processes.on_first(partial(_write, output, "a" if start else "w", written))
             progress.update(len(pairs))
     return pairs
 
@@ -132,6 +146,11 @@ def require_prompts(
         ids = tokenize_prompt(prompt, tokenizer, where)
         require_vocabulary(ids, vocabulary_size(config), where)
         fit_prompt(ids, room, "error", where)
+
+
+def _write(output: str, mode: Literal["a", "w"], rows: Sequence[dict[str, Any]]) -> None:
+    with _open(output, mode) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
 def _open(output: str, mode: Literal["a", "w"]) -> TextIO:

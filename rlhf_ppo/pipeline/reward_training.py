@@ -16,8 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_ppo.config.reward_training import RewardTrainingArgs
 from rlhf_ppo.data.chat import with_chat_template
 from rlhf_ppo.data.mixtures import load_data
-from rlhf_ppo.data.preferences import Preference, read_preferences, split_by_prompt
-from rlhf_ppo.data.tokenization import encode_text, require_vocabulary
+from rlhf_ppo.data.preferences import PairIds, Preference, encode_pairs, read_preferences, split_by_prompt
 from rlhf_ppo.models.loading import (
     adapter_base,
     context_length,
@@ -38,12 +37,13 @@ from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space
 from rlhf_ppo.runtime.package import versions
 from rlhf_ppo.runtime.plots import plot_calibration
-from rlhf_ppo.runtime.processes.launch import require_one_process
+from rlhf_ppo.runtime.processes.group import ProcessGroup, join_processes
+from rlhf_ppo.runtime.processes.launch import own_gpu
 from rlhf_ppo.runtime.run_directory import RunDirectory, run_lock
 from rlhf_ppo.runtime.seeding import seed_everything
 
-PairIds = tuple[list[int], list[int]]
-"""Token ids of the chosen and of the rejected text."""
+Scorer = Callable[[Sequence[PairIds]], tuple[Tensor, Tensor]]
+"""Scores pairs in one forward pass: chosen and rejected scores [B] each."""
 
 
 class Pairs(NamedTuple):
@@ -78,18 +78,18 @@ def train_reward_model(args: RewardTrainingArgs) -> dict[str, float]:
         NonFiniteGradientError: a non-finite loss, gradient, score or weight; nothing is saved.
         SavedModelError: the saved folder holds another model than the one that was trained.
     """
-    require_one_process("reward", "TODO")
-    run = RunDirectory(args.output_dir, quiet=args.quiet)
-    with run_lock(run.path), without_library_bars():
-        device = resolve_device(args.device)
+    processes = join_processes()
+    args = args if processes.first else dataclasses.replace(args, quiet=True)
+    run, device = RunDirectory(args.output_dir, quiet=args.quiet), own_gpu(resolve_device(args.device))
+    with run_lock(run.path, processes), without_library_bars():
         bf16 = compute_in_bf16(args.precision, device)
         source = resolve_model(args.model)
         tokenizer = _load_tokenizer(args, source)
         pairs = _load_pairs(args, tokenizer, vocabulary_size(find_config(source)))
         model = _load_model(args, source).to(device)
         needed = saved_bytes(model, adapted=args.lora_rank is not None)
-        require_space(run.path, needed, f"the model that is saved into {run.path}")
-        chosen, rejected = _train(model, tokenizer, pairs, args, bf16=bf16)
+        processes.on_first(lambda: require_space(run.path, needed, f"the model that is saved into {run.path}"))
+        chosen, rejected = _train(model, tokenizer, pairs, args, processes, bf16=bf16)
         metrics = {
             **preference_metrics(chosen, rejected),
             "train_pairs": len(pairs.train),
@@ -97,15 +97,20 @@ def train_reward_model(args: RewardTrainingArgs) -> dict[str, float]:
             "eval_prompts": len({pair.prompt for pair in pairs.held_out}),
             "cut_pairs": pairs.cut,
         }
-        bins = calibration(chosen - rejected)
-        run.start({**dataclasses.asdict(args), "versions": versions("torch", "transformers", "peft")})
-        run.write_json("reward_metrics.json", {**metrics, "calibration": bins})
-        plot_calibration(bins, run.path / "calibration.png", title=f"{len(pairs.held_out)} held-out pairs")
+        processes.on_first(lambda: _write_report(run, args, metrics, chosen - rejected))
         # RewardModel pads by length whatever stands here; other readers need some pad token to score a batch.
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         model.config.get_text_config().pad_token_id = pad
-        save_model(model, tokenizer, run.path, load_classifier)
+        save_model(model, tokenizer, run.path, load_classifier, processes)
     return metrics
+
+
+def _write_report(run: RunDirectory, args: RewardTrainingArgs, metrics: dict[str, float], gaps: Tensor) -> None:
+    """Write settings, metrics and calibration; ``gaps`` [N] are chosen minus rejected scores."""
+    bins = calibration(gaps)
+    run.start({**dataclasses.asdict(args), "versions": versions("torch", "transformers", "peft")})
+    run.write_json("reward_metrics.json", {**metrics, "calibration": bins})
+    plot_calibration(bins, run.path / "calibration.png", title=f"{len(gaps)} held-out pairs")
 
 
 def _load_tokenizer(args: RewardTrainingArgs, source: str) -> PreTrainedTokenizerBase:
@@ -146,28 +151,6 @@ def _load_pairs(args: RewardTrainingArgs, tokenizer: PreTrainedTokenizerBase, vo
     return Pairs(train, held_out, train_ids, held_out_ids, cut)
 
 
-def encode_pairs(
-    pairs: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, vocab_size: int
-) -> tuple[list[PairIds], int]:
-    """Tokenize pairs, truncated to the tokenizer's model_max_length; also return how many were truncated.
-
-    Raises:
-        ValueError: a token id beyond ``vocab_size``; names the row.
-    """
-
-    def encode(texts: list[str], limit: int | None = None) -> list[list[int]]:
-        return [encode_text(tokenizer, text, ended=True, limit=limit) for text in texts]
-
-    sides = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
-    whole = [encode(side) for side in sides]
-    for pair, chosen, rejected in zip(pairs, *whole, strict=True):
-        require_vocabulary(chosen + rejected, vocab_size, pair.where)
-    limit = tokenizer.model_max_length
-    cut = sum(max(len(a), len(b)) > limit for a, b in zip(*whole, strict=True))
-    kept = [encode(side, limit) for side in sides] if cut else whole
-    return list(zip(*kept, strict=True)), cut
-
-
 def _load_model(args: RewardTrainingArgs, source: str) -> Any:
     """Load the model with a new score head, and wrap it in a LoRA adapter if ``lora_rank`` is set."""
     seed_everything(args.seed)
@@ -180,7 +163,13 @@ def _load_model(args: RewardTrainingArgs, source: str) -> Any:
 
 
 def _train(
-    model: Any, tokenizer: PreTrainedTokenizerBase, pairs: Pairs, args: RewardTrainingArgs, *, bf16: bool
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Pairs,
+    args: RewardTrainingArgs,
+    processes: ProcessGroup,
+    *,
+    bf16: bool,
 ) -> tuple[Tensor, Tensor]:
     """Train and round the model in place; return its chosen and rejected scores [N] of the held-out pairs."""
     scores = _scorer(model.eval(), tokenizer, args.model, bf16=bf16)
@@ -192,25 +181,23 @@ def _train(
         "run": f"{steps} optimizer steps of {args.batch_size} pairs",
     }
     total, done = args.num_epochs * len(pairs.train), 0
-    with supervised_run(model, args, about, total, unit="pairs", bf16=bf16) as progress:
+    with supervised_run(model, args, about, total, processes=processes, unit="pairs", bf16=bf16) as progress:
         model.train()
         for batch in _batches(len(pairs.train), args):
-            chosen, rejected = scores([pairs.train_ids[i] for i in batch.tolist()])
-            margin = margins[batch.to(margins.device)]
-            loss = bradley_terry_loss(chosen, rejected, margin=margin, centering=args.centering).mean()
-            value = take_step(
+            numbers = take_step(
                 model,
-                loss,
+                _own_losses(scores, pairs.train_ids, margins, batch.tolist(), args, processes),
                 optimizer,
                 scheduler,
+                processes=processes,
                 max_grad_norm=args.max_grad_norm,
                 where=f"after {done} pairs",
                 bf16=bf16,
             )
             done += len(batch)
-            progress.update(done, loss=value, correct=float((chosen > rejected).float().mean()))
+            progress.update(done, **numbers)
         with progress.aside("evaluating"):
-            chosen, rejected = _held_out_scores(model, scores, pairs.held_out_ids, args.batch_size)
+            chosen, rejected = _held_out_scores(model, scores, pairs.held_out_ids, args.batch_size, processes)
     round_trained(model, args.save_dtype, f"after all {done} pairs")
     if not torch.isfinite(chosen - rejected).all():
         raise NonFiniteGradientError(
@@ -219,9 +206,29 @@ def _train(
     return chosen, rejected
 
 
-def _scorer(
-    model: Any, tokenizer: PreTrainedTokenizerBase, name: str, *, bf16: bool
-) -> Callable[[Sequence[PairIds]], tuple[Tensor, Tensor]]:
+def _own_losses(
+    scores: Scorer,
+    ids: Sequence[PairIds],
+    margins: Tensor,
+    batch: Sequence[int],
+    args: RewardTrainingArgs,
+    processes: ProcessGroup,
+) -> dict[str, Tensor]:
+    """Compute this process's part of a batch's mean ``loss`` [], and of the share that is ``correct`` []."""
+    own = [batch[i] for i in _shares([ids[pair] for pair in batch], processes)[processes.rank]]
+    if not own:
+        return {name: torch.zeros((), device=margins.device) for name in ("loss", "correct")}
+    chosen, rejected = scores([ids[pair] for pair in own])
+    loss = bradley_terry_loss(chosen, rejected, margin=margins[own], centering=args.centering)
+    return {"loss": loss.sum() / len(batch), "correct": (chosen > rejected).float().sum() / len(batch)}
+
+
+def _shares(ids: Sequence[PairIds], processes: ProcessGroup) -> list[list[int]]:
+    """Divide pairs among the processes by their tokens."""
+    return processes.shares([len(chosen) + len(rejected) for chosen, rejected in ids])
+
+
+def _scorer(model: Any, tokenizer: PreTrainedTokenizerBase, name: str, *, bf16: bool) -> Scorer:
     """Make a function that scores pairs in one forward pass: chosen and rejected scores [B] each."""
     padded = padding_is_harmless(model, tokenizer, name)
 
@@ -243,13 +250,22 @@ def _batches(count: int, args: RewardTrainingArgs) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def _held_out_scores(
-    model: Any, scores: Callable[[Sequence[PairIds]], tuple[Tensor, Tensor]], ids: list[PairIds], batch_size: int
+    model: Any, scores: Scorer, ids: list[PairIds], batch_size: int, processes: ProcessGroup
 ) -> tuple[Tensor, Tensor]:
     """Score the held-out pairs: chosen and rejected scores [N] each."""
     model.eval()
-    parts = [scores(ids[i : i + batch_size]) for i in range(0, len(ids), batch_size)]
-    chosen, rejected = zip(*parts, strict=True)
-    return torch.cat(chosen), torch.cat(rejected)
+    shares = _shares(ids, processes)
+    own = [ids[pair] for pair in shares[processes.rank]]
+
+    def score_own() -> tuple[dict[str, Tensor], None]:
+        parts = [torch.stack(scores(own[i : i + batch_size])) for i in range(0, len(own), batch_size)]
+        return {"scores": torch.cat(parts, dim=1)} if parts else {}, None
+
+    parts = [part.tensors["scores"].to(model.device) for part in processes.exchange(score_own) if part.tensors]
+    found = torch.cat(parts, dim=1)
+    both = torch.empty_like(found)
+    both[:, [pair for share in shares for pair in share]] = found
+    return both[0], both[1]
 
 
 def preference_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
@@ -267,7 +283,10 @@ def preference_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
 
 def reward_command(args: RewardTrainingArgs) -> None:
     """Run the `reward` command."""
-    for name, value in train_reward_model(args).items():
+    metrics = train_reward_model(args)
+    if not join_processes().first:
+        return
+    for name, value in metrics.items():
         print(f"{name:<18} {value:.4g}")
     print(f"calibration        {args.output_dir}/calibration.png")
     print(f"model              {args.output_dir}")

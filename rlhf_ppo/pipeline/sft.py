@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, cast
@@ -45,11 +46,15 @@ from rlhf_ppo.pipeline.supervised import make_optimizer, round_trained, save_mod
 from rlhf_ppo.runtime.device import resolve_device
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space
-from rlhf_ppo.runtime.processes.launch import require_one_process
+from rlhf_ppo.runtime.processes.group import ALONE, ProcessGroup, join_processes
+from rlhf_ppo.runtime.processes.launch import own_gpu
 from rlhf_ppo.runtime.run_directory import RunDirectory, run_lock
 from rlhf_ppo.runtime.seeding import seed_everything
 
 __all__ = ["Example", "SFTArgs", "encode_examples", "hold_out", "nats_per_token", "sft", "sft_command"]
+
+Row = dict[str, Any]
+"""A row of :func:`encode_examples`."""
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -67,21 +72,25 @@ def sft(args: SFTArgs) -> dict[str, float]:
         NonFiniteGradientError: a non-finite loss, gradient or weight; nothing is saved.
         SavedModelError: the saved folder holds another model than the one that was trained.
     """
-    require_one_process("sft", "TODO")
-    folder = RunDirectory(args.output_dir).path
-    with run_lock(folder), without_library_bars():
+    processes = join_processes()
+    args = args if processes.first else dataclasses.replace(args, quiet=True)
+    folder, device = RunDirectory(args.output_dir).path, own_gpu(resolve_device())
+    with run_lock(folder, processes), without_library_bars():
         seed_everything(args.seed)
-        config, tokenizer, data = _prepare(args)
+        config, tokenizer, data = _prepare(args, processes)
         model = _load_model(args, config)
         require_decoder(model)
-        require_space(folder, saved_bytes(model, adapted=False), f"the model that is saved into {folder}")
-        loss = _train(model, data["train"], data["test"], args)
+        needed = saved_bytes(model, adapted=False)
+        processes.on_first(lambda: require_space(folder, needed, f"the model that is saved into {folder}"))
+        loss = _train(model.to(device), data["train"], data["test"], args, processes)
         _stop_at(model, cast(int, tokenizer.eos_token_id))
-        save_model(model, tokenizer, folder, load_policy)
+        save_model(model, tokenizer, folder, load_policy, processes)
     return {"eval/loss_nats_per_token": loss, "eval/perplexity": math.exp(loss) if loss < 700 else math.inf}
 
 
-def _prepare(args: SFTArgs) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, dict[str, Dataset]]:
+def _prepare(
+    args: SFTArgs, processes: ProcessGroup
+) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, dict[str, Dataset]]:
     """Load the model's configuration, its tokenizer, and the tokenized rows; every row is checked before the model."""
     rows = load_data(args, seed=args.seed)
     if len(rows) < 2:
@@ -92,7 +101,13 @@ def _prepare(args: SFTArgs) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, 
         config, tokenizer = load_config(source), load_tokenizer(source)
     else:
         texts = [prompt + answer for prompt, answer, _ in parts["train"] if isinstance(prompt, str)]
-        config, tokenizer = _new_model(str(args.architecture), texts, args.max_length)
+        config, tokenizer = _new_model(str(args.architecture), texts, args.max_length, processes)
+    if not processes.alone and getattr(config.get_text_config(), "output_router_logits", False):
+        raise ValueError(
+            f"{args.model or args.architecture} has output_router_logits=true in its config: its loss has a term over "
+            f"all tokens of a batch, which {processes.size} processes that hold parts of it cannot compute. Set it to "
+            "false, or start one process"
+        )
     tokenizer = with_chat_template(tokenizer, args.chat_template)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {args.model} names no end-of-text token, which ends every row: give it one")
@@ -101,14 +116,14 @@ def _prepare(args: SFTArgs) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, 
 
 
 def _new_model(
-    architecture: str, texts: list[str], max_length: int
+    architecture: str, texts: list[str], max_length: int, processes: ProcessGroup
 ) -> tuple[PretrainedConfig, PreTrainedTokenizerFast]:
     """Load the configuration of a new model, and train its tokenizer."""
     if architecture.endswith(".json") and not Path(architecture).is_file():
         raise FileNotFoundError(f"architecture {architecture}: there is no such file")
     config = AutoConfig.from_pretrained(architecture, trust_remote_code=False)
     refuse_encoder_decoder(config, f"architecture {architecture}", "name a decoder's (GPT-2, Llama, Qwen, ...)")
-    tokenizer = train_tokenizer(texts, config.vocab_size, context_length(config) or max_length)
+    tokenizer = train_tokenizer(texts, config.vocab_size, context_length(config) or max_length, processes)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"architecture {architecture} has vocab_size={config.vocab_size}, but every byte and end of text make "
@@ -118,22 +133,27 @@ def _new_model(
     return config, tokenizer
 
 
-def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE like GPT-2's; end of text is its only special token."""
+def train_tokenizer(
+    texts: list[str], vocab_size: int, max_length: int, processes: ProcessGroup = ALONE
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE like GPT-2's, on the first process; end of text is its only special token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    def train() -> str:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return tokenizer.to_str()
+
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=Tokenizer.from_str(processes.on_first(train)),
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         model_max_length=max_length,
@@ -148,30 +168,32 @@ def _load_model(args: SFTArgs, config: PretrainedConfig) -> PreTrainedModel:
     return load_policy(resolve_model(args.model))
 
 
-def _train(model: PreTrainedModel, train_rows: Dataset, held_out: Dataset, args: SFTArgs) -> float:
+def _train(
+    model: PreTrainedModel, train_rows: Dataset, held_out: Dataset, args: SFTArgs, processes: ProcessGroup
+) -> float:
     """Train and round the model in place; return its loss on the held-out rows."""
-    seed_everything(args.seed)  # the order of rows does not depend on what initialization drew
-    cast(nn.Module, model).to(resolve_device())
+    seed_everything(args.seed)  # neither order nor dropout depends on what initialization drew
     steps = math.ceil(args.num_epochs * math.ceil(len(train_rows) / args.batch_size))
     optimizer, scheduler = make_optimizer(_parameter_groups(model, args.weight_decay), args, steps)
     about = {
         "rows": f"{len(train_rows)} train, {len(held_out)} held out",
         "run": f"{steps} optimizer steps of {args.batch_size} rows",
     }
-    with supervised_run(model, args, about, steps, unit="steps") as progress:
+    with supervised_run(model, args, about, steps, processes=processes, unit="steps") as progress:
         model.train()
-        for step, batch in enumerate(islice(_batches(train_rows, args.batch_size), steps), start=1):
-            loss = take_step(
+        for step, rows in enumerate(islice(_batches(train_rows, args, processes), steps), start=1):
+            numbers = take_step(
                 model,
-                _forward(model, batch).loss,
+                {"loss": _own_loss(model, rows, processes)},
                 optimizer,
                 scheduler,
+                processes=processes,
                 max_grad_norm=MAX_GRAD_NORM,
                 where=f"step {step}",
             )
-            progress.update(step, loss=loss)
+            progress.update(step, **numbers)
         with progress.aside("evaluating"):
-            held_out_loss = nats_per_token(model, held_out, args.batch_size)
+            held_out_loss = nats_per_token(model, held_out, args.batch_size, processes)
     where = f"after the last step ({steps})"
     if not math.isfinite(held_out_loss):
         raise NonFiniteGradientError(
@@ -181,11 +203,22 @@ def _train(model: PreTrainedModel, train_rows: Dataset, held_out: Dataset, args:
     return held_out_loss
 
 
-def _batches(rows: Dataset, batch_size: int) -> Iterator[dict[str, Tensor]]:
+def _batches(rows: Dataset, args: SFTArgs, processes: ProcessGroup) -> Iterator[list[Row]]:
     """Yield batches of rows of similar length, epoch after epoch, each in a new random order."""
-    order = LengthGroupedSampler(batch_size, lengths=rows["length"])
-    epoch = DataLoader(cast(Any, rows), batch_size, sampler=order, collate_fn=collate)
+    # Not from the global generator, from which each process's dropout draws; without dropout the order is the same.
+    draws = None if processes.alone else torch.Generator().manual_seed(args.seed)
+    order = LengthGroupedSampler(args.batch_size, lengths=rows["length"], generator=draws)
+    epoch = DataLoader(cast(Any, rows), args.batch_size, sampler=order, collate_fn=list, generator=draws)
     return chain.from_iterable(repeat(epoch))
+
+
+def _own_loss(model: PreTrainedModel, rows: Sequence[Row], processes: ProcessGroup) -> Tensor:
+    """Compute this process's part of a batch's loss []: its rows' loss times their share of the learned tokens."""
+    own = [rows[i] for i in processes.shares([row["length"] for row in rows])[processes.rank]]
+    if not own:
+        return torch.zeros((), device=model.device)
+    learned, all_learned = (sum(x != IGNORED for row in some for x in row["labels"]) for some in (own, rows))
+    return _forward(model, collate(own)).loss * (learned / all_learned)
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -205,7 +238,7 @@ def _forward(model: PreTrainedModel, batch: dict[str, Tensor]) -> Any:
 
 
 @torch.no_grad()
-def nats_per_token(model: PreTrainedModel, rows: Dataset, batch_size: int) -> float:
+def nats_per_token(model: PreTrainedModel, rows: Dataset, batch_size: int, processes: ProcessGroup = ALONE) -> float:
     """Compute the mean negative log-likelihood of all learned tokens, whatever the batches.
 
     It comes from the logits, because the model's own loss may hold more, such as a mixture of experts' router loss.
@@ -214,17 +247,24 @@ def nats_per_token(model: PreTrainedModel, rows: Dataset, batch_size: int) -> fl
         model: is left in evaluation mode.
         rows: of :func:`encode_examples`.
         batch_size: rows in one forward pass.
+        processes: those that share the rows.
     """
     model.eval()
-    total, count = 0.0, 0
-    for start in range(0, len(rows), batch_size):
-        batch = collate([dict(rows[i]) for i in range(start, min(start + batch_size, len(rows)))])
-        labels = batch.pop("labels").to(model.device)[:, 1:]
-        learned = labels != IGNORED
-        logits = _forward(model, batch).logits[:, :-1]
-        total -= float(token_logprobs(logits[learned], labels[learned]).double().sum())
-        count += int(learned.sum())
-    return total / count
+    own = processes.shares(rows["length"])[processes.rank]
+
+    def add_up() -> tuple[float, int]:
+        total, count = 0.0, 0
+        for start in range(0, len(own), batch_size):
+            batch = collate([dict(rows[i]) for i in own[start : start + batch_size]])
+            labels = batch.pop("labels").to(model.device)[:, 1:]
+            learned = labels != IGNORED
+            logits = _forward(model, batch).logits[:, :-1]
+            total -= float(token_logprobs(logits[learned], labels[learned]).double().sum())
+            count += int(learned.sum())
+        return total, count
+
+    totals, counts = zip(*processes.facts(add_up), strict=True)
+    return sum(totals) / sum(counts)
 
 
 def _stop_at(model: PreTrainedModel, end: int) -> None:
@@ -239,6 +279,9 @@ def _stop_at(model: PreTrainedModel, end: int) -> None:
 
 def sft_command(args: SFTArgs) -> None:
     """Run the `sft` command."""
-    for name, value in sft(args).items():
+    metrics = sft(args)
+    if not join_processes().first:
+        return
+    for name, value in metrics.items():
         print(f"{name}  {value:.4g}")
     print(f"model    {args.output_dir}")

@@ -21,8 +21,12 @@ from rlhf_ppo.models.loading import saved_bytes
 from rlhf_ppo.models.quantization import round_weights
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import save_or_rescue
+from rlhf_ppo.runtime.metrics import MetricAverage
+from rlhf_ppo.runtime.processes.group import ProcessGroup
 from rlhf_ppo.runtime.progress import ProgressDisplay, model_rows, print_summary
+from rlhf_ppo.runtime.seeding import seed_everything
 from rlhf_ppo.runtime.threads import torch_threads
+from rlhf_ppo.training.gradients import sum_over_processes
 from rlhf_ppo.training.stability import nonfinite_parameters
 
 SupervisedArgs = SFTArgs | RewardTrainingArgs
@@ -49,22 +53,36 @@ def _warmup_steps(args: SupervisedArgs, steps: int) -> int:
 
 def take_step(
     model: nn.Module,
-    loss: Tensor,
+    losses: dict[str, Tensor],
     optimizer: AdamW,
     scheduler: LRScheduler,
     *,
+    processes: ProcessGroup,
     max_grad_norm: float,
     where: str,
     bf16: bool = False,
-) -> float:
-    """Backpropagate a loss [], clip the gradient's norm, take the optimizer step, and return the loss.
+) -> dict[str, float]:
+    """Backpropagate a loss, clip the gradient's norm, and take the optimizer step.
 
+    Args:
+        model: it is trained in place.
+        losses: this process's part of the ``loss`` [], without gradients where it has no row of the batch, and its part
+            of other numbers [].
+        optimizer, scheduler: of :func:`make_optimizer`.
+        processes: those that have the other parts.
+        max_grad_norm: largest norm of the whole gradient.
+        where: names the step in messages.
+        bf16: whether matrix products were in bf16.
+    Returns:
+        The loss and the other numbers of the whole batch.
     Raises:
         NonFiniteGradientError: the loss or its gradient is non-finite, so the step is not taken; says ``where``.
     """
-    loss.backward()
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
-    value = float(loss.detach())
+    if losses["loss"].requires_grad:
+        losses["loss"].backward()
+    parts = {name: x.detach() for name, x in losses.items()}
+    totals = {n: float(x) for n, x in sum_over_processes(processes, model, MetricAverage(), parts)[1].items()}
+    norm, value = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)), totals["loss"]
     if not math.isfinite(value + norm):
         remedy = "lower learning_rate" + (", or set precision to fp32" if bf16 else "")
         raise NonFiniteGradientError(
@@ -73,25 +91,37 @@ def take_step(
     optimizer.step()
     scheduler.step()
     optimizer.zero_grad()
-    return value
+    return totals
 
 
 @contextmanager
 def supervised_run(
-    model: nn.Module, args: SupervisedArgs, rows: dict[str, str], total: int, *, unit: str, bf16: bool = False
+    model: nn.Module,
+    args: SupervisedArgs,
+    rows: dict[str, str],
+    total: int,
+    *,
+    processes: ProcessGroup,
+    unit: str,
+    bf16: bool = False,
 ) -> Iterator[ProgressDisplay]:
-    """Run with the threads of ``args``: print the summary, then show progress.
+    """Run with the threads of ``args`` and draws of this process's own: print the summary, then show progress.
 
     Args:
         model: it is trained on the device where its parameters are.
         args: settings.
         rows: the summary's rows on data and run.
         total: the progress at the end, in ``unit``.
+        processes: those that share the work.
         unit: what the progress counts, such as pairs.
         bf16: whether matrix products are in bf16.
     """
     name = str(args.model or getattr(args, "architecture", None))
     device = next(model.parameters()).device
+    if not processes.first:
+        seed_everything(args.seed + processes.rank)  # other rows need other dropout masks
+    if not processes.alone:
+        rows = {"processes": f"{processes.size}, each with all weights", **rows}
     with torch_threads(args.num_threads, model):
         about_model = model_rows(name, model, device=device, bf16=bf16)
         print_summary({**about_model, **rows, "folder": args.output_dir}, quiet=args.quiet)
@@ -113,8 +143,14 @@ def round_trained(model: nn.Module, save_dtype: str, where: str) -> None:
         )
 
 
-def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, load: Callable[[str], nn.Module]) -> None:
-    """Save model and tokenizer, then load the folder again and compare.
+def save_model(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    load: Callable[[str], nn.Module],
+    processes: ProcessGroup,
+) -> None:
+    """Save model and tokenizer, then load the folder again and compare; the first process does both.
 
     Raises:
         OSError: they could not be written to ``folder``; says where they are instead.
@@ -128,5 +164,8 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, loa
             model.config.save_pretrained(new)  # names what the adapter lacks, such as the number of labels
         tokenizer.save_pretrained(new)
 
-    save_or_rescue(folder, write, needed=saved_bytes(model, adapted=adapted))
-    require_saved(folder, probe_logits(model.float()), load)
+    def save() -> None:
+        save_or_rescue(folder, write, needed=saved_bytes(model, adapted=adapted))
+        require_saved(folder, probe_logits(model.float()), load)
+
+    processes.on_first(save)

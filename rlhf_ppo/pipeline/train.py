@@ -31,7 +31,10 @@ def train(args: TrainArgs) -> None:
 
 def record_command(args: CriticRecordArgs) -> None:
     """Run the `critic record` command."""
-    recording = _trainer(args, _load_prompts(args)[0], None).record()
+    trainer = _trainer(args, _load_prompts(args)[0], None)
+    recording = trainer.record()
+    if not trainer.fixed.processes.first:
+        return
     rollouts = f"{len(recording)} rollout{'s' if len(recording) != 1 else ''}"
     print(f"{rollouts}, {recording.num_responses} responses, {recording.num_tokens} tokens")
     print(f"recorded in {recording.folder}")

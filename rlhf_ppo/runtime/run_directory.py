@@ -7,13 +7,14 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from rlhf_ppo.runtime.checkpoint import list_checkpoints
 from rlhf_ppo.runtime.files import read_json, replace_text, sync_file
 from rlhf_ppo.runtime.metrics import require_known_metrics
+from rlhf_ppo.runtime.processes.group import ALONE, ProcessGroup
 
 try:
     import fcntl
@@ -183,15 +184,22 @@ class RunLockedError(ValueError):
 
 
 @contextmanager
-def run_lock(folder: str | Path) -> Iterator[None]:
+def run_lock(folder: str | Path, processes: ProcessGroup = ALONE) -> Iterator[None]:
     """Lock a run's folder during the block. The operating system releases the lock however the process ends.
 
-    The file stays; only the lock on it counts. Where locks are not available there is none; on a network file system,
-    this warns.
+    The first of several processes holds it for all. The file stays; only the lock on it counts. Where locks are not
+    available there is none; on a network file system, this warns.
 
     Raises:
         RunLockedError: another run holds the lock; names its process.
     """
+    with ExitStack() as lock:
+        processes.on_first(lambda: lock.enter_context(_lock(folder)))
+        yield
+
+
+@contextmanager
+def _lock(folder: str | Path) -> Iterator[None]:
     if fcntl is None:
         yield
         return
@@ -208,7 +216,7 @@ def run_lock(folder: str | Path) -> Iterator[None]:
             ) from None
         except OSError as error:
             warnings.warn(
-                f"{file} cannot be locked ({error.strerror}): make sure that no other run writes here", stacklevel=3
+                f"{file} cannot be locked ({error.strerror}): make sure that no other run writes here", stacklevel=7
             )
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)

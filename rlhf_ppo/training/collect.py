@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from rlhf_ppo.data.detokenization import Before, TextPieces
 from rlhf_ppo.data.prompts import PromptBatch
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.models.forward.runner import Sequences
 from rlhf_ppo.models.sharding import gathered
 from rlhf_ppo.rewards.scoring import Responses, score_responses
 from rlhf_ppo.rewards.validation import RewardError, Score
@@ -98,45 +99,56 @@ def note_rows(read: dict[str, Tensor], rollout: Rollout, name: str, part: Tensor
         whole[rows, : part.shape[1]] = part
 
 
-@torch.no_grad()
 def read_reference(run: Run, model: ActorCritic, rollout: Rollout) -> Rollout:
     """Add the reference's log-probs, and with the same passes a separate critic's values or recomputed log-probs."""
-    shares = run.shares(rollout, range(len(rollout.prompts)))
-    read: dict[str, Tensor] = {}
     with run.stopwatch.phase("reference"):
-        work = partial(_read_rows, run, model, rollout, shares)
-        if run.plan.sharding is not None:
-            with deferring_stops():  # all processes make all passes
-                own = work()
-            work = lambda: own  # noqa: E731
-        for rows, part in zip(shares, run.processes.exchange(lambda: (work(), None)), strict=True):
-            for name, x in part.tensors.items():
-                note_rows(read, rollout, name, x.to(run.device), rows)
+        read = read_divided(run, model, rollout, lambda part: _read_pass(run, model, rollout, part))
     if "logprobs" not in read:
         return dataclasses.replace(rollout, **read)
     gap = float((read["logprobs"] - rollout.logprobs).abs().max())
     return dataclasses.replace(rollout, **read, sampled_logprobs=rollout.logprobs, decode_gap=gap)
 
 
-def _read_rows(run: Run, model: ActorCritic, rollout: Rollout, shares: list[list[int]]) -> dict[str, Tensor]:
-    """Read this process's rows [n], by name [n, T]; nothing for no row."""
-    args, own, read = run.args, shares[run.processes.rank], dict[str, Tensor]()
-    for rows in run.passes(model, rollout, shares):
-        stop_if_asked()
-        note = partial(note_rows, read if rows else {}, rollout)
-        rows = rows or [0]  # for the other processes' sake
-        part = rollout.sequences(rows)
-        with autocast(run.bf16, run.device):
-            note("ref_logprobs", run.reference.logprobs(part, temperature=args.temperature), rows)
-            if args.recompute_logprobs:
-                again = model(*part, temperature=args.temperature, entropy=False)
-                note("logprobs", again.logprobs, rows)
-                note("values", model.in_reward_units(again.values, part.mask), rows)
-            elif rollout.values is None:
-                with gathered(model):
-                    values = model.separate_values(part)
-                note("values", model.in_reward_units(values, part.mask), rows)
-    return {name: x[own] for name, x in read.items()}
+@torch.no_grad()
+def read_divided(
+    run: Run, model: ActorCritic, rollout: Rollout, read_pass: Callable[[Sequences], dict[str, Tensor | None]]
+) -> dict[str, Tensor]:
+    """Have each process read its share of a rollout's rows; returns what all have read, by name [B, T].
+
+    ``read_pass`` reads some rows, [n, t] by name; None: nothing.
+    """
+    shares, whole = run.shares(rollout, range(len(rollout.prompts))), dict[str, Tensor]()
+
+    def work() -> dict[str, Tensor]:
+        own, read = shares[run.processes.rank], dict[str, Tensor]()
+        for rows in run.passes(model, rollout, shares):
+            stop_if_asked()
+            with autocast(run.bf16, run.device):
+                found = read_pass(rollout.sequences(rows or [0]))  # of no rows: for the other processes' sake
+            for name, part in found.items() if rows else ():
+                note_rows(read, rollout, name, part, rows)
+        return {name: x[own] for name, x in read.items()}
+
+    if run.plan.sharding is not None:
+        with deferring_stops():  # all processes make all passes
+            done = work()
+        work = lambda: done  # noqa: E731
+    for rows, part in zip(shares, run.processes.exchange(lambda: (work(), None)), strict=True):
+        for name, x in part.tensors.items():
+            note_rows(whole, rollout, name, x.to(run.device), rows)
+    return whole
+
+
+def _read_pass(run: Run, model: ActorCritic, rollout: Rollout, part: Sequences) -> dict[str, Tensor | None]:
+    """Read some rows with the reference, and with the critic or the policy where that is needed."""
+    read: dict[str, Tensor | None] = {"ref_logprobs": run.reference.logprobs(part, temperature=run.args.temperature)}
+    if run.args.recompute_logprobs:
+        again = model(*part, temperature=run.args.temperature, entropy=False)
+        return {**read, "logprobs": again.logprobs, "values": model.in_reward_units(again.values, part.mask)}
+    if rollout.values is None:
+        with gathered(model):
+            read["values"] = model.in_reward_units(model.separate_values(part), part.mask)
+    return read
 
 
 def score(run: Run, rollout: Rollout, *, needs_scores: bool = True) -> Rollout:

@@ -134,11 +134,12 @@ def _microbatch(rollout: Rollout, old: Experience, rows: Sequence[int]) -> tuple
 
 
 def sum_over_processes(
-    processes: ProcessGroup, model: ActorCritic, actions: MetricAverage, losses: dict[str, Tensor]
+    processes: ProcessGroup, model: nn.Module, actions: MetricAverage, losses: dict[str, Tensor]
 ) -> tuple[MetricAverage, dict[str, Tensor]]:
-    """Add up the gradients, diagnostics and losses that the processes have for their shares of a minibatch.
+    """Add up the gradients, diagnostics and losses that the processes have for their shares of one optimizer step.
 
-    Afterwards each process holds what one process would that had the whole minibatch.
+    Afterwards each process holds what one process would that had done all of the work. A process that had none has no
+    gradients, and losses of 0.
     """
     if processes.alone:
         return actions, losses

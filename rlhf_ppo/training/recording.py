@@ -68,8 +68,11 @@ def model_fingerprints(model: ActorCritic) -> dict[str, str | None]:
 
 def begin_recording(state: TrainState, run: Run) -> None:
     """Begin a recording with the next rollout, under ``save_rollouts``."""
-    if run.args.save_rollouts and run.folder.writes:
-        start_recording(run.folder.path, recording_facts(run, state.model), first=state.iteration + 1)
+    if not run.args.save_rollouts:
+        return
+    facts = recording_facts(run, state.model)  # on every process: it takes all to read sharded weights
+    if run.folder.writes:
+        start_recording(run.folder.path, facts, first=state.iteration + 1)
 
 
 def continue_recording(state: TrainState, run: Run, origin: Path) -> None:
@@ -80,20 +83,25 @@ def continue_recording(state: TrainState, run: Run, origin: Path) -> None:
         run: the one that resumes.
         origin: folder of the run whose checkpoint that was; its recording so far is copied.
     """
-    if not run.folder.writes:
-        return
+    if run.processes.on_first(lambda: _must_begin(state, run, origin)):
+        begin_recording(state, run)
+
+
+def _must_begin(state: TrainState, run: Run, origin: Path) -> bool:
+    """Rewind the recording; return whether a new one begins."""
     folder, record = run.folder.path, run.args.save_rollouts
     if record and origin.resolve() != folder.resolve() and (origin / FOLDER).is_dir():
         shutil.copytree(origin / FOLDER, folder / FOLDER, dirs_exist_ok=True)
     following = rewind_recording(folder, state.iteration)
     if following is None or following > state.iteration + 1:
-        begin_recording(state, run)
-    elif record and following <= state.iteration:
+        return True
+    if record and following <= state.iteration:
         warnings.warn(
             f"the recording in {folder / FOLDER} ends with rollout {following - 1}, and the run resumes after rollout "
             f"{state.iteration}: nothing more is recorded, so that it has no gap",
-            stacklevel=2,
+            stacklevel=6,
         )
+    return False
 
 
 def keep_rollout(run: Run, number: int, rollout: Rollout) -> None:

@@ -21,10 +21,10 @@ from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import kl_estimate
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.models.forward.runner import Sequences
 from rlhf_ppo.rewards.functions import rewards_in_words
 from rlhf_ppo.runtime.device import autocast
-from rlhf_ppo.runtime.signals import stop_if_asked
-from rlhf_ppo.training.collect import note_rows
+from rlhf_ppo.training.collect import read_divided
 from rlhf_ppo.training.fingerprints import tokenizer_fingerprint
 from rlhf_ppo.training.recorded_rollouts import Recording, open_recording
 from rlhf_ppo.training.recording import architecture, model_fingerprints
@@ -97,8 +97,9 @@ def require_first_policy(run: Run, model: ActorCritic) -> None:
         return
     rollout = run.recording.read(0, run.device)
     rows = run.microbatches(model, rollout, range(len(rollout.prompts)))[0]
-    logprobs, _, _ = _read(run, model, rollout, [rows], reference=False)
-    gap = float((logprobs - rollout.logprobs)[rows].abs().max())
+    with torch.no_grad(), autocast(run.bf16, run.device):
+        now = model(*rollout.sequences(rows), temperature=run.args.temperature, entropy=False).logprobs
+    gap = float((now - rollout.logprobs[rows, : now.shape[1]]).abs().max())
     if not gap <= run.initial_ratio_bound:
         facts = run.recording.facts
         raise ValueError(
@@ -118,8 +119,9 @@ def replay_rollout(state: TrainState, run: Run, recording: Recording) -> tuple[R
     theirs = recording.facts.fingerprints
     same_reference = theirs["reference"] == run.fingerprints["reference"]
     with run.stopwatch.phase("replay"):
-        groups = run.microbatches(model, rollout, range(len(rollout.prompts)))
-        logprobs, values, ref_logprobs = _read(run, model, rollout, groups, reference=not same_reference)
+        reading = partial(_read_pass, run, model, reference=not same_reference)
+        read = read_divided(run, model, rollout, reading)
+    values = read.get("values")
     if state.iteration == 0 and all(theirs[name] == x for name, x in model_fingerprints(model).items()):
         values = rollout.values  # to the last bit: decoding rounds otherwise than a whole pass
     state.rollouts_made += 1
@@ -127,28 +129,19 @@ def replay_rollout(state: TrainState, run: Run, recording: Recording) -> tuple[R
         rollout,
         values=values,
         value_scale=model.value_scale,
-        ref_logprobs=rollout.ref_logprobs if ref_logprobs is None else ref_logprobs,
+        ref_logprobs=read.get("ref_logprobs", rollout.ref_logprobs),
     )
-    return moved, _distance(rollout, logprobs)
+    return moved, _distance(rollout, read["logprobs"])
 
 
-@torch.no_grad()
-def _read(
-    run: Run, model: ActorCritic, rollout: Rollout, groups: list[list[int]], *, reference: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Compute log-probs and values [B, T] of the rows in ``groups``, and on demand the reference's log-probs."""
-    read: dict[str, Tensor] = {}
-    note = partial(note_rows, read, rollout)
-    for rows in groups:
-        stop_if_asked()
-        part = rollout.sequences(rows)
-        with autocast(run.bf16, run.device):
-            now = model(*part, temperature=run.args.temperature, entropy=False)
-            note("logprobs", now.logprobs, rows)
-            note("values", model.in_reward_units(now.values, part.mask), rows)
-            if reference:
-                note("ref_logprobs", run.reference.logprobs(part, temperature=run.args.temperature), rows)
-    return read["logprobs"], read.get("values"), read.get("ref_logprobs")
+def _read_pass(run: Run, model: ActorCritic, part: Sequences, *, reference: bool) -> dict[str, Tensor | None]:
+    """Compute log-probs and values of some rows, and on demand the reference's log-probs, [n, t] each by name."""
+    now = model(*part, temperature=run.args.temperature, entropy=False)
+    return {
+        "logprobs": now.logprobs,
+        "values": model.in_reward_units(now.values, part.mask),
+        "ref_logprobs": run.reference.logprobs(part, temperature=run.args.temperature) if reference else None,
+    }
 
 
 def _distance(rollout: Rollout, logprobs: Tensor) -> dict[str, float]:

@@ -13,6 +13,7 @@ from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.data.prompts import PromptSet
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.reference import Reference
+from rlhf_ppo.runtime.processes.group import ProcessGroup
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.training.rewards import ScoreStatistics
 from rlhf_ppo.training.run import Run
@@ -52,6 +53,9 @@ class TrainerAttributes:
     train_prompts: PromptSet | None = _of_run("train_prompts", "The prompts of ``train_dataset``, checked.")
     eval_prompts: PromptSet | None = _of_run("eval_prompts", "The prompts of ``eval_dataset``, checked.")
     reference: Reference = _of_run("reference", "The frozen policy that the KL is measured against.")
+    processes: ProcessGroup = _of_run(
+        "processes", "The processes that share the work: ``size`` of them; ``first`` on the one that writes and prints."
+    )
     sources: dict[str, str | None] = _of_run("sources", "Where model, ref_model and reference came from.")
 
     model: ActorCritic = _of_state("model", "Policy and critic.")

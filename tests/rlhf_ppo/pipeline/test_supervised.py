@@ -17,6 +17,7 @@ from rlhf_ppo.models.loading import load_policy
 from rlhf_ppo.pipeline.sft import sft
 from rlhf_ppo.pipeline.supervised import make_optimizer, take_step
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
+from rlhf_ppo.runtime.processes.group import ALONE
 
 SETTINGS = {"learning_rate": 1e-2, "weight_decay": 0.3, "warmup_steps": 2, "seed": 5}
 
@@ -64,7 +65,8 @@ def test_a_nonfinite_gradient_of_a_finite_loss_is_an_error_before_the_step():
     optimizer, scheduler = make_optimizer(model.parameters(), SFTArgs(dataset=("x",), model="m", output_dir="o"), 200)
     loss = model.weight.sqrt().sum()
     with pytest.raises(NonFiniteGradientError, match=r"step 3: the loss is 0 and .* norm inf.*learning_rate$"):
-        take_step(model, loss, optimizer, scheduler, max_grad_norm=1.0, where="step 3")
+        take_step(model, {"loss": loss}, optimizer, scheduler, processes=ALONE, max_grad_norm=1.0, where="step 3")
     assert model.weight.item() == 0
     with pytest.raises(NonFiniteGradientError, match="lower learning_rate, or set precision to fp32"):
-        take_step(model, model.weight.sqrt().sum(), optimizer, scheduler, max_grad_norm=1.0, where="x", bf16=True)
+        loss = {"loss": model.weight.sqrt().sum()}
+        take_step(model, loss, optimizer, scheduler, processes=ALONE, max_grad_norm=1.0, where="x", bf16=True)

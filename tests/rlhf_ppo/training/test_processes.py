@@ -56,10 +56,14 @@ def ask_again(messages: list[dict[str, str]]) -> str | None:
 
 
 def train(folder: str, case: Case, updates: int = 3) -> dict[str, Any]:
-    """Train in float64; return the tokens sampled afterwards, all metrics, and the trained weights."""
+    """Train in float64; return the tokens sampled afterwards, all metrics, and the trained weights.
+
+    With ``record`` in the case, record instead, and return the tokens and what was recorded beside them.
+    """
     torch.set_default_dtype(torch.float64)
     case = dict(case)
-    given = {name: case.pop(name) for name in ("reward_funcs", "value_model", "respond") if name in case}
+    given = {name: case.pop(name) for name in ("reward_funcs", "value_model", "ref_model", "respond") if name in case}
+    record = case.pop("record", False)
     if rank := case.pop("lora", None):
         given["peft_config"] = LoraConfig(r=rank, target_modules="all-linear")
     settings = {
@@ -91,6 +95,11 @@ def train(folder: str, case: Case, updates: int = 3) -> dict[str, Any]:
         trainer.model.double()
         if trainer.reference.model is not None:
             trainer.reference.model.double()
+        if record:
+            rollouts = list(trainer.record())
+            kept = [(n, i) for n in ("logprobs", "values", "ref_logprobs", "scores") for i in range(updates)]
+            tensors = {f"{name} {i}": getattr(rollouts[i], name).numpy() for name, i in kept}
+            return {"tokens": [x.response_ids.tolist() for x in rollouts], "metrics": [], "weights": tensors}
         last = trainer.train()
         tokens = trainer.rollout(PROMPTS).response_ids.tolist()
     finally:
@@ -117,11 +126,12 @@ def require_equal(one: dict[str, Any], other: dict[str, Any], tolerance: float =
 
 @pytest.fixture
 def saved(tmp_path: Path, tokenizer, make_model):
-    """``saved(kind)``: a folder with a tiny model in ``model/``."""
+    """``saved(kind)``: a folder with a tiny model in ``model/`` and another in ``other/``."""
 
     def save(kind: str) -> str:
-        make_model(kind).save_pretrained(tmp_path / "model")
-        tokenizer.save_pretrained(tmp_path / "model")
+        for name, seed in (("model", 0), ("other", 1)):
+            make_model(kind, seed=seed).save_pretrained(tmp_path / name)
+            tokenizer.save_pretrained(tmp_path / name)
         return str(tmp_path)
 
     return save
@@ -153,6 +163,18 @@ def test_two_processes_give_what_one_gives(saved, kind):
     names = list(CASES) if kind == "gpt2" else ["plain", "conversations", "adapter"]
     folder = saved(kind)
     cases = _cases(folder, names)
+    alone = train_all(folder, cases)
+    for found in in_processes(2, train_all, folder, cases):
+        for one, other in zip(alone, found, strict=True):
+            require_equal(one, other)
+
+
+def test_two_processes_record_and_replay_what_one_does(saved):
+    """The last run replays with another critic and another reference, which are read again."""
+    folder = saved("gpt2")
+    recorded = {"record": True, "output_dir": f"{folder}/recorded", "reward_funcs": letters_as_steps}
+    replays = {"replay": f"{folder}/recorded", "reward_funcs": letters_as_steps}
+    cases = [recorded, replays, {**replays, "value_model": f"{folder}/model", "ref_model": f"{folder}/other"}]
     alone = train_all(folder, cases)
     for found in in_processes(2, train_all, folder, cases):
         for one, other in zip(alone, found, strict=True):
