@@ -10,6 +10,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import pytest
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["rlhf_ppo.trainer"])  # imported once, not once a process
 
@@ -58,3 +60,19 @@ def _run(variables: dict[str, Any], sending: Connection, function: Callable[...,
         sending.send((f"process {variables['RANK']}: {traceback.format_exc()}", None))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def require_close(one: Any, other: Any) -> None:
+    """Everything is equal, but that numbers may differ by 1e-9."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            require_close(one[key], other[key])
+    elif isinstance(one, list):
+        assert len(one) == len(other)
+        for pair in zip(one, other, strict=True):
+            require_close(*pair)
+    elif isinstance(one, float):
+        assert other == pytest.approx(one, rel=1e-9, abs=1e-9)
+    else:
+        assert one == other

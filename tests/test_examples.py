@@ -5,13 +5,17 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from processes import in_processes
 
 from rlhf_ppo import RLHFConfig
 
@@ -52,6 +56,33 @@ def test_multi_turn(tmp_path, capsys):
     metrics = small(load("multi_turn.py")).main(["--total-episodes", "8", "--output-dir", str(tmp_path)])
     assert metrics["progress/episodes"] == 8 and metrics["response/turns"] >= 1
     assert "points a game of 3" in capsys.readouterr().out
+
+
+def several_processes(folder: str) -> dict[str, float]:
+    """Run the example in a script that has joined the processes through accelerate before."""
+    from accelerate import Accelerator
+
+    assert Accelerator(cpu=True).num_processes == 2
+    flags = ["--total-episodes", "8", "--output-dir", folder, "--quiet"]
+    return small(load("several_processes.py")).main(flags)
+
+
+def test_several_processes(tmp_path):
+    first, second = in_processes(2, several_processes, str(tmp_path))
+    assert first == second and first["progress/episodes"] == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher", ["torch.distributed.run --nproc-per-node 2", "accelerate.commands.launch --multi_gpu --num_processes 2"]
+)
+def test_several_processes_under_a_launcher_print_once(tmp_path, launcher):
+    flags = ["--total-episodes", "32", "--output-dir", str(tmp_path), "--quiet"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", *launcher.split(), str(EXAMPLES / "several_processes.py"), *flags]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("with 2 process(es)") == 1 and done.stdout.count("held-out prompts, before and after") == 1
 
 
 def test_cartpole(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,12 +22,14 @@ from rlhf_ppo.pipeline.critic.models import Reader, build_critic, check_tokenize
 from rlhf_ppo.pipeline.critic_report import judge_critic, lambda_table, say_report, write_report
 from rlhf_ppo.runtime.device import autocast
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
-from rlhf_ppo.runtime.processes.launch import require_one_process
+from rlhf_ppo.runtime.metrics import MetricAverage
+from rlhf_ppo.runtime.processes.group import join_processes
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory, run_lock
 from rlhf_ppo.runtime.seeding import seed_everything
 from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.training.fitted_critic import SHAPING, CriticFacts, adapter_facts, facts_json, probe_values, read_weights
+from rlhf_ppo.training.gradients import sum_over_processes
 from rlhf_ppo.training.learning_rates import critic_rate, model_size, policy_rate
 
 _PENALTIES = [10.0**power for power in range(-7, 3)]
@@ -80,13 +83,14 @@ def fit_critic(args: CriticFitArgs) -> FitResult:
         NonFiniteGradientError: a loss or gradient is non-finite; nothing is saved.
         OSError: the disk is full.
     """
-    require_one_process("critic fit", "TODO")
+    processes = join_processes()
+    args = args if processes.first else dataclasses.replace(args, quiet=True)
     data = load_critic_data(args.rollouts, gamma=args.gamma, kl_coef=args.kl_coef)
     split = Split(data, *hold_out(data, args.eval_fraction, by=args.split_by, seed=args.seed))
     policy = policy_name(data, args.model)
     tokenizer = check_tokenizer(data, policy)
     folder = _output_folder(args)
-    with run_lock(folder):
+    with run_lock(folder, processes):
         seed_everything(args.seed)
         reader = build_critic(args, data, policy)
         with torch_threads(args.num_threads, reader.model):
@@ -96,8 +100,12 @@ def fit_critic(args: CriticFitArgs) -> FitResult:
         evidence = gather_evidence(data.rollouts, values, split.held_out, data.gamma, args.seed)
         report = judge_critic(evidence, f"a {args.kind} critic, on {len(evidence.mask)} held-out responses")
         facts = _facts(args, data, policy, reader, report["critic"])
-        save_critic(reader.model, facts_json(facts), tokenizer, folder, resolve_model(policy))
-        write_report(report, folder)
+
+        def write() -> None:
+            save_critic(reader.model, facts_json(facts), tokenizer, folder, resolve_model(policy))
+            write_report(report, folder)
+
+        processes.on_first(write)
     return FitResult(folder, facts, history, report)
 
 
@@ -165,20 +173,22 @@ def solve_head(reader: Reader, split: Split) -> list[float]:
 
 def _moments(reader: Reader, split: Split, rows: list[list[int]]) -> Tensor:
     """Sum the products of (hidden state, 1, normalised return) over tokens: [O + 2, O + 2] in float64."""
-    total, scale = None, reader.model.value_scale
-    assert scale is not None
+    head, scale = reader.model.value_head, reader.model.value_scale
+    assert head is not None and scale is not None
+    # MPS has no float64.
+    device = torch.device("cpu") if reader.device.type == "mps" else reader.device
+    total = torch.zeros(head.in_features + 2, head.in_features + 2, dtype=torch.float64, device=device)
     for part, some in zip(split.data.rollouts, rows, strict=True):
-        for batch, sequences in reader.passes(part, some):
+        for batch, sequences in reader.passes(part, reader.share(part, some)[reader.processes.rank]):
             with autocast(reader.bf16, reader.device):
                 states = reader.model.runner.hidden(sequences)
             states = states[select(sequences.mask, sequences.mask)]  # on a GPU those of padding come, too
             length = sequences.mask.shape[1]
             y = scale.normalize(part.returns[batch, :length][part.mask[batch, :length]])[:, None]
-            x = states.to("cpu" if reader.device.type == "mps" else reader.device).double()  # MPS has no float64
-            y = y.to(x.device)
+            x, y = states.to(device).double(), y.to(device)
             row = torch.cat([x, torch.ones_like(y), y], dim=1)
-            total = row.T @ row if total is None else total + row.T @ row
-    assert total is not None
+            total += row.T @ row
+    reader.processes.add_up([total])
     return total
 
 
@@ -239,16 +249,17 @@ def _step(
     """Take one optimizer step on the mean of 0.5 * squared error over the tokens of a batch."""
     part, scale = split.data.rollouts[i], reader.model.value_scale
     assert scale is not None
-    count, loss = int(part.mask[rows].sum()), 0.0
+    count, loss = int(part.mask[rows].sum()), torch.zeros((), device=reader.device)
     optimizer.zero_grad()
-    for batch, sequences in reader.passes(part, rows):
+    for batch, sequences in reader.passes(part, reader.share(part, rows)[reader.processes.rank]):
         with autocast(reader.bf16, reader.device):
             values = reader.model.head_values(sequences)
         target = scale.normalize(part.returns[batch, : values.shape[1]]).to(values)
         error = (values - target) * sequences.mask
         piece = 0.5 * error.square().sum() / count
         piece.backward()
-        loss += float(piece.detach())
+        loss += piece.detach()
+    loss = float(sum_over_processes(reader.processes, reader.model, MetricAverage(), {"loss": loss})[1]["loss"])
     norm = float(torch.nn.utils.clip_grad_norm_(reader.model.critic_parameters(), args.max_grad_norm))
     if not math.isfinite(loss + norm):
         raise NonFiniteGradientError(
@@ -260,6 +271,8 @@ def _step(
 def fit_command(args: CriticFitArgs) -> None:
     """Run the `critic fit` command."""
     result = fit_critic(args)
+    if not join_processes().first:
+        return
     for line in say_report(result.report):
         print(line)
     Console().print(lambda_table(result.report["lambdas"]))

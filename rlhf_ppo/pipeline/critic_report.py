@@ -23,7 +23,7 @@ from rlhf_ppo.pipeline.critic.lambdas import compare_lambdas, supported_lambda, 
 from rlhf_ppo.pipeline.critic.models import load_fitted
 from rlhf_ppo.pipeline.critic.plot import plot_critic
 from rlhf_ppo.runtime.files import replace_text
-from rlhf_ppo.runtime.processes.launch import require_one_process
+from rlhf_ppo.runtime.processes.group import join_processes
 from rlhf_ppo.runtime.threads import torch_threads
 
 Report = dict[str, Any]
@@ -39,7 +39,7 @@ def report_critic(args: CriticReportArgs) -> Report:
     Raises:
         FileNotFoundError, ValueError: a bad recording or critic, or the two do not fit; says which.
     """
-    require_one_process("critic report", "TODO")
+    processes = join_processes()
     data = load_critic_data([args.rollouts], gamma=args.gamma, kl_coef=args.kl_coef, last=args.last)
     rows, notes = all_rows(data), []
     if args.critic is None:
@@ -55,7 +55,7 @@ def report_critic(args: CriticReportArgs) -> Report:
             notes.append(_seen(facts.held_out["explained_variance"]))
     evidence = gather_evidence(data.rollouts, values, rows, data.gamma, args.seed)
     report = {**judge_critic(evidence, title), "notes": notes + _shortened(evidence, data)}
-    write_report(report, folder)
+    processes.on_first(lambda: write_report(report, folder))
     return report
 
 
@@ -197,6 +197,8 @@ def lambda_table(rows: list[dict[str, float]]) -> Table:
 def report_command(args: CriticReportArgs) -> None:
     """Run the `critic report` command."""
     report = report_critic(args)
+    if not join_processes().first:
+        return
     if args.json:
         print(json.dumps(report, indent=2))
         return

@@ -31,6 +31,8 @@ from rlhf_ppo.models.value_head import VALUE_HEAD_FILE, load_value_head, save_va
 from rlhf_ppo.pipeline.critic.data import CriticData, ScoredRollout
 from rlhf_ppo.runtime.device import autocast, compute_in_bf16, resolve_device
 from rlhf_ppo.runtime.files import replacing_files
+from rlhf_ppo.runtime.processes.group import ALONE, ProcessGroup, join_processes
+from rlhf_ppo.runtime.processes.launch import own_gpu
 from rlhf_ppo.training.fingerprints import tokenizer_fingerprint
 from rlhf_ppo.training.fitted_critic import FILE, CriticFacts, read_facts
 
@@ -44,6 +46,13 @@ class Reader(NamedTuple):
     device: torch.device
     bf16: bool
     microbatch_tokens: int
+    processes: ProcessGroup = ALONE
+    """Those that share the rows."""
+
+    def share(self, part: ScoredRollout, rows: Sequence[int]) -> list[list[int]]:
+        """Divide rows of a rollout among the processes by their tokens."""
+        shares = self.processes.shares([sum(part.rollout.token_counts[row]) for row in rows])
+        return [[rows[i] for i in own] for own in shares]
 
     def passes(self, part: ScoredRollout, rows: Sequence[int]) -> Iterator[tuple[list[int], Sequences]]:
         """Group rows of a rollout into forward passes: yield (rows, their sequences on the device)."""
@@ -55,16 +64,25 @@ class Reader(NamedTuple):
     @torch.no_grad()
     def values(self, parts: Sequence[ScoredRollout], rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """Compute values [B, T] of some rows of each rollout in the reward's units, float64 on the CPU; 0 elsewhere."""
-        found = []
-        for part, some in zip(parts, rows, strict=True):
-            whole = torch.zeros_like(part.returns)
-            for batch, sequences in self.passes(part, some):
-                with autocast(self.bf16, self.device):
-                    values = self.model.head_values(sequences)
-                values = self.model.in_reward_units(values, sequences.mask)
-                assert values is not None
-                whole[batch, : values.shape[1]] = values.double().cpu()
-            found.append(whole)
+        shares = [self.share(part, some) for part, some in zip(parts, rows, strict=True)]
+
+        def read_own() -> tuple[dict[str, Tensor], None]:
+            read = {}
+            for i, part in enumerate(parts):
+                whole, own = torch.zeros_like(part.returns), shares[i][self.processes.rank]
+                for batch, sequences in self.passes(part, own):
+                    with autocast(self.bf16, self.device):
+                        values = self.model.head_values(sequences)
+                    values = self.model.in_reward_units(values, sequences.mask)
+                    assert values is not None
+                    whole[batch, : values.shape[1]] = values.double().cpu()
+                read |= {str(i): whole[own]} if own else {}
+            return read, None
+
+        found = [torch.zeros_like(part.returns) for part in parts]
+        for rank, sent in enumerate(self.processes.exchange(read_own)):
+            for i, values in sent.tensors.items():
+                found[int(i)][shares[int(i)][rank]] = values
         return found
 
 
@@ -211,8 +229,9 @@ def longest_sequence(data: CriticData) -> int:
 
 
 def _reader(model: ActorCritic, args: RecordedArgs, data: CriticData) -> Reader:
-    device = resolve_device(args.device)
+    device = own_gpu(resolve_device(args.device))
     bf16 = compute_in_bf16(args.precision, device)
     model.to(device)
     check_forward(model, longest=longest_sequence(data), bf16=bf16, decodes=False)
-    return Reader(model, device, bf16, args.microbatch_tokens or (1024 if device.type == "cpu" else 16384))
+    tokens = args.microbatch_tokens or (1024 if device.type == "cpu" else 16384)
+    return Reader(model, device, bf16, tokens, join_processes())

@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from processes import in_processes
+from processes import in_processes, require_close
 
 from rlhf_ppo.config.inference import EvaluateArgs, GenerateArgs
 from rlhf_ppo.config.reward_training import RewardTrainingArgs
@@ -75,22 +75,6 @@ def evaluated(folder: str, cases: list[dict[str, Any]]) -> list[list[Any]]:
             lines = (Path(folder) / "evaluation" / "evaluation_samples.jsonl").read_text().splitlines()
             found.append([report, *map(json.loads, lines)])
     return found
-
-
-def require_close(one: Any, other: Any) -> None:
-    """Everything is equal, but that numbers may differ by 1e-9."""
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            require_close(one[key], other[key])
-    elif isinstance(one, list):
-        assert len(one) == len(other)
-        for pair in zip(one, other, strict=True):
-            require_close(*pair)
-    elif isinstance(one, float):
-        assert other == pytest.approx(one, rel=1e-9, abs=1e-9)
-    else:
-        assert one == other
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])

@@ -1,4 +1,4 @@
-"""sft and reward over several processes: the same weights and metrics as one process, to rounding, in float64."""
+"""sft, reward and critic fit over several processes: weights and metrics of one process, to rounding, in float64."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from processes import in_processes
+from processes import in_processes, require_close
 
-from rlhf_ppo.pipeline import reward_training, sft, supervised
+from rlhf_ppo.config.critic_fit import CriticFitArgs
+from rlhf_ppo.pipeline import critic_fit, reward_training, sft, supervised
+from rlhf_ppo.pipeline.critic import models
 
 Found = dict[str, Any]
 
@@ -25,7 +27,8 @@ def in_float64(stack: ExitStack) -> None:
     torch.set_default_dtype(torch.float64)
     stack.callback(torch.set_default_dtype, torch.float32)
     stack.enter_context(patch.object(torch.Tensor, "float", torch.Tensor.double))
-    for module, name in ((sft, "_load_model"), (reward_training, "_load_model")):
+    loaders = [(sft, "_load_model"), (reward_training, "_load_model"), (models, "load_policy"), (models, "load_trunk")]
+    for module, name in loaders:
         load: Callable[..., Any] = getattr(module, name)
         stack.enter_context(patch.object(module, name, lambda *args, load=load: load(*args).double()))
 
@@ -148,8 +151,43 @@ def test_two_processes_train_the_reward_model_of_one(saved, pairs, tmp_path):
     require_same_in(2, train_reward, reward_cases(saved, pairs, tmp_path))
 
 
+def fit_critics(cases: list[dict[str, Any]]) -> list[Any]:
+    found = []
+    for case in cases:
+        with ExitStack() as stack:
+            in_float64(stack)
+            result = critic_fit.fit_critic(CriticFitArgs(**case))
+        found.append([result.history, result.report, result.facts.held_out, result.facts.probe])
+    return found
+
+
+@pytest.fixture
+def critics(saved, make_trainer, tmp_path) -> list[dict[str, Any]]:
+    """A critic of each kind, on two rollouts of 12 responses."""
+    run, policy = str(tmp_path / "run"), saved("gpt2")
+    trainer = make_trainer(model=policy, output_dir=run, rollout_batch_size=12, total_episodes=24, num_minibatches=1)
+    trainer.record()
+    usual = {"rollouts": (run,), "output_dir": str(tmp_path / "critic"), "quiet": True, "device": "cpu"}
+    usual |= {"precision": "fp32", "microbatch_tokens": 60, "num_threads": 1, "eval_fraction": 0.3}
+    trained = {**usual, "num_epochs": 2, "batch_size": 5, "learning_rate": 1e-2}
+    return [
+        {**usual, "kind": "shared"},
+        {**trained, "kind": "separate", "value_model": policy},
+        {**trained, "kind": "adapter", "lora_rank": 2},
+    ]
+
+
+def test_two_processes_fit_the_critics_of_one(critics):
+    alone = fit_critics(critics)
+    for found in in_processes(2, fit_critics, critics):
+        require_close(alone, found)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [3, 4])
-def test_three_and_four_processes_train_as_one(saved, texts, pairs, tmp_path, count):
+def test_three_and_four_processes_train_as_one(saved, texts, pairs, critics, tmp_path, count):
     require_same_in(count, train_sft, sft_cases(saved, texts, tmp_path))
     require_same_in(count, train_reward, reward_cases(saved, pairs, tmp_path))
+    alone = fit_critics(critics)
+    for found in in_processes(count, fit_critics, critics):
+        require_close(alone, found)
