@@ -252,20 +252,17 @@ def _batches(count: int, args: RewardTrainingArgs) -> Iterator[Tensor]:
 def _held_out_scores(
     model: Any, scores: Scorer, ids: list[PairIds], batch_size: int, processes: ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """Score the held-out pairs: chosen and rejected scores [N] each."""
+    """Score the held-out pairs: chosen and rejected scores [N] each, process after process."""
     model.eval()
-    shares = _shares(ids, processes)
-    own = [ids[pair] for pair in shares[processes.rank]]
+    own = [ids[pair] for pair in _shares(ids, processes)[processes.rank]]
 
     def score_own() -> tuple[dict[str, Tensor], None]:
         parts = [torch.stack(scores(own[i : i + batch_size])) for i in range(0, len(own), batch_size)]
         return {"scores": torch.cat(parts, dim=1)} if parts else {}, None
 
     parts = [part.tensors["scores"].to(model.device) for part in processes.exchange(score_own) if part.tensors]
-    found = torch.cat(parts, dim=1)
-    both = torch.empty_like(found)
-    both[:, [pair for share in shares for pair in share]] = found
-    return both[0], both[1]
+    chosen, rejected = torch.cat(parts, dim=1)
+    return chosen, rejected
 
 
 def preference_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, float]:

@@ -82,7 +82,8 @@ def sft(args: SFTArgs) -> dict[str, float]:
         require_decoder(model)
         needed = saved_bytes(model, adapted=False)
         processes.on_first(lambda: require_space(folder, needed, f"the model that is saved into {folder}"))
-        loss = _train(model.to(device), data["train"], data["test"], args, processes)
+        cast(nn.Module, model).to(device)
+        loss = _train(model, data["train"], data["test"], args, processes)
         _stop_at(model, cast(int, tokenizer.eos_token_id))
         save_model(model, tokenizer, folder, load_policy, processes)
     return {"eval/loss_nats_per_token": loss, "eval/perplexity": math.exp(loss) if loss < 700 else math.inf}

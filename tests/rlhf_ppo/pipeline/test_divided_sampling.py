@@ -113,6 +113,16 @@ def test_processes_generate_the_file_of_one(folder, count):
     assert in_processes(count, generated, folder, few) == [generated(folder, few)] * count
 
 
+def completed(folder: str) -> list[list[str]]:
+    """Complete one prompt, which one process has, then two, of which each has one."""
+    generator = generate.load_generator(GenerateArgs(model=f"{folder}/first", chat=True, device="cpu"))
+    return [generator.complete(["a"]), generator.complete(["the cat", "a dog"])]
+
+
+def test_draws_continue_from_call_to_call(folder):
+    assert in_processes(2, completed, folder) == [completed(folder)] * 2
+
+
 def fail_late(folder: str) -> str:
     """Generate, but the process that has the fifth prompt fails at it; returns the error."""
     sample = generate.encode_prompts
