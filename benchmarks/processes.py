@@ -30,7 +30,7 @@ def train(size: str, folder: str, args: argparse.Namespace) -> None:
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
     from rlhf_ppo import PPOTrainer, RLHFConfig
-    from rlhf_ppo.runtime.processes.group import join_processes
+    from rlhf_ppo.runtime.processes.join import join_processes
 
     layers, width, vocabulary = SIZES[size]
     torch.manual_seed(0)

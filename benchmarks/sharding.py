@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.models.sharding import local_part
-from rlhf_ppo.runtime.processes.group import join_processes
+from rlhf_ppo.runtime.processes.join import join_processes
 
 WAYS = {
     "none": {"sharding": "none"},

@@ -16,6 +16,8 @@ from rlhf_ppo.config.sft import SFTArgs
 from rlhf_ppo.config.train import CriticRecordArgs, TrainArgs
 from rlhf_ppo.runtime.commands import AdviseArgs, CheckArgs
 from rlhf_ppo.runtime.errors import RunError, print_failure
+from rlhf_ppo.runtime.processes.launch import read_launch
+from rlhf_ppo.runtime.processes.voice import settle
 from rlhf_ppo.runtime.settings import Command, run_command
 from rlhf_ppo.runtime.signals import Interrupted
 
@@ -37,6 +39,18 @@ COMMANDS: dict[str, Command] = {
     "advise": (AdviseArgs, "rlhf_ppo.runtime.advice:print_advice"),
 }
 
+DIVIDED = ("train", "sft", "reward", "evaluate", "critic record", "generate")
+"""Commands that divide their work among the processes of a launcher."""
+
+
+def _join(command: str) -> None:
+    """Join the other processes, before anything is read that each of them would complain about."""
+    read_launch()
+    if command.removeprefix("rlhf-ppo ") in DIVIDED:
+        from rlhf_ppo.runtime.processes.join import join_processes
+
+        join_processes()
+
 
 @contextmanager
 def _quiet() -> Iterator[None]:
@@ -53,16 +67,22 @@ def main(argv: list[str] | None = None) -> int:
     """
     words = join_command_line(sys.argv[1:] if argv is None else argv)
     try:
-        return run_command("rlhf-ppo", COMMANDS, words, around=_quiet)
-    except Interrupted as stop:
+        return run_command("rlhf-ppo", COMMANDS, words, before=_join, around=_quiet)
+    except (KeyboardInterrupt, RunError, OSError) as error:  # an OSError is mostly a full disk
+        prints, code = settle(error)
+        if prints:
+            _print_end(error, words)
+        return code
+
+
+def _print_end(error: BaseException, words: list[str]) -> None:
+    if isinstance(error, Interrupted):
         # Without a checkpoint (a full disk) a warning has said what was saved.
-        print(stop if stop.saved is None else f"{stop}. {resume_hint(words, stop)}", file=sys.stderr)
-        return stop.exit_code
-    except KeyboardInterrupt:
+        print(error if error.saved is None else f"{error}. {resume_hint(words, error)}", file=sys.stderr)
+    elif isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
-        return 130
-    except (RunError, OSError) as error:  # an OSError is mostly a full disk
-        return print_failure(error)
+    else:
+        print_failure(error)
 
 
 def resume_hint(words: list[str], stop: Interrupted) -> str:

@@ -220,6 +220,7 @@ class PPOTrainer(TrainerAttributes):
             else:
                 # 1. to 3. were recorded; read what the critic says now.
                 rollout, off_policy = replay_rollout(state, run, run.recording)
+            safe.between_updates = False
             with run.stopwatch.phase("update"):
                 # 4. Shape the scores and charge the KL.
                 rewards = shape_rewards(rollout, args, state.kl_coef, state.score_statistics)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
+import sys
+import tempfile
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -21,14 +26,9 @@ def in_processes(count: int, function: Callable[..., Any], *args: Any) -> list[A
 
     Function, arguments and results must be picklable.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     started: list[tuple[Any, Connection]] = []
-    for rank in range(count):
+    for variables in _variables(count):
         receiving, sending = _CONTEXT.Pipe(duplex=False)
-        variables = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count}
-        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
         process = _CONTEXT.Process(target=_run, args=(variables, sending, function, args), daemon=True)
         process.start()
         sending.close()
@@ -42,6 +42,74 @@ def in_processes(count: int, function: Callable[..., Any], *args: Any) -> list[A
     return [result for _, result in results]
 
 
+def _variables(count: int) -> list[dict[str, Any]]:
+    """Return what a launcher tells each process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1, **shared} for rank in range(count)]
+
+
+class Ended(NamedTuple):
+    """How a process ended."""
+
+    code: int
+    """Negative for the signal that ended it."""
+    said: str
+    """On standard output and error."""
+    seconds: float
+    """Since the first of the processes ended."""
+
+
+def ended_processes(
+    count: int, function: Callable[..., int | None], *args: Any, ranks: Iterable[int] | None = None
+) -> list[Ended]:
+    """Call ``function(*args)`` in ``count`` processes (or in those with ``ranks``) as a program that exits with what it
+    returns, or with the traceback of its error; returns how each ended.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processes = []
+        for variables in _variables(count):
+            rank = variables["RANK"]
+            if ranks is None or rank in ranks:
+                file = Path(folder) / str(rank)
+                process = _CONTEXT.Process(target=_run_program, args=(variables, file, function, args))
+                process.start()
+                processes.append((process, file))
+        ends: dict[Any, float] = {}
+        limit = time.monotonic() + 120
+        while len(ends) < len(processes):
+            for process, _ in processes:
+                if not process.is_alive():
+                    ends.setdefault(process, time.monotonic())
+                elif time.monotonic() > limit:
+                    process.kill()
+            time.sleep(0.02)
+        first = min(ends.values())
+        return [Ended(process.exitcode, file.read_text(), ends[process] - first) for process, file in processes]
+
+
+def _run_program(variables: dict[str, Any], file: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    import torch
+
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    torch.set_num_threads(1)
+    handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a forkserver's children
+    try:
+        code = function(*args)
+    except SystemExit:
+        raise
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    sys.exit(code)
+
+
 def _result(rank: int, receiving: Connection) -> tuple[str | None, Any]:
     try:
         return receiving.recv()
@@ -52,6 +120,8 @@ def _result(rank: int, receiving: Connection) -> tuple[str | None, Any]:
 def _run(variables: dict[str, Any], sending: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     import torch
 
+    from rlhf_ppo.runtime.processes.join import leave_processes
+
     os.environ.update({name: str(value) for name, value in variables.items()})
     torch.set_num_threads(1)
     try:
@@ -59,6 +129,7 @@ def _run(variables: dict[str, Any], sending: Connection, function: Callable[...,
     except BaseException:
         sending.send((f"process {variables['RANK']}: {traceback.format_exc()}", None))
     if torch.distributed.is_initialized():
+        leave_processes()
         torch.distributed.destroy_process_group()
 
 

@@ -10,7 +10,7 @@ from rlhf_ppo.data.chat import Prompt
 from rlhf_ppo.data.detokenization import TextPieces
 from rlhf_ppo.data.tokenization import tokenize_prompt
 from rlhf_ppo.pipeline.generate import TextGenerator, generate, load_generator
-from rlhf_ppo.runtime.processes.group import join_processes
+from rlhf_ppo.runtime.processes.join import join_processes
 from rlhf_ppo.runtime.processes.launch import require_one_process
 
 

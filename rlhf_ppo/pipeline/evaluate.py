@@ -27,7 +27,8 @@ from rlhf_ppo.pipeline.evaluation_settings import (
 )
 from rlhf_ppo.pipeline.generate import require_prompts
 from rlhf_ppo.pipeline.intervals import differences, distinct, interval, win_rate
-from rlhf_ppo.runtime.processes.group import join_processes
+from rlhf_ppo.runtime.processes.agreement import require_same_settings
+from rlhf_ppo.runtime.processes.join import join_processes
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory, read_run
 from rlhf_ppo.runtime.seeding import EVALUATION, numbered_generator
@@ -48,6 +49,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
         RewardError: a reward function failed.
     """
     processes = join_processes()
+    require_same_settings(processes, args)
     args = args if processes.first else dataclasses.replace(args, quiet=True)
     load_config(resolve_model(args.model))  # a missing model is said before what its folder lacks
     settings = read_run(args.model)

@@ -33,7 +33,8 @@ from rlhf_ppo.models.loading import (
     vocabulary_size,
 )
 from rlhf_ppo.runtime.device import resolve_device
-from rlhf_ppo.runtime.processes.group import join_processes
+from rlhf_ppo.runtime.processes.agreement import require_same_settings
+from rlhf_ppo.runtime.processes.join import join_processes
 from rlhf_ppo.runtime.processes.launch import own_gpu
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import read_run
@@ -107,6 +108,7 @@ def generate(args: GenerateArgs) -> list[tuple[Prompt, str]]:
         ValueError: a bad model, data set or prompt (names the row), or ``output`` cannot be written.
     """
     processes = join_processes()
+    require_same_settings(processes, args)
     rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in args.prompt]
     names = [f"prompt {i}" for i in range(len(rows))]
     if args.dataset is not None:

@@ -37,7 +37,9 @@ from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space
 from rlhf_ppo.runtime.package import versions
 from rlhf_ppo.runtime.plots import plot_calibration
-from rlhf_ppo.runtime.processes.group import ProcessGroup, join_processes
+from rlhf_ppo.runtime.processes.agreement import require_same_settings
+from rlhf_ppo.runtime.processes.group import ProcessGroup
+from rlhf_ppo.runtime.processes.join import join_processes
 from rlhf_ppo.runtime.processes.launch import own_gpu
 from rlhf_ppo.runtime.run_directory import RunDirectory, run_lock
 from rlhf_ppo.runtime.seeding import seed_everything
@@ -79,6 +81,7 @@ def train_reward_model(args: RewardTrainingArgs) -> dict[str, float]:
         SavedModelError: the saved folder holds another model than the one that was trained.
     """
     processes = join_processes()
+    require_same_settings(processes, args)
     args = args if processes.first else dataclasses.replace(args, quiet=True)
     run, device = RunDirectory(args.output_dir, quiet=args.quiet), own_gpu(resolve_device(args.device))
     with run_lock(run.path, processes), without_library_bars():

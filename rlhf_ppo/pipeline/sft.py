@@ -46,7 +46,9 @@ from rlhf_ppo.pipeline.supervised import make_optimizer, round_trained, save_mod
 from rlhf_ppo.runtime.device import resolve_device
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space
-from rlhf_ppo.runtime.processes.group import ALONE, ProcessGroup, join_processes
+from rlhf_ppo.runtime.processes.agreement import require_same_settings
+from rlhf_ppo.runtime.processes.group import ALONE, ProcessGroup
+from rlhf_ppo.runtime.processes.join import join_processes
 from rlhf_ppo.runtime.processes.launch import own_gpu
 from rlhf_ppo.runtime.run_directory import RunDirectory, run_lock
 from rlhf_ppo.runtime.seeding import seed_everything
@@ -73,6 +75,7 @@ def sft(args: SFTArgs) -> dict[str, float]:
         SavedModelError: the saved folder holds another model than the one that was trained.
     """
     processes = join_processes()
+    require_same_settings(processes, args)
     args = args if processes.first else dataclasses.replace(args, quiet=True)
     folder, device = RunDirectory(args.output_dir).path, own_gpu(resolve_device())
     with run_lock(folder, processes), without_library_bars():

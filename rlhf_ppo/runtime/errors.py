@@ -18,7 +18,7 @@ class RatioTripwireError(RunError):
     """Old and new log-probs differ before any optimizer step: sampling and training disagree."""
 
 
-def print_failure(error: Exception) -> int:
+def print_failure(error: BaseException) -> int:
     """Print why a run failed, with the traceback of the user's own code where that raised; return the exit code 1.
 
     What was merely a bad answer, or a full disk, is in the message.

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rlhf_ppo.runtime.package import __version__
 from rlhf_ppo.runtime.presets import find_preset
+from rlhf_ppo.runtime.processes.voice import first_alone, settle
 from rlhf_ppo.runtime.settings_help import aliases, help_text, positional
 from rlhf_ppo.runtime.unknown_names import hint, refuse
 from rlhf_ppo.runtime.yaml_files import load_yaml
@@ -226,6 +227,7 @@ def run_command(
     commands: Mapping[str, Command],
     argv: Sequence[str] | None = None,
     *,
+    before: Callable[[str], object] = str,
     around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> int:
     """Run ``prog COMMAND flags``: check the command's settings, then import and run it; report bad input in one line.
@@ -234,38 +236,59 @@ def run_command(
         prog: name of the program.
         commands: name -> its arguments and what it runs; a name of two words is a group's command.
         argv: the words after the program's name; None: those of this process.
+        before: called with the program's and the command's name before the settings are read.
         around: makes the context in which the command runs.
     Returns:
         The exit code: 0, or 2 for bad input.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    group = {rest: command for name, command in commands.items() if (rest := _rest(name, argv)) != name}
+    if group:
+        return run_command(f"{prog} {argv[0]}", group, argv[1:], before=before, around=around)
+    with first_alone():  # usage and help: all processes have the same words
+        code = _answer(prog, commands, argv)
+    if code is not None:
+        return code
+    cls, run = commands[argv[0]]
+    try:
+        before(f"{prog} {argv[0]}")
+        with first_alone():
+            settings = parse_settings(cls, argv[1:], prog=f"{prog} {argv[0]}", description=_summary(cls))
+        with around():
+            return _loaded(run)(settings) or 0
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        prints, code = settle(error)
+        if prints:
+            print(f"error: {error}", file=sys.stderr)
+        return code
+
+
+def _rest(name: str, argv: Sequence[str]) -> str:
+    """Return a command's name without the group that ``argv`` begins with."""
+    return name.removeprefix(f"{argv[0]} ") if argv else name
+
+
+def _answer(prog: str, commands: Mapping[str, Command], argv: Sequence[str]) -> int | None:
+    """Print version, help, or that a command is unknown; returns the exit code, or None if there is one to run."""
     width = max(map(len, commands))
-    summary = {name: (cls.__doc__ or "").strip().splitlines()[0] for name, (cls, _) in commands.items()}
-    usage = f"usage: {prog} COMMAND [flags]\n\n" + "\n".join(f"  {n:<{width}}  {text}" for n, text in summary.items())
+    lines = [f"  {name:<{width}}  {_summary(cls)}" for name, (cls, _) in commands.items()]
+    usage = f"usage: {prog} COMMAND [flags]\n\n" + "\n".join(lines)
     if argv == ["--version"]:
         print(f"{prog} {__version__}")
         return 0
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{usage}\n\n{prog} COMMAND --help lists the flags of a command; {prog} --version prints the version.")
         return 0 if argv else 2
-    group = {rest: command for name, command in commands.items() if (rest := name.removeprefix(f"{argv[0]} ")) != name}
-    if group:
-        return run_command(f"{prog} {argv[0]}", group, argv[1:], around=around)
-    if argv[0] not in commands:
-        close = difflib.get_close_matches(argv[0], [name.split()[0] for name in commands], n=1)
-        print(
-            f"error: unknown command {argv[0]!r}" + (f"; did you mean {close[0]!r}?" if close else ""), file=sys.stderr
-        )
-        print(usage, file=sys.stderr)
-        return 2
-    cls, run = commands[argv[0]]
-    try:
-        settings = parse_settings(cls, argv[1:], prog=f"{prog} {argv[0]}", description=summary[argv[0]])
-        with around():
-            return _loaded(run)(settings) or 0
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if argv[0] in commands:
+        return None
+    close = difflib.get_close_matches(argv[0], [name.split()[0] for name in commands], n=1)
+    print(f"error: unknown command {argv[0]!r}" + (f"; did you mean {close[0]!r}?" if close else ""), file=sys.stderr)
+    print(usage, file=sys.stderr)
+    return 2
+
+
+def _summary(cls: type) -> str:
+    return (cls.__doc__ or "").strip().splitlines()[0]
 
 
 def _loaded(run: Callable[[Any], int | None] | str) -> Callable[[Any], int | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -13,9 +13,12 @@ from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-# Signals are delivered to the process, so this is global.
+# Signals are delivered to the process, so these are global.
 _heard: list[int] = []
 _deferring: list[bool] = []
+_listening = False
+_announces = True
+_also: list[Callable[[], None]] = []
 
 
 class Interrupted(KeyboardInterrupt):
@@ -46,8 +49,39 @@ def stop_if_asked() -> None:
     At a safe point stopping loses nothing that cannot be repeated: between two tokens of a rollout, while waiting
     for a reward, after an update; never inside an update.
     """
+    for check in _also:
+        check()
     if _heard and not _deferring:
         raise Interrupted(_heard[0])
+
+
+def also_stop_if(check: Callable[[], None]) -> None:
+    """Call ``check`` at each safe point from now on; what it raises stops the run there."""
+    _also.append(check)
+
+
+def heard() -> int | None:
+    """Return the number of the signal that has arrived since :func:`stop_on_signals` began."""
+    return _heard[0] if _heard else None
+
+
+def hear(number: int) -> None:
+    """Stop at the next safe point, like another process that a signal has reached."""
+    if _listening and not _heard:
+        _heard.append(number)
+
+
+def announce_by_itself(on: bool) -> None:
+    """Choose whether a signal is announced as it arrives; if not, :func:`announce` does so."""
+    global _announces
+    _announces = on
+
+
+def announce(number: int) -> None:
+    """Say that a signal has arrived, and what happens now."""
+    name = signal.Signals(number).name
+    # Not print(): the signal may arrive in the middle of one.
+    os.write(2, f"\n{name}: the run stops at the next safe point and saves; again: at once, unsaved\n".encode())
 
 
 @contextmanager
@@ -82,15 +116,17 @@ def stop_on_signals() -> Iterator[None]:
     def note(number: int, frame: FrameType | None) -> None:
         restore_handlers()
         _heard.append(number)
-        name = signal.Signals(number).name
-        # Not print(): the signal may arrive in the middle of one.
-        os.write(2, f"\n{name}: the run stops at the next safe point and saves; again: at once, unsaved\n".encode())
+        if _announces:
+            announce(number)
 
+    global _listening
     _heard.clear()
+    _listening = True
     try:
         for number in before:
             signal.signal(number, note)
         yield
     finally:
         restore_handlers()
+        _listening = False
         _heard.clear()

@@ -39,7 +39,7 @@ MAY_CHANGE = (
     *("save_every", "save_total_limit", "save_best", "eval_every", "samples_per_rollout"),
     *("save_rollouts", "save_rollouts_gb"),
     *("http_timeout_s", "http_retries", "http_batch_size", "http_concurrency", "reward_timeout_s", "respond_timeout_s"),
-    "report_to",
+    *("process_timeout_s", "report_to"),
     *("gradient_checkpointing", "offload_activations", "sharding", "sharded_decoding"),
     *("on_nonfinite", "max_skipped_steps", "max_kl_nats_per_response", "min_entropy_nats_per_token"),
 )
@@ -93,7 +93,7 @@ def save_checkpoint(state: TrainState, run: Run, boundary: Boundary | None = Non
         fingerprints=run.fingerprints,
         keep=run.args.save_total_limit,
         spare=() if best is None else (int(best["iteration"]),),
-        processes=run.processes,
+        processes=run.processes.survivors,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -18,8 +19,9 @@ from rlhf_ppo.models.saving import bytes_to_save, save_actor_critic, save_refere
 from rlhf_ppo.models.skeleton import whole_copy
 from rlhf_ppo.rewards.validation import RewardError
 from rlhf_ppo.runtime.checkpoint import MANIFEST, Checkpoint, file_facts
-from rlhf_ppo.runtime.errors import NonFiniteGradientError
+from rlhf_ppo.runtime.errors import NonFiniteGradientError, RatioTripwireError
 from rlhf_ppo.runtime.files import require_space
+from rlhf_ppo.runtime.processes.errors import OtherProcessError
 from rlhf_ppo.runtime.resume import find_checkpoint
 from rlhf_ppo.runtime.signals import Interrupted, asked_to_stop
 from rlhf_ppo.training.checkpoint import Boundary, load_checkpoint, save_checkpoint
@@ -28,6 +30,9 @@ from rlhf_ppo.training.recording import begin_recording, continue_recording
 from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.stability import PolicyDriftError, nonfinite_parameters
 from rlhf_ppo.training.state import TrainState
+
+_RAISED_BY_ALL = (Interrupted, RewardError, RespondError, NonFiniteGradientError, PolicyDriftError, RatioTripwireError)
+"""What all processes raise, because they agree upon it or find it in the same numbers."""
 
 MAX_ROLLBACKS = 3
 """At most this many rollbacks to one checkpoint."""
@@ -43,10 +48,12 @@ class SafePoint:
     """Iteration and folder of the last checkpoint."""
     rollbacks: int = 0
     """How often the run has rolled back to it."""
+    between_updates: bool = False
+    """Whether the state is that of ``boundary``, also in the middle of a rollout."""
 
     def mark(self, run: Run) -> None:
         """Record, between two updates, what a rollout changes."""
-        self.boundary = Boundary.of(run)
+        self.boundary, self.between_updates = Boundary.of(run), True
 
 
 def begin(
@@ -145,7 +152,7 @@ def save_model(state: TrainState, run: Run, safe: SafePoint) -> None:
                 where = _rescue(state, model, run, safe)
                 raise OSError(error.errno, f"the model is not in its place: {error.strerror}. {where}") from error
 
-        run.processes.on_first(write)
+        run.processes.survivors.on_first(write)
 
 
 def _write_model(model: ActorCritic, run: Run, folder: str | Path) -> None:
@@ -175,24 +182,45 @@ def _rescue(state: TrainState, model: ActorCritic, run: Run, safe: SafePoint) ->
 def saving_after_errors(state: TrainState, run: Run, safe: SafePoint) -> Iterator[None]:
     """Save what was learned if an error or a signal ends the block, in a checkpoint if the run can resume from it.
 
+    If one of several processes fails, the first one saves alone.
+
     Raises:
         RewardError, RespondError, NonFiniteGradientError, PolicyDriftError: the same error, which also says where the
             checkpoint is.
     """
     try:
-        yield
-    except BaseException as error:
-        if asked_to_stop() and type(error) is KeyboardInterrupt:
-            raise  # a second signal, perhaps in the middle of an update
+        with run.processes.saving():
+            yield
+    except BaseException as raised:
+        error = raised if isinstance(raised, _RAISED_BY_ALL) else run.processes.fail(raised)
+        if _is_at_once(error):
+            raise  # perhaps in the middle of an update
+        if run.processes.broken and run.plan.sharding is not None:
+            raise error from None  # no process has the whole model
         if nonfinite_parameters(state.model):
             raise  # nothing worth saving, and nothing that may replace what there is
         folder = _save_everything(state, run, safe, error)
         if isinstance(error, Interrupted):
             error.saved = folder
+        elif isinstance(error, OtherProcessError):
+            if run.processes.first and safe.checkpoint is not None:
+                print(f"saved in {safe.checkpoint[1]}: resume with {_resume(safe.checkpoint[1])}", file=sys.stderr)
+            raise error from None
         elif folder is not None:
-            said = f"{error}. Resume with resume_from_checkpoint={shlex.quote(str(folder))}"
+            said = f"{error}. Resume with {_resume(folder)}"
             raise type(error)(said) from error.__cause__
         raise
+
+
+def _is_at_once(error: BaseException) -> bool:
+    """Whether a second signal ends the run, here or in another process."""
+    if isinstance(error, OtherProcessError):
+        return error.failure.exit_code > 128
+    return asked_to_stop() and type(error) is KeyboardInterrupt
+
+
+def _resume(folder: Path) -> str:
+    return f"resume_from_checkpoint={shlex.quote(str(folder))}"
 
 
 def _save_everything(state: TrainState, run: Run, safe: SafePoint, error: BaseException) -> Path | None:
@@ -201,7 +229,10 @@ def _save_everything(state: TrainState, run: Run, safe: SafePoint, error: BaseEx
     What ended the run may also be in the way of saving (a full disk), and is the error to report: others are warnings.
     """
     folder: Path | None = None
-    if isinstance(error, (Interrupted, RewardError, RespondError, NonFiniteGradientError, PolicyDriftError)):
+    if run.processes.broken and not run.processes.first:
+        return None
+    between = isinstance(error, (Interrupted, RewardError, RespondError, NonFiniteGradientError, PolicyDriftError))
+    if between or (isinstance(error, OtherProcessError) and safe.between_updates):
         try:
             folder = keep_checkpoint(state, run, safe)
         except OSError as failure:

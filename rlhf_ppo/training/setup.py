@@ -33,11 +33,14 @@ from rlhf_ppo.rewards.functions import RewardFunction, require_accepts_columns, 
 from rlhf_ppo.rewards.loading import RewardSource, check_servers, load_rewards
 from rlhf_ppo.rewards.reward_model import RewardModel
 from rlhf_ppo.runtime.device import compute_in_bf16, resolve_device
-from rlhf_ppo.runtime.processes.group import ProcessGroup, join_processes
+from rlhf_ppo.runtime.processes.agreement import require_same, require_same_settings
+from rlhf_ppo.runtime.processes.group import ProcessGroup
+from rlhf_ppo.runtime.processes.join import join_processes
 from rlhf_ppo.runtime.processes.launch import own_gpu
 from rlhf_ppo.runtime.progress import Stopwatch
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.trackers import require_installed
+from rlhf_ppo.training.fingerprints import data_fingerprint, parameters_fingerprint
 from rlhf_ppo.training.fitted_critic import require_same_task
 from rlhf_ppo.training.learning_rates import resolve_learning_rates
 from rlhf_ppo.training.load_models import check_models, check_passes, load_models, prepare_critic
@@ -64,7 +67,9 @@ def set_up(
     Returns:
         (what is fixed for the run, policy and critic).
     """
-    processes = join_processes()
+    require_settings(args)
+    processes = join_processes(timeout_s=args.process_timeout_s)
+    require_same_settings(processes, args)
     args = _check_arguments(args, eval_dataset, respond, processes)
     sources = {"model": source_name(model), "ref_model": None if ref_model is None else source_name(ref_model)}
     device = own_gpu(resolve_device(args.device))
@@ -79,11 +84,16 @@ def set_up(
     sampling = _sampling_params(args, choose_stop_tokens(model, config, tokenizer, args, vocabulary_size(config)))
     train_prompts, eval_prompts = _prompt_sets(train_dataset, eval_dataset, tokenizer, args, config, room)
     sets = [prompts for prompts in (train_prompts, eval_prompts) if prompts is not None]
+    data = {prompts.name: data_fingerprint(prompts) for prompts in sets} if not processes.alone else {}
+    require_same(processes, "give all processes the same data, in the same order", data)
     _check_turns(tokenizer, sets if respond is not None else ())
     rewards = _load_rewards(reward_funcs, args, device, sets, conversations=respond is not None, recording=recording)
     require_same_task(critic.fitted, args, tokenizer, rewards)
     given = (model, ref_model, value_model, peft_config)
     models = load_models(*given, args, device, bf16=bf16, critic=critic, rewards=rewards, processes=processes)
+    if not processes.alone and models.plan.sharding is None:
+        weights = {"weights": parameters_fingerprint(models.actor_critic.named_parameters())}
+        require_same(processes, "give all processes the same model", weights)
     args, learning_rates = resolve_learning_rates(args, models.actor_critic)
     return Run(
         args=args,
@@ -113,12 +123,16 @@ def set_up(
     ), models.actor_critic
 
 
+def require_settings(args: Any) -> None:
+    """Raise a TypeError unless ``args`` are settings."""
+    if not isinstance(args, RLHFConfig):
+        raise TypeError(f"args must be an RLHFConfig, got {type(args).__name__}: write RLHFConfig(output_dir=..., ...)")
+
+
 def _check_arguments(
     args: RLHFConfig, eval_dataset: RowSource | None, respond: Respond | None, processes: ProcessGroup
 ) -> RLHFConfig:
     """Check arguments against each other; returns the settings of this process, of which the first alone speaks."""
-    if not isinstance(args, RLHFConfig):
-        raise TypeError(f"args must be an RLHFConfig, got {type(args).__name__}: write RLHFConfig(output_dir=..., ...)")
     require_installed(args.report_to)
     if respond is None and args.max_turns > 1:
         raise ValueError(

@@ -1,0 +1,138 @@
+"""Joining: processes that cannot work together end with one sentence, said by one of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+from processes import Ended, ended_processes, in_processes
+
+from rlhf_ppo import PPOTrainer, RLHFConfig
+from rlhf_ppo.cli import main
+from rlhf_ppo.runtime.processes import join
+from rlhf_ppo.runtime.processes.agreement import require_same
+from rlhf_ppo.runtime.processes.errors import OtherProcessError
+from rlhf_ppo.runtime.processes.join import join_processes
+
+
+def join_within_a_second() -> None:
+    join_processes(timeout_s=1.0)
+
+
+def said_once(ended: list[Ended], words: str, code: int) -> None:
+    assert [process.code for process in ended] == [code] * len(ended), ended
+    assert "".join(process.said for process in ended).count(words) == 1, ended
+
+
+def test_fault_31_processes_that_never_come_are_named():
+    said_once(
+        ended_processes(4, join_within_a_second, ranks=[0, 2]), "processes 1, 3 of 4 did not come to 127.0.0.1", 1
+    )
+
+
+def test_fault_31_a_first_process_that_never_comes_is_named():
+    said_once(ended_processes(2, join_within_a_second, ranks=[1]), "process 1 of 2 on", 1)
+
+
+def differences(folder: str) -> list[str]:
+    """Return what is said of what differs between the processes."""
+    said = []
+    rank = int(os.environ["RANK"])
+    join.package_versions = lambda: {"torch": f"2.{rank}"}
+    with pytest.raises(ValueError) as error:
+        join_processes()
+    said.append(str(error.value))
+    rows = [{"prompt": "a"}, {"prompt": f"b{rank}"}]
+    for rate, data in ((1e-3 * (rank + 1), rows[:1]), (1e-3, rows)):
+        args = RLHFConfig(output_dir=f"{folder}/run", learning_rate=rate, device="cpu", max_new_tokens=4, quiet=True)
+        with pytest.raises(ValueError) as error:
+            PPOTrainer(f"{folder}/model", len, args, data)
+        said.append(str(error.value))
+    with pytest.raises(ValueError) as error:
+        require_same(join_processes(), "do it", {"same": [1, 2], "other": {"a": rank}})
+    return [*said, str(error.value)]
+
+
+def test_other_versions_settings_or_data_are_one_sentence_that_names_both(tmp_path, make_model, tokenizer):
+    make_model("gpt2").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    one, other = in_processes(2, differences, str(tmp_path))
+    assert one == other
+    versions, settings, data, facts = one
+    assert versions == (
+        "process 1 of 2 has torch='2.1' where the first one has '2.0': install the same versions everywhere"
+    )
+    assert settings.startswith("process 1 of 2 has learning_rate=0.002 where the first one has 0.001: start all")
+    assert re.match(r"process 1 of 2 has train_dataset='2 rows, \w+' where the first one has '2 rows, \w+': give", data)
+    assert facts == "process 1 of 2 has other={'a': 1} where the first one has {'a': 0}: do it"
+
+
+def warn() -> None:
+    join_processes()
+    for _ in range(2):
+        warnings.warn("the same on each", stacklevel=1)
+    warnings.warn(f"of process {os.environ['RANK']}", stacklevel=1)
+    join_processes().facts(os.getpid)  # the first does not end before
+
+
+def test_a_warning_is_shown_once_and_one_s_own_by_each():
+    ended = ended_processes(3, warn)
+    said_once(ended, "UserWarning: the same on each", 0)
+    assert [f"of process {rank}" in process.said for rank, process in enumerate(ended)] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "line"),
+    [
+        ("train --model m --no-such-flag 1", 2, "no-such-flag"),
+        ("train --help", 0, "usage: rlhf-ppo train"),
+        ("train --model m --dataset nowhere.jsonl --reward r.py:f --output-dir o", 2, "error: data file nowhere.jsonl"),
+        ("trian", 2, "did you mean 'train'"),
+    ],
+)
+def test_usage_and_bad_input_are_printed_once(words, code, line):
+    said_once(ended_processes(2, main, words.split()), line, code)
+
+
+def in_two_places() -> list[str]:
+    group = join_processes()
+    place = (lambda: 0) if group.first else os.getpid
+    with pytest.raises(Exception, match="all processes must do the same") as error:
+        group.facts(place)
+    assert not isinstance(error.value, OtherProcessError)
+    return [str(error.value)]
+
+
+def test_processes_that_do_different_things_are_told_so():
+    one, other = in_processes(2, in_two_places)
+    assert one == other
+    assert re.match(r"process 0 is in [\w.]*test_joining.in_two_places where process 1 is in posix.getpid", one[0])
+
+
+def launched(parent: str, **variables: str) -> str:
+    """What the check says in a process whose parent's command line ends with ``parent``."""
+    check = "from rlhf_ppo.runtime.processes.launch import refuse_silent_launcher as check; check()"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {json.dumps(check)}])"
+    environment = {"PYTHONPATH": ":".join(sys.path), **variables}
+    command = [sys.executable, "-c", code, *parent.split()]
+    return subprocess.run(command, env=environment, capture_output=True, text=True).stderr
+
+
+def test_fault_31_accelerate_that_silently_starts_one_process_is_named():
+    variables = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}
+    said = launched("launch --cpu --num_processes 2 -m rlhf_ppo", **variables)
+    assert "accelerate launch was asked for 2 processes but has started one" in said
+    assert "torchrun --nproc-per-node 2 -m rlhf_ppo" in said
+    assert "asked for 3 processes" in launched("launch --cpu --num-processes=3 script.py", **variables)
+    assert "asked for several processes" in launched("launch --cpu script.py", **variables)
+    for fine in (
+        launched("launch --cpu --num_processes 1 script.py", **variables),
+        launched("launch --cpu --num_processes 2 script.py", **variables, WORLD_SIZE="2"),
+        launched("launch --cpu --num_processes 2 script.py", MASTER_ADDR="127.0.0.1"),
+    ):
+        assert fine == ""

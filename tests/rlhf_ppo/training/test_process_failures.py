@@ -1,0 +1,232 @@
+"""One of several processes fails, is killed or hangs: all end within seconds, by the first cause.
+
+Each case trains by the real command, with a fault in one process in the second of three iterations; then the run is
+resumed from what was saved, and must end as the run without a fault did.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from float64_runs import make_trainer
+from processes import ended_processes, in_processes
+
+import rlhf_ppo.runtime.checkpoint_commit
+import rlhf_ppo.trainer
+import rlhf_ppo.training.generate
+import rlhf_ppo.training.run
+import rlhf_ppo.training.update
+from rlhf_ppo.cli import main
+from rlhf_ppo.runtime.checkpoint import list_checkpoints, verify_checkpoint
+from rlhf_ppo.runtime.run_directory import RunDirectory
+from rlhf_ppo.training.fingerprints import parameters_fingerprint
+
+REWARD = """
+import os
+calls = []
+
+def early_letters(prompts, completions, **columns):
+    calls.append(1)
+    if len(calls) == 2 and os.environ.get("FAILS") == os.environ.get("RANK"):
+        raise KeyError("no score")
+    return [sum("a" <= x < "n" for x in text) / 7 + len(text) / 71 for text in completions]
+"""
+
+EACH_RUN = "--total-episodes 24 --rollout-batch-size 8 --max-new-tokens 5 --num-epochs 1 --num-minibatches 2".split()
+EACH_RUN += "--learning-rate 1e-3 --save-every 1 --eval-size 0 --device cpu --precision fp32 --num-threads 1".split()
+
+
+def train(folder: str, output: str, *more: str) -> int:
+    """Run the command that all cases run."""
+    rlhf_ppo.trainer.plot_run = lambda *_: None  # takes longer than the run
+    given = f"--model {folder}/model --dataset {folder}/rows.jsonl --reward {folder}/rewards.py:early_letters".split()
+    return main(["train", *given, "--output-dir", f"{folder}/{output}", *EACH_RUN, *more])
+
+
+def before(place: Any, name: str, call: int, what: Callable[[], object]) -> None:
+    """Do something before a function's ``call``th call."""
+    function, calls = getattr(place, name), []
+
+    def changed(*args: Any, **keywords: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            what()
+        return function(*args, **keywords)
+
+    setattr(place, name, changed)
+
+
+def raising(error: BaseException) -> Callable[[], object]:
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def signalled(number: int) -> Callable[[], object]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+sampling, update = rlhf_ppo.training.generate, rlhf_ppo.training.update
+
+
+def in_backward(what: Callable[[], object]) -> tuple[Any, str, int, Callable[[], object]]:
+    """In the first backward pass of the second iteration."""
+    return update, "clip_and_step", 2, lambda: before(torch.Tensor, "backward", 1, what)
+
+
+FAULTS: dict[str, tuple[Any, str, int, Callable[[], object]]] = {
+    "sampling": (sampling, "_respond_to", 2, raising(RuntimeError("no tokens"))),
+    "backward": in_backward(raising(torch.OutOfMemoryError("no memory"))),
+    "save": (rlhf_ppo.runtime.checkpoint_commit, "_write_tensors", 2, raising(OSError(28, "no space"))),
+    "killed in an update": in_backward(kill),
+    "killed while sampling": (sampling, "_respond_to", 2, kill),
+    "exits": in_backward(lambda: os._exit(0)),
+    "leaves": in_backward(lambda: sys.exit(7)),
+    "hangs": (update, "clip_and_step", 3, lambda: time.sleep(1000)),
+    "SIGTERM": (update, "clip_and_step", 3, signalled(signal.SIGTERM)),
+    "Ctrl-C": (update, "clip_and_step", 3, signalled(signal.SIGINT)),
+    "two Ctrl-C": (update, "clip_and_step", 3, lambda: [signalled(signal.SIGINT)() for _ in range(2)]),
+}
+"""Name -> before which call of which function what happens."""
+
+
+def train_with(folder: str, fault: str, rank: int, *more: str) -> int:
+    """Train with a fault in process ``rank``."""
+    if fault == "reward":
+        os.environ["FAILS"] = str(rank)
+    elif int(os.environ["RANK"]) == rank:
+        before(*FAULTS[fault])
+    return train(folder, "run", *more)
+
+
+class Case(NamedTuple):
+    fault: str
+    rank: int
+    code: int
+    """Exit code of the processes that are alive to give one."""
+    says: str
+    """On standard error, once."""
+    saved: int = 1
+    """The newest checkpoint."""
+    own_code: int | None = None
+    """Exit code of the process with the fault; None: as all."""
+    more: tuple[str, ...] = ()
+
+
+KILLED = "error: process {rank} of {size} ({name}) ended without a word: it was killed"
+CASES = [
+    Case("backward", 1, 1, "OutOfMemoryError: no memory"),
+    Case("killed while sampling", 1, 1, KILLED, own_code=-9),
+    Case("hangs", 1, 1, "test_process_failures.py:", more=("--process-timeout-s", "2")),
+    Case("SIGTERM", 1, 143, "stopped by SIGTERM; saved in", saved=2),
+    Case("reward", 1, 1, "raised KeyError: 'no score'. The responses are in"),
+    Case("reward", 0, 1, "raised KeyError: 'no score'. The responses are in"),
+    Case("sampling", 1, 1, "RuntimeError: no tokens"),
+    Case("sampling", 0, 1, "RuntimeError: no tokens"),
+    Case("backward", 0, 1, "OutOfMemoryError: no memory"),
+    Case("save", 1, 1, "no space"),
+    Case("save", 0, 1, "no space"),
+    Case("killed in an update", 1, 1, KILLED, own_code=-9),
+    Case("killed in an update", 0, 1, KILLED, own_code=-9),
+    Case("killed while sampling", 0, 1, KILLED, own_code=-9),
+    Case("exits", 1, 1, KILLED, own_code=0),
+    Case("leaves", 1, 7, "error: process 1 of {size} failed: SystemExit: 7", own_code=7),
+    Case("hangs", 0, 1, "test_process_failures.py:", more=("--process-timeout-s", "2")),
+    Case("SIGTERM", 0, 143, "stopped by SIGTERM; saved in", saved=2),
+    Case("Ctrl-C", 1, 130, "stopped by SIGINT; saved in", saved=2),
+    Case("two Ctrl-C", 1, 130, "interrupted"),
+    Case("two Ctrl-C", 0, 130, "interrupted"),
+]
+FAST = 4
+"""So many of these are not slow."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tokenizer, make_model) -> Path:
+    """A folder with model, data and reward."""
+    make_model("gpt2").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = ["once upon", "the cat", "a", "dog and cow", "she said", "blue", "no"]
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "{text}"}}\n' for text in rows))
+    (tmp_path / "rewards.py").write_text(REWARD)
+    return tmp_path
+
+
+def end_of(run: Path) -> tuple[list[dict[str, float]], bytes, bytes]:
+    """What a run left: its metrics and weights."""
+    weights = [(run / name).read_bytes() for name in ("model.safetensors", "value_head.safetensors")]
+    return RunDirectory(run).read(), *weights
+
+
+_whole: dict[int, Any] = {}
+
+
+def run_without_fault(folder: Path, count: int) -> tuple[list[dict[str, float]], bytes, bytes]:
+    if count not in _whole:
+        assert [process.code for process in ended_processes(count, train, str(folder), "whole")] == [0] * count
+        _whole[count] = end_of(folder / "whole")
+    return _whole[count]
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=f"{case.fault} {case.rank}", marks=() if i < FAST else pytest.mark.slow)
+        for i, case in enumerate(CASES)
+    ],
+)
+def test_fault_32_all_end_by_the_first_cause_and_the_run_goes_on(folder, case: Case, count):
+    ended = ended_processes(count, train_with, str(folder), case.fault, case.rank, *case.more)
+    said = "".join(process.said for process in ended)
+    codes = [case.code] * count
+    codes[case.rank] = case.code if case.own_code is None else case.own_code
+    assert [process.code for process in ended] == codes, said
+    assert max(process.seconds for process in ended) < 60, "much later than the first"
+    says = re.escape(case.says).replace(r"\{rank\}", str(case.rank)).replace(r"\{size\}", str(count))
+    assert len(re.findall(says.replace(r"\{name\}", r"[\w, ]+"), said)) == 1, said
+    assert said.count("Traceback") <= 1 and said.count("error: ") <= 1
+    assert not any(verify_checkpoint(checkpoint) for checkpoint in list_checkpoints(folder / "run"))
+    assert list_checkpoints(folder / "run")[-1].name == f"checkpoint-{case.saved}"
+    if case not in CASES[1:FAST] or case.own_code is not None:  # to save time
+        resumed = ended_processes(count, train, str(folder), "run", "--resume-from-checkpoint", "auto")
+        assert [process.code for process in resumed] == [0] * count, resumed[0].said
+        assert end_of(folder / "run") == run_without_fault(folder, count)
+
+
+def train_with_nan(folder: str, rank: int) -> tuple[list[dict[str, float]], str]:
+    """Train with a NaN in process ``rank``'s own gradient of one minibatch; return metrics and a digest of weights."""
+    metrics: list[dict[str, float]] = []
+    trainer = make_trainer(
+        folder,
+        {"max_skipped_steps": 3},
+        {"model": f"{folder}/model", "callbacks": [lambda _, now: metrics.append(now)]},
+    )
+    if trainer.fixed.processes.rank == rank:
+        spoil = lambda: next(p.grad for p in trainer.model.parameters() if p.grad is not None).fill_(math.nan)  # noqa: E731
+        before(rlhf_ppo.training.run, "sum_over_processes", 8, spoil)
+    trainer.train()
+    return metrics, parameters_fingerprint(trainer.model.named_parameters())
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_fault_18_one_process_s_non_finite_gradient_skips_the_step_on_all(folder, rank):
+    one, other = in_processes(2, train_with_nan, str(folder), rank)
+    assert repr(one) == repr(other)
+    assert [now["optim/skipped_steps"] for now in one[0]] == [0, 1, 0]
+    assert len(list((folder / "run").glob("blackbox-*"))) == 1
