@@ -20,8 +20,8 @@ torchrun \
     --shutdown-timeout 600 \
     -m rlhf_ppo train \
     --model "${MODEL:-embedded}" \
-    --reward "${REWARD:-toy_reward.py:early_letters}" \
-    --dataset "${DATASET:-prompts.jsonl}" \
+    --reward "${REWARD:-rlhf_ppo.rewards.toy:positive_sentiment}" \
+    --dataset "${DATASET:-rlhf_ppo/assets/story-openings.jsonl}" \
     --output-dir "${OUTPUT_DIR:-runs/several-machines}" \
     --save-every 10 \
     --resume-from-checkpoint auto

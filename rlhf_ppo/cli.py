@@ -39,7 +39,7 @@ COMMANDS: dict[str, Command] = {
     "advise": (AdviseArgs, "rlhf_ppo.runtime.advice:print_advice"),
 }
 
-DIVIDED = ("train", "sft", "reward", "evaluate", "critic record", "generate")
+DIVIDED = ("train", "sft", "reward", "evaluate", "generate", "critic record", "critic fit", "critic report")
 """Commands that divide their work among the processes of a launcher."""
 
 

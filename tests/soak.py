@@ -3,7 +3,8 @@
 ``python tests/soak.py matrix`` kills at one file-system step of a run after another (every open, fsync, rename and
 deletion in its folder, and tensors half written); ``python tests/soak.py random`` at random times and random steps.
 Both do so with either frontend, print their figures and exit with 1 if anything was lost. The faults come from outside:
-an audit hook, and a wrapped ``os.fsync`` and ``save_file``.
+an audit hook, and a wrapped ``os.fsync`` and ``save_file``. With ``--processes 2`` the language model's runs have two
+processes, of which either is killed; the other must end by itself.
 """
 
 from __future__ import annotations
@@ -15,31 +16,51 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import rlhf_ppo.runtime.stored_tensors
 from rlhf_ppo.runtime.checkpoint import list_checkpoints, verify_checkpoint
+from rlhf_ppo.runtime.processes.join import leave_processes
 
 # Not an import: beside this file lies a folder rlhf_ppo, of tests, so that its folder is no place to import from.
 FRONTENDS = runpy.run_path(str(Path(__file__).with_name("soak_runs.py")))["FRONTENDS"]
 Train = Callable[[Path, int, int], None]
 
 
-def in_child(work: Callable[[], None], log: Path) -> int:
-    """Fork, run ``work`` there, and return the child's process id; imports are paid for once."""
+def in_children(count: int, work: Callable[[int, list[int]], None], log: Path) -> list[int]:
+    """Fork ``count`` joined processes, run ``work(rank, pids)`` in each; return their process ids by rank.
+
+    Imports are paid for once. The first process is forked last, and knows the ids of the others.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pids = [0] * count
+    for rank in reversed(range(count)):
+        launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        launch |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        pids[rank] = in_child(partial(work, rank, pids), log, {name: str(x) for name, x in launch.items()})
+    return pids
+
+
+def in_child(work: Callable[[], None], log: Path, launch: dict[str, str]) -> int:
+    """Fork, run ``work`` there as a launcher would, and return the child's process id."""
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
+        os.environ.update(launch)
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(out, 1)
         os.dup2(out, 2)
@@ -47,6 +68,7 @@ def in_child(work: Callable[[], None], log: Path) -> int:
         warnings.simplefilter("ignore")
         work()
         code = 0
+        leave_processes()
     except BaseException:
         traceback.print_exc()
     finally:
@@ -91,20 +113,20 @@ def steps_in(folder: Path, at_step: Callable[[int, str], None]) -> None:
     rlhf_ppo.runtime.stored_tensors.save_file = torn_save
 
 
-def kill_at(number: int) -> Callable[[int, str], None]:
-    """Die at a step."""
+def kill_at(number: int, victim: int) -> Callable[[int, str], None]:
+    """Kill process ``victim`` (0: this one) at a step."""
 
     def at_step(count: int, what: str) -> None:
         if count == number:
             os.write(2, f"killed before step {count}: {what}\n".encode())
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(victim or os.getpid(), signal.SIGKILL)
 
     return at_step
 
 
-def wait(pid: int) -> int:
-    """The child's exit code, negative for the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def wait(pids: list[int]) -> list[int]:
+    """The children's exit codes, negative for the signal that ended one."""
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
 def kept(run: Path) -> dict[str, bytes]:
@@ -130,18 +152,18 @@ def newest(run: Path) -> int:
     return int(good[-1].name.rpartition("-")[2]) if good else -1
 
 
-def undisturbed(train: Train, folder: Path, rollouts: int, seed: int, log: Path) -> list[str]:
-    """Run without a kill; returns its file-system steps."""
-    notes = folder.with_suffix(".steps")
+def undisturbed(train: Train, folder: Path, rollouts: int, seed: int, log: Path, count: int) -> list[list[str]]:
+    """Run without a kill; returns each process's file-system steps."""
+    notes = [folder.with_suffix(f".steps{rank}") for rank in range(count)]
 
-    def work() -> None:
-        handle = os.open(notes, os.O_WRONLY | os.O_CREAT)
+    def work(rank: int, pids: list[int]) -> None:
+        handle = os.open(notes[rank], os.O_WRONLY | os.O_CREAT)
         steps_in(folder, lambda count, what: os.write(handle, f"{what}\n".encode()))
         train(folder, rollouts, seed)
 
-    if wait(in_child(work, log)):
+    if any(wait(in_children(count, work, log))):
         sys.exit(f"the undisturbed run failed:\n{log.read_text()}")
-    return notes.read_text().splitlines()
+    return [file.read_text().splitlines() for file in notes]
 
 
 def one_of_each_kind(steps: list[str]) -> list[int]:
@@ -151,40 +173,57 @@ def one_of_each_kind(steps: list[str]) -> list[int]:
     return sorted({kind.groups(): number for kind, number in found if kind}.values())
 
 
-def matrix(train: Train, root: Path, rollouts: int, seed: int, *, cover: bool) -> bool:
-    """Kill at every step of the run, or at one of each kind; each time resume to the end. Whether nothing was lost."""
+def matrix(train: Train, root: Path, rollouts: int, seed: int, count: int, *, cover: bool) -> bool:
+    """Kill at every step of the run, or at one of each kind; each time resume to the end. Whether nothing was lost.
+
+    Each process is killed at its own steps, and the others at those of the first.
+    """
     log, started = root / "log.txt", time.monotonic()
     whole = root / "whole"
-    steps = undisturbed(train, whole, rollouts, seed, log)
-    chosen = one_of_each_kind(steps) if cover else range(1, len(steps) + 1)
+    steps = undisturbed(train, whole, rollouts, seed, log, count)
+    cases = [
+        (stepping, number, victim)
+        for stepping, named in enumerate(steps)
+        for number in (one_of_each_kind(named) if cover else range(1, len(named) + 1))
+        for victim in (range(count) if stepping == 0 else [stepping])
+    ]
     lost = 0
-    for number in chosen:
+    for stepping, number, victim in cases:
         run = root / "run"
         shutil.rmtree(run, ignore_errors=True)
 
-        def killed(run: Path = run, number: int = number) -> None:
-            steps_in(run, kill_at(number))
+        def killed(
+            rank: int, pids: list[int], run: Path = run, case: tuple[int, int, int] = (stepping, number, victim)
+        ):
+            if rank == case[0]:
+                steps_in(run, kill_at(case[1], 0 if rank == case[2] else pids[case[2]]))
             train(run, rollouts, seed)
 
-        code = wait(in_child(killed, log))
-        assert code == -signal.SIGKILL, f"step {number} ended with {code}:\n{log.read_text()}"
-        commits = [found[1] for what in steps[: number - 1] if (found := re.fullmatch(r"os.rename \.tmp-(\d+)", what))]
+        codes = wait(in_children(count, killed, log))
+        assert codes[victim] == -signal.SIGKILL, f"step {number} ended with {codes}:\n{log.read_text()}"
+        named = steps[0][: number - 1] if stepping == 0 else []
+        commits = [found[1] for what in named if (found := re.fullmatch(r"os.rename \.tmp-(\d+)", what))]
         newest_kept = newest(run)
-        code = wait(in_child(lambda run=run: train(run, rollouts, seed), log))
-        wrong = [f"exit code {code}: {log.read_text()[-2000:]}"] if code else differences(run, whole)
+        after = wait(in_children(count, lambda rank, pids, run=run: train(run, rollouts, seed), log))
+        wrong = [f"exit codes {after}: {log.read_text()[-2000:]}"] if any(after) else differences(run, whole)
+        wrong += [] if all(codes) else [f"a process did not end: {codes}"]
         if commits and newest_kept < int(commits[-1]):
             wrong.append(f"checkpoint-{commits[-1]} was committed, and the newest good one was {newest_kept}")
         if wrong:
             lost += 1
-            print(f"step {number}, {steps[number - 1]}: {', '.join(wrong)}")
+            print(f"process {victim} at step {number}, {steps[stepping][number - 1]}: {', '.join(wrong)}")
     shutil.rmtree(whole)
     seconds = time.monotonic() - started
-    done = f"{len(chosen)} kills at {len(steps)} file-system steps of a run of {rollouts} rollouts"
-    print(f"{done} ({seconds:.0f} s): {lost} lost")
+    done = f"{len(cases)} kills at {sum(map(len, steps))} file-system steps of a run of {rollouts} rollouts"
+    print(f"{done}{_by(count)} ({seconds:.0f} s): {lost} lost")
     return not lost
 
 
-def random_kills(train: Train, root: Path, kills: int, rollouts: int, seed: int) -> bool:
+def _by(count: int) -> str:
+    return f" by {count} processes" if count > 1 else ""
+
+
+def random_kills(train: Train, root: Path, kills: int, rollouts: int, seed: int, count: int) -> bool:
     """Kill ``kills`` times, half at a random time and half at a random step, over as many runs as that takes."""
     draw = random.Random(seed)
     log, started = root / "log.txt", time.monotonic()
@@ -192,27 +231,28 @@ def random_kills(train: Train, root: Path, kills: int, rollouts: int, seed: int)
     while done < kills:
         whole, run = root / f"whole-{runs}", root / f"run-{runs}"
         begun = time.monotonic()
-        undisturbed(train, whole, rollouts, runs, log)
+        undisturbed(train, whole, rollouts, runs, log, count)
         length = time.monotonic() - begun
-        code, last, fell_back = -signal.SIGKILL, -1, []
-        while code == -signal.SIGKILL:
-            by_time = done < kills and draw.random() < 0.5
+        codes, last, fell_back = [-signal.SIGKILL], -1, []
+        while -signal.SIGKILL in codes:
+            by_time, victim = done < kills and draw.random() < 0.5, draw.randrange(count)
             number = draw.randrange(1, 150) if done < kills and not by_time else 0
 
-            def work(run: Path = run, number: int = number, seed: int = runs) -> None:
-                steps_in(run, kill_at(number))
+            def work(rank: int, pids: list[int], run=run, number=number, seed=runs, victim=victim) -> None:
+                if rank == 0:
+                    steps_in(run, kill_at(number, pids[victim]))
                 train(run, rollouts, seed)
 
-            pid = in_child(work, log)
+            pids = in_children(count, work, log)
             if by_time:
                 time.sleep(draw.uniform(0, length / 4))
-                os.kill(pid, signal.SIGKILL)  # a zombie, if it has ended by itself
-            code = wait(pid)
-            done += code == -signal.SIGKILL
+                os.kill(pids[victim], signal.SIGKILL)  # a zombie, if it has ended by itself
+            codes = wait(pids)
+            done += -signal.SIGKILL in codes
             if newest(run) < last:
                 fell_back.append(f"checkpoint-{last} was there and is lost")
             last = newest(run)
-        wrong = [f"exit code {code}: {log.read_text()[-2000:]}"] if code else differences(run, whole)
+        wrong = [f"exit codes {codes}: {log.read_text()[-2000:]}"] if any(codes) else differences(run, whole)
         wrong += fell_back
         lost += bool(wrong)
         runs += 1
@@ -220,7 +260,8 @@ def random_kills(train: Train, root: Path, kills: int, rollouts: int, seed: int)
         shutil.rmtree(whole)
         shutil.rmtree(run)
     minutes = (time.monotonic() - started) / 60
-    print(f"{done} kills in {runs} runs of {rollouts} rollouts ({minutes:.0f} min): {lost} runs lost or different")
+    of = f"{done} kills in {runs} runs of {rollouts} rollouts{_by(count)}"
+    print(f"{of} ({minutes:.0f} min): {lost} runs lost or different")
     return not lost
 
 
@@ -232,17 +273,20 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200, help="random: how many, of each frontend")
     parser.add_argument("--rollouts", type=int, help="length of a run (matrix: 3, random: 60)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1, help="the language model's runs have so many")
+    parser.add_argument("--sharding", default="none", help="how those share the weights: none, full")
     args = parser.parse_args()
     good = True
-    for name in [args.frontend] if args.frontend else FRONTENDS:
+    chosen = [args.frontend] if args.frontend else ["language"] if args.processes > 1 else list(FRONTENDS)
+    for name in chosen:
         print(f"{name}:")
-        train = FRONTENDS[name]()
+        train = FRONTENDS[name](args.sharding) if name == "language" else FRONTENDS[name]()
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder).resolve()
             if args.mode == "matrix":
-                good &= matrix(train, root, args.rollouts or 3, args.seed, cover=args.cover)
+                good &= matrix(train, root, args.rollouts or 3, args.seed, args.processes, cover=args.cover)
             else:
-                good &= random_kills(train, root, args.kills, args.rollouts or 60, args.seed)
+                good &= random_kills(train, root, args.kills, args.rollouts or 60, args.seed, args.processes)
     return int(not good)
 
 

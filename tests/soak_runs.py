@@ -36,7 +36,7 @@ def objective(seed: int) -> dict[str, Any]:
     return {"objective": name, **OBJECTIVES[name]}
 
 
-def language_model() -> Train:
+def language_model(sharding: str = "none") -> Train:
     """A language model's run; every other seed trains an adapter."""
     from peft import LoraConfig
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -64,6 +64,9 @@ def language_model() -> Train:
         """Letters before n, plus noise from Python's global generator, which a resumed run must go on with."""
         return [sum("a" <= x < "n" for x in text) / 6 + 0.1 * random.random() for text in completions]
 
+    # Each of several processes would draw other noise than one that resumes.
+    early_letters.whole_rollout = True  # pyright: ignore[reportFunctionMemberAccess]
+
     def train(folder: Path, rollouts: int, seed: int) -> None:
         torch.manual_seed(seed)
         adapter = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True)
@@ -90,6 +93,7 @@ def language_model() -> Train:
                 device="cpu",
                 precision="fp32",
                 quiet=True,
+                sharding=sharding,
                 **settings,
             ),
             train_dataset=[{"prompt": text} for text in ("once", "the cat", "a", "blue moon", "no")],
@@ -138,5 +142,5 @@ def control_task() -> Train:
     return train
 
 
-FRONTENDS: dict[str, Callable[[], Train]] = {"language": language_model, "classic": control_task}
+FRONTENDS: dict[str, Callable[..., Train]] = {"language": language_model, "classic": control_task}
 """Each imports what it needs when it is called."""

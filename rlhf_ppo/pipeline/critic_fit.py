@@ -23,7 +23,7 @@ from rlhf_ppo.pipeline.critic_report import judge_critic, lambda_table, say_repo
 from rlhf_ppo.runtime.device import autocast
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.metrics import MetricAverage
-from rlhf_ppo.runtime.processes.group import join_processes
+from rlhf_ppo.runtime.processes.join import join_processes
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory, run_lock
 from rlhf_ppo.runtime.seeding import seed_everything

@@ -23,7 +23,7 @@ from rlhf_ppo.pipeline.critic.lambdas import compare_lambdas, supported_lambda, 
 from rlhf_ppo.pipeline.critic.models import load_fitted
 from rlhf_ppo.pipeline.critic.plot import plot_critic
 from rlhf_ppo.runtime.files import replace_text
-from rlhf_ppo.runtime.processes.group import join_processes
+from rlhf_ppo.runtime.processes.join import join_processes
 from rlhf_ppo.runtime.threads import torch_threads
 
 Report = dict[str, Any]

@@ -31,7 +31,8 @@ from rlhf_ppo.models.value_head import VALUE_HEAD_FILE, load_value_head, save_va
 from rlhf_ppo.pipeline.critic.data import CriticData, ScoredRollout
 from rlhf_ppo.runtime.device import autocast, compute_in_bf16, resolve_device
 from rlhf_ppo.runtime.files import replacing_files
-from rlhf_ppo.runtime.processes.group import ALONE, ProcessGroup, join_processes
+from rlhf_ppo.runtime.processes.group import ALONE, ProcessGroup
+from rlhf_ppo.runtime.processes.join import join_processes
 from rlhf_ppo.runtime.processes.launch import own_gpu
 from rlhf_ppo.training.fingerprints import tokenizer_fingerprint
 from rlhf_ppo.training.fitted_critic import FILE, CriticFacts, read_facts
