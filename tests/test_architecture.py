@@ -60,6 +60,7 @@ LEVELS = [
     ["trainer"],
     ["pipeline", "trl"],
     ["cli"],
+    ["__main__"],
     ["settings_page"],
 ]
 """Packages and modules of rlhf_ppo: each may import those of lower levels, and none beside it."""
