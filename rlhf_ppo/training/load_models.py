@@ -36,8 +36,10 @@ from rlhf_ppo.models.sharding import gathered
 from rlhf_ppo.models.value_head import SavedHead, load_value_head
 from rlhf_ppo.rewards.functions import RewardFunction
 from rlhf_ppo.runtime.device import autocast
+from rlhf_ppo.runtime.processes.agreement import require_same
 from rlhf_ppo.runtime.processes.group import ProcessGroup
 from rlhf_ppo.runtime.seeding import seed_everything
+from rlhf_ppo.training.fingerprints import parameters_fingerprint
 from rlhf_ppo.training.fitted_critic import CriticFacts, find_fitted, require_same_trunk
 from rlhf_ppo.training.shard_models import Plan, plan_sharding, shard_models
 
@@ -162,7 +164,15 @@ def load_models(
     _check_start(
         models, critic, args, device, source=source_name(model), own=ref_model is None, peft_config=peft_config
     )
+    _require_same_weights(processes, models)
     return models
+
+
+def _require_same_weights(processes: ProcessGroup, models: Models) -> None:
+    """Compare the weights of processes that each hold all of them."""
+    if not processes.alone and models.plan.sharding is None:
+        weights = {"weights": parameters_fingerprint(models.actor_critic.named_parameters())}
+        require_same(processes, "give all processes the same model", weights)
 
 
 def _place(models: Models, args: RLHFConfig, device: torch.device, loader: Loader) -> None:

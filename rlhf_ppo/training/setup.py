@@ -40,10 +40,10 @@ from rlhf_ppo.runtime.processes.launch import own_gpu
 from rlhf_ppo.runtime.progress import Stopwatch
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.trackers import require_installed
-from rlhf_ppo.training.fingerprints import data_fingerprint, parameters_fingerprint
+from rlhf_ppo.training.fingerprints import data_fingerprint
 from rlhf_ppo.training.fitted_critic import require_same_task
 from rlhf_ppo.training.learning_rates import resolve_learning_rates
-from rlhf_ppo.training.load_models import Models, check_models, check_passes, load_models, prepare_critic
+from rlhf_ppo.training.load_models import check_models, check_passes, load_models, prepare_critic
 from rlhf_ppo.training.recorded_rollouts import Recording
 from rlhf_ppo.training.replayed_rollouts import open_replay, require_same_rewards
 from rlhf_ppo.training.run import Run
@@ -67,9 +67,7 @@ def set_up(
     Returns:
         (what is fixed for the run, policy and critic).
     """
-    require_settings(args)
-    processes = join_processes(timeout_s=args.process_timeout_s)
-    require_same_settings(processes, args)
+    processes = _join(args)
     args = _check_arguments(args, eval_dataset, respond, processes)
     sources = {"model": source_name(model), "ref_model": None if ref_model is None else source_name(ref_model)}
     device = own_gpu(resolve_device(args.device))
@@ -84,13 +82,11 @@ def set_up(
     sampling = _sampling_params(args, choose_stop_tokens(model, config, tokenizer, args, vocabulary_size(config)))
     train_prompts, eval_prompts = _prompt_sets(train_dataset, eval_dataset, tokenizer, args, config, room)
     sets = [prompts for prompts in (train_prompts, eval_prompts) if prompts is not None]
-    _require_same_data(processes, sets)
-    _check_turns(tokenizer, sets if respond is not None else ())
+    _check_sets(processes, sets, tokenizer, turns=respond is not None)
     rewards = _load_rewards(reward_funcs, args, device, sets, conversations=respond is not None, recording=recording)
     require_same_task(critic.fitted, args, tokenizer, rewards)
     given = (model, ref_model, value_model, peft_config)
     models = load_models(*given, args, device, bf16=bf16, critic=critic, rewards=rewards, processes=processes)
-    _require_same_weights(processes, models)
     args, learning_rates = resolve_learning_rates(args, models.actor_critic)
     return Run(
         args=args,
@@ -120,23 +116,23 @@ def set_up(
     ), models.actor_critic
 
 
-def require_settings(args: Any) -> None:
-    """Raise a TypeError unless ``args`` are settings."""
+def _join(args: Any) -> ProcessGroup:
+    """Join the other processes, which must have the same settings."""
     if not isinstance(args, RLHFConfig):
         raise TypeError(f"args must be an RLHFConfig, got {type(args).__name__}: write RLHFConfig(output_dir=..., ...)")
+    processes = join_processes(timeout_s=args.process_timeout_s)
+    require_same_settings(processes, args)
+    return processes
 
 
-def _require_same_data(processes: ProcessGroup, sets: Sequence[PromptSet]) -> None:
+def _check_sets(
+    processes: ProcessGroup, sets: Sequence[PromptSet], tokenizer: PreTrainedTokenizerBase, *, turns: bool
+) -> None:
+    """Raise a ValueError unless all processes have the same data, and the chat template can make further turns of it."""
     if not processes.alone:
         data = {prompts.name: data_fingerprint(prompts) for prompts in sets}
         require_same(processes, "give all processes the same data, in the same order", data)
-
-
-def _require_same_weights(processes: ProcessGroup, models: Models) -> None:
-    """Compare the weights of processes that each hold all of them."""
-    if not processes.alone and models.plan.sharding is None:
-        weights = {"weights": parameters_fingerprint(models.actor_critic.named_parameters())}
-        require_same(processes, "give all processes the same model", weights)
+    _check_turns(tokenizer, sets if turns else ())
 
 
 def _check_arguments(
