@@ -128,7 +128,7 @@ def _join(args: Any) -> ProcessGroup:
 def _check_sets(
     processes: ProcessGroup, sets: Sequence[PromptSet], tokenizer: PreTrainedTokenizerBase, *, turns: bool
 ) -> None:
-    """Raise a ValueError unless all processes have the same data, and the chat template can make further turns of it."""
+    """Raise a ValueError unless all processes have the same data, which the chat template can make turns of."""
     if not processes.alone:
         data = {prompts.name: data_fingerprint(prompts) for prompts in sets}
         require_same(processes, "give all processes the same data, in the same order", data)
