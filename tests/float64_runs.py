@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.models import quantization
-from rlhf_ppo.models.sharding import whole_tensor
+from rlhf_ppo.models.sharding import is_share, local_part, whole_tensor
 from rlhf_ppo.training import load_models
 
 PROMPTS = ["once upon", "the cat", "a", "dog and cow", "she said", "blue", "no", "why not go"]
@@ -42,12 +45,15 @@ def make_trainer(folder: str, settings: dict[str, Any], given: dict[str, Any]) -
         from rlhf_ppo.models.lora import lora_config
 
         given["peft_config"] = lora_config(rank)
+    if given.pop("talks", False):
+        given["respond"] = read_pages
     rows = [{"prompt": prompt} for prompt in PROMPTS]
     model = given.pop("model", None) or load_float64(f"{folder}/model")
     if given.pop("critic", None) == "separate":
         given["value_model"] = model if isinstance(model, str) else load_float64(f"{folder}/model")
     given = {"train_dataset": rows, "eval_dataset": rows[:5], **given}
-    return PPOTrainer(model, early_letters, args=RLHFConfig(**{**args, **settings}), **given)
+    rewards = [early_letters, f"{folder}/judge"] if given.pop("judge", False) else early_letters
+    return PPOTrainer(model, rewards, args=RLHFConfig(**{**args, **settings}), **given)
 
 
 def load_float64(folder: str) -> Any:
@@ -68,17 +74,52 @@ def weights_of(trainer: PPOTrainer) -> dict[str, Any]:
     return {name: whole_tensor(p.detach()).clone().numpy() for name, p in named if p.requires_grad}
 
 
+def bytes_held(trainer: PPOTrainer) -> tuple[int, int]:
+    """Return the bytes of weights and optimizer that this process holds, and those of all that are whole anywhere."""
+    parameters = list(trainer.model.parameters())
+    moments = [x for entry in trainer.optimizer.state.values() for x in entry.values()]
+    storages = [x.untyped_storage() for x in [*map(local_part, parameters), *moments]]
+    held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return held, sum(3 * p.numel() * p.element_size() for p in parameters)
+
+
+def spoil_one_gradient(trainer: PPOTrainer) -> None:
+    """Let the last process's gradient of the fifth minibatch be NaN in one number of a matrix."""
+    calls, plain = 0, trainer.fixed.gradient
+
+    def gradient(model: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        found = plain(model, *args, **kwargs)
+        if calls == 5 and trainer.fixed.processes.rank == trainer.fixed.processes.size - 1:
+            matrix = next(p for p in model.parameters() if p.ndim == 2 and p.grad is not None)
+            part = matrix.grad.to_local() if is_share(matrix) else matrix.grad
+            part[-1, -1] = math.nan
+        return found
+
+    trainer.fixed = dataclasses.replace(trainer.fixed, gradient=gradient)
+
+
+def read_pages(prompts: list[dict[str, str]]) -> str | None:
+    """Reply once or twice, depending on what the policy said."""
+    said = prompts[-1]["content"]
+    return None if said[:1] < "e" or len(prompts) > 3 else " go on"
+
+
 def train(
     folder: str,
     settings: dict[str, Any],
     given: dict[str, Any] | None = None,
     resume: str | None = None,
     until: int | None = None,
+    spoil: bool = False,
 ) -> dict[str, Any]:
-    """Train in float64, at most ``until`` an iteration; return sampled tokens, metrics and weights."""
+    """Train in float64, at most ``until`` an iteration; return sampled tokens, metrics, weights and bytes held."""
     torch.set_default_dtype(torch.float64)
     try:
         trainer = make_trainer(folder, settings, given or {})
+        if spoil:
+            spoil_one_gradient(trainer)
         metrics: list[dict[str, float]] = []
 
         def keep(trainer: PPOTrainer, now: dict[str, float]) -> bool:
@@ -87,10 +128,31 @@ def train(
 
         trainer.callbacks.append(keep)
         last = trainer.train(resume_from_checkpoint=resume)
-        tokens = trainer.rollout(["once upon", "a", "blue"]).response_ids
-        return {"tokens": tokens.numpy(), "metrics": [*metrics, last], "weights": weights_of(trainer)}
+        tokens = trainer.rollout(["once upon", "a", "blue"]).response_ids  # three: some of four processes have none
+        found = {"tokens": tokens.numpy(), "metrics": [*metrics, last], "weights": weights_of(trainer)}
+        judges = [getattr(function, "together", False) for function, _ in trainer.fixed.rewards.values()]
+        return {
+            **found,
+            "bytes": bytes_held(trainer),
+            "shared judges": sum(hasattr(x, "together") and x.together for x in judges),
+        }
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def train_on_machines_of_two(*args: Any) -> dict[str, Any]:
+    """Train as if every two processes were on a machine of their own."""
+    os.environ |= {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(int(os.environ["RANK"]) % 2)}
+    return train(*args)
+
+
+def train_in_bfloat16(settings: dict[str, Any]) -> list[dict[str, float]]:
+    """Train a model of float32 weights; return the metrics of each update."""
+    folder, metrics = str(Path(settings["output_dir"]).parent), list[dict[str, float]]()
+    trainer = make_trainer(folder, settings, {"model": f"{folder}/model"})
+    trainer.callbacks.append(lambda _, now: metrics.append(now))
+    trainer.train()
+    return metrics
 
 
 def require_equal(one: dict[str, Any], other: dict[str, Any], tolerance: float = 1e-9) -> None:

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
@@ -76,7 +77,7 @@ class Loader:
         if len(found) < len({id(p) for _, p in named}) or not _shapes_fit(model, found):
             return None
         own = {name: found[id(p)] for name, p in model.named_parameters()}
-        fill(model, {name: torch.zeros(p.shape, dtype=dtype) for name, p in model.named_parameters()})
+        fill(model, {name: _untouched_zeros(p.shape, dtype) for name, p in model.named_parameters()})
         self.sources |= {id(p): own[name] for name, p in model.named_parameters()}
         model.eval().config._name_or_path = source
         if model.can_generate() and find_file(source, "generation_config.json") is not None:
@@ -120,6 +121,11 @@ def read_weights_held(model: nn.Module, sources: Mapping[str, Stored]) -> None:
             except SafetensorError as error:
                 raise ValueError(f"{file} is damaged ({error}): copy or download it again") from error
             local_part(parameter).copy_(values)
+
+
+def _untouched_zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return zeros in memory that the system hands out when it is written to; torch.zeros writes to it."""
+    return torch.from_numpy(np.zeros(shape.numel() * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def _stored_weights(source: str) -> dict[str, Stored]:

@@ -60,7 +60,11 @@ def make_sharding(*, hybrid: bool, device: torch.device, bf16: bool) -> Sharding
             f"sharding='hybrid' needs the same number of processes on every node, but {processes} processes do not "
             f"divide into {local} a node: start as many on each, or set sharding='full'"
         )
-    return Sharding(init_device_mesh(device.type, (processes // local, local)), device, bf16)
+    return Sharding(
+        init_device_mesh(device.type, (processes // local, local), mesh_dim_names=("machines", "processes")),
+        device,
+        bf16,
+    )
 
 
 def shard(root: nn.Module, sharding: Sharding) -> None:
@@ -109,6 +113,11 @@ def transformer_layers(model: nn.Module) -> list[nn.Module]:
             "set sharding='none'"
         )
     return layers
+
+
+def has_layers(model: nn.Module) -> bool:
+    """Return whether a model has layers that are known as such, so that it can be sharded."""
+    return any(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
 
 
 def _matrices(model: nn.Module) -> list[nn.Parameter]:
@@ -195,6 +204,13 @@ def taking_part(owner: nn.Module, method: str, idle: Callable[[], object]) -> It
         setattr(owner, method, call)
     while any_calls(this=False):
         idle()
+
+
+def most_anywhere(count: int, device: torch.device) -> int:
+    """Return the largest of the counts that the processes call with."""
+    largest = torch.tensor(count, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def keep_gathered(root: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from rlhf_ppo.models.loading import (
     refuse_encoder_decoder,
     vocabulary_size,
 )
+from rlhf_ppo.models.sharding import Sharding, has_layers, most_anywhere, shard
 
 NO_LIMIT = 2**31
 """Some tokenizers give 1e30 for "no limit"."""
@@ -39,6 +41,9 @@ class RewardModel:
     Text prompts are scored as prompt + completion; chats through the reward tokenizer's chat template. With a
     ``chat_template`` given, a text prompt becomes a chat of one user message.
     """
+
+    together = False
+    """Whether processes share the weights (:meth:`share`), and must all call at once."""
 
     def __init__(
         self,
@@ -94,6 +99,12 @@ class RewardModel:
         if batch_size > 1 and not padding_is_harmless(self.model, self.tokenizer, self.__name__):
             self.batch_size = 1
 
+    def share(self, sharding: Sharding) -> None:
+        """Share the weights among processes, in place; a model without known layers stays whole."""
+        if has_layers(self.model):
+            shard(self.model, dataclasses.replace(sharding, bf16=False))
+            self.together = True
+
     def _set_tokenizer(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
         self.tokenizer: PreTrainedTokenizerBase = copy.deepcopy(tokenizer)
         self.text_as_chat = chat_template is not None
@@ -126,6 +137,10 @@ class RewardModel:
         scores: list[float] = []
         for start in range(0, len(rows), self.batch_size):
             scores += text_scores(self.model, self.tokenizer, rows[start : start + self.batch_size]).tolist()
+        if self.together:  # as many passes as the process with the most texts makes
+            passes = -(-len(rows) // self.batch_size)
+            for _ in range(most_anywhere(passes, self.model.device) - passes):
+                text_scores(self.model, self.tokenizer, [[0]])
         return scores
 
 

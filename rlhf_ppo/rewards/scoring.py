@@ -112,8 +112,9 @@ def score_responses(
             here = here if not at_once else range(len(responses)) if processes.first else ()
             mine[name] = [i for i in asked[name] if i in here]
         questions = {name: responses.take(mine[name]) for name in rewards}
-        # A function whose scores are all cached is not called.
-        results = call_rewards({n: questions[n].arguments(f) for n, f in rewards.items() if mine[n]}, timeout_s)
+        # A function whose scores are all cached is not called, unless another process needs this one's weights.
+        called = {n: f for n, f in rewards.items() if mine[n] or getattr(f, "together", False)}
+        results = call_rewards({n: questions[n].arguments(f) for n, f in called.items()}, timeout_s)
         answers = {n: coerce_scores(results.get(n, []), len(mine[n]), n, questions[n].lengths) for n in rewards}
         sent = answers if processes.alone else {n: [*map(encoded_score, items)] for n, items in answers.items()}
         return {n: [*zip(mine[n], sent[n], strict=True)] for n in rewards}

@@ -35,6 +35,7 @@ from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.models.sharding import gathered
 from rlhf_ppo.models.value_head import SavedHead, load_value_head
 from rlhf_ppo.rewards.functions import RewardFunction
+from rlhf_ppo.rewards.reward_model import RewardModel
 from rlhf_ppo.runtime.device import autocast
 from rlhf_ppo.runtime.processes.agreement import require_same
 from rlhf_ppo.runtime.processes.group import ProcessGroup
@@ -159,6 +160,9 @@ def load_models(
         bare_base=not prepared.base_changed and (peft_config is not None or base is not None),
     )
     reference = Reference(policy, reference_model, adapter_off=prepared.off_is_start)
+    for function, _ in rewards.values() if plan.sharding is not None else ():
+        if isinstance(function, RewardModel):
+            function.share(plan.sharding)
     models = Models(actor_critic, reference, base, start, prepared.base_changed, plan)
     _place(models, args, device, loader)
     _check_start(

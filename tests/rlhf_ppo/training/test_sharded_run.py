@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from float64_runs import loaded_weights, require_equal, train
+from float64_runs import loaded_weights, require_equal, train, train_in_bfloat16, train_on_machines_of_two
 from processes import in_processes
 from safetensors.torch import load_file
 
 from rlhf_ppo.runtime.checkpoint import verify_checkpoint
+from rlhf_ppo.training.black_box import read_black_box
 
 SHARDED = {"sharding": "full", "save_every": 2}
 
@@ -35,19 +36,58 @@ def test_two_processes_that_share_the_weights_train_as_one(saved, kind, decoding
     settings: dict[str, Any] = {**SHARDED, "sharded_decoding": decoding, "output_dir": f"{folder}/sharded"}
     for one in in_processes(2, train, folder, settings):
         require_equal(alone, one, 1e-9)
+        held, whole = one["bytes"]
+        assert held < 0.56 * whole  # its half, vectors, and AdamW's counts of steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "kind"), [(3, "full"), (4, "full"), (4, "hybrid")])
+def test_more_processes_that_share_the_weights_train_as_one(saved, count, kind):
+    folder = saved("gpt2")
+    given = (
+        {"lora_rank": 3} if count == 3 else {}
+    )  # of three rows of an adapter's factor, four processes cannot all have one
+    alone = train(folder, {}, given)
+    settings = {**SHARDED, "sharding": kind, "output_dir": f"{folder}/sharded"}
+    for one in in_processes(count, train_on_machines_of_two if kind == "hybrid" else train, folder, settings, given):
+        require_equal(alone, one, 1e-9)
+    resumed = {"output_dir": f"{folder}/resumed", "save_every": 2}
+    require_equal(
+        {**alone, "metrics": alone["metrics"][2:]}, train(folder, resumed, given, f"{folder}/sharded/checkpoint-2")
+    )
+
+
+def test_a_gradient_that_is_nan_on_one_process_skips_the_step_on_all(saved):
+    folder = saved("gpt2")
+    settings = {**SHARDED, "output_dir": f"{folder}/sharded"}
+    one, other = in_processes(2, train, folder, settings, {}, None, None, True)
+    require_equal(one, other, 0.0)
+    assert [metrics["optim/skipped_steps"] for metrics in one["metrics"][:3]] == [1, 0, 0]
+    (box,) = Path(folder, "sharded").glob("blackbox-*")
+    weights = read_black_box(box).weights
+    assert {name: tuple(x.shape) for name, x in weights.items()} == {n: x.shape for n, x in one["weights"].items()}
+
+
+def test_a_sharded_run_in_bfloat16_samples_and_trains_the_same_distribution(saved):
+    settings = {**SHARDED, "precision": "bf16", "output_dir": f"{saved('llama')}/sharded"}
+    for found in in_processes(2, train_in_bfloat16, settings):
+        assert all(0 <= metrics["policy/first_minibatch_max_abs_log_ratio"] < 0.1 for metrics in found)
+        assert all(metrics["optim/skipped_steps"] == 0 for metrics in found)
 
 
 CRITICS = [
     ({}, {"critic": "separate"}),
     ({"critic": "adapter"}, {"lora_rank": 3}),
     ({"kl_loss_coef": 0.1, "kl_loss": "exact", "critic_epochs": 3, "critic_warmup_rollouts": 1}, {}),
+    ({"gradient_checkpointing": True, "recompute_logprobs": True, "save_rollouts": True}, {}),
+    ({"sharded_decoding": "layers", "max_turns": 3}, {"talks": True}),
 ]
 
 
 @pytest.mark.parametrize(("settings", "given"), CRITICS)
 def test_critics_of_every_kind_and_adapters_learn_the_same_under_sharding(saved, settings, given):
     folder = saved("llama")
-    alone = train(folder, settings, given)
+    alone = train(folder, {x: y for x, y in settings.items() if x != "sharded_decoding"}, given)
     sharded = {**SHARDED, **settings, "output_dir": f"{folder}/sharded"}
     require_equal(alone, in_processes(2, train, folder, sharded, given)[1])
 
@@ -66,6 +106,18 @@ def test_a_checkpoint_goes_from_two_processes_to_one_and_back(saved):
         for key, x in one.items():
             torch.testing.assert_close(x, other[key], rtol=1e-9, atol=1e-9)
     assert verify_checkpoint(Path(folder, "run2", "checkpoint-3")) == []
+
+
+def test_processes_share_a_reward_models_weights_too(saved, tmp_path, make_classifier, tokenizer):
+    folder = saved("llama")
+    make_classifier("gpt2").save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    settings = {"rollout_batch_size": 10, "num_minibatches": 2, "num_generations": 2, "cache_rewards": True}
+    alone = train(folder, settings, {"judge": True})
+    sharded = {**SHARDED, **settings, "output_dir": f"{folder}/sharded"}
+    for found in in_processes(2, train, folder, sharded, {"judge": True}):
+        require_equal(alone, found, 1e-6)  # the judge computes in float32
+        assert found["shared judges"] == 1
 
 
 @pytest.mark.parametrize(
