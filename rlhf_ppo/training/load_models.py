@@ -160,8 +160,8 @@ def load_models(
         bare_base=not prepared.base_changed and (peft_config is not None or base is not None),
     )
     reference = Reference(policy, reference_model, adapter_off=prepared.off_is_start)
-    for function, _ in rewards.values() if plan.sharding is not None else ():
-        if isinstance(function, RewardModel):
+    for function, _ in rewards.values():
+        if isinstance(function, RewardModel) and plan.sharding is not None:
             function.share(plan.sharding)
     models = Models(actor_critic, reference, base, start, prepared.base_changed, plan)
     _place(models, args, device, loader)
