@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.models import quantization
 from rlhf_ppo.models.sharding import is_share, local_part, whole_tensor
+from rlhf_ppo.runtime.signals import Interrupted
 from rlhf_ppo.training import load_models
 
 PROMPTS = ["once upon", "the cat", "a", "dog and cow", "she said", "blue", "no", "why not go"]
@@ -134,7 +136,8 @@ def train(
         return {
             **found,
             "bytes": bytes_held(trainer),
-            "shared judges": sum(hasattr(x, "together") and x.together for x in judges),
+            "shared judges": sum(judges),
+            "exchanged": trainer.fixed.processes.bytes_exchanged,
         }
     finally:
         torch.set_default_dtype(torch.float32)
@@ -144,6 +147,26 @@ def train_on_machines_of_two(*args: Any) -> dict[str, Any]:
     """Train as if every two processes were on a machine of their own."""
     os.environ |= {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(int(os.environ["RANK"]) % 2)}
     return train(*args)
+
+
+def stop_while_sampling(folder: str, settings: dict[str, Any]) -> tuple[int, str]:
+    """Have the last process get SIGTERM while it samples the second rollout; return exit code and checkpoint."""
+    trainer = make_trainer(folder, settings, {"model": f"{folder}/model", "eval_dataset": None})
+    sample, calls = trainer.fixed.sample, 0
+
+    def stop_second(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2 and trainer.fixed.processes.rank == trainer.fixed.processes.size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return sample(*args, **kwargs)
+
+    trainer.fixed = dataclasses.replace(trainer.fixed, sample=stop_second)
+    try:
+        trainer.train()
+    except Interrupted as stop:
+        return stop.exit_code, str(stop.saved)
+    return 0, ""
 
 
 def train_in_bfloat16(settings: dict[str, Any]) -> list[dict[str, float]]:

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_ppo.models.sharded_traffic import count_traffic
 from rlhf_ppo.runtime.stored_tensors import Piece, StoredTensors
 
 _GATHERED: WeakSet[FSDPModule] = WeakSet()
@@ -43,6 +44,8 @@ class Sharding:
     device: torch.device
     bf16: bool
     """Layers are gathered in bfloat16; gradients are summed in float32."""
+    count: Callable[[int], object] = lambda _: None
+    """Called with the bytes that this process contributes whenever weights are gathered or gradients summed."""
 
 
 def make_sharding(*, hybrid: bool, device: torch.device, bf16: bool) -> Sharding:
@@ -93,6 +96,7 @@ def shard(root: nn.Module, sharding: Sharding) -> None:
     for module in _shards(root):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+        count_traffic(module, sharding.count, repeated=sharding.mesh.ndim > 1)
     for name in ("decode", "head_values"):
         if hasattr(root, name):
             register_fsdp_forward_method(root, name)

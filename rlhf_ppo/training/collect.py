@@ -24,7 +24,7 @@ from rlhf_ppo.rewards.validation import RewardError, Score
 from rlhf_ppo.runtime.device import autocast
 from rlhf_ppo.runtime.seeding import TRAIN, numbered_generator
 from rlhf_ppo.runtime.signals import deferring_stops, stop_if_asked
-from rlhf_ppo.training.generate import generate, write_failed
+from rlhf_ppo.training.generate import generate, stopping_if_asked, write_failed
 from rlhf_ppo.training.rewards import with_scores
 from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.state import TrainState
@@ -131,8 +131,7 @@ def read_divided(
 
     if run.plan.sharding is not None:
         with deferring_stops():  # all processes make all passes
-            done = work()
-        work = lambda: done  # noqa: E731
+            work = stopping_if_asked(work())
     for rows, part in zip(shares, run.processes.exchange(lambda: (work(), None)), strict=True):
         for name, x in part.tensors.items():
             note_rows(whole, rollout, name, x.to(run.device), rows)

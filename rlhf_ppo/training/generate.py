@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,9 +24,10 @@ from rlhf_ppo.models.sharding import taking_part, whole_weights
 from rlhf_ppo.runtime.device import autocast
 from rlhf_ppo.runtime.processes.group import Part
 from rlhf_ppo.runtime.run_directory import append_line
-from rlhf_ppo.runtime.signals import deferring_stops
+from rlhf_ppo.runtime.signals import deferring_stops, stop_if_asked
 from rlhf_ppo.training.run import Run
 
+Result = TypeVar("Result")
 Work = Callable[[], tuple[dict[str, Tensor], Any]]
 """What an exchange between processes runs on each."""
 
@@ -72,13 +73,23 @@ def _weights_for_decoding(run: Run, model: ActorCritic) -> Iterator[Callable[[Wo
     def at_once(work: Work) -> Work:
         with deferring_stops(), taking_part(model, "decode", lambda: _decode_nothing(run, model)):
             result = work()
-        return lambda: result
+        return stopping_if_asked(result)
 
     if run.plan.sharding is not None and run.plan.decoding == "layers":
         yield at_once
         return
     with nullcontext() if run.plan.sharding is None else whole_weights(model, model.policy):
         yield lambda work: work
+
+
+def stopping_if_asked(result: Result) -> Callable[[], Result]:
+    """Return work for an exchange that has been done already: there, all processes stop if one was asked to."""
+
+    def work() -> Result:
+        stop_if_asked()
+        return result
+
+    return work
 
 
 def _decode_nothing(run: Run, model: ActorCritic) -> None:

@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from float64_runs import loaded_weights, require_equal, train, train_in_bfloat16, train_on_machines_of_two
+from float64_runs import (
+    loaded_weights,
+    require_equal,
+    stop_while_sampling,
+    train,
+    train_in_bfloat16,
+    train_on_machines_of_two,
+)
 from processes import in_processes
 from safetensors.torch import load_file
 
@@ -38,6 +45,8 @@ def test_two_processes_that_share_the_weights_train_as_one(saved, kind, decoding
         require_equal(alone, one, 1e-9)
         held, whole = one["bytes"]
         assert held < 0.56 * whole  # its half, vectors, and AdamW's counts of steps
+        # Each of 18 steps: its half of the weights in forward and backward passes, and a whole gradient.
+        assert one["exchanged"] > 18 * 2 * whole / 3
 
 
 @pytest.mark.slow
@@ -66,6 +75,15 @@ def test_a_gradient_that_is_nan_on_one_process_skips_the_step_on_all(saved):
     (box,) = Path(folder, "sharded").glob("blackbox-*")
     weights = read_black_box(box).weights
     assert {name: tuple(x.shape) for name, x in weights.items()} == {n: x.shape for n, x in one["weights"].items()}
+
+
+@pytest.mark.parametrize("decoding", ["whole", "layers"])
+def test_fault_22_a_signal_to_one_process_stops_all_with_a_checkpoint(saved, decoding):
+    folder = saved("gpt2")
+    settings = {**SHARDED, "sharded_decoding": decoding, "output_dir": f"{folder}/sharded"}
+    expected = (143, f"{folder}/sharded/checkpoint-1")
+    assert in_processes(2, stop_while_sampling, folder, settings) == [expected, expected]
+    assert verify_checkpoint(expected[1]) == []
 
 
 def test_a_sharded_run_in_bfloat16_samples_and_trains_the_same_distribution(saved):
