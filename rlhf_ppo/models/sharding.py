@@ -44,19 +44,21 @@ class Sharding:
     device: torch.device
     bf16: bool
     """Layers are gathered in bfloat16; gradients are summed in float32."""
-    count: Callable[[int], object] = lambda _: None
+    count: Callable[[int], object]
     """Called with the bytes that this process contributes whenever weights are gathered or gradients summed."""
 
 
-def make_sharding(*, hybrid: bool, device: torch.device, bf16: bool) -> Sharding:
-    """Return the sharding over all processes, or over those of each node (``hybrid``).
+def make_sharding(
+    *, hybrid: bool, device: torch.device, bf16: bool, count: Callable[[int], object] = lambda _: None
+) -> Sharding:
+    """Return the sharding over all processes, or over those of each node (``hybrid``); ``count`` is its.
 
     Raises:
         ValueError: hybrid, but nodes run different numbers of processes.
     """
     processes = dist.get_world_size()
     if not hybrid:
-        return Sharding(init_device_mesh(device.type, (processes,)), device, bf16)
+        return Sharding(init_device_mesh(device.type, (processes,)), device, bf16, count)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     if processes % local:
         raise ValueError(

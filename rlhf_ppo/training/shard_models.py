@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -89,12 +88,11 @@ def plan_sharding(
         decoding = "whole" if whole + needed / processes.size <= USABLE * memory else "layers"
     how = f"gathered whole for decoding ({_gb(whole)})" if decoding == "whole" else "decoding gathers layer by layer"
     quantized = "; the quantised reference stays whole on each" if "bit" in args.reference_dtype else ""
-    sharding = make_sharding(hybrid=kind == "hybrid", device=device, bf16=bf16)
 
     def count(contributed: int) -> None:
         processes.bytes_exchanged += contributed
 
-    sharding = dataclasses.replace(sharding, count=count)
+    sharding = make_sharding(hybrid=kind == "hybrid", device=device, bf16=bf16, count=count)
     return Plan(sharding, f"{said}: each holds its share of the weights; {how}{quantized}", decoding)
 
 

@@ -20,7 +20,9 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def plan(monkeypatch, make_model):
     """``plan(memory, **settings)`` for two processes and a model of P parameters, with P as ``plan.size``."""
-    monkeypatch.setattr(shard_models, "make_sharding", lambda *, hybrid, device, bf16: ("sharding", hybrid, bf16))
+    monkeypatch.setattr(
+        shard_models, "make_sharding", lambda *, hybrid, device, bf16, count: ("sharding", hybrid, bf16)
+    )
     model = make_model("llama")
 
     def make(memory: float, adapter: bool = False, bf16: bool = False, critic: Any = None, **settings: Any) -> Plan:

@@ -77,7 +77,7 @@ def test_a_gradient_that_is_nan_on_one_process_skips_the_step_on_all(saved):
     assert {name: tuple(x.shape) for name, x in weights.items()} == {n: x.shape for n, x in one["weights"].items()}
 
 
-@pytest.mark.parametrize("decoding", ["whole", "layers"])
+@pytest.mark.parametrize("decoding", [pytest.param("whole", marks=pytest.mark.slow), "layers"])
 def test_fault_22_a_signal_to_one_process_stops_all_with_a_checkpoint(saved, decoding):
     folder = saved("gpt2")
     settings = {**SHARDED, "sharded_decoding": decoding, "output_dir": f"{folder}/sharded"}
@@ -94,11 +94,9 @@ def test_a_sharded_run_in_bfloat16_samples_and_trains_the_same_distribution(save
 
 
 CRITICS = [
-    ({}, {"critic": "separate"}),
-    ({"critic": "adapter"}, {"lora_rank": 3}),
+    ({"gradient_checkpointing": True, "recompute_logprobs": True, "save_rollouts": True}, {"critic": "separate"}),
+    ({"critic": "adapter", "sharded_decoding": "layers", "max_turns": 3}, {"lora_rank": 3, "talks": True}),
     ({"kl_loss_coef": 0.1, "kl_loss": "exact", "critic_epochs": 3, "critic_warmup_rollouts": 1}, {}),
-    ({"gradient_checkpointing": True, "recompute_logprobs": True, "save_rollouts": True}, {}),
-    ({"sharded_decoding": "layers", "max_turns": 3}, {"talks": True}),
 ]
 
 
