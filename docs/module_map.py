@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
 START = "<!-- module map: made by `make docs` -->\n"
 PACKAGES = [
-    *("core", "core/kernels", "runtime", "config", "data", "models", "models/forward", "generation", "rewards"),
-    *("training", "pipeline", "trl"),
+    *("core", "core/kernels", "runtime", "config", "data", "models", "models/forward", "models/costs"),
+    *("generation", "rewards", "training", "pipeline", "pipeline/plan", "trl"),
 ]
 
 

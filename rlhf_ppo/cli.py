@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from rlhf_ppo.config.commands import DemoArgs, ExportArgs, MigrateArgs, ReplayArgs, join_command_line
 from rlhf_ppo.config.critic_fit import CriticFitArgs, CriticReportArgs
 from rlhf_ppo.config.inference import EvaluateArgs, GenerateArgs
+from rlhf_ppo.config.plan import PlanArgs
 from rlhf_ppo.config.presets import PresetsArgs
 from rlhf_ppo.config.reward_training import RewardTrainingArgs
 from rlhf_ppo.config.sft import SFTArgs
@@ -24,6 +25,7 @@ from rlhf_ppo.runtime.signals import Interrupted
 COMMANDS: dict[str, Command] = {
     "demo": (DemoArgs, "rlhf_ppo.pipeline.demo:demo"),
     "train": (TrainArgs, "rlhf_ppo.pipeline.train:train"),
+    "plan": (PlanArgs, "rlhf_ppo.pipeline.plan.report:plan_command"),
     "sft": (SFTArgs, "rlhf_ppo.pipeline.sft:sft_command"),
     "reward": (RewardTrainingArgs, "rlhf_ppo.pipeline.reward_training:reward_command"),
     "evaluate": (EvaluateArgs, "rlhf_ppo.pipeline.evaluate:evaluate_command"),

@@ -1,0 +1,114 @@
+"""The command `plan`: its page and JSON, what makes a run fit, and bad input as one sentence."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from rlhf_ppo.cli import main
+from rlhf_ppo.config.plan import PlanArgs
+from rlhf_ppo.pipeline.plan.fit import changes, find_fit, more_gpus, replan
+from rlhf_ppo.pipeline.plan.plan import plan
+from rlhf_ppo.pipeline.plan.report import text
+
+LONG = {"max_new_tokens": 1024, "rollout_batch_size": 128}
+
+
+def plan_for(model: str = "Qwen/Qwen2.5-7B", card: str = "H100", **settings):
+    return plan(PlanArgs(**{"model": model, "card": card, **LONG, **settings}))
+
+
+def refusal(capsys, *flags: str) -> str:
+    """What the command says about bad input."""
+    try:
+        assert main(["plan", *flags]) == 2
+    except SystemExit as ended:
+        assert ended.code == 2
+    return re.sub(r"[\s│]+", " ", capsys.readouterr().err)
+
+
+def test_the_page_names_phases_and_what_breaks_first(capsys):
+    assert main("plan --model Qwen/Qwen2.5-7B --gpus 4 --card h100 --max-new-tokens 1024 --explain".split()) == 0
+    said = capsys.readouterr().out
+    assert "Qwen/Qwen2.5-7B, 7,615,616,512 parameters, shared critic" in said
+    assert "4 x H100 (80 GB; NVIDIA H100 datasheet, SXM5)" in said and "sharding=full" in said
+    for phase in ("generate", "reference", "update (", "optimizer step"):
+        assert f"\n  {phase}" in said
+    assert re.search(r"sent by a process in an update: \d+ GB, at least \d+ GB", said)
+    # The arithmetic of a number that a reader can check by head: 7.6e9 x 8 / 4.
+    assert "15.23 GB  AdamW's two moments = 7,615,620,097 trained weights x 8 bytes / 4 processes" in said
+
+
+def test_every_total_is_the_sum_of_its_terms(capsys):
+    assert main("plan --model embedded --card cpu --reward embedded --json".split()) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["parameters"] == 2_234_496 and facts["fits"] and facts["fits_with"] is None
+    assert set(facts["seconds"]) == {"generate", "reference", "score", "update", "optimizer steps"}
+    for numbers in (facts["memory_bytes"], facts["seconds"]):
+        for phase in numbers.values():
+            assert phase["total"] == pytest.approx(sum(term["amount"] for term in phase["terms"]))
+    assert any(term["what"] == "reward model embedded" for term in facts["memory_bytes"]["score"]["terms"])
+
+
+def test_what_does_not_fit_is_made_to_by_the_settings_that_cost_least_time():
+    found = plan_for(gpus=4)
+    assert not found.fits and found.setup.sharding == "full"
+    fitting = find_fit(found)
+    assert fitting is not None and fitting.fits and fitting.args.lora_rank is None
+    changed = changes(found.args, fitting.args)
+    # Smaller passes make the weights travel more often; recomputing would take a third more of the update.
+    assert set(changed) == {"microbatch_tokens"}
+    slower = replan(found, **changed, gradient_checkpointing=True)
+    assert slower.fits and slower.seconds > fitting.seconds
+    assert "fits with --microbatch-tokens" in text(found)
+
+
+def test_an_adapter_is_the_last_resort_and_then_more_gpus():
+    found = plan_for()
+    fitting = find_fit(found)
+    assert fitting is not None and changes(found.args, fitting.args)["lora_rank"] == 16
+    assert "which trains an adapter instead of all weights" in text(found)
+    large = plan_for("Qwen/Qwen2.5-72B")
+    assert find_fit(large) is None
+    larger = more_gpus(large)
+    assert larger is not None and larger.fits and larger.setup.processes > 1
+    assert "No setting makes it fit here.\nfits with" in text(large) and f"--gpus {larger.args.gpus}" in text(large)
+
+
+def test_models_beside_the_policy_count():
+    alone = plan_for(gpus=8).held
+    rewarded = plan_for(gpus=8, reward=("Qwen/Qwen2.5-0.5B", "file.py:function", "http://localhost:1")).held
+    assert rewarded - alone == pytest.approx(4 * 494_032_768, rel=0.01)
+    separate = plan_for(gpus=8, value_model="Qwen/Qwen2.5-0.5B").held
+    assert separate - alone == pytest.approx((4 + 8) * 494_032_768 / 8, rel=0.01)
+    adapter = plan_for(gpus=8, sharding="none", lora_rank=8).held
+    assert adapter == pytest.approx(4 * 7_615_616_512, rel=0.01)
+    quantized = plan_for(lora_rank=8, quantization="4bit").held
+    assert quantized < adapter / 3
+
+
+def test_hybrid_keeps_weights_within_a_node():
+    full, hybrid = (plan_for(gpus=64, nodes=8, sharding=kind) for kind in ("full", "hybrid"))
+    assert hybrid.setup.shards == 8 and full.setup.shards == 64
+    assert hybrid.held > 6 * full.held
+    assert hybrid.seconds < full.seconds  # over 400 Gbit/s between nodes
+
+
+def test_bad_input_is_one_sentence(capsys, tmp_path):
+    usual = ("--model", "gpt2")
+    said = refusal(capsys, *usual, "--card", "H10")
+    assert "unknown card 'H10' (did you mean 'H100'?); known: A100-40, A100-80, H100, H200, L40S" in said
+    assert "gpus must be 1 or more, or None, got 0" in refusal(capsys, *usual, "--gpus", "0")
+    said = refusal(capsys, *usual, "--gpus", "8", "--sharding", "hybrid")
+    assert "sharding='hybrid' repeats the shares on every machine, but nodes=1: set sharding='full', or nodes" in said
+    said = refusal(capsys, *usual, "--gpus", "6", "--nodes", "4")
+    assert "gpus=6 processes do not divide into nodes=4: gpus counts those of all nodes" in said
+    said = refusal(capsys, "--model", str(tmp_path))
+    assert f"error: model '{tmp_path}' cannot be loaded: the folder has no readable model" in said
+    assert "cannot be loaded: no such folder, and the hub" in refusal(capsys, "--model", "Qwen/Qwen2.5-8B")
+    said = refusal(capsys, *usual, "--response-tokens", "100")
+    assert "response_tokens=100 is above max_new_tokens=48: lower the first or raise the second" in said
+    assert "quantization='4bit' freezes the policy's weights" in refusal(capsys, *usual, "--quantization", "4bit")
+    assert "critic='separate' needs a value_model" in refusal(capsys, *usual, "--critic", "separate")
