@@ -15,15 +15,24 @@ from rlhf_ppo.pipeline.plan.plan import Plan, plan
 SIZES = ("0.5B", "1.5B", "7B", "14B", "32B", "72B")
 GPUS = (1, 4, 8, 64)
 IN_A_NODE = 8
-SHORT = {"gradient_checkpointing": "checkpointing", "microbatch_tokens": "passes of", "reference_dtype": "reference in"}
+SPREAD = {"none": "replicated", "full": "sharded", "hybrid": "sharded in each node"}
 
 
 def settings(before: Plan, after: Plan) -> str:
     """What makes it fit, in a few words."""
-    changed = {name: x for name, x in changes(before.args, after.args).items() if name != "sharding"}
-    words = [f"{after.setup.sharding} sharding"] if after.setup.processes > 1 else []
-    words += [SHORT[name] if x is True else f"{SHORT[name]} {x}" for name, x in changed.items() if name in SHORT]
-    return ", ".join([*words, *(["**LoRA**"] if "lora_rank" in changed else [])]) or "as it is"
+    changed = changes(before.args, after.args)
+    words = [SPREAD[after.setup.sharding]] if after.setup.processes > 1 else []
+    if "quantization" in changed:
+        words.append("**QLoRA**")
+    elif "lora_rank" in changed:
+        words.append("**LoRA**")
+    if "gradient_checkpointing" in changed:
+        words.append("checkpointing")
+    if "microbatch_tokens" in changed:
+        words.append(f"passes of {after.args.microbatch_tokens:,} tokens")
+    if "reference_dtype" in changed:
+        words.append(f"reference in {after.args.reference_dtype}")
+    return ", ".join(words) or "as it is"
 
 
 def slowest(found: Plan) -> str:
@@ -37,7 +46,7 @@ def row(size: str, gpus: int, card: str, links: float) -> str:
     """One line of the table."""
     nodes = max(gpus // IN_A_NODE, 1)
     model = f"Qwen/Qwen2.5-{size}"
-    long = {"max_new_tokens": 1024, "rollout_batch_size": 128, "num_epochs": 1}
+    long = {"max_new_tokens": 1024, "rollout_batch_size": 128}
     before = plan(PlanArgs(model=model, gpus=gpus, nodes=nodes, card=card, links=links, **long))
     after = find_fit(before)
     if after is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from rlhf_ppo.config.train import TrainArgs
 
@@ -36,10 +36,6 @@ class PlanArgs(TrainArgs):
     """Length of prompts."""
     response_tokens: int | None = None
     """Mean length of responses. None: max_new_tokens."""
-    sharding: Literal["auto", "none", "full", "hybrid"] = "auto"
-    """With several processes: all weights on each (none); a share of weights, gradients and optimizer on each (full);
-    a share within each machine, repeated on every machine (hybrid); or auto: full where all of them would not fit, else
-    none."""
     explain: bool = False
     """Show the arithmetic of every number."""
     json: bool = False

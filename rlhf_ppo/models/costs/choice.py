@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 from rlhf_ppo.models.costs.memory import fits, peaks, usable
 from rlhf_ppo.models.costs.setup import Setup
 
 
-def choose_sharding(setup: Setup, sharding: Literal["auto", "none", "full", "hybrid"]) -> Setup:
-    """Return the setup with its sharding decided: "auto" is none where that fits, else full.
+def choose_sharding(setup: Setup) -> Setup:
+    """Return the setup with what its settings leave open about sharding decided, by the peaks of all phases.
 
-    A quantised base is never sharded. Weights are gathered whole for decoding where that fits, else layer by layer.
+    ``sharding="auto"`` is none where that fits, else full; ``sharded_decoding="auto"`` is whole where that fits, else
+    layers. A quantised base is never sharded.
     """
+    alone = replace(setup, sharding="none", gathers_whole=True)
+    sharding, decoding = setup.args.sharding, setup.args.sharded_decoding
     if setup.processes == 1 or setup.args.quantization != "none":
-        return setup
+        return alone
     if sharding == "auto":
-        sharding = "none" if fits(setup) else "full"
-    whole = replace(setup, sharding=sharding)
-    decodes = peaks(whole)["generate"] <= usable(whole)
-    return whole if sharding == "none" or decodes else replace(whole, gathers_whole=False)
+        sharding = "none" if fits(alone) else "full"
+    whole = replace(alone, sharding=sharding)
+    if sharding == "none" or decoding == "whole":
+        return whole
+    decodes = decoding == "auto" and peaks(whole)["generate"] <= usable(whole)
+    return whole if decodes else replace(whole, gathers_whole=False)

@@ -21,11 +21,13 @@ SMALLEST_PASS = 256
 
 
 def find_fit(found: Plan) -> Plan | None:
-    """Return the fastest plan that fits and trains what ``found`` trains, else the fastest with LoRA, else None."""
+    """Return the fastest plan that fits and trains what ``found`` trains, else with LoRA, QLoRA, else None."""
     args = found.args
-    tries = [{}]
+    tries: list[dict[str, Any]] = [{}]
     if args.lora_rank is None and args.value_model is None:
         tries.append({"lora_rank": LORA_RANK, "reference_dtype": "float32"})
+        if args.sharding == "auto" and not found.setup.on_cpu:  # bitsandbytes needs a GPU
+            tries.append({**tries[-1], "quantization": "4bit"})
     for adapter in tries:
         fitting = [some for some in try_settings(found, adapter) if some.fits]
         if fitting:
@@ -41,7 +43,8 @@ def try_settings(found: Plan, adapter: dict[str, Any]) -> Iterator[Plan]:
         "gradient_checkpointing": sorted({args.gradient_checkpointing, True}),
         "microbatch_tokens": _passes(found),
     }
-    if args.sharding == "auto" and args.processes > 1 and args.quantization == "none":
+    shareable = args.quantization == "none" and "quantization" not in adapter
+    if args.sharding == "auto" and args.processes > 1 and shareable:
         ways["sharding"] += ["full"] + ["hybrid"] * (args.nodes > 1)
     if args.lora_rank is None and not adapter and args.reference_dtype == "float32":
         ways["reference_dtype"] = ["float32", "bfloat16"]
@@ -58,11 +61,11 @@ def _passes(found: Plan) -> list[int | None]:
 def replan(found: Plan, **settings: Any) -> Plan:
     """Return the plan of the same models under other settings; a new adapter takes the reference's place."""
     args = replace(found.args, **settings)
-    setup = replace(found.setup, args=args, processes=args.processes, nodes=args.nodes, sharding="none")
+    setup = replace(found.setup, args=args, processes=args.processes, nodes=args.nodes)
     if args.lora_rank is not None and setup.adapter is None:
         adapter = lora_adapter(setup.policy, args.lora_rank, args.lora_target_modules)
         setup = replace(setup, adapter=adapter, reference=None)
-    return Plan(args, choose_sharding(replace(setup, gathers_whole=True), args.sharding))
+    return Plan(args, choose_sharding(setup))
 
 
 def changes(before: PlanArgs, after: PlanArgs) -> dict[str, Any]:

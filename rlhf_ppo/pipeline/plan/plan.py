@@ -94,7 +94,7 @@ def plan(args: PlanArgs) -> Plan:
         nodes=args.nodes,
         links=args.links * 1e9 / 8,
     )
-    return Plan(args, choose_sharding(setup, args.sharding))
+    return Plan(args, choose_sharding(setup))
 
 
 def _card(args: PlanArgs) -> Card:

@@ -91,10 +91,10 @@ def _memory_table(found: Plan) -> str:
 
 
 def _time_table(found: Plan) -> str:
-    lines = [f"{'seconds of an iteration':<38}{found.seconds:>8.3g}"]
+    lines = [f"{'seconds of an iteration':<38}{_short(found.seconds):>8}"]
     for phase, terms in found.times.items():
         most = max(terms, key=lambda x: x.amount)
-        lines.append(f"  {phase:<36}{total(terms):>8.3g}   most of it: {most.what}")
+        lines.append(f"  {phase:<36}{_short(total(terms)):>8}   most of it: {most.what}")
     return "\n".join(lines)
 
 
@@ -103,15 +103,15 @@ def _exchange(found: Plan) -> str:
     if not sent:
         return ""
     least = least_in_update(found.setup).amount
-    return f"sent by a process in an update: {sent / GB:.3g} GB, at least {least / GB:.3g} GB"
+    return f"sent by a process in an update: {_short(sent / GB)} GB, at least {_short(least / GB)} GB"
 
 
 def verdict(found: Plan) -> str:
     """Say what breaks first, and which settings make it fit."""
     phase = found.first_to_break
     most = sorted(found.memory[phase], key=lambda x: -x.amount)[:3]
-    parts = ", ".join(f"{x.what} {x.amount / GB:.3g} GB" for x in most)
-    need = f"{phase} needs {found.peak / GB:.3g} GB of {found.usable / GB:.3g} GB, most of it {parts}"
+    parts = ", ".join(f"{x.what} {_short(x.amount / GB)} GB" for x in most)
+    need = f"{phase} needs {_short(found.peak / GB)} GB of {_short(found.usable / GB)} GB, most of it {parts}"
     if found.fits:
         return f"fits. What breaks first when it grows: {need}."
     said = f"does not fit: {need}.\n"
@@ -125,6 +125,10 @@ def verdict(found: Plan) -> str:
     return (
         f"{said}fits with {_flags(changed)}{adapter}: {fitting.peak / GB:.3g} GB, {fitting.seconds:.3g} s an iteration."
     )
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _flags(settings: dict[str, Any]) -> str:

@@ -247,13 +247,13 @@ def test_time_and_memory_are_those_of_the_benchmark(workload, like):
 def test_sharding_divides_what_is_held_and_passes_get_smaller():
     gpu = {"card": CARDS["H100"], "bf16": True}
     one = setup_for(llama(), **gpu)
-    shared = choose_sharding(setup_for(llama(), processes=4, **gpu), "full")
+    shared = choose_sharding(setup_for(llama(), processes=4, sharding="full", **gpu))
     always, divided = ({x.what: x.amount for x in held(setup)} for setup in (one, shared))
     assert divided["AdamW's two moments"] == always["AdamW's two moments"] / 4
     assert divided["policy's weights"] + divided["policy's weights: norms and biases"] == pytest.approx(
         always["policy's weights"] / 4, rel=0.01
     )
-    assert choose_sharding(setup_for(llama(), processes=4, **gpu), "auto").sharding == "none"  # it fits
+    assert choose_sharding(setup_for(llama(), processes=4, **gpu)).sharding == "none"  # it fits
     assert peak(setup_for(llama(), microbatch_tokens=64, **gpu)) < peak(one)
 
 
@@ -261,7 +261,17 @@ def test_replicas_send_the_least_and_shards_more():
     gpu = {"card": CARDS["H100"], "bf16": False, "processes": 4}
     least = least_in_update(setup_for(llama(), **gpu)).amount
     assert total(sent_in_update(setup_for(llama(), **gpu))) == least
-    shared = choose_sharding(setup_for(llama(), **gpu), "full")
+    shared = choose_sharding(setup_for(llama(), sharding="full", **gpu))
     # Weights in the forward and in the backward pass, and gradients: three times 3/4, and not twice; norms stay.
     assert total(sent_in_update(shared)) == pytest.approx(1.5 * least, rel=0.01)
     assert not sent_in_update(setup_for(llama()))
+
+
+@pytest.mark.parametrize(("sharding", "sent"), [("none", 243.1e6), ("full", 364.6e6)])
+def test_bytes_sent_are_those_that_were_counted(sharding, sent):
+    """What benchmarks/sharding.py counted with 15 million parameters in fp32 on two processes (docs/scaling.md)."""
+    config = llama(vocab_size=32000, hidden_size=288, intermediate_size=768, num_hidden_layers=6, num_attention_heads=6)
+    config = LlamaConfig(**{**config.to_dict(), "num_key_value_heads": 6, "tie_word_embeddings": True})
+    two = setup_for(config, processes=2, num_minibatches=4, sharding=sharding)
+    assert two.policy.parameters == pytest.approx(15.19e6, rel=0.001)
+    assert total(sent_in_update(choose_sharding(two))) == pytest.approx(sent, rel=0.01)
