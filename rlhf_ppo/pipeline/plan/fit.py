@@ -54,8 +54,9 @@ def try_settings(found: Plan, adapter: dict[str, Any]) -> Iterator[Plan]:
 
 def _passes(found: Plan) -> list[int | None]:
     """Return sizes of microbatches to try: the given one, and halves of it."""
-    halves = (found.setup.microbatch_tokens // 2**k for k in range(1, 8))
-    return [found.args.microbatch_tokens, *itertools.takewhile(lambda size: size >= SMALLEST_PASS, halves)]
+    given = found.setup.microbatch_tokens
+    halves = [size for k in range(1, 8) if (size := given // 2**k) >= SMALLEST_PASS]
+    return [found.args.microbatch_tokens, *halves]
 
 
 def replan(found: Plan, **settings: Any) -> Plan:

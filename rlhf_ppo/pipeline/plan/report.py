@@ -122,9 +122,8 @@ def verdict(found: Plan) -> str:
         return f"{said}Take a smaller model, or a card with more memory."
     changed = changes(found.args, fitting.args)
     adapter = ", which trains an adapter instead of all weights" if "lora_rank" in changed else ""
-    return (
-        f"{said}fits with {_flags(changed)}{adapter}: {fitting.peak / GB:.3g} GB, {fitting.seconds:.3g} s an iteration."
-    )
+    cost = f"{_short(fitting.peak / GB)} GB, {_short(fitting.seconds)} s an iteration"
+    return f"{said}fits with {_flags(changed)}{adapter}: {cost}."
 
 
 def _short(number: float) -> str:
