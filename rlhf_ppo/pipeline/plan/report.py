@@ -121,6 +121,8 @@ def verdict(found: Plan) -> str:
     if fitting is None:
         return f"{said}Take a smaller model, or a card with more memory."
     changed = changes(found.args, fitting.args)
+    if fitting.setup.processes > 1:
+        changed["sharding"] = fitting.setup.sharding
     adapter = ", which trains an adapter instead of all weights" if "lora_rank" in changed else ""
     cost = f"{_short(fitting.peak / GB)} GB, {_short(fitting.seconds)} s an iteration"
     return f"{said}fits with {_flags(changed)}{adapter}: {cost}."

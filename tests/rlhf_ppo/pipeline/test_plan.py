@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from rlhf_ppo.cli import main
 from rlhf_ppo.config.plan import PlanArgs
@@ -62,7 +64,7 @@ def test_what_does_not_fit_is_made_to_by_the_settings_that_cost_least_time():
     assert set(changed) == {"microbatch_tokens"}
     slower = replan(found, **changed, gradient_checkpointing=True)
     assert slower.fits and slower.seconds > fitting.seconds
-    assert "fits with --microbatch-tokens" in text(found)
+    assert "fits with --microbatch-tokens 2048 --sharding full: " in text(found)
 
 
 def test_an_adapter_is_the_last_resort_and_then_more_gpus():
@@ -88,6 +90,27 @@ def test_models_beside_the_policy_count():
     assert adapter == pytest.approx(4 * 7_615_616_512, rel=0.01)
     quantized = plan_for(lora_rank=8, quantization="4bit").held
     assert quantized < adapter / 3
+
+
+@pytest.mark.parametrize(
+    ("gpu", "memory", "card"),
+    [
+        ("NVIDIA H100 80GB HBM3", 85e9, "H100"),
+        ("NVIDIA A100-SXM4-80GB", 85e9, "A100-80"),
+        ("NVIDIA A100-SXM4-40GB", 42e9, "A100-40"),
+        ("NVIDIA GeForce RTX 4090", 25e9, "RTX4090"),
+        ("Tesla T4", 16e9, None),
+    ],
+)
+def test_this_machines_gpu_is_recognised(gpu, memory, card, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
+    if card is None:
+        with pytest.raises(ValueError, match="this machine's Tesla T4 is in no table of cards: name the closest one"):
+            plan(PlanArgs(model="gpt2"))
+    else:
+        assert plan(PlanArgs(model="gpt2")).setup.card.name == card
 
 
 def test_hybrid_keeps_weights_within_a_node():
