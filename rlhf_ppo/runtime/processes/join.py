@@ -43,10 +43,10 @@ def join_processes(*, timeout_s: float | None = None) -> ProcessGroup:
     if _joined is None:
         limit = TIMEOUT_S if timeout_s is None else timeout_s
         timeout = datetime.timedelta(seconds=limit)
-        if not dist.is_initialized():
-            gpus = torch.cuda.is_available()
-            if gpus:
-                torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
+        gpus = torch.cuda.is_available()
+        if gpus:
+            torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
+        if not dist.is_initialized():  # a script may have joined them already, itself or by accelerate
             store = _meet(launch, timeout)
             backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
             dist.init_process_group(backend, timeout=timeout, store=store, rank=launch.rank, world_size=launch.size)
