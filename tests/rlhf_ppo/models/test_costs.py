@@ -29,7 +29,7 @@ from rlhf_ppo.models.costs.setup import Setup, lora_adapter
 from rlhf_ppo.models.costs.shapes import read_shape, shape_of
 from rlhf_ppo.models.costs.terms import TIMES, term, total
 from rlhf_ppo.models.costs.times import seconds
-from rlhf_ppo.models.costs.weights import held
+from rlhf_ppo.models.costs.weights import gradients, held
 from rlhf_ppo.training.collect import make_batch, next_draws, read_reference, score
 from rlhf_ppo.training.experience import estimate
 from rlhf_ppo.training.generate import generate
@@ -268,11 +268,17 @@ def test_replicas_send_the_least_and_shards_more():
     assert not sent_in_update(setup_for(llama()))
 
 
-@pytest.mark.parametrize(("sharding", "sent"), [("none", 243.1e6), ("full", 364.6e6)])
-def test_bytes_sent_are_those_that_were_counted(sharding, sent):
+@pytest.mark.parametrize(
+    ("sharding", "sent", "kept"), [("none", 243.1e6, 303.8e6), ("full", 364.6e6, 152.0e6)], ids=["none", "full"]
+)
+def test_bytes_sent_and_held_are_those_that_were_counted(sharding, sent, kept):
     """What benchmarks/sharding.py counted with 15 million parameters in fp32 on two processes (docs/scaling.md)."""
     config = llama(vocab_size=32000, hidden_size=288, intermediate_size=768, num_hidden_layers=6, num_attention_heads=6)
     config = LlamaConfig(**{**config.to_dict(), "num_key_value_heads": 6, "tie_word_embeddings": True})
     two = setup_for(config, processes=2, num_minibatches=4, sharding=sharding)
     assert two.policy.parameters == pytest.approx(15.19e6, rel=0.001)
-    assert total(sent_in_update(choose_sharding(two))) == pytest.approx(sent, rel=0.01)
+    two = choose_sharding(two)
+    assert total(sent_in_update(two)) == pytest.approx(sent, rel=0.01)
+    beside = ("records of the whole rollout", "libraries loaded at first use")
+    weights = [x for x in held(two) if x.what not in beside]
+    assert total([*weights, gradients(two)]) == pytest.approx(kept, rel=0.01)

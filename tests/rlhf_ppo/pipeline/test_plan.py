@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -41,6 +42,18 @@ def test_the_page_names_phases_and_what_breaks_first(capsys):
     assert re.search(r"sent by a process in an update: \d+ GB, at least \d+ GB", said)
     # The arithmetic of a number that a reader can check by head: 7.6e9 x 8 / 4.
     assert "15.23 GB  AdamW's two moments = 7,615,620,097 trained weights x 8 bytes / 4 processes" in said
+
+
+def test_a_file_of_train_is_a_file_of_plan(capsys, tmp_path):
+    file = tmp_path / "train.yaml"
+    file.write_text(
+        "model: gpt2\nreward: reward.py:score\ndataset: prompts.jsonl\noutput_dir: runs/mine\nlora_rank: 8\n"
+    )
+    assert main(["plan", "--config", str(file), "--card", "L40S"]) == 0
+    # PEFT adapts c_attn, [768, 2304], in each of 12 layers; the value head has 769 weights.
+    trained = 12 * 8 * (768 + 2304) + 769
+    assert f"124,439,808 parameters, {trained / 1e3:.0f} k of them trained" in capsys.readouterr().out
+    assert not Path("mine").exists()
 
 
 def test_every_total_is_the_sum_of_its_terms(capsys):
