@@ -39,14 +39,14 @@ def length(prompts: list[Any], completions: list[str], **columns: Any) -> list[f
 @contextmanager
 def counting(sent: dict[str, int]) -> Iterator[None]:
     """Count the bytes that this process sends in collectives over all processes."""
-    names = ("all_gather_single", "reduce_scatter_single", "all_reduce")
+    names = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")
     originals = {name: getattr(dist, name) for name in names}
     others = dist.get_world_size() - 1
 
     def counted(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             output = args[0] if args else next(iter(kwargs.values()))
-            whole = output.nbytes * ((others + 1) if name == "reduce_scatter_single" else 1)
+            whole = output.nbytes * ((others + 1) if name == "reduce_scatter_tensor" else 1)
             # Each sends its share of a whole to every other; a sum on each is a sum of shares, sent on to the others.
             sent[name] = sent.get(name, 0) + (2 if name == "all_reduce" else 1) * whole * others // (others + 1)
             return originals[name](*args, **kwargs)
@@ -64,9 +64,9 @@ def counting(sent: dict[str, int]) -> Iterator[None]:
 
 def measure(model: str, way: dict[str, str], tokens: int) -> dict[str, float]:
     """Time the second rollout and update of a run."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as scratch:
         args = RLHFConfig(
-            output_dir=folder,
+            output_dir=join_processes().on_first(lambda: scratch),
             total_episodes=64,
             rollout_batch_size=16,
             max_new_tokens=tokens,
