@@ -56,9 +56,12 @@ test-versions: env ## Run the tests with the oldest and the newest transformers,
 test-architectures: env ## Check a tiny model of every causal architecture; write the table of docs/models.md
 	$(TEST_ENV) $(BIN)/python -P tests/architectures.py --write docs/models.md
 
-soak: env ## Kill a tiny run of each frontend at each file-system step, then 200 times at random; a few minutes
+soak: env ## Kill a tiny run of each frontend at each file-system step, then 200 times at random; then two processes
 	$(TEST_ENV) $(BIN)/python -P tests/soak.py matrix
 	$(TEST_ENV) $(BIN)/python -P tests/soak.py random --kills 200
+	$(TEST_ENV) $(BIN)/python -P tests/soak.py matrix --rollouts 2 --processes 2
+	$(TEST_ENV) $(BIN)/python -P tests/soak.py matrix --cover --rollouts 2 --processes 2 --sharding full
+	$(TEST_ENV) $(BIN)/python -P tests/soak.py random --kills 100 --rollouts 20 --processes 2
 
 docs: env ## Regenerate the generated pages and tables of docs/
 	$(BIN)/python -m rlhf_ppo.runtime.metrics > docs/metrics.md

@@ -173,7 +173,7 @@ def one_of_each_kind(steps: list[str]) -> list[int]:
     return sorted({kind.groups(): number for kind, number in found if kind}.values())
 
 
-def matrix(train: Train, root: Path, rollouts: int, seed: int, count: int, *, cover: bool) -> bool:
+def matrix(train: Train, root: Path, rollouts: int, seed: int, count: int, *, cover: bool, at: str) -> bool:
     """Kill at every step of the run, or at one of each kind; each time resume to the end. Whether nothing was lost.
 
     Each process is killed at its own steps, and the others at those of the first.
@@ -185,6 +185,7 @@ def matrix(train: Train, root: Path, rollouts: int, seed: int, count: int, *, co
         (stepping, number, victim)
         for stepping, named in enumerate(steps)
         for number in (one_of_each_kind(named) if cover else range(1, len(named) + 1))
+        if at in named[number - 1]
         for victim in (range(count) if stepping == 0 else [stepping])
     ]
     lost = 0
@@ -270,6 +271,7 @@ def main() -> int:
     parser.add_argument("mode", choices=("matrix", "random"))
     parser.add_argument("--frontend", choices=tuple(FRONTENDS), help="this one alone")
     parser.add_argument("--cover", action="store_true", help="matrix: at one step of each kind in a commit alone")
+    parser.add_argument("--at", default="", help="matrix: at steps with these words alone")
     parser.add_argument("--kills", type=int, default=200, help="random: how many, of each frontend")
     parser.add_argument("--rollouts", type=int, help="length of a run (matrix: 3, random: 60)")
     parser.add_argument("--seed", type=int, default=0)
@@ -284,7 +286,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder).resolve()
             if args.mode == "matrix":
-                good &= matrix(train, root, args.rollouts or 3, args.seed, args.processes, cover=args.cover)
+                good &= matrix(train, root, args.rollouts or 3, args.seed, args.processes, cover=args.cover, at=args.at)
             else:
                 good &= random_kills(train, root, args.kills, args.rollouts or 60, args.seed, args.processes)
     return int(not good)

@@ -42,6 +42,21 @@ def test_fault_21_killed_at_each_kind_of_step_of_a_commit_and_resumed_ends_bit_e
     assert "0 lost" in soak("matrix", "--cover", "--rollouts", "2", "--frontend", frontend)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs fork and /proc")
+def test_fault_21_either_of_two_processes_killed_at_the_commit(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    said = soak("matrix", "--cover", "--rollouts", "2", "--processes", "2", "--at", "os.rename .tmp-2")
+    assert said.count("2 kills") == 1 and "0 lost" in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs fork and /proc")
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_fault_21_either_of_two_processes_killed_at_each_kind_of_step(monkeypatch, sharding):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    assert "0 lost" in soak("matrix", "--cover", "--rollouts", "2", "--processes", "2", "--sharding", sharding)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs fork and /proc")
 @pytest.mark.parametrize("frontend", FRONTENDS)

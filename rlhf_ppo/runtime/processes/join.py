@@ -96,7 +96,10 @@ def _meet(launch: Launch, timeout: datetime.timedelta) -> dist.Store:
             f"process {launch.rank} of {launch.size} on {socket.gethostname()} could not find the first one at "
             f"{host}:{port} {limit} ({str(error).splitlines()[0]}): start it, with the same MASTER_ADDR and MASTER_PORT"
         ) from None
-    keys = [f"rlhf_ppo/came/{rank}" for rank in range(launch.size)]
+    # torchrun keeps one store over restarts: what earlier processes have left there is not ours.
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"rlhf_ppo/{restart}/{launch.size}", store)
+    keys = [f"came/{rank}" for rank in range(launch.size)]
     store.set(keys[launch.rank], socket.gethostname())
     try:
         store.wait(keys, timeout)

@@ -10,6 +10,8 @@ import math
 import os
 import re
 import signal
+import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -230,3 +232,60 @@ def test_fault_18_one_process_s_non_finite_gradient_skips_the_step_on_all(folder
     assert repr(one) == repr(other)
     assert [now["optim/skipped_steps"] for now in one[0]] == [0, 1, 0]
     assert len(list((folder / "run").glob("blackbox-*"))) == 1
+
+
+KILLED_ONCE = """
+import os, signal
+from pathlib import Path
+marker = Path(__file__).with_name("killed")
+calls = []
+
+def early_letters(prompts, completions, **columns):
+    calls.append(1)
+    if len(calls) == 2 and os.environ.get("GROUP_RANK" if "{nodes}" else "RANK") == "1" and not marker.exists():
+        marker.touch()
+        os.kill(os.getppid() if "{nodes}" else os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [sum("a" <= x < "n" for x in text) / 7 + len(text) / 71 for text in completions]
+"""
+
+
+def launch(folder: Path, *flags: str) -> subprocess.Popen[str]:
+    """Start torchrun, which goes on from checkpoints by itself."""
+    given = (
+        f"--model model --dataset rows.jsonl --reward rewards.py:early_letters --output-dir run {' '.join(EACH_RUN)}"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", *flags, "-m", "rlhf_ppo", "train", *given.split()]
+    command += ["--resume-from-checkpoint", "auto"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)}
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_processes_again_and_the_run_ends_as_if_none_had_been_killed(folder):
+    (folder / "rewards.py").write_text(KILLED_ONCE.replace("{nodes}", ""))
+    launcher = launch(folder, *"--standalone --nproc-per-node 2 --max-restarts 1".split())
+    said = launcher.communicate(timeout=300)[0]
+    assert launcher.returncode == 0 and (folder / "killed").exists(), said
+    assert "resuming after iteration 1" in said and said.count("error: process 1 of 2") == 1
+    (folder / "rewards.py").write_text(REWARD)
+    assert end_of(folder / "run") == run_without_fault(folder, 2)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_fewer_machines(folder):
+    (folder / "rewards.py").write_text(KILLED_ONCE.replace("{nodes}", "nodes"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = f"--nnodes 1:2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint localhost:{port} --rdzv-id r"
+    flags += " --max-restarts 1 --rdzv-conf last_call_timeout=15"
+    stays = launch(folder, *flags.split())
+    time.sleep(3)  # it is to hold the store by which they meet
+    goes = launch(folder, *flags.split())
+    said = stays.communicate(timeout=300)[0]
+    assert goes.wait(timeout=60) == -signal.SIGKILL
+    assert stays.returncode == 0 and (folder / "killed").exists(), said
+    assert "processes      2" in said and "resuming after iteration 1" in said
+    assert len(RunDirectory(folder / "run").read()) == 3

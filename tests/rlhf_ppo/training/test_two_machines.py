@@ -23,7 +23,7 @@ def slow(prompts, completions, **columns):
     return [sum("a" <= x < "n" for x in text) / 7 for text in completions]
 """
 
-TRAIN = "--total-episodes 4000 --rollout-batch-size 4 --max-new-tokens 5 --num-epochs 1 --num-minibatches 1".split()
+TRAIN = "--rollout-batch-size 4 --max-new-tokens 5 --num-epochs 1 --num-minibatches 1".split()
 TRAIN += "--save-every 1 --save-total-limit 2 --eval-size 0 --device cpu --precision fp32 --num-threads 1".split()
 
 
