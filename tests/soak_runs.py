@@ -94,6 +94,7 @@ def language_model(sharding: str = "none") -> Train:
                 precision="fp32",
                 quiet=True,
                 sharding=sharding,
+                process_timeout_s=20,  # one may be killed before the processes have met
                 **settings,
             ),
             train_dataset=[{"prompt": text} for text in ("once", "the cat", "a", "blue moon", "no")],

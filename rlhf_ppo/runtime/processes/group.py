@@ -182,7 +182,7 @@ class ProcessGroup:
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
-        if self.watch is None:  # not yet, while the processes join
+        if self.watch is None:
             yield
         else:
             with self.watch.waiting():

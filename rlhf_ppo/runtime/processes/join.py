@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import socket
+from functools import partial
 from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from rlhf_ppo.runtime.errors import RunError
 from rlhf_ppo.runtime.processes.agreement import package_versions, require_same
@@ -43,21 +46,20 @@ def join_processes(*, timeout_s: float | None = None) -> ProcessGroup:
     if _joined is None:
         limit = TIMEOUT_S if timeout_s is None else timeout_s
         timeout = datetime.timedelta(seconds=limit)
+        joined = dist.is_initialized()  # a script may have joined them already, itself or by accelerate
+        # Of such groups torch tells the store under this name alone.
+        store = dist.distributed_c10d._get_default_store() if joined else _meet(launch, timeout)
+        watch = Watch(launch.rank, launch.size)
+        watch.start(partial(_tell, store), local=launch.local_size == launch.size)
+        share_voice(watch)
         gpus = torch.cuda.is_available()
         if gpus:
             torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
-        if not dist.is_initialized():  # a script may have joined them already, itself or by accelerate
-            store = _meet(launch, timeout)
+        if not joined:
             backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
             dist.init_process_group(backend, timeout=timeout, store=store, rank=launch.rank, world_size=launch.size)
         records: Any = dist.new_group(backend="gloo", timeout=timeout)
-        watch = Watch(launch.rank, launch.size)
         group = ProcessGroup(launch.rank, launch.size, records, watch)
-        watch.start(
-            lambda own: Address(*group.on_first(lambda: own)),
-            local=launch.local_size == launch.size,
-        )
-        share_voice(watch)
         Finalize(None, leave_processes, exitpriority=0)  # at the end of this process, also of one of multiprocessing
         _joined = group
         _joined.set_timeout(limit)
@@ -73,7 +75,14 @@ def leave_processes() -> None:
         _joined.watch.leave()
 
 
-def _meet(launch: Launch, timeout: datetime.timedelta) -> dist.Store:
+def _tell(store: Store, own: Address | None) -> Address:
+    """Give the others the first process's address, or wait for it."""
+    if own is not None:
+        store.set("rlhf_ppo/watch", json.dumps(own))
+    return Address(*json.loads(store.get("rlhf_ppo/watch")))
+
+
+def _meet(launch: Launch, timeout: datetime.timedelta) -> Store:
     """Make the store by which the processes find each other, as torch would, and wait there for all of them.
 
     Raises:
@@ -83,7 +92,7 @@ def _meet(launch: Launch, timeout: datetime.timedelta) -> dist.Store:
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun itself keeps the store
     limit = f"within process_timeout_s={timeout.total_seconds():g}"
     try:
-        store = dist.TCPStore(
+        store = TCPStore(
             host,
             port,
             is_master=launch.rank == 0 and not agents,
@@ -98,7 +107,7 @@ def _meet(launch: Launch, timeout: datetime.timedelta) -> dist.Store:
         ) from None
     # torchrun keeps one store over restarts: what earlier processes have left there is not ours.
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"rlhf_ppo/{restart}/{launch.size}", store)
+    store = PrefixStore(f"rlhf_ppo/{restart}/{launch.size}", store)
     keys = [f"came/{rank}" for rank in range(launch.size)]
     store.set(keys[launch.rank], socket.gethostname())
     try:
