@@ -159,7 +159,9 @@ def _optimized(state: TrainState) -> list[tuple[str, nn.Parameter]]:
 def _moments(state: TrainState) -> dict[str, Tensor | Piece]:
     named = _optimized(state)
     entries = [(*named[i], entry) for i, entry in state.optimizer.state_dict()["state"].items()]
-    return {f"{key}:{name}": as_piece(p, x) for name, p, entry in entries for key, x in entry.items()}
+    # In an order that does not depend on whether the run was resumed, so that equal checkpoints are equal files.
+    ordered = sorted(entries, key=lambda entry: entry[0])
+    return {f"{key}:{name}": as_piece(p, x) for name, p, entry in ordered for key, x in sorted(entry.items())}
 
 
 def _load_weights(state: TrainState, checkpoint: Checkpoint) -> None:
