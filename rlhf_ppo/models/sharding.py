@@ -69,6 +69,7 @@ def make_sharding(
         init_device_mesh(device.type, (processes // local, local), mesh_dim_names=("machines", "processes")),
         device,
         bf16,
+        count,
     )
 
 
