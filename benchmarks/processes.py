@@ -36,7 +36,7 @@ def train(size: str, folder: str, args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     ends = {"bos_token_id": 0, "eos_token_id": 0}
     model = GPT2LMHeadModel(GPT2Config(n_layer=layers, n_embd=width, n_head=width // 64, vocab_size=vocabulary, **ends))
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "rlhf_ppo/assets/stories-gpt2")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "rlhf_ppo/assets/stories-gpt2", trust_remote_code=False)
     trainer = PPOTrainer(
         model,
         lambda prompts, completions, **columns: [float(len(text) % 7) for text in completions],

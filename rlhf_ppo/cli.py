@@ -47,8 +47,7 @@ DIVIDED = ("train", "sft", "reward", "evaluate", "generate", "critic record", "c
 
 def _join(command: str) -> None:
     """Join the other processes, before anything is read that each of them would complain about."""
-    read_launch()
-    if command.removeprefix("rlhf-ppo ") in DIVIDED:
+    if read_launch().size > 1 and command.removeprefix("rlhf-ppo ") in DIVIDED:
         from rlhf_ppo.runtime.processes.join import join_processes
 
         join_processes()

@@ -65,12 +65,9 @@ def make_sharding(
             f"sharding='hybrid' needs the same number of processes on every node, but {processes} processes do not "
             f"divide into {local} a node: start as many on each, or set sharding='full'"
         )
-    return Sharding(
-        init_device_mesh(device.type, (processes // local, local), mesh_dim_names=("machines", "processes")),
-        device,
-        bf16,
-        count,
-    )
+    names = ("machines", "processes")
+    mesh = init_device_mesh(device.type, (processes // local, local), mesh_dim_names=names)
+    return Sharding(mesh, device, bf16, count)
 
 
 def shard(root: nn.Module, sharding: Sharding) -> None:

@@ -34,6 +34,7 @@ from rlhf_ppo.pipeline.generate import GenerateArgs, generate
 from rlhf_ppo.pipeline.reward_training import RewardTrainingArgs, train_reward_model
 from rlhf_ppo.pipeline.sft import SFTArgs, sft
 from rlhf_ppo.runtime.checkpoint import read_checkpoint
+from rlhf_ppo.runtime.stored_tensors import StoredTensors
 
 TASK: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 IDS = torch.arange(3, 15)[None]
@@ -351,16 +352,17 @@ def test_an_adapter_that_cannot_be_merged_is_refused_at_the_start(make_trainer, 
         pytest.param({"target_modules": ["lm_head", "c_attn"]}, marks=pytest.mark.slow),
     ],
 )
-def test_a_checkpoint_of_an_earlier_version_resumes(make_trainer, base, settings):
+def test_a_checkpoint_of_an_earlier_version_resumes(make_trainer, base, settings, tmp_path):
     """There the critic's adapter was called "value"."""
     common = {"critic": "adapter", "total_episodes": 24, "save_every": 1, "model": base()}
     cut = make_trainer(**common, peft_config=lora(**settings), callbacks=[lambda t, metrics: t.iteration == 2])
     cut.train()
     checkpoint = read_checkpoint(cut.run.path / "checkpoint-2")
-    earlier = {
-        kind: {key.replace(f".{VALUE_ADAPTER}.", ".value."): x.clone() for key, x in tensors.items()}
-        for kind, tensors in checkpoint.tensors.items()
-    }
+    earlier = {}
+    for kind, tensors in checkpoint.tensors.items():
+        named = {key.replace(f".{VALUE_ADAPTER}.", ".value."): x.clone() for key, x in tensors.items()}
+        save_file(named, tmp_path / f"{kind}.safetensors")
+        earlier[kind] = StoredTensors([tmp_path / f"{kind}.safetensors"])
     assert earlier["trainable"].keys() != checkpoint.tensors["trainable"].keys()
     old = replace(checkpoint, tensors=earlier)
     assert set(old.fingerprints["adapters"]) == {"default", "value"}
