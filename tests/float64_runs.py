@@ -21,6 +21,22 @@ from rlhf_ppo.training import load_models
 PROMPTS = ["once upon", "the cat", "a", "dog and cow", "she said", "blue", "no", "why not go"]
 
 
+SMALL: dict[str, Any] = {
+    "total_episodes": 36,
+    "rollout_batch_size": 12,
+    "max_new_tokens": 6,
+    "stop_token_ids": (0, 12, 16, 20, 24, 28),
+    "num_epochs": 2,
+    "num_minibatches": 3,
+    "learning_rate": 1e-3,
+    "device": "cpu",
+    "precision": "fp32",
+    "microbatch_tokens": 40,
+    "quiet": True,
+}
+"""Settings of a small run, with ragged lengths."""
+
+
 def early_letters(prompts: list[Any], completions: list[str], **columns: Any) -> list[float | None]:
     """Share of the characters before n in the alphabet; a short text cannot be scored."""
     return [None if len(c) < 2 else sum("a" <= x < "n" for x in c) / len(c) for c in completions]
@@ -28,20 +44,7 @@ def early_letters(prompts: list[Any], completions: list[str], **columns: Any) ->
 
 def make_trainer(folder: str, settings: dict[str, Any], given: dict[str, Any]) -> PPOTrainer:
     """Return a small trainer that computes in float64, of the model in ``folder/model``."""
-    args = {
-        "output_dir": f"{folder}/run",
-        "total_episodes": 36,
-        "rollout_batch_size": 12,
-        "max_new_tokens": 6,
-        "stop_token_ids": (0, 12, 16, 20, 24, 28),
-        "num_epochs": 2,
-        "num_minibatches": 3,
-        "learning_rate": 1e-3,
-        "device": "cpu",
-        "precision": "fp32",
-        "microbatch_tokens": 40,
-        "quiet": True,
-    }
+    args = {**SMALL, "output_dir": f"{folder}/run"}
     given = dict(given)
     if (rank := given.pop("lora_rank", None)) is not None:
         from rlhf_ppo.models.lora import lora_config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,22 @@ Work = Callable[[], tuple[dict[str, Tensor], Any]]
 """What an exchange between processes runs on each."""
 
 
+class _Own(NamedTuple):
+    """This process's n rows of a rollout."""
+
+    prompts: list[Prompt]
+    """[n]"""
+    ids: Tensor
+    """[n, P] left-padded."""
+    mask: Tensor
+    """[n, P] bool."""
+    rows: range
+    count: int
+    """Rows of the whole rollout."""
+    generator: torch.Generator
+    """Of the whole rollout's draws."""
+
+
 def generate(run: Run, model: ActorCritic, batch: PromptBatch, generator: torch.Generator) -> Rollout:
     """Sample one response, or conversation, per prompt, recording log-probs and values.
 
@@ -54,8 +70,8 @@ def generate(run: Run, model: ActorCritic, batch: PromptBatch, generator: torch.
             here = slice(own.start, own.stop)
             longest = int(mask[here].sum(dim=1).max())
             with autocast(run.bf16, run.device):
-                inputs = (prompts, ids[here, -longest:], mask[here, -longest:], own, len(batch.prompts), generator)
-                return _respond_to(run, model, *inputs) if run.respond is None else _converse(run, model, *inputs)
+                these = _Own(prompts, ids[here, -longest:], mask[here, -longest:], own, len(batch.prompts), generator)
+                return (_respond_to if run.respond is None else _converse)(run, model, these)
 
         with _weights_for_decoding(run, model) as for_exchange:
             parts = run.processes.exchange(for_exchange(sample_own))
@@ -99,20 +115,11 @@ def _decode_nothing(run: Run, model: ActorCritic) -> None:
         model.decode(one, torch.zeros_like(one), one.bool(), model.runner.new_cache(1))
 
 
-def _respond_to(
-    run: Run,
-    model: ActorCritic,
-    prompts: list[Prompt],
-    ids: Tensor,
-    mask: Tensor,
-    own: range,
-    count: int,
-    generator: torch.Generator,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Sample a response to each of the rows ``own`` of a rollout of ``count``."""
+def _respond_to(run: Run, model: ActorCritic, own: _Own) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Sample a response to each of this process's prompts."""
     pieces = TextPieces(run.tokenizer)
-    before = before_each(pieces, prompts, ids, mask)
-    sampled = _sample(run, model, ids, mask, before, generator, RowsOf(own, count))
+    before = before_each(pieces, own.prompts, own.ids, own.mask)
+    sampled = _sample(run, model, own.ids, own.mask, before, own.generator, RowsOf(own.rows, own.count))
     texts = response_texts(sampled, pieces, before, run.sampling.stop_strings)
     return _tensors(sampled), {"completions": [*texts]}
 
@@ -133,26 +140,17 @@ def _sample(
     return sampled._replace(values=model.in_reward_units(sampled.values, sampled.mask))
 
 
-def _converse(
-    run: Run,
-    model: ActorCritic,
-    prompts: list[Prompt],
-    ids: Tensor,
-    mask: Tensor,
-    own: range,
-    count: int,
-    generator: torch.Generator,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Hold a conversation about each of the rows ``own`` of a rollout of ``count``."""
+def _converse(run: Run, model: ActorCritic, own: _Own) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Hold a conversation about each of this process's prompts."""
     assert run.respond is not None
     try:
         said = sample_conversations(
             lambda ids, mask, before, rows: _sample(
-                run, model, ids, mask, before, generator, RowsOf([own[row] for row in rows], count)
+                run, model, ids, mask, before, own.generator, RowsOf([own.rows[row] for row in rows], own.count)
             ),
-            prompts,
-            ids,
-            mask,
+            own.prompts,
+            own.ids,
+            own.mask,
             run.sampling,
             respond=run.respond,
             timeout_s=run.args.respond_timeout_s,

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -171,22 +171,12 @@ class ProcessGroup:
         failure = self.watch.fail(error)
         return error if failure.rank == self.rank else OtherProcessError(failure, self.size)
 
-    @contextmanager
-    def saving(self) -> Iterator[None]:
+    def saving(self) -> AbstractContextManager[None]:
         """Mark a block after which the first process has something to save, also when another one fails in it."""
-        if self.watch is None:
-            yield
-        else:
-            with self.watch.saving():
-                yield
+        return nullcontext() if self.watch is None else self.watch.saving()
 
-    @contextmanager
-    def _waiting(self) -> Iterator[None]:
-        if self.watch is None:
-            yield
-        else:
-            with self.watch.waiting():
-                yield
+    def _waiting(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.watch is None else self.watch.waiting()
 
     def _gather(self, tensors: dict[str, Tensor], message: str) -> list[Part]:
         """Gather tensors and a JSON text, packed as safetensors."""

@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from float64_runs import PROMPTS, SMALL
 from peft import LoraConfig
 from processes import in_processes
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.rewards.functions import StepRewards
-
-PROMPTS = ["once upon", "the cat", "a", "dog and cow", "she said", "blue", "no", "why not go"]
 
 Case = dict[str, Any]
 """Settings, and arguments of the trainer: those that cannot travel to another process are made there from a name."""
@@ -66,21 +65,8 @@ def train(folder: str, case: Case, updates: int = 3) -> dict[str, Any]:
     record = case.pop("record", False)
     if rank := case.pop("lora", None):
         given["peft_config"] = LoraConfig(r=rank, target_modules="all-linear")
-    settings = {
-        "output_dir": f"{folder}/run",
-        "total_episodes": 12 * updates,
-        "rollout_batch_size": 12,
-        "max_new_tokens": 6,
-        "stop_token_ids": (0, 12, 16, 20, 24, 28),
-        "num_epochs": 2,
-        "num_minibatches": 3,
-        "learning_rate": 1e-3,
-        "device": "cpu",
-        "precision": "fp32",
-        "microbatch_tokens": 40,
-        "num_threads": 1,
-        "quiet": True,
-    }
+    own = {"output_dir": f"{folder}/run", "total_episodes": 12 * updates, "num_threads": 1}
+    settings = {**SMALL, **own}
     rows = [{"prompt": prompt} for prompt in PROMPTS]
     metrics: list[dict[str, float]] = []
     try:
