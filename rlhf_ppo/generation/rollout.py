@@ -14,6 +14,7 @@ from rlhf_ppo.core import BannedTokens, ValueScale
 from rlhf_ppo.data.chat import Completion, Prompt
 from rlhf_ppo.models.forward.packing import token_batches
 from rlhf_ppo.models.forward.runner import Sequences
+from rlhf_ppo.runtime.transfers import indices_on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +128,7 @@ class Rollout:
     def sequences(self, rows: Sequence[int]) -> Sequences:
         """Return prompts and responses of some rows, trimmed to the longest of each."""
         p, t = (max(1, *(self.token_counts[row][side] for row in rows)) for side in (0, 1))
-        index = torch.tensor(rows, device=self.mask.device)
+        index = indices_on(self.mask.device, rows)
         return Sequences(
             self.prompt_ids[index, -p:],
             self.prompt_mask[index, -p:],

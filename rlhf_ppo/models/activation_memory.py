@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -56,16 +56,23 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def offload_activations(*, on: bool) -> AbstractContextManager[Any]:
-    """Keep what the backward pass needs in main memory until then, if ``on``; weights stay on the device."""
+    """Keep what the backward pass needs in main memory until then, if ``on``; weights stay on the device.
+
+    Both copies are queued among the device's work, from and to pinned memory, so that the host waits for neither.
+    """
     if not on:
         return nullcontext()
-    mover = save_on_cpu(pin_memory=torch.cuda.is_available())
 
     def pack(x: Tensor) -> Any:
         owner = x if x._base is None else x._base
-        return x if isinstance(owner, nn.Parameter) else mover.pack_hook(x)
+        if isinstance(owner, nn.Parameter):
+            return x
+        return x.device, x.to("cpu", non_blocking=x.device.type == "cuda")
 
     def unpack(packed: Any) -> Tensor:
-        return packed if isinstance(packed, Tensor) else mover.unpack_hook(packed)
+        if isinstance(packed, Tensor):
+            return packed
+        device, kept = packed
+        return kept.to(device, non_blocking=True)
 
     return saved_tensors_hooks(pack, unpack)

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from rlhf_ppo.runtime.device import exact_dtype
+from rlhf_ppo.runtime.transfers import Reading
+
 # Averages are over all real actions (or responses) of the whole update, without padding.
 METRICS: dict[str, str] = {
     "progress/iteration": "Number of rollouts trained on so far.",
@@ -165,12 +168,12 @@ class MetricAverage:
 
     def compute(self, prefix: str = "") -> dict[str, float]:
         """Return the averages and maxima so far as floats; NaN for a key of total weight 0."""
-        averages = {key: float(total / self._weights[key]) for key, total in self._sums.items()}
-        return {prefix + key: value for key, value in {**averages, **_floats(self._maxima)}.items()}
-
-
-def _floats(tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    return {key: float(value) for key, value in tensors.items()}
+        named = {key: total / self._weights[key] for key, total in self._sums.items()} | self._maxima
+        if not named:
+            return {}
+        # One transfer for all of them.
+        numbers = torch.stack([x.to(exact_dtype(x.device)) for x in named.values()])
+        return {prefix + key: value for key, value in zip(named, Reading(numbers).wait().tolist(), strict=True)}
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from rlhf_ppo.models.sharding import is_sharded, local_part, total_norm, whole_p
 from rlhf_ppo.runtime.device import autocast
 from rlhf_ppo.runtime.metrics import MetricAverage
 from rlhf_ppo.runtime.processes.group import ProcessGroup
+from rlhf_ppo.runtime.transfers import indices_on
 
 MinibatchGradient = Callable[..., tuple[MetricAverage, dict[str, Tensor]]]
 """Has the signature of :func:`minibatch_gradient`."""
@@ -56,9 +57,10 @@ def minibatch_gradient(
     """
     device = old.mask.device
     minibatch = _all_rows(microbatches) if minibatch is None else list(minibatch)
-    mask = old.mask[minibatch]
+    whole = indices_on(device, minibatch)
+    mask = old.mask[whole]
     denominator = loss_denominator(mask, args.loss_aggregation)
-    positive = None if old.positive is None else loss_denominator(mask & old.positive[minibatch], args.loss_aggregation)
+    positive = None if old.positive is None else loss_denominator(mask & old.positive[whole], args.loss_aggregation)
     exact_kl = args.kl_loss_coef > 0 and args.kl_loss == "exact"
     actions = MetricAverage()
     losses = {name: torch.zeros((), device=device) for name in ("policy", "value", "kl")}
@@ -104,7 +106,7 @@ def critic_gradient(
     """
     device = old.mask.device
     minibatch = _all_rows(microbatches) if minibatch is None else list(minibatch)
-    denominator = loss_denominator(old.mask[minibatch], args.loss_aggregation)
+    denominator = loss_denominator(old.mask[indices_on(device, minibatch)], args.loss_aggregation)
     value = torch.zeros((), device=device)
     policy_off = {"ent_coef": 0.0, "kl_loss_coef": 0.0, "kl_loss": "k2"}
     alone = dataclasses.replace(args, **policy_off, positive_loss_coef=0.0, positive_score_above=0.0)
@@ -130,7 +132,7 @@ def _microbatch(rollout: Rollout, old: Experience, rows: Sequence[int]) -> tuple
         part, facts = _microbatch(rollout, old, [shortest])
         return part, dataclasses.replace(facts, mask=torch.zeros_like(facts.mask))
     part = rollout.sequences(rows)
-    return part, old[list(rows)][:, : part.mask.shape[1]]
+    return part, old[indices_on(old.mask.device, rows)][:, : part.mask.shape[1]]
 
 
 def sum_over_processes(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rlhf_ppo.config.run_groups import SafetySettings
 from rlhf_ppo.models.sharding import is_sharded, local_part
 from rlhf_ppo.runtime.errors import RunError
+from rlhf_ppo.runtime.transfers import Reading
 
 
 class PolicyDriftError(RunError):
@@ -37,7 +38,7 @@ class StepWatch:
     """Count the non-finite optimizer steps of an update, each one step late.
 
     Whether a step was finite is known on the device first. Reading that at once would let the device run idle; read
-    when the next minibatch's work is queued, the answer costs no wait.
+    when the next minibatch's work is queued behind it (:class:`Reading`), the answer costs no wait.
     """
 
     def __init__(self, consecutive: int, limit: int, on_skip: Callable[[Step], object]) -> None:
@@ -50,20 +51,20 @@ class StepWatch:
         """
         self.consecutive, self.limit, self.on_skip = consecutive, limit, on_skip
         self.steps = self.skipped = 0
-        self._open: tuple[Tensor, Step] | None = None
+        self._open: tuple[Reading, Step] | None = None
 
     def add(self, finite: Tensor, rows: list[int], numbers: dict[str, Tensor], *, critic_alone: bool = False) -> None:
         """Add a step, taken if ``finite`` []; for the other arguments see :class:`Step`."""
         self.settle()
         self.steps += 1
-        self._open = finite, Step(self.steps, rows, numbers, critic_alone)
+        self._open = Reading(finite), Step(self.steps, rows, numbers, critic_alone)
 
     def settle(self) -> None:
         """Read whether the last added step was finite."""
         if self._open is None:
             return
         (finite, step), self._open = self._open, None
-        if bool(finite):
+        if bool(finite.wait()):
             self.consecutive = 0
             return
         self.skipped += 1

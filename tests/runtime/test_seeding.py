@@ -50,7 +50,7 @@ def test_the_generators_of_each_gpu_are_kept_and_those_of_gpus_that_are_here_go_
     assert told.keys() == {0} and torch.equal(told[0], states[0])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 def test_a_gpus_generator_goes_on_where_it_was():
     torch.rand(3, device="cuda")
     state = global_rng_state()
