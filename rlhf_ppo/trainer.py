@@ -232,8 +232,9 @@ class PPOTrainer(TrainerAttributes):
                 adapt(state, args, updated)
             # 8. Log, call back, save.
             safe.mark(run)
-            metrics, self.timings = {**updated.metrics, **off_policy}, run.stopwatch.take()
-            log_update(state, run, rollout, metrics, self.timings, progress)
+            metrics, phases = {**updated.metrics, **off_policy}, run.stopwatch.take()
+            self.timings = phases.seconds
+            log_update(state, run, rollout, metrics, phases, progress)
             keep_rollout(run, state.iteration, rollout)
             if updated.problem is not None:
                 roll_back(state, run, safe, updated.problem)

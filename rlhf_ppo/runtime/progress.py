@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 from rich.console import Console, RenderableType
@@ -167,13 +168,22 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
+class Phases(NamedTuple):
+    """What named phases took."""
+
+    seconds: dict[str, float]
+    peak_bytes: dict[str, int]
+    """The most memory that tensors held during each, on a CUDA device; {} on others: what a process holds on a CPU is
+    mostly libraries and what its allocator keeps, whichever phase needed it."""
+
+
 class Stopwatch:
-    """Total seconds of named phases."""
+    """Total seconds of named phases, and on a CUDA device their peaks of memory."""
 
     def __init__(self, device: torch.device) -> None:
         """Start at 0; ``device`` is synchronised at the end of each phase, so that its work is counted there."""
         self.device = device
-        self._seconds: dict[str, float] = {}
+        self._phases = Phases({}, {})
         self._show: Callable[[str], None] | None = None
 
     @contextmanager
@@ -187,20 +197,24 @@ class Stopwatch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the block's time as ``name``."""
+        """Count the block's time and memory as ``name``; phases are not nested."""
         if self._show is not None:
             self._show(name)
+        on_cuda, (seconds, peaks) = self.device.type == "cuda", self._phases
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)  # the allocator's counter: nothing waits
         started = time.perf_counter()
         try:
             yield
         finally:
-            if self.device.type == "cuda":
+            if on_cuda:
                 torch.cuda.synchronize(self.device)
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+                peaks[name] = max(peaks.get(name, 0), torch.cuda.max_memory_allocated(self.device))
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
 
-    def take(self) -> dict[str, float]:
-        """Return the seconds per phase since the last call, and reset them."""
-        taken, self._seconds = self._seconds, {}
+    def take(self) -> Phases:
+        """Return what each phase has taken since the last call, and start again."""
+        taken, self._phases = self._phases, Phases({}, {})
         return taken
 
 

@@ -16,7 +16,7 @@ from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.rewards.validation import RewardError
 from rlhf_ppo.runtime.package import versions
 from rlhf_ppo.runtime.plots import plot_curves
-from rlhf_ppo.runtime.progress import ProgressDisplay, model_rows
+from rlhf_ppo.runtime.progress import Phases, ProgressDisplay, model_rows
 from rlhf_ppo.runtime.seeding import EVALUATION, global_rng_state, numbered_generator, restore_rng_state
 from rlhf_ppo.training.collect import collect
 from rlhf_ppo.training.resume import SafePoint, keep_checkpoint
@@ -190,17 +190,19 @@ def log_update(
     run: Run,
     rollout: Rollout,
     metrics: dict[str, float],
-    timings: dict[str, float],
+    phases: Phases,
     progress: ProgressDisplay,
 ) -> None:
-    """Log an update: its metrics, some samples, and the seconds that each phase of the iteration took."""
+    """Log an update: its metrics, some samples, and what each phase of the iteration took."""
     folder, iteration = run.folder, state.iteration
     # Where no step was finite, some averages are undefined.
     folder.log({name: value for name, value in metrics.items() if math.isfinite(value)})
     for row in describe(rollout)[: run.args.samples_per_rollout]:
         folder.append("samples.jsonl", {"iteration": iteration, **row})
     tokens = int(rollout.lengths.sum())
-    row = {"iteration": iteration, "generated_tokens": tokens, **timings}
+    row: dict[str, Any] = {"iteration": iteration, "generated_tokens": tokens, **phases.seconds}
+    if phases.peak_bytes:
+        row["peak_bytes"] = phases.peak_bytes
     if not run.processes.alone:
         row["exchanged_bytes"] = run.processes.bytes_exchanged
     folder.append("timings.jsonl", row)

@@ -21,12 +21,49 @@ def test_phases_add_up_and_are_taken_once(monkeypatch):
     for name in ("a", "b", "a"):
         with watch.phase(name):
             pass
-    assert watch.take() == {"a": 6.0, "b": 2.0}
-    assert watch.take() == {}
+    assert watch.take() == ({"a": 6.0, "b": 2.0}, {})
+    assert watch.take() == ({}, {})
     # A phase that fails took its time too.
     with pytest.raises(KeyError), watch.phase("c"):
         raise KeyError
-    assert watch.take() == {"c": 7.0}
+    assert watch.take().seconds == {"c": 7.0}
+
+
+def test_a_gpus_peaks_are_each_phases_own(monkeypatch):
+    """Peaks go on from what is held at a phase's start; one that is entered twice has the higher of its two."""
+    held = {"now": 5, "peak": 50}
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: held.update(peak=held["now"]))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: held["peak"])
+    waits = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    watch = Stopwatch(torch.device("cuda", 1))
+    for name, used in (("generate", 20), ("update", 30), ("update", 10)):
+        with watch.phase(name):
+            held["peak"] = max(held["peak"], held["now"] + used)
+    assert watch.take().peak_bytes == {"generate": 25, "update": 35} and len(waits) == 3
+    with watch.phase("score"):
+        pass
+    assert watch.take().peak_bytes == {"score": 5}
+
+
+def test_peaks_are_logged_beside_the_seconds(make_trainer, monkeypatch):
+    peaks = {"generate": 3, "update": 4}
+    monkeypatch.setattr(Stopwatch, "take", lambda self: progress.Phases({"update": 1.0}, peaks))
+    trainer = make_trainer(total_episodes=8)
+    trainer.train()
+    (row,) = trainer.run.read("timings.jsonl")
+    assert row["peak_bytes"] == peaks and row["update"] == 1.0 and trainer.timings == {"update": 1.0}
+
+
+@pytest.mark.cuda
+def test_a_gpus_phases_all_have_a_peak(make_trainer):
+    trainer = make_trainer(device="cuda")
+    trainer.train()
+    weights = sum(p.nbytes for p in trainer.model.parameters())
+    for row in trainer.run.read("timings.jsonl"):
+        assert row["peak_bytes"].keys() == {"generate", "reference", "score", "update"}
+        # Weights, moments and the reference's copy are always held, gradients in the update.
+        assert row["peak_bytes"]["update"] > 5 * weights and min(row["peak_bytes"].values()) > 2 * weights
 
 
 def test_each_iteration_writes_its_own_and_evaluations_are_left_out(make_trainer, prompts, monkeypatch):
