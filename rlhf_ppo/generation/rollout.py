@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlhf_ppo.core import BannedTokens, ValueScale
 from rlhf_ppo.data.chat import Completion, Prompt
+from rlhf_ppo.models.forward.layout import Layout
 from rlhf_ppo.models.forward.packing import token_batches
 from rlhf_ppo.models.forward.runner import Sequences
 from rlhf_ppo.runtime.transfers import indices_on
@@ -121,9 +122,15 @@ class Rollout:
 
     @cached_property
     def token_counts(self) -> list[tuple[int, int]]:
-        """[B] (prompt tokens, tokens after them), read from the device once."""
-        counts = torch.stack([self.prompt_mask.sum(dim=1), self.real.sum(dim=1)], dim=1).tolist()
+        """[B] (prompt tokens, tokens after them), after its masks were read from the device once."""
+        layout = self.layout
+        counts = torch.stack([layout.prompt_mask.sum(dim=1), layout.real.sum(dim=1)], dim=1).tolist()
         return [(prompt, response) for prompt, response in counts]
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The layout of all rows, whose masks are read from the device once."""
+        return Layout.read(self.prompt_mask, self.mask, self.real)
 
     def sequences(self, rows: Sequence[int]) -> Sequences:
         """Return prompts and responses of some rows, trimmed to the longest of each."""
@@ -136,6 +143,7 @@ class Rollout:
             self.mask[index, :t],
             None if self.environment is None else self.real[index, :t],
             None if self.banned is None else BannedTokens(self.banned.where[index, :t], self.banned.tokens),
+            self.layout.rows(rows, p, t),
         )
 
     def batches(self, rows: Sequence[int], max_tokens: int, *, padded: bool) -> list[list[int]]:

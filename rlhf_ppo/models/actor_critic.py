@@ -15,8 +15,9 @@ from rlhf_ppo.core import BannedTokens, PolicyOutput, ValueScale, rescaled_head
 from rlhf_ppo.core.masked import keep
 from rlhf_ppo.data.hub import find_file
 from rlhf_ppo.models.dropout import without_dropout
+from rlhf_ppo.models.forward.layout import Layout
 from rlhf_ppo.models.forward.output_layer import Outputs
-from rlhf_ppo.models.forward.runner import ModelRunner, Sequences, place, select
+from rlhf_ppo.models.forward.runner import ModelRunner, Sequences
 from rlhf_ppo.models.loading import fuse_activations
 from rlhf_ppo.models.lora import (
     VALUE_ADAPTER,
@@ -140,6 +141,7 @@ class ActorCritic(nn.Module):
 
     def separate_values(self, sequences: Sequences) -> Tensor | None:
         """Compute values [B, T] where the critic has a forward pass of its own, 0 outside the mask; else None."""
+        sequences, layout = sequences.laid_out()
         if self.value_adapter is not None:
             with use_adapter(self.policy, self.value_adapter):
                 states = self.runner.hidden(sequences)
@@ -147,12 +149,13 @@ class ActorCritic(nn.Module):
             states = self.value_runner.hidden(sequences)
         else:
             return None
-        return place(self._value(states), sequences.mask)
+        return layout.place(self._value(states))
 
     def head_values(self, sequences: Sequences) -> Tensor:
         """Compute the head's values [B, T] alone, without log-probs, 0 outside the mask."""
+        sequences, layout = sequences.laid_out()
         values = self.separate_values(sequences)
-        return place(self._value(self.runner.hidden(sequences)), sequences.mask) if values is None else values
+        return layout.place(self._value(self.runner.hidden(sequences))) if values is None else values
 
     def forward(
         self,
@@ -162,6 +165,7 @@ class ActorCritic(nn.Module):
         mask: Tensor,
         real: Tensor | None = None,
         banned: BannedTokens | None = None,
+        layout: Layout | None = None,
         *,
         temperature: float = 1.0,
         entropy: bool = True,
@@ -172,25 +176,25 @@ class ActorCritic(nn.Module):
         Args:
             prompt_ids, prompt_mask: [B, P], left-padded.
             response_ids, mask: [B, T], right-padded.
-            real, banned: see :class:`rlhf_ppo.models.forward.runner.Sequences`.
+            real, banned, layout: see :class:`rlhf_ppo.models.forward.runner.Sequences`.
             temperature: divides the logits; the same as at sampling.
             entropy: compute it (otherwise None).
             reference: the reference's distributions at the same tokens, for the exact KL (otherwise None).
         """
-        sequences = Sequences(prompt_ids, prompt_mask, response_ids, mask, real, banned)
+        sequences, layout = Sequences(prompt_ids, prompt_mask, response_ids, mask, real, banned, layout).laid_out()
         outputs = self.runner.outputs(sequences, hidden=self.shares_trunk)
-        tokens = select(response_ids, mask)
+        tokens = layout.select(response_ids)
         logprobs, entropies = outputs.logprobs(tokens, temperature=temperature, entropy=entropy)
         kl = None if reference is None else exact_kl(outputs, reference, temperature=temperature)
         if self.shares_trunk and outputs.states is not None:
-            values = place(self._value(outputs.states), mask)
+            values = layout.place(self._value(outputs.states))
         else:
             values = self.separate_values(sequences)
         return PolicyOutput(
-            logprobs=place(logprobs, mask),
+            logprobs=layout.place(logprobs),
             values=values,
-            entropy=None if entropies is None else place(entropies, mask),
-            kl=None if kl is None else place(kl, mask),
+            entropy=None if entropies is None else layout.place(entropies),
+            kl=None if kl is None else layout.place(kl),
         )
 
     def save_critic(self, folder: Path) -> None:

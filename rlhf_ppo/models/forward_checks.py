@@ -145,6 +145,7 @@ def _choose_ways(runner: ModelRunner, role: str, longest: int, *, bf16: bool, de
     formats = [(False, _EXACT if exact else _ROUNDED)] + ([(True, _ROUNDED)] if bf16 else [])
     if bf16 and any(map(is_share, runner.model.parameters())):  # whose layers are gathered in bfloat16 alone
         formats = formats[1:]
+    runner.packs &= device.type != "cuda" or bf16 or not full  # the kernel for GPUs has 16 bits
     rows = _rows(runner, _length(base.config, longest))
     plain: dict[bool, RowOutputs] = {}
     for low, tolerance in formats:
@@ -206,9 +207,8 @@ def _difference(
     except Exception as error:
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     gap = max(float(_gap(x, y[: len(x)])) for x, y in zip(found, plain, strict=True))
-    spread = float(_spread(plain.long))
     unit = "nats" if runner.has_head else "in their states"
-    return None if gap <= tolerance * spread else f"{gap:.2g} {unit} apart"
+    return None if gap <= tolerance * float(_spread(plain.long)) else f"{gap:.2g} {unit} apart"
 
 
 def _gap(x: Tensor, y: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from rlhf_ppo.core import kl_from_logits, linear_kl
 from rlhf_ppo.models.dropout import freeze
 from rlhf_ppo.models.forward.output_layer import Outputs
-from rlhf_ppo.models.forward.runner import ModelRunner, Sequences, place, select
+from rlhf_ppo.models.forward.runner import ModelRunner, Sequences
 from rlhf_ppo.models.loading import fuse_activations
 from rlhf_ppo.models.lora import without_adapters
 from rlhf_ppo.models.sharding import gathered
@@ -41,10 +41,11 @@ class Reference:
     @torch.no_grad()
     def logprobs(self, sequences: Sequences, *, temperature: float) -> Tensor:
         """Compute log-probs [B, T] under the reference at the policy's temperature, 0 outside the mask."""
-        tokens = select(sequences.response_ids, sequences.mask)
+        sequences, layout = sequences.laid_out()
+        tokens = layout.select(sequences.response_ids)
         with self.active():
             logprobs, _ = self.runner.outputs(sequences).logprobs(tokens, temperature=temperature)
-        return place(logprobs, sequences.mask)
+        return layout.place(logprobs)
 
     @torch.no_grad()
     def outputs(self, sequences: Sequences) -> Outputs:

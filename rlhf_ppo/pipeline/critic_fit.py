@@ -15,7 +15,6 @@ from torch import Tensor
 
 from rlhf_ppo.config.critic_fit import CriticFitArgs
 from rlhf_ppo.core import ValueScale, explained_variance
-from rlhf_ppo.models.forward.runner import select
 from rlhf_ppo.models.loading import adapter_base, resolve_model
 from rlhf_ppo.pipeline.critic.data import CriticData, gather_evidence, hold_out, load_critic_data
 from rlhf_ppo.pipeline.critic.models import Reader, build_critic, check_tokenizer, policy_name, save_critic
@@ -182,7 +181,6 @@ def _moments(reader: Reader, split: Split, rows: list[list[int]]) -> Tensor:
         for batch, sequences in reader.passes(part, reader.share(part, some)[reader.processes.rank]):
             with autocast(reader.bf16, reader.device):
                 states = reader.model.runner.hidden(sequences)
-            states = states[select(sequences.mask, sequences.mask)]  # on a GPU those of padding come, too
             length = sequences.mask.shape[1]
             y = scale.normalize(part.returns[batch, :length][part.mask[batch, :length]])[:, None]
             x, y = states.to(device).double(), y.to(device)

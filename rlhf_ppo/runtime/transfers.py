@@ -10,8 +10,12 @@ from torch import Tensor
 
 def indices_on(device: torch.device, indices: Sequence[int]) -> Tensor:
     """Copy indices to a device; a CUDA device takes them in its turn, and the host goes on at once."""
-    host = torch.tensor(indices, dtype=torch.long)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+    return from_host(torch.tensor(indices, dtype=torch.long), device)
+
+
+def from_host(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor on the host to a device; a CUDA device takes it in its turn, and the host goes on at once."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 class Reading:

@@ -91,7 +91,7 @@ class Setup:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the device is a CPU, where sequences are packed and the output layer works in blocks."""
+        """Whether the device is a CPU, where the output layer works in blocks."""
         return self.card.name == "cpu"
 
     @property

@@ -1,4 +1,4 @@
-"""Pack prompts with responses end to end in one row, so that no model computes on padding; batches by token budget."""
+"""Attention within sequences that lie end to end in one row, so that nothing computes on padding; token batches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from itertools import groupby
+from functools import cached_property
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -15,66 +16,36 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-_PACKED: ContextVar[tuple[PretrainedConfig, tuple[int, ...]] | None] = ContextVar("packed", default=None)
+from rlhf_ppo.models.forward.varlen import causal_attention, kernel_dtype
+from rlhf_ppo.runtime.transfers import from_host
+
+_PACKED: ContextVar[tuple[PretrainedConfig, Packing] | None] = ContextVar("packed", default=None)
 
 
-@dataclass(frozen=True)
-class Packed:
-    """B sequences of N tokens in all, as one row; those of equal length are neighbours."""
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Sequences end to end in one row."""
 
-    ids: Tensor
-    """[1, N] token ids."""
-    positions: Tensor
-    """[1, N] positions, from 0 in each sequence."""
     lengths: tuple[int, ...]
-    """[B] tokens of each sequence, in packed order."""
-    index: Tensor
-    """[n] where the states before the n True response tokens are, in the order of ``response_ids[mask]``."""
+    """Tokens of each, in their order in the row."""
+    device: torch.device
 
+    @cached_property
+    def runs(self) -> list[tuple[int, int]]:
+        """(length, number of sequences) of each run of sequences of equal length."""
+        return [(length, len(list(same))) for length, same in groupby(self.lengths)]
 
-def pack(
-    prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, mask: Tensor, real: Tensor | None = None
-) -> Packed:
-    """Pack prompts [B, P] and responses [B, T]; the last token of a response is never an input.
-
-    ``real`` [B, T] is True on other speakers' tokens too; None: there are none.
-    """
-    ids = torch.cat([prompt_ids, response_ids[:, :-1]], dim=1)
-    # A token is an input where another follows it.
-    real = torch.cat([prompt_mask, (mask if real is None else real)[:, 1:]], dim=1)
-    lengths, order = real.sum(dim=1).sort()
-    ids, real = ids[order], real[order]
-    place = real.flatten().cumsum(0).view_as(real) - 1
-    unsorted = torch.empty_like(place)
-    unsorted[order] = place
-    before = unsorted[:, prompt_ids.shape[1] - 1 :]  # the state before response token t, for every t
-    positions = real.cumsum(dim=1) - 1
-    return Packed(ids[real][None], positions[real][None], tuple(lengths.tolist()), before[mask])
-
-
-def align(
-    prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, mask: Tensor, real: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Left-align each prompt [B, P] with its response [B, T], so that all padding comes last.
-
-    Arguments are those of :func:`pack`.
-
-    Returns:
-        Token ids [B, P + T - 1], and the flat index [B, T] of the state before each response token.
-    """
-    ids = torch.cat([prompt_ids, response_ids[:, :-1]], dim=1)
-    real = torch.cat([prompt_mask, (mask if real is None else real)[:, :-1]], dim=1)
-    ids = ids.gather(1, (~real).byte().argsort(dim=1, stable=True))
-    rows = torch.arange(len(ids), device=ids.device)[:, None] * ids.shape[1]
-    before = real.cumsum(dim=1)[:, prompt_ids.shape[1] - 1 :] - 1
-    return ids, rows + before
+    @cached_property
+    def bounds(self) -> Tensor:
+        """[B + 1] int32 where each begins, and where the last one ends."""
+        return from_host(torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32), self.device)
 
 
 @contextmanager
-def packed_attention(config: PretrainedConfig, lengths: tuple[int, ...]) -> Iterator[None]:
+def packed_attention(config: PretrainedConfig, packing: Packing) -> Iterator[None]:
     """Let models with this config attend only within each of the packed sequences."""
     before = config._attn_implementation
-    token = _PACKED.set((config, lengths))
+    token = _PACKED.set((config, packing))
     config._attn_implementation = "rlhf_ppo_packed"
     try:
         yield
@@ -90,14 +61,26 @@ def current_packing() -> AbstractContextManager[None]:
 
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any) -> Any:
-    """Call transformers' sdpa attention [1, H, N, D] once for each run of sequences of equal length."""
+    """Attend within each packed sequence, [1, H, N, D] -> [1, N, H, D]: by one kernel where there is one."""
     packed = _PACKED.get()
     assert packed is not None
-    runs = [(length, len(list(same))) for length, same in groupby(packed[1])]
-    sizes = [length * count for length, count in runs]
+    if (dtype := kernel_dtype(query)) is None:
+        return _attend_by_length(module, query, key, value, packed[1], **kwargs), None
+    if kwargs.get("position_bias") is not None:
+        raise NotImplementedError("the attention kernel for packed sequences takes no bias")
+    q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    packing = packed[1]
+    return causal_attention(q, k, v, packing.bounds, max(packing.lengths), kwargs.get("scaling"))[None], None
+
+
+def _attend_by_length(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, packing: Packing, **kwargs: Any
+) -> Tensor:
+    """Call transformers' sdpa attention once for each run of sequences of equal length."""
+    sizes = [length * count for length, count in packing.runs]
     outputs: list[Tensor] = []
     for (length, count), q, k, v in zip(
-        runs, query.split(sizes, dim=2), key.split(sizes, dim=2), value.split(sizes, dim=2), strict=True
+        packing.runs, query.split(sizes, dim=2), key.split(sizes, dim=2), value.split(sizes, dim=2), strict=True
     ):
         q, k, v = (x[0].unflatten(1, (count, length)).transpose(0, 1) for x in (q, k, v))
         # In bfloat16 on CPU the fused kernel's backward pass takes three times as long as plain products.
@@ -105,7 +88,7 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
         with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
             output, _ = sdpa_attention_forward(module, q, k, v, None, **{**kwargs, "is_causal": True})
         outputs.append(output.flatten(0, 1))
-    return torch.cat(outputs)[None], None
+    return torch.cat(outputs)[None]
 
 
 AttentionInterface.register("rlhf_ppo_packed", _attend)

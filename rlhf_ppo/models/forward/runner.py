@@ -21,8 +21,9 @@ from rlhf_ppo.models.forward.hidden_states import (
     without_adapter_wrapper,
 )
 from rlhf_ppo.models.forward.kv_cache import TokenCache, preallocated_cache
+from rlhf_ppo.models.forward.layout import Layout
 from rlhf_ppo.models.forward.output_layer import Outputs, find_plain_head, vocabulary_as_rows
-from rlhf_ppo.models.forward.packing import align, pack, packed_attention
+from rlhf_ppo.models.forward.packing import Packing, packed_attention
 from rlhf_ppo.models.sharding import is_share
 
 
@@ -41,6 +42,18 @@ class Sequences(NamedTuple):
     """[B, T] bool, True on every real token, an environment's included; None: all of them are the policy's."""
     banned: BannedTokens | None = None
     """Tokens that could not be sampled at [B, T] places, True only where ``mask`` is; None: nowhere."""
+    layout: Layout | None = None
+    """Where the tokens lie; None: it is read from the masks (:meth:`laid_out`)."""
+
+    def laid_out(self) -> tuple[Sequences, Layout]:
+        """Return these sequences with their layout."""
+        layout = self.layout or Layout.read(self.prompt_mask, self.mask, self.real)
+        return self._replace(layout=layout), layout
+
+    @property
+    def inputs(self) -> Tensor:
+        """Token ids [B, P + T - 1]: all but the last, which predicts nothing here."""
+        return torch.cat([self.prompt_ids, self.response_ids[:, :-1]], dim=1)
 
 
 def position_ids(mask: Tensor) -> Tensor:
@@ -49,11 +62,11 @@ def position_ids(mask: Tensor) -> Tensor:
 
 
 class ModelRunner:
-    """Run a model on response tokens, [n] in the order of :func:`select`, and decode step by step.
+    """Run a model on response tokens, [n] in the order of :class:`.Layout`, and decode step by step.
 
     The plain way is one forward pass over the padded batch and log-probs from its logits. Two shortcuts are taken where
     a test on the model shows that they give the same: the output layer runs inside ``linear_logprobs`` (if the logits
-    are a linear map of the last hidden states), and on CPU sequences are packed end to end. Where
+    are a linear map of the last hidden states), and sequences are packed end to end. Where
     :func:`rlhf_ppo.models.forward_checks.check_forward` finds that the model needs it, slower ways are taken:
     ``pads_left``, ``uses_cache`` and ``cache_shrinks`` say which.
     """
@@ -93,52 +106,52 @@ class ModelRunner:
 
     def hidden(self, sequences: Sequences) -> Tensor:
         """Compute the last hidden states [n, O] before each response token."""
-        if self.packs_on(sequences.mask.device):
-            packed = pack(*sequences[:5])
-            with packed_attention(self.config, packed.lengths):
-                states = last_states(call(self.trunk, packed.ids, packed.positions))
-            return states.squeeze(0)[packed.index]
+        sequences, layout = sequences.laid_out()
+        if self.packs_on(layout.device):
+            packed = layout.packed
+            with packed_attention(self.config, packed.packing):
+                states = last_states(call(self.trunk, _packed_ids(sequences, layout), packed.positions))
+            return states.squeeze(0).index_select(0, packed.before)
         if not self.pads_left:
-            ids, index = align(*sequences[:5])
-            return last_states(call(self.trunk, ids)).flatten(0, 1)[select(index, sequences.mask)]
-        ids, attention = _padded(sequences)
-        hidden = last_states(call(self.trunk, ids, position_ids(attention), attention))
-        return select(hidden[:, -sequences.mask.shape[1] :], sequences.mask)
+            order, before = layout.aligned
+            states = last_states(call(self.trunk, sequences.inputs.gather(1, order)))
+            return states.flatten(0, 1).index_select(0, before)
+        attention = _attended(sequences)
+        states = last_states(call(self.trunk, sequences.inputs, position_ids(attention), attention))
+        return states.flatten(0, 1).index_select(0, layout.before)
 
     def outputs(self, sequences: Sequences, *, hidden: bool = False) -> Outputs:
         """Compute the distributions at the response tokens, with the hidden states if asked."""
+        sequences, layout = sequences.laid_out()
         banned = sequences.banned
         if banned is not None:
-            banned = BannedTokens(select(banned.where, sequences.mask), banned.tokens)
+            banned = BannedTokens(layout.select(banned.where), banned.tokens)
         if self.head is not None:
             return Outputs(self.hidden(sequences), self.head, None, banned)
         with vocabulary_as_rows(self.output_layer):
-            logits, states = self._logits(sequences, hidden=hidden)
+            logits, states = self._logits(sequences, layout, hidden=hidden)
         return Outputs(states, None, logits, banned)
 
-    def _logits(self, sequences: Sequences, *, hidden: bool) -> tuple[Tensor, Tensor | None]:
+    def _logits(self, sequences: Sequences, layout: Layout, *, hidden: bool) -> tuple[Tensor, Tensor | None]:
         """Compute logits [n, V] by the model's own forward pass, and the last hidden states [n, O] if asked."""
-        kwargs: dict[str, Any] = {}
-        mask, length = sequences.mask, sequences.mask.shape[1]
         with capture_states(self.states_module) if hidden else nullcontext([]) as captured:
-            if self.packs_on(mask.device):
-                packed = pack(*sequences[:5])
-                with packed_attention(self.config, packed.lengths):
-                    output = call(self.model, packed.ids, packed.positions, logits_to_keep=packed.index)
+            if self.packs_on(layout.device):
+                packed, ids = layout.packed, _packed_ids(sequences, layout)
+                with packed_attention(self.config, packed.packing):
+                    output = call(self.model, ids, packed.positions, logits_to_keep=packed.before)
                 # squeeze, not [0]: the gradient of an index is copied into zeros of the logits' size.
-                return output.logits.squeeze(0), captured[0].squeeze(0)[packed.index] if captured else None
-            if not self.pads_left:
-                ids, index = align(*sequences[:5])
-                index = select(index, mask)
-                logits = call(self.model, ids).logits.flatten(0, 1)[index]
-                return logits, captured[0].flatten(0, 1)[index] if captured else None
-            ids, attention = _padded(sequences)
-            if accepts(self.model, "logits_to_keep"):
-                kwargs["logits_to_keep"] = length
-            output = call(self.model, ids, position_ids(attention), attention, **kwargs)
-        # A slice, even of everything, has its gradient copied into zeros of the whole's size.
-        logits = output.logits if output.logits.shape[1] == length else output.logits[:, -length:]
-        return select(logits, mask), select(captured[0][:, -length:], mask) if captured else None
+                logits, index = output.logits.squeeze(0), packed.before
+            elif not self.pads_left:
+                order, index = layout.aligned
+                logits = call(self.model, sequences.inputs.gather(1, order)).logits.flatten(0, 1).index_select(0, index)
+            else:
+                length, attention = layout.mask.shape[1], _attended(sequences)
+                kwargs = {"logits_to_keep": length} if accepts(self.model, "logits_to_keep") else {}
+                output = call(self.model, sequences.inputs, position_ids(attention), attention, **kwargs)
+                # A slice, even of everything, has its gradient copied into zeros of the whole's size.
+                logits = output.logits if output.logits.shape[1] == length else output.logits[:, -length:]
+                logits, index = layout.select(logits), layout.before
+        return logits, captured[0].flatten(0, 1).index_select(0, index) if captured else None
 
     # Decoding
 
@@ -200,8 +213,8 @@ class ModelRunner:
         return self.width
 
     def packs_on(self, device: torch.device) -> bool:
-        """Return whether sequences are packed on this device; on a GPU a little padding is faster than packing."""
-        return self.packs and device.type == "cpu"
+        """Return whether sequences are packed on this device."""
+        return self.packs and device.type in ("cpu", "cuda")
 
     def probe_ids(self, length: int = 8) -> Tensor:
         """Return token ids [1, length] to test the model with."""
@@ -249,7 +262,7 @@ class ModelRunner:
         try:
             with torch.no_grad():
                 apart = [self._states_or_logits(x, positions[:, : x.shape[1]], None)[-1:] for x in (short, long)]
-                with packed_attention(self.config, (3, 5)):
+                with packed_attention(self.config, Packing((3, 5), ids.device)):
                     together = self._states_or_logits(ids, packed, index)
         except (RuntimeError, ValueError, TypeError, IndexError):
             return False
@@ -264,27 +277,17 @@ class ModelRunner:
         return call(self.model, ids, positions, **kwargs).logits[0]
 
 
-def select(x: Tensor, mask: Tensor) -> Tensor:
-    """Take ``x`` [B, T, ...] at response tokens, [n, ...]; on a GPU at all places, for counting them would stall it."""
-    return x[mask] if mask.device.type == "cpu" else x.flatten(0, 1)
-
-
-def place(values: Tensor, mask: Tensor) -> Tensor:
-    """Undo :func:`select`: [n] -> [B, T], 0 outside ``mask``."""
-    nothing = torch.zeros(mask.shape, dtype=values.dtype, device=mask.device)
-    if mask.device.type == "cpu":
-        return nothing.masked_scatter(mask, values)
-    return torch.where(mask, values.view_as(nothing), nothing)
-
-
 def _attention_for(ids: Tensor) -> AbstractContextManager[Any]:
     """For one new token in bfloat16 on CPU, torch's fused attention takes twice as long as plain products."""
     plain = ids.shape[1] == 1 and ids.device.type == "cpu" and torch.is_autocast_enabled("cpu")
     return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 
 
-def _padded(sequences: Sequences) -> tuple[Tensor, Tensor]:
-    """Return ids and mask [B, P + T - 1]; their last T positions predict the response, whose last token is no input."""
-    prompt_ids, prompt_mask, response_ids, mask, real, _ = sequences
-    real = mask if real is None else real
-    return torch.cat([prompt_ids, response_ids[:, :-1]], dim=1), torch.cat([prompt_mask, real[:, :-1]], dim=1)
+def _packed_ids(sequences: Sequences, layout: Layout) -> Tensor:
+    return sequences.inputs.flatten().index_select(0, layout.packed.places)[None]
+
+
+def _attended(sequences: Sequences) -> Tensor:
+    """Return which of the padded inputs [B, P + T - 1] are tokens; the last T predict the response."""
+    real = sequences.mask if sequences.real is None else sequences.real
+    return torch.cat([sequences.prompt_mask, real[:, :-1]], dim=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,8 +60,10 @@ class Reader(NamedTuple):
         """Group rows of a rollout into forward passes: yield (rows, their sequences on the device)."""
         runner = self.model.value_runner or self.model.runner
         for some in part.rollout.batches(list(rows), self.microbatch_tokens, padded=not runner.packs_on(self.device)):
-            ids = part.rollout.sequences(some)[:5]  # what was banned at sampling is no matter of values
-            yield some, Sequences(*(None if x is None else x.to(self.device) for x in ids))  # type: ignore[arg-type]
+            ids = part.rollout.sequences(some)
+            moved = (None if x is None else x.to(self.device) for x in ids[:5])
+            # What was banned at sampling is no matter of values.
+            yield some, Sequences(*moved, layout=ids.layout and replace(ids.layout, device=self.device))  # type: ignore[arg-type]
 
     @torch.no_grad()
     def values(self, parts: Sequence[ScoredRollout], rows: Sequence[Sequence[int]]) -> list[Tensor]:

@@ -208,7 +208,7 @@ def test_one_turn_needs_no_second_mask(make_trainer, prompts):
     """Without replies nothing is carried along for them."""
     rollout = make_trainer().rollout(prompts)
     assert rollout.real is rollout.mask
-    assert rollout.sequences([0, 1])[4:] == (None, None)
+    assert rollout.sequences([0, 1])[4:6] == (None, None)
     assert rollout.turns is rollout.environment is rollout.banned is None
 
 

@@ -31,8 +31,7 @@ from rlhf_ppo import RewardModel
 from rlhf_ppo.data.tokenization import left_pad
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward.kv_cache import PreallocatedLayer, TokenCache
-from rlhf_ppo.models.forward.packing import align
-from rlhf_ppo.models.forward.runner import ModelRunner
+from rlhf_ppo.models.forward.runner import ModelRunner, Sequences
 from rlhf_ppo.models.forward_checks import check_forward
 from rlhf_ppo.models.loading import context_length, load_classifier, load_policy, load_trunk
 from rlhf_ppo.pipeline.generate import GenerateArgs, generate
@@ -334,6 +333,7 @@ def test_aligned_sequences_begin_at_column_0():
     prompts, prompt_mask = left_pad([[5], [6, 7, 8]], torch.device("cpu"))
     answers = torch.tensor([[9, 10, 11], [12, 0, 0]])
     mask = torch.tensor([[True, True, True], [True, False, False]])
-    ids, before = align(prompts, prompt_mask, answers, mask)
+    sequences, layout = Sequences(prompts, prompt_mask, answers, mask).laid_out()
+    ids = sequences.inputs.gather(1, layout.aligned.order)
     assert ids[0, :3].tolist() == [5, 9, 10] and ids[1, :3].tolist() == [6, 7, 8]
-    assert ids.flatten()[before[mask]].tolist() == [5, 9, 10, 8]
+    assert ids.flatten()[layout.aligned.before].tolist() == [5, 9, 10, 8]

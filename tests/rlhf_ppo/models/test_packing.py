@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from transformers import GPT2Config
 
 from rlhf_ppo.data.tokenization import left_pad
-from rlhf_ppo.models.forward.packing import pack, packed_attention, token_batches
+from rlhf_ppo.models.forward.packing import Packing, packed_attention, token_batches
+from rlhf_ppo.models.forward.runner import Sequences
 
 CPU = torch.device("cpu")
 
@@ -28,38 +30,46 @@ def rows_of(prompt_lengths: list[int], response_lengths: list[int]) -> tuple[tor
     return ids, mask, responses, response_mask.bool()
 
 
+def pack(ids: torch.Tensor, mask: torch.Tensor, responses: torch.Tensor, response_mask: torch.Tensor) -> Any:
+    """Return the packed ids [N], and how they are packed."""
+    sequences, layout = Sequences(ids, mask, responses, response_mask).laid_out()
+    return sequences.inputs.flatten()[layout.packed.places], layout.packed
+
+
 def test_by_hand():
     # Row 0: prompt 0 1, response 2 3 4; row 1: prompt 100, response 101. Inputs 0 1 2 3 and 100, the shorter first.
-    packed = pack(*rows_of([2, 1], [3, 1]))
-    assert packed.ids.tolist() == [[100, 0, 1, 2, 3]]
+    ids, packed = pack(*rows_of([2, 1], [3, 1]))
+    assert ids.tolist() == [100, 0, 1, 2, 3]
     assert packed.positions.tolist() == [[0, 0, 1, 2, 3]]
-    assert packed.lengths == (1, 4)
+    assert packed.packing.lengths == (1, 4)
+    assert packed.packing.bounds.tolist() == [0, 1, 5]
     # Before 2, 3, 4 come 1, 2, 3 at places 2, 3, 4; before 101 comes 100 at place 0.
-    assert packed.index.tolist() == [2, 3, 4, 0]
+    assert packed.before.tolist() == [2, 3, 4, 0]
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=8))
 def test_every_input_once_and_each_response_token_behind_its_predecessor(lengths):
     prompts, responses = [list(side) for side in zip(*lengths, strict=True)]
     batch = rows_of(prompts, responses)
-    packed = pack(*batch)
+    ids, packed = pack(*batch)
+    packed_lengths = packed.packing.lengths
     expected = [100 * row + i for row, (p, t) in enumerate(lengths) for i in range(p + t - 1)]
-    assert sorted(packed.ids[0].tolist()) == expected
+    assert sorted(ids.tolist()) == expected
     # A token's position is its place in its sequence, which its id tells.
-    assert torch.equal(packed.positions, packed.ids % 100)
-    assert packed.lengths == tuple(sorted(p + t - 1 for p, t in lengths))
-    rows = [piece[0, 0] // 100 for piece in packed.ids.split(packed.lengths, dim=1)]
+    assert torch.equal(packed.positions[0], ids % 100)
+    assert packed_lengths == tuple(sorted(p + t - 1 for p, t in lengths))
+    rows = [piece[0] // 100 for piece in ids.split(packed_lengths)]
     assert sorted(map(int, rows)) == list(range(len(lengths)))
-    for piece in packed.ids.split(packed.lengths, dim=1):
-        assert (piece[0].diff() == 1).all()
-    assert torch.equal(packed.ids[0, packed.index], batch[2][batch[3]] - 1)
+    for piece in ids.split(packed_lengths):
+        assert (piece.diff() == 1).all()
+    assert torch.equal(ids[packed.before], batch[2][batch[3]] - 1)
 
 
 def test_packed_attention_ends_with_its_block_also_after_an_error():
     config = GPT2Config()
     config._attn_implementation = "sdpa"
-    with pytest.raises(RuntimeError), packed_attention(config, (1, 2)):
-        with packed_attention(config, (3,)):
+    with pytest.raises(RuntimeError), packed_attention(config, Packing((1, 2), CPU)):
+        with packed_attention(config, Packing((3,), CPU)):
             assert config._attn_implementation == "rlhf_ppo_packed"
         assert config._attn_implementation == "rlhf_ppo_packed"
         raise RuntimeError

@@ -134,7 +134,7 @@ def test_a_separate_critic_gives_the_plain_ways_numbers_and_gradients(make_pair,
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_the_chunk_wise_head_on_padded_sequences(make_pair, batch, kind, monkeypatch):
-    """As on a GPU, where nothing is packed."""
+    """As on a GPU in float32, where nothing is packed."""
     fast, plain = make_pair(kind)
     monkeypatch.setattr(ModelRunner, "packs_on", lambda self, device: False)
     assert_agree(fast, plain, batch, 0.7)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from attention_kernels import as_on_a_gpu
 from torch.optim import adam
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +19,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import masking_utils
 
 from rlhf_ppo.generation import rollout as rollout_module
+from rlhf_ppo.models.forward import layout as layouts
+from rlhf_ppo.models.forward import packing, varlen
+from rlhf_ppo.models.forward.runner import ModelRunner
 from rlhf_ppo.runtime import metrics
 from rlhf_ppo.training import gradients, stability, update
 from rlhf_ppo.training.experience import estimate
@@ -107,31 +111,37 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize(("kind", "packs"), [("gpt2", True), ("llama", True), ("llama", False)])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_no_minibatch_waits(make_trainer, make_model, prompts, monkeypatch, kind, name):
+def test_no_minibatch_waits(make_trainer, make_model, prompts, monkeypatch, kind, packs, name):
     trainer = make_trainer(make_model(kind), **SETTINGS[name])
     rollout, estimates = estimated(trainer, prompts)
-    counts = rollout.token_counts
+    layout = dataclasses.replace(rollout.layout, device=torch.device("meta"))
     rollout = on_meta(rollout)
-    rollout.__dict__["token_counts"] = counts
+    rollout.__dict__["layout"] = layout
     estimates = estimates._replace(experience=on_meta(estimates.experience))
     trainer.model.to("meta")
     trainer.reference.root.to("meta")
     monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda _: None)  # torch's list of devices lacks meta
     trainer.state.optimizer, trainer.state.scheduler = make_optimizer(trainer.model, trainer.args)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # meta has none
-    # The two that may cross between host and device.
+    monkeypatch.setattr(ModelRunner, "packs_on", lambda *_: packs)
+    calls = as_on_a_gpu(monkeypatch)
+    monkeypatch.setattr(varlen, "_require_right", lambda *_: None)  # reads numbers, once, before the first update
+    # What may cross between host and device.
     for module in (gradients, rollout_module):
         monkeypatch.setattr(
             module, "indices_on", lambda device, x: torch.empty(len(x), dtype=torch.long, device=device)
         )
+    for module in (layouts, packing):
+        monkeypatch.setattr(module, "from_host", lambda x, device: torch.empty(x.shape, dtype=x.dtype, device=device))
     for module in (metrics, stability):
         monkeypatch.setattr(module, "Reading", Zeros)
     # transformers' own question whether anything is padded
     monkeypatch.setattr(masking_utils, "_ignore_causal_mask_sdpa", lambda *_, **__: False, raising=False)
     with NoReads(), NoCopies():
         epochs(trainer, rollout, estimates)
+    assert bool(calls) == packs
 
 
 @pytest.mark.cuda
