@@ -1,36 +1,67 @@
 """Time PPO iterations on one CUDA GPU against the hardware's limits: ``python benchmarks/gpu.py``.
 
-What you will see: a table with a row for each model and engine, after about ten minutes. MFU counts the products that
-the algorithm needs, relative to the measured rate of bf16 products; the decoding limit is the time to move weights
-(bf16), keys and values once per decode step at the measured copy bandwidth.
+What you will see: a table with a row for each model and way to run it, after a few minutes. MFU counts the products
+that the algorithm needs, relative to the measured rate of bf16 products; the decoding limit is the time to move weights
+(bf16), keys and values once per decode step at the measured copy bandwidth. ``--ways`` names decoding engines, and
+ways to save memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
+import importlib.util
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+import torch.distributed as dist
 from speed_workloads import Workload, make_prompts, make_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
-from rlhf_ppo.runtime.device import resolve_device
+from rlhf_ppo.models.sharding import make_sharding
+from rlhf_ppo.runtime.device import compute_in_bf16, resolve_device
+from rlhf_ppo.runtime.run_directory import append_line
+from rlhf_ppo.training import load_models
+from rlhf_ppo.training.shard_models import Plan
 
-ENGINES = ("dynamic", "static")
+
+@dataclass(frozen=True)
+class Way:
+    """A way to run the same iterations."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    lora: bool = False
+    """Train an adapter of rank 16."""
+    sharded: bool = False
+    """By FSDP2, over this process alone."""
+    needs: str | None = None
+    """A module without which the way is left out."""
+    cuda_only: bool = False
+
+
+DYNAMIC = {"generation": "dynamic"}
+ENGINES = {"static": Way({"generation": "static"}), "dynamic": Way(DYNAMIC)}
+WAYS = {
+    **ENGINES,
+    "checkpointed": Way({**DYNAMIC, "gradient_checkpointing": True}),
+    "offloaded": Way({**DYNAMIC, "offload_activations": True}, cuda_only=True),
+    "sharded": Way(DYNAMIC, sharded=True),
+    "LoRA": Way(DYNAMIC, lora=True),
+    "QLoRA": Way({**DYNAMIC, "quantization": "4bit"}, lora=True, needs="bitsandbytes", cuda_only=True),
+}
 
 
 @dataclass(frozen=True)
@@ -53,8 +84,13 @@ class Case:
 def cases(tiny: bool) -> dict[str, Case]:
     """Return the models to measure."""
     if tiny:
-        gpt2 = GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
-        return {"tiny GPT-2": Case(gpt2, prompts=4, prompt_tokens=4, new_tokens=6, epochs=1, minibatches=2)}
+        small: dict[str, Any] = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0}
+        gpt2 = GPT2Config(n_positions=32, n_embd=16, n_layer=2, n_head=2, **small)
+        shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        llama = LlamaConfig(num_key_value_heads=1, max_position_embeddings=32, **shape, **small)
+        configs = {"GPT-2 124M": gpt2, "Llama 1.1B": llama}
+        size = {"prompts": 4, "prompt_tokens": 4, "new_tokens": 6, "epochs": 1, "minibatches": 2}
+        return {name: Case(config, **size) for name, config in configs.items()}
     llama = LlamaConfig(
         vocab_size=32_000,
         hidden_size=2048,
@@ -142,8 +178,34 @@ class Needs:
 # Measuring
 
 
-def measure(case: Case, engine: str, device: torch.device, limits: dict[str, float], iterations: int) -> dict[str, Any]:
-    """Measure one engine on one model: iterations of PPOTrainer after two for warm-up."""
+def left_out(way: Way, device: torch.device) -> str | None:
+    """Return why a way cannot be measured here, or None."""
+    if way.cuda_only and device.type != "cuda":
+        return "needs a CUDA GPU"
+    if way.needs is not None and importlib.util.find_spec(way.needs) is None:
+        return f"needs {way.needs}, which is not installed"
+    return None
+
+
+@contextmanager
+def sharded_alone(device: torch.device, *, bf16: bool) -> Iterator[None]:
+    """Shard the models made inside over a group of this process alone, which a run itself would not do."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    total = torch.full((4,), 3.0, device=device)
+    dist.all_reduce(total)
+    assert total.tolist() == [3.0] * 4, f"a sum over one process by {backend} changed the numbers"
+    plan = Plan(make_sharding(hybrid=False, device=device, bf16=bf16), "", decoding="whole")
+    original, load_models.plan_sharding = load_models.plan_sharding, lambda *_, **__: plan
+    try:
+        yield
+    finally:
+        load_models.plan_sharding = original
+        dist.destroy_process_group()
+
+
+def measure(case: Case, way: Way, device: torch.device, limits: dict[str, float], iterations: int) -> dict[str, Any]:
+    """Measure one way to run one model: iterations of PPOTrainer after two for warm-up."""
     work = Workload(
         layers=0,
         width=0,
@@ -155,14 +217,23 @@ def measure(case: Case, engine: str, device: torch.device, limits: dict[str, flo
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(case.config)
-    prompts = make_prompts(work)
-    with tempfile.TemporaryDirectory() as folder:
+    needs, prompts = Needs.of(model, case.config), make_prompts(work)
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        if way.sharded:
+            stack.enter_context(sharded_alone(device, bf16=compute_in_bf16("bf16", device)))
+        source: Any = model
+        if "quantization" in way.settings:  # happens while loading
+            source = f"{folder}/whole"
+            model.bfloat16().save_pretrained(source)
+            del model
         trainer = PPOTrainer(
-            model=model,
+            model=source,
             reward_funcs=lambda prompts, completions, **_: [float(len(set(text))) for text in completions],
             processing_class=make_tokenizer(work),
+            peft_config=adapter() if way.lora else None,
             args=RLHFConfig(
-                output_dir=folder,
+                output_dir=f"{folder}/run",
                 rollout_batch_size=case.prompts,
                 max_new_tokens=case.new_tokens,
                 stop_token_ids=(),
@@ -173,26 +244,25 @@ def measure(case: Case, engine: str, device: torch.device, limits: dict[str, flo
                 device=str(device),
                 # Decoded and trained log-probs of random weights differ by bf16's rounding; here only time counts.
                 max_initial_log_ratio=10.0,
-                generation=engine,  # pyright: ignore[reportArgumentType] (one of ENGINES)
                 quiet=True,
+                **way.settings,
             ),
         )
         for _ in range(2):  # the first may compile, the second capture its graph
             trainer.step(trainer.rollout(prompts))
         trainer.fixed.stopwatch.take()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
         started = time.perf_counter()
         for _ in range(iterations):
             trainer.step(trainer.rollout(prompts))
         wait(device)
         iteration = (time.perf_counter() - started) / iterations
-        phases = {name: total / iterations for name, total in trainer.fixed.stopwatch.take().items()}
-    needs = Needs.of(model, case.config)
+        totals, peaks = trainer.fixed.stopwatch.take()
+        phases = {name: total / iterations for name, total in totals.items()}
     generated = case.prompts * case.new_tokens
     update_flops = 3 * case.epochs * needs.forward(case)
     decoding_limit = needs.decoding_bytes(case) / limits["copy_bytes_per_second"]
     return {
+        "iteration_seconds": iteration,
         "samples_per_second": case.prompts / iteration,
         "generated_tokens_per_second": generated / iteration,
         "decoding_tokens_per_second": generated / phases["generate"],
@@ -200,44 +270,83 @@ def measure(case: Case, engine: str, device: torch.device, limits: dict[str, flo
         "update_mfu": update_flops / phases["update"] / limits["bf16_flops_per_second"],
         # Decoding and the reference process every token once more each.
         "iteration_mfu": (update_flops + 2 * needs.forward(case)) / iteration / limits["bf16_flops_per_second"],
-        "peak_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
+        "peak_gib": max(peaks.values()) / 2**30 if peaks else None,
+        **{f"{name}_peak_gib": value / 2**30 for name, value in peaks.items()},
         **{f"{name}_seconds": value for name, value in phases.items()},
     }
 
 
+def adapter() -> Any:
+    """Return the settings of a LoRA adapter on all layers of the transformer."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
 COLUMNS = {
+    "s/iteration": ("iteration_seconds", "{:.3g}"),
+    "generate s": ("generate_seconds", "{:.3g}"),
+    "update s": ("update_seconds", "{:.3g}"),
     "samples/s": ("samples_per_second", "{:.1f}"),
     "generated tokens/s": ("generated_tokens_per_second", "{:.0f}"),
     "decoding tokens/s": ("decoding_tokens_per_second", "{:.0f}"),
     "of bandwidth limit": ("decoding_share_of_bandwidth_limit", "{:.1%}"),
     "update MFU": ("update_mfu", "{:.1%}"),
     "iteration MFU": ("iteration_mfu", "{:.1%}"),
-    "peak GiB": ("peak_gib", "{:.1f}"),
+    "generate GiB": ("generate_peak_gib", "{:.1f}"),
+    "update GiB": ("update_peak_gib", "{:.1f}"),
 }
 
 
 def table_row(row: dict[str, Any]) -> str:
     """Return one line of the markdown table."""
-    if "error" in row:
-        cells = [f"failed: {row['error'].splitlines()[0]}", *[""] * (len(COLUMNS) - 1)]
+    if row["outcome"] == "measured":
+        cells = ["-" if row.get(key) is None else form.format(row[key]) for key, form in COLUMNS.values()]
     else:
-        cells = ["-" if row[key] is None else form.format(row[key]) for key, form in COLUMNS.values()]
-    return "| " + " | ".join([row["model"], row["generation"], *cells]) + " |"
+        cells = [f"{row['outcome']}: {row['why']}", *[""] * (len(COLUMNS) - 1)]
+    return "| " + " | ".join([row["model"], row["way"], *cells]) + " |"
+
+
+def sentence(row: dict[str, Any]) -> str:
+    """Return what was measured in one line."""
+    known = [f"{form.format(row[key])} {title}" for title, (key, form) in COLUMNS.items() if row.get(key) is not None]
+    return ", ".join(known)
+
+
+def measured(model: str, case: Case, name: str, *given: Any) -> dict[str, Any]:
+    """Return the row of a model and a way: its numbers, or why there are none."""
+    row: dict[str, Any] = {"model": model, "way": name}
+    device = given[0]
+    if why := left_out(WAYS[name], device):
+        return {**row, "outcome": "left out", "why": why}
+    try:
+        row |= {**measure(case, WAYS[name], *given), "outcome": "measured"}
+        return {**row, "text": sentence(row)}
+    except Exception as error:  # still measure the other rows
+        return {**row, "outcome": "failed", "why": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+    finally:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print the table, write the JSON; return 1 if a measurement failed."""
+    """Measure, print the table, write the rows; return 1 if a measurement failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda, or cpu together with --tiny")
-    parser.add_argument("--tiny", action="store_true", help="a model of a few thousand weights: only checks the code")
+    parser.add_argument("--tiny", action="store_true", help="models of a few thousand weights: only checks the code")
     parser.add_argument("--iterations", type=int, default=3, help="iterations that are timed")
-    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
+    parser.add_argument("--ways", nargs="+", default=list(ENGINES), choices=WAYS, metavar="WAY", help=", ".join(WAYS))
     parser.add_argument("--models", nargs="+", help=f"some of {', '.join(map(repr, cases(tiny=False)))}")
-    parser.add_argument("--json", type=Path, help="write all numbers to this file")
+    parser.add_argument("--jsonl", type=Path, help="append each row to this file as soon as it is measured")
     args = parser.parse_args(argv)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         print("benchmarks/gpu.py needs a CUDA GPU, and torch finds none (--tiny --device cpu checks the code alone)")
         return 1
+    known = cases(args.tiny)
+    if unknown := set(args.models or ()) - known.keys():
+        print(f"unknown models {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+        return 2
     device = resolve_device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     limits = measure_limits(device, args.tiny)
@@ -245,25 +354,18 @@ def main(argv: list[str] | None = None) -> int:
         f"{name}, torch {torch.__version__}: copies {limits['copy_bytes_per_second'] / 1e9:.0f} GB/s, "
         f"bf16 products {limits['bf16_flops_per_second'] / 1e12:.1f} TFLOP/s\n"
     )
-    header = ["model", "generation", *COLUMNS]
+    header = ["model", "way", *COLUMNS]
     print("| " + " | ".join(header) + " |\n|" + "---|" * len(header), flush=True)
     rows: list[dict[str, Any]] = []
-    for model, case in cases(args.tiny).items():
-        for engine in args.engines if not args.models or model in args.models else ():
-            row: dict[str, Any] = {"model": model, "generation": engine}
-            try:
-                row |= measure(case, engine, device, limits, args.iterations)
-            except Exception as error:  # still measure the other rows
-                row["error"] = f"{type(error).__name__}: {error}"
-            rows.append(row)
-            print(table_row(row), flush=True)
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    if args.json is not None:
-        result = {"device": name, "torch": torch.__version__, **limits, "rows": rows}
-        args.json.write_text(json.dumps(result, indent=2))
-    return int(not rows or any("error" in row for row in rows))
+    if args.jsonl is not None:
+        args.jsonl.parent.mkdir(parents=True, exist_ok=True)
+    for model in args.models or known:
+        for way in args.ways:
+            rows.append(measured(model, known[model], way, device, limits, args.iterations))
+            print(table_row(rows[-1]), flush=True)
+            if args.jsonl is not None:
+                append_line(args.jsonl, {**rows[-1], "device": name, "torch": torch.__version__, **limits})
+    return int(any(row["outcome"] == "failed" for row in rows))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from collections import defaultdict
 from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -34,7 +35,9 @@ def static_bytes(*models: torch.nn.Module, trained: tuple[torch.nn.Module, ...])
     return sum(p.nbytes * (4 if i in moving else 1) for i, p in parameters.items())
 
 
-def trainer_for(work: Workload, folder: str, *, separate_critic: bool, precision: str, **arguments: Any) -> Any:
+def trainer_for(
+    work: Workload, folder: str, *, separate_critic: bool, precision: str, device: str = "cpu", **arguments: Any
+) -> Any:
     """Return this project's trainer for a workload, and the bytes of its static state."""
     from rlhf_ppo import PPOTrainer, RLHFConfig
     from rlhf_ppo.rewards.reward_model import RewardModel
@@ -57,6 +60,7 @@ def trainer_for(work: Workload, folder: str, *, separate_critic: bool, precision
             num_minibatches=work.minibatches,
             learning_rate=1e-6,
             precision=precision,
+            device=device,
             quiet=True,
         ),
         **arguments,
@@ -64,7 +68,7 @@ def trainer_for(work: Workload, folder: str, *, separate_critic: bool, precision
     return trainer, static_bytes(trainer.model, trainer.reference.model, models["reward"], trained=(trainer.model,))
 
 
-def run_ours(work: Workload, *, separate_critic: bool, precision: str) -> dict:
+def run_ours(work: Workload, *, separate_critic: bool, precision: str, device: str) -> dict:
     """Run this project through PPOTrainer.train()."""
     import rlhf_ppo.trainer  # noqa: F401
 
@@ -77,15 +81,15 @@ def run_ours(work: Workload, *, separate_critic: bool, precision: str) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         trainer, static = trainer_for(
-            work, folder, separate_critic=separate_critic, precision=precision, callbacks=[record]
+            work, folder, separate_critic=separate_critic, precision=precision, device=device, callbacks=[record]
         )
         times.append((time.perf_counter(), {}))
         trainer.train()
     return report(work, times, imports, static, lengths)
 
 
-def run_peer(work: Workload) -> dict:
-    """Run TRL 1.12.0 with its own trainer and loop; phases are timed around its functions."""
+def run_peer(work: Workload, device: str) -> dict:
+    """Run TRL 1.12.0 with its own trainer and loop, on a GPU in bf16; phases are timed around its functions."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
@@ -99,6 +103,7 @@ def run_peer(work: Workload) -> dict:
     def phase(name: str):
         started = time.perf_counter()
         yield
+        wait(device)
         phases[name] += time.perf_counter() - started
 
     generate, forward, get_reward = ppo_trainer.batch_generation, ppo_trainer.forward, ppo_trainer.get_reward
@@ -131,6 +136,7 @@ def run_peer(work: Workload) -> dict:
             times.append((time.perf_counter(), {}))
 
         def on_step_end(self, args, state, control, **kwargs):
+            wait(device)
             now = time.perf_counter()
             times.append((now, {**phases, "update": now - times[-1][0] - sum(phases.values())}))
             phases.clear()
@@ -152,8 +158,8 @@ def run_peer(work: Workload) -> dict:
                 learning_rate=1e-6,
                 num_sample_generations=0,
                 gradient_checkpointing=False,
-                bf16=False,
-                use_cpu=True,
+                bf16=device != "cpu",
+                use_cpu=device == "cpu",
                 report_to="none",
                 save_strategy="no",
                 disable_tqdm=True,
@@ -182,6 +188,7 @@ def report(work: Workload, times: list, imports: int, static: int, lengths: list
         for name, value in part.items():
             phases[name] += value
     lengths = lengths[work.warmup :]
+    on_gpu = {"peak_gpu_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_initialized() else {}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     total = sum(seconds)
     return {
@@ -192,7 +199,14 @@ def report(work: Workload, times: list, imports: int, static: int, lengths: list
         "peak_above_static_bytes": peak - imports - static,
         "imports_bytes": imports,
         "static_bytes": static,
+        **on_gpu,
     }
+
+
+def wait(device: str) -> None:
+    """Wait until a GPU has finished its queue."""
+    if device != "cpu":
+        torch.cuda.synchronize()
 
 
 def run_floor(work: Workload) -> dict:
@@ -262,17 +276,23 @@ def main() -> None:
     parser.add_argument("side", choices=("peer", "like", "defaults", "floor"))
     parser.add_argument("workload", choices=WORKLOADS)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--jsonl", type=Path, help="also append the result to this file")
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
     work = WORKLOADS[flags.workload]
     if flags.side == "peer":
-        result = run_peer(work)
+        result = run_peer(work, flags.device)
     elif flags.side == "floor":
         result = run_floor(work)
     else:
         like = flags.side == "like"
-        result = run_ours(work, separate_critic=like, precision="fp32" if like else "auto")
-    print(json.dumps({"side": flags.side, "workload": flags.workload, **result}))
+        result = run_ours(work, separate_critic=like, precision="fp32" if like else "auto", device=flags.device)
+    row = json.dumps({"side": flags.side, "workload": flags.workload, **result})
+    print(row)
+    if flags.jsonl is not None:
+        with flags.jsonl.open("a", encoding="utf-8") as file:
+            file.write(f"{row}\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadMo
 
 @dataclass(frozen=True)
 class Workload:
-    """One PPO iteration: 32 prompts of 16 tokens, responses, 4 epochs of 4 minibatches; GPT-2 with random weights."""
+    """PPO iterations, by default of 32 prompts of 16 tokens, 4 epochs of 4 minibatches; GPT-2 with random weights."""
 
     layers: int
     width: int
@@ -39,6 +39,9 @@ WORKLOADS = {
     "M": Workload(layers=6, width=384, vocabulary=50257, iterations=3),
     "L": Workload(layers=12, width=768, vocabulary=50257, iterations=1, warmup=0),
     "V": Workload(layers=6, width=384, vocabulary=50257, iterations=2, new_tokens=128, spread=True),
+    # For one GPU (gpu_kit.py): GPT-2 124M, and one that only checks the code.
+    "G": Workload(12, 768, 50257, iterations=2, warmup=2, new_tokens=128, prompts=64, prompt_tokens=64),
+    "tiny": Workload(layers=2, width=16, vocabulary=64, iterations=1, new_tokens=6, prompts=4, prompt_tokens=4),
 }
 
 EOS, PAD = 0, 1

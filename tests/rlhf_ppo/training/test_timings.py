@@ -57,7 +57,7 @@ def test_peaks_are_logged_beside_the_seconds(make_trainer, monkeypatch):
 
 @pytest.mark.cuda
 def test_a_gpus_phases_all_have_a_peak(make_trainer):
-    trainer = make_trainer(device="cuda")
+    trainer = make_trainer(device="cuda", generation="dynamic")
     trainer.train()
     weights = sum(p.nbytes for p in trainer.model.parameters())
     for row in trainer.run.read("timings.jsonl"):

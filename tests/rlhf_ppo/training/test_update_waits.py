@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from attention_kernels import as_on_a_gpu
+from helpers import moved
 from torch.optim import adam
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
 from rlhf_ppo.generation import rollout as rollout_module
@@ -75,17 +76,6 @@ class Zeros:
         return self.numbers
 
 
-def on_meta(record: Any) -> Any:
-    """Return a dataclass with all of its tensors on the meta device."""
-
-    def moved(x: Any) -> Any:
-        return x.to("meta") if isinstance(x, torch.Tensor) else x
-
-    return dataclasses.replace(
-        record, **{f.name: tree_map(moved, getattr(record, f.name)) for f in dataclasses.fields(record)}
-    )
-
-
 def epochs(trainer: Any, rollout: Any, estimates: Any) -> Any:
     """Run the minibatches of an update, and nothing around them."""
     run, state = trainer.fixed, trainer.state
@@ -111,15 +101,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("kind", "packs"), [("gpt2", True), ("llama", True), ("llama", False)])
-@pytest.mark.parametrize("name", SETTINGS)
+CASES = [("gpt2", True, "defaults"), *(("llama", True, name) for name in SETTINGS), ("llama", False, "all losses")]
+
+
+@pytest.mark.parametrize(("kind", "packs", "name"), CASES)
 def test_no_minibatch_waits(make_trainer, make_model, prompts, monkeypatch, kind, packs, name):
     trainer = make_trainer(make_model(kind), **SETTINGS[name])
     rollout, estimates = estimated(trainer, prompts)
     layout = dataclasses.replace(rollout.layout, device=torch.device("meta"))
-    rollout = on_meta(rollout)
+    rollout = moved(rollout, "meta")
     rollout.__dict__["layout"] = layout
-    estimates = estimates._replace(experience=on_meta(estimates.experience))
+    estimates = estimates._replace(experience=moved(estimates.experience, "meta"))
     trainer.model.to("meta")
     trainer.reference.root.to("meta")
     monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda _: None)  # torch's list of devices lacks meta
@@ -149,7 +141,8 @@ def test_no_minibatch_waits(make_trainer, make_model, prompts, monkeypatch, kind
 @pytest.mark.parametrize("name", [*SETTINGS, "offloaded"])
 def test_no_minibatch_waits_for_the_gpu(make_trainer, make_model, prompts, kind, name):
     settings = {**SETTINGS, "offloaded": {"offload_activations": True}}[name]
-    trainer = make_trainer(make_model(kind), device="cuda", precision="bf16", max_initial_log_ratio=10.0, **settings)
+    settings |= {"device": "cuda", "generation": "dynamic", "precision": "bf16", "max_initial_log_ratio": 10.0}
+    trainer = make_trainer(make_model(kind), **settings)
     trainer.step(trainer.rollout(prompts))  # libraries wait when they are first used
     rollout, estimates = estimated(trainer, prompts)
     torch.cuda.synchronize()
