@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ def _call_kernel(
         options["enable_gqa"] = True
     elif groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    return varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
+    return cast(Tensor, varlen_attn(query, key, value, bounds, bounds, longest, longest, **options))
 
 
 @cache
@@ -74,14 +74,14 @@ def _parameters(function: Callable[..., Any]) -> frozenset[str]:
 def _require_right(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int) -> None:
     """Raise a RuntimeError unless the kernel's result and gradients are those of plain attention."""
     draw = torch.Generator(device).manual_seed(0)
-    inputs = [
+    query, key, value = inputs = [
         torch.randn(sum(_LENGTHS), n, width, generator=draw, device=device).to(dtype).requires_grad_()
         for n in (heads, key_heads, key_heads)
     ]
     upstream = torch.randn(sum(_LENGTHS), heads, width, generator=draw, device=device).to(dtype)
     bounds = torch.tensor([0, _LENGTHS[0], sum(_LENGTHS)], dtype=torch.int32, device=device)
     with torch.autocast(device.type, enabled=False):
-        found = _call_kernel(*inputs, bounds, max(_LENGTHS), None)
+        found = _call_kernel(query, key, value, bounds, max(_LENGTHS), None)
         apart = zip(*(x.float().split(_LENGTHS) for x in inputs), strict=True)
         plain = torch.cat([_plain(*parts) for parts in apart])
         results = [(found, plain)]

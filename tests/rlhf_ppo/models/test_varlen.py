@@ -9,11 +9,11 @@ import pytest
 import torch
 from attention_kernels import as_on_a_gpu, torch_2_10, torch_2_11, torch_2_13
 from peft import LoraConfig
-from transformers import GPT2LMHeadModel
+from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
 
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward import varlen
-from rlhf_ppo.models.forward.packing import Packing
+from rlhf_ppo.models.forward.packing import Packing, packed_attention
 from rlhf_ppo.models.forward.varlen import causal_attention, kernel_dtype
 from rlhf_ppo.models.forward_checks import check_forward
 from rlhf_ppo.training.collect import read_reference
@@ -49,6 +49,17 @@ def test_each_version_of_torch_is_called_as_it_wants(monkeypatch, kernel, heads,
                 torch.testing.assert_close(got[t, head], scores.softmax(dim=0) @ value[: t + 1, of])
 
 
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_the_installed_torch_takes_the_call(key_heads):
+    """Its own kernel's shapes, on the meta device, which computes nothing."""
+    q, k, v = inputs([3, 5], 4, key_heads, 64, device="meta", dtype=torch.bfloat16)
+    bounds = torch.empty(3, dtype=torch.int32, device="meta")
+    found = varlen._call_kernel(q, k, v, bounds, 5, 0.3)
+    assert found.shape == (8, 4, 64) and found.dtype == torch.bfloat16
+    gradients = torch.autograd.grad(found, (q, k, v), torch.empty_like(found))
+    assert [x.shape for x in gradients] == [x.shape for x in (q, k, v)]
+
+
 def forgetful(*args: Any, **kwargs: Any) -> torch.Tensor:
     """Attend as it should, with half of the gradient."""
     right = torch_2_13(*args, **kwargs)
@@ -82,6 +93,16 @@ def test_the_kernel_is_for_16_bits_on_a_gpu(monkeypatch):
     assert kernel_dtype(query("cuda", torch.float32)) is torch.bfloat16
 
 
+def test_a_bias_on_the_scores_is_refused_by_the_kernel(monkeypatch):
+    as_on_a_gpu(monkeypatch)
+    q = torch.ones(1, 2, 8, 4)
+    with packed_attention(GPT2Config(), Packing((3, 5), CPU)):
+        attend = AttentionInterface()["rlhf_ppo_packed"]
+        assert attend(None, q, q, q, None)[0].shape == (1, 8, 2, 4)
+        with pytest.raises(NotImplementedError, match="takes no bias"):
+            attend(None, q, q, q, None, position_bias=q)
+
+
 # Minibatches
 
 
@@ -91,6 +112,13 @@ class Own(GPT2LMHeadModel):
 
 def own(model: Any) -> Any:
     model.__class__ = Own
+    return model
+
+
+def scaled(model: Any) -> Any:
+    """Scores with a factor of their own, as Granite's."""
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 0.9
     return model
 
 
@@ -107,7 +135,7 @@ KINDS: dict[str, Any] = {
     "gpt2": lambda make: {"model": make("gpt2"), "ent_coef": 0.1},
     "grouped heads, own critic": lambda make: {"model": make("llama"), "value_model": make("llama", seed=1)},
     "two adapters": lambda make: {"model": make("llama"), "peft_config": lora(), "critic": "adapter"},
-    "exact KL": lambda make: {"model": make("qwen2"), "kl_loss_coef": 0.5, "kl_loss": "exact"},
+    "exact KL": lambda make: {"model": scaled(make("qwen2")), "kl_loss_coef": 0.5, "kl_loss": "exact"},
     "turns": lambda make: {"model": make("llama"), "respond": reply, "max_turns": 3, "max_new_tokens": 4},
     "banned tokens": lambda make: {"model": make("gpt2"), "min_new_tokens": 3},
     "recomputed": lambda make: {"model": make("llama"), "gradient_checkpointing": True, "peft_config": lora()},
