@@ -60,8 +60,9 @@ soak: env ## Kill a tiny run of each frontend at each file-system step, then 200
 	$(TEST_ENV) $(BIN)/python -P tests/soak.py matrix
 	$(TEST_ENV) $(BIN)/python -P tests/soak.py random --kills 200
 	$(TEST_ENV) $(BIN)/python -P tests/soak.py matrix --rollouts 2 --processes 2
-	$(TEST_ENV) $(BIN)/python -P tests/soak.py matrix --cover --rollouts 2 --processes 2 --sharding full
+	$(TEST_ENV) $(BIN)/python -P tests/soak.py matrix --rollouts 2 --processes 2 --sharding full
 	$(TEST_ENV) $(BIN)/python -P tests/soak.py random --kills 100 --rollouts 20 --processes 2
+	$(TEST_ENV) $(BIN)/python -P tests/soak.py random --kills 30 --rollouts 20 --processes 2 --sharding full
 
 docs: env ## Regenerate the generated pages and tables of docs/
 	$(BIN)/python -m rlhf_ppo.runtime.metrics > docs/metrics.md

@@ -173,8 +173,22 @@ def one_of_each_kind(steps: list[str]) -> list[int]:
     return sorted({kind.groups(): number for kind, number in found if kind}.values())
 
 
-def matrix(train: Train, root: Path, rollouts: int, seed: int, count: int, *, cover: bool, at: str) -> bool:
-    """Kill at every step of the run, or at one of each kind; each time resume to the end. Whether nothing was lost.
+def of_commit(steps: list[str], number: int) -> list[int]:
+    """Numbers of the steps of a checkpoint's commit, from its first file to the end of the rotation after it."""
+    its = [i for i, what in enumerate(steps) if re.search(rf"\.tmp-{number}\b", what)]
+    after = [i for i, what in enumerate(steps) if its and i > its[0] and ".tmp-old-" in what]
+    return [i + 1 for i in range(its[0], max(its + after) + 1)] if its else []
+
+
+def chosen_steps(steps: list[str], which: str, at: str, last: int) -> list[int]:
+    """Numbers of the steps to kill at; ``last``: the last checkpoint's."""
+    every = list(range(1, len(steps) + 1))
+    numbers = {"all": every, "cover": one_of_each_kind(steps), "commit": of_commit(steps, last)}[which]
+    return [number for number in numbers if re.search(at, steps[number - 1])]
+
+
+def matrix(train: Train, root: Path, rollouts: int, seed: int, count: int, *, which: str, at: str) -> bool:
+    """Kill at the chosen steps of the run, and each time resume to the end. Whether nothing was lost.
 
     Each process is killed at its own steps, and the others at those of the first.
     """
@@ -184,8 +198,7 @@ def matrix(train: Train, root: Path, rollouts: int, seed: int, count: int, *, co
     cases = [
         (stepping, number, victim)
         for stepping, named in enumerate(steps)
-        for number in (one_of_each_kind(named) if cover else range(1, len(named) + 1))
-        if at in named[number - 1]
+        for number in chosen_steps(named, which, at, rollouts)
         for victim in (range(count) if stepping == 0 else [stepping])
     ]
     lost = 0
@@ -270,8 +283,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=("matrix", "random"))
     parser.add_argument("--frontend", choices=tuple(FRONTENDS), help="this one alone")
-    parser.add_argument("--cover", action="store_true", help="matrix: at one step of each kind in a commit alone")
-    parser.add_argument("--at", default="", help="matrix: at steps with these words alone")
+    parser.add_argument(
+        "--steps",
+        choices=("all", "cover", "commit"),
+        default="all",
+        help="matrix: at each step of the run, at one of each kind in a commit, or at each of the last commit",
+    )
+    parser.add_argument("--at", default="", help="matrix: at steps that this regular expression finds alone")
     parser.add_argument("--kills", type=int, default=200, help="random: how many, of each frontend")
     parser.add_argument("--rollouts", type=int, help="length of a run (matrix: 3, random: 60)")
     parser.add_argument("--seed", type=int, default=0)
@@ -286,7 +304,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder).resolve()
             if args.mode == "matrix":
-                good &= matrix(train, root, args.rollouts or 3, args.seed, args.processes, cover=args.cover, at=args.at)
+                given = {"which": args.steps, "at": args.at}
+                good &= matrix(train, root, args.rollouts or 3, args.seed, args.processes, **given)
             else:
                 good &= random_kills(train, root, args.kills, args.rollouts or 60, args.seed, args.processes)
     return int(not good)

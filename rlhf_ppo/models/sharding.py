@@ -181,42 +181,6 @@ def whole_weights(root: nn.Module, part: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def taking_part(owner: nn.Module, method: str, idle: Callable[[], object]) -> Iterator[None]:
-    """Let processes call a sharded model's method as often as each needs: all gather its weights until none calls.
-
-    Args:
-        owner: has the method.
-        method: its name.
-        idle: calls the method for nothing; made by a process that has left the block while another still calls.
-    """
-    call, flag = getattr(owner, method), torch.zeros(1, device=next(owner.parameters()).device)
-
-    def any_calls(*, this: bool) -> bool:
-        flag.fill_(this)
-        dist.all_reduce(flag)
-        return bool(flag)
-
-    def together(*args: Any, **kwargs: Any) -> Any:
-        any_calls(this=True)
-        return call(*args, **kwargs)
-
-    setattr(owner, method, together)
-    try:
-        yield
-    finally:
-        setattr(owner, method, call)
-    while any_calls(this=False):
-        idle()
-
-
-def most_anywhere(count: int, device: torch.device) -> int:
-    """Return the largest of the counts that the processes call with."""
-    largest = torch.tensor(count, device=device)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return int(largest)
-
-
 def keep_gathered(root: nn.Module) -> None:
     """Keep the embeddings and the output layer of a frozen model gathered for good."""
     module = cast(FSDPModule, root)

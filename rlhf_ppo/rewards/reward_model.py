@@ -17,6 +17,7 @@ from rlhf_ppo.data.chat import Completion, Prompt, read_chat_template, render_co
 from rlhf_ppo.data.prompts import PromptSet
 from rlhf_ppo.data.tokenization import encode_text, require_vocabulary
 from rlhf_ppo.models.dropout import freeze
+from rlhf_ppo.models.in_step import most_anywhere
 from rlhf_ppo.models.loading import (
     context_length,
     find_config,
@@ -26,7 +27,7 @@ from rlhf_ppo.models.loading import (
     refuse_encoder_decoder,
     vocabulary_size,
 )
-from rlhf_ppo.models.sharding import Sharding, has_layers, most_anywhere, shard
+from rlhf_ppo.models.sharding import Sharding, has_layers, shard
 
 NO_LIMIT = 2**31
 """Some tokenizers give 1e30 for "no limit"."""

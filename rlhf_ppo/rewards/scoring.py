@@ -104,7 +104,7 @@ def score_responses(
         name: caches[name].to_ask(keys[name]) if name in caches else list(range(len(responses))) for name in rewards
     }
 
-    def answer() -> dict[str, list[tuple[int, Any]]]:
+    def answer(rewards: Mapping[str, RewardFunction]) -> dict[str, list[tuple[int, Any]]]:
         mine: dict[str, list[int]] = {}
         for name, function in rewards.items():
             at_once = whole_rollout or getattr(function, "whole_rollout", False)
@@ -113,16 +113,20 @@ def score_responses(
             mine[name] = [i for i in asked[name] if i in here]
         questions = {name: responses.take(mine[name]) for name in rewards}
         # A function whose scores are all cached is not called, unless another process needs this one's weights.
-        called = {n: f for n, f in rewards.items() if mine[n] or getattr(f, "together", False)}
+        called = {n: f for n, f in rewards.items() if mine[n] or n in shared}
         results = call_rewards({n: questions[n].arguments(f) for n, f in called.items()}, timeout_s)
         answers = {n: coerce_scores(results.get(n, []), len(mine[n]), n, questions[n].lengths) for n in rewards}
         sent = answers if processes.alone else {n: [*map(encoded_score, items)] for n, items in answers.items()}
         return {n: [*zip(mine[n], sent[n], strict=True)] for n in rewards}
 
-    parts = processes.facts(answer)
+    # First the others: a function that fails on one process must not leave the rest waiting inside a model.
+    shared = {n: f for n, f in rewards.items() if getattr(f, "together", False)}
+    parts = processes.facts(lambda: answer({n: f for n, f in rewards.items() if n not in shared}))
+    if shared:
+        parts += [part.facts for part in processes.exchange_together(lambda: ({}, answer(shared)))]
     scores: dict[str, list[Score]] = {}
     for name in rewards:
-        given = {i: decoded_score(item) for part in parts for i, item in part[name]}
+        given = {i: decoded_score(item) for part in parts for i, item in part.get(name, [])}
         items = [given[i] for i in asked[name]]
         if name in caches:
             items = caches[name].complete(keys[name], asked[name], items)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ppo.runtime.package import __version__
-from rlhf_ppo.runtime.stored_tensors import StoredTensors
+from rlhf_ppo.runtime.stored_tensors import StoredTensors, open_groups
 
 MANIFEST, STATE = "manifest.json", "state.json"
 _PREFIX = "checkpoint-"
@@ -58,7 +58,7 @@ def list_checkpoints(root: str | Path) -> list[Path]:
 def checkpoint_step(folder: Path) -> int | None:
     """Return the step in a checkpoint folder's name, or None if it is no such name."""
     number = folder.name.removeprefix(_PREFIX)
-    return int(number) if number.isascii() and number.isdigit() else None
+    return int(number) if folder.name.startswith(_PREFIX) and number.isascii() and number.isdigit() else None
 
 
 def file_facts(file: Path) -> dict[str, Any]:
@@ -144,12 +144,8 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     manifest, problems = _examine(folder)
     if problems:
         raise CheckpointError(f"checkpoint {folder} cannot be used: {'; '.join(problems)}")
-    groups: dict[str, list[Path]] = {}
-    for name in manifest["files"]:
-        if name.endswith(".safetensors"):
-            groups.setdefault(name.partition(".")[0], []).append(folder / name)
     try:
-        tensors = {group: StoredTensors(files) for group, files in groups.items()}
+        tensors = open_groups(folder, manifest["files"])
     except ValueError as error:
         raise CheckpointError(f"checkpoint {folder} cannot be used: {error}") from None
     return Checkpoint(

@@ -37,7 +37,7 @@ from rlhf_ppo.runtime.checkpoint import (
 from rlhf_ppo.runtime.files import TEMPORARY, follow_umask, require_space, sync_file, sync_folder
 from rlhf_ppo.runtime.package import __version__
 from rlhf_ppo.runtime.processes.group import ALONE, ProcessGroup
-from rlhf_ppo.runtime.stored_tensors import Piece, bytes_of, save_tensors
+from rlhf_ppo.runtime.stored_tensors import Piece, bytes_of, open_groups, save_tensors
 
 
 def write_checkpoint(
@@ -146,6 +146,10 @@ def _commit(
     """Write the other files of a checkpoint, the manifest last, and give the folder its name."""
     if lost := [name for name in files if not (temporary / name).is_file()]:
         raise OSError(errno.ENOENT, f"{', '.join(lost)} of another process is not there: is the disk shared by all?")
+    try:
+        open_groups(temporary, files)
+    except ValueError as error:
+        raise OSError(errno.EIO, f"{error}: a process that holds them has not written") from None
     for name, text in content.items():
         (temporary / name).write_text(text, encoding="utf-8")
         files[name] = _settle(temporary / name)

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -53,6 +55,12 @@ def stop_if_asked() -> None:
         check()
     if _heard and not _deferring:
         raise Interrupted(_heard[0])
+
+
+def stopping_if_asked(result: Result) -> Result:
+    """Return a result, with a safe point before: of work that is done, where stopping inside was not possible."""
+    stop_if_asked()
+    return result
 
 
 def also_stop_if(check: Callable[[], None]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,3 +92,16 @@ class StoredTensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         """Count tensors."""
         return len(self._pieces)
+
+
+def open_groups(folder: Path, files: Iterable[str]) -> dict[str, StoredTensors]:
+    """Open the safetensors files of a checkpoint, by group: ``<group>.safetensors`` and ``<group>.<rank>.safetensors``.
+
+    Raises:
+        ValueError: rows of a tensor are missing; names it.
+    """
+    groups: dict[str, list[Path]] = {}
+    for name in files:
+        if name.endswith(".safetensors"):
+            groups.setdefault(name.partition(".")[0], []).append(folder / name)
+    return {group: StoredTensors(found) for group, found in groups.items()}

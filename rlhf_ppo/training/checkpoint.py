@@ -17,6 +17,7 @@ from rlhf_ppo.models.lora import earlier_name, with_current_names
 from rlhf_ppo.models.sharding import as_piece, local_part, read_part
 from rlhf_ppo.runtime.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from rlhf_ppo.runtime.checkpoint_commit import write_checkpoint
+from rlhf_ppo.runtime.processes.group import ProcessGroup
 from rlhf_ppo.runtime.resume import require_unchanged
 from rlhf_ppo.runtime.seeding import global_rng_state, restore_rng_state
 from rlhf_ppo.runtime.stored_tensors import Piece
@@ -60,13 +61,16 @@ class Boundary:
         return cls(global_rng_state(), {name: cache.state_dict() for name, cache in run.score_caches.items()})
 
 
-def save_checkpoint(state: TrainState, run: Run, boundary: Boundary | None = None) -> Path:
+def save_checkpoint(
+    state: TrainState, run: Run, boundary: Boundary | None = None, processes: ProcessGroup | None = None
+) -> Path:
     """Commit ``checkpoint-<iteration>`` into the run's folder, as ``rlhf_ppo/runtime/checkpoint_commit.py`` says.
 
     Args:
         state: between two updates, perhaps in the middle of a rollout.
         run: its folder, fingerprints and settings.
         boundary: as it was before that rollout; None: as it is now.
+        processes: those that save; None: all of the run.
     """
     boundary = boundary or Boundary.of(run)
     run.folder.sync()  # the metric lines up to here must not be younger than the checkpoint
@@ -93,7 +97,7 @@ def save_checkpoint(state: TrainState, run: Run, boundary: Boundary | None = Non
         fingerprints=run.fingerprints,
         keep=run.args.save_total_limit,
         spare=() if best is None else (int(best["iteration"]),),
-        processes=run.processes.survivors,
+        processes=processes or run.processes,
     )
 
 

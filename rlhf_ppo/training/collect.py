@@ -23,8 +23,8 @@ from rlhf_ppo.rewards.scoring import Responses, score_responses
 from rlhf_ppo.rewards.validation import RewardError, Score
 from rlhf_ppo.runtime.device import autocast
 from rlhf_ppo.runtime.seeding import TRAIN, numbered_generator
-from rlhf_ppo.runtime.signals import deferring_stops, stop_if_asked
-from rlhf_ppo.training.generate import generate, stopping_if_asked, write_failed
+from rlhf_ppo.runtime.signals import stop_if_asked
+from rlhf_ppo.training.generate import generate, write_failed
 from rlhf_ppo.training.rewards import with_scores
 from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.state import TrainState
@@ -129,10 +129,9 @@ def read_divided(
                 note_rows(read, rollout, name, part, rows)
         return {name: x[own] for name, x in read.items()}
 
-    if run.plan.sharding is not None:
-        with deferring_stops():  # all processes make all passes
-            work = stopping_if_asked(work())
-    for rows, part in zip(shares, run.processes.exchange(lambda: (work(), None)), strict=True):
+    # Processes that share the weights make all passes together.
+    exchange = run.processes.exchange if run.plan.sharding is None else run.processes.exchange_together
+    for rows, part in zip(shares, exchange(lambda: (work(), None)), strict=True):
         for name, x in part.tensors.items():
             note_rows(whole, rollout, name, x.to(run.device), rows)
     return whole

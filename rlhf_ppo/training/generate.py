@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,16 +21,13 @@ from rlhf_ppo.generation.rollout import Rollout, SampledResponses
 from rlhf_ppo.generation.sampling import RowsOf
 from rlhf_ppo.generation.stop_strings import StopStringDetector, response_texts
 from rlhf_ppo.models.actor_critic import ActorCritic
-from rlhf_ppo.models.sharding import taking_part, whole_weights
+from rlhf_ppo.models.in_step import taking_part
+from rlhf_ppo.models.sharding import whole_weights
 from rlhf_ppo.runtime.device import autocast
-from rlhf_ppo.runtime.processes.group import Part
+from rlhf_ppo.runtime.processes.group import Part, Work
 from rlhf_ppo.runtime.run_directory import append_line
-from rlhf_ppo.runtime.signals import deferring_stops, stop_if_asked
+from rlhf_ppo.runtime.signals import deferring_stops, stopping_if_asked
 from rlhf_ppo.training.run import Run
-
-Result = TypeVar("Result")
-Work = Callable[[], tuple[dict[str, Tensor], Any]]
-"""What an exchange between processes runs on each."""
 
 
 class _Own(NamedTuple):
@@ -87,25 +85,16 @@ def _weights_for_decoding(run: Run, model: ActorCritic) -> Iterator[Callable[[Wo
     """
 
     def at_once(work: Work) -> Work:
-        with deferring_stops(), taking_part(model, "decode", lambda: _decode_nothing(run, model)):
+        together = run.processes.computing_together
+        with deferring_stops(), taking_part(model, "decode", lambda: _decode_nothing(run, model), together):
             result = work()
-        return stopping_if_asked(result)
+        return partial(stopping_if_asked, result)
 
     if run.plan.sharding is not None and run.plan.decoding == "layers":
         yield at_once
         return
     with nullcontext() if run.plan.sharding is None else whole_weights(model, model.policy):
         yield lambda work: work
-
-
-def stopping_if_asked(result: Result) -> Callable[[], Result]:
-    """Return work for an exchange that has been done already: there, all processes stop if one was asked to."""
-
-    def work() -> Result:
-        stop_if_asked()
-        return result
-
-    return work
 
 
 def _decode_nothing(run: Run, model: ActorCritic) -> None:

@@ -22,6 +22,7 @@ from rlhf_ppo.runtime.checkpoint import MANIFEST, Checkpoint, file_facts
 from rlhf_ppo.runtime.errors import NonFiniteGradientError, RatioTripwireError
 from rlhf_ppo.runtime.files import require_space
 from rlhf_ppo.runtime.processes.errors import OtherProcessError
+from rlhf_ppo.runtime.processes.group import ProcessGroup
 from rlhf_ppo.runtime.resume import find_checkpoint
 from rlhf_ppo.runtime.signals import Interrupted, asked_to_stop
 from rlhf_ppo.training.checkpoint import Boundary, load_checkpoint, save_checkpoint
@@ -31,7 +32,10 @@ from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.stability import PolicyDriftError, nonfinite_parameters
 from rlhf_ppo.training.state import TrainState
 
-_RAISED_BY_ALL = (Interrupted, RewardError, RespondError, NonFiniteGradientError, PolicyDriftError, RatioTripwireError)
+_SAYS_HOW = (RewardError, RespondError, NonFiniteGradientError, PolicyDriftError, RatioTripwireError)
+"""Errors whose message goes on to say how to resume."""
+
+_RAISED_BY_ALL = (Interrupted, *_SAYS_HOW)
 """What all processes raise, because they agree upon it or find it in the same numbers."""
 
 MAX_ROLLBACKS = 3
@@ -110,10 +114,13 @@ def _require_one_checkpoint(run: Run, found: Checkpoint | None) -> None:
             )
 
 
-def keep_checkpoint(state: TrainState, run: Run, safe: SafePoint) -> Path:
-    """Save a checkpoint, unless this iteration has one. Not to be called in the middle of an update."""
+def keep_checkpoint(state: TrainState, run: Run, safe: SafePoint, processes: ProcessGroup | None = None) -> Path:
+    """Save a checkpoint, unless this iteration has one. Not to be called in the middle of an update.
+
+    ``processes`` are those that save; None: all of the run.
+    """
     if safe.checkpoint is None or safe.checkpoint[0] != state.iteration:
-        safe.checkpoint = (state.iteration, save_checkpoint(state, run, safe.boundary))
+        safe.checkpoint = (state.iteration, save_checkpoint(state, run, safe.boundary, processes))
         safe.rollbacks = 0
     return safe.checkpoint[1]
 
@@ -135,8 +142,10 @@ def roll_back(state: TrainState, run: Run, safe: SafePoint, problem: str) -> Non
     warnings.warn(f"{problem}. Rolling back to {safe.checkpoint[1]}, with other random draws", stacklevel=3)
 
 
-def save_model(state: TrainState, run: Run, safe: SafePoint) -> None:
+def save_model(state: TrainState, run: Run, safe: SafePoint, processes: ProcessGroup | None = None) -> None:
     """Save the model of a run that has ended, or elsewhere if the run's folder has no room.
+
+    ``processes`` are those that save; None: all of the run.
 
     Raises:
         OSError: it is not in the run's folder; says where it is instead.
@@ -152,7 +161,7 @@ def save_model(state: TrainState, run: Run, safe: SafePoint) -> None:
                 where = _rescue(state, model, run, safe)
                 raise OSError(error.errno, f"the model is not in its place: {error.strerror}. {where}") from error
 
-        run.processes.survivors.on_first(write)
+        (processes or run.processes).on_first(write)
 
 
 def _write_model(model: ActorCritic, run: Run, folder: str | Path) -> None:
@@ -182,7 +191,8 @@ def _rescue(state: TrainState, model: ActorCritic, run: Run, safe: SafePoint) ->
 def saving_after_errors(state: TrainState, run: Run, safe: SafePoint) -> Iterator[None]:
     """Save what was learned if an error or a signal ends the block, in a checkpoint if the run can resume from it.
 
-    If one of several processes fails, the first one saves alone.
+    If one of several processes fails, the first one saves alone. Processes that share the weights save together what
+    ends them between two updates; of what stops one of them alone, the last checkpoint is left.
 
     Raises:
         RewardError, RespondError, NonFiniteGradientError, PolicyDriftError: the same error, which also says where the
@@ -192,31 +202,42 @@ def saving_after_errors(state: TrainState, run: Run, safe: SafePoint) -> Iterato
         with run.processes.saving():
             yield
     except BaseException as raised:
-        error = raised if isinstance(raised, _RAISED_BY_ALL) else run.processes.fail(raised)
-        if _is_at_once(error):
-            raise  # perhaps in the middle of an update
-        if run.processes.broken and run.plan.sharding is not None:
-            raise error from None  # no process has the whole model
-        if nonfinite_parameters(state.model):
-            raise  # nothing worth saving, and nothing that may replace what there is
-        folder = _save_everything(state, run, safe, error)
+        error = _find_cause(run, safe, raised)
+        cause, folder = error.__cause__, None
+        if not _is_at_once(error) and _is_worth_saving(state, run):
+            folder = _save_everything(state, run, safe, error)
         if isinstance(error, Interrupted):
             error.saved = folder
-        elif isinstance(error, OtherProcessError):
-            if run.processes.first and safe.checkpoint is not None:
-                print(f"saved in {safe.checkpoint[1]}: resume with {_resume(safe.checkpoint[1])}", file=sys.stderr)
-            raise error from None
-        elif folder is not None:
-            said = f"{error}. Resume with {_resume(folder)}"
-            raise type(error)(said) from error.__cause__
-        raise
+        elif isinstance(error, _SAYS_HOW):
+            error = error if folder is None else type(error)(f"{error}. Resume with {_resume(folder)}")
+        elif run.processes.first and safe.checkpoint is not None:
+            print(f"saved in {safe.checkpoint[1]}: resume with {_resume(safe.checkpoint[1])}", file=sys.stderr)
+        if error is raised:
+            raise
+        raise error from cause
+
+
+def _find_cause(run: Run, safe: SafePoint, raised: BaseException) -> BaseException:
+    """Return the error by which all processes end, of which this process raised one; tell the others."""
+    if run.plan.sharding is not None and safe.between_updates:
+        raised = run.processes.hand_over(raised)
+    elif isinstance(raised, _RAISED_BY_ALL):
+        return raised
+    return run.processes.fail(raised)
 
 
 def _is_at_once(error: BaseException) -> bool:
-    """Whether a second signal ends the run, here or in another process."""
+    """Whether a second signal ends the run, here or in another process, perhaps in the middle of an update."""
     if isinstance(error, OtherProcessError):
         return error.failure.exit_code > 128
     return asked_to_stop() and type(error) is KeyboardInterrupt
+
+
+def _is_worth_saving(state: TrainState, run: Run) -> bool:
+    """Whether this process can save weights, and these may replace what there is."""
+    if run.processes.broken and run.plan.sharding is not None:
+        return False  # no process has the whole model
+    return not nonfinite_parameters(state.model)
 
 
 def _resume(folder: Path) -> str:
@@ -231,14 +252,13 @@ def _save_everything(state: TrainState, run: Run, safe: SafePoint, error: BaseEx
     folder: Path | None = None
     if run.processes.broken and not run.processes.first:
         return None
-    between = isinstance(error, (Interrupted, RewardError, RespondError, NonFiniteGradientError, PolicyDriftError))
-    if between or (isinstance(error, OtherProcessError) and safe.between_updates):
+    if safe.between_updates and not isinstance(error, OSError):
         try:
-            folder = keep_checkpoint(state, run, safe)
+            folder = keep_checkpoint(state, run, safe, run.processes.survivors)
         except OSError as failure:
             warnings.warn(str(failure.strerror), stacklevel=2)
     try:
-        save_model(state, run, safe)
+        save_model(state, run, safe, run.processes.survivors)
     except OSError as failure:
         warnings.warn(str(failure.strerror), stacklevel=2)
     except SavedModelError as failure:

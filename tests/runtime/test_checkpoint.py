@@ -227,3 +227,9 @@ def test_fault_26_what_changed_is_shown_old_to_new(tmp_path):
     assert "ids" not in str(error.value)
     with pytest.warns(UserWarning, match=r"lr: 0.001 -> 0.5"):
         require_unchanged(got, **other, override=True)
+
+
+def test_a_run_in_a_folder_named_by_digits_is_no_checkpoint(tmp_path):
+    write(tmp_path / "7", 1)
+    found = find_checkpoint(tmp_path / "7", None)
+    assert found is not None and found.folder == tmp_path / "7" / "checkpoint-1"

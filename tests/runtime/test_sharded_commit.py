@@ -62,6 +62,14 @@ def test_a_process_that_fails_to_write_is_everyones_error_and_nothing_is_left(tm
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
+def test_what_one_process_holds_is_never_committed_alone(tmp_path):
+    write_checkpoint(tmp_path, 1, tensors={"trainable": {"matrix": WHOLE}}, state={})
+    half = {"trainable": {"matrix": Piece(WHOLE[:4], 0, (7, 5))}}
+    with pytest.raises(OSError, match="rows of matrix are missing: a process that holds them has not written"):
+        write_checkpoint(tmp_path, 2, tensors=half, state={}, keep=1)
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
 def test_damage_to_any_processs_file_is_noticed(tmp_path):
     in_processes(2, lambda rank: str(write(tmp_path, 1, rank)))
     file = tmp_path / "checkpoint-1" / "trainable.1.safetensors"

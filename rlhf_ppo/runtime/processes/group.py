@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load, save
 from torch import Tensor
 
 from rlhf_ppo.runtime.errors import RunError
@@ -27,12 +26,12 @@ from rlhf_ppo.runtime.processes.errors import (
     error_from_facts,
     is_raised_elsewhere,
 )
-from rlhf_ppo.runtime.processes.watch import Watch
-from rlhf_ppo.runtime.signals import Interrupted
+from rlhf_ppo.runtime.processes.messages import buckets, pack, unpack
+from rlhf_ppo.runtime.processes.watch import SAVING_S, Watch
+from rlhf_ppo.runtime.signals import Interrupted, deferring_stops, stopping_if_asked
 
-_MESSAGE = "message"
-_BUCKET = 2**25
-"""Bytes of gradients that are summed in one go."""
+Work = Callable[[], tuple[Mapping[str, Tensor], Any]]
+"""What an exchange runs on each process: it returns tensors by name, and facts for JSON."""
 
 
 class Part(NamedTuple):
@@ -59,6 +58,8 @@ class ProcessGroup:
         self.rank, self.size, self._records, self.watch = rank, size, records, watch
         self._agreed: BaseException | None = None
         """The last error of this process that the others have raised, too."""
+        self._in_step = True
+        """Whether no error has ended a block of :meth:`computing_together`, in which the others then still wait."""
         self.bytes_exchanged = 0
         """What this process has contributed to exchanges and sums."""
 
@@ -77,8 +78,7 @@ class ProcessGroup:
         if self.watch is not None:
             self.watch.timeout_s = seconds
             for group in (dist.group.WORLD, self._records):
-                # torch has it under this name alone.
-                dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+                _limit(group, seconds)
 
     # What is divided
 
@@ -99,18 +99,23 @@ class ProcessGroup:
 
     # What is exchanged
 
-    def exchange(self, work: Callable[[], tuple[Mapping[str, Tensor], Any]]) -> list[Part]:
+    def exchange(self, work: Work) -> list[Part]:
         """Run ``work`` on each process, and return on each what all of them returned, by rank.
 
         Args:
-            work: returns tensors by name, and facts for JSON. It must not exchange anything itself.
+            work: must not exchange anything itself.
         Raises:
             The error of the first process whose ``work`` failed, on every process; an OtherProcessError if one has
             failed otherwise, or been killed.
         """
         return self._exchange(work, _name(work))
 
-    def _exchange(self, work: Callable[[], tuple[Mapping[str, Tensor], Any]], place: str) -> list[Part]:
+    def _exchange(
+        self,
+        work: Work,
+        place: str,
+        waiting: AbstractContextManager[None] | None = None,
+    ) -> list[Part]:
         if self.alone:
             tensors, facts = work()
             return [Part(dict(tensors), facts)]
@@ -121,11 +126,13 @@ class ProcessGroup:
         except (Exception, Interrupted) as error:
             own = error
         message = json.dumps({"facts": facts, "error": None if own is None else error_facts(own), "place": place})
-        parts: list[Part] = []
-        for rank, sent in enumerate(self._gather({n: x.detach().cpu() for n, x in tensors.items()}, message)):
+        named, waiting = {n: x.detach().cpu() for n, x in tensors.items()}, waiting or self._waiting()
+        gathered, parts = self._gather(named, message, waiting), list[Part]()
+        for rank, sent in enumerate(gathered):
             if (error := sent.facts["error"]) is not None:
                 self._agreed = own
                 raise (own if rank == self.rank and own is not None else error_from_facts(error, rank, self.size))
+        for rank, sent in enumerate(gathered):
             if (other := sent.facts["place"]) != place:
                 first, second = sorted([(self.rank, place), (rank, other)])
                 raise RunError(
@@ -135,6 +142,20 @@ class ProcessGroup:
             parts.append(Part(sent.tensors, sent.facts["facts"]))
         parts[self.rank] = Part(dict(tensors), facts)
         return parts
+
+    def exchange_together(self, work: Work) -> list[Part]:
+        """Run ``work``, in which the processes compute together, on each process; then see :meth:`exchange`."""
+        with self.computing_together():
+            result = work()
+        return self._exchange(lambda: stopping_if_asked(result), _name(work))
+
+    @contextmanager
+    def computing_together(self) -> Iterator[None]:
+        """Let nothing inside be a safe point: other processes compute together with this one, step by step."""
+        with deferring_stops():
+            self._in_step = False
+            yield
+            self._in_step = True
 
     def facts(self, work: Callable[[], Any]) -> list[Any]:
         """Run ``work`` on each process, and return the facts for JSON that each returned; see :meth:`exchange`."""
@@ -146,6 +167,12 @@ class ProcessGroup:
     def on_first(self, work: Callable[[], Any]) -> Any:
         """Run ``work`` on the first process alone, and return on each what it returned; see :meth:`exchange`."""
         return self._facts(lambda: work() if self.first else None, _name(work))[0]
+
+    def note_traffic(self, contributed: int) -> None:
+        """Count bytes that were exchanged elsewhere, where processes wait for each other, too."""
+        self.bytes_exchanged += contributed
+        if self.watch is not None:
+            self.watch.arrived += 1
 
     # What fails
 
@@ -165,11 +192,39 @@ class ProcessGroup:
         Returns:
             The error, or an OtherProcessError if it is the consequence of another process's.
         """
-        raised_by_all = is_raised_elsewhere(error) or any(x is self._agreed for x in causes(error))
-        if self.watch is None or raised_by_all or isinstance(error, OtherProcessError):
+        if self.watch is None or self._is_shared(error):
             return error
         failure = self.watch.fail(error)
         return error if failure.rank == self.rank else OtherProcessError(failure, self.size)
+
+    def hand_over(self, error: BaseException) -> BaseException:
+        """Let the others raise this process's error at the exchange that they come to, so that all end together.
+
+        Returns:
+            What all of them raise. The error itself if they already do, or do not come within ``SAVING_S`` seconds, or
+            cannot because they wait for a step that this process will not take; then :meth:`fail` is what is left.
+        """
+        if self.watch is None or self._is_shared(error) or not (self._in_step and isinstance(error, Agreed)):
+            return error
+
+        def raise_it() -> tuple[Mapping[str, Tensor], Any]:
+            raise error
+
+        self.watch.arrived += 1
+        _limit(self._records, SAVING_S)
+        try:
+            self._exchange(raise_it, "", nullcontext())
+        except (Exception, Interrupted) as raised:
+            return raised if self._is_shared(raised) else error
+        finally:
+            _limit(self._records, self.watch.timeout_s)
+        return error
+
+    def _is_shared(self, error: BaseException) -> bool:
+        """Whether the others know of an error: they raise it, too, or it was one of them that failed."""
+        reworded = causes(error.__context__)  # in an except block, on its way here
+        agreed = any(x is self._agreed for x in (*causes(error), *reworded))
+        return agreed or is_raised_elsewhere(error) or isinstance(error, OtherProcessError)
 
     def saving(self) -> AbstractContextManager[None]:
         """Mark a block after which the first process has something to save, also when another one fails in it."""
@@ -178,28 +233,24 @@ class ProcessGroup:
     def _waiting(self) -> AbstractContextManager[None]:
         return nullcontext() if self.watch is None else self.watch.waiting()
 
-    def _gather(self, tensors: dict[str, Tensor], message: str) -> list[Part]:
-        """Gather tensors and a JSON text, packed as safetensors."""
-        own = _bytes(save({**{n: x.contiguous() for n, x in tensors.items()}, _MESSAGE: _bytes(message.encode())}))
+    def _gather(self, tensors: dict[str, Tensor], message: str, waiting: AbstractContextManager[None]) -> list[Part]:
+        """Gather tensors and a JSON text."""
+        own = pack(tensors, message)
         sizes = [torch.zeros(1, dtype=torch.long) for _ in range(self.size)]
-        with self._waiting():
+        with waiting:
             dist.all_gather(sizes, torch.tensor([len(own)]), group=self._records)
             longest = max(int(size) for size in sizes)
             padded = torch.nn.functional.pad(own, (0, longest - len(own)))
             received = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
             dist.all_gather(received, padded, group=self._records)
         self.bytes_exchanged += longest
-        parts: list[Part] = []
-        for size, sent in zip(sizes, received, strict=True):
-            named = load(sent[: int(size)].numpy().tobytes())
-            parts.append(Part(named, json.loads(named.pop(_MESSAGE).numpy().tobytes().decode())))
-        return parts
+        return [Part(*unpack(sent[: int(size)])) for size, sent in zip(sizes, received, strict=True)]
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors, the same on each process but for their numbers, by their sums over all processes."""
         if self.alone:
             return
-        for bucket in _buckets(tensors):
+        for bucket in buckets(tensors):
             flat = torch.cat([x.reshape(-1) for x in bucket])
             with self._waiting():
                 dist.all_reduce(flat)
@@ -227,18 +278,7 @@ def _name(work: Callable[[], Any]) -> str:
     return f"{work.__module__}.{work.__qualname__}".replace(".<locals>", "").replace(".<lambda>", "")
 
 
-def _bytes(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
-
-
-def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Group tensors of one dtype, in order, into buckets of about ``_BUCKET`` bytes."""
-    buckets: list[list[Tensor]] = []
-    size = _BUCKET
-    for x in tensors:
-        if size >= _BUCKET or buckets[-1][0].dtype != x.dtype:
-            buckets.append([])
-            size = 0
-        buckets[-1].append(x)
-        size += x.nbytes
-    return buckets
+def _limit(group: dist.ProcessGroup | None, seconds: float) -> None:
+    """Set how long a process waits for another in a group of torch's."""
+    # torch has it under this name alone.
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)

@@ -6,11 +6,22 @@ import os
 import sys
 import threading
 import time
+from typing import NamedTuple
 
 from rlhf_ppo.runtime.processes.errors import Failure
 
 ANSWER_S = 2.0
 """Seconds to wait for another process's watch."""
+
+
+class Whereabouts(NamedTuple):
+    """Where a process is."""
+
+    arrived: int
+    """How often it has come to a wait."""
+    place: str
+    waits: bool
+    """It is inside a function of torch.distributed, or has left one because the others did not come."""
 
 
 class Hang:
@@ -19,8 +30,7 @@ class Hang:
     def __init__(self, size: int, count: int, limit_s: float) -> None:
         """Begin to ask: one of ``size`` processes has waited ``limit_s`` seconds at its ``count``th wait."""
         self.size, self.count, self.limit_s = size, count, limit_s
-        self.found: dict[int, tuple[int, str]] = {}
-        """Rank -> how often it has come to a wait, and where it is."""
+        self.found: dict[int, Whereabouts] = {}
         self._until = time.monotonic() + ANSWER_S
 
     def is_settled(self) -> bool:
@@ -29,9 +39,12 @@ class Hang:
 
     def failure(self) -> Failure:
         """Name the processes that did not come."""
-        late = [r for r in range(self.size) if r not in self.found or self.found[r][0] < self.count]
-        named = late or range(self.size)  # none is behind: they wait for each other
-        where = [f"process {r} of {self.size} ({self.found[r][1] if r in self.found else 'no answer'})" for r in named]
+        late = [r for r in range(self.size) if r not in self.found or self.found[r].arrived < self.count]
+        # Inside a pass that processes compute together not every wait is counted.
+        late = late or [r for r in range(self.size) if not self.found[r].waits]
+        named = late or range(self.size)  # they wait for each other
+        places = {r: found.place for r, found in self.found.items()}
+        where = [f"process {r} of {self.size} ({places.get(r, 'no answer')})" for r in named]
         message = (
             f"{' and '.join(where)} did not come to the others within process_timeout_s={self.limit_s:g}: it hangs, "
             "or needs longer; then raise process_timeout_s"
@@ -40,12 +53,14 @@ class Hang:
         return Failure(late[0] if late else 0, message, 1, speaker=speaker)
 
 
-def place_of_main_thread() -> str:
+def own_whereabouts(arrived: int, *, has_waited: bool) -> Whereabouts:
     """Return where this process's main thread is: the innermost line that is neither Python's own nor a library's."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    libraries = (os.path.dirname(os.__file__), "<frozen")
-    found = frame
+    libraries, exchange = (os.path.dirname(os.__file__), "<frozen"), os.path.join("torch", "distributed", "")
+    found, waits = frame, has_waited
     while frame is not None and frame.f_code.co_filename.startswith(libraries):
+        waits |= exchange in frame.f_code.co_filename
         frame = frame.f_back
     found = frame or found
-    return "nowhere" if found is None else f"in {found.f_code.co_name}, {found.f_code.co_filename}:{found.f_lineno}"
+    place = "nowhere" if found is None else f"in {found.f_code.co_name}, {found.f_code.co_filename}:{found.f_lineno}"
+    return Whereabouts(arrived, place, waits)

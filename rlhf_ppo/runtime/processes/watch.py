@@ -19,7 +19,7 @@ from typing import Any
 
 from rlhf_ppo.runtime import signals
 from rlhf_ppo.runtime.processes.errors import Failure, OtherProcessError, describe, exit_code, is_of_a_collective
-from rlhf_ppo.runtime.processes.hang import ANSWER_S, Hang, place_of_main_thread
+from rlhf_ppo.runtime.processes.hang import ANSWER_S, Hang, Whereabouts, own_whereabouts
 from rlhf_ppo.runtime.processes.lines import Address, Line, connect, listen
 
 GRACE_S = 3.0
@@ -50,6 +50,7 @@ class Watch:
         self._said: set[str] = set()
         self._answers: dict[str, bool] = {}
         self._hang: Hang | None = None
+        self._waited_in_vain = False
         self._passed_on: int | None = None
         self._heard_at: float | None = None
 
@@ -114,7 +115,7 @@ class Watch:
     def fail(self, error: BaseException) -> Failure:
         """Tell the others that this process ends by ``error``; returns the first failure of all processes."""
         if isinstance(error, RuntimeError) and is_of_a_collective(error):
-            self._wait_until(lambda: self._failure is not None, ANSWER_S)  # a consequence, whose cause is on its way
+            return self._explain(error).failure  # a consequence
         # What ends by sys.exit() prints nothing of its own.
         speaker = self.rank if not isinstance(error, SystemExit) else int(self.rank == 0)
         own = Failure(self.rank, describe(error), exit_code(error), speaker=speaker)
@@ -157,11 +158,9 @@ class Watch:
     def _explain(self, error: RuntimeError) -> OtherProcessError:
         """Find out why a collective failed."""
         if "time" in str(error).lower() and self._failure is None:
+            self._waited_in_vain = True
             late = {"late": self.arrived, "limit": self.timeout_s}
-            if self.rank == 0:
-                self._ask_where(late)
-            else:
-                self._send(0, late)
+            self._ask_where(late) if self.rank == 0 else self._send(0, late)
         self._wait_until(lambda: self._failure is not None, ANSWER_S + GRACE_S)
         if self._failure is None:
             gone = ", ".join(map(str, sorted(self._left)))
@@ -243,7 +242,7 @@ class Watch:
             case {"where": _}:
                 self._send(0, {"here": self._here()})
             case {"here": where} if self._hang is not None:
-                self._hang.found[rank] = where
+                self._hang.found[rank] = Whereabouts(*where)
 
     def _ask_where(self, late: dict[str, Any]) -> None:
         """Ask each process where it is, because one has waited too long."""
@@ -253,8 +252,8 @@ class Watch:
             self._hang = hang
             self._send_all({"where": None})
 
-    def _here(self) -> tuple[int, str]:
-        return self.arrived, place_of_main_thread()
+    def _here(self) -> Whereabouts:
+        return own_whereabouts(self.arrived, has_waited=self._waited_in_vain)
 
     def _watch_signals(self) -> None:
         """Pass a signal on to the others, and say once that it was heard, unless it came because another failed."""
@@ -271,9 +270,9 @@ class Watch:
 
     def _first_to_say(self, key: str) -> bool:
         with self._changed:
-            first = key not in self._said
+            said = len(self._said)
             self._said.add(key)
-        return first
+            return len(self._said) > said
 
     # Connections
 

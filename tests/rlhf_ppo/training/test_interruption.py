@@ -129,11 +129,11 @@ def test_fault_22_one_state_is_saved_once(make_trainer, monkeypatch):
     saves = []
     save = rlhf_ppo.training.resume.save_checkpoint
 
-    def saving(state, run, boundary):
+    def saving(state, *more):
         saves.append(state.iteration)
         if state.iteration == 2:
             send(signal.SIGINT)
-        return save(state, run, boundary)
+        return save(state, *more)
 
     monkeypatch.setattr(rlhf_ppo.training.resume, "save_checkpoint", saving)
     trainer = make_trainer(**SETTINGS, save_every=1)

@@ -30,8 +30,10 @@ import rlhf_ppo.training.run
 import rlhf_ppo.training.update
 from rlhf_ppo.cli import main
 from rlhf_ppo.runtime.checkpoint import list_checkpoints, verify_checkpoint
+from rlhf_ppo.runtime.processes.join import join_processes
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.training.fingerprints import parameters_fingerprint
+from rlhf_ppo.training.resume import SafePoint
 
 REWARD = """
 import os
@@ -45,12 +47,13 @@ def early_letters(prompts, completions, **columns):
 """
 
 EACH_RUN = "--total-episodes 24 --rollout-batch-size 8 --max-new-tokens 5 --num-epochs 1 --num-minibatches 2".split()
-EACH_RUN += "--learning-rate 1e-3 --save-every 1 --eval-size 0 --device cpu --precision fp32 --num-threads 1".split()
+EACH_RUN += "--learning-rate 1e-3 --eval-size 0 --device cpu --precision fp32 --num-threads 1".split()
 
 
 def train(folder: str, output: str, *more: str) -> int:
     """Run the command that all cases run."""
     rlhf_ppo.trainer.plot_run = lambda *_: None  # takes longer than the run
+    more = more if "--save-every" in more else (*more, "--save-every", "1")
     given = f"--model {folder}/model --dataset {folder}/rows.jsonl --reward {folder}/rewards.py:early_letters".split()
     return main(["train", *given, "--output-dir", f"{folder}/{output}", *EACH_RUN, *more])
 
@@ -79,6 +82,11 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def wait_for_failure() -> None:
+    while not join_processes().broken:
+        time.sleep(0.01)
+
+
 def signalled(number: int) -> Callable[[], object]:
     return lambda: os.kill(os.getpid(), number)
 
@@ -94,8 +102,11 @@ def in_backward(what: Callable[[], object]) -> tuple[Any, str, int, Callable[[],
 FAULTS: dict[str, tuple[Any, str, int, Callable[[], object]]] = {
     "sampling": (sampling, "_respond_to", 2, raising(RuntimeError("no tokens"))),
     "backward": in_backward(raising(torch.OutOfMemoryError("no memory"))),
+    "reference": (rlhf_ppo.training.collect, "_read_pass", 2, raising(torch.OutOfMemoryError("no memory"))),
+    "logging": (rlhf_ppo.trainer, "log_update", 2, raising(RuntimeError("no log"))),
     "save": (rlhf_ppo.runtime.checkpoint_commit, "_write_tensors", 2, raising(OSError(28, "no space"))),
     "killed in an update": in_backward(kill),
+    "killed before a save": (SafePoint, "mark", 6, kill),
     "killed while sampling": (sampling, "_respond_to", 2, kill),
     "exits": in_backward(lambda: os._exit(0)),
     "leaves": in_backward(lambda: sys.exit(7)),
@@ -113,6 +124,8 @@ def train_with(folder: str, fault: str, rank: int, *more: str) -> int:
         os.environ["FAILS"] = str(rank)
     elif int(os.environ["RANK"]) == rank:
         before(*FAULTS[fault])
+    elif fault == "killed before a save":  # the others go on to it once they have noticed
+        before(SafePoint, "mark", 6, wait_for_failure)
     return train(folder, "run", *more)
 
 
@@ -146,6 +159,7 @@ CASES = [
     Case("killed in an update", 1, 1, KILLED, own_code=-9),
     Case("killed in an update", 0, 1, KILLED, own_code=-9),
     Case("killed while sampling", 0, 1, KILLED, own_code=-9),
+    Case("killed before a save", 1, 1, KILLED, saved=2, own_code=-9),
     Case("exits", 1, 1, KILLED, own_code=0),
     Case("leaves", 1, 7, "error: process 1 of {size} failed: SystemExit: 7", own_code=7),
     Case("hangs", 0, 1, "test_process_failures.py:", more=("--process-timeout-s", "2")),
@@ -175,14 +189,38 @@ def end_of(run: Path) -> tuple[list[dict[str, float]], bytes, bytes]:
     return RunDirectory(run).read(), *weights
 
 
-_whole: dict[int, Any] = {}
+_whole: dict[tuple[object, ...], Any] = {}
 
 
-def run_without_fault(folder: Path, count: int) -> tuple[list[dict[str, float]], bytes, bytes]:
-    if count not in _whole:
-        assert [process.code for process in ended_processes(count, train, str(folder), "whole")] == [0] * count
-        _whole[count] = end_of(folder / "whole")
-    return _whole[count]
+def run_without_fault(folder: Path, count: int, *more: str) -> tuple[list[dict[str, float]], bytes, bytes]:
+    if (count, *more) not in _whole:
+        ended = ended_processes(count, train, str(folder), "whole", *more)
+        assert [process.code for process in ended] == [0] * count, ended[0].said
+        _whole[count, *more] = end_of(folder / "whole")
+    return _whole[count, *more]
+
+
+def require_goes_on(folder: Path, count: int, *more: str) -> None:
+    """Resume the run, and require that it ends as the one without a fault."""
+    resumed = ended_processes(count, train, str(folder), "run", *more, "--resume-from-checkpoint", "auto")
+    assert [process.code for process in resumed] == [0] * count, resumed[0].said
+    assert end_of(folder / "run") == run_without_fault(folder, count, *more)
+
+
+def require_ended(folder: Path, case: Case, count: int, *more: str) -> None:
+    """Train with a fault, and require that all processes have ended as the case says."""
+    ended = ended_processes(count, train_with, str(folder), case.fault, case.rank, *case.more, *more)
+    said = "".join(process.said for process in ended)
+    codes = [case.code] * count
+    codes[case.rank] = case.code if case.own_code is None else case.own_code
+    assert [process.code for process in ended] == codes, said
+    assert max(process.seconds for process in ended) < 60, "much later than the first"
+    says = re.escape(case.says).replace(r"\{rank\}", str(case.rank)).replace(r"\{size\}", str(count))
+    assert len(re.findall(says.replace(r"\{name\}", r"[\w, ]+"), said)) == 1, said
+    assert said.count("Traceback") <= 1 and said.count("error: ") <= 1
+    checkpoints = list_checkpoints(folder / "run")
+    assert not any(verify_checkpoint(checkpoint) for checkpoint in checkpoints)
+    assert [checkpoint.name for checkpoint in checkpoints[-1:]] == [f"checkpoint-{case.saved}"] * (case.saved > 0)
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -194,21 +232,49 @@ def run_without_fault(folder: Path, count: int) -> tuple[list[dict[str, float]],
     ],
 )
 def test_fault_32_all_end_by_the_first_cause_and_the_run_goes_on(folder, case: Case, count):
-    ended = ended_processes(count, train_with, str(folder), case.fault, case.rank, *case.more)
-    said = "".join(process.said for process in ended)
-    codes = [case.code] * count
-    codes[case.rank] = case.code if case.own_code is None else case.own_code
-    assert [process.code for process in ended] == codes, said
-    assert max(process.seconds for process in ended) < 60, "much later than the first"
-    says = re.escape(case.says).replace(r"\{rank\}", str(case.rank)).replace(r"\{size\}", str(count))
-    assert len(re.findall(says.replace(r"\{name\}", r"[\w, ]+"), said)) == 1, said
-    assert said.count("Traceback") <= 1 and said.count("error: ") <= 1
-    assert not any(verify_checkpoint(checkpoint) for checkpoint in list_checkpoints(folder / "run"))
-    assert list_checkpoints(folder / "run")[-1].name == f"checkpoint-{case.saved}"
+    require_ended(folder, case, count)
     if case not in CASES[1:FAST] or case.own_code is not None:  # to save time
-        resumed = ended_processes(count, train, str(folder), "run", "--resume-from-checkpoint", "auto")
-        assert [process.code for process in resumed] == [0] * count, resumed[0].said
-        assert end_of(folder / "run") == run_without_fault(folder, count)
+        require_goes_on(folder, count)
+
+
+SHARDED = "--sharding full --save-every 2".split()
+LAYERS = ("--sharded-decoding", "layers")
+SHARDED_CASES = [
+    Case("logging", 1, 1, "RuntimeError: no log", saved=2),
+    Case("sampling", 1, 1, "RuntimeError: no tokens", more=LAYERS),
+    Case("killed before a save", 1, 1, KILLED, saved=0, own_code=-9),
+    Case("reward", 1, 1, "raised KeyError: 'no score'. The responses are in"),
+    Case("reward", 0, 1, "raised KeyError: 'no score'. The responses are in"),
+    Case("sampling", 0, 1, "RuntimeError: no tokens", more=LAYERS),
+    Case("sampling", 1, 1, "RuntimeError: no tokens"),
+    Case("reference", 1, 1, "OutOfMemoryError: no memory", saved=0),
+    Case("backward", 1, 1, "OutOfMemoryError: no memory", saved=0),
+    Case("save", 1, 1, "no space", saved=2),
+    Case("killed in an update", 1, 1, KILLED, saved=0, own_code=-9),
+    Case("killed while sampling", 0, 1, KILLED, saved=0, own_code=-9),
+    Case("hangs", 1, 1, "test_process_failures.py:", saved=0, more=("--process-timeout-s", "2")),
+    Case("SIGTERM", 1, 143, "stopped by SIGTERM; saved in", saved=2),
+]
+FAST_SHARDED = 3
+"""Under sharding, with a checkpoint every two iterations; ``saved`` by processes that can still meet."""
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            case,
+            id=" ".join([case.fault, str(case.rank), *case.more[1:]]),
+            marks=() if i < FAST_SHARDED else pytest.mark.slow,
+        )
+        for i, case in enumerate(SHARDED_CASES)
+    ],
+)
+def test_fault_32_processes_that_share_the_weights_save_together(folder, case: Case, count):
+    require_ended(folder, case, count, *SHARDED)
+    if case not in SHARDED_CASES[:FAST_SHARDED]:  # to save time
+        require_goes_on(folder, count, *SHARDED)
 
 
 def train_with_nan(folder: str, rank: int) -> tuple[list[dict[str, float]], str]:
@@ -226,10 +292,13 @@ def train_with_nan(folder: str, rank: int) -> tuple[list[dict[str, float]], str]
     return metrics, parameters_fingerprint(trainer.model.named_parameters())
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_fault_18_one_process_s_non_finite_gradient_skips_the_step_on_all(folder, rank):
-    one, other = in_processes(2, train_with_nan, str(folder), rank)
-    assert repr(one) == repr(other)
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(("count", "rank"), [(2, 1), pytest.param(2, 0, marks=SLOW), pytest.param(4, 2, marks=SLOW)])
+def test_fault_18_one_process_s_non_finite_gradient_skips_the_step_on_all(folder, count, rank):
+    one, *others = in_processes(count, train_with_nan, str(folder), rank)
+    assert {repr(one)} == {repr(other) for other in others}
     assert [now["optim/skipped_steps"] for now in one[0]] == [0, 1, 0]
     assert len(list((folder / "run").glob("blackbox-*"))) == 1
 
@@ -256,7 +325,7 @@ def launch(folder: Path, *flags: str) -> subprocess.Popen[str]:
         f"--model model --dataset rows.jsonl --reward rewards.py:early_letters --output-dir run {' '.join(EACH_RUN)}"
     )
     command = [sys.executable, "-m", "torch.distributed.run", *flags, "-m", "rlhf_ppo", "train", *given.split()]
-    command += ["--resume-from-checkpoint", "auto"]
+    command += ["--save-every", "1", "--resume-from-checkpoint", "auto"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)}
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
