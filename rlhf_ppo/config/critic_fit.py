@@ -7,12 +7,12 @@ from typing import Literal
 
 import tyro
 
-from rlhf_ppo.config.run_groups import Precision
-from rlhf_ppo.core.validation import Settings, refuse_unread
+from rlhf_ppo.config.run_groups import Precision, ProcessSettings
+from rlhf_ppo.core.validation import refuse_unread
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordedArgs(Settings):
+class RecordedArgs(ProcessSettings):
     """Recorded rollouts: what their returns are, and how models read them."""
 
     gamma: float | None = None

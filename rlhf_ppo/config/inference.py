@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlhf_ppo.config.data import PromptArgs
-from rlhf_ppo.config.run_groups import Precision
-from rlhf_ppo.core.validation import Settings, is_changed
+from rlhf_ppo.config.run_groups import Precision, ProcessSettings
+from rlhf_ppo.core.validation import is_changed
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateArgs(PromptArgs):
+class EvaluateArgs(PromptArgs, ProcessSettings):
     """Measure a model on prompts: reward, KL, length, diversity, and its win rate against its reference."""
 
     model: str
@@ -66,7 +66,7 @@ class EvaluateArgs(PromptArgs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateArgs(Settings):
+class GenerateArgs(ProcessSettings):
     """Sample completions of prompts from a model, or chat with it."""
 
     model: str

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_ppo.config.data import DataArgs
-from rlhf_ppo.config.run_groups import Precision
+from rlhf_ppo.config.run_groups import Precision, ProcessSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardTrainingArgs(DataArgs):
+class RewardTrainingArgs(DataArgs, ProcessSettings):
     """Train a reward model on pairs of a chosen and a rejected answer (Bradley-Terry)."""
 
     dataset: tuple[str, ...]

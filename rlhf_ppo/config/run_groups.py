@@ -100,7 +100,20 @@ class RecordingSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings(Settings):
+class ProcessSettings(Settings):
+    """Several processes: how long they wait for each other."""
+
+    process_timeout_s: float = 1800.0
+    """Of several processes: how long one waits for another, in seconds, before all end and the one that did not come is
+    named. It must be longer than a reward function, or a save, may take."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("process_timeout_s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(ProcessSettings):
     """Run: seed, device, evaluations, checkpoints, reports."""
 
     output_dir: str
@@ -125,9 +138,6 @@ class RunSettings(Settings):
     all."""
     save_best: bool = False
     """Also save a checkpoint whenever an evaluation's eval/score_mean is the best so far; needs eval_every."""
-    process_timeout_s: float = 1800.0
-    """Of several processes: how long one waits for another, in seconds, before the run ends and names the one that did
-    not come. It must be longer than a reward function, or a save, may take."""
     report_to: tuple[str, ...] = ()
     """Trackers that also receive the metrics: tensorboard (into output_dir/tensorboard), wandb, trackio."""
     samples_per_rollout: int = 2
@@ -141,7 +151,7 @@ class RunSettings(Settings):
             raise ValueError("output_dir is empty: name a folder for the run")
         self._require("from 0 to 4294967295", lambda value: 0 <= value < 2**32, "seed")
         self._require_at_least(0, "eval_every", "save_every", "samples_per_rollout")
-        self._require_positive("num_threads", "save_total_limit", "process_timeout_s")
+        self._require_positive("num_threads", "save_total_limit")
         check_trackers(self.report_to)
         if self.eval_every == 0:
             refuse_unread(self, "it is about evaluations during training, and eval_every=0 makes none", "save_best")

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_ppo.config.data import DataArgs
+from rlhf_ppo.config.run_groups import ProcessSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTArgs(DataArgs):
+class SFTArgs(DataArgs, ProcessSettings):
     """Fine-tune a language model on text or on prompts with completions, or train a new one."""
 
     dataset: tuple[str, ...]

@@ -10,8 +10,8 @@ from rlhf_ppo.data.chat import Prompt
 from rlhf_ppo.data.detokenization import TextPieces
 from rlhf_ppo.data.tokenization import tokenize_prompt
 from rlhf_ppo.pipeline.generate import TextGenerator, generate, load_generator
-from rlhf_ppo.runtime.processes.join import join_processes
 from rlhf_ppo.runtime.processes.launch import require_one_process
+from rlhf_ppo.runtime.processes.voice import first_alone
 
 
 def chat(args: GenerateArgs, lines: Iterable[str] | None = None) -> None:
@@ -85,10 +85,9 @@ def generate_or_chat(args: GenerateArgs) -> None:
         chat(args)
         return
     pairs = generate(args)
-    if not join_processes().first:
-        return
-    if args.output is not None:
-        print(f"{len(pairs)} completions  {args.output}")
-        return
-    for prompt, completion in pairs:
-        print(f"{prompt}|{completion}\n")
+    with first_alone():
+        if args.output is not None:
+            print(f"{len(pairs)} completions  {args.output}")
+            return
+        for prompt, completion in pairs:
+            print(f"{prompt}|{completion}\n")

@@ -22,7 +22,8 @@ from rlhf_ppo.pipeline.critic_report import judge_critic, lambda_table, say_repo
 from rlhf_ppo.runtime.device import autocast
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.metrics import MetricAverage
-from rlhf_ppo.runtime.processes.join import join_processes
+from rlhf_ppo.runtime.processes.join import join_for
+from rlhf_ppo.runtime.processes.voice import first_alone
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory, run_lock
 from rlhf_ppo.runtime.seeding import seed_everything
@@ -82,7 +83,7 @@ def fit_critic(args: CriticFitArgs) -> FitResult:
         NonFiniteGradientError: a loss or gradient is non-finite; nothing is saved.
         OSError: the disk is full.
     """
-    processes = join_processes()
+    processes = join_for(args)
     args = args if processes.first else dataclasses.replace(args, quiet=True)
     data = load_critic_data(args.rollouts, gamma=args.gamma, kl_coef=args.kl_coef)
     split = Split(data, *hold_out(data, args.eval_fraction, by=args.split_by, seed=args.seed))
@@ -269,15 +270,14 @@ def _step(
 def fit_command(args: CriticFitArgs) -> None:
     """Run the `critic fit` command."""
     result = fit_critic(args)
-    if not join_processes().first:
-        return
-    for line in say_report(result.report):
-        print(line)
-    Console().print(lambda_table(result.report["lambdas"]))
-    start = {
-        "shared": f"value_head_from={result.folder}",
-        "separate": f"value_model={result.folder} value_head_from={result.folder}",
-        "adapter": f"critic=adapter value_head_from={result.folder}, and the same LoRA settings",
-    }[result.facts.kind]
-    print(f"critic   {result.folder}: start a run with {start}")
-    print(f"report   {result.folder}/critic_report.json, critic_report.png")
+    with first_alone():
+        for line in say_report(result.report):
+            print(line)
+        Console().print(lambda_table(result.report["lambdas"]))
+        start = {
+            "shared": f"value_head_from={result.folder}",
+            "separate": f"value_model={result.folder} value_head_from={result.folder}",
+            "adapter": f"critic=adapter value_head_from={result.folder}, and the same LoRA settings",
+        }[result.facts.kind]
+        print(f"critic   {result.folder}: start a run with {start}")
+        print(f"report   {result.folder}/critic_report.json, critic_report.png")

@@ -23,7 +23,8 @@ from rlhf_ppo.pipeline.critic.lambdas import compare_lambdas, supported_lambda, 
 from rlhf_ppo.pipeline.critic.models import load_fitted
 from rlhf_ppo.pipeline.critic.plot import plot_critic
 from rlhf_ppo.runtime.files import replace_text
-from rlhf_ppo.runtime.processes.join import join_processes
+from rlhf_ppo.runtime.processes.join import join_for
+from rlhf_ppo.runtime.processes.voice import first_alone
 from rlhf_ppo.runtime.threads import torch_threads
 
 Report = dict[str, Any]
@@ -39,7 +40,7 @@ def report_critic(args: CriticReportArgs) -> Report:
     Raises:
         FileNotFoundError, ValueError: a bad recording or critic, or the two do not fit; says which.
     """
-    processes = join_processes()
+    processes = join_for(args)
     data = load_critic_data([args.rollouts], gamma=args.gamma, kl_coef=args.kl_coef, last=args.last)
     rows, notes = all_rows(data), []
     if args.critic is None:
@@ -197,17 +198,15 @@ def lambda_table(rows: list[dict[str, float]]) -> Table:
 def report_command(args: CriticReportArgs) -> None:
     """Run the `critic report` command."""
     report = report_critic(args)
-    if not join_processes().first:
-        return
-    if args.json:
-        print(json.dumps(report, indent=2))
-        return
-    for line in say_report(report):
-        print(line)
-    console = Console()
-    console.print(lambda_table(report["lambdas"]))
-    print(
-        "bias and variance are shares of the variance under lambda 1, which has no bias; see docs/critic-laboratory.md"
-    )
-    folder = args.rollouts if args.critic is None else args.critic
-    print(f"report   {folder}/critic_report.json, critic_report.png")
+    with first_alone():
+        if args.json:
+            print(json.dumps(report, indent=2))
+            return
+        for line in say_report(report):
+            print(line)
+        console = Console()
+        console.print(lambda_table(report["lambdas"]))
+        said = "bias and variance are shares of the variance under lambda 1, which has no bias"
+        print(f"{said}; see docs/critic-laboratory.md")
+        folder = args.rollouts if args.critic is None else args.critic
+        print(f"report   {folder}/critic_report.json, critic_report.png")

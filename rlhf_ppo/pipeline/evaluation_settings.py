@@ -68,6 +68,7 @@ def sampler_config(args: EvaluateArgs, run: RunJson) -> RLHFConfig:
         seed=args.seed,
         device=args.device,
         precision=args.precision,
+        process_timeout_s=args.process_timeout_s,
     )
 
 

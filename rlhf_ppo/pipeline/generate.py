@@ -33,12 +33,12 @@ from rlhf_ppo.models.loading import (
     vocabulary_size,
 )
 from rlhf_ppo.runtime.device import resolve_device
-from rlhf_ppo.runtime.processes.agreement import require_same_settings
-from rlhf_ppo.runtime.processes.join import join_processes
+from rlhf_ppo.runtime.processes.join import join_for, join_processes
 from rlhf_ppo.runtime.processes.launch import own_gpu
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import read_run
 from rlhf_ppo.runtime.threads import torch_threads
+from rlhf_ppo.training.fingerprints import require_same_data
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,12 @@ def generate(args: GenerateArgs) -> list[tuple[Prompt, str]]:
     Raises:
         ValueError: a bad model, data set or prompt (names the row), or ``output`` cannot be written.
     """
-    processes = join_processes()
-    require_same_settings(processes, args)
+    processes = join_for(args)
     rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in args.prompt]
     names = [f"prompt {i}" for i in range(len(rows))]
     if args.dataset is not None:
         data = prompt_rows(load_mixture(args.dataset, args.split), args.prompt_column)
+        require_same_data(processes, {"dataset": data})
         names, rows = list(data.names), data.to_list()
     require_prompts([row["prompt"] for row in rows], names, args.model, args.max_new_tokens, args.chat_template)
     rows = [row for row in rows for _ in range(args.num_samples)]

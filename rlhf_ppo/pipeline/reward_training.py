@@ -17,6 +17,7 @@ from rlhf_ppo.config.reward_training import RewardTrainingArgs
 from rlhf_ppo.data.chat import with_chat_template
 from rlhf_ppo.data.mixtures import load_data
 from rlhf_ppo.data.preferences import PairIds, Preference, encode_pairs, read_preferences, split_by_prompt
+from rlhf_ppo.data.rows import Rows
 from rlhf_ppo.models.loading import (
     adapter_base,
     context_length,
@@ -37,12 +38,13 @@ from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space
 from rlhf_ppo.runtime.package import versions
 from rlhf_ppo.runtime.plots import plot_calibration
-from rlhf_ppo.runtime.processes.agreement import require_same_settings
 from rlhf_ppo.runtime.processes.group import ProcessGroup
-from rlhf_ppo.runtime.processes.join import join_processes
+from rlhf_ppo.runtime.processes.join import join_for
 from rlhf_ppo.runtime.processes.launch import own_gpu
+from rlhf_ppo.runtime.processes.voice import first_alone
 from rlhf_ppo.runtime.run_directory import RunDirectory, run_lock
 from rlhf_ppo.runtime.seeding import seed_everything
+from rlhf_ppo.training.fingerprints import require_same_data
 
 Scorer = Callable[[Sequence[PairIds]], tuple[Tensor, Tensor]]
 """Scores pairs in one forward pass: chosen and rejected scores [B] each."""
@@ -80,15 +82,16 @@ def train_reward_model(args: RewardTrainingArgs) -> dict[str, float]:
         NonFiniteGradientError: a non-finite loss, gradient, score or weight; nothing is saved.
         SavedModelError: the saved folder holds another model than the one that was trained.
     """
-    processes = join_processes()
-    require_same_settings(processes, args)
+    processes = join_for(args)
     args = args if processes.first else dataclasses.replace(args, quiet=True)
     run, device = RunDirectory(args.output_dir, quiet=args.quiet), own_gpu(resolve_device(args.device))
     with run_lock(run.path, processes), without_library_bars():
         bf16 = compute_in_bf16(args.precision, device)
         source = resolve_model(args.model)
         tokenizer = _load_tokenizer(args, source)
-        pairs = _load_pairs(args, tokenizer, vocabulary_size(find_config(source)))
+        rows = load_data(args, seed=args.seed)
+        require_same_data(processes, {"dataset": rows})
+        pairs = _load_pairs(args, rows, tokenizer, vocabulary_size(find_config(source)))
         model = _load_model(args, source).to(device)
         needed = saved_bytes(model, adapted=args.lora_rank is not None)
         processes.on_first(lambda: require_space(run.path, needed, f"the model that is saved into {run.path}"))
@@ -131,9 +134,8 @@ def _load_tokenizer(args: RewardTrainingArgs, source: str) -> PreTrainedTokenize
     return with_chat_template(tokenizer, args.chat_template)
 
 
-def _load_pairs(args: RewardTrainingArgs, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Pairs:
-    """Load the comparisons, split them by prompt, and tokenize them."""
-    rows = load_data(args, seed=args.seed)
+def _load_pairs(args: RewardTrainingArgs, rows: Rows, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Pairs:
+    """Read the comparisons, split them by prompt, and tokenize them."""
     pairs = read_preferences(
         rows,
         tokenizer,
@@ -284,9 +286,8 @@ def preference_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
 def reward_command(args: RewardTrainingArgs) -> None:
     """Run the `reward` command."""
     metrics = train_reward_model(args)
-    if not join_processes().first:
-        return
-    for name, value in metrics.items():
-        print(f"{name:<18} {value:.4g}")
-    print(f"calibration        {args.output_dir}/calibration.png")
-    print(f"model              {args.output_dir}")
+    with first_alone():
+        for name, value in metrics.items():
+            print(f"{name:<18} {value:.4g}")
+        print(f"calibration        {args.output_dir}/calibration.png")
+        print(f"model              {args.output_dir}")

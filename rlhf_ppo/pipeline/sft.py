@@ -46,12 +46,13 @@ from rlhf_ppo.pipeline.supervised import make_optimizer, round_trained, save_mod
 from rlhf_ppo.runtime.device import resolve_device
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space
-from rlhf_ppo.runtime.processes.agreement import require_same_settings
 from rlhf_ppo.runtime.processes.group import ALONE, ProcessGroup
-from rlhf_ppo.runtime.processes.join import join_processes
+from rlhf_ppo.runtime.processes.join import join_for
 from rlhf_ppo.runtime.processes.launch import own_gpu
+from rlhf_ppo.runtime.processes.voice import first_alone
 from rlhf_ppo.runtime.run_directory import RunDirectory, run_lock
 from rlhf_ppo.runtime.seeding import seed_everything
+from rlhf_ppo.training.fingerprints import require_same_data
 
 __all__ = ["Example", "SFTArgs", "encode_examples", "hold_out", "nats_per_token", "sft", "sft_command"]
 
@@ -74,8 +75,7 @@ def sft(args: SFTArgs) -> dict[str, float]:
         NonFiniteGradientError: a non-finite loss, gradient or weight; nothing is saved.
         SavedModelError: the saved folder holds another model than the one that was trained.
     """
-    processes = join_processes()
-    require_same_settings(processes, args)
+    processes = join_for(args)
     args = args if processes.first else dataclasses.replace(args, quiet=True)
     folder, device = RunDirectory(args.output_dir).path, own_gpu(resolve_device())
     with run_lock(folder, processes), without_library_bars():
@@ -97,6 +97,7 @@ def _prepare(
 ) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, dict[str, Dataset]]:
     """Load the model's configuration, its tokenizer, and the tokenized rows; every row is checked before the model."""
     rows = load_data(args, seed=args.seed)
+    require_same_data(processes, {"dataset": rows})
     if len(rows) < 2:
         raise ValueError(f"{args.dataset} has {len(rows)} row; at least 2 are needed, one of them held out")
     parts = {name: read_examples(part, args) for name, part in hold_out(rows, args).items()}
@@ -284,8 +285,7 @@ def _stop_at(model: PreTrainedModel, end: int) -> None:
 def sft_command(args: SFTArgs) -> None:
     """Run the `sft` command."""
     metrics = sft(args)
-    if not join_processes().first:
-        return
-    for name, value in metrics.items():
-        print(f"{name}  {value:.4g}")
-    print(f"model    {args.output_dir}")
+    with first_alone():
+        for name, value in metrics.items():
+            print(f"{name}  {value:.4g}")
+        print(f"model    {args.output_dir}")

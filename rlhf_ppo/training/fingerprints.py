@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.data.prompts import PromptSet
+from rlhf_ppo.data.rows import Rows
 from rlhf_ppo.models.lora import earlier_name
 from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.models.sharding import whole_tensor
+from rlhf_ppo.runtime.processes.agreement import require_same
+from rlhf_ppo.runtime.processes.group import ProcessGroup
 
 _VALUES_PER_TENSOR = 2**16
 
@@ -50,9 +53,26 @@ def data_fingerprint(prompts: PromptSet) -> str:
     digest = hashlib.sha256()
     for start in range(0, len(prompts), 1000):
         batch = prompts.take(range(start, min(start + 1000, len(prompts))))
-        rows = _with_text_keys({"prompt": batch.prompts, **batch.columns})
-        digest.update(json.dumps(rows, sort_keys=True, default=_plain).encode())
+        _add(digest, {"prompt": batch.prompts, **batch.columns})
     return f"{len(prompts)} rows, {digest.hexdigest()[:16]}"
+
+
+def require_same_data(processes: ProcessGroup, sets: Mapping[str, Rows | PromptSet]) -> None:
+    """Raise a ValueError that names both sides unless all processes have the same data sets, by name."""
+    if not processes.alone:
+        found = {n: data_fingerprint(x) if isinstance(x, PromptSet) else _rows_fingerprint(x) for n, x in sets.items()}
+        require_same(processes, "give all processes the same data, in the same order", found)
+
+
+def _rows_fingerprint(rows: Rows) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        _add(digest, row)
+    return f"{len(rows)} rows, {digest.hexdigest()[:16]}"
+
+
+def _add(digest: Any, value: Any) -> None:
+    digest.update(json.dumps(_with_text_keys(value), sort_keys=True, default=_plain).encode())
 
 
 def _with_text_keys(value: Any) -> Any:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from rlhf_ppo.runtime.errors import RunError
-from rlhf_ppo.runtime.processes.agreement import package_versions, require_same
+from rlhf_ppo.runtime.processes.agreement import package_versions, require_same, require_same_settings
 from rlhf_ppo.runtime.processes.errors import RaisedElsewhereError
 from rlhf_ppo.runtime.processes.group import ALONE, ProcessGroup
 from rlhf_ppo.runtime.processes.launch import Launch, read_launch, refuse_silent_launcher
@@ -67,6 +67,13 @@ def join_processes(*, timeout_s: float | None = None) -> ProcessGroup:
     elif timeout_s is not None:
         _joined.set_timeout(timeout_s)
     return _joined
+
+
+def join_for(args: Any) -> ProcessGroup:
+    """Join the other processes of a command, which must have the same settings; one of them is how long to wait."""
+    processes = join_processes(timeout_s=args.process_timeout_s)
+    require_same_settings(processes, args)
+    return processes
 
 
 def leave_processes() -> None:

@@ -14,6 +14,11 @@ from processes import Ended, ended_processes, in_processes
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.cli import main
+from rlhf_ppo.config.inference import GenerateArgs
+from rlhf_ppo.config.reward_training import RewardTrainingArgs
+from rlhf_ppo.config.sft import SFTArgs
+from rlhf_ppo.data.rows import as_rows
+from rlhf_ppo.pipeline import generate, reward_training, sft
 from rlhf_ppo.runtime.processes import join
 from rlhf_ppo.runtime.processes.agreement import require_same
 from rlhf_ppo.runtime.processes.errors import OtherProcessError
@@ -70,6 +75,38 @@ def test_other_versions_settings_or_data_are_one_sentence_that_names_both(tmp_pa
     assert settings.startswith("process 1 of 2 has learning_rate=0.002 where the first one has 0.001: start all")
     assert re.match(r"process 1 of 2 has train_dataset='2 rows, \w+' where the first one has '2 rows, \w+': give", data)
     assert facts == "process 1 of 2 has other={'a': 1} where the first one has {'a': 0}: do it"
+
+
+def differences_of_data(folder: str) -> list[str]:
+    """Return what other commands say if a process reads other rows than the first."""
+    texts = {"text": "a", "prompt": "a", "chosen": "b", "rejected": f"c{os.environ['RANK']}"}
+    model = f"{folder}/model"
+    given = {"model": model, "output_dir": f"{folder}/run", "dataset": ("rows",)}
+    commands = [
+        (sft, "load_data", lambda: sft.sft(SFTArgs(**given))),
+        (reward_training, "load_data", lambda: reward_training.train_reward_model(RewardTrainingArgs(**given))),
+        (
+            generate,
+            "load_mixture",
+            lambda: generate.generate(GenerateArgs(model=given["model"], dataset="d", output="o")),
+        ),
+    ]
+    said = []
+    for module, name, command in commands:
+        setattr(module, name, lambda *_, **__: as_rows([texts] * 4))
+        with pytest.raises(ValueError) as error:
+            command()
+        said.append(str(error.value))
+    return said
+
+
+def test_other_commands_compare_their_data_before_models_load(tmp_path, make_model, tokenizer):
+    make_model("gpt2").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    one, other = in_processes(2, differences_of_data, str(tmp_path))
+    assert one == other and len(one) == 3
+    for said in one:
+        assert re.match(r"process 1 of 2 has dataset='4 rows, \w+' where the first one has '4 rows, \w+': give", said)
 
 
 def warn() -> None:
