@@ -27,8 +27,8 @@ from rlhf_ppo.pipeline.evaluation_settings import (
 )
 from rlhf_ppo.pipeline.generate import require_prompts
 from rlhf_ppo.pipeline.intervals import differences, distinct, interval, win_rate
-from rlhf_ppo.runtime.processes.agreement import require_same_settings
-from rlhf_ppo.runtime.processes.join import join_processes
+from rlhf_ppo.runtime.processes.join import join_for
+from rlhf_ppo.runtime.processes.voice import first_alone
 from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_directory import RunDirectory, read_run
 from rlhf_ppo.runtime.seeding import EVALUATION, numbered_generator
@@ -48,8 +48,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
         ValueError: bad settings, data or models, no reference found, or a judge that scores nothing.
         RewardError: a reward function failed.
     """
-    processes = join_processes()
-    require_same_settings(processes, args)
+    processes = join_for(args)
     args = args if processes.first else dataclasses.replace(args, quiet=True)
     load_config(resolve_model(args.model))  # a missing model is said before what its folder lacks
     settings = read_run(args.model)
@@ -109,6 +108,7 @@ def sample(
         value_model=None,
         peft_config=None,
         respond=respond,
+        trains=False,
     )
     assert run.eval_prompts is not None
     found: list[dict[str, Any]] = []
@@ -217,8 +217,7 @@ def _number(value: dict[str, float | None], sign: str = "") -> str:
 def evaluate_command(args: EvaluateArgs) -> None:
     """Run the `evaluate` command."""
     report = evaluate(args)
-    if not join_processes().first:
-        return
-    print_evaluation(report)
-    print(f"report   {args.output_dir}/evaluation.json")
-    print(f"samples  {args.output_dir}/evaluation_samples.jsonl")
+    with first_alone():
+        print_evaluation(report)
+        print(f"report   {args.output_dir}/evaluation.json")
+        print(f"samples  {args.output_dir}/evaluation_samples.jsonl")

@@ -42,7 +42,7 @@ from rlhf_ppo.runtime.processes.group import ProcessGroup
 from rlhf_ppo.runtime.seeding import seed_everything
 from rlhf_ppo.training.fingerprints import parameters_fingerprint
 from rlhf_ppo.training.fitted_critic import CriticFacts, find_fitted, require_same_trunk
-from rlhf_ppo.training.shard_models import Plan, plan_sharding, shard_models
+from rlhf_ppo.training.shard_models import Plan, shard_models
 
 
 class Models(NamedTuple):
@@ -117,17 +117,16 @@ def load_models(
     ref_model: str | PreTrainedModel | None,
     value_model: str | PreTrainedModel | None,
     peft_config: Any,
+    rewards: Mapping[str, tuple[RewardFunction, float]],
     args: RLHFConfig,
     device: torch.device,
+    processes: ProcessGroup,
     *,
     bf16: bool,
     critic: CriticStart,
-    rewards: Mapping[str, tuple[RewardFunction, float]],
-    processes: ProcessGroup,
+    plan: Plan,
 ) -> Models:
     """Load policy, critic and reference, and shard them; a model object that a reward also uses is copied."""
-    adapter = peft_config is not None or hasattr(model, "peft_config")
-    plan = plan_sharding(args, model, value_model, adapter=adapter, device=device, bf16=bf16, processes=processes)
     seed_everything(args.seed)  # new heads and adapters start from random weights
     loader = Loader(defers=plan.sharding is not None and simple_adapter(peft_config))
     policy: Any

@@ -33,20 +33,20 @@ from rlhf_ppo.rewards.functions import RewardFunction, require_accepts_columns, 
 from rlhf_ppo.rewards.loading import RewardSource, check_servers, load_rewards
 from rlhf_ppo.rewards.reward_model import RewardModel
 from rlhf_ppo.runtime.device import compute_in_bf16, resolve_device
-from rlhf_ppo.runtime.processes.agreement import require_same, require_same_settings
 from rlhf_ppo.runtime.processes.group import ProcessGroup
-from rlhf_ppo.runtime.processes.join import join_processes
+from rlhf_ppo.runtime.processes.join import join_for
 from rlhf_ppo.runtime.processes.launch import own_gpu
 from rlhf_ppo.runtime.progress import Stopwatch
 from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.runtime.trackers import require_installed
-from rlhf_ppo.training.fingerprints import data_fingerprint
+from rlhf_ppo.training.fingerprints import require_same_data
 from rlhf_ppo.training.fitted_critic import require_same_task
 from rlhf_ppo.training.learning_rates import resolve_learning_rates
 from rlhf_ppo.training.load_models import check_models, check_passes, load_models, prepare_critic
 from rlhf_ppo.training.recorded_rollouts import Recording
 from rlhf_ppo.training.replayed_rollouts import open_replay, require_same_rewards
 from rlhf_ppo.training.run import Run
+from rlhf_ppo.training.shard_models import plan_sharding, run_setup
 
 
 def set_up(
@@ -61,14 +61,17 @@ def set_up(
     value_model: str | PreTrainedModel | None,
     peft_config: Any,
     respond: Respond | None = None,
+    trains: bool = True,
 ) -> tuple[Run, ActorCritic]:
     """Check and load all that a run needs; arguments and errors are those of :class:`rlhf_ppo.PPOTrainer`.
+
+    Args:
+        trains: False: the run samples and scores alone, which takes less memory.
 
     Returns:
         (what is fixed for the run, policy and critic).
     """
-    processes = _join(args)
-    args = _check_arguments(args, eval_dataset, respond, processes)
+    args, processes = _join(args, eval_dataset, respond)
     sources = {"model": source_name(model), "ref_model": None if ref_model is None else source_name(ref_model)}
     device = own_gpu(resolve_device(args.device))
     bf16 = compute_in_bf16(args.precision, device)
@@ -81,12 +84,12 @@ def set_up(
     room = prompt_room(config, args.max_new_tokens)
     sampling = _sampling_params(args, choose_stop_tokens(model, config, tokenizer, args, vocabulary_size(config)))
     train_prompts, eval_prompts = _prompt_sets(train_dataset, eval_dataset, tokenizer, args, config, room)
-    sets = [prompts for prompts in (train_prompts, eval_prompts) if prompts is not None]
-    _check_sets(processes, sets, tokenizer, turns=respond is not None)
+    sets = _check_sets(processes, (train_prompts, eval_prompts), tokenizer, turns=respond is not None)
     rewards = _load_rewards(reward_funcs, args, device, sets, conversations=respond is not None, recording=recording)
     require_same_task(critic.fitted, args, tokenizer, rewards)
-    given = (model, ref_model, value_model, peft_config)
-    models = load_models(*given, args, device, bf16=bf16, critic=critic, rewards=rewards, processes=processes)
+    given = (model, ref_model, value_model, peft_config, rewards, args, device, processes)
+    setup = partial(run_setup, *given, bf16=bf16, critic=critic.kind, sets=sets, trains=trains)
+    models = load_models(*given, bf16=bf16, critic=critic, plan=plan_sharding(setup, args, device, processes))
     args, learning_rates = resolve_learning_rates(args, models.actor_critic)
     return Run(
         args=args,
@@ -116,23 +119,22 @@ def set_up(
     ), models.actor_critic
 
 
-def _join(args: Any) -> ProcessGroup:
-    """Join the other processes, which must have the same settings."""
+def _join(args: Any, eval_dataset: RowSource | None, respond: Respond | None) -> tuple[RLHFConfig, ProcessGroup]:
+    """Join the other processes, which must have the same settings, and check these."""
     if not isinstance(args, RLHFConfig):
         raise TypeError(f"args must be an RLHFConfig, got {type(args).__name__}: write RLHFConfig(output_dir=..., ...)")
-    processes = join_processes(timeout_s=args.process_timeout_s)
-    require_same_settings(processes, args)
-    return processes
+    processes = join_for(args)
+    return _check_arguments(args, eval_dataset, respond, processes), processes
 
 
 def _check_sets(
-    processes: ProcessGroup, sets: Sequence[PromptSet], tokenizer: PreTrainedTokenizerBase, *, turns: bool
-) -> None:
-    """Raise a ValueError unless all processes have the same data, which the chat template can make turns of."""
-    if not processes.alone:
-        data = {prompts.name: data_fingerprint(prompts) for prompts in sets}
-        require_same(processes, "give all processes the same data, in the same order", data)
+    processes: ProcessGroup, given: Sequence[PromptSet | None], tokenizer: PreTrainedTokenizerBase, *, turns: bool
+) -> list[PromptSet]:
+    """Return the sets that there are; all processes must have the same, which the chat template can make turns of."""
+    sets = [prompts for prompts in given if prompts is not None]
+    require_same_data(processes, {prompts.name: prompts for prompts in sets})
     _check_turns(tokenizer, sets if turns else ())
+    return sets
 
 
 def _check_arguments(

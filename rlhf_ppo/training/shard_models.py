@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from rlhf_ppo.config.plan import PlanArgs
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.config.run_groups import MemorySettings
-from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.data.prompts import PromptSet
+from rlhf_ppo.models.actor_critic import ActorCritic, CriticKind
+from rlhf_ppo.models.costs.cards import own_card
+from rlhf_ppo.models.costs.choice import choose_sharding
+from rlhf_ppo.models.costs.memory import peaks, usable
+from rlhf_ppo.models.costs.setup import Adapter, Setup, lora_adapter
+from rlhf_ppo.models.costs.shapes import Shape, rough_shape
+from rlhf_ppo.models.costs.terms import total
+from rlhf_ppo.models.costs.weights import gathered_weights
 from rlhf_ppo.models.deferred import Stored, named_sources, read_weights_held
 from rlhf_ppo.models.loading import load_config
 from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.models.sharding import Sharding, gathered, keep_gathered, make_sharding, shard
 from rlhf_ppo.models.skeleton import remember_skeleton
+from rlhf_ppo.rewards.functions import RewardFunction
+from rlhf_ppo.rewards.reward_model import RewardModel
 from rlhf_ppo.runtime.device import autocast
 from rlhf_ppo.runtime.processes.group import ProcessGroup
 from rlhf_ppo.runtime.processes.launch import read_launch
-
-TRAINED_BYTES, FROZEN_BYTES = 16, 4
-"""Bytes of a trained parameter (weight, gradient and AdamW's two moments, 4 each), and of a frozen one."""
-
-USABLE = 0.8
-"""Share of a device's memory for them; the rest is for activations and the decoding cache."""
 
 
 class Plan(NamedTuple):
@@ -44,55 +48,96 @@ UNSHARDED = Plan(None, "")
 """The plan of a process that is alone."""
 
 
-def plan_sharding(
-    args: MemorySettings,
+def run_setup(
     model: Any,
+    ref_model: Any,
     value_model: Any,
-    *,
-    adapter: bool,
+    peft_config: Any,
+    rewards: Mapping[str, tuple[RewardFunction, float]],
+    args: RLHFConfig,
     device: torch.device,
-    bf16: bool,
     processes: ProcessGroup,
+    *,
+    bf16: bool,
+    critic: CriticKind,
+    sets: Sequence[PromptSet],
+    trains: bool,
+) -> Setup:
+    """Describe a run as `rlhf-ppo plan` does, to choose by the same arithmetic how its weights are spread.
+
+    Args:
+        model, ref_model, value_model: folders, hub ids or models.
+        peft_config: of the adapter, if it is not the model's own.
+        rewards: reward models among them count.
+        args: the run's settings.
+        device: this process's.
+        processes: those of the run.
+        bf16: layers compute in bfloat16.
+        critic: its kind.
+        sets: prompts, of which the longest counts.
+        trains: False for an evaluation.
+    """
+    policy = rough_shape(load_config(model))
+    own = getattr(model, "peft_config", None)
+    if peft_config is None and own:
+        peft_config = next(iter(own.values()))
+    judges = [function.model.config for function, _ in rewards.values() if isinstance(function, RewardModel)]
+    return Setup(
+        args=args,
+        policy=policy,
+        critic=critic,
+        card=own_card(device),
+        bf16=bf16,
+        prompt_tokens=max((prompts.longest for prompts in sets), default=PlanArgs.prompt_tokens),
+        response_tokens=args.max_new_tokens * args.max_turns,
+        value=None if value_model is None else rough_shape(load_config(value_model), "critic"),
+        rewards=tuple(rough_shape(config, "reward") for config in judges),
+        adapter=None if peft_config is None else _adapter(policy, peft_config),
+        reference=None if peft_config is not None else rough_shape(load_config(ref_model or model)),
+        processes=processes.size,
+        nodes=max(processes.size // read_launch().local_size, 1),
+        trains=trains,
+    )
+
+
+def _adapter(policy: Shape, config: Any) -> Adapter:
+    """Return the size of an adapter; of a kind that is not counted, that of LoRA on all layers."""
+    rank, names = int(getattr(config, "r", 8)), getattr(config, "target_modules", None)
+    try:
+        return lora_adapter(policy, rank, (names,) if isinstance(names, str) else names and tuple(names))
+    except ValueError:
+        return Adapter(rank, policy.linears, policy.layers)
+
+
+def plan_sharding(
+    find_setup: Callable[[], Setup], args: MemorySettings, device: torch.device, processes: ProcessGroup
 ) -> Plan:
     """Decide how weights are spread.
 
     Args:
-        args: ``sharding``, ``sharded_decoding`` and the reference's format.
-        model, value_model: folders, hub ids or models.
-        adapter: the policy's own weights are frozen, and the reference is the policy with its adapter off.
+        find_setup: describes the run; called where there is something to decide.
+        args: the run's settings.
         device: this process's.
-        bf16: layers compute in bfloat16.
         processes: those of the run.
     """
     if processes.alone:
         return UNSHARDED
     if args.quantization != "none":
         return Plan(None, f"{processes.size}, sharding=none: the quantised base is whole on each, with its adapter")
-    size, memory = _count(load_config(model)), device_memory(device)
-    critic = 0 if value_model is None else _count(load_config(value_model))
-    reference = {"float32": 4, "bfloat16": 2, "8bit": 1, "4bit": 0.5}[args.reference_dtype]
-    policy = size * (FROZEN_BYTES if adapter else TRAINED_BYTES + reference)
-    needed = policy + critic * TRAINED_BYTES
-    kept = f"{_gb(needed)} of weights, gradients and optimizer on each, of {_gb(memory)} memory"
-    kind = args.sharding
-    if kind == "auto":
-        kind = "none" if needed <= USABLE * memory else "full"
-    said = f"{processes.size}, sharding={kind}"
+    setup = find_setup()
+    chosen, needed = choose_sharding(setup), peaks(replace(setup, sharding="none"))
+    said = f"{processes.size}, sharding={chosen.sharding}"
     if args.sharding == "auto":
-        said += f" (auto: {kept}, {'at most' if kind == 'none' else 'above'} {USABLE:.0%})"
-    if kind == "none":
+        most = max(needed, key=lambda phase: needed[phase])
+        said += f" (auto: with all weights on each, {most} takes {_gb(needed[most])} of {_gb(usable(setup))})"
+    if chosen.sharding == "none":
         return Plan(None, f"{said}: each holds all weights")
-    whole = size * (2 if bf16 else 4)
-    decoding = args.sharded_decoding
-    if decoding == "auto":
-        decoding = "whole" if whole + needed / processes.size <= USABLE * memory else "layers"
-    how = f"gathered whole for decoding ({_gb(whole)})" if decoding == "whole" else "decoding gathers layer by layer"
+    whole = _gb(total(gathered_weights(chosen, setup.policy, whole=True)))
+    how = f"gathered whole for decoding ({whole})" if chosen.gathers_whole else "decoding gathers layer by layer"
     quantized = "; the quantised reference stays whole on each" if "bit" in args.reference_dtype else ""
-
-    def count(contributed: int) -> None:
-        processes.bytes_exchanged += contributed
-
-    sharding = make_sharding(hybrid=kind == "hybrid", device=device, bf16=bf16, count=count)
+    hybrid, count = chosen.sharding == "hybrid", processes.note_traffic
+    sharding = make_sharding(hybrid=hybrid, device=device, bf16=setup.bf16, count=count)
+    decoding = "whole" if chosen.gathers_whole else "layers"
     return Plan(sharding, f"{said}: each holds its share of the weights; {how}{quantized}", decoding)
 
 
@@ -128,20 +173,6 @@ def _shard(model: nn.Module, sharding: Sharding, sources: Mapping[int, Stored]) 
     shard(model, sharding)
     model.to(sharding.device)
     read_weights_held(model, named)
-
-
-def device_memory(device: torch.device) -> int:
-    """Return the bytes of memory that this process may count on: its GPU's, or its share of the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // read_launch().local_size
-
-
-def _count(config: PretrainedConfig) -> int:
-    """Count the parameters of a model, without making them."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return sum(p.numel() for p in model.parameters())
 
 
 def _gb(count: float) -> str:

@@ -6,6 +6,8 @@ import difflib
 import os
 from dataclasses import dataclass, replace
 
+import torch
+
 GB, TERA = 1e9, 1e12
 
 
@@ -69,6 +71,14 @@ CPU = Card(
     overhead=0.11 * GB,
 )
 """A CPU like the one that benchmarks ran on; its rates are measured ones, so all of them is reached."""
+
+
+def own_card(device: torch.device) -> Card:
+    """Return a card with the memory of this process's GPU, or of the machine; its rates say nothing."""
+    if device.type != "cuda":
+        return find_card("cpu")
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return replace(CARDS["H100"], name="this GPU", memory=float(memory))
 
 
 def find_card(name: str) -> Card:

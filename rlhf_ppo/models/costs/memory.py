@@ -29,10 +29,12 @@ def memory(setup: Setup) -> dict[str, list[Term]]:
         Phase -> its terms, those held throughout first; their sum is the peak.
     """
     always = held(setup)
-    idle = always + embedding_gradients(setup)
+    idle = always + (embedding_gradients(setup) if setup.trains else [])
     phases = {"generate": idle + _generate(setup), "reference": idle + _reference(setup)}
     if setup.rewards:
         phases["score"] = idle + _score(setup)
+    if not setup.trains:
+        return phases
     moment, work = _update(setup)
     phases[f"update ({moment})"] = always + work
     phases["optimizer step"] = [*always, gradients(setup)]

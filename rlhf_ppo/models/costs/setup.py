@@ -83,6 +83,8 @@ class Setup:
     sharding: Sharding = "none"
     gathers_whole: bool = True
     """Under sharding: all weights are gathered for a rollout's decoding; False: each layer's at each decode step."""
+    trains: bool = True
+    """False: an evaluation, which samples, reads and scores alone."""
 
     @property
     def compute_bytes(self) -> int:
@@ -145,4 +147,4 @@ class Setup:
     @property
     def trained(self) -> int:
         """All trained weights."""
-        return self.trained_policy + self.trained_value
+        return self.trained_policy + self.trained_value if self.trains else 0

@@ -165,6 +165,48 @@ def read_shape(config: PretrainedConfig, kind: str = "policy", *, name: str = "m
     )
 
 
+def rough_shape(config: PretrainedConfig, kind: str = "policy", *, name: str = "model") -> Shape:
+    """Return the shape of any model: its weights as they are, its layers as those of a plain transformer if need be."""
+    try:
+        return read_shape(config, kind, name=name)
+    except (ValueError, AttributeError):  # mixtures of experts, state spaces and their like
+        text = config.get_text_config()
+    with torch.device("meta"):
+        model: Any = _KINDS[kind].from_config(config, trust_remote_code=False)
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    matrices = sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim > 1)
+    embeddings = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
+    width = int(getattr(text, "hidden_size", 1))
+    inner = int(getattr(text, "intermediate_size", None) or 4 * width)
+    every = sum(p.numel() for p in model.parameters())
+    return Shape(
+        name=name,
+        architecture=str(text.model_type),
+        layers=max(len(layers), 1),
+        width=width,
+        vocabulary=int(text.vocab_size),
+        heads=int(getattr(text, "num_attention_heads", 1)),
+        query_width=width,
+        key_width=width,
+        mlp_width=inner,
+        gated=True,
+        norms=2,
+        fused_norms=False,
+        rotary=True,
+        linears=(
+            Linear("qkv", attends=True, inputs=width, outputs=3 * width, writes=False),
+            Linear("out", attends=True, inputs=width, outputs=width, writes=True),
+            Linear("up", attends=False, inputs=width, outputs=2 * inner, writes=False),
+            Linear("down", attends=False, inputs=inner, outputs=width, writes=True),
+        ),
+        embeddings=sum(embeddings.values()),
+        attention=0,
+        mlp=matrices,
+        other=every - sum(embeddings.values()) - matrices,
+        output=0,
+    )
+
+
 def _linears(layer: nn.Module) -> tuple[Linear, ...]:
     """Return a layer's linear layers in their order."""
     found: list[Linear] = []
