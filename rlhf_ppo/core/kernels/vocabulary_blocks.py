@@ -19,6 +19,9 @@ CHUNK_LOGITS = 2**25
 BLOCK_LOGITS, BLOCK_WORDS = 2**20, 256
 """Size of a block: 4 MiB of float32 logits, and at least 256 words."""
 
+_AUTOCASTS = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
+"""Devices that have autocast; asked once, because torch before 2.12 cannot compile code that asks."""
+
 _SAMPLE = 1024
 """Words whose largest logit is estimated before the product: the first ones (in BPE the most frequent), and as many
 spread over the rest."""
@@ -50,14 +53,14 @@ def places_in(tokens: Tensor, block: slice) -> tuple[Tensor, Tensor]:
 def product_dtype(x: Tensor) -> torch.dtype:
     """Return the products' dtype: autocast's where it is on, else the tensor's own."""
     kind = x.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    on = kind in _AUTOCASTS and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else x.dtype
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Return a context without autocast on the tensor's device."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if kind in _AUTOCASTS else nullcontext()
 
 
 def below_largest(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,7 +81,7 @@ class ChunkLogits:
         *,
         temperature: float = 1.0,
         low: torch.dtype,
-        rows: slice = slice(None),
+        rows: slice | None = None,
         ban: BannedTokens | None = None,
     ) -> None:
         """Prepare the states of a chunk of rows.
@@ -87,15 +90,15 @@ class ChunkLogits:
             hidden, weight, bias: [N, O], [V, O] and [V] or None.
             temperature: divides the logits.
             low: dtype of the products.
-            rows: the chunk, of N rows.
+            rows: the chunk, of N rows; None: all of them. (torch before 2.12 cannot compile a slice as a default.)
             ban: of all N rows.
         """
-        states = hidden[rows]
+        states = hidden if rows is None else hidden[rows]
         # Divided by the temperature before it is rounded.
         self.states = (states if temperature == 1 else states / temperature).to(low).T
         """[O, n] in the products' dtype."""
         self._weight, self._bias, self._temperature = weight, bias, temperature
-        self._ban = None if ban is None else BannedTokens(ban.where[rows], ban.tokens)
+        self._ban = ban if ban is None or rows is None else BannedTokens(ban.where[rows], ban.tokens)
 
     @cached_property
     def shift(self) -> Tensor | None:

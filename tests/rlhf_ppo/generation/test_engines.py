@@ -207,13 +207,25 @@ def gpu(monkeypatch):
 
 def test_the_gpu_benchmark_measures_every_engine(gpu, tmp_path, capsys):
     """On a model of a few thousand weights."""
-    numbers = tmp_path / "numbers.json"
+    file = tmp_path / "rows.jsonl"
+    words = ["--tiny", "--device", "cpu", "--iterations", "1", "--models", "GPT-2 124M", "--jsonl", str(file)]
     with torch.random.fork_rng():
-        assert gpu.main(["--tiny", "--device", "cpu", "--iterations", "1", "--json", str(numbers)]) == 0
-    rows = json.loads(numbers.read_text())["rows"]
-    assert [row["generation"] for row in rows] == ["dynamic", "static"]
+        assert gpu.main(words) == 0
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["way"] for row in rows] == list(gpu.ENGINES)
     assert all(row["generated_tokens_per_second"] == pytest.approx(6 * row["samples_per_second"]) for row in rows)
-    assert capsys.readouterr().out.count("| tiny GPT-2 |") == 2
+    assert capsys.readouterr().out.count("| GPT-2 124M |") == len(rows)
+
+
+def test_the_gpu_benchmark_says_what_it_leaves_out_and_what_failed(gpu, monkeypatch, capsys):
+    device, case = torch.device("cpu"), gpu.cases(tiny=True)["GPT-2 124M"]
+    row = gpu.measured("m", case, "QLoRA", device, {}, 1)
+    assert (row["outcome"], row["why"]) == ("left out", "needs a CUDA GPU")
+    row = gpu.measured("m", case, "dynamic", device, {}, 1)  # without the device's limits
+    assert row["outcome"] == "failed" and row["why"].startswith("KeyError")
+    assert gpu.main(["--tiny", "--device", "cpu", "--models", "no such"]) == 2
+    assert "known: GPT-2 124M, Llama 1.1B" in capsys.readouterr().out
+    assert "| m | dynamic | failed: KeyError" in gpu.table_row(row)
 
 
 def test_the_gpu_benchmark_counts_what_gpt2_needs(gpu):
