@@ -81,6 +81,8 @@ class SpreadLengths(GPT2LMHeadModel):
         self.register_buffer("eos_bias", bias, persistent=False)
 
     def forward(self, input_ids=None, position_ids=None, **kwargs):
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         output = super().forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
         keep = output.logits.shape[1]
         kept = kwargs.get("logits_to_keep", 0)

@@ -46,6 +46,9 @@ class RolloutSettings(Settings):
     generation: Literal["auto", "dynamic", "static"] = "auto"
     """Decoding engine: dynamic (finished rows leave the batch), static (fixed shapes, CUDA graphs), or auto: static on
     a CUDA GPU if the model supports it, else dynamic."""
+    decode_batch_size: int | None = None
+    """Maximum number of responses that a process decodes at once; one that has ended makes room for the next prompt.
+    None: all of its part of the rollout."""
     recompute_logprobs: bool = False
     """Recompute the old log-probs with a full forward pass instead of using those recorded during decoding."""
     importance_weight_cap: float | None = None
@@ -55,7 +58,7 @@ class RolloutSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_at_least(1, "total_episodes", "rollout_batch_size", "num_generations", "max_new_tokens")
-        self._require_at_least(1, "max_turns", "importance_weight_cap")
+        self._require_at_least(1, "max_turns", "decode_batch_size", "importance_weight_cap")
         self._require_at_least(0, "min_new_tokens")
         self._require_positive("temperature", "respond_timeout_s")
         if self.min_new_tokens > self.max_new_tokens:
@@ -66,7 +69,7 @@ class RolloutSettings(Settings):
         if isinstance(self.stop_strings, str) or not all(self.stop_strings):
             raise ValueError(f"stop_strings must be a tuple of non-empty strings, got {self.stop_strings!r}")
         if self.generation == "static":
-            for name in ("max_turns", "min_new_tokens", "stop_strings"):
+            for name in ("max_turns", "stop_strings"):
                 if is_changed(self, name):
                     raise ValueError(
                         f"generation='static' does not support {name}={getattr(self, name)!r}: set generation="

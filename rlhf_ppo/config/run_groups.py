@@ -125,6 +125,12 @@ class RunSettings(ProcessSettings):
     precision: Precision = "auto"
     """Number format of matrix products: bf16 (autocast; weights and optimizer stay in fp32), fp32, or auto: bf16 where
     the GPU or CPU computes it faster."""
+    attn_implementation: str | None = None
+    """Attention of all models, by transformers' name: eager, sdpa, flex_attention, flash_attention_2 or another that is
+    installed (flash attention: not of reward models, which compute in fp32). Only sdpa packs sequences. None:
+    transformers' choice, usually sdpa."""
+    use_kernels: bool = False
+    """Replace layers by kernels of the Hugging Face hub where it has one for the device; needs the package kernels."""
     num_threads: int | None = None
     """CPU threads during train(); None: 1 for models below ten million parameters, else all CPUs available to the
     process (affinity, container limit); OMP_NUM_THREADS takes precedence."""

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from transformers import StaticCache
 
-from rlhf_ppo.core import BannedTokens
 from rlhf_ppo.generation import sampling
+from rlhf_ppo.generation.record import Record, Sampled
 from rlhf_ppo.generation.rollout import SampledResponses, SamplingParams
 from rlhf_ppo.generation.stop_strings import StopStringDetector
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward.runner import position_ids
 from rlhf_ppo.runtime.signals import stop_if_asked
-
-Step = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor | None]]
-"""(ids [B, N], positions [B, N], attention [B, C], u [B]) -> tokens, log-probs, entropies, values or None: all [B]."""
-
-
-class FixedShape(NamedTuple):
-    """What decoding with one shape throughout needs."""
-
-    cache: StaticCache
-    """Empty."""
-    room: int
-    """Tokens that the cache holds: P + max_new_tokens or more."""
-    step: Step
-    """The steps after the prompt's, on ``cache``; what it returns is not overwritten by the next step."""
+from rlhf_ppo.runtime.transfers import indices_on
 
 
 class _Live(NamedTuple):
@@ -38,52 +24,15 @@ class _Live(NamedTuple):
     rows: Tensor
     """[N] which responses these are."""
     ids: Tensor
-    """[N, L] the next tokens to read: the prompt, later the last token."""
+    """[N, 1] the last tokens."""
     positions: Tensor
-    """[N, L]"""
+    """[N, 1]"""
     attention: Tensor
     """[N, room] bool, True on prompt tokens and on everything after the prompt."""
 
     def keep(self, index: Tensor) -> _Live:
         """Keep some of the rows."""
         return _Live(*(x[index] for x in self))
-
-
-class _Record:
-    """What has been sampled so far, [B, max_new_tokens], and which responses have ended."""
-
-    def __init__(self, batch: int, steps: int, device: torch.device) -> None:
-        self.response_ids = torch.zeros(batch, steps, dtype=torch.long, device=device)
-        self.mask = torch.zeros_like(self.response_ids, dtype=torch.bool)
-        self.logprobs = torch.zeros(batch, steps, device=device)
-        self.entropy, self.values = torch.zeros_like(self.logprobs), torch.zeros_like(self.logprobs)
-        self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
-
-    def add(
-        self, t: int, rows: Tensor, tokens: Tensor, logprobs: Tensor, entropy: Tensor, values: Tensor | None
-    ) -> None:
-        """Record decode step ``t`` [N] of those responses ``rows`` [N] that have not ended."""
-        alive = ~self.finished[rows]
-        self.mask[rows, t] = alive
-        self.response_ids[rows, t] = tokens * alive
-        self.logprobs[rows, t] = logprobs * alive
-        self.entropy[rows, t] = entropy * alive
-        if values is not None:
-            self.values[rows, t] = values * alive
-
-    def responses(self, params: SamplingParams, *, has_values: bool) -> SampledResponses:
-        """Return the record, cut to the longest response."""
-        longest = int(self.mask.any(dim=0).sum())
-        response_ids, mask, logprobs, entropy, values = (
-            x[:, :longest] for x in (self.response_ids, self.mask, self.logprobs, self.entropy, self.values)
-        )
-        banned = None
-        if params.min_new_tokens:
-            early = torch.arange(longest, device=mask.device) < params.min_new_tokens
-            banned = BannedTokens(mask & early, params.stop_token_ids)
-        return SampledResponses(
-            response_ids, mask, self.finished, logprobs, entropy, values if has_values else None, banned
-        )
 
 
 @torch.no_grad()
@@ -96,7 +45,7 @@ def sample_responses(
     generator: torch.Generator | None = None,
     stop_detector: StopStringDetector | None = None,
     whole: sampling.RowsOf | None = None,
-    fixed: FixedShape | None = None,
+    at_once: int | None = None,
 ) -> SampledResponses:
     """Sample a response to each prompt from exactly ``softmax(logits / temperature)``.
 
@@ -112,53 +61,92 @@ def sample_responses(
         generator: source of randomness, on the model's device.
         stop_detector: detects ``params.stop_strings`` in these B responses; needed where there are any.
         whole: which rows of a larger rollout these are; their draws do not depend on how it is divided.
-        fixed: decode in this one shape, which no row leaves.
+        at_once: decode so many responses together, then the next; None: all.
     Raises:
         ValueError: stop strings without a detector.
     """
+    require_detector(params, stop_detector)
+    batch, device = len(prompt_ids), prompt_ids.device
+    u = sampling.uniforms(params.max_new_tokens, batch, generator, device, whole)
+    record = Record(batch, params, device)
+    with model.runner.decoding():
+        for rows in torch.arange(batch, device=device).split(at_once or batch):
+            _decode(model, prompt_ids[rows], prompt_mask[rows], rows, u, record, stop_detector)
+    return record.responses(has_values=model.shares_trunk)
+
+
+def require_detector(params: SamplingParams, stop_detector: StopStringDetector | None) -> None:
+    """Raise a ValueError if there are stop strings, but nothing to detect them."""
     if params.stop_strings and stop_detector is None:
         raise ValueError(f"stop_strings={params.stop_strings!r} need a stop_detector, which reads the tokens as text")
-    (batch, prompt_length), device = prompt_ids.shape, prompt_ids.device
+
+
+def _decode(
+    model: ActorCritic,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    rows: Tensor,
+    u: Tensor,
+    record: Record,
+    stop_detector: StopStringDetector | None,
+) -> None:
+    """Decode the responses ``rows`` [N] to prompts [N, P]; those that have ended leave the batch."""
+    params, device, length = record.params, u.device, prompt_ids.shape[1]
     stops = torch.tensor(sorted(params.stop_token_ids), dtype=torch.long, device=device)
     may_end = len(stops) > 0 or stop_detector is not None
-    u = sampling.uniforms(params.max_new_tokens, batch, generator, device, whole)
-    record = _Record(batch, params.max_new_tokens, device)
-    room = prompt_length + params.max_new_tokens if fixed is None else fixed.room
-    cache = model.runner.new_cache(room) if fixed is None else fixed.cache
-    plain = decode_step(model, cache, params.temperature)
-    banning = decode_step(model, cache, params.temperature, banned=sorted(params.stop_token_ids))
-    attention = torch.cat([prompt_mask, prompt_mask.new_ones(batch, room - prompt_length)], dim=1)
-    live = _Live(torch.arange(batch, device=device), prompt_ids, position_ids(prompt_mask), attention)
-    with model.runner.decoding():
-        for t in range(params.max_new_tokens):
-            stop_if_asked()
-            step = banning if t < params.min_new_tokens else plain if fixed is None or t == 0 else fixed.step
-            seen = live.attention if fixed else live.attention[:, : prompt_length + t]
-            tokens, logprobs, entropy, values = step(live.ids, live.positions, seen, u[t, live.rows])
-            record.add(t, live.rows, tokens, logprobs, entropy, values)
-            if len(stops):
-                record.finished[live.rows] |= torch.isin(tokens, stops)
-            if stop_detector is not None:
-                record.finished[live.rows] |= stop_detector.add(tokens, live.rows)
-            live = live._replace(ids=tokens[:, None], positions=live.positions[:, -1:] + 1)
-            # On a GPU a look at what has finished stalls the queue, so it happens now and then.
-            if may_end and (device.type == "cpu" or t % 16 == 15):
-                going = (~record.finished[live.rows]).nonzero().squeeze(-1)
-                if not len(going):
-                    break
-                if fixed is None and model.runner.cache_shrinks and len(going) <= len(live.rows) * 7 // 8:
-                    cache.reorder_cache(cast(Any, going))
-                    live = live.keep(going)
-    return record.responses(params, has_values=model.shares_trunk)
+    cache = model.runner.new_cache(length + params.max_new_tokens)
+    attention = torch.cat([prompt_mask, prompt_mask.new_ones(len(rows), params.max_new_tokens)], dim=1)
+    live = _Live(rows, prompt_ids[:, -1:], prompt_mask.sum(dim=1, keepdim=True) - 1, attention)
+    for t in range(params.max_new_tokens):
+        stop_if_asked()
+        if t == 0:
+            logits, values = _read_prompts(model, prompt_ids, prompt_mask, cache)
+        else:
+            logits, values = model.decode(live.ids, live.positions, live.attention[:, : length + t], cache)
+        banned = (torch.ones_like(live.rows, dtype=torch.bool), stops) if t < params.min_new_tokens else None
+        drawn = sampling.sample_from_logits(logits, u[t, live.rows], params.temperature, banned)
+        ended = torch.isin(drawn[0], stops)
+        if stop_detector is not None:
+            ended |= stop_detector.add(drawn[0], live.rows)
+        going = ~record.ended[live.rows]
+        record.add(live.rows, torch.full_like(live.rows, t), going, Sampled(*drawn, values), ended)
+        live = live._replace(ids=drawn[0][:, None], positions=live.positions + 1)
+        # On a GPU a look at what has finished stalls the queue, so it happens now and then.
+        if may_end and (device.type == "cpu" or t % 16 == 15):
+            left = (going & ~ended).nonzero().squeeze(-1)
+            if not len(left):
+                break
+            if model.runner.cache_shrinks and len(left) <= len(live.rows) * 7 // 8:
+                cache.reorder_cache(cast(Any, left))
+                live = live.keep(left)
 
 
-def decode_step(model: ActorCritic, cache: Any, temperature: float, *, banned: Sequence[int] = ()) -> Step:
-    """Return a step: one forward pass over new tokens and one draw per row, never of a ``banned`` token."""
+def _read_prompts(model: ActorCritic, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Tensor | None]:
+    """Run the prompts [N, P] through the model, equal ones only once; the cache then holds all.
 
-    def step(
-        ids: Tensor, positions: Tensor, attention: Tensor, u: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        logits, values = model.decode(ids, positions, attention, cache)
-        return *sampling.sample_from_logits(logits, u, temperature, banned=banned), values
+    Returns:
+        Logits [N, V] of the first tokens, and the values [N] before them (shared trunk only).
+    """
+    first, numbers = distinct(prompt_keys(ids, mask))
+    if len(first) == len(ids) or not model.runner.cache_shrinks:
+        return model.decode(ids, position_ids(mask), mask, cache)
+    rows, number = (indices_on(ids.device, x) for x in (first, numbers))
+    logits, values = model.decode(ids[rows], position_ids(mask[rows]), mask[rows], cache)
+    cache.reorder_cache(cast(Any, number))
+    return logits[number], None if values is None else values[number]
 
-    return step
+
+def prompt_keys(ids: Tensor, mask: Tensor) -> list[bytes]:
+    """Return what is equal for equal ones of these prompts [B, P], on the host; waits for their device."""
+    return [row.tobytes() for row in ids.masked_fill(~mask, -1).cpu().numpy()]
+
+
+def distinct(keys: Sequence[bytes]) -> tuple[list[int], list[int]]:
+    """Find equal keys: the first place [U] of each distinct one, and which of these each key is [N]."""
+    numbers: dict[bytes, int] = {}
+    first: list[int] = []
+    for place, key in enumerate(keys):
+        if key not in numbers:
+            numbers[key] = len(first)
+            first.append(place)
+    return first, [numbers[key] for key in keys]

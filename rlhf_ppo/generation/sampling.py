@@ -33,7 +33,7 @@ def uniforms(
 
 
 def sample_from_logits(
-    logits: Tensor, u: Tensor, temperature: float, *, banned: Sequence[int] = ()
+    logits: Tensor, u: Tensor, temperature: float, banned: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample one token a row from softmax(logits / temperature) without the ``banned`` tokens.
 
@@ -41,12 +41,13 @@ def sample_from_logits(
         logits: [B, V]; overwritten.
         u: [B] uniform in [0, 1), one draw a row.
         temperature: divides the logits.
-        banned: ids that get probability 0; the others share theirs.
+        banned: rows [B] bool, True where ids [n] get probability 0, which the others share; None: nowhere.
     Returns:
         Tokens, their log-probs, and the entropies in nats of the distributions drawn from: all [B].
     """
-    if banned:
-        logits.index_fill_(-1, torch.tensor(banned, device=logits.device), -math.inf)
+    if banned is not None:
+        where, ids = banned
+        logits.index_copy_(1, ids, logits[:, ids].masked_fill(where[:, None], -math.inf))
     if temperature != 1:
         logits.div_(temperature)
     # Banned tokens (-inf) become finite, but far below anything whose exponential is not 0.

@@ -14,6 +14,7 @@ from rlhf_ppo.models.activation_memory import checkpoint_layers
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward.hidden_states import accepts, capture_states, without_adapter_wrapper
 from rlhf_ppo.models.forward.runner import ModelRunner, Sequences, position_ids
+from rlhf_ppo.models.named_kernels import is_flash
 from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.models.sharding import gathered, is_share
 from rlhf_ppo.runtime.device import autocast
@@ -24,9 +25,7 @@ _LONG, _SHORT = 8, 3
 _EXACT, _ROUNDED = 1e-4, 0.05
 """Tolerance in float32, and in formats of 16, 8 or 4 bits, as a share of the spread of the log-probs."""
 
-_WINDOWS = (
-    *("window_size", "sliding_window", "local_attention", "chunk_size", "chunk_length", "index_topk", "block_size"),
-)
+_WINDOWS = "window_size", "sliding_window", "local_attention", "chunk_size", "chunk_length", "index_topk", "block_size"
 """Words in the names of config entries that set the length of an attention window or chunk."""
 
 _DEFAULT_LONGEST = 1024
@@ -143,7 +142,8 @@ def _choose_ways(runner: ModelRunner, role: str, longest: int, *, bf16: bool, de
     exact = full and not getattr(base, "is_quantized", False)
     # Float32 shows a wrong way best; then the run's own format is checked.
     formats = [(False, _EXACT if exact else _ROUNDED)] + ([(True, _ROUNDED)] if bf16 else [])
-    if bf16 and any(map(is_share, runner.model.parameters())):  # whose layers are gathered in bfloat16 alone
+    # Shares of layers are gathered in bfloat16 alone, and flash attention has no other format.
+    if bf16 and (is_flash(base.config._attn_implementation) or any(map(is_share, runner.model.parameters()))):
         formats = formats[1:]
     runner.packs &= device.type != "cuda" or bf16 or not full  # the kernel for GPUs has 16 bits
     rows = _rows(runner, _length(base.config, longest))
@@ -265,17 +265,17 @@ def _evaluate(runner: ModelRunner, rows: Rows) -> RowOutputs:
 
 
 def _decode(runner: ModelRunner, rows: Rows) -> RowOutputs:
-    """Decode the same tokens: prompts in one pass, then two steps; the long row is removed before the last."""
+    """Decode the same tokens: prompts, then two steps; before the last the short row, repeated, replaces the long."""
     ids, mask = rows.padded()
-    length = ids.shape[1]
-    cache, positions = runner.new_cache(length), position_ids(mask)
-    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    cache, positions, length = runner.new_cache(ids.shape[1]), position_ids(mask), ids.shape[1]
+    going = found = list[Tensor](), list[Tensor]()
     for start, end in ((0, length - 2), (length - 2, length - 1), (length - 1, length)):
         if end == length and runner.cache_shrinks:
-            cache.reorder_cache(torch.tensor([1], device=ids.device))
-            ids, mask, positions = ids[1:], mask[1:], positions[1:]
+            short = torch.tensor([1, 1, 1], device=ids.device)
+            cache.reorder_cache(short)
+            ids, mask, positions, going = ids[short], mask[short], positions[short], found[1:]
         logits, _ = runner.decode_step(ids[:, start:end], positions[:, start:end], mask[:, :end], cache, hidden=False)
-        for row, logprobs in zip(found[-len(logits) :], logits.float().log_softmax(dim=-1), strict=True):
+        for row, logprobs in zip(going, logits[-len(going) :].float().log_softmax(dim=-1), strict=True):
             row.append(logprobs)
     return RowOutputs(torch.stack(found[0]), torch.stack(found[1]))
 

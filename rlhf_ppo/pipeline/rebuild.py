@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.frozen_critic import FrozenParts, freeze_critic
 from rlhf_ppo.models.lora import with_current_names
+from rlhf_ppo.models.named_kernels import is_flash
 
 
 def build_policy(models: Mapping[str, Any]) -> PreTrainedModel:
@@ -22,7 +23,8 @@ def build_policy(models: Mapping[str, Any]) -> PreTrainedModel:
     policy: Any = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(**models["policy_config"]),
         dtype=torch.float32,
-        attn_implementation=models["attention"],
+        # Flash attention runs on some GPUs alone.
+        attn_implementation=None if is_flash(models["attention"]) else models["attention"],
         trust_remote_code=False,
     )
     return policy.requires_grad_(True)

@@ -60,13 +60,25 @@ def load_reward(
         )
     if isinstance(source, str) and source.endswith(".py"):
         raise ValueError(f"reward {source!r} names a file but no function: write {source}:function")
-    if isinstance(source, PreTrainedModel) or (isinstance(source, str) and ":" not in source):
+    if names_model(source):
         return RewardModel(source, device=device, chat_template=chat_template, max_length=max_length)
     if not isinstance(source, str):
         raise ValueError(
             f"a reward must be a function, a model, a folder, a hub id or an address, got {type(source).__name__}"
         )
     return load_function(source, "reward")
+
+
+def names_model(source: object) -> bool:
+    """Return whether a reward is a model: one that is loaded, or the name of one."""
+    return isinstance(source, PreTrainedModel) or (
+        isinstance(source, str) and ":" not in source and not source.endswith(".py")
+    )
+
+
+def listed(reward_funcs: RewardSource | Sequence[RewardSource]) -> list[RewardSource]:
+    """Return one or several rewards as a list."""
+    return list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [cast(RewardSource, reward_funcs)]
 
 
 def load_rewards(
@@ -77,7 +89,7 @@ def load_rewards(
     Raises:
         ValueError: see :func:`load_reward`; the wrong number of weights, or settings that none of the rewards reads.
     """
-    sources = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [cast(RewardSource, reward_funcs)]
+    sources = listed(reward_funcs)
     if not sources:
         raise ValueError("reward_funcs is empty: give at least one reward function or model")
     weights = args.reward_weights or (1.0,) * len(sources)

@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_ppo.config.rlhf import RLHFConfig
-from rlhf_ppo.config.run_groups import MemorySettings
 from rlhf_ppo.data.prompts import PromptSet
 from rlhf_ppo.generation.engines import Sampler, choose_engine
 from rlhf_ppo.models.actor_critic import ActorCritic, CriticKind, build_actor_critic, choose_critic
@@ -29,6 +28,7 @@ from rlhf_ppo.models.loading import (
     vocabulary_size,
 )
 from rlhf_ppo.models.lora import refuse_prompt_learning
+from rlhf_ppo.models.named_kernels import check_attention, check_kernels, is_flash, set_kernels
 from rlhf_ppo.models.policy_adapter import prepare_policy
 from rlhf_ppo.models.quantization import check_precision, load_quantized, load_reference
 from rlhf_ppo.models.reference import Reference
@@ -76,9 +76,17 @@ class CriticStart(NamedTuple):
 
 
 def check_models(
-    args: MemorySettings, model: Any, ref_model: Any, value_model: Any, peft_config: Any, device: torch.device
+    args: RLHFConfig,
+    model: Any,
+    ref_model: Any,
+    value_model: Any,
+    peft_config: Any,
+    device: torch.device,
+    *,
+    bf16: bool,
 ) -> None:
-    """Raise a ValueError unless the models, their adapters and the settings fit each other."""
+    """Raise an error unless the models, their adapters and the settings fit each other, and this machine."""
+    check_kernels(args, device, bf16=bf16)
     vocab_size = vocabulary_size(load_config(model))
     if peft_config is not None and ref_model is not None:
         raise ValueError(
@@ -100,6 +108,9 @@ def check_models(
                 f"{name} has a vocabulary of {size} tokens and model one of {vocab_size}; they must read the same "
                 "token ids, so use models of one tokenizer"
             )
+    for name, given in (("model", model), ("ref_model", ref_model), ("value_model", value_model)):
+        if given is not None:
+            check_attention(args, name, given, AutoModel if name == "value_model" else AutoModelForCausalLM)
     check_precision(args, model, ref_model, peft_config, device)
 
 
@@ -168,7 +179,21 @@ def load_models(
         models, critic, args, device, source=source_name(model), own=ref_model is None, peft_config=peft_config
     )
     _require_same_weights(processes, models)
+    _set_kernels(args, actor_critic, reference, [f.model for f, _ in rewards.values() if isinstance(f, RewardModel)])
     return models
+
+
+def _set_kernels(args: RLHFConfig, actor_critic: ActorCritic, reference: Reference, judges: Sequence[Any]) -> None:
+    """Let all models use the attention and the kernels that the settings name."""
+    for model, runner in (
+        (actor_critic.policy, actor_critic.runner),
+        (actor_critic.value_trunk, actor_critic.value_runner),
+        (reference.model, reference.runner),
+    ):
+        if model is not None and runner is not None:
+            set_kernels(model, args, runner, trains=model is not reference.model)
+    for model in judges if not is_flash(args.attn_implementation) else ():
+        set_kernels(model, args)
 
 
 def _require_same_weights(processes: ProcessGroup, models: Models) -> None:

@@ -8,9 +8,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from rlhf_ppo.config.groups import RewardSettings, RolloutSettings
+from rlhf_ppo.config.groups import RolloutSettings
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.data.chat import refuse_prefill, with_chat_template
 from rlhf_ppo.data.prompts import PromptSet
@@ -28,9 +33,10 @@ from rlhf_ppo.models.loading import (
     resolve_model,
     vocabulary_size,
 )
+from rlhf_ppo.models.named_kernels import check_attention, is_flash
 from rlhf_ppo.rewards.cache import make_caches
 from rlhf_ppo.rewards.functions import RewardFunction, require_accepts_columns, reward_source
-from rlhf_ppo.rewards.loading import RewardSource, check_servers, load_rewards
+from rlhf_ppo.rewards.loading import RewardSource, check_servers, listed, load_rewards, names_model
 from rlhf_ppo.rewards.reward_model import RewardModel
 from rlhf_ppo.runtime.device import compute_in_bf16, resolve_device
 from rlhf_ppo.runtime.processes.group import ProcessGroup
@@ -77,7 +83,7 @@ def set_up(
     bf16 = compute_in_bf16(args.precision, device)
     model, ref_model, value_model = map(resolve_model, (model, ref_model, value_model))
     config = load_config(model)
-    check_models(args, model, ref_model, value_model, peft_config, device)
+    check_models(args, model, ref_model, value_model, peft_config, device, bf16=bf16)
     critic = prepare_critic(args, model, value_model, peft_config)
     tokenizer = with_chat_template(processing_class or load_tokenizer(model), args.chat_template)
     recording = open_replay(args, config, tokenizer)
@@ -184,7 +190,7 @@ def _sampling_params(args: RolloutSettings, stop_token_ids: tuple[int, ...]) -> 
 
 def _load_rewards(
     reward_funcs: RewardSource | Sequence[RewardSource],
-    args: RewardSettings,
+    args: RLHFConfig,
     device: torch.device,
     sets: Sequence[PromptSet],
     *,
@@ -192,6 +198,9 @@ def _load_rewards(
     recording: Recording | None,
 ) -> dict[str, tuple[RewardFunction, float]]:
     """Load the rewards, and check that they can judge responses to these prompts, and gave a replay's scores."""
+    for source in listed(reward_funcs):
+        if names_model(source) and not is_flash(args.attn_implementation):
+            check_attention(args, f"reward {source_name(source)!r}", source, AutoModelForSequenceClassification)
     rewards = load_rewards(reward_funcs, args, device)
     require_same_rewards(recording, {name: weight for name, (_, weight) in rewards.items()})
     for prompts in sets:
@@ -206,8 +215,7 @@ def _load_rewards(
 
 def _reward_sources(reward_funcs: RewardSource | Sequence[RewardSource]) -> list[str]:
     """Return the names of the rewards for run.json."""
-    listed = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
-    return [reward_source(source) for source in listed]
+    return [reward_source(source) for source in listed(reward_funcs)]
 
 
 def _check_turns(tokenizer: PreTrainedTokenizerBase, sets: Sequence[PromptSet]) -> None:

@@ -10,6 +10,7 @@ import torch
 from helpers import moved
 from peft import LoraConfig
 
+from rlhf_ppo.generation import slots
 from rlhf_ppo.training.experience import estimate
 from rlhf_ppo.training.rewards import shape_rewards
 
@@ -51,13 +52,47 @@ def test_a_run_trains(make_trainer, engine, precision):
     assert sum(row["optim/skipped_steps"] for row in rows) == 0
 
 
-def test_engines_sample_the_same(make_trainer, make_model, prompts):
-    dynamic, static = (
-        make_trainer(make_model("llama"), device="cuda", generation=name).rollout(prompts)
-        for name in ("dynamic", "static")
-    )
-    assert torch.equal(dynamic.response_ids, static.response_ids)
-    torch.testing.assert_close(dynamic.logprobs, static.logprobs, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("size", [None, 3])
+def test_engines_sample_the_same(make_trainer, make_model, prompts, size):
+    settings = {"device": "cuda", "min_new_tokens": 2, "max_new_tokens": 24}
+    plain = make_trainer(make_model("llama"), generation="dynamic", **settings).rollout(prompts)
+    assert len(plain.lengths.unique()) > 3
+    for name in ("dynamic", "static"):
+        trainer = make_trainer(make_model("llama"), generation=name, decode_batch_size=size, **settings)
+        for _ in range(2):  # the second meets a captured graph
+            trainer.state.rollouts_made = 0
+            found = trainer.rollout(prompts)
+            assert torch.equal(plain.response_ids, found.response_ids)
+            torch.testing.assert_close(plain.logprobs, found.logprobs, rtol=1e-4, atol=1e-5)
+
+
+def test_no_decode_step_of_the_static_engine_waits(make_trainer, make_model, prompts, monkeypatch):
+    """Once its graph is captured, which the run's first rollouts do."""
+    trainer = make_trainer(make_model("llama"), device="cuda", generation="static", decode_batch_size=3)
+    for _ in range(2):
+        trainer.rollout(prompts)
+    advance, steps = slots._Decoding.advance, []
+
+    def strictly(run: Any, count: int) -> None:
+        steps.append(count)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            advance(run, count)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(slots._Decoding, "advance", strictly)
+    trainer.rollout(prompts)
+    assert steps
+
+
+@pytest.mark.parametrize("attention", ["eager", "flash_attention_2"])
+def test_a_run_trains_with_attention_of_another_name(make_trainer, attention):
+    if attention.startswith("flash"):
+        pytest.importorskip("flash_attn")
+    trainer = make_trainer(device="cuda", attn_implementation=attention, precision="bf16")
+    trainer.train()
+    assert all(row["policy/first_minibatch_max_abs_log_ratio"] < 0.5 for row in trainer.run.read())
 
 
 @pytest.mark.parametrize("setting", ["offload_activations", "gradient_checkpointing"])

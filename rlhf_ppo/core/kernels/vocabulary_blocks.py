@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -99,9 +98,10 @@ class ChunkLogits:
         """[O, n] in the products' dtype."""
         self._weight, self._bias, self._temperature = weight, bias, temperature
         self._ban = ban if ban is None or rows is None else BannedTokens(ban.where[rows], ban.tokens)
+        self.shift = self._largest_logits()
+        """[n], or None: see there."""
 
-    @cached_property
-    def shift(self) -> Tensor | None:
+    def _largest_logits(self) -> Tensor | None:
         """Estimate the largest logit of each state, for dtypes below float32; None: logits need no shift.
 
         bfloat16 keeps 8 bits: logits near 100, as GPT-2's are, would be rounded to halves. Instead their distance from

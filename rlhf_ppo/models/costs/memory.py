@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -63,10 +64,9 @@ def fits(setup: Setup) -> bool:
 
 
 def _generate(setup: Setup) -> list[Term]:
-    shape, size, rows = setup.policy, setup.compute_bytes, setup.rows
+    shape, size, rows = setup.policy, setup.compute_bytes, setup.slots
     room = setup.prompt_tokens + setup.response_tokens
-    keys = 4 if shape.rotary else size  # rotated in float32
-    per_token = (shape.layers, "layers"), (shape.key_width, "wide"), (keys + size, "bytes")
+    per_token = (shape.layers, "layers"), (shape.key_width, "wide"), (2 * size, "bytes")
     terms = [*rounded_weights(setup), *gathered_weights(setup, shape, whole=setup.gathers_whole)]
     if setup.bf16:
         terms.append(term("output layer in bfloat16", (shape.vocabulary, "words"), (shape.width, "wide"), (2, "bytes")))
@@ -74,11 +74,11 @@ def _generate(setup: Setup) -> list[Term]:
     if setup.on_cpu and setup.bf16:
         # Plain products in float32: keys and values as they are and for every query head, and scaled keys.
         repeated = 8 * shape.query_width * (shape.key_width < shape.query_width)
-        each = repeated + 4 * shape.query_width + (8 + 2 * shape.rotary) * shape.key_width
+        each = repeated + 4 * shape.query_width + 8 * shape.key_width
     else:
         each = 2 * size * shape.key_width
     moments = [
-        forward_work(setup, shape, rows * setup.prompt_tokens),
+        forward_work(setup, shape, math.ceil(rows / setup.args.num_generations) * setup.prompt_tokens),
         term("logits and probabilities", (rows, "responses"), (shape.vocabulary, "words"), (8, "bytes")),
         term("attention of one layer", (rows, "responses"), (room, "tokens"), (each, "bytes")),
     ]

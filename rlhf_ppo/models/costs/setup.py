@@ -112,6 +112,11 @@ class Setup:
         return math.ceil(self.args.rollout_batch_size / self.processes)
 
     @property
+    def slots(self) -> int:
+        """Responses that a process decodes at once."""
+        return min(self.args.decode_batch_size or self.rows, self.rows)
+
+    @property
     def minibatch_rows(self) -> int:
         """Responses of a minibatch that a process trains on."""
         return math.ceil(self.args.rollout_batch_size / self.args.num_minibatches / self.processes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from rlhf_ppo.models.costs.exchange import EXCHANGED_RECORDS, gathered_bytes, seconds_for
@@ -55,20 +56,21 @@ def _output(setup: Setup, what: str, shape: Shape, tokens: float, times: int = 1
 
 
 def _generate(setup: Setup) -> list[Term]:
-    shape, rows, steps = setup.policy, setup.rows, setup.response_tokens
-    terms = [_products(setup, "prompts", shape, rows * setup.prompt_tokens)]
+    shape, rows = setup.policy, setup.rows
+    steps = math.ceil(setup.response_tokens * rows / setup.slots)
+    terms = [_products(setup, "prompts", shape, math.ceil(rows / setup.args.num_generations) * setup.prompt_tokens)]
     if setup.sharding != "none":
         within, size = setup.sharding == "hybrid", gathered_bytes(setup, shape)
         often = 1 if setup.gathers_whole else steps
         terms.append(seconds_for(setup, "gathering weights", size, often, within_node=within))
     moved = _read_each_step(setup)
-    context = setup.prompt_tokens + steps / 2
-    cache = rows * context * shape.layers * shape.key_width * _cache_traffic(setup)
+    context = setup.prompt_tokens + setup.response_tokens / 2
+    cache = setup.slots * context * shape.layers * shape.key_width * 2 * setup.compute_bytes
     reading = [
         term("decode steps: weights", (steps, "steps"), (moved, "bytes"), over=_bandwidth(setup)),
         term("decode steps: cache", (steps, "steps"), (cache, "bytes"), over=_bandwidth(setup)),
     ]
-    tokens = rows * steps
+    tokens = rows * setup.response_tokens
     computing = [
         _products(setup, "decode steps: layers", shape, tokens),
         _output(setup, "decode steps: output layer", shape, tokens),
@@ -84,7 +86,7 @@ def _generate(setup: Setup) -> list[Term]:
 def _graphs(setup: Setup) -> bool:
     """Return whether decode steps are CUDA graphs, which the host starts at once."""
     args = setup.args
-    dynamic = args.max_turns > 1 or args.min_new_tokens > 0 or len(args.stop_strings) > 0 or setup.sharding != "none"
+    dynamic = args.max_turns > 1 or len(args.stop_strings) > 0 or setup.sharding != "none"
     return not setup.on_cpu and args.generation != "dynamic" and not dynamic
 
 
@@ -99,11 +101,6 @@ def _read_each_step(setup: Setup) -> float:
     frozen = setup.adapter is not None and setup.sharding == "none"
     each = {"none": 8 if frozen else 2, "8bit": 1, "4bit": 0.56}[setup.args.quantization]
     return each * shape.layer_matrices + (2 if setup.on_cpu else 8) * outer
-
-
-def _cache_traffic(setup: Setup) -> int:
-    """Return the bytes that a decode step moves per cached number pair; rotated keys are rounded from float32."""
-    return 10 if setup.bf16 and setup.policy.rotary else 2 * setup.compute_bytes
 
 
 def _records(setup: Setup) -> list[Term]:

@@ -1,4 +1,4 @@
-"""The key-value cache for decoding: allocated once, finished rows removed; or a cache of tokens alone."""
+"""The key-value cache for decoding: allocated once, rows removed or repeated; or a cache of tokens alone."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ class PreallocatedLayer(DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate [B, H, capacity, D]."""
         super().lazy_initialization(key_states, value_states)
+        dtype = attention_dtype(key_states)
         self._keys, self._values = (
-            x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (key_states, value_states)
+            x.new_empty(*x.shape[:2], self.capacity, x.shape[3], dtype=dtype) for x in (key_states, value_states)
         )
         self.keys, self.values = self._keys[:, :, :0], self._values[:, :, :0]
 
@@ -39,18 +40,22 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
+        """Keep some rows, or repeat them."""
         if not self.is_initialized:
             return
         assert self.keys is not None
-        length = self.keys.shape[2]
-        for states in (self._keys, self._values):
-            states[: len(indices), :, :length] = states[indices, :, :length]
-        self._keys, self._values = self._keys[: len(indices)], self._values[: len(indices)]
+        length, rows = self.keys.shape[2], len(indices)
+
+        def select(states: Tensor) -> Tensor:
+            room = states[:rows] if rows <= len(states) else states.new_empty(rows, *states.shape[1:])
+            room[:, :, :length] = states[indices, :, :length]
+            return room
+
+        self._keys, self._values = select(self._keys), select(self._values)
         self.keys, self.values = self._keys[:, :, :length], self._values[:, :, :length]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep some rows; the name that all kinds of transformers' layers share."""
+        """Keep or repeat rows; the name that all kinds of transformers' layers share."""
         self.batch_select_indices(beam_idx)
 
 
@@ -78,9 +83,15 @@ class TokenCache:
         return self.ids, self.lengths - 1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep some rows."""
+        """Keep some rows, or repeat them."""
         assert self.ids is not None
         self.ids, self.lengths = self.ids[beam_idx], self.lengths[beam_idx]
+
+
+def attention_dtype(key_states: Tensor) -> torch.dtype:
+    """Return the format in which attention reads keys and values, whatever precision rotation has left them in."""
+    kind = key_states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else key_states.dtype
 
 
 def preallocated_cache(config: PretrainedConfig, capacity: int) -> DynamicCache:

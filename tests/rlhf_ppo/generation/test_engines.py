@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from rlhf_ppo.config.groups import RolloutSettings
 from rlhf_ppo.data.tokenization import left_pad
 from rlhf_ppo.generation.decoding import sample_responses
-from rlhf_ppo.generation.engines import FixedLayer, StaticEngine, choose_engine
+from rlhf_ppo.generation.engines import StaticEngine, choose_engine
 from rlhf_ppo.generation.rollout import SampledResponses, SamplingParams
 from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.models.forward.slot_cache import SlotLayer
 
 KINDS = ["gpt2", "llama", "qwen2", "gpt_neox", "opt"]
 ROOT = Path(__file__).parents[3]
@@ -100,8 +101,15 @@ def test_static_uses_the_current_weights(make, batch):
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_the_static_step_is_one_graph(make, batch, kind):
-    """fullgraph=True fails at anything that torch.compile cannot capture; "eager" runs what was captured."""
-    model, engine = make(kind), StaticEngine(compile_step=True, backend="eager")
+    """fullgraph=True fails at anything that torch.compile cannot capture; the graph outlives changes of the weights."""
+    captured: list[Any] = []
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        captured.append(graph)
+        return graph.forward
+
+    model = make(kind)
+    engine = StaticEngine(compile_step=True, slots=2, backend=backend)
     dynamic = sample_responses(model, *batch, PARAMS, generator=seeded())
     for _ in range(2):
         static = engine(model, *batch, PARAMS, generator=seeded())
@@ -109,7 +117,27 @@ def test_the_static_step_is_one_graph(make, batch, kind):
         torch.testing.assert_close(static.logprobs, dynamic.logprobs, atol=1e-5, rtol=1e-5)
     change(model)  # the graph holds the weights by reference
     assert_equals_a_full_forward(model, batch, engine(model, *batch, PARAMS, generator=seeded()))
+    assert engine.compile_step and len(captured) == 1
     torch.compiler.reset()
+
+
+def test_static_makes_another_cache_for_weights_of_another_format(make, batch):
+    """As with a working copy in bfloat16: keys and values are kept as attention reads them."""
+    model, engine = make("llama"), StaticEngine(compile_step=False)
+    for change_format, autocast, expected in (
+        (lambda: None, False, torch.float32),
+        (lambda: None, True, torch.bfloat16),
+        (model.policy.bfloat16, False, torch.bfloat16),
+    ):
+        change_format()
+        before = engine._fixed
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            engine(model, *batch, PARAMS)
+            assert engine._fixed is not before
+            kept, layer = engine._fixed, engine._fixed.cache.layers[0]
+            assert layer.keys.dtype == layer.values.dtype == expected
+            engine(model, *batch, PARAMS)
+            assert engine._fixed is kept
 
 
 def test_a_step_that_cannot_be_compiled_is_a_warning(make, batch, monkeypatch):
@@ -135,9 +163,8 @@ def test_a_step_that_cannot_be_compiled_is_a_warning(make, batch, monkeypatch):
 
 
 def test_static_refuses_what_only_the_dynamic_loop_does(make, batch):
-    for limits in ({"min_new_tokens": 1}, {"stop_strings": ("a",)}):
-        with pytest.raises(ValueError, match="use generation='dynamic'"):
-            StaticEngine(compile_step=False)(make(), *batch, SamplingParams(max_new_tokens=8, **limits))
+    with pytest.raises(ValueError, match="use generation='dynamic'"):
+        StaticEngine(compile_step=False)(make(), *batch, SamplingParams(max_new_tokens=8, stop_strings=("a",)))
 
 
 # Choosing
@@ -149,13 +176,13 @@ def test_auto_is_dynamic_without_a_gpu(make):
 
 def test_a_model_that_reads_a_fixed_cache_wrongly_is_refused(make, monkeypatch):
     """The values that attention reads are doubled, so the log-probs are those of another model."""
-    update = FixedLayer.update
+    update = SlotLayer.update
 
     def doubled(*states, **others):
         keys, values = update(*states, **others)
         return keys, 2 * values
 
-    monkeypatch.setattr(FixedLayer, "update", doubled)
+    monkeypatch.setattr(SlotLayer, "update", doubled)
     with pytest.raises(ValueError, match=r"'static' .* model=GPT2LMHeadModel: its log-probs are .*'dynamic'"):
         choose_engine(RolloutSettings(generation="static"), make())
 

@@ -120,7 +120,6 @@ def test_stop_strings_end_turns_too(make_trainer, script):
     [
         ({"min_new_tokens": 9, "max_new_tokens": 6}, ("min_new_tokens=9", "max_new_tokens=6")),
         ({"min_new_tokens": 1, "stop_token_ids": ()}, ("min_new_tokens=1", "stop_token_ids")),
-        ({"min_new_tokens": 1, "generation": "static"}, ("min_new_tokens=1", "generation='static'")),
         ({"stop_strings": ("x",), "generation": "static"}, ("stop_strings=('x',)", "generation='static'")),
         ({"stop_strings": "x"}, ("stop_strings", "'x'")),
         ({"stop_strings": ("x", "")}, ("stop_strings", "non-empty")),
