@@ -25,11 +25,16 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import register_dataclass
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_ppo.core import PolicyOutput
 from rlhf_ppo.models.sharded_traffic import count_traffic
 from rlhf_ppo.runtime.stored_tensors import Piece, StoredTensors
+
+# FSDP gathers a model's weights where backward enters it; torch 2.11 finds the place only in outputs that are trees.
+register_dataclass(PolicyOutput)
 
 _GATHERED: WeakSet[FSDPModule] = WeakSet()
 """The modules whose own weights are whole at this moment, because code around them said so."""

@@ -19,7 +19,7 @@ BLOCK_LOGITS, BLOCK_WORDS = 2**20, 256
 """Size of a block: 4 MiB of float32 logits, and at least 256 words."""
 
 _AUTOCASTS = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
-"""Devices that have autocast; asked once, because torch before 2.12 cannot compile code that asks."""
+"""Devices that have autocast; asked once, because torch 2.11 cannot compile code that asks."""
 
 _SAMPLE = 1024
 """Words whose largest logit is estimated before the product: the first ones (in BPE the most frequent), and as many
@@ -89,7 +89,7 @@ class ChunkLogits:
             hidden, weight, bias: [N, O], [V, O] and [V] or None.
             temperature: divides the logits.
             low: dtype of the products.
-            rows: the chunk, of N rows; None: all of them. (torch before 2.12 cannot compile a slice as a default.)
+            rows: the chunk, of N rows; None: all of them. (torch 2.11 cannot compile a slice as a default.)
             ban: of all N rows.
         """
         states = hidden if rows is None else hidden[rows]

@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
+from rlhf_ppo.core import PolicyOutput
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward.runner import Sequences, position_ids
 from rlhf_ppo.models.lora import VALUE_ADAPTER, add_value_adapter
@@ -204,3 +206,11 @@ def test_gathering_twice_keeps_weights_until_the_outer_end(make_model):
 def test_a_model_without_known_layers_is_refused():
     with pytest.raises(ValueError, match="sharding='none'"):
         transformer_layers(nn.Linear(2, 2))
+
+
+def test_fsdp_finds_every_tensor_that_a_backward_pass_can_enter_by():
+    """Without that torch 2.11 does not gather the output layer for its own backward pass."""
+    x = torch.zeros(2, requires_grad=True)
+    output = PolicyOutput(x, x + 1, None, x + 2)
+    found = {id(leaf) for leaf in tree_leaves(output) if leaf is not None}
+    assert found == {id(t) for t in (output.logprobs, output.values, output.kl)}
