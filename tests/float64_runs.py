@@ -38,8 +38,11 @@ SMALL: dict[str, Any] = {
 
 
 def early_letters(prompts: list[Any], completions: list[str], **columns: Any) -> list[float | None]:
-    """Share of the characters before n in the alphabet; a short text cannot be scored."""
-    return [None if len(c) < 2 else sum("a" <= x < "n" for x in c) / len(c) for c in completions]
+    """Share of the characters before n in the alphabet; a text that begins with an x cannot be scored.
+
+    A little for the length keeps every score off the mean: at an advantage of 0, rounding decides what is clipped.
+    """
+    return [None if c[:1] == "x" else sum("a" <= x < "n" for x in c) / 7 + len(c) / 71 for c in completions]
 
 
 def make_trainer(folder: str, settings: dict[str, Any], given: dict[str, Any]) -> PPOTrainer:
@@ -134,7 +137,7 @@ def train(
         trainer.callbacks.append(keep)
         last = trainer.train(resume_from_checkpoint=resume)
         tokens = trainer.rollout(["once upon", "a", "blue"]).response_ids  # three: some of four processes have none
-        found = {"tokens": tokens.numpy(), "metrics": [*metrics, last], "weights": weights_of(trainer)}
+        found = {"tokens": tokens.tolist(), "metrics": [*metrics, last], "weights": weights_of(trainer)}
         judges = [getattr(function, "together", False) for function, _ in trainer.fixed.rewards.values()]
         return {
             **found,
@@ -183,11 +186,12 @@ def train_in_bfloat16(settings: dict[str, Any]) -> list[dict[str, float]]:
 
 def require_equal(one: dict[str, Any], other: dict[str, Any], tolerance: float = 1e-9) -> None:
     """Require equal tokens, and equal metrics and weights to rounding."""
-    assert one["tokens"].tolist() == other["tokens"].tolist()
+    assert one["tokens"] == other["tokens"]
+    assert len(one["metrics"]) == len(other["metrics"])
     for before, after in zip(one["metrics"], other["metrics"], strict=True):
         assert before.keys() == after.keys()
         for name, value in before.items():
-            assert math.isclose(value, after[name], rel_tol=tolerance, abs_tol=tolerance), name
-    assert one["weights"].keys() == other["weights"].keys()
+            same = math.isclose(value, after[name], rel_tol=tolerance, abs_tol=tolerance)
+            assert same or math.isnan(value) is math.isnan(after[name]) is True, (name, value, after[name])
     for name, weight in one["weights"].items():
         assert abs(weight - other["weights"][name]).max() <= tolerance, name

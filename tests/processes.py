@@ -1,4 +1,4 @@
-"""Run a function in several processes that have joined each other, as torchrun would start them."""
+"""Run a function in several processes that have joined each other: as torchrun would start them, or as plain forks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
+import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["rlhf_ppo.trainer"])  # imported once, not once a process
@@ -91,8 +94,6 @@ def ended_processes(
 
 
 def _run_program(variables: dict[str, Any], file: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    import torch
-
     os.environ.update({name: str(value) for name, value in variables.items()})
     torch.set_num_threads(1)
     handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -118,8 +119,6 @@ def _result(rank: int, receiving: Connection) -> tuple[str | None, Any]:
 
 
 def _run(variables: dict[str, Any], sending: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    import torch
-
     from rlhf_ppo.runtime.processes.join import leave_processes
 
     os.environ.update({name: str(value) for name, value in variables.items()})
@@ -131,6 +130,56 @@ def _run(variables: dict[str, Any], sending: Connection, function: Callable[...,
     if torch.distributed.is_initialized():
         leave_processes()
         torch.distributed.destroy_process_group()
+
+
+def in_forks(count: int, work: Callable[[int], Any], *, timeout_s: float = 120.0) -> list[Any]:
+    """Run ``work(rank)``, which may be a closure, in ``count`` forks of this process that torch's gloo alone joins.
+
+    Returns:
+        What each returned: tensors in containers.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        codes = exit_codes_of_forks(count, work, folder, timeout_s=timeout_s)
+        errors = [file.read_text() for file in sorted(folder.glob("*.error"))]
+        assert codes == [0] * count, "\n".join(errors) or f"exit codes {codes} of {count} processes"
+        return [torch.load(folder / f"{rank}.result", weights_only=True) for rank in range(count)]
+
+
+def exit_codes_of_forks(count: int, work: Callable[[int], Any], folder: Path, *, timeout_s: float = 120.0) -> list[int]:
+    """Run ``work(rank)`` in ``count`` processes; returns their exit codes, negative for the signal that ended one.
+
+    As a launcher does, kill the others once one has failed.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # threads of libraries, idle here, do not fork
+        children = [_fork(rank, count, work, folder) for rank in range(count)]
+    until, codes = time.monotonic() + timeout_s, dict[int, int]()
+    while len(codes) < count:
+        if any(codes.values()) or time.monotonic() > until:
+            for pid in set(children) - set(codes):
+                os.kill(pid, 9)
+        for pid in set(children) - set(codes):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    return [codes[pid] for pid in children]
+
+
+def _fork(rank: int, count: int, work: Callable[[int], Any], folder: Path) -> int:
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
+        torch.save(work(rank), folder / f"{rank}.result")
+        dist.barrier()
+        code = 0
+    except BaseException:
+        (folder / f"{rank}.error").write_text(f"process {rank}: {traceback.format_exc()}")
+    finally:
+        os._exit(code)
 
 
 def require_close(one: Any, other: Any) -> None:

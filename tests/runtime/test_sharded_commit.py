@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from processes import exit_codes_of_forks, in_forks
 
 from rlhf_ppo.runtime import stored_tensors
 from rlhf_ppo.runtime.checkpoint import list_checkpoints, read_checkpoint, read_manifest, verify_checkpoint
@@ -18,7 +19,6 @@ from rlhf_ppo.runtime.checkpoint_commit import write_checkpoint
 from rlhf_ppo.runtime.processes.group import ProcessGroup
 from rlhf_ppo.runtime.resume import newest_good
 from rlhf_ppo.runtime.stored_tensors import Piece
-from tests.forked import exit_codes, in_processes
 
 WHOLE = torch.arange(35.0).reshape(7, 5)
 
@@ -34,7 +34,7 @@ def write(root: Path, step: int, rank: int, count: int = 2) -> Path:
 
 @pytest.mark.parametrize("count", [2, 3, pytest.param(5, marks=pytest.mark.slow)])
 def test_rows_are_read_from_whichever_process_wrote_them(tmp_path, count):
-    in_processes(count, lambda rank: str(write(tmp_path, 1, rank, count)))
+    in_forks(count, lambda rank: str(write(tmp_path, 1, rank, count)))
     folder = tmp_path / "checkpoint-1"
     assert verify_checkpoint(folder) == [] and read_manifest(folder)["format"] == 2
     stored = read_checkpoint(folder).tensors["trainable"]
@@ -57,7 +57,7 @@ def test_a_process_that_fails_to_write_is_everyones_error_and_nothing_is_left(tm
             return f"{error.errno} {error.strerror}"
         return "written"
 
-    said = in_processes(2, fail_on_second)
+    said = in_forks(2, fail_on_second)
     assert said[0] == said[1] and said[0].startswith(f"{errno.ENOSPC} checkpoint of step 2 could not be written")
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-1"]
 
@@ -71,7 +71,7 @@ def test_what_one_process_holds_is_never_committed_alone(tmp_path):
 
 
 def test_damage_to_any_processs_file_is_noticed(tmp_path):
-    in_processes(2, lambda rank: str(write(tmp_path, 1, rank)))
+    in_forks(2, lambda rank: str(write(tmp_path, 1, rank)))
     file = tmp_path / "checkpoint-1" / "trainable.1.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -137,10 +137,10 @@ def test_fault_21_either_process_killed_at_a_step_leaves_a_checkpoint_to_resume_
             _count_steps(kill)
         write(run, 3, rank)
 
-    codes = exit_codes(2, die, scratch)
+    codes = exit_codes_of_forks(2, die, scratch)
     assert codes[victim] == -signal.SIGKILL, f"the victim takes fewer than {step} steps"
     good = newest_good(run)
     assert good is not None and good.step in (2, 3)
     assert torch.equal(good.tensors["trainable"]["matrix"], WHOLE)
-    in_processes(2, lambda rank: str(write(run, 4, rank)))
+    in_forks(2, lambda rank: str(write(run, 4, rank)))
     assert [verify_checkpoint(folder) for folder in list_checkpoints(run)] == [[], []]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from processes import in_forks
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
@@ -28,7 +29,6 @@ from rlhf_ppo.models.sharding import (
     whole_tensor,
     whole_weights,
 )
-from tests.forked import in_processes
 
 KINDS = [("gpt2", "shared"), ("llama", "separate"), ("gpt2", "lora"), ("llama", "adapter")]
 
@@ -111,7 +111,7 @@ def test_two_processes_that_share_weights_learn_what_one_learns(make_model, kind
         shard(model, make_sharding(hybrid=False, device=torch.device("cpu"), bf16=False))
         return measure(model, rank)
 
-    both = in_processes(2, work)
+    both = in_forks(2, work)
     alone = measure(one, None)
     for found in both:
         assert found.keys() == alone.keys()
@@ -137,7 +137,7 @@ def test_a_process_holds_its_share_of_matrices_gradients_and_optimizer_alone(mak
     vectors = sum(p.numel() for p in model.parameters() if min(p.shape) == 1 or p.ndim == 1)
     matrices = sum(p.numel() for p in model.parameters()) - vectors
     row = 2 * 64 * 8  # the vocabulary's 30 rows and the others' 16 divide evenly; padding would be at most a row each
-    for held in in_processes(2, work):
+    for held in in_forks(2, work):
         assert held <= 16 * (vectors + matrices / 2) + row
 
 
@@ -153,7 +153,7 @@ def test_with_whole_weights_processes_need_not_decode_together(make_model):
 
     model = build(make_model, "gpt2", "shared").policy
     vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
-    assert in_processes(2, work) == [[sum(p.numel() for p in model.parameters()), vectors]] * 2
+    assert in_forks(2, work) == [[sum(p.numel() for p in model.parameters()), vectors]] * 2
 
 
 def test_bfloat16_shards_give_the_gradient_that_autocast_gives(make_model):
@@ -167,7 +167,7 @@ def test_bfloat16_shards_give_the_gradient_that_autocast_gives(make_model):
         return gradient(sharded(make_model, "llama", bf16=True), [2 * rank, 2 * rank + 1])
 
     halves = [gradient(build(make_model, "llama", "shared").float(), rows) for rows in ([0, 1], [2, 3])]
-    for found in in_processes(2, work):
+    for found in in_forks(2, work):
         for x, *parts in zip(found, *halves, strict=True):
             assert x.dtype == torch.float32
             # The value head's gradient, a row, is this process's own.
@@ -182,7 +182,7 @@ def test_a_sharded_reference_reads_what_a_whole_one_reads(make_model):
         return reference.logprobs(sequences(), temperature=0.7)
 
     alone = Reference(make_model("llama"), None, adapter_off=False).logprobs(sequences(), temperature=0.7)
-    for found in in_processes(2, work):
+    for found in in_forks(2, work):
         torch.testing.assert_close(found, alone)
 
 
@@ -200,7 +200,7 @@ def test_gathering_twice_keeps_weights_until_the_outer_end(make_model):
             between = is_whole()
         return [inner, between, is_whole()]
 
-    assert in_processes(2, work) == [[True, True, False]] * 2
+    assert in_forks(2, work) == [[True, True, False]] * 2
 
 
 def test_a_model_without_known_layers_is_refused():

@@ -218,6 +218,22 @@ def test_faults_14_15_a_run_that_a_reward_ended_goes_on_bit_for_bit(make_trainer
     assert_same(resumed, whole)
 
 
+def test_any_error_between_two_updates_leaves_a_checkpoint(make_trainer, capsys):
+    def fail(trainer, metrics):
+        if trainer.iteration == 2:
+            raise KeyError("mine")
+
+    whole, cut = make_trainer(**SETTINGS), make_trainer(**SETTINGS, callbacks=[fail])
+    whole.train()
+    with pytest.raises(KeyError, match="mine"):
+        cut.train()
+    folder = cut.run.path / "checkpoint-2"
+    assert f"saved in {folder}: resume with resume_from_checkpoint={folder}" in capsys.readouterr().err
+    resumed = make_trainer(**SETTINGS, output_dir=str(cut.run.path))
+    resumed.train(resume_from_checkpoint=folder)
+    assert_same(resumed, whole)
+
+
 REWARD = (
     "import os, pathlib, signal, time\n"
     "def vowels(prompts, completions, **columns):\n"

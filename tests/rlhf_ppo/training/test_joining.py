@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+import time
 import warnings
+from pathlib import Path
 
 import pytest
 from processes import Ended, ended_processes, in_processes
@@ -19,7 +21,7 @@ from rlhf_ppo.config.reward_training import RewardTrainingArgs
 from rlhf_ppo.config.sft import SFTArgs
 from rlhf_ppo.data.rows import as_rows
 from rlhf_ppo.pipeline import generate, reward_training, sft
-from rlhf_ppo.runtime.processes import join
+from rlhf_ppo.runtime.processes import group, join
 from rlhf_ppo.runtime.processes.agreement import require_same
 from rlhf_ppo.runtime.processes.errors import OtherProcessError
 from rlhf_ppo.runtime.processes.join import join_processes
@@ -137,10 +139,10 @@ def test_usage_and_bad_input_are_printed_once(words, code, line):
 
 
 def in_two_places() -> list[str]:
-    group = join_processes()
-    place = (lambda: 0) if group.first else os.getpid
+    joined = join_processes()
+    place = (lambda: 0) if joined.first else os.getpid
     with pytest.raises(Exception, match="all processes must do the same") as error:
-        group.facts(place)
+        joined.facts(place)
     assert not isinstance(error.value, OtherProcessError)
     return [str(error.value)]
 
@@ -149,6 +151,28 @@ def test_processes_that_do_different_things_are_told_so():
     one, other = in_processes(2, in_two_places)
     assert one == other
     assert re.match(r"process 0 is in [\w.]*test_joining.in_two_places where process 1 is in posix.getpid", one[0])
+
+
+def hand_over(done: Path) -> list[str]:
+    """Return what each raises if the last process hands an error over: when the other comes, and when it does not."""
+    processes, said = join_processes(), []
+    for comes in (True, False):
+        group.SAVING_S = 20.0 if comes else 0.3
+        if not processes.first:
+            said.append(str(processes.hand_over(KeyError("mine"))))
+        elif comes:
+            with pytest.raises(KeyError) as error:
+                processes.facts(int)
+            said.append(str(error.value))
+    if not processes.first:
+        done.touch()
+    while not done.exists():
+        time.sleep(0.01)
+    return said
+
+
+def test_an_error_that_is_handed_over_is_raised_by_all_or_by_its_own_process_alone(tmp_path):
+    assert in_processes(2, hand_over, tmp_path / "done") == [["'mine'"], ["'mine'", "'mine'"]]
 
 
 def launched(parent: str, **variables: str) -> str:

@@ -118,14 +118,21 @@ FAULTS: dict[str, tuple[Any, str, int, Callable[[], object]]] = {
 """Name -> before which call of which function what happens."""
 
 
+OTHERS: dict[str, tuple[Any, str, int, Callable[[], object]]] = {
+    "killed before a save": (SafePoint, "mark", 6, wait_for_failure),
+    "hangs": (update, "clip_and_step", 3, lambda: join_processes().set_timeout(3)),  # now that all are at work
+}
+"""What the other processes do meanwhile."""
+
+
 def train_with(folder: str, fault: str, rank: int, *more: str) -> int:
     """Train with a fault in process ``rank``."""
     if fault == "reward":
         os.environ["FAILS"] = str(rank)
     elif int(os.environ["RANK"]) == rank:
         before(*FAULTS[fault])
-    elif fault == "killed before a save":  # the others go on to it once they have noticed
-        before(SafePoint, "mark", 6, wait_for_failure)
+    elif fault in OTHERS:
+        before(*OTHERS[fault])
     return train(folder, "run", *more)
 
 
@@ -147,7 +154,7 @@ KILLED = "error: process {rank} of {size} ({name}) ended without a word: it was 
 CASES = [
     Case("backward", 1, 1, "OutOfMemoryError: no memory"),
     Case("killed while sampling", 1, 1, KILLED, own_code=-9),
-    Case("hangs", 1, 1, "test_process_failures.py:", more=("--process-timeout-s", "2")),
+    Case("hangs", 1, 1, "test_process_failures.py:"),
     Case("SIGTERM", 1, 143, "stopped by SIGTERM; saved in", saved=2),
     Case("reward", 1, 1, "raised KeyError: 'no score'. The responses are in"),
     Case("reward", 0, 1, "raised KeyError: 'no score'. The responses are in"),
@@ -162,7 +169,7 @@ CASES = [
     Case("killed before a save", 1, 1, KILLED, saved=2, own_code=-9),
     Case("exits", 1, 1, KILLED, own_code=0),
     Case("leaves", 1, 7, "error: process 1 of {size} failed: SystemExit: 7", own_code=7),
-    Case("hangs", 0, 1, "test_process_failures.py:", more=("--process-timeout-s", "2")),
+    Case("hangs", 0, 1, "test_process_failures.py:"),
     Case("SIGTERM", 0, 143, "stopped by SIGTERM; saved in", saved=2),
     Case("Ctrl-C", 1, 130, "stopped by SIGINT; saved in", saved=2),
     Case("two Ctrl-C", 1, 130, "interrupted"),
@@ -252,7 +259,7 @@ SHARDED_CASES = [
     Case("save", 1, 1, "no space", saved=2),
     Case("killed in an update", 1, 1, KILLED, saved=0, own_code=-9),
     Case("killed while sampling", 0, 1, KILLED, saved=0, own_code=-9),
-    Case("hangs", 1, 1, "test_process_failures.py:", saved=0, more=("--process-timeout-s", "2")),
+    Case("hangs", 1, 1, "test_process_failures.py:", saved=0),
     Case("SIGTERM", 1, 143, "stopped by SIGTERM; saved in", saved=2),
 ]
 FAST_SHARDED = 3

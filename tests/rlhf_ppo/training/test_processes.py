@@ -6,13 +6,12 @@ some have a single response and with four every minibatch leaves one or more wit
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from float64_runs import PROMPTS, SMALL
+from float64_runs import PROMPTS, SMALL, early_letters, require_equal
 from peft import LoraConfig
 from processes import in_processes
 
@@ -21,14 +20,6 @@ from rlhf_ppo.rewards.functions import StepRewards
 
 Case = dict[str, Any]
 """Settings, and arguments of the trainer: those that cannot travel to another process are made there from a name."""
-
-
-def early_letters(prompts: list[Any], completions: list[str], **columns: Any) -> list[float | None]:
-    """Share of the characters before n in the alphabet; a text that begins with an x cannot be scored.
-
-    A little for the length keeps every score off the mean: at an advantage of 0, rounding decides what is clipped.
-    """
-    return [None if c[:1] == "x" else sum("a" <= x < "n" for x in c) / 7 + len(c) / 71 for c in completions]
 
 
 def rank_in_rollout(prompts: list[Any], completions: list[str], **columns: Any) -> list[float]:
@@ -96,18 +87,6 @@ def train(folder: str, case: Case, updates: int = 3) -> dict[str, Any]:
 
 def train_all(folder: str, cases: list[Case]) -> list[dict[str, Any]]:
     return [train(folder, case) for case in cases]
-
-
-def require_equal(one: dict[str, Any], other: dict[str, Any], tolerance: float = 1e-9) -> None:
-    assert one["tokens"] == other["tokens"]
-    assert len(one["metrics"]) == len(other["metrics"])
-    for before, after in zip(one["metrics"], other["metrics"], strict=True):
-        assert before.keys() == after.keys()
-        for name, value in before.items():
-            same = math.isclose(value, after[name], rel_tol=tolerance, abs_tol=tolerance)
-            assert same or math.isnan(value) is math.isnan(after[name]) is True, (name, value, after[name])
-    for name, weight in one["weights"].items():
-        assert abs(weight - other["weights"][name]).max() <= tolerance, name
 
 
 @pytest.fixture
