@@ -34,7 +34,7 @@ from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.models.sharding import make_sharding
 from rlhf_ppo.runtime.device import compute_in_bf16, resolve_device
 from rlhf_ppo.runtime.run_directory import append_line
-from rlhf_ppo.training import load_models
+from rlhf_ppo.training import setup
 from rlhf_ppo.training.shard_models import Plan
 
 
@@ -196,11 +196,11 @@ def sharded_alone(device: torch.device, *, bf16: bool) -> Iterator[None]:
     dist.all_reduce(total)
     assert total.tolist() == [3.0] * 4, f"a sum over one process by {backend} changed the numbers"
     plan = Plan(make_sharding(hybrid=False, device=device, bf16=bf16), "", decoding="whole")
-    original, load_models.plan_sharding = load_models.plan_sharding, lambda *_, **__: plan
+    original, setup.plan_sharding = setup.plan_sharding, lambda *_, **__: plan
     try:
         yield
     finally:
-        load_models.plan_sharding = original
+        setup.plan_sharding = original
         dist.destroy_process_group()
 
 

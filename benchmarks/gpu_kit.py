@@ -55,7 +55,9 @@ def steps(device: str, *, tiny: bool, rows: Path) -> list[Step]:
         return script("speed_worker.py", side, "tiny" if tiny else "G", "--device", device)
 
     ways = ["dynamic", "checkpointed", "offloaded", "sharded", "LoRA", "QLoRA"]
-    pytest = [python, "-m", "pytest", "-vv", "-m", "cuda", "-p", "no:cacheprovider", "--tb=short"]
+    # Most of a test on a GPU is compiling on the CPU.
+    workers = ["-n", "4"] if device == "cuda" and importlib.util.find_spec("xdist") is not None else []
+    pytest = [python, "-m", "pytest", *workers, "-vv", "-m", "cuda", "-p", "no:cacheprovider", "--tb=short"]
     return [
         Step(
             name="tests",
@@ -80,7 +82,9 @@ def steps(device: str, *, tiny: bool, rows: Path) -> list[Step]:
 
 def read_tests(log: str) -> list[Row]:
     """Return a row with the counts of pytest -vv, and one for each test that failed."""
-    verdicts = re.findall(r"^\S+::.*? (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b", log, re.MULTILINE)
+    word = "(PASSED|FAILED|ERROR|SKIPPED|XFAIL)"
+    lines = rf"^(?:\[gw\d+\] \[ *\d+%\] {word} \S+::|\S+::.*? {word}\b)"  # of several workers, of one
+    verdicts = [a or b for a, b in re.findall(lines, log, re.MULTILINE)]
     counts = {word: verdicts.count(word.upper()) for word in ("passed", "failed", "error", "skipped")}
     text = ", ".join(f"{count} {word}" for word, count in counts.items() if count) or "no test ran"
     failures = re.findall(r"^(?:FAILED|ERROR) (\S.*?) - (.*)$", log, re.MULTILINE)
@@ -123,6 +127,8 @@ def run_step(step: Step, limit_s: float, out: Path) -> Row:
     for row in step.read_log(log):
         add_row(rows, row)
     measured = [{"text": describe(row), **row} for row in read_rows(rows, start)]
+    if outcome == "failed":
+        why = next((f"{row['way']}: {row['why']}" for row in measured if row.get("outcome") == "failed"), why)
     took = round(time.monotonic() - started, 1)
     result = {"step": step.name, "answers": step.answers, "outcome": outcome, "why": why, "seconds": took}
     result["limit_seconds"] = round(limit_s)

@@ -29,7 +29,7 @@ WHEELS = ROOT / "build/wheels"
 LIMIT_MIB = 48
 """Most that is carried: with the repository it stays below 64 MiB."""
 
-TESTS = ("pytest", "hypothesis")
+TESTS = ("pytest", "pytest-xdist", "hypothesis")
 PEER = "trl==1.12.0"
 NOT_CARRIED = frozenset(
     "torch transformers tokenizers safetensors huggingface-hub numpy matplotlib pandas pyarrow".split()

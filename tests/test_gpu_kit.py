@@ -41,6 +41,9 @@ def test_the_kit_runs_without_a_gpu(tmp_path):
     assert table.strip() in (tmp_path / "table.md").read_text() and "| | defaults | 0." in table
 
 
+FAILED = '{"model": "m", "way": "w", "outcome": "failed", "why": "KeyError: 1"}\n'
+
+
 def test_a_step_that_fails_or_takes_too_long_stops_none(kit, tmp_path, monkeypatch, capsys):
     results = tmp_path / "results.jsonl"
     writes = f"open({str(results)!r}, 'a').write("
@@ -50,6 +53,7 @@ def test_a_step_that_fails_or_takes_too_long_stops_none(kit, tmp_path, monkeypat
     steps = [
         kit.Step("long", "", 1, [*python, long]),
         kit.Step("bad", "", 60, [*python, bad]),
+        kit.Step("partly", "", 60, [*python, writes + repr(FAILED) + "); raise SystemExit(1)"]),
         kit.Step("absent", "", 60, [*python, "1"], needs="no_such_module"),
         kit.Step("good", "", 60, [*python, writes + """'{"run": "b", "text": "fine"}\\n')"""]),
     ]
@@ -58,10 +62,17 @@ def test_a_step_that_fails_or_takes_too_long_stops_none(kit, tmp_path, monkeypat
     (tmp_path / "log.txt").write_text("of an earlier session")
     assert kit.main(["--out", str(tmp_path)]) == 1
     rows = [json.loads(line) for line in results.read_text().splitlines() if "cut" not in line]
-    assert [row["outcome"] for row in rows if "step" in row] == ["out of time", "failed", "left out", "passed"]
+    assert [row["outcome"] for row in rows if "step" in row] == [
+        "out of time",
+        "failed",
+        "failed",
+        "left out",
+        "passed",
+    ]
     assert {"run": "a", "text": "kept"} in rows and {"run": "b", "text": "fine"} in rows
     table = capsys.readouterr().out.partition("| step |")[2]
     assert "| bad |  | failed: ValueError: no such kernel |" in table
+    assert "| partly |  | failed: w: KeyError: 1 |" in table and "| | m w | failed: KeyError: 1 | |" in table
     assert "| | a | kept | |" in table and "| | b | fine | |" in table
     assert "left out: needs no_such_module, which is not installed" in table
     assert "earlier" not in (tmp_path / "log.txt").read_text()
@@ -79,8 +90,10 @@ def test_tests_are_counted_also_when_they_were_cut_off(kit):
 tests/a.py::test_one[a b] PASSED                                     [ 20%]
 tests/a.py::test_two SKIPPED (needs a CUDA GPU)                      [ 40%]
 tests/a.py::test_three[all losses] FAILED                            [ 60%]
+tests/a.py::test_four
+[gw3] [ 80%] PASSED tests/a.py::test_four
 """
-    assert kit.read_tests(log)[0]["text"] == "1 passed, 1 failed, 1 skipped"
+    assert kit.read_tests(log)[0]["text"] == "2 passed, 1 failed, 1 skipped"
     log += "FAILED tests/a.py::test_three[all losses] - RuntimeError: a - b\nERROR tests/b.py - ImportError: no\n"
     assert [row["text"] for row in kit.read_tests(log)[1:]] == [
         "tests/a.py::test_three[all losses]: RuntimeError: a - b",
