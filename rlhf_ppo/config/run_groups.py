@@ -53,8 +53,9 @@ class MemorySettings(Settings):
     """Keep saved activations in main memory instead of on the GPU."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """Load the policy's frozen base in 8 or 4 bits (QLoRA); needs bitsandbytes, a CUDA GPU and an adapter."""
-    reference_dtype: Literal["float32", "bfloat16", "8bit", "4bit"] = "float32"
-    """Number format of a reference with weights of its own; 8bit and 4bit need bitsandbytes and a CUDA GPU."""
+    reference_dtype: Literal["auto", "float32", "bfloat16", "8bit", "4bit"] = "auto"
+    """Number format in which a reference with weights of its own is held: auto is bfloat16 under bf16 and float32
+    otherwise; 8bit and 4bit need bitsandbytes and a CUDA GPU."""
     sharding: Literal["auto", "none", "full", "hybrid"] = "auto"
     """With several processes: all weights on each (none); a share of weights, gradients and optimizer on each (full);
     a share within each machine, repeated on every machine (hybrid); or auto: full where a device's memory would not
@@ -62,6 +63,12 @@ class MemorySettings(Settings):
     sharded_decoding: Literal["auto", "whole", "layers"] = "auto"
     """Under sharding: gather all weights once for a rollout's decoding (whole), each layer's at each decode step
     (layers: less memory, much slower), or auto: whole where they fit."""
+
+    def reference_format(self, *, bf16: bool) -> Literal["float32", "bfloat16", "8bit", "4bit"]:
+        """Return the number format of a reference with weights of its own; ``bf16``: the run computes in bfloat16."""
+        if self.reference_dtype != "auto":
+            return self.reference_dtype
+        return "bfloat16" if bf16 else "float32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,8 +130,8 @@ class RunSettings(ProcessSettings):
     device: str | None = None
     """cuda, mps or cpu; None: the first of these that is available."""
     precision: Precision = "auto"
-    """Number format of matrix products: bf16 (autocast; weights and optimizer stay in fp32), fp32, or auto: bf16 where
-    the GPU or CPU computes it faster."""
+    """Number format of matrix products: bf16 (of a rounded copy; weights and optimizer stay in fp32), fp32, or auto:
+    bf16 where the GPU or CPU computes it faster."""
     attn_implementation: str | None = None
     """Attention of all models, by transformers' name: eager, sdpa, flex_attention, flash_attention_2 or another that is
     installed (flash attention: not of reward models, which compute in fp32). Only sdpa packs sequences. None:

@@ -69,9 +69,8 @@ def sample_responses(
     batch, device = len(prompt_ids), prompt_ids.device
     u = sampling.uniforms(params.max_new_tokens, batch, generator, device, whole)
     record = Record(batch, params, device)
-    with model.runner.decoding():
-        for rows in torch.arange(batch, device=device).split(at_once or batch):
-            _decode(model, prompt_ids[rows], prompt_mask[rows], rows, u, record, stop_detector)
+    for rows in torch.arange(batch, device=device).split(at_once or batch):
+        _decode(model, prompt_ids[rows], prompt_mask[rows], rows, u, record, stop_detector)
     return record.responses(has_values=model.shares_trunk)
 
 

@@ -109,11 +109,10 @@ def sample_in_slots(
     run = _Decoding(model, prompt_ids, prompt_mask, params, u, slots, stop_detector)
     pace = pace or Pace.on(u.device)
     pace = pace if stop_detector is None else Pace(1, waits=True)
-    with model.runner.decoding():
-        while run.fill():
-            look = None if pace.waits else Reading(run.state.alive)
-            run.advance(pace.steps)
-            run.free((look or Reading(run.state.alive)).wait().tolist())
+    while run.fill():
+        look = None if pace.waits else Reading(run.state.alive)
+        run.advance(pace.steps)
+        run.free((look or Reading(run.state.alive)).wait().tolist())
     return run.record.responses(has_values=model.shares_trunk)
 
 

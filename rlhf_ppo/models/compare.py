@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rlhf_ppo.models.dropout import without_dropout
 from rlhf_ppo.models.forward.hidden_states import call, probe_ids
+from rlhf_ppo.models.working_copy import computing, held_in_bf16
 from rlhf_ppo.runtime.errors import RunError
 
 OBJECT = "object"
@@ -32,10 +33,10 @@ def probe_logits(model: nn.Module, *, grad: bool = False, bf16: bool = False) ->
     Args:
         model: its dropout is switched off and stays off.
         grad: let the logits carry gradients.
-        bf16: its layers' weights are in bfloat16, and so are their products.
+        bf16: compute in bfloat16, as a model does in any case whose weights are held in it.
     """
     ids = probe_ids(without_dropout(model))
-    with torch.set_grad_enabled(grad), torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
+    with torch.set_grad_enabled(grad), computing(model, bf16=bf16 or held_in_bf16(model)):
         return call(model, ids).logits[0].float().cpu()
 
 

@@ -17,7 +17,7 @@ from rlhf_ppo.models.forward.runner import ModelRunner, Sequences, position_ids
 from rlhf_ppo.models.named_kernels import is_flash
 from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.models.sharding import gathered, is_share
-from rlhf_ppo.runtime.device import autocast
+from rlhf_ppo.models.working_copy import computing, held_in_bf16
 
 _LONG, _SHORT = 8, 3
 """Tokens of the two rows, so that the short one has five tokens of left padding; the long one may be longer."""
@@ -85,7 +85,7 @@ def check_forward(
         reference.runner.copy_layout(model.runner)
     elif reference is not None:
         with reference.active():
-            _choose_ways(reference.runner, "ref_model", longest, bf16=bf16)
+            _choose_ways(reference.runner, "ref_model", longest, bf16=reference.bf16)
 
 
 def check_backward(model: ActorCritic, *, bf16: bool, checkpoint: bool) -> None:
@@ -115,9 +115,9 @@ def _gradient(model: ActorCritic, name: str, *, bf16: bool) -> Tensor:
     trained = sorted((p for p in model.policy_parameters() if not is_share(p)), key=lambda p: p.numel())
     trained = [p for p in trained if p.numel() <= _SMALL] or trained[:1]
     try:
-        with autocast(bf16, ids.device):
+        with computing(model, bf16=bf16):
             output = model(*sequences, entropy=False)
-        (output.logprobs.sum() + (0.0 if output.values is None else output.values.sum())).backward()
+            (output.logprobs.sum() + (0.0 if output.values is None else output.values.sum())).backward()
         found = [p.grad for p in trained]  # not by autograd.grad: sharded layers need whole backward passes
         model.zero_grad()
     except torch.OutOfMemoryError:
@@ -137,19 +137,20 @@ def require_decoder(model: nn.Module) -> None:
 
 def _choose_ways(runner: ModelRunner, role: str, longest: int, *, bf16: bool, decodes: bool = False) -> None:
     name, base = _name(runner, role), without_adapter_wrapper(runner.model)
-    device = next(runner.model.parameters()).device
     full = all(p.dtype == torch.float32 for p in runner.model.parameters() if p.is_floating_point())
     exact = full and not getattr(base, "is_quantized", False)
     # Float32 shows a wrong way best; then the run's own format is checked.
     formats = [(False, _EXACT if exact else _ROUNDED)] + ([(True, _ROUNDED)] if bf16 else [])
-    # Shares of layers are gathered in bfloat16 alone, and flash attention has no other format.
-    if bf16 and (is_flash(base.config._attn_implementation) or any(map(is_share, runner.model.parameters()))):
+    # Shares of layers are gathered in bfloat16 alone, frozen models are held in it, and flash attention has no other.
+    flash = is_flash(base.config._attn_implementation)
+    if bf16 and (flash or held_in_bf16(runner.model) or any(map(is_share, runner.model.parameters()))):
         formats = formats[1:]
-    runner.packs &= device.type != "cuda" or bf16 or not full  # the kernel for GPUs has 16 bits
+    # The kernel for GPUs has 16 bits.
+    runner.packs &= bf16 or not full or next(runner.model.parameters()).device.type != "cuda"
     rows = _rows(runner, _length(base.config, longest))
     plain: dict[bool, RowOutputs] = {}
     for low, tolerance in formats:
-        with autocast(low, device):
+        with computing(runner.model, bf16=low):
             plain[low] = _plain(runner, rows, name, tolerance)
 
     def first_correct(ways: Iterator[None], run: Callable[[ModelRunner, Rows], RowOutputs]) -> str | None:
@@ -157,7 +158,7 @@ def _choose_ways(runner: ModelRunner, role: str, longest: int, *, bf16: bool, de
         wrong = None
         for _ in ways:
             for low, tolerance in formats:
-                with autocast(low, device):
+                with computing(runner.model, bf16=low):
                     wrong = _difference(run, runner, rows, plain[low], tolerance)
                 if wrong is not None:
                     break

@@ -32,7 +32,7 @@ def check_precision(args: MemorySettings, model: Any, ref_model: Any, peft_confi
                 "peft_config (lora_rank on the command line)"
             )
         check_quantization("quantization", args.quantization, model, device)
-    if args.reference_dtype != "float32":
+    if args.reference_dtype not in ("auto", "float32"):
         if peft_config is not None:
             raise ValueError(
                 f"reference_dtype={args.reference_dtype!r} sets the precision of a reference with its own weights, but "
@@ -102,14 +102,11 @@ def round_weights(weights: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
 
 def load_reference(model: Any, ref_model: Any, args: MemorySettings, device: torch.device, *, bf16: bool) -> Any:
     """Load a reference with its own weights; None where a copy of the policy, or its adapter off, will do."""
-    source = model if ref_model is None else ref_model
-    match args.reference_dtype:
+    match args.reference_format(bf16=bf16):
         case "float32":
             return None if ref_model is None else in_float32(load_policy(ref_model))
         case "bfloat16":
-            # A model object of the user's stays unchanged.
-            reference = load_policy(source) if isinstance(source, str) else copy.deepcopy(source)
-            round_weights(reference.parameters(), torch.bfloat16)
-            return reference
+            # Reference rounds it; a model object of the user's stays unchanged.
+            return None if ref_model is None else copy.deepcopy(in_float32(load_policy(ref_model)))
         case bits:
-            return load_quantized(source, bits, device=device, bf16=bf16)
+            return load_quantized(model if ref_model is None else ref_model, bits, device=device, bf16=bf16)

@@ -17,25 +17,46 @@ from rlhf_ppo.models.forward.runner import ModelRunner, Sequences
 from rlhf_ppo.models.loading import fuse_activations
 from rlhf_ppo.models.lora import without_adapters
 from rlhf_ppo.models.sharding import gathered
+from rlhf_ppo.models.working_copy import computing, hold_in_bf16
 
 
 class Reference:
     """The frozen policy that the KL is measured against: a model of its own, or the policy with its adapter off."""
 
-    def __init__(self, policy: nn.Module, model: PreTrainedModel | None, *, adapter_off: bool) -> None:
-        """Freeze ``model``, or a copy of the policy as it is now; with ``adapter_off`` no copy is needed."""
+    def __init__(
+        self,
+        policy: nn.Module,
+        model: PreTrainedModel | None,
+        *,
+        adapter_off: bool,
+        bf16: bool = False,
+        half: bool = False,
+    ) -> None:
+        """Freeze ``model``, or a copy of the policy as it is now; with ``adapter_off`` no copy is needed.
+
+        Args:
+            policy: what is trained.
+            model: a model of the reference's own.
+            adapter_off: the policy with its adapter off is the reference.
+            bf16: compute in bfloat16.
+            half: hold a model of its own, or the copy, in bfloat16.
+        """
+        self.bf16 = bf16 or half
         self.policy = policy
         self.model = None if adapter_off else freeze(copy.deepcopy(policy) if model is None else model)
         if self.model is not None:
             fuse_activations(self.model)
         self.runner = ModelRunner(policy if self.model is None else self.model)
+        if self.model is not None and half:
+            hold_in_bf16(self.model)
         self.root: nn.Module = policy if self.model is None else self.model
         """The module that gathers its weights, if they are sharded (:mod:`rlhf_ppo.models.sharding`)."""
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Switch the policy's adapter off inside, if that is the reference, and gather its weights."""
-        with gathered(self.root), nullcontext() if self.model is not None else without_adapters(self.policy):
+        """Switch the policy's adapter off inside, if that is the reference, gather its weights, and read them."""
+        off = nullcontext() if self.model is not None else without_adapters(self.policy)
+        with computing(self.root, bf16=self.bf16), gathered(self.root), off:
             yield
 
     @torch.no_grad()

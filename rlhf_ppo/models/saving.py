@@ -55,7 +55,7 @@ def save_actor_critic(
             del whole
         elif hasattr(policy, "peft_config"):
             if base is None:
-                copy.deepcopy(policy).unload().save_pretrained(new / BASE_FOLDER)
+                copy.deepcopy(policy).float().unload().save_pretrained(new / BASE_FOLDER)
                 tokenizer.save_pretrained(new / BASE_FOLDER)
             write_adapter(policy, policy.active_adapter, new, folder, base)
         else:
@@ -109,7 +109,7 @@ def write_adapter(policy: Any, name: str, place: Path, home: Path, base: str | N
 
 def _merged(policy: Any, base: str | None, *, quantized: bool) -> Any:
     if not quantized or base is None:
-        return merge_adapter(copy.deepcopy(policy))
+        return merge_adapter(copy.deepcopy(policy).float())
     with tempfile.TemporaryDirectory() as scratch:
         write_adapter(policy, policy.active_adapter, Path(scratch), Path(scratch), base)
         return merge_saved_adapter(load_policy(base), scratch)

@@ -16,10 +16,10 @@ from torch import Tensor
 from rlhf_ppo.config.critic_fit import CriticFitArgs
 from rlhf_ppo.core import ValueScale, explained_variance
 from rlhf_ppo.models.loading import adapter_base, resolve_model
+from rlhf_ppo.models.working_copy import computing
 from rlhf_ppo.pipeline.critic.data import CriticData, gather_evidence, hold_out, load_critic_data
 from rlhf_ppo.pipeline.critic.models import Reader, build_critic, check_tokenizer, policy_name, save_critic
 from rlhf_ppo.pipeline.critic_report import judge_critic, lambda_table, say_report, write_report
-from rlhf_ppo.runtime.device import autocast
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.metrics import MetricAverage
 from rlhf_ppo.runtime.processes.join import join_for
@@ -180,7 +180,7 @@ def _moments(reader: Reader, split: Split, rows: list[list[int]]) -> Tensor:
     total = torch.zeros(head.in_features + 2, head.in_features + 2, dtype=torch.float64, device=device)
     for part, some in zip(split.data.rollouts, rows, strict=True):
         for batch, sequences in reader.passes(part, reader.share(part, some)[reader.processes.rank]):
-            with autocast(reader.bf16, reader.device):
+            with computing(reader.model, bf16=reader.bf16):
                 states = reader.model.runner.hidden(sequences)
             length = sequences.mask.shape[1]
             y = scale.normalize(part.returns[batch, :length][part.mask[batch, :length]])[:, None]
@@ -251,12 +251,12 @@ def _step(
     count, loss = int(part.mask[rows].sum()), torch.zeros((), device=reader.device)
     optimizer.zero_grad()
     for batch, sequences in reader.passes(part, reader.share(part, rows)[reader.processes.rank]):
-        with autocast(reader.bf16, reader.device):
+        with computing(reader.model, bf16=reader.bf16):
             values = reader.model.head_values(sequences)
-        target = scale.normalize(part.returns[batch, : values.shape[1]]).to(values)
-        error = (values - target) * sequences.mask
-        piece = 0.5 * error.square().sum() / count
-        piece.backward()
+            target = scale.normalize(part.returns[batch, : values.shape[1]]).to(values)
+            error = (values - target) * sequences.mask
+            piece = 0.5 * error.square().sum() / count
+            piece.backward()
         loss += piece.detach()
     loss = float(sum_over_processes(reader.processes, reader.model, MetricAverage(), {"loss": loss})[1]["loss"])
     norm = float(torch.nn.utils.clip_grad_norm_(reader.model.critic_parameters(), args.max_grad_norm))

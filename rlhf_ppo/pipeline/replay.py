@@ -210,7 +210,13 @@ def _load_policy(box: BlackBox, name: str | None, device: torch.device) -> tuple
             "the exact KL of this black box was measured to a model object (ref_model, or an adapter that was there "
             "before the run), which it does not hold: it cannot be recomputed"
         )
-    return policy, Reference(policy, frozen, adapter_off=adapter_off)
+    return policy, Reference(
+        policy,
+        frozen,
+        adapter_off=adapter_off,
+        bf16=box.bf16,
+        half=objective.reference_format(bf16=box.bf16) == "bfloat16",
+    )
 
 
 def _on_device(box: BlackBox, device: torch.device) -> BlackBox:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,10 +31,11 @@ from rlhf_ppo.models.loading import (
     vocabulary_size,
 )
 from rlhf_ppo.models.quiet_libraries import without_library_bars
+from rlhf_ppo.models.working_copy import computing
 from rlhf_ppo.pipeline.intervals import calibration
 from rlhf_ppo.pipeline.supervised import make_optimizer, round_trained, save_model, supervised_run, take_step
 from rlhf_ppo.rewards.reward_model import ONE_STACK, padding_is_harmless, text_scores
-from rlhf_ppo.runtime.device import autocast, compute_in_bf16, resolve_device
+from rlhf_ppo.runtime.device import compute_in_bf16, resolve_device
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space
 from rlhf_ppo.runtime.package import versions
@@ -191,7 +193,7 @@ def _train(
         for batch in _batches(len(pairs.train), args):
             numbers = take_step(
                 model,
-                _own_losses(scores, pairs.train_ids, margins, batch.tolist(), args, processes),
+                partial(_own_losses, scores, pairs.train_ids, margins, batch.tolist(), args, processes),
                 optimizer,
                 scheduler,
                 processes=processes,
@@ -239,7 +241,7 @@ def _scorer(model: Any, tokenizer: PreTrainedTokenizerBase, name: str, *, bf16: 
 
     def scores(part: Sequence[PairIds]) -> tuple[Tensor, Tensor]:
         rows = [ids for side in zip(*part, strict=True) for ids in side]
-        with autocast(bf16, model.device):
+        with computing(model, bf16=bf16):
             both = text_scores(model, tokenizer, rows, padded=padded)
         return both[: len(part)], both[len(part) :]
 

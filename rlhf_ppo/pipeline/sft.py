@@ -189,7 +189,7 @@ def _train(
         for step, rows in enumerate(islice(_batches(train_rows, args, processes), steps), start=1):
             numbers = take_step(
                 model,
-                {"loss": _own_loss(model, rows, processes)},
+                lambda rows=rows: {"loss": _own_loss(model, rows, processes)},
                 optimizer,
                 scheduler,
                 processes=processes,

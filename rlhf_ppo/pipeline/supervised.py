@@ -19,6 +19,7 @@ from rlhf_ppo.config.sft import SFTArgs
 from rlhf_ppo.models.compare import probe_logits, require_saved
 from rlhf_ppo.models.loading import saved_bytes
 from rlhf_ppo.models.quantization import round_weights
+from rlhf_ppo.models.working_copy import computing
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import save_or_rescue
 from rlhf_ppo.runtime.metrics import MetricAverage
@@ -53,7 +54,7 @@ def _warmup_steps(args: SupervisedArgs, steps: int) -> int:
 
 def take_step(
     model: nn.Module,
-    losses: dict[str, Tensor],
+    compute_losses: Callable[[], dict[str, Tensor]],
     optimizer: AdamW,
     scheduler: LRScheduler,
     *,
@@ -66,20 +67,22 @@ def take_step(
 
     Args:
         model: it is trained in place.
-        losses: this process's part of the ``loss`` [], without gradients where it has no row of the batch, and its part
-            of other numbers [].
+        compute_losses: computes this process's part of the ``loss`` [], without gradients where it has no row of the
+            batch, and its part of other numbers [].
         optimizer, scheduler: of :func:`make_optimizer`.
         processes: those that have the other parts.
         max_grad_norm: largest norm of the whole gradient.
         where: names the step in messages.
-        bf16: whether matrix products were in bf16.
+        bf16: compute in bfloat16.
     Returns:
         The loss and the other numbers of the whole batch.
     Raises:
         NonFiniteGradientError: the loss or its gradient is non-finite, so the step is not taken; says ``where``.
     """
-    if losses["loss"].requires_grad:
-        losses["loss"].backward()
+    with computing(model, bf16=bf16):
+        losses = compute_losses()
+        if losses["loss"].requires_grad:
+            losses["loss"].backward()
     parts = {name: x.detach() for name, x in losses.items()}
     totals = {n: float(x) for n, x in sum_over_processes(processes, model, MetricAverage(), parts)[1].items()}
     norm, value = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)), totals["loss"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from rlhf_ppo.models.loading import (
     vocabulary_size,
 )
 from rlhf_ppo.models.sharding import Sharding, has_layers, shard
+from rlhf_ppo.models.working_copy import computing, hold_in_bf16
 
 NO_LIMIT = 2**31
 """Some tokenizers give 1e30 for "no limit"."""
@@ -92,6 +92,7 @@ class RewardModel:
         limits = (max_length, self.tokenizer.model_max_length, context_length(config))
         self.max_length = min((limit for limit in limits if limit is not None and limit < NO_LIMIT), default=None)
         self.vocab_size = int(getattr(config.get_text_config(), "vocab_size", NO_LIMIT))  # CANINE reads characters
+        self.bf16, self._loaded = False, isinstance(model, str)
         if isinstance(model, str):
             model = load_classifier(model)
         self.model: Any = freeze(cast(PreTrainedModel, model)).to(device)
@@ -100,10 +101,16 @@ class RewardModel:
         if batch_size > 1 and not padding_is_harmless(self.model, self.tokenizer, self.__name__):
             self.batch_size = 1
 
+    def compute_in(self, *, bf16: bool) -> None:
+        """Score in bfloat16 from now on, if ``bf16``, all but the head; a model that was loaded here is held in it."""
+        self.bf16 = bf16
+        if bf16 and self._loaded:
+            hold_in_bf16(self.model)
+
     def share(self, sharding: Sharding) -> None:
         """Share the weights among processes, in place; a model without known layers stays whole."""
         if has_layers(self.model):
-            shard(self.model, dataclasses.replace(sharding, bf16=False))
+            shard(self.model, sharding)
             self.together = True
 
     def _set_tokenizer(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
@@ -136,12 +143,13 @@ class RewardModel:
         for i, ids in enumerate(rows):
             require_vocabulary(ids, self.vocab_size, f"reward model {self.__name__!r}, completion {i}")
         scores: list[float] = []
-        for start in range(0, len(rows), self.batch_size):
-            scores += text_scores(self.model, self.tokenizer, rows[start : start + self.batch_size]).tolist()
-        if self.together:  # as many passes as the process with the most texts makes
-            passes = -(-len(rows) // self.batch_size)
-            for _ in range(most_anywhere(passes, self.model.device) - passes):
-                text_scores(self.model, self.tokenizer, [[0]])
+        with computing(self.model, bf16=self.bf16):
+            for start in range(0, len(rows), self.batch_size):
+                scores += text_scores(self.model, self.tokenizer, rows[start : start + self.batch_size]).tolist()
+            if self.together:  # as many passes as the process with the most texts makes
+                passes = -(-len(rows) // self.batch_size)
+                for _ in range(most_anywhere(passes, self.model.device) - passes):
+                    text_scores(self.model, self.tokenizer, [[0]])
         return scores
 
 

@@ -47,8 +47,3 @@ def cpu_multiplies_bf16() -> bool:
     """Whether this CPU has instructions for products of bfloat16 numbers."""
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def autocast(bf16: bool, device: torch.device) -> torch.autocast:
-    """Return a context in which matrix products run in bfloat16 if ``bf16``; weights and optimizer stay in float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)

@@ -5,6 +5,7 @@ Imported before torch, so it imports the standard library alone.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.abc
 import importlib.util
@@ -22,6 +23,16 @@ __version__ = "0.1.0"
 # torch backs large CPU tensors with huge pages if it finds this before the first one is made (Linux; elsewhere nothing
 # happens): logits and gradients of a vocabulary otherwise cost thousands of page faults each time.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+if sys.platform == "linux" and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+    # Freed memory stays in the process for the next minibatch. By default glibc returns what is large, and every
+    # tensor of a vocabulary's size is then made of pages that the system clears one by one.
+    _allocator: Any = ctypes.CDLL(None)
+    if hasattr(_allocator, "mallopt"):  # glibc's
+        _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_TOP_PAD = -3, -1, -2
+        _allocator.mallopt(_M_MMAP_THRESHOLD, 2**30)
+        _allocator.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        _allocator.mallopt(_M_TOP_PAD, 2**26)
 
 # OpenMP threads that wait for each other sleep instead of keeping a CPU busy, which on a machine with other work makes
 # an iteration many times slower (docs/performance.md). Worker processes inherit it. GOMP_SPINCOUNT and KMP_BLOCKTIME,

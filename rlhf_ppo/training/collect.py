@@ -19,9 +19,9 @@ from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward.runner import Sequences
 from rlhf_ppo.models.sharding import gathered
+from rlhf_ppo.models.working_copy import computing
 from rlhf_ppo.rewards.scoring import Responses, score_responses
 from rlhf_ppo.rewards.validation import RewardError, Score
-from rlhf_ppo.runtime.device import autocast
 from rlhf_ppo.runtime.seeding import TRAIN, numbered_generator
 from rlhf_ppo.runtime.signals import stop_if_asked
 from rlhf_ppo.training.generate import generate, write_failed
@@ -123,7 +123,7 @@ def read_divided(
         own, read = shares[run.processes.rank], dict[str, Tensor]()
         for rows in run.passes(model, rollout, shares):
             stop_if_asked()
-            with autocast(run.bf16, run.device):
+            with computing(model, bf16=run.bf16):
                 found = read_pass(rollout.sequences(rows or [0]))  # of no rows: for the other processes' sake
             for name, part in found.items() if rows else ():
                 note_rows(read, rollout, name, part, rows)

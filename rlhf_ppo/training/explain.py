@@ -10,7 +10,7 @@ from torch import Tensor
 from rlhf_ppo.data.detokenization import GrowingText, TextPieces, before_each, common_prefix_length
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.models.actor_critic import ActorCritic
-from rlhf_ppo.runtime.device import autocast
+from rlhf_ppo.models.working_copy import computing
 from rlhf_ppo.runtime.explain import Explanation, explain_actions
 from rlhf_ppo.training.advantages import next_decisions
 from rlhf_ppo.training.experience import estimate
@@ -62,7 +62,7 @@ def _logprobs_now(model: ActorCritic, run: Run, rollout: Rollout) -> Tensor:
     logprobs = torch.zeros_like(rollout.logprobs)
     for rows in run.microbatches(model, rollout, range(len(rollout.prompts))):
         part = rollout.sequences(rows)
-        with autocast(run.bf16, run.device):
+        with computing(model, bf16=run.bf16):
             new = model(*part, temperature=run.args.temperature, entropy=False)
         logprobs[rows, : part.mask.shape[1]] = new.logprobs.to(logprobs.dtype)
     return logprobs

@@ -23,7 +23,7 @@ from rlhf_ppo.generation.stop_strings import StopStringDetector, response_texts
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.in_step import taking_part
 from rlhf_ppo.models.sharding import whole_weights
-from rlhf_ppo.runtime.device import autocast
+from rlhf_ppo.models.working_copy import computing
 from rlhf_ppo.runtime.processes.group import Part, Work
 from rlhf_ppo.runtime.run_directory import append_line
 from rlhf_ppo.runtime.signals import deferring_stops, stopping_if_asked
@@ -67,7 +67,7 @@ def generate(run: Run, model: ActorCritic, batch: PromptBatch, generator: torch.
             prompts = list(batch.prompts[own.start : own.stop])
             here = slice(own.start, own.stop)
             longest = int(mask[here].sum(dim=1).max())
-            with autocast(run.bf16, run.device):
+            with computing(model, bf16=run.bf16, fresh=True):
                 these = _Own(prompts, ids[here, -longest:], mask[here, -longest:], own, len(batch.prompts), generator)
                 return (_respond_to if run.respond is None else _converse)(run, model, these)
 
@@ -100,7 +100,7 @@ def _weights_for_decoding(run: Run, model: ActorCritic) -> Iterator[Callable[[Wo
 def _decode_nothing(run: Run, model: ActorCritic) -> None:
     """Run one decode step on one token, for the other processes' sake."""
     one = torch.ones(1, 1, dtype=torch.long, device=run.device)
-    with autocast(run.bf16, run.device):
+    with computing(model, bf16=run.bf16):
         model.decode(one, torch.zeros_like(one), one.bool(), model.runner.new_cache(1))
 
 

@@ -18,7 +18,7 @@ from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward.runner import Sequences
 from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.models.sharding import is_sharded, local_part, total_norm, whole_parameters
-from rlhf_ppo.runtime.device import autocast
+from rlhf_ppo.models.working_copy import computing
 from rlhf_ppo.runtime.metrics import MetricAverage
 from rlhf_ppo.runtime.processes.group import ProcessGroup
 from rlhf_ppo.runtime.transfers import indices_on
@@ -68,8 +68,8 @@ def minibatch_gradient(
         losses["positive"] = torch.zeros((), device=device)
     for rows in microbatches:
         part, facts = _microbatch(rollout, old, rows)
-        with accumulate_gradients(model):
-            with offload_activations(on=args.offload_activations), autocast(bf16, device):
+        with computing(model, bf16=bf16), accumulate_gradients(model):
+            with offload_activations(on=args.offload_activations):
                 new = model(
                     *part,
                     temperature=args.temperature,
@@ -112,8 +112,8 @@ def critic_gradient(
     alone = dataclasses.replace(args, **policy_off, positive_loss_coef=0.0, positive_score_above=0.0)
     for rows in microbatches:
         part, facts = _microbatch(rollout, old, rows)
-        with accumulate_gradients(model):
-            with offload_activations(on=args.offload_activations), autocast(bf16, device):
+        with computing(model, bf16=bf16), accumulate_gradients(model):
+            with offload_activations(on=args.offload_activations):
                 values = model.head_values(part)
             loss = ppo_loss(PolicyOutput(facts.logprobs, values), facts, alone, denominator=denominator)
             (args.vf_coef * loss.value).backward()
@@ -184,9 +184,12 @@ def accumulate_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for module, weight in zip(rows_only, weights, strict=True):
             rows, module.weight, module.sparse = module.weight.grad, weight, False
-            if rows is not None and weight.grad is None:
+            if rows is None:
+                continue
+            rows = rows.to(weight.grad_dtype or weight.dtype)  # before those of one word are added up
+            if weight.grad is None:
                 weight.grad = rows.to_dense()
-            elif rows is not None and weight.grad is not None:
+            else:
                 weight.grad.add_(rows)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
@@ -34,9 +34,9 @@ from rlhf_ppo.models.quantization import check_precision, load_quantized, load_r
 from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.models.sharding import gathered
 from rlhf_ppo.models.value_head import SavedHead, load_value_head
+from rlhf_ppo.models.working_copy import computing, hold_in_bf16
 from rlhf_ppo.rewards.functions import RewardFunction
 from rlhf_ppo.rewards.reward_model import RewardModel
-from rlhf_ppo.runtime.device import autocast
 from rlhf_ppo.runtime.processes.agreement import require_same
 from rlhf_ppo.runtime.processes.group import ProcessGroup
 from rlhf_ppo.runtime.seeding import seed_everything
@@ -140,11 +140,7 @@ def load_models(
     """Load policy, critic and reference, and shard them; a model object that a reward also uses is copied."""
     seed_everything(args.seed)  # new heads and adapters start from random weights
     loader = Loader(defers=plan.sharding is not None and simple_adapter(peft_config))
-    policy: Any
-    if args.quantization == "none":
-        policy = loader.load(AutoModelForCausalLM, model, load_policy)
-    else:
-        policy = load_quantized(cast(str, model), args.quantization, device=device, bf16=bf16)
+    policy = _load_policy(loader, model, args, device, bf16=bf16)
     # One may train while another stays frozen, so a model object given for two of them is copied.
     judges = [getattr(function, "model", None) for function, _ in rewards.values()]
     value_model = _copy_if_shared(value_model, model, ref_model, *judges)
@@ -169,18 +165,34 @@ def load_models(
         head_from=args.value_head_from,
         bare_base=not prepared.base_changed and (peft_config is not None or base is not None),
     )
-    reference = Reference(policy, reference_model, adapter_off=prepared.off_is_start)
-    for function, _ in rewards.values():
-        if isinstance(function, RewardModel) and plan.sharding is not None:
-            function.share(plan.sharding)
+    half = args.reference_format(bf16=bf16) == "bfloat16"
+    reference = Reference(policy, reference_model, adapter_off=prepared.off_is_start, bf16=bf16, half=half)
+    _prepare_rewards(rewards, plan, bf16=bf16)
     models = Models(actor_critic, reference, base, start, prepared.base_changed, plan)
     _place(models, args, device, loader)
     _check_start(
-        models, critic, args, device, source=source_name(model), own=ref_model is None, peft_config=peft_config
+        models, critic, args, bf16=bf16, source=source_name(model), own=ref_model is None, peft_config=peft_config
     )
     _require_same_weights(processes, models)
     _set_kernels(args, actor_critic, reference, [f.model for f, _ in rewards.values() if isinstance(f, RewardModel)])
+    if bf16 and hasattr(policy, "peft_config") and isinstance(model, str):
+        hold_in_bf16(policy)  # not the base of a model object, which stays as it was given
     return models
+
+
+def _load_policy(loader: Loader, model: Any, args: RLHFConfig, device: torch.device, *, bf16: bool) -> Any:
+    if args.quantization == "none":
+        return loader.load(AutoModelForCausalLM, model, load_policy)
+    return load_quantized(model, args.quantization, device=device, bf16=bf16)
+
+
+def _prepare_rewards(rewards: Mapping[str, tuple[RewardFunction, float]], plan: Plan, *, bf16: bool) -> None:
+    """Let reward models compute in the run's format, and share their weights out as the run does."""
+    for function, _ in rewards.values():
+        if isinstance(function, RewardModel):
+            function.compute_in(bf16=bf16)
+            if plan.sharding is not None:
+                function.share(plan.sharding)
 
 
 def _set_kernels(args: RLHFConfig, actor_critic: ActorCritic, reference: Reference, judges: Sequence[Any]) -> None:
@@ -217,16 +229,15 @@ def _check_start(
     models: Models,
     critic: CriticStart,
     args: RLHFConfig,
-    device: torch.device,
     *,
+    bf16: bool,
     source: str,
     own: bool,
     peft_config: Any,
 ) -> None:
     """Check that the critic was fitted on this policy, and that the reference (the policy's ``own``) equals it."""
-    policy, sharding = models.actor_critic.policy, models.plan.sharding
-    low = sharding is not None and sharding.bf16
-    with autocast(low, device):
+    policy, low = models.actor_critic.policy, bf16 and models.plan.sharding is not None
+    with computing(models.actor_critic, bf16=low):
         require_same_trunk(
             critic.fitted,
             models.actor_critic,
@@ -234,9 +245,9 @@ def _check_start(
             exact=args.quantization == "none" and not low,
             base_changed=models.base_changed,
         )
-    if own and args.reference_dtype == "float32":
+    if own and args.reference_format(bf16=bf16) == ("bfloat16" if bf16 else "float32"):
         with gathered(models.actor_critic):
-            _require_start(policy, models.reference, peft_config, bf16=low)
+            _require_start(policy, models.reference, peft_config, bf16=bf16)
 
 
 def _load_reference(
@@ -250,7 +261,7 @@ def _load_reference(
     bf16: bool,
 ) -> Any:
     """Load a reference with weights of its own; None where a copy of the policy, or its adapter off, will do."""
-    source, kind = model if ref_model is None else ref_model, args.reference_dtype
+    source, kind = model if ref_model is None else ref_model, args.reference_format(bf16=bf16)
     whole = partial(load_reference, model, ref_model, args, device, bf16=bf16)
     if peft_config is not None or kind not in ("float32", "bfloat16"):
         return whole()
@@ -269,7 +280,7 @@ def check_passes(
     longest = max((some.longest + args.max_new_tokens for some in prompts), default=None)
     check_forward(models.actor_critic, models.reference, longest=longest, bf16=bf16)
     check_backward(models.actor_critic, bf16=bf16, checkpoint=args.gradient_checkpointing)
-    with autocast(bf16, device):
+    with computing(models.actor_critic, bf16=bf16):
         return choose_engine(args, models.actor_critic)
 
 

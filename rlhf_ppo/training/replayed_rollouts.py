@@ -22,8 +22,8 @@ from rlhf_ppo.core import kl_estimate
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward.runner import Sequences
+from rlhf_ppo.models.working_copy import computing
 from rlhf_ppo.rewards.functions import rewards_in_words
-from rlhf_ppo.runtime.device import autocast
 from rlhf_ppo.training.collect import read_divided
 from rlhf_ppo.training.fingerprints import tokenizer_fingerprint
 from rlhf_ppo.training.recorded_rollouts import Recording, open_recording
@@ -97,7 +97,7 @@ def require_first_policy(run: Run, model: ActorCritic) -> None:
         return
     rollout = run.recording.read(0, run.device)
     rows = run.microbatches(model, rollout, range(len(rollout.prompts)))[0]
-    with torch.no_grad(), autocast(run.bf16, run.device):
+    with torch.no_grad(), computing(model, bf16=run.bf16):
         now = model(*rollout.sequences(rows), temperature=run.args.temperature, entropy=False).logprobs
     gap = float((now - rollout.logprobs[rows, : now.shape[1]]).abs().max())
     if not gap <= run.initial_ratio_bound:

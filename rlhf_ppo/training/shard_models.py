@@ -26,9 +26,9 @@ from rlhf_ppo.models.loading import load_config
 from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.models.sharding import Sharding, gathered, keep_gathered, make_sharding, shard
 from rlhf_ppo.models.skeleton import remember_skeleton
+from rlhf_ppo.models.working_copy import computing
 from rlhf_ppo.rewards.functions import RewardFunction
 from rlhf_ppo.rewards.reward_model import RewardModel
-from rlhf_ppo.runtime.device import autocast
 from rlhf_ppo.runtime.processes.group import ProcessGroup
 from rlhf_ppo.runtime.processes.launch import read_launch
 
@@ -161,7 +161,7 @@ def shard_models(
         if args.kl_loss_coef > 0 and args.kl_loss == "exact":
             keep_gathered(frozen)  # the policy's backward pass reads its output layer
     if sources:
-        with autocast(sharding.bf16, sharding.device), gathered(actor_critic), reference.active():
+        with computing(actor_critic, bf16=sharding.bf16), gathered(actor_critic), reference.active():
             for runner in (actor_critic.runner, actor_critic.value_runner, reference.runner):
                 if runner is not None:
                     runner.find_shortcuts()

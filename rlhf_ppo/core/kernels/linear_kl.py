@@ -100,7 +100,7 @@ class _LinearKL(torch.autograd.Function):
         ban: BannedTokens | None,
     ) -> Tensor:
         count, vocabulary = len(hidden), len(weight)
-        dtype, low = compute_dtype(hidden), product_dtype(hidden)
+        dtype, low = compute_dtype(hidden), product_dtype(hidden, weight)
         ctx.low, ctx.temperature, ctx.chunk_size, ctx.ban = low, temperature, chunk_size, ban
         ctx.blocks = blocks_of(vocabulary, min(chunk_size, count), hidden.device)
         kl, normaliser, ref_normaliser = torch.empty(3, count, dtype=dtype, device=hidden.device)

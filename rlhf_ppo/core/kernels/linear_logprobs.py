@@ -95,7 +95,7 @@ class _LinearLogprobs(torch.autograd.Function):
         ban: BannedTokens | None,
     ) -> tuple[Tensor, Tensor]:
         count = hidden.shape[0]
-        ctx.low = product_dtype(hidden)
+        ctx.low = product_dtype(hidden, weight)
         ctx.temperature, ctx.chunk_size, ctx.return_entropy, ctx.ban = temperature, chunk_size, return_entropy, ban
         dtype, smallest = compute_dtype(hidden), torch.finfo(compute_dtype(hidden)).min
         blocks = blocks_of(weight.shape[0], min(chunk_size, count), hidden.device)
@@ -140,7 +140,7 @@ class _LinearLogprobs(torch.autograd.Function):
         for rows in chunks_of(hidden.shape[0], ctx.chunk_size):
             chunk = ChunkLogits(hidden, weight, bias, temperature=temperature, low=ctx.low, rows=rows, ban=ctx.ban)
             upstream, scale = grad_logprobs[rows].to(dtype), grad_entropy[rows].to(dtype)
-            missing = torch.ones_like(upstream)
+            missing, columns = torch.ones_like(upstream), torch.arange(len(upstream), device=hidden.device)
             for i, block in enumerate(ctx.blocks):
                 e = chunk.block(block).sub_(maxima[i, rows].to(ctx.low)).exp_() if kept is None else kept[block]
                 share = (maxima[i, rows] - normaliser[rows]).exp_()
@@ -154,7 +154,8 @@ class _LinearLogprobs(torch.autograd.Function):
                 place, inside = places_in(tokens[rows], block)
                 of_token = e.gather(0, place)
                 missing.sub_(of_token[0] * share * inside)
-                e.scatter_(0, place, of_token.masked_fill_(inside, 0))
+                # Not scatter_, which copies all of e twice on CPU.
+                e.index_put_((place[0], columns), of_token[0].masked_fill_(inside, 0))
                 factor = -upstream * share
                 if slope is not None:
                     e, factor = slope.add_(e * -factor).to(ctx.low), torch.full_like(factor, -1.0)
@@ -163,7 +164,7 @@ class _LinearLogprobs(torch.autograd.Function):
             if gradients.bias is not None:
                 gradients.bias.index_put_((tokens[rows],), missing, accumulate=True)
             if gradients.hidden is not None:
-                gradients.hidden[rows].addcmul_(missing[:, None], weight[tokens[rows]])
+                gradients.hidden[rows].addcmul_(missing[:, None], weight[tokens[rows]].to(dtype))
             if gradients.weight is not None:
                 of_tokens = missing[:, None] * hidden[rows].to(dtype)
                 gradients.weight.index_put_((tokens[rows],), of_tokens, accumulate=True)
@@ -172,8 +173,13 @@ class _LinearLogprobs(torch.autograd.Function):
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute the [N, V] logits ``hidden @ weight.T + bias`` as :func:`linear_logprobs` does, without gradients."""
-    low = product_dtype(hidden)
+    low, dtype = product_dtype(hidden, weight), compute_dtype(hidden)
     with without_autocast(hidden):
         chunk = ChunkLogits(hidden, weight, bias, low=low)
-        logits = chunk.block(slice(0, weight.shape[0])).to(compute_dtype(hidden))
-        return (logits if chunk.shift is None else logits.add_(chunk.shift)).T
+        if chunk.shift is None:
+            return chunk.block(slice(0, weight.shape[0])).to(dtype).T
+        # In half precision rows of the vocabulary are no faster, and a draw reads rows of states.
+        logits = torch.addmm(-chunk.shift[:, None], chunk.states.T, weight.to(low).T)
+        if bias is not None:
+            logits.add_(bias.to(low))
+        return logits.to(dtype).add_(chunk.shift[:, None])

@@ -49,11 +49,12 @@ def places_in(tokens: Tensor, block: slice) -> tuple[Tensor, Tensor]:
     return torch.where(inside, place, 0)[None], inside
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """Return the products' dtype: autocast's where it is on, else the tensor's own."""
-    kind = x.device.type
-    on = kind in _AUTOCASTS and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if on else x.dtype
+def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Return the products' dtype: autocast's where it is on, else the shorter one of the two tensors."""
+    kind = hidden.device.type
+    if kind in _AUTOCASTS and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return weight.dtype if weight.itemsize < hidden.itemsize else hidden.dtype
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -189,6 +190,5 @@ class HeadGradients:
             _add_product(self.weight[block], slope, (states * factor).to(self._low).T, first=rows.start == 0)
 
     def result(self) -> tuple[Tensor | None, ...]:
-        """Return the three gradients in their inputs' dtypes; None where none is needed."""
-        pairs = zip((self.hidden, self.weight, self.bias), self._inputs, strict=True)
-        return tuple(None if total is None or x is None else total.to(x.dtype) for total, x in pairs)
+        """Return the three gradients in the compute dtype, to which autograd applies their inputs' own; None: none."""
+        return self.hidden, self.weight, self.bias

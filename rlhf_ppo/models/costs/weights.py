@@ -22,7 +22,7 @@ def held(setup: Setup) -> list[Term]:
     shards = (setup.shards, "processes") if setup.shards > 1 else None
     terms.append(term("AdamW's two moments", (setup.trained, "trained weights"), (8, "bytes"), over=shards))
     if setup.reference is not None:
-        each = _REFERENCE[setup.args.reference_dtype]
+        each = _REFERENCE[setup.args.reference_format(bf16=setup.bf16)]
         whole = each < 2
         terms += _sharded(setup, "reference's weights", setup.reference, each, whole=whole)
     terms += [term(f"reward model {x.name}", (x.parameters, "weights"), (4, "bytes")) for x in setup.rewards]

@@ -31,7 +31,7 @@ class Outputs(NamedTuple):
         logits = self.logits
         if logits is None:
             assert self.states is not None and self.head is not None
-            logits = linear(self.states, self.head.weight, self.head.bias)
+            logits = linear(self.states.to(self.head.weight.dtype), self.head.weight, self.head.bias)
         if self.banned is None:
             return logits
         ids = torch.tensor(self.banned.tokens, dtype=torch.long, device=logits.device)

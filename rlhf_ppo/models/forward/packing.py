@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from rlhf_ppo.models.forward.plain_attention import plain_attention
 from rlhf_ppo.models.forward.varlen import causal_attention, kernel_dtype
 from rlhf_ppo.runtime.transfers import from_host
 
@@ -78,14 +78,15 @@ def _attend_by_length(
 ) -> Tensor:
     """Call transformers' sdpa attention once for each run of sequences of equal length."""
     sizes = [length * count for length, count in packing.runs]
+    unusual = kwargs.get("position_bias") is not None or kwargs.get("dropout")
     outputs: list[Tensor] = []
     for (length, count), q, k, v in zip(
         packing.runs, query.split(sizes, dim=2), key.split(sizes, dim=2), value.split(sizes, dim=2), strict=True
     ):
         q, k, v = (x[0].unflatten(1, (count, length)).transpose(0, 1) for x in (q, k, v))
-        # In bfloat16 on CPU the fused kernel's backward pass takes three times as long as plain products.
-        plain = query.dtype == torch.bfloat16 and torch.is_grad_enabled() and length <= 1024
-        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+        if value.dtype == torch.bfloat16 and length <= 1024 and not unusual:
+            output = plain_attention(q, k, v, kwargs.get("scaling"))
+        else:
             output, _ = sdpa_attention_forward(module, q, k, v, None, **{**kwargs, "is_causal": True})
         outputs.append(output.flatten(0, 1))
     return torch.cat(outputs)[None]

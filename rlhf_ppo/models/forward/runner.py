@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +23,6 @@ from rlhf_ppo.models.forward.kv_cache import TokenCache, preallocated_cache
 from rlhf_ppo.models.forward.layout import Layout
 from rlhf_ppo.models.forward.output_layer import Outputs, find_plain_head, vocabulary_as_rows
 from rlhf_ppo.models.forward.packing import Packing, packed_attention
-from rlhf_ppo.models.sharding import is_share
 
 
 class Sequences(NamedTuple):
@@ -90,7 +88,6 @@ class ModelRunner:
         self.states_module = self.trunk
         """The module that returns the last hidden states when the whole model is called."""
         self.output_layer = None if plain or not self.has_head else base.get_output_embeddings()
-        self._rounded_head: Tensor | None = None
         self.find_shortcuts()
 
     def find_shortcuts(self) -> None:
@@ -127,7 +124,7 @@ class ModelRunner:
         if banned is not None:
             banned = BannedTokens(layout.select(banned.where), banned.tokens)
         if self.head is not None:
-            return Outputs(self.hidden(sequences), self.head, None, banned)
+            return Outputs(as_float32(self.hidden(sequences)), self.head, None, banned)
         with vocabulary_as_rows(self.output_layer):
             logits, states = self._logits(sequences, layout, hidden=hidden)
         return Outputs(states, None, logits, banned)
@@ -173,25 +170,13 @@ class ModelRunner:
         with _attention_for(ids):
             if self.head is not None:
                 state = last_states(call(self.trunk, *inputs, **kwargs))[newest]
-                weight = self.head.weight if self._rounded_head is None else self._rounded_head
-                return project(state, weight, self.head.bias), state
+                return project(as_float32(state), self.head.weight, self.head.bias), state
             if self.uses_cache and accepts(self.model, "logits_to_keep"):
                 kwargs["logits_to_keep"] = 1
             capturing = capture_states(self.states_module) if hidden else nullcontext([])
             with vocabulary_as_rows(self.output_layer), capturing as captured:
                 logits = call(self.model, *inputs, **kwargs).logits
         return logits[newest].float(), captured[0][newest] if captured else None
-
-    @contextmanager
-    def decoding(self) -> Iterator[None]:
-        """Round the output layer to bfloat16 once for all decode steps inside, on CPU; weights must not change."""
-        here = self.head is not None and self.head.weight.device.type == "cpu" and not is_share(self.head.weight)
-        if self.head is not None and here and torch.is_autocast_enabled("cpu"):
-            self._rounded_head = self.head.weight.detach().to(torch.get_autocast_dtype("cpu"))
-        try:
-            yield
-        finally:
-            self._rounded_head = None
 
     # What the model allows
 
@@ -275,6 +260,11 @@ class ModelRunner:
             return states if index is None else states[index]
         kwargs = {} if index is None else {"logits_to_keep": index}
         return call(self.model, ids, positions, **kwargs).logits[0]
+
+
+def as_float32(states: Tensor) -> Tensor:
+    """Convert states of half precision, so that what is computed of them is in float32."""
+    return states.float() if states.itemsize < 4 else states
 
 
 def _attention_for(ids: Tensor) -> AbstractContextManager[Any]:

@@ -29,8 +29,9 @@ from rlhf_ppo.models.loading import (
 from rlhf_ppo.models.lora import VALUE_FOLDER, lora_config
 from rlhf_ppo.models.saving import write_adapter
 from rlhf_ppo.models.value_head import VALUE_HEAD_FILE, load_value_head, save_value_head
+from rlhf_ppo.models.working_copy import computing
 from rlhf_ppo.pipeline.critic.data import CriticData, ScoredRollout
-from rlhf_ppo.runtime.device import autocast, compute_in_bf16, resolve_device
+from rlhf_ppo.runtime.device import compute_in_bf16, resolve_device
 from rlhf_ppo.runtime.files import replacing_files
 from rlhf_ppo.runtime.processes.group import ALONE, ProcessGroup
 from rlhf_ppo.runtime.processes.join import join_processes
@@ -75,7 +76,7 @@ class Reader(NamedTuple):
             for i, part in enumerate(parts):
                 whole, own = torch.zeros_like(part.returns), shares[i][self.processes.rank]
                 for batch, sequences in self.passes(part, own):
-                    with autocast(self.bf16, self.device):
+                    with computing(self.model, bf16=self.bf16):
                         values = self.model.head_values(sequences)
                     values = self.model.in_reward_units(values, sequences.mask)
                     assert values is not None

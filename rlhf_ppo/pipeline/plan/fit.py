@@ -25,7 +25,7 @@ def find_fit(found: Plan) -> Plan | None:
     args = found.args
     tries: list[dict[str, Any]] = [{}]
     if args.lora_rank is None and args.value_model is None:
-        tries.append({"lora_rank": LORA_RANK, "reference_dtype": "float32"})
+        tries.append({"lora_rank": LORA_RANK, "reference_dtype": "auto"})
         if args.sharding == "auto" and not found.setup.on_cpu:  # bitsandbytes needs a GPU
             tries.append({**tries[-1], "quantization": "4bit"})
     for adapter in tries:
@@ -46,8 +46,8 @@ def try_settings(found: Plan, adapter: dict[str, Any]) -> Iterator[Plan]:
     shareable = args.quantization == "none" and "quantization" not in adapter
     if args.sharding == "auto" and args.processes > 1 and shareable:
         ways["sharding"] += ["full"] + ["hybrid"] * (args.nodes > 1)
-    if args.lora_rank is None and not adapter and args.reference_dtype == "float32":
-        ways["reference_dtype"] = ["float32", "bfloat16"]
+    if args.lora_rank is None and not adapter and args.reference_format(bf16=found.setup.bf16) == "float32":
+        ways["reference_dtype"] = [args.reference_dtype, "bfloat16"]
     for values in itertools.product(*ways.values()):
         yield replan(found, **dict(zip(ways, values, strict=True)), **adapter)
 

@@ -17,31 +17,32 @@ def folder(make_model, tmp_path) -> str:
     return str(tmp_path / "model")
 
 
-def nbytes(model) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+def matrices(model) -> list[torch.Tensor]:
+    return [p for p in model.parameters() if p.ndim > 1]
 
 
-def test_a_reference_in_bfloat16_is_half_as_large_and_nearly_the_same(make_trainer, make_model, prompts):
+def test_a_reference_in_bfloat16_is_nearly_the_same(make_trainer, make_model, prompts):
     for kind in ("gpt2", "llama"):
         model = make_model(kind)
         full, half = make_trainer(model=model), make_trainer(model=model, reference_dtype="bfloat16")
-        assert nbytes(half.reference.model) * 2 == nbytes(full.reference.model)
+        assert {p.dtype for p in matrices(half.reference.model)} == {torch.bfloat16}
+        assert {p.dtype for p in full.reference.model.parameters()} == {torch.float32}
         # The policy, and the model that was given, stay as they were.
         assert {p.dtype for p in half.model.parameters()} == {p.dtype for p in model.parameters()} == {torch.float32}
         # Rotary frequencies are buffers; rounded, they would turn far positions elsewhere.
         assert all(b.dtype != torch.bfloat16 for b in half.reference.model.buffers())
         rollout = full.rollout(prompts)
         again = half.reference.logprobs(rollout.sequences(list(range(8))), temperature=1.0)
-        gap = (again - rollout.ref_logprobs).abs().max()
-        # bfloat16 keeps 8 bits: weights of size 1 and logits of a few nats are off by hundredths.
-        assert 0 < gap < 0.1
+        gaps = (again - rollout.ref_logprobs).abs()[rollout.mask]
+        # bfloat16 keeps 8 bits: weights of size 1 and logits of a few nats are off by hundredths, rarely by more.
+        assert 0 < gaps.mean() < 0.03 and gaps.max() < 0.3
         metrics = half.step(half.rollout(prompts))
         assert abs(metrics["kl/reference_nats_per_response"]) < 0.2
 
 
 def test_a_reference_from_a_folder_in_bfloat16(make_trainer, folder, prompts):
     trainer = make_trainer(model=folder, ref_model=folder, reference_dtype="bfloat16")
-    assert {p.dtype for p in trainer.reference.model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in matrices(trainer.reference.model)} == {torch.bfloat16}
     trainer.step(trainer.rollout(prompts))
 
 

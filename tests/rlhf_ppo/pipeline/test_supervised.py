@@ -63,10 +63,10 @@ def test_a_nonfinite_gradient_of_a_finite_loss_is_an_error_before_the_step():
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
     optimizer, scheduler = make_optimizer(model.parameters(), SFTArgs(dataset=("x",), model="m", output_dir="o"), 200)
-    loss = model.weight.sqrt().sum()
+    loss = {"loss": model.weight.sqrt().sum()}
     with pytest.raises(NonFiniteGradientError, match=r"step 3: the loss is 0 and .* norm inf.*learning_rate$"):
-        take_step(model, {"loss": loss}, optimizer, scheduler, processes=ALONE, max_grad_norm=1.0, where="step 3")
+        take_step(model, lambda: loss, optimizer, scheduler, processes=ALONE, max_grad_norm=1.0, where="step 3")
     assert model.weight.item() == 0
     with pytest.raises(NonFiniteGradientError, match="lower learning_rate, or set precision to fp32"):
-        loss = {"loss": model.weight.sqrt().sum()}
-        take_step(model, loss, optimizer, scheduler, processes=ALONE, max_grad_norm=1.0, where="x", bf16=True)
+        again = {"loss": model.weight.sqrt().sum()}
+        take_step(model, lambda: again, optimizer, scheduler, processes=ALONE, max_grad_norm=1.0, where="x", bf16=True)

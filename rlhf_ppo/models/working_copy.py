@@ -1,0 +1,188 @@
+"""Compute in bfloat16: a rounded copy of the weights, made once per optimizer step, that every pass reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple, cast
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import linear
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+_HOOKED: WeakSet[nn.Module] = WeakSet()
+"""Embeddings and norms whose outputs are rounded under autocast."""
+
+
+@contextmanager
+def computing(*models: nn.Module, bf16: bool, fresh: bool = False) -> Iterator[None]:
+    """Let forward, backward and decode passes inside multiply in bfloat16, if ``bf16``.
+
+    Inside, linear layers and embeddings hold a copy of their weights that was rounded after the last optimizer step;
+    gradients add up in float32. Outside they hold the float32 weights, with those gradients. Autocast converts what
+    other layers return, and the residual stream stays in float32, as do norms, value heads and classifiers' heads.
+    Sharded weights are rounded where they are gathered.
+
+    Args:
+        models: policy and critic, a reference, a reward model.
+        bf16: False: nothing changes.
+        fresh: round all weights again, in case something changed them through ``.data``.
+    """
+    if not bf16:
+        yield
+        return
+    swaps = [swap for model in models for swap in _swaps(model)]
+    _round(swaps, fresh=fresh)
+    for module, name, weight, low in swaps:
+        module._parameters[name] = low
+        low.requires_grad_(weight.requires_grad)
+        low.grad = weight.grad
+    for model in models:
+        _round_outputs(model)
+    device = next(models[0].parameters()).device
+    active = torch.is_autocast_enabled(device.type)
+    try:
+        # The copies are made, so autocast has no weights to keep rounded.
+        with nullcontext() if active else torch.autocast(device.type, dtype=torch.bfloat16):
+            yield
+    finally:
+        for swap in swaps:
+            swap.module._parameters[swap.name] = swap.weight
+        for weight, low in {id(swap.weight): swap[2:] for swap in swaps}.values():  # tied weights have one copy
+            weight.grad, low.grad = low.grad, None
+
+
+def hold_in_bf16(model: nn.Module) -> None:
+    """Round frozen weights in place, once for all passes: those that :func:`computing` has copies of."""
+    for module, name, weight, _ in list(_swaps(model, copies=False)):
+        if not weight.requires_grad:
+            module._parameters[name].data = weight.data.to(torch.bfloat16)
+    _round_outputs(model)
+
+
+def held_in_bf16(model: nn.Module) -> bool:
+    """Return whether some of a model's weights are held in bfloat16, so that it runs inside :func:`computing` alone.
+
+    A model that was given in bfloat16, norms included, runs as it is.
+    """
+    return _exact_norms(model) and any(weight.dtype == torch.bfloat16 for _, _, weight in _matrices(model))
+
+
+class _Swap(NamedTuple):
+    module: nn.Module
+    name: str
+    weight: nn.Parameter
+    low: nn.Parameter
+
+
+def _swaps(model: nn.Module, *, copies: bool = True) -> Iterator[_Swap]:
+    """Yield the float32 weights that have a rounded copy, once for each module that reads them."""
+    for module, name, weight in _matrices(model):
+        if weight.dtype == torch.float32 and not isinstance(weight, DTensor):
+            yield _Swap(module, name, weight, _copy_of(weight) if copies else weight)
+
+
+def _matrices(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """Yield the weights of products and embeddings: (module, name in it, weight)."""
+    exact = _exact_heads(model)
+    for module in model.modules():
+        product = isinstance(module, (nn.Linear, Conv1D, nn.Embedding))
+        for name, weight in module._parameters.items():
+            # Experts are stacks of matrices.
+            if weight is not None and (product or weight.ndim == 3) and id(weight) not in exact:
+                yield module, name, weight
+
+
+def _copy_of(weight: nn.Parameter) -> nn.Parameter:
+    """Return the parameter that holds a weight's rounded copy; it lives as long as the weight."""
+    low = getattr(weight, "_rlhf_ppo_low", None)
+    if low is None or low.device != weight.device:
+        low = nn.Parameter(torch.empty_like(weight, dtype=torch.bfloat16), requires_grad=weight.requires_grad)
+        low.grad_dtype = torch.float32
+        cast(Any, weight)._rlhf_ppo_low = low
+        cast(Any, weight)._rlhf_ppo_rounded = None
+    return low
+
+
+def _count_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Count a version of what an optimizer has changed, which fused optimizers do not."""
+    weights = [p for group in optimizer.param_groups for p in group["params"] if hasattr(p, "_rlhf_ppo_low")]
+    increment_version(weights)
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+@torch.no_grad()
+def _round(swaps: list[_Swap], *, fresh: bool) -> None:
+    """Round the weights that have changed since they were last rounded, in one fused pass."""
+    stale: dict[int, tuple[Tensor, Tensor]] = {}
+    for _, _, weight, low in swaps:
+        state = (weight._version, weight.data_ptr())
+        if fresh or cast(Any, weight)._rlhf_ppo_rounded != state:
+            stale[id(weight)] = (low.detach(), weight.detach())
+            cast(Any, weight)._rlhf_ppo_rounded = state
+    if stale:
+        torch._foreach_copy_(*map(list, zip(*stale.values(), strict=True)))
+
+
+def _exact_heads(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters of value heads and classifiers' heads."""
+    heads = {id(p) for name, child in model.named_children() if name == "value_head" for p in child.parameters()}
+    for inner in model.modules():
+        if isinstance(inner, PreTrainedModel) and type(inner).__name__.endswith("ForSequenceClassification"):
+            heads |= {id(p) for p in inner.parameters()} - {id(p) for p in inner.base_model.parameters()}
+    return heads
+
+
+def _round_outputs(model: nn.Module) -> None:
+    """Let norms return bfloat16 under autocast, once for all that read them, embeddings rounded rows, heads float32."""
+    if not _exact_norms(model):
+        return
+    heads = _exact_heads(model)
+    for module in model.modules():
+        if module in _HOOKED:
+            continue
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(_rounded_rows)
+            _HOOKED.add(module)
+        elif isinstance(module, nn.Linear) and id(module.weight) in heads:
+            module.register_forward_hook(_exact_output)
+            _HOOKED.add(module)
+        elif _is_norm(module):
+            module.register_forward_hook(_rounded_output)
+            _HOOKED.add(module)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "Norm" in type(module).__name__
+
+
+def _exact_norms(model: nn.Module) -> bool:
+    norms = (p for module in model.modules() if _is_norm(module) for p in module.parameters(recurse=False))
+    return all(p.dtype == torch.float32 for p in norms)
+
+
+def _rounded_rows(_module: nn.Module, _inputs: Any, rows: Tensor) -> Tensor:
+    # Sharded embeddings are gathered in float32.
+    return rows.bfloat16().float() if torch.is_autocast_enabled(rows.device.type) else rows
+
+
+def _exact_output(layer: nn.Linear, inputs: Any, output: Tensor) -> Tensor:
+    # A score of 8 bits would make ties.
+    if not torch.is_autocast_enabled(output.device.type):
+        return output
+    with torch.autocast(output.device.type, enabled=False):
+        return linear(inputs[0].float(), layer.weight, layer.bias)
+
+
+def _rounded_output(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+    if isinstance(output, Tensor) and torch.is_autocast_enabled(output.device.type):
+        return output.bfloat16()
+    return output
