@@ -1,7 +1,7 @@
 """Activations: what layers and the output layer keep for the backward pass, and what they need while they compute.
 
-Counted from what autograd saves in transformers' layers as they run here: the residual stream and norms in float32,
-what linear layers read and write in the format of matrix products.
+Counted from what autograd saves in transformers' layers as they run here: the residual stream in float32, what norms
+return once for all that read it and what linear layers write in the format of matrix products.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def layer_bytes(setup: Setup, shape: Shape, adapter: Adapter | None) -> dict[str
     kept = {
         "inputs of norms": shape.norms * 4 * width,
         "normalized, before the norm's weight": 0 if shape.fused_norms or adapter else shape.norms * 4 * width,
-        "inputs of linear layers after norms": sum(_norm_results(setup, shape, trained, x) for x in (True, False)),
+        "inputs of linear layers after norms": size
+        * width
+        * sum(_reads(shape, trained, attends=x) for x in (True, False)),
         "queries, keys, values, result of attention": _attention(setup, shape),
         "input of attention's last layer": size * shape.query_width * (shape.writer(attends=True) in trained),
         "MLP": size * inner * (3 if shape.gated else 1) + size * inner * (shape.writer(attends=False) in trained),
@@ -40,18 +42,26 @@ def layer_bytes(setup: Setup, shape: Shape, adapter: Adapter | None) -> dict[str
     return {what: number for what, number in kept.items() if number}
 
 
-def _norm_results(setup: Setup, shape: Shape, trained: tuple[Linear, ...], attends: bool) -> float:
-    """Return what linear layers keep of the norm's result: one copy in float32, or one rounded copy each."""
-    count = sum(x in trained for x in shape.readers(attends=attends))
-    return 2 * shape.width * count if setup.bf16 else 4 * shape.width * (count > 0)
+def _reads(shape: Shape, trained: tuple[Linear, ...], *, attends: bool) -> bool:
+    """Return whether a linear layer keeps the norm's result; others keep the same one."""
+    return any(x in trained for x in shape.readers(attends=attends))
+
+
+def _plain_attention(setup: Setup) -> bool:
+    """Return whether packed sequences attend by plain products, which keep the attention weights."""
+    return setup.on_cpu and setup.bf16 and setup.row_tokens <= 1024
 
 
 def _attention(setup: Setup, shape: Shape) -> float:
     size = setup.compute_bytes
-    if setup.on_cpu and setup.bf16 and not shape.rotary and setup.row_tokens <= 1024:
-        # Plain products in float32, which keep the attention weights.
-        return 4 * (3 * shape.query_width + shape.heads * setup.row_tokens)
+    if _plain_attention(setup):
+        return _queries_and_keys(setup, shape) + size * (shape.key_width + shape.heads * setup.row_tokens)
     return size * 2 * (shape.query_width + shape.key_width) + 4 * shape.heads
+
+
+def _queries_and_keys(setup: Setup, shape: Shape) -> float:
+    """Return the bytes of a token's queries and keys, which positions rotate in float32."""
+    return (4 if shape.rotary else setup.compute_bytes) * (shape.query_width + shape.key_width)
 
 
 def kept_by_layers(setup: Setup, shape: Shape, adapter: Adapter | None, tokens: int, whose: str = "") -> list[Term]:
@@ -83,12 +93,16 @@ def backward_work(setup: Setup, shape: Shape, tokens: int) -> Term:
     return term("gradients of one layer's activations", (tokens, "tokens"), (each, "bytes"))
 
 
-def forward_work(setup: Setup, shape: Shape, tokens: int) -> Term:
+def forward_work(setup: Setup, shape: Shape, tokens: int, *, packed: bool = True) -> Term:
     """Return what one layer needs in a pass without gradients."""
     size = setup.compute_bytes
     mlp = size * shape.mlp_width * (3 if shape.gated else 2)
-    attention = (4 if shape.rotary else size) * 2 * (shape.query_width + shape.key_width)
+    attention = 2 * _queries_and_keys(setup, shape)
     each = 24 * shape.width + max(mlp, attention)
+    if packed and _plain_attention(setup):
+        # Queries and keys, what is made of them for each query head, scores, their softmax and its rounded copy.
+        attends = _queries_and_keys(setup, shape) + 2 * shape.key_width + 6 * shape.query_width
+        each = max(each, 6 * shape.width + attends + 10 * shape.heads * setup.row_tokens)
     return term("activations of one layer", (tokens, "tokens"), (each, "bytes"))
 
 
@@ -111,11 +125,18 @@ def output_work(setup: Setup, shape: Shape, tokens: int, moment: Literal["read",
     if not setup.bf16:
         return [*terms, block]
     if moment == "backward":
-        rounded = term("weights and products of a block", (words, "words"), (shape.width, "wide"), (4, "bytes"))
+        rounded = term("products of a block", (words, "words"), (shape.width, "wide"), (2 + _rounds(setup), "bytes"))
         return [*terms, block, rounded]
     some = min(_SAMPLE, vocabulary)
-    guess = term("estimate of the largest logits", (some, "words"), (8 * shape.width + 2 * rows, "bytes"))
+    guess = term(
+        "estimate of the largest logits", (some, "words"), ((2 + 3 * _rounds(setup)) * shape.width + 2 * rows, "bytes")
+    )
     return [*terms, max(block, guess, key=lambda x: x.amount)]
+
+
+def _rounds(setup: Setup) -> int:
+    """Return the bytes of an output weight's rounded copy, which a pass makes of one that is gathered in float32."""
+    return 0 if setup.has_copies else 2
 
 
 def largest_matrix(shape: Shape) -> int:

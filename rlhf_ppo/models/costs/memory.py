@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 
 from rlhf_ppo.models.costs.activations import (
     backward_work,
@@ -17,7 +16,7 @@ from rlhf_ppo.models.costs.activations import (
 from rlhf_ppo.models.costs.setup import Setup
 from rlhf_ppo.models.costs.shapes import Shape
 from rlhf_ppo.models.costs.terms import TIMES, Term, term, total
-from rlhf_ppo.models.costs.weights import embedding_gradients, gathered_weights, gradients, held, rounded_weights
+from rlhf_ppo.models.costs.weights import embedding_gradients, gathered_weights, gradients, held
 
 SCORED_AT_ONCE = 32
 """Texts that a reward model reads at once."""
@@ -67,8 +66,8 @@ def _generate(setup: Setup) -> list[Term]:
     shape, size, rows = setup.policy, setup.compute_bytes, setup.slots
     room = setup.prompt_tokens + setup.response_tokens
     per_token = (shape.layers, "layers"), (shape.key_width, "wide"), (2 * size, "bytes")
-    terms = [*rounded_weights(setup), *gathered_weights(setup, shape, whole=setup.gathers_whole)]
-    if setup.bf16:
+    terms = gathered_weights(setup, shape, whole=setup.gathers_whole)
+    if setup.bf16 and setup.sharding != "none":
         terms.append(term("output layer in bfloat16", (shape.vocabulary, "words"), (shape.width, "wide"), (2, "bytes")))
     terms.append(term("cache", (rows, "responses"), (room, "tokens"), *per_token))
     if setup.on_cpu and setup.bf16:
@@ -78,7 +77,7 @@ def _generate(setup: Setup) -> list[Term]:
     else:
         each = 2 * size * shape.key_width
     moments = [
-        forward_work(setup, shape, math.ceil(rows / setup.args.num_generations) * setup.prompt_tokens),
+        forward_work(setup, shape, math.ceil(rows / setup.args.num_generations) * setup.prompt_tokens, packed=False),
         term("logits and probabilities", (rows, "responses"), (shape.vocabulary, "words"), (8, "bytes")),
         term("attention of one layer", (rows, "responses"), (room, "tokens"), (each, "bytes")),
     ]
@@ -97,9 +96,10 @@ def _reference(setup: Setup) -> list[Term]:
 
 
 def _score(setup: Setup) -> list[Term]:
-    """Return what reward models need, which compute in float32."""
-    tokens, exact = min(setup.rows, SCORED_AT_ONCE) * (setup.row_tokens + 1), replace(setup, bf16=False)
-    return [max((forward_work(exact, x, tokens) for x in setup.rewards), key=lambda x: x.amount)]
+    """Return what the reward model that needs most needs."""
+    tokens = min(setup.rows, SCORED_AT_ONCE) * (setup.row_tokens + 1)
+    each = [[*gathered_weights(setup, x), forward_work(setup, x, tokens, packed=False)] for x in setup.rewards]
+    return max(each, key=total)
 
 
 def _update(setup: Setup) -> tuple[str, list[Term]]:
@@ -114,29 +114,28 @@ def _moments(setup: Setup) -> Mapping[str, list[Term]]:
     tokens, outputs = rows * setup.row_tokens, rows * setup.response_tokens
     again = setup.passes(setup.minibatch_rows) > 1  # then gradients of the passes before are there
     before = [gradients(setup)] if again else embedding_gradients(setup)
-    common = [*before, *gathered_weights(setup, shape), _ends(shape, tokens)]
-    kept, copies = kept_by_layers(setup, shape, adapter, tokens), _copies(setup)
-    saved = [*kept, *([] if setup.args.gradient_checkpointing else copies)]
+    common = [*before, *gathered_weights(setup, shape), _ends(setup, shape, tokens)]
+    kept = kept_by_layers(setup, shape, adapter, tokens)
     forward, backward = (output_work(setup, shape, outputs, moment) for moment in ("forward", "backward"))
     of_output = []
     if adapter is None:
         of_output = [term("gradient of the output layer", (shape.vocabulary * shape.width, "weights"), (4, "bytes"))]
     critic, of_critic = _critic(setup, tokens)
     layers = [
-        *_left_or_done(setup, saved, first=not again),
+        *_left_or_done(setup, kept, first=not again),
         *recomputed_layer(setup, shape, adapter, tokens),
         backward_work(setup, shape, tokens),
         *_new_gradient(setup, shape),
     ]
     after_output = of_output if not again or setup.sharding != "none" else []
     moments = {
-        "output layer, forward": [*common, *kept, *copies, *forward],
-        "output layer, backward": [*common, *saved, *backward, *of_output, *of_critic],
+        "output layer, forward": [*common, *kept, *forward],
+        "output layer, backward": [*common, *kept, *backward, *of_output, *of_critic],
         "layers, backward": [*common, *layers, *after_output, *of_critic],
     }
     if critic:
         logits = [x for x in forward if x.what == "exponentials of logits"]
-        moments["critic, backward"] = [*common, *kept, *copies, *logits, *critic]
+        moments["critic, backward"] = [*common, *kept, *logits, *critic]
     if adapter is None and setup.sharding != "none":
         # A gradient, and the buffer from which it is summed.
         whole = term("whole gradients of what is gathered", (2, TIMES), (shape.root, "weights"), (4, "bytes"))
@@ -144,28 +143,21 @@ def _moments(setup: Setup) -> Mapping[str, list[Term]]:
     return moments
 
 
-def _copies(setup: Setup) -> list[Term]:
-    """Return the bfloat16 weights that a pass keeps: of trained layers, and of frozen ones under an adapter."""
-    frozen = setup.adapter is not None and setup.args.quantization == "none"
-    if not frozen or not setup.bf16 or setup.args.gradient_checkpointing or setup.sharding != "none":
-        return rounded_weights(setup)
-    return [term("bfloat16 copy of the frozen layers", (setup.policy.layer_matrices, "weights"), (2, "bytes"))]
-
-
-def _left_or_done(setup: Setup, saved: list[Term], *, first: bool) -> list[Term]:
+def _left_or_done(setup: Setup, kept: list[Term], *, first: bool) -> list[Term]:
     """Return what layers keep before backward, or the gradients that replace it one by one, whichever is more."""
     if setup.adapter is not None or not first:
-        return saved
+        return kept
     shards = (setup.shards, "processes") if setup.shards > 1 else None
     layers = setup.policy.layers
     each = setup.policy.layer_matrices / layers
     done = [term("gradients of other layers", (layers - 1, "layers"), (each, "weights"), (4, "bytes"), over=shards)]
-    return max(saved, done, key=total)
+    return max(kept, done, key=total)
 
 
-def _ends(shape: Shape, tokens: int) -> Term:
+def _ends(setup: Setup, shape: Shape, tokens: int) -> Term:
     """Return what is kept outside of the layers: the embeddings' result, and the last norm's input and result."""
-    return term("embeddings and last norm", (tokens, "tokens"), (12 * shape.width, "bytes"))
+    each = (8 + setup.compute_bytes) * shape.width
+    return term("embeddings and last norm", (tokens, "tokens"), (each, "bytes"))
 
 
 def _new_gradient(setup: Setup, shape: Shape) -> list[Term]:
@@ -188,12 +180,10 @@ def _critic(setup: Setup, tokens: int) -> tuple[list[Term], list[Term]]:
     else:
         return [], []
     kept = kept_by_layers(setup, shape, adapter, tokens, whose)
-    work = [*recomputed_layer(setup, shape, adapter, tokens), backward_work(setup, shape, tokens), _ends(shape, tokens)]
-    copies = []
-    if setup.bf16 and setup.sharding == "none":
-        copies = [term("bfloat16 copy of the critic's layers", (shape.layer_matrices, "weights"), (2, "bytes"))]
+    work = [*recomputed_layer(setup, shape, adapter, tokens), backward_work(setup, shape, tokens)]
+    work.append(_ends(setup, shape, tokens))
     after = []
     if setup.value is not None and setup.passes(setup.minibatch_rows) == 1:
         shards = (setup.shards, "processes") if setup.shards > 1 else None
         after = [term("gradients of the critic", (setup.trained_value, "weights"), (4, "bytes"), over=shards)]
-    return [*kept, *copies, *gathered_weights(setup, shape), *work], after
+    return [*kept, *gathered_weights(setup, shape), *work], after

@@ -92,6 +92,11 @@ class Setup:
         return 2 if self.bf16 else 4
 
     @property
+    def has_copies(self) -> bool:
+        """Whether trained matrices have a bfloat16 copy; sharded ones are rounded where they are gathered."""
+        return self.bf16 and self.sharding == "none"
+
+    @property
     def on_cpu(self) -> bool:
         """Whether the device is a CPU, where the output layer works in blocks."""
         return self.card.name == "cpu"
@@ -153,3 +158,13 @@ class Setup:
     def trained(self) -> int:
         """All trained weights."""
         return self.trained_policy + self.trained_value if self.trains else 0
+
+    @property
+    def copied(self) -> int:
+        """Weights of the policy and of a separate critic that have a bfloat16 copy: matrices that are not held in it."""
+        if not self.has_copies:
+            return 0
+        own = self.policy.matrices
+        if self.adapter is not None:
+            own = self.adapter.parameters * (2 if self.critic == "adapter" else 1)
+        return own + (0 if self.value is None else self.value.matrices)

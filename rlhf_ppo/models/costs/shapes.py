@@ -84,6 +84,11 @@ class Shape:
         return self.attention + self.mlp
 
     @property
+    def matrices(self) -> int:
+        """All but norms, biases, and what has no kind of its own."""
+        return self.parameters - self.other
+
+    @property
     def root(self) -> int:
         """Those of embeddings and output layer."""
         return self.embeddings + self.output

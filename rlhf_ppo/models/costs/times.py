@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 from rlhf_ppo.models.costs.exchange import EXCHANGED_RECORDS, gathered_bytes, seconds_for
 from rlhf_ppo.models.costs.setup import Setup
@@ -21,8 +20,8 @@ def times(setup: Setup) -> dict[str, list[Term]]:
     """Return the terms of each phase's seconds; reward functions that are no models, and saving, are not counted."""
     phases = {"generate": _generate(setup), "reference": _reference(setup)}
     if setup.rewards:
-        exact, tokens = replace(setup, bf16=False), setup.rows * (setup.row_tokens + 1)
-        phases["score"] = [_products(exact, f"reward model {x.name}", x, tokens) for x in setup.rewards]
+        tokens = setup.rows * (setup.row_tokens + 1)
+        phases["score"] = [_products(setup, f"reward model {x.name}", x, tokens) for x in setup.rewards]
     phases["update"] = _update(setup)
     phases["optimizer steps"] = _steps(setup)
     return phases
@@ -93,14 +92,13 @@ def _graphs(setup: Setup) -> bool:
 def _read_each_step(setup: Setup) -> float:
     """Return the bytes of weights that a decode step moves.
 
-    Autocast rounds frozen weights, and on GPUs the output layer, again at each step: 4 bytes read, 2 written, 2 read.
+    An output layer that is gathered in float32 is rounded at each step: 4 bytes read, 2 written, 2 read.
     """
     shape, outer = setup.policy, setup.policy.vocabulary * setup.policy.width
     if not setup.bf16:
         return 4.0 * (shape.layer_matrices + outer)
-    frozen = setup.adapter is not None and setup.sharding == "none"
-    each = {"none": 8 if frozen else 2, "8bit": 1, "4bit": 0.56}[setup.args.quantization]
-    return each * shape.layer_matrices + (2 if setup.on_cpu else 8) * outer
+    each = {"none": 2, "8bit": 1, "4bit": 0.56}[setup.args.quantization]
+    return each * shape.layer_matrices + (2 if setup.has_copies else 8) * outer
 
 
 def _records(setup: Setup) -> list[Term]:
@@ -156,10 +154,6 @@ def _update(setup: Setup) -> list[Term]:
         terms.append(_products(setup, "critic's layers", shape, tokens + alone, 2 + again))
     elif alone:
         terms.append(_products(setup, "critic alone: layers", shape, alone))
-    if setup.bf16 and setup.sharding == "none":
-        rounded = (shape.layer_matrices, "weights"), (6, "bytes")
-        count = (passes * setup.passes(setup.minibatch_rows), "passes")
-        terms.append(term("rounding weights", count, *rounded, over=_bandwidth(setup)))
     if setup.sharding != "none":
         terms += _exposed(_sharded_exchange(setup), list(terms))
     return terms
@@ -181,6 +175,8 @@ def _sharded_exchange(setup: Setup) -> Term:
 def _steps(setup: Setup) -> list[Term]:
     steps, shards = (setup.args.steps_per_rollout, "steps"), (setup.trained / setup.shards, "weights here")
     terms = [term("AdamW", steps, shards, (STEP_BYTES, "bytes"), over=_bandwidth(setup))]
+    if changed := min(setup.copied, setup.trained):  # a critic may be frozen
+        terms.append(term("rounding weights", steps, (changed, "weights"), (6, "bytes"), over=_bandwidth(setup)))
     if setup.processes > 1 and setup.sharding == "none":
         summing = 2 * setup.args.steps_per_rollout
         terms.append(seconds_for(setup, "summing gradients", 4.0 * setup.trained, summing))

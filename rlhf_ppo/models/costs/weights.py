@@ -1,4 +1,4 @@
-"""Weights, gradients and optimizer of one process: what it holds throughout, and what it gathers or rounds."""
+"""Weights, gradients and optimizer of one process: what it holds throughout, and what it gathers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,19 @@ def held(setup: Setup) -> list[Term]:
     terms = _policy_weights(setup)
     if setup.value is not None:
         terms += _sharded(setup, "critic's weights", setup.value, 4)
+    if setup.copied:
+        terms.append(term("bfloat16 copy of trained matrices", (setup.copied, "weights"), (2, "bytes")))
     shards = (setup.shards, "processes") if setup.shards > 1 else None
     terms.append(term("AdamW's two moments", (setup.trained, "trained weights"), (8, "bytes"), over=shards))
     if setup.reference is not None:
         each = _REFERENCE[setup.args.reference_format(bf16=setup.bf16)]
         whole = each < 2
         terms += _sharded(setup, "reference's weights", setup.reference, each, whole=whole)
-    terms += [term(f"reward model {x.name}", (x.parameters, "weights"), (4, "bytes")) for x in setup.rewards]
+        if each == 4 and setup.has_copies:
+            copied = (setup.reference.matrices, "weights")
+            terms.append(term("bfloat16 copy of the reference's matrices", copied, (2, "bytes")))
+    for judge in setup.rewards:
+        terms += _sharded(setup, f"reward model {judge.name}", judge, setup.compute_bytes)
     tokens = setup.args.rollout_batch_size * (setup.prompt_tokens + setup.response_tokens)
     terms.append(term("records of the whole rollout", (tokens, "tokens"), (RECORD_BYTES, "bytes")))
     if setup.card.overhead:
@@ -36,12 +42,16 @@ def held(setup: Setup) -> list[Term]:
 def _policy_weights(setup: Setup) -> list[Term]:
     policy, adapter = setup.policy, setup.adapter
     each = _BASE[setup.args.quantization]
+    # A frozen base is held in the format of products, if it is whole.
+    base = 2 if adapter is not None and setup.has_copies else 4
     if each < 4:
-        rest = policy.parameters - policy.layer_matrices
-        terms = [term("policy's layers, quantised", (policy.layer_matrices, "weights"), (each, "bytes"))]
-        terms.append(term("policy's other weights", (rest, "weights"), (4, "bytes")))
+        terms = [
+            term("policy's layers, quantised", (policy.layer_matrices, "weights"), (each, "bytes")),
+            term("policy's embeddings and output layer", (policy.root, "weights"), (base, "bytes")),
+            term("policy's norms and biases", (policy.other, "weights"), (4, "bytes")),
+        ]
     else:
-        terms = _sharded(setup, "policy's weights", policy, 4)
+        terms = _sharded(setup, "policy's weights", policy, base)
     if adapter is not None:
         number = adapter.parameters * (2 if setup.critic == "adapter" else 1)
         terms.append(term("adapter's weights", (number, "weights"), (4, "bytes")))
@@ -49,13 +59,13 @@ def _policy_weights(setup: Setup) -> list[Term]:
 
 
 def _sharded(setup: Setup, what: str, shape: Shape, each: float, *, whole: bool = False) -> list[Term]:
-    """Return a model's weights: matrices are shared out, the few others stay whole."""
-    if setup.shards == 1 or whole:
+    """Return a model's weights: matrices are shared out, the few others stay whole, and in float32."""
+    if whole or (setup.shards == 1 and each == 4):
         return [term(what, (shape.parameters, "weights"), (each, "bytes"))]
-    matrices = shape.parameters - shape.other
+    shards = (setup.shards, "processes") if setup.shards > 1 else None
     return [
-        term(what, (matrices, "weights"), (each, "bytes"), over=(setup.shards, "processes")),
-        term(f"{what}: norms and biases", (shape.other, "weights"), (each, "bytes")),
+        term(what, (shape.matrices, "weights"), (each, "bytes"), over=shards),
+        term(f"{what}: norms and biases", (shape.other, "weights"), (4, "bytes")),
     ]
 
 
@@ -71,13 +81,6 @@ def gradients(setup: Setup) -> Term:
     """Return the gradients of all trained weights, or this process's share of them."""
     shards = (setup.shards, "processes") if setup.shards > 1 else None
     return term("gradients", (setup.trained, "trained weights"), (4, "bytes"), over=shards)
-
-
-def rounded_weights(setup: Setup) -> list[Term]:
-    """Return the working copy in bfloat16 that autocast makes of a replicated policy's trained layers."""
-    if not setup.bf16 or setup.sharding != "none" or setup.adapter is not None:
-        return []
-    return [term("bfloat16 copy of the policy's layers", (setup.policy.layer_matrices, "weights"), (2, "bytes"))]
 
 
 def gathered_weights(setup: Setup, shape: Shape, *, whole: bool = False) -> list[Term]:

@@ -189,6 +189,8 @@ def measured_peaks(config: PretrainedConfig, folder: str, setup: Setup, lora: in
         rollout, found["reference"] = allocated_peak(lambda: read_reference(run, state.model, rollout))  # noqa: B023
         rollout = score(run, rollout)
         _, found["update"] = allocated_peak(lambda: train(rollout))  # noqa: B023
+    copies = {id(p): p._rlhf_ppo_low for p in trainer.model.trainable_parameters() if hasattr(p, "_rlhf_ppo_low")}
+    assert 2 * setup.copied == sum(low.nbytes for low in copies.values())
     return found
 
 
@@ -242,7 +244,9 @@ def test_time_and_memory_are_those_of_the_benchmark(workload, like):
     assert seconds(setup) == pytest.approx(measured, rel=0.15)
     # As the benchmark counts: weights, gradients and moments of what is trained; weights of the others.
     static = 16 * setup.trained + 4 * (shape.parameters + reward.parameters)
-    assert peak(setup) == pytest.approx(static + above, rel=0.15)
+    # It gives the reward model as an object, which stays in float32 and has a copy; a plan's is loaded by name.
+    given = 0 if like else 4 * reward.matrices
+    assert peak(setup) + given == pytest.approx(static + above, rel=0.15)
 
 
 def test_sharding_divides_what_is_held_and_passes_get_smaller():

@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_made_to_by_the_settings_that_cost_least_time():
     assert set(changed) == {"microbatch_tokens"}
     slower = replan(found, **changed, gradient_checkpointing=True)
     assert slower.fits and slower.seconds > fitting.seconds
-    assert "fits with --microbatch-tokens 2048 --sharding full: " in text(found)
+    assert "fits with --microbatch-tokens 4096 --sharding full: " in text(found)
 
 
 def test_an_adapter_is_the_last_resort_and_then_more_gpus():
@@ -96,13 +96,28 @@ def test_an_adapter_is_the_last_resort_and_then_more_gpus():
 def test_models_beside_the_policy_count():
     alone = plan_for(gpus=8).held
     rewarded = plan_for(gpus=8, reward=("Qwen/Qwen2.5-0.5B", "file.py:function", "http://localhost:1")).held
-    assert rewarded - alone == pytest.approx(4 * 494_032_768, rel=0.01)
+    assert rewarded - alone == pytest.approx(2 * 494_032_768 / 8, rel=0.01)
     separate = plan_for(gpus=8, value_model="Qwen/Qwen2.5-0.5B").held
     assert separate - alone == pytest.approx((4 + 8) * 494_032_768 / 8, rel=0.01)
     adapter = plan_for(gpus=8, sharding="none", lora_rank=8).held
-    assert adapter == pytest.approx(4 * 7_615_616_512, rel=0.01)
+    assert adapter == pytest.approx(2 * 7_615_616_512, rel=0.01)
+    exact = plan_for(gpus=8, sharding="none", lora_rank=8, precision="fp32").held
+    assert exact == pytest.approx(4 * 7_615_616_512, rel=0.01)
     quantized = plan_for(lora_rank=8, quantization="4bit").held
-    assert quantized < adapter / 3
+    embedded = 2 * 152_064 * 3584  # and an output layer of that size, in bf16
+    assert quantized == pytest.approx(0.56 * (7_615_616_512 - embedded) + 2 * embedded, rel=0.02)
+
+
+def test_bf16_copies_are_held_by_replicas_and_by_no_shares():
+    """All weights trained: 16 bytes each, a copy of 2, and a reference in bf16; norms are a few in ten thousand."""
+    size = 494_032_768
+    model = "Qwen/Qwen2.5-0.5B"
+    assert plan_for(model, sharding="none").held == pytest.approx((4 + 8 + 2 + 2) * size, rel=0.01)
+    assert plan_for(model, sharding="none", precision="fp32").held == pytest.approx((4 + 8 + 4) * size, rel=0.01)
+    read = plan_for(model, sharding="none", reference_dtype="float32").held  # its products read a copy, too
+    assert read == pytest.approx((4 + 8 + 2 + 4 + 2) * size, rel=0.01)
+    shares = plan_for(model, gpus=8, sharding="full").held
+    assert shares == pytest.approx((4 + 8 + 2) * size / 8, rel=0.02)
 
 
 @pytest.mark.parametrize(
