@@ -141,11 +141,10 @@ def _choose_ways(runner: ModelRunner, role: str, longest: int, *, bf16: bool, de
     exact = full and not getattr(base, "is_quantized", False)
     # Float32 shows a wrong way best; then the run's own format is checked.
     formats = [(False, _EXACT if exact else _ROUNDED)] + ([(True, _ROUNDED)] if bf16 else [])
-    # Shares of layers are gathered in bfloat16 alone, frozen models are held in it, and flash attention has no other.
-    flash = is_flash(base.config._attn_implementation)
-    if bf16 and (flash or held_in_bf16(runner.model) or any(map(is_share, runner.model.parameters()))):
+    # Shares of layers are gathered in bfloat16 alone, frozen models are held in it, and kernels for GPUs have no other.
+    low_alone = is_flash(base.config._attn_implementation) or held_in_bf16(runner.model)
+    if bf16 and (low_alone or any(map(is_share, runner.model.parameters()))):
         formats = formats[1:]
-    # The kernel for GPUs has 16 bits.
     runner.packs &= bf16 or not full or next(runner.model.parameters()).device.type != "cuda"
     rows = _rows(runner, _length(base.config, longest))
     plain: dict[bool, RowOutputs] = {}

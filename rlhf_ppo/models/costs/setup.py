@@ -161,7 +161,7 @@ class Setup:
 
     @property
     def copied(self) -> int:
-        """Weights of the policy and of a separate critic that have a bfloat16 copy: matrices that are not held in it."""
+        """Weights of policy and separate critic that have a bfloat16 copy: matrices that are not held in it."""
         if not self.has_copies:
             return 0
         own = self.policy.matrices

@@ -10,6 +10,9 @@ from peft import LoraConfig
 from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
+from rlhf_ppo.generation.decoding import sample_responses
+from rlhf_ppo.generation.engines import StaticEngine
+from rlhf_ppo.generation.rollout import SamplingParams
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward.runner import Sequences
 from rlhf_ppo.models.working_copy import computing, hold_in_bf16
@@ -176,3 +179,25 @@ def test_a_classifiers_score_keeps_its_precision():
         score = model(ids).logits
     assert score.dtype == torch.float32
     assert not torch.equal(score, score.bfloat16().float())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_compiled_decode_step_reads_the_weights_of_now_without_compiling_again(make_model, kind):
+    model = ActorCritic(make_model(kind))
+    ids = torch.arange(2, 14).view(2, 6)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    params, engine = SamplingParams(max_new_tokens=4), StaticEngine(compile_step=True, backend="eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for _ in range(2):
+        with computing(model, bf16=True):
+            compiled, plain = (
+                sample(model, ids, mask, params, generator=torch.Generator().manual_seed(0))
+                for sample in (engine, sample_responses)
+            )
+        assert torch.equal(compiled.response_ids, plain.response_ids)
+        torch.testing.assert_close(compiled.logprobs, plain.logprobs, rtol=0, atol=1e-3)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.5)
+    assert engine.compile_step and torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
