@@ -22,6 +22,7 @@ from rlhf_ppo.models.named_kernels import is_flash
 from rlhf_ppo.models.sharding import gathered, is_sharded
 
 _ROOM = 64
+"""A static cache's room is rounded up to multiples of this, so that prompts of other lengths meet the same shape."""
 
 
 class Sampler(Protocol):
@@ -83,6 +84,8 @@ def choose_engine(args: RolloutSettings, model: ActorCritic) -> Sampler:
 
 def _problem(engine: Sampler, model: ActorCritic, device: torch.device) -> Exception | None:
     """Sample three responses, two at once; return what is wrong if a full forward pass does not confirm them."""
+    if not slot_layers(model, _ROOM):
+        return EngineError("it cannot decode from a cache of keys and values of all tokens, beside padded prompts")
     ids = model.runner.probe_ids().repeat(3, 1)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[0, :5] = False
@@ -116,13 +119,13 @@ def sample_with_refill(
     whole: sampling.RowsOf | None = None,
 ) -> SampledResponses:
     """Sample as :func:`rlhf_ppo.generation.decoding.sample_responses` does, at most ``slots`` responses at once."""
-    batch, length = prompt_ids.shape
-    if batch <= slots:
-        return sample_responses(
-            model, prompt_ids, prompt_mask, params, generator=generator, stop_detector=stop_detector, whole=whole
-        )
+    (batch, length), prompts = prompt_ids.shape, (prompt_ids, prompt_mask, params)
+    room = length + params.max_new_tokens
+    if batch <= slots or not slot_layers(model, room):
+        others = {"stop_detector": stop_detector, "whole": whole, "at_once": slots}
+        return sample_responses(model, *prompts, generator=generator, **others)
     u = sampling.uniforms(params.max_new_tokens, batch, generator, prompt_ids.device, whole)
-    cache = new_slot_cache(model, slots, length + params.max_new_tokens)
+    cache = new_slot_cache(model, slots, room)
     step = Slots(cache, slot_step(model, cache, params), fixed=False)
     return sample_in_slots(model, prompt_ids, prompt_mask, params, u, step, stop_detector=stop_detector)
 
@@ -162,7 +165,8 @@ class StaticEngine:
     ) -> SampledResponses:
         """Sample as :func:`rlhf_ppo.generation.decoding.sample_responses` does: the same draws give the same tokens.
 
-        If the step cannot be compiled, warn and sample again without compiling.
+        That function samples where an attention window is shorter than the sequences. If the step cannot be compiled,
+        warn and sample again without compiling.
 
         Raises:
             ValueError: ``params`` has stop strings, which take the dynamic loop.
@@ -171,11 +175,14 @@ class StaticEngine:
             raise ValueError(
                 "static decoding has no stop_strings, which are read at each step: use generation='dynamic'"
             )
-        batch, length = prompt_ids.shape
+        (batch, length), prompts = prompt_ids.shape, (prompt_ids, prompt_mask, params)
+        room = -(-(length + params.max_new_tokens) // _ROOM) * _ROOM
+        if not slot_layers(model, room):
+            return sample_responses(model, *prompts, generator=generator, whole=whole, at_once=self.slots)
         u = sampling.uniforms(params.max_new_tokens, batch, generator, prompt_ids.device, whole)
 
         def sample() -> SampledResponses:
-            fixed = self._prepare(model, self.slots or batch, length + params.max_new_tokens, params)
+            fixed = self._prepare(model, self.slots or batch, room, params)
             return sample_in_slots(model, prompt_ids, prompt_mask, params, u, fixed, pace=self.pace)
 
         try:
@@ -188,15 +195,12 @@ class StaticEngine:
         return sample()
 
     def _prepare(self, model: ActorCritic, slots: int, room: int, params: SamplingParams) -> Slots:
-        """Return cache and step for this shape: the last ones, emptied, where they fit."""
-        # Rounded up, so that prompts of other lengths meet the same shape.
-        room = -(-room // _ROOM) * _ROOM
+        """Return cache and step for this shape: the last ones, where they fit."""
         weights = next(model.policy.parameters())
         formats = (weights.dtype, torch.is_autocast_enabled(weights.device.type))
         banned = params.stop_token_ids if params.min_new_tokens else ()
         shape = (model, slots, room, params.temperature, banned, formats)
         if self._fixed is not None and self._shape == shape:
-            self._fixed.cache.reset()
             return self._fixed
         if self._fixed is not None and self.compile_step:
             # Free the old graphs: torch.compile refuses a ninth shape.
@@ -211,17 +215,15 @@ class StaticEngine:
         return self._fixed
 
 
-def new_slot_cache(model: ActorCritic, slots: int, room: int) -> SlotCache:
-    """Return an empty cache of slots.
-
-    Raises:
-        EngineError: the model's cache has layers that are no slots.
-    """
+def slot_layers(model: ActorCritic, room: int) -> int:
+    """Return the number of the model's layers, if slots for ``room`` tokens can hold what they cache; else 0."""
     runner = model.runner
-    layers = count_slot_layers(runner.config)
-    if not (layers and runner.pads_left and runner.uses_cache):
-        raise EngineError("it cannot decode from a cache beside padded prompts, or keeps more than keys and values")
-    return SlotCache(layers, slots, room, next(model.policy.parameters()).device)
+    return count_slot_layers(runner.config, room) if runner.pads_left and runner.uses_cache else 0
+
+
+def new_slot_cache(model: ActorCritic, slots: int, room: int) -> SlotCache:
+    """Return an empty cache of slots."""
+    return SlotCache(slot_layers(model, room), slots, room, next(model.policy.parameters()).device)
 
 
 def _copying(step: Step) -> Step:
@@ -229,6 +231,6 @@ def _copying(step: Step) -> Step:
 
     def copied(*inputs: Tensor | None) -> Any:
         torch.compiler.cudagraph_mark_step_begin()
-        return tuple(None if x is None else x.clone() for x in step(*inputs))  # pyright: ignore[reportCallIssue]
+        return tuple(None if x is None else x.clone() for x in step(*inputs))  # pyright: ignore
 
     return copied

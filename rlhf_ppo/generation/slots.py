@@ -135,7 +135,7 @@ class _Decoding:
         self.record = Record(len(prompt_ids), params, u.device)
         self.stops = torch.tensor(sorted(params.stop_token_ids), dtype=torch.long, device=u.device)
         nothing = torch.zeros_like(slots.cache.places)
-        self.state = _State(*[nothing.clone() for _ in _State._fields[:-1]], nothing.bool())
+        self.state = _State._make([*(nothing.clone() for _ in _State._fields[:-1]), nothing.bool()])
         # What the host knows without asking the device.
         self.keys = prompt_keys(prompt_ids, prompt_mask)
         self.lengths: list[int] = prompt_mask.sum(dim=1).tolist()

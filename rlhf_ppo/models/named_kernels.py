@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
-from transformers.utils import is_kernels_available
+from transformers.utils.import_utils import is_kernels_available
 
 from rlhf_ppo.config.run_groups import RunSettings
 from rlhf_ppo.models.forward.hidden_states import without_adapter_wrapper

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig, StaticLayer
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlhf_ppo.models.forward.kv_cache import attention_dtype
 
@@ -52,6 +52,7 @@ class SlotLayer(StaticLayer):
         assert self.keys is not None and self.values is not None
         places = torch.arange(columns.shape[1], device=columns.device)
         for states, new in ((self.keys, keys), (self.values, values)):
+            states[slots] = 0  # masked, but non-finite states of the earlier response would still spread
             new = new.transpose(1, 2)[number[:, None], columns]
             states.transpose(1, 2)[slots[:, None], places] = new.to(states.dtype)
 
@@ -112,7 +113,11 @@ class SlotCache(Cache):
             layer.seen = seen
 
 
-def count_slot_layers(config: PretrainedConfig) -> int:
-    """Return the number of the model's layers if all keep keys and values of all tokens; else 0: no slots."""
-    kinds = [type(layer) for layer in DynamicCache(config=config).layers]
-    return len(kinds) if set(kinds) == {DynamicLayer} else 0
+def count_slot_layers(config: PretrainedConfig, room: int) -> int:
+    """Return the number of the model's layers if all attend to all of ``room`` tokens in a cache; else 0: no slots."""
+    layers = DynamicCache(config=config).layers
+    whole = (
+        type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= room)
+        for layer in layers
+    )
+    return len(layers) if all(whole) else 0

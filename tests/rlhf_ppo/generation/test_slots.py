@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,7 @@ ENGINES = {
     "static": StaticEngine(compile_step=False, slots=4),
     "static, all at once": StaticEngine(compile_step=False),
     "static, looked at as on a GPU": StaticEngine(compile_step=False, slots=4, pace=Pace(3, waits=False)),
+    "static, more slots than prompts": StaticEngine(compile_step=False, slots=16),
     "chunks": partial(sample_responses, at_once=4),
 }
 
@@ -108,9 +110,9 @@ def test_stop_strings_are_found_in_slots(make, batch, tokenizer, name):
 
 def test_no_token_is_read_beyond_the_context(make):
     """GPT-2 has 64 positions: a response that has ended, but was not looked at yet, must not go on to the 65th."""
-    model, engine = make(), StaticEngine(compile_step=False, slots=2, pace=Pace(8, waits=False))
-    batch = left_pad([[5] * 60, [6] * 52, [7] * 3, [8] * 60], torch.device("cpu"))
-    params = SamplingParams(max_new_tokens=5)  # 60 + 5 - 1 tokens are read
+    model, engine = make(), StaticEngine(compile_step=False, slots=2, pace=Pace(3, waits=False))
+    batch = left_pad([[token] * 57 for token in range(8)], torch.device("cpu"))
+    params = SamplingParams(max_new_tokens=8, stop_token_ids=STOPS)  # 57 + 8 - 1 tokens are read
     plain = sample_responses(model, *batch, params, generator=seeded())
     assert_same(engine(model, *batch, params, generator=seeded()), plain)
 
@@ -124,6 +126,16 @@ def test_the_cache_holds_slots_and_a_prompt_takes_the_next_free_one(make, batch,
     ideal = int(sampled.mask.sum()) - len(PROMPTS)  # the first token of each comes from its prompt's pass
     # Slots idle only at the end, for no longer than a response is.
     assert ideal <= sum(steps) <= ideal + 2 * PARAMS.max_new_tokens
+
+
+def test_nothing_of_an_earlier_response_is_left_in_its_slot(make, batch):
+    """Not even what is non-finite: 0 times infinity is no number."""
+    model, engine = make(), StaticEngine(compile_step=False, slots=3)
+    first = engine(model, *batch, PARAMS, generator=seeded())
+    assert engine._fixed is not None
+    for layer in engine._fixed.cache.layers:
+        layer.values.fill_(math.inf)
+    assert_same(engine(model, *batch, PARAMS, generator=seeded()), first)
 
 
 @pytest.mark.parametrize("waits", [False, True])
@@ -150,6 +162,21 @@ def test_a_window_cannot_be_refilled_and_is_decoded_in_chunks(make, batch, monke
     assert max(rows for rows, _ in seen) == 4 and sum(tokens > 1 for _, tokens in seen) == 4
     with pytest.raises(ValueError, match=r"'static' does not work with model=MistralForCausalLM: .* use generation="):
         choose_engine(RolloutSettings(generation="static"), model)
+
+
+def test_a_window_that_no_sequence_fills_is_no_window(make, batch, monkeypatch):
+    """As Mistral's of 4,096 tokens is none to most runs; a longer prompt takes the ordinary loop."""
+    model = make("mistral")
+    model.runner.config.sliding_window = 64
+    sizes = RolloutSettings(decode_batch_size=4), RolloutSettings(decode_batch_size=4, generation="static")
+    for engine in (choose_engine(size, model) for size in sizes):
+        plain = sample_responses(model, *batch, PARAMS, generator=seeded())
+        seen = lanes(model, monkeypatch)
+        assert_same(engine(model, *batch, PARAMS, generator=seeded()), plain)
+        assert sum(tokens > 1 for _, tokens in seen) > 4  # prompts are read whenever a slot is free
+        longer = left_pad([[5] * 60, [6] * 52, [7] * 3, [8] * 9, [9] * 5], torch.device("cpu"))
+        plain = sample_responses(model, *longer, PARAMS, generator=seeded())
+        assert_same(engine(model, *longer, PARAMS, generator=seeded()), plain)
 
 
 def test_equal_prompts_are_read_once(make, batch, monkeypatch):
