@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rlhf_ppo.core.kernels.vocabulary_blocks import without_autocast
+
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
     """Attend causally within each of B sequences of equal length; scores and their softmax are in float32.
@@ -48,7 +50,8 @@ class _PlainAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         (batch, heads, length, width), ctx.scale, low = query.shape, scale, value.dtype
         q, k, v = (_batch(x, heads, low) for x in (query, key, value))
-        scores = torch.baddbmm(_causal(length), q.float(), k.float().mT, alpha=scale)
+        with without_autocast(value):  # which would round the scores
+            scores = torch.baddbmm(_causal(length), q.float(), k.float().mT, alpha=scale)
         weights = scores.softmax(dim=-1).to(low)
         result = value.new_empty(batch, length, heads, width)
         result.copy_(torch.bmm(weights, v).view(batch, heads, length, width).transpose(1, 2))

@@ -85,7 +85,7 @@ def test_an_adapter_is_the_last_resort_and_then_more_gpus():
     fitting = find_fit(found)
     assert fitting is not None and changes(found.args, fitting.args)["lora_rank"] == 16
     assert "which trains an adapter instead of all weights" in text(found)
-    assert changes(found.args, find_fit(plan_for("Qwen/Qwen2.5-14B")).args)["quantization"] == "4bit"
+    assert changes(found.args, find_fit(plan_for("Qwen/Qwen2.5-32B")).args)["quantization"] == "4bit"
     large = plan_for("Qwen/Qwen2.5-72B")
     assert find_fit(large) is None
     larger = more_gpus(large)
