@@ -99,20 +99,20 @@ class ChunkLogits:
         """[O, n] in the products' dtype."""
         self._weight, self._bias, self._temperature = weight, bias, temperature
         self._ban = ban if ban is None or rows is None else BannedTokens(ban.where[rows], ban.tokens)
-        self.shift = self._largest_logits()
-        """[n], or None: see there."""
+        self._shift: Tensor | None = None  # no cached_property, which torch.compile cannot read
 
-    def _largest_logits(self) -> Tensor | None:
+    @property
+    def shift(self) -> Tensor | None:
         """Estimate the largest logit of each state, for dtypes below float32; None: logits need no shift.
 
         bfloat16 keeps 8 bits: logits near 100, as GPT-2's are, would be rounded to halves. Instead their distance from
         this number is rounded, which is small for all words that matter.
         """
         states, weight = self.states, self._weight
-        if states.dtype == compute_dtype(states):
-            return None
-        some = torch.cat([weight[:_SAMPLE], weight[_SAMPLE :: max(weight.shape[0] // _SAMPLE, 1)]])
-        return (some.to(states.dtype) @ states).amax(dim=0)
+        if self._shift is None and states.dtype != compute_dtype(states):
+            some = torch.cat([weight[:_SAMPLE], weight[_SAMPLE :: max(weight.shape[0] // _SAMPLE, 1)]])
+            self._shift = (some.to(states.dtype) @ states).amax(dim=0)
+        return self._shift
 
     def block(self, block: slice, room: Tensor | None = None) -> Tensor:
         """Compute logits [block, n] minus the ``shift`` in the states' dtype; written into ``room`` if given."""
