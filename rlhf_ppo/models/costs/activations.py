@@ -31,9 +31,7 @@ def layer_bytes(setup: Setup, shape: Shape, adapter: Adapter | None) -> dict[str
     kept = {
         "inputs of norms": shape.norms * 4 * width,
         "normalized, before the norm's weight": 0 if shape.fused_norms or adapter else shape.norms * 4 * width,
-        "inputs of linear layers after norms": size
-        * width
-        * sum(_reads(shape, trained, attends=x) for x in (True, False)),
+        "inputs of linear layers after norms": size * width * _norms_read(shape, trained),
         "queries, keys, values, result of attention": _attention(setup, shape),
         "input of attention's last layer": size * shape.query_width * (shape.writer(attends=True) in trained),
         "MLP": size * inner * (3 if shape.gated else 1) + size * inner * (shape.writer(attends=False) in trained),
@@ -42,9 +40,9 @@ def layer_bytes(setup: Setup, shape: Shape, adapter: Adapter | None) -> dict[str
     return {what: number for what, number in kept.items() if number}
 
 
-def _reads(shape: Shape, trained: tuple[Linear, ...], *, attends: bool) -> bool:
-    """Return whether a linear layer keeps the norm's result; others keep the same one."""
-    return any(x in trained for x in shape.readers(attends=attends))
+def _norms_read(shape: Shape, trained: tuple[Linear, ...]) -> int:
+    """Count the norms whose result is kept: once for all trained linear layers that read it."""
+    return sum(any(x in trained for x in shape.readers(attends=attends)) for attends in (True, False))
 
 
 def _plain_attention(setup: Setup) -> bool:
@@ -125,12 +123,12 @@ def output_work(setup: Setup, shape: Shape, tokens: int, moment: Literal["read",
     if not setup.bf16:
         return [*terms, block]
     if moment == "backward":
-        rounded = term("products of a block", (words, "words"), (shape.width, "wide"), (2 + _rounds(setup), "bytes"))
-        return [*terms, block, rounded]
+        what = "products of a block" if setup.has_copies else "weights and products of a block"
+        products = term(what, (words, "words"), (shape.width, "wide"), (2 + _rounds(setup), "bytes"))
+        return [*terms, block, products]
     some = min(_SAMPLE, vocabulary)
-    guess = term(
-        "estimate of the largest logits", (some, "words"), ((2 + 3 * _rounds(setup)) * shape.width + 2 * rows, "bytes")
-    )
+    each = (2 + 3 * _rounds(setup)) * shape.width + 2 * rows
+    guess = term("estimate of the largest logits", (some, "words"), (each, "bytes"))
     return [*terms, max(block, guess, key=lambda x: x.amount)]
 
 
