@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 _HOOKED: WeakSet[nn.Module] = WeakSet()
 """Embeddings and norms whose outputs are rounded under autocast."""
+
+_PLACES: WeakKeyDictionary[nn.Module, list[tuple[nn.Module, str]]] = WeakKeyDictionary()
+"""Where a model has weights of products and embeddings. Autocast rounds those of layers that are added later."""
 
 
 @contextmanager
@@ -39,16 +42,13 @@ def computing(*models: nn.Module, bf16: bool, fresh: bool = False) -> Iterator[N
         return
     swaps = [swap for model in models for swap in _swaps(model)]
     _round(swaps, fresh=fresh)
-    for module, name, weight, low in swaps:
-        module._parameters[name] = low
-        low.requires_grad_(weight.requires_grad)
-        low.grad = weight.grad
-    for model in models:
-        _round_outputs(model)
     device = next(models[0].parameters()).device
     active = torch.is_autocast_enabled(device.type)
     try:
-        # The copies are made, so autocast has no weights to keep rounded.
+        for module, name, weight, low in swaps:
+            module._parameters[name] = low
+            low.requires_grad_(weight.requires_grad)
+            low.grad = weight.grad
         with nullcontext() if active else torch.autocast(device.type, dtype=torch.bfloat16):
             yield
     finally:
@@ -63,7 +63,6 @@ def hold_in_bf16(model: nn.Module) -> None:
     for module, name, weight, _ in list(_swaps(model, copies=False)):
         if not weight.requires_grad:
             module._parameters[name].data = weight.data.to(torch.bfloat16)
-    _round_outputs(model)
 
 
 def held_in_bf16(model: nn.Module) -> bool:
@@ -90,13 +89,22 @@ def _swaps(model: nn.Module, *, copies: bool = True) -> Iterator[_Swap]:
 
 def _matrices(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
     """Yield the weights of products and embeddings: (module, name in it, weight)."""
+    if model not in _PLACES:
+        _round_outputs(model)
+        _PLACES[model] = list(_find_places(model))
+    for module, name in _PLACES[model]:
+        if (weight := module._parameters.get(name)) is not None:
+            yield module, name, weight
+
+
+def _find_places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     exact = _exact_heads(model)
     for module in model.modules():
         product = isinstance(module, (nn.Linear, Conv1D, nn.Embedding))
         for name, weight in module._parameters.items():
             # Experts are stacks of matrices.
             if weight is not None and (product or weight.ndim == 3) and id(weight) not in exact:
-                yield module, name, weight
+                yield module, name
 
 
 def _copy_of(weight: nn.Parameter) -> nn.Parameter:
