@@ -3,7 +3,7 @@
 What you will see: a table with a row for each model and way to run it, after a few minutes. MFU counts the products
 that the algorithm needs, relative to the measured rate of bf16 products; the decoding limit is the time to move weights
 (bf16), keys and values once per decode step at the measured copy bandwidth. ``--ways`` names decoding engines, and
-ways to save memory.
+ways to save memory or time in updates.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ WAYS = {
     "checkpointed": Way({**DYNAMIC, "gradient_checkpointing": True}),
     "offloaded": Way({**DYNAMIC, "offload_activations": True}, cuda_only=True),
     "sharded": Way(DYNAMIC, sharded=True),
+    "compiled": Way({**DYNAMIC, "compile": "always"}),
     "LoRA": Way(DYNAMIC, lora=True),
     "QLoRA": Way({**DYNAMIC, "quantization": "4bit"}, lora=True, needs="bitsandbytes", cuda_only=True),
 }

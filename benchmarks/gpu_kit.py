@@ -77,6 +77,7 @@ def steps(device: str, *, tiny: bool, rows: Path) -> list[Step]:
             limit_s=120,
             command=iterations("Llama 1.1B", "--iterations", "1", "--ways", *ways),
         ),
+        Step("compile", "GPT-2 124M: updates by compiled layers", 120, iterations("GPT-2 124M", "--ways", "compiled")),
     ]
 
 

@@ -138,6 +138,9 @@ class RunSettings(ProcessSettings):
     transformers' choice, usually sdpa."""
     use_kernels: bool = False
     """Replace layers by kernels of the Hugging Face hub where it has one for the device; needs the package kernels."""
+    compile: Literal["auto", "never", "always"] = "auto"
+    """Run each layer's forward and backward pass of an update as code by torch.compile: never, always, or auto: on a
+    CUDA GPU, where measurements in the first update say that the run gains more time than compiling has taken."""
     num_threads: int | None = None
     """CPU threads during train(); None: 1 for models below ten million parameters, else all CPUs available to the
     process (affinity, container limit); OMP_NUM_THREADS takes precedence."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from rlhf_ppo.models.compiled_layers import layer_forward, require_layers
 from rlhf_ppo.models.forward.packing import current_packing
 from rlhf_ppo.models.lora import current_adapter
 
@@ -27,15 +27,12 @@ def checkpoint_layers(model: nn.Module) -> None:
     Raises:
         ValueError: the model has no layers that transformers can checkpoint.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise ValueError("gradient_checkpointing: the model has no layers that transformers can checkpoint")
-    for layer in layers:
+    for layer in require_layers(model, "gradient_checkpointing"):
         layer.forward = MethodType(_forward, layer)  # a method, so that a deep copy of the model gets its own
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    forward = type(self).forward
+    forward = layer_forward(self)
     if not torch.is_grad_enabled():
         return forward(self, *args, **kwargs)
     # The recomputation must run under the packing and the adapter of the forward pass.

@@ -66,6 +66,8 @@ class ActorCritic(nn.Module):
         self.value_head: nn.Linear | None = None
         self.value_scale: ValueScale | None = None
         """The units of the head's values; None until the first update of a head that starts at 0."""
+        self.compiled: bool | None = None
+        """Whether updates run compiled layers; None: that is not decided yet."""
         without_dropout(self)
         if not plain:
             fuse_activations(self)

@@ -41,7 +41,7 @@ MAY_CHANGE = (
     *("save_rollouts", "save_rollouts_gb"),
     *("http_timeout_s", "http_retries", "http_batch_size", "http_concurrency", "reward_timeout_s", "respond_timeout_s"),
     *("process_timeout_s", "report_to"),
-    *("gradient_checkpointing", "offload_activations", "sharding", "sharded_decoding"),
+    *("gradient_checkpointing", "offload_activations", "sharding", "sharded_decoding", "compile"),
     *("on_nonfinite", "max_skipped_steps", "max_kl_nats_per_response", "min_entropy_nats_per_token"),
 )
 """Settings that a resumed run may change: how long, where and how fast it runs, and what stops it."""
@@ -88,6 +88,7 @@ def save_checkpoint(
             **{name: getattr(state, name) for name in _COEFFICIENTS},
             "score_statistics": state.score_statistics.state_dict(),
             "value_scale": None if state.model.value_scale is None else vars(state.model.value_scale),
+            "compiled": state.model.compiled,
             "scheduler_steps": state.scheduler.last_epoch,
             "best": best,
             "models": model_facts(state.model, run),
@@ -141,6 +142,8 @@ def load_checkpoint(state: TrainState, run: Run, source: Checkpoint | str | Path
     # A checkpoint of before value scales holds a head in the reward's units.
     scale = saved.get("value_scale", {})
     state.model.value_scale = None if scale is None else ValueScale(**scale)
+    if run.tries_compiling:
+        state.model.compiled = saved.get("compiled")
     state.best = saved["best"]
     for name, answers in saved["score_caches"].items():
         if name in run.score_caches:

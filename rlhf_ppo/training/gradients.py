@@ -15,6 +15,7 @@ from rlhf_ppo.core import Experience, PolicyOutput, loss_denominator, ppo_diagno
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.models.activation_memory import offload_activations
 from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.models.compiled_layers import compiled_layers
 from rlhf_ppo.models.forward.runner import Sequences
 from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.models.sharding import is_sharded, local_part, total_norm, whole_parameters
@@ -68,7 +69,7 @@ def minibatch_gradient(
         losses["positive"] = torch.zeros((), device=device)
     for rows in microbatches:
         part, facts = _microbatch(rollout, old, rows)
-        with computing(model, bf16=bf16), accumulate_gradients(model):
+        with _passes(model, bf16=bf16):
             with offload_activations(on=args.offload_activations):
                 new = model(
                     *part,
@@ -112,13 +113,20 @@ def critic_gradient(
     alone = dataclasses.replace(args, **policy_off, positive_loss_coef=0.0, positive_score_above=0.0)
     for rows in microbatches:
         part, facts = _microbatch(rollout, old, rows)
-        with computing(model, bf16=bf16), accumulate_gradients(model):
+        with _passes(model, bf16=bf16):
             with offload_activations(on=args.offload_activations):
                 values = model.head_values(part)
             loss = ppo_loss(PolicyOutput(facts.logprobs, values), facts, alone, denominator=denominator)
             (args.vf_coef * loss.value).backward()
         value += loss.value.detach()
     return {"value": value}
+
+
+@contextmanager
+def _passes(model: ActorCritic, *, bf16: bool) -> Iterator[None]:
+    """Let forward and backward passes inside run as the run's do."""
+    with computing(model, bf16=bf16), accumulate_gradients(model), compiled_layers(model, on=bool(model.compiled)):
+        yield
 
 
 def _all_rows(microbatches: Sequence[Sequence[int]]) -> list[int]:

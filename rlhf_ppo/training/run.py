@@ -25,6 +25,7 @@ from rlhf_ppo.runtime.metrics import MetricAverage
 from rlhf_ppo.runtime.processes.group import ALONE, ProcessGroup
 from rlhf_ppo.runtime.progress import Stopwatch
 from rlhf_ppo.runtime.run_directory import RunDirectory
+from rlhf_ppo.training.compilation import computed
 from rlhf_ppo.training.fingerprints import run_fingerprints
 from rlhf_ppo.training.gradients import MinibatchGradient, critic_gradient, minibatch_gradient, sum_over_processes
 from rlhf_ppo.training.recorded_rollouts import Recording
@@ -91,6 +92,11 @@ class Run:
         rounded = self.bf16 or (self.recording is not None and self.recording.facts.fingerprints["bf16"])
         return self.args.max_initial_log_ratio or (0.5 if rounded else 0.1)
 
+    @property
+    def tries_compiling(self) -> bool:
+        """Whether the run may choose compiled layers by itself: on a CUDA GPU that holds all weights."""
+        return self.args.compile == "auto" and self.device.type == "cuda" and self.plan.sharding is None
+
     @cached_property
     def fingerprints(self) -> dict[str, Any]:
         """Digests of data, reference and adapter, by which a checkpoint recognises its run."""
@@ -114,9 +120,8 @@ class Run:
     ) -> tuple[MetricAverage, dict[str, Tensor]]:
         """Add the gradient of the minibatch ``rows`` to ``.grad``; see :func:`minibatch_gradient`."""
         passes = self._own_passes(model, rollout, rows)
-        step, losses = self.gradient(
-            model, rollout, old, passes, args, bf16=self.bf16, reference=self.reference, minibatch=rows
-        )
+        kwargs = {"bf16": self.bf16, "reference": self.reference, "minibatch": rows}
+        step, losses = computed(model, lambda: self.gradient(model, rollout, old, passes, args, **kwargs))
         return sum_over_processes(self.processes, model, step, losses)
 
     def critic_gradient(
@@ -124,7 +129,8 @@ class Run:
     ) -> dict[str, Tensor]:
         """Add the gradient of the minibatch's value loss alone to ``.grad``; see :func:`critic_gradient`."""
         passes = self._own_passes(model, rollout, rows)
-        losses = critic_gradient(model, rollout, old, passes, args, bf16=self.bf16, minibatch=rows)
+        given = (model, rollout, old, passes, args)
+        losses = computed(model, lambda: critic_gradient(*given, bf16=self.bf16, minibatch=rows))
         return sum_over_processes(self.processes, model, MetricAverage(), losses)[1]
 
     def own_rows(self, count: int) -> range:

@@ -11,7 +11,6 @@ from torch import nn
 
 from rlhf_ppo.config.plan import PlanArgs
 from rlhf_ppo.config.rlhf import RLHFConfig
-from rlhf_ppo.config.run_groups import MemorySettings
 from rlhf_ppo.data.prompts import PromptSet
 from rlhf_ppo.models.actor_critic import ActorCritic, CriticKind
 from rlhf_ppo.models.costs.cards import own_card
@@ -110,7 +109,7 @@ def _adapter(policy: Shape, config: Any) -> Adapter:
 
 
 def plan_sharding(
-    find_setup: Callable[[], Setup], args: MemorySettings, device: torch.device, processes: ProcessGroup
+    find_setup: Callable[[], Setup], args: RLHFConfig, device: torch.device, processes: ProcessGroup
 ) -> Plan:
     """Decide how weights are spread.
 
@@ -119,6 +118,8 @@ def plan_sharding(
         args: the run's settings.
         device: this process's.
         processes: those of the run.
+    Raises:
+        ValueError: the weights are to be shared out, and settings ask for what needs them whole.
     """
     if processes.alone:
         return UNSHARDED
@@ -132,6 +133,11 @@ def plan_sharding(
         said += f" (auto: with all weights on each, {most} takes {_gb(needed[most])} of {_gb(usable(setup))})"
     if chosen.sharding == "none":
         return Plan(None, f"{said}: each holds all weights")
+    if args.compile == "always":
+        raise ValueError(
+            f"compile='always' needs all weights on each process, but sharding={args.sharding!r} shares them out here: "
+            "set compile='never' or sharding='none'"
+        )
     whole = _gb(total(gathered_weights(chosen, setup.policy, whole=True)))
     how = f"gathered whole for decoding ({whole})" if chosen.gathers_whole else "decoding gathers layer by layer"
     quantized = "; the quantised reference stays whole on each" if "bit" in args.reference_dtype else ""

@@ -13,6 +13,7 @@ from rlhf_ppo.config.groups import CriticSettings
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import ValueScale
 from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.models.compiled_layers import require_layers
 from rlhf_ppo.training.optimizer import critic_warmup_settings, make_optimizer
 from rlhf_ppo.training.rewards import ScoreStatistics
 
@@ -44,8 +45,15 @@ class TrainState:
 
     @classmethod
     def start(cls, model: ActorCritic, args: RLHFConfig) -> Self:
-        """Return the state before the first update."""
+        """Return the state before the first update.
+
+        Raises:
+            ValueError: ``compile="always"``, and the model has no layers that can be compiled.
+        """
         optimizer, scheduler = make_optimizer(model, args)
+        if args.compile == "always":
+            require_layers(model, "compile='always'")
+            model.compiled = True
         if not args.normalize_values:
             model.change_value_scale(ValueScale())
         return cls(model, optimizer, scheduler, args.kl_coef, args.clip_range, args.penalty_beta)

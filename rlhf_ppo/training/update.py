@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
+import time
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +20,7 @@ from rlhf_ppo.runtime.errors import RatioTripwireError
 from rlhf_ppo.runtime.metrics import MetricAverage
 from rlhf_ppo.runtime.seeding import SHUFFLE, numbered_generator
 from rlhf_ppo.training.black_box import write_black_box
+from rlhf_ppo.training.compilation import choose_layers, timed_minibatch
 from rlhf_ppo.training.experience import Estimates
 from rlhf_ppo.training.gradients import clear_gradients, clip_and_step
 from rlhf_ppo.training.optimizer import train_critic_alone
@@ -55,7 +59,7 @@ def update(state: TrainState, run: Run, rollout: Rollout, estimates: Estimates) 
         limit=1 if args.on_nonfinite == "stop" else args.max_skipped_steps,
         on_skip=lambda step: write_black_box(state, run, rollout, estimates, step),
     )
-    before = copy.deepcopy((state.model.value_head, state.model.value_scale))
+    before, started = copy.deepcopy((state.model.value_head, state.model.value_scale)), time.perf_counter()
     state.model.change_value_scale(estimates.value_scale)
     with train_critic_alone(state.model, on=warming_up):
         averages = _run_epochs(state, run, args, rollout, estimates, watch)
@@ -69,9 +73,23 @@ def update(state: TrainState, run: Run, rollout: Rollout, estimates: Estimates) 
     state.iteration += 1
     state.episodes += len(rollout.prompts)
     state.optimizer_steps += watch.steps
+    if state.model.compiled is None and run.tries_compiling and accepted and not warming_up and watch.steps:
+        _choose_layers(state, run, rollout, estimates, (time.perf_counter() - started) / watch.steps)
     metrics = _update_metrics(state, args, estimates.metrics, averages, watch)
     kl = averages.epoch.compute().get("approx_kl", math.nan)
     return Update(metrics, len(rollout.prompts), kl, accepted and not warming_up, problem)
+
+
+def _choose_layers(state: TrainState, run: Run, rollout: Rollout, estimates: Estimates, estimate_s: float) -> None:
+    """Decide by the rollout's first minibatch whether the updates to come run compiled layers; the run's only time."""
+    model, args = state.model, state.effective_settings(run.args)
+    rows = range(len(rollout.prompts) // args.num_minibatches)
+    compute = partial(run.minibatch_gradient, model, rollout, estimates.experience, rows, args)
+    minibatch_s = partial(timed_minibatch, model, compute, run.device, run.processes)
+    left = run.args.num_optimizer_steps - state.optimizer_steps
+    said = choose_layers(model, minibatch_s, left=left, estimate_s=max(run.processes.facts(lambda: estimate_s)))
+    if said is not None and not run.args.quiet:
+        print(said, file=sys.stderr)
 
 
 class _Averages:

@@ -95,6 +95,11 @@ def _attend_by_length(
 AttentionInterface.register("rlhf_ppo_packed", _attend)
 
 
+def exclude_from_compilation() -> None:
+    """Let torch.compile leave packed attention as it is: it depends on the lengths, which no tensor holds."""
+    AttentionInterface.register("rlhf_ppo_packed", torch.compiler.disable(_attend))
+
+
 def token_batches(lengths: Sequence[int], max_tokens: int, *, padded: bool) -> list[list[int]]:
     """Group rows, sorted by length, into batches of at most ``max_tokens`` tokens each (or a single row).
 

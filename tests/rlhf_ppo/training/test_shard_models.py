@@ -86,6 +86,12 @@ def test_decoding_gathers_all_weights_where_they_fit_beside_the_share(plan):
     assert "layer by layer" in plan(1e9, sharding="hybrid", sharded_decoding="layers").words
 
 
+def test_sharded_layers_are_not_compiled(plan):
+    with pytest.raises(ValueError, match=r"compile='always' needs all weights .*, but sharding='full' shares"):
+        plan(1, sharding="full", compile="always")
+    assert plan(1, sharding="none", compile="always").sharding is None
+
+
 def test_what_the_user_says_is_done_and_one_process_shares_with_none(plan):
     args = RLHFConfig(output_dir="run", sharding="full")
     assert plan_sharding(plan, args, CPU, ALONE).sharding is None
