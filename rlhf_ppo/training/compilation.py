@@ -32,7 +32,8 @@ def computed(model: ActorCritic, compute: Callable[[], Result]) -> Result:
         if not model.compiled:
             raise
         # A failure that has nothing to do with compiled code will come again, and end the run.
-        cause = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        cause = getattr(error, "inner_exception", error)  # torch's own says only that the compiler failed
+        cause = f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
         warnings.warn(f"compiled layers fail, so updates run plain ones from here on: {cause}", stacklevel=2)
     model.compiled = False
     clear_gradients(model)

@@ -129,6 +129,22 @@ def test_code_that_fails_leaves_plain_layers_and_the_same_numbers(make_trainer, 
             assert torch.equal(p.grad, plain[name])
 
 
+def test_a_compiler_that_fails_is_one_warning_and_the_same_run(make_trainer, monkeypatch):
+    plain = make_trainer()
+    plain.train()
+
+    def backend(*_: Any) -> Any:
+        raise RuntimeError("no such compiler")
+
+    monkeypatch.setattr(module, "BACKEND", backend)
+    trainer = make_trainer(compile="always")
+    with pytest.warns(UserWarning, match="compiled layers fail, .*: RuntimeError: no such compiler$") as caught:
+        trainer.train()
+    assert len([w for w in caught if "compiled layers" in str(w.message)]) == 1
+    for one, other in zip(plain.model.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_failure_of_the_plain_layers_is_raised(make_trainer, prompts, monkeypatch):
     trainer = make_trainer()
     rollout = trainer.rollout(prompts)
