@@ -134,8 +134,8 @@ class RunSettings(ProcessSettings):
     bf16 where the GPU or CPU computes it faster."""
     attn_implementation: str | None = None
     """Attention of all models, by transformers' name: eager, sdpa, flex_attention, flash_attention_2 or another that is
-    installed (flash attention: not of reward models, which compute in fp32). Only sdpa packs sequences. None:
-    transformers' choice, usually sdpa."""
+    installed (flash attention: not of reward models). Only sdpa packs sequences. None: transformers' choice, usually
+    sdpa."""
     use_kernels: bool = False
     """Replace layers by kernels of the Hugging Face hub where it has one for the device; needs the package kernels."""
     compile: Literal["auto", "never", "always"] = "auto"
