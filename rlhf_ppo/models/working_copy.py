@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import wraps
+from types import MethodType
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -15,6 +17,8 @@ from torch.nn.functional import linear
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from rlhf_ppo.models.forward.hidden_states import without_adapter_wrapper
 
 _HOOKED: WeakSet[nn.Module] = WeakSet()
 """Embeddings and norms whose outputs are rounded under autocast."""
@@ -59,10 +63,25 @@ def computing(*models: nn.Module, bf16: bool, fresh: bool = False) -> Iterator[N
 
 
 def hold_in_bf16(model: nn.Module) -> None:
-    """Round frozen weights in place, once for all passes: those that :func:`computing` has copies of."""
+    """Round frozen weights in place, once for all passes: those that :func:`computing` has copies of.
+
+    Whoever calls the model itself, outside of it, need not know: its forward pass then computes in bfloat16, too.
+    """
     for module, name, weight, _ in list(_swaps(model, copies=False)):
         if not weight.requires_grad:
             module._parameters[name].data = weight.data.to(torch.bfloat16)
+    inner = without_adapter_wrapper(model)
+    inner.forward = MethodType(_by_itself(type(inner).forward), inner)  # a method: a deep copy gets its own
+
+
+def _by_itself(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(forward)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        inside = torch.is_autocast_enabled(next(self.parameters()).device.type)
+        with nullcontext() if inside else computing(self, bf16=held_in_bf16(self)):
+            return forward(self, *args, **kwargs)
+
+    return run
 
 
 def held_in_bf16(model: nn.Module) -> bool:

@@ -201,3 +201,20 @@ def test_a_compiled_decode_step_reads_the_weights_of_now_without_compiling_again
             for parameter in model.parameters():
                 parameter.mul_(1.5)
     assert engine.compile_step and torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_model_that_is_held_in_bf16_can_be_called_by_itself(make_model, kind):
+    """As callbacks do; a deep copy in float32, which saving makes, computes in float32."""
+    exact = make_model(kind).eval().requires_grad_(False)
+    held, ids = copy.deepcopy(exact), torch.arange(1, 9)[None]
+    hold_in_bf16(held)
+    right, found = exact(ids).logits, held(input_ids=ids).logits
+    assert 0 < (found - right).abs().max() < 0.1 * right.abs().max()
+    assert held.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, 11)
+    with computing(held, bf16=True):
+        assert torch.equal(held(ids).logits, found)
+    again = copy.deepcopy(held).float()
+    assert again.forward.__self__ is again
+    torch.testing.assert_close(again(ids).logits, right, rtol=0, atol=0.1 * float(right.abs().max()))
+    assert not torch.is_autocast_enabled("cpu") and again(ids).logits.dtype == torch.float32
