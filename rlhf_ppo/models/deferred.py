@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from mmap import mmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from rlhf_ppo.data.hub import INDEX, find_file
 from rlhf_ppo.models.loading import adapter_base, find_config
 from rlhf_ppo.models.sharding import held_rows, local_part
 from rlhf_ppo.models.skeleton import fill
+from rlhf_ppo.models.working_copy import matrices
 
 
 class Stored(NamedTuple):
@@ -52,7 +54,7 @@ class Loader:
             kind: one of transformers' Auto classes, which builds it without weights.
             source: folder, hub id or model.
             whole: loads it with its weights.
-            dtype: of the deferred weights.
+            dtype: of deferred matrices.
         """
         model = self._build(kind, source, dtype) if self.defers and isinstance(source, str) else None
         return whole(source) if model is None else model
@@ -77,7 +79,9 @@ class Loader:
         if len(found) < len({id(p) for _, p in named}) or not _shapes_fit(model, found):
             return None
         own = {name: found[id(p)] for name, p in model.named_parameters()}
-        fill(model, {name: _untouched_zeros(p.shape, dtype) for name, p in model.named_parameters()})
+        rounded = {id(weight) for weight in matrices(model)}  # norms stay in float32
+        formats = {name: dtype if id(p) in rounded else torch.float32 for name, p in model.named_parameters()}
+        fill(model, {name: _untouched_zeros(p.shape, formats[name]) for name, p in model.named_parameters()})
         self.sources |= {id(p): own[name] for name, p in model.named_parameters()}
         model.eval().config._name_or_path = source
         if model.can_generate() and find_file(source, "generation_config.json") is not None:
@@ -125,7 +129,8 @@ def read_weights_held(model: nn.Module, sources: Mapping[str, Stored]) -> None:
 
 def _untouched_zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Return zeros in memory that the system hands out when it is written to; torch.zeros writes to it."""
-    return torch.from_numpy(np.zeros(shape.numel() * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+    memory = np.frombuffer(mmap(-1, max(shape.numel() * dtype.itemsize, 1)), dtype=np.uint8)
+    return torch.from_numpy(memory[: shape.numel() * dtype.itemsize]).view(dtype).view(shape)
 
 
 def _stored_weights(source: str) -> dict[str, Stored]:

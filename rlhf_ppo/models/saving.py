@@ -19,6 +19,7 @@ from rlhf_ppo.models.compare import SavedModelError, probe_logits, require_saved
 from rlhf_ppo.models.forward.hidden_states import without_adapter_wrapper
 from rlhf_ppo.models.loading import BASE_FOLDER, REFERENCE_FOLDER, load_policy, merge_saved_adapter, saved_bytes
 from rlhf_ppo.models.lora import VALUE_FOLDER, merge_adapter
+from rlhf_ppo.models.working_copy import held_in_bf16
 from rlhf_ppo.runtime.files import replacing_files
 
 
@@ -45,12 +46,13 @@ def save_actor_critic(
     """
     policy: Any = model.policy
     quantized = getattr(without_adapter_wrapper(policy), "is_quantized", False)
+    rounded = quantized or held_in_bf16(policy)  # an adapter's base
     expected, half = probe_logits(policy), any(p.dtype in (torch.float16, torch.bfloat16) for p in policy.parameters())
     with replacing_files(folder, needed=bytes_to_save(model, base=base, merged=merged)) as new:
         if merged:
-            whole = _merged(policy, base, quantized=quantized)
+            whole = _merged(policy, base, rounded=rounded)
             # On the base at full precision the adapter gives another model than on the rounded one.
-            expected, half = (probe_logits(whole), False) if quantized else (expected, half)
+            expected, half = (probe_logits(whole), False) if rounded else (expected, half)
             whole.save_pretrained(new)
             del whole
         elif hasattr(policy, "peft_config"):
@@ -64,9 +66,9 @@ def save_actor_critic(
         model.save_critic(new)
         if model.value_adapter is not None:
             write_adapter(policy, model.value_adapter, new / VALUE_FOLDER, folder, base)
-    if quantized and not merged:
+    if rounded and not merged:
         _require_current_adapter(policy, folder)
-    else:
+    if merged or not quantized:
         require_saved(folder, expected, load_policy, half=half)
 
 
@@ -107,8 +109,8 @@ def write_adapter(policy: Any, name: str, place: Path, home: Path, base: str | N
     file.write_text(json.dumps(facts, indent=2), encoding="utf-8")
 
 
-def _merged(policy: Any, base: str | None, *, quantized: bool) -> Any:
-    if not quantized or base is None:
+def _merged(policy: Any, base: str | None, *, rounded: bool) -> Any:
+    if not rounded or base is None:
         return merge_adapter(copy.deepcopy(policy).float())
     with tempfile.TemporaryDirectory() as scratch:
         write_adapter(policy, policy.active_adapter, Path(scratch), Path(scratch), base)

@@ -23,12 +23,18 @@ from rlhf_ppo.models.forward.hidden_states import without_adapter_wrapper
 _HOOKED: WeakSet[nn.Module] = WeakSet()
 """Embeddings and norms whose outputs are rounded under autocast."""
 
+_NORMS_FIRST = frozenset(
+    "cohere cohere2 exaone falcon gemma gemma2 gemma3_text glm glm4 gpt2 gpt_neo gpt_neox gptj granite llama mistral "
+    "mixtral olmo olmo2 phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe smollm3 stablelm starcoder2".split()
+)
+"""Decoders whose norms are read by linear layers alone: no norm's result is the residual stream."""
+
 _PLACES: WeakKeyDictionary[nn.Module, list[tuple[nn.Module, str]]] = WeakKeyDictionary()
 """Where a model has weights of products and embeddings. Autocast rounds those of layers that are added later."""
 
 
 @contextmanager
-def computing(*models: nn.Module, bf16: bool, fresh: bool = False) -> Iterator[None]:
+def computing(*models: nn.Module, bf16: bool) -> Iterator[None]:
     """Let forward, backward and decode passes inside multiply in bfloat16, if ``bf16``.
 
     Inside, linear layers and embeddings hold a copy of their weights that was rounded after the last optimizer step;
@@ -39,20 +45,22 @@ def computing(*models: nn.Module, bf16: bool, fresh: bool = False) -> Iterator[N
     Args:
         models: policy and critic, a reference, a reward model.
         bf16: False: nothing changes.
-        fresh: round all weights again, in case something changed them through ``.data``.
     """
     if not bf16:
         yield
         return
     swaps = [swap for model in models for swap in _swaps(model)]
-    _round(swaps, fresh=fresh)
+    _round(swaps)
     device = next(models[0].parameters()).device
     active = torch.is_autocast_enabled(device.type)
     try:
         for module, name, weight, low in swaps:
             module._parameters[name] = low
             low.requires_grad_(weight.requires_grad)
-            low.grad = weight.grad
+            if low.grad is None:
+                low.grad = weight.grad
+            elif weight.grad is not None and low.grad is not weight.grad:  # of a backward pass outside
+                low.grad += weight.grad
         with nullcontext() if active else torch.autocast(device.type, dtype=torch.bfloat16):
             yield
     finally:
@@ -60,6 +68,14 @@ def computing(*models: nn.Module, bf16: bool, fresh: bool = False) -> Iterator[N
             swap.module._parameters[swap.name] = swap.weight
         for weight, low in {id(swap.weight): swap[2:] for swap in swaps}.values():  # tied weights have one copy
             weight.grad, low.grad = low.grad, None
+
+
+def round_again(*models: nn.Module) -> None:
+    """Let weights be rounded again that have changed through ``.data``, which counts no version."""
+    for model in models:
+        for weight in matrices(model):
+            if hasattr(weight, "_rlhf_ppo_low"):
+                cast(Any, weight)._rlhf_ppo_rounded = None
 
 
 def hold_in_bf16(model: nn.Module) -> None:
@@ -71,14 +87,16 @@ def hold_in_bf16(model: nn.Module) -> None:
         if not weight.requires_grad:
             module._parameters[name].data = weight.data.to(torch.bfloat16)
     inner = without_adapter_wrapper(model)
-    inner.forward = MethodType(_by_itself(type(inner).forward), inner)  # a method: a deep copy gets its own
+    for part in {inner, inner.base_model}:
+        part.forward = MethodType(_by_itself(type(part).forward), part)  # a method: a deep copy gets its own
 
 
 def _by_itself(forward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(forward)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        inside = torch.is_autocast_enabled(next(self.parameters()).device.type)
-        with nullcontext() if inside else computing(self, bf16=held_in_bf16(self)):
+        kind = next(self.parameters()).device.type
+        inside = torch.is_autocast_enabled(kind) or not held_in_bf16(self)
+        with nullcontext() if inside else torch.autocast(kind, dtype=torch.bfloat16):
             return forward(self, *args, **kwargs)
 
     return run
@@ -97,6 +115,11 @@ class _Swap(NamedTuple):
     name: str
     weight: nn.Parameter
     low: nn.Parameter
+
+
+def matrices(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the weights that have a rounded copy or are held rounded: those of products and embeddings."""
+    return (weight for _, _, weight in _matrices(model))
 
 
 def _swaps(model: nn.Module, *, copies: bool = True) -> Iterator[_Swap]:
@@ -129,7 +152,7 @@ def _find_places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 def _copy_of(weight: nn.Parameter) -> nn.Parameter:
     """Return the parameter that holds a weight's rounded copy; it lives as long as the weight."""
     low = getattr(weight, "_rlhf_ppo_low", None)
-    if low is None or low.device != weight.device:
+    if low is None or low.device != weight.device or low.shape != weight.shape:
         low = nn.Parameter(torch.empty_like(weight, dtype=torch.bfloat16), requires_grad=weight.requires_grad)
         low.grad_dtype = torch.float32
         cast(Any, weight)._rlhf_ppo_low = low
@@ -147,23 +170,25 @@ register_optimizer_step_post_hook(_count_step)
 
 
 @torch.no_grad()
-def _round(swaps: list[_Swap], *, fresh: bool) -> None:
+def _round(swaps: list[_Swap]) -> None:
     """Round the weights that have changed since they were last rounded, in one fused pass."""
     stale: dict[int, tuple[Tensor, Tensor]] = {}
     for _, _, weight, low in swaps:
         state = (weight._version, weight.data_ptr())
-        if fresh or cast(Any, weight)._rlhf_ppo_rounded != state:
+        if cast(Any, weight)._rlhf_ppo_rounded != state:
             stale[id(weight)] = (low.detach(), weight.detach())
-            cast(Any, weight)._rlhf_ppo_rounded = state
     if stale:
         torch._foreach_copy_(*map(list, zip(*stale.values(), strict=True)))
+    for _, _, weight, _ in swaps:
+        cast(Any, weight)._rlhf_ppo_rounded = (weight._version, weight.data_ptr())
 
 
 def _exact_heads(model: nn.Module) -> set[int]:
     """Return the ids of the parameters of value heads and classifiers' heads."""
     heads = {id(p) for name, child in model.named_children() if name == "value_head" for p in child.parameters()}
     for inner in model.modules():
-        if isinstance(inner, PreTrainedModel) and type(inner).__name__.endswith("ForSequenceClassification"):
+        kinds = [kind.__name__ for kind in type(inner).__mro__]
+        if isinstance(inner, PreTrainedModel) and any(name.endswith("ForSequenceClassification") for name in kinds):
             heads |= {id(p) for p in inner.parameters()} - {id(p) for p in inner.base_model.parameters()}
     return heads
 
@@ -173,6 +198,8 @@ def _round_outputs(model: nn.Module) -> None:
     if not _exact_norms(model):
         return
     heads = _exact_heads(model)
+    decoders = [x for x in model.modules() if isinstance(x, PreTrainedModel) and x.config.model_type in _NORMS_FIRST]
+    feeding = {id(module) for decoder in decoders for module in decoder.modules()}
     for module in model.modules():
         if module in _HOOKED:
             continue
@@ -182,7 +209,7 @@ def _round_outputs(model: nn.Module) -> None:
         elif isinstance(module, nn.Linear) and id(module.weight) in heads:
             module.register_forward_hook(_exact_output)
             _HOOKED.add(module)
-        elif _is_norm(module):
+        elif _is_norm(module) and id(module) in feeding:
             module.register_forward_hook(_rounded_output)
             _HOOKED.add(module)
 
@@ -196,9 +223,11 @@ def _exact_norms(model: nn.Module) -> bool:
     return all(p.dtype == torch.float32 for p in norms)
 
 
-def _rounded_rows(_module: nn.Module, _inputs: Any, rows: Tensor) -> Tensor:
+def _rounded_rows(_module: nn.Module, _inputs: Any, rows: Any) -> Any:
     # Sharded embeddings are gathered in float32.
-    return rows.bfloat16().float() if torch.is_autocast_enabled(rows.device.type) else rows
+    if isinstance(rows, Tensor) and torch.is_autocast_enabled(rows.device.type):
+        return rows.bfloat16().float()
+    return rows
 
 
 def _exact_output(layer: nn.Linear, inputs: Any, output: Tensor) -> Tensor:

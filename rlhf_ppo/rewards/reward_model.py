@@ -27,7 +27,7 @@ from rlhf_ppo.models.loading import (
     vocabulary_size,
 )
 from rlhf_ppo.models.sharding import Sharding, has_layers, shard
-from rlhf_ppo.models.working_copy import computing, hold_in_bf16
+from rlhf_ppo.models.working_copy import computing, held_in_bf16, hold_in_bf16
 
 NO_LIMIT = 2**31
 """Some tokenizers give 1e30 for "no limit"."""
@@ -103,9 +103,9 @@ class RewardModel:
 
     def compute_in(self, *, bf16: bool) -> None:
         """Score in bfloat16 from now on, if ``bf16``, all but the head; a model that was loaded here is held in it."""
-        self.bf16 = bf16
         if bf16 and self._loaded:
             hold_in_bf16(self.model)
+        self.bf16 = bf16 or held_in_bf16(self.model)
 
     def share(self, sharding: Sharding) -> None:
         """Share the weights among processes, in place; a model without known layers stays whole."""

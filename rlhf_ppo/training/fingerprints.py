@@ -38,7 +38,8 @@ def run_fingerprints(
     return {
         "train_dataset": None if train_prompts is None else data_fingerprint(train_prompts),
         "eval_dataset": None if eval_prompts is None else data_fingerprint(eval_prompts),
-        "reference": weights_fingerprint(reference.model or reference.policy),
+        # Under bf16 some processes hold rounded weights, others round where they gather.
+        "reference": (copy_fingerprint if bf16 else weights_fingerprint)(reference.model or reference.policy),
         "reward_funcs": list(reward_funcs),
         "stop_token_ids": list(stop_token_ids),
         "adapters": {earlier_name(name): _adapter(config) for name, config in adapters.items()},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.data.hub import find_file
 from rlhf_ppo.models.actor_critic import ActorCritic, CriticKind
 from rlhf_ppo.models.forward.runner import Sequences
+from rlhf_ppo.models.sharding import is_sharded
 from rlhf_ppo.rewards.functions import RewardFunction, rewards_in_words
 from rlhf_ppo.runtime.files import read_json
 from rlhf_ppo.training.fingerprints import copy_fingerprint, tokenizer_fingerprint
@@ -160,7 +162,8 @@ def probe_values(model: ActorCritic) -> Tensor:
     """Compute the values of eight tokens in the head's own units, in float32."""
     ids = (model.value_runner or model.runner).probe_ids(9)
     real = torch.ones_like(ids, dtype=torch.bool)
-    with torch.autocast(ids.device.type, enabled=False):
+    # Shares of layers are gathered in bfloat16 alone.
+    with nullcontext() if is_sharded(model) else torch.autocast(ids.device.type, enabled=False):
         return model.head_values(Sequences(ids[:, :1], real[:, :1], ids[:, 1:], real[:, 1:])).squeeze(0)
 
 

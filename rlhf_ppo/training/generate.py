@@ -23,7 +23,7 @@ from rlhf_ppo.generation.stop_strings import StopStringDetector, response_texts
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.in_step import taking_part
 from rlhf_ppo.models.sharding import whole_weights
-from rlhf_ppo.models.working_copy import computing
+from rlhf_ppo.models.working_copy import computing, round_again
 from rlhf_ppo.runtime.processes.group import Part, Work
 from rlhf_ppo.runtime.run_directory import append_line
 from rlhf_ppo.runtime.signals import deferring_stops, stopping_if_asked
@@ -60,6 +60,7 @@ def generate(run: Run, model: ActorCritic, batch: PromptBatch, generator: torch.
             device=run.device,
         )
         own = run.own_rows(len(batch.prompts))
+        round_again(model)  # callbacks may change weights through .data
 
         def sample_own() -> tuple[dict[str, Tensor], dict[str, Any] | None]:
             if not own:
@@ -67,7 +68,7 @@ def generate(run: Run, model: ActorCritic, batch: PromptBatch, generator: torch.
             prompts = list(batch.prompts[own.start : own.stop])
             here = slice(own.start, own.stop)
             longest = int(mask[here].sum(dim=1).max())
-            with computing(model, bf16=run.bf16, fresh=True):
+            with computing(model, bf16=run.bf16):
                 these = _Own(prompts, ids[here, -longest:], mask[here, -longest:], own, len(batch.prompts), generator)
                 return (_respond_to if run.respond is None else _converse)(run, model, these)
 

@@ -34,7 +34,7 @@ from rlhf_ppo.models.quantization import check_precision, load_quantized, load_r
 from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.models.sharding import gathered
 from rlhf_ppo.models.value_head import SavedHead, load_value_head
-from rlhf_ppo.models.working_copy import computing, hold_in_bf16
+from rlhf_ppo.models.working_copy import computing, hold_in_bf16, round_again
 from rlhf_ppo.rewards.functions import RewardFunction
 from rlhf_ppo.rewards.reward_model import RewardModel
 from rlhf_ppo.runtime.processes.agreement import require_same
@@ -170,6 +170,7 @@ def load_models(
     _prepare_rewards(rewards, plan, bf16=bf16)
     models = Models(actor_critic, reference, base, start, prepared.base_changed, plan)
     _place(models, args, device, loader)
+    round_again(actor_critic, reference.root)  # model objects may have changed through .data since an earlier run
     _check_start(
         models, critic, args, bf16=bf16, source=source_name(model), own=ref_model is None, peft_config=peft_config
     )

@@ -18,19 +18,19 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | No
 
     Args:
         query: [B, H, L, D]; rounded to the values' dtype, as keys are, because rotary positions made float32 of them.
-        key, value: [B, K, L, D], where K divides H: each serves H / K queries.
+        key, value: [B, K, L, D] and [B, K, L, W], where K divides H: each serves H / K queries.
         scale: multiplies the scores; None: 1 / sqrt(D).
     Returns:
-        [B, L, H, D] in the values' dtype.
+        [B, L, H, W] in the values' dtype.
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     return cast(Any, _PlainAttention.apply)(query, key, value, scale)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _causal(length: int) -> Tensor:
     """Return 0 [L, L] where a token (row) may attend, -inf where it may not."""
-    return torch.full((length, length), -math.inf).triu_(1)
+    return torch.full((length, length), -math.inf, dtype=torch.float32, device="cpu").triu_(1)
 
 
 def _batch(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
@@ -48,7 +48,8 @@ class _PlainAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        (batch, heads, length, width), ctx.scale, low = query.shape, scale, value.dtype
+        (batch, heads, length, _), ctx.scale, low = query.shape, scale, value.dtype
+        width = value.shape[-1]
         q, k, v = (_batch(x, heads, low) for x in (query, key, value))
         with without_autocast(value):  # which would round the scores
             scores = torch.baddbmm(_causal(length), q.float(), k.float().mT, alpha=scale)

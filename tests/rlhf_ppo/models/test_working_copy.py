@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import GPT2Config, GPT2ForSequenceClassification
+from transformers import GPT2Config, GPT2ForSequenceClassification, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from rlhf_ppo.generation.decoding import sample_responses
 from rlhf_ppo.generation.engines import StaticEngine
@@ -218,3 +218,61 @@ def test_a_model_that_is_held_in_bf16_can_be_called_by_itself(make_model, kind):
     assert again.forward.__self__ is again
     torch.testing.assert_close(again(ids).logits, right, rtol=0, atol=0.1 * float(right.abs().max()))
     assert not torch.is_autocast_enabled("cpu") and again(ids).logits.dtype == torch.float32
+
+
+def test_gradients_reach_an_adapter_on_a_held_base_that_is_called_by_itself(make_model):
+    policy = get_peft_model(make_model("llama").eval(), LoraConfig(task_type="CAUSAL_LM", r=2))
+    hold_in_bf16(policy)
+    ids = torch.arange(1, 9)[None]
+    policy(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for name, p in policy.named_parameters() if "lora_" in name)
+
+
+def test_a_backward_pass_after_leaving_keeps_its_gradient(make_model, sequences):
+    model = ActorCritic(make_model("gpt2"))
+    inside = copy.deepcopy(model)
+    backward(inside, sequences)
+    with computing(model, bf16=True):
+        output = model(*sequences, entropy=False)
+    (output.logprobs.sum() + output.values.sum()).backward()
+    with computing(model, bf16=True):
+        pass
+    name = "policy.transformer.h.0.mlp.c_fc.weight"
+    ours, right = (dict(m.named_parameters())[name].grad for m in (model, inside))
+    torch.testing.assert_close(ours, right, rtol=0.05, atol=1e-3)
+
+
+def test_what_changed_through_data_is_rounded_before_a_run_checks_its_models(make_trainer, make_model, prompts):
+    model = make_model("gpt2")
+    make_trainer(model=model, precision="bf16").rollout(prompts)
+    for parameter in model.parameters():
+        parameter.data.mul_(1.3)
+    model.resize_token_embeddings(model.config.vocab_size)
+    make_trainer(model=model, precision="bf16")  # compares the policy with its copy, the reference
+
+
+def test_resized_embeddings_get_a_new_copy(make_model):
+    model = make_model("gpt2")
+    with computing(model, bf16=True):
+        pass
+    model.resize_token_embeddings(64)
+    with computing(model, bf16=True):
+        assert model.get_input_embeddings().weight.shape[0] == 64
+
+
+def test_a_subclass_of_a_classifier_scores_in_float32_and_a_reward_model_goes_back():
+    class Scores(GPT2ForSequenceClassification):
+        pass
+
+    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=1, n_head=2, num_labels=1, pad_token_id=0)
+    model = Scores(config).eval().requires_grad_(False)
+    with torch.no_grad(), computing(model, bf16=True):
+        assert model(torch.arange(1, 9)[None]).logits.dtype == torch.float32
+
+
+def test_norms_that_are_the_residual_stream_are_not_rounded():
+    config = OpenAIGPTConfig(vocab_size=64, n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    model = OpenAIGPTLMHeadModel(config).eval()
+    with torch.no_grad(), computing(model, bf16=True):
+        states = model.transformer(torch.arange(1, 9)[None]).last_hidden_state
+    assert states.dtype == torch.float32 and not torch.equal(states, states.bfloat16().float())
