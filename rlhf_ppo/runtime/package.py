@@ -25,13 +25,12 @@ __version__ = "0.1.0"
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if sys.platform == "linux" and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
-    # Freed memory stays in the process for the next minibatch. By default glibc returns what is large, and the system
-    # clears the pages of every tensor of a vocabulary's size again.
+    # Freed tensors up to 32 MiB stay in the process for the next ones. By default glibc returns them, and the system
+    # clears their pages again. Larger ones are returned: gaps between them would make the process half as large again.
     _allocator: Any = ctypes.CDLL(None)
     _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_TOP_PAD = -3, -1, -2
-    # glibc has mallopt; some of its versions refuse a threshold above 32 MiB.
-    if hasattr(_allocator, "mallopt") and any(_allocator.mallopt(_M_MMAP_THRESHOLD, 2**n) for n in (30, 25)):
-        _allocator.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    if hasattr(_allocator, "mallopt") and _allocator.mallopt(_M_MMAP_THRESHOLD, 2**25):  # glibc's
+        _allocator.mallopt(_M_TRIM_THRESHOLD, 2**29)
         _allocator.mallopt(_M_TOP_PAD, 2**26)
 
 # OpenMP threads that wait for each other sleep instead of keeping a CPU busy, which on a machine with other work makes
