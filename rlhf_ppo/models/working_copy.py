@@ -83,9 +83,9 @@ def hold_in_bf16(model: nn.Module) -> None:
 
     Whoever calls the model itself, outside of it, need not know: its forward pass then computes in bfloat16, too.
     """
-    for module, name, weight, _ in list(_swaps(model, copies=False)):
+    for _, _, weight, _ in list(_swaps(model, copies=False)):
         if not weight.requires_grad:
-            module._parameters[name].data = weight.data.to(torch.bfloat16)
+            weight.data = weight.data.to(torch.bfloat16)
     inner = without_adapter_wrapper(model)
     for part in {inner, inner.base_model}:
         part.forward = MethodType(_by_itself(type(part).forward), part)  # a method: a deep copy gets its own
@@ -178,7 +178,7 @@ def _round(swaps: list[_Swap]) -> None:
         if cast(Any, weight)._rlhf_ppo_rounded != state:
             stale[id(weight)] = (low.detach(), weight.detach())
     if stale:
-        torch._foreach_copy_(*map(list, zip(*stale.values(), strict=True)))
+        cast(Any, torch)._foreach_copy_([low for low, _ in stale.values()], [weight for _, weight in stale.values()])
     for _, _, weight, _ in swaps:
         cast(Any, weight)._rlhf_ppo_rounded = (weight._version, weight.data_ptr())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import platform
 import subprocess
 import sys
 
@@ -154,3 +155,22 @@ def test_classic_evaluation_refuses_it_too(capsys):
     assert end.value.code == 2
     said = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert "num_threads must be 1 or more, or None, got 0" in said
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone has these settings")
+@pytest.mark.parametrize(("given", "kept"), [({}, True), ({"MALLOC_ARENA_MAX": "2"}, False)])
+def test_freed_tensors_stay_in_the_process_unless_the_user_sets_the_allocator(given, kept):
+    code = """
+import resource, rlhf_ppo
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+before = resident()
+large = bytearray(2**24)
+large[::4096] = b"x" * (2**24 // 4096)
+del large
+print(resident() - before > 2**23)
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path)} | given
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == str(kept), done.stderr

@@ -68,7 +68,7 @@ class _PlainAttention(torch.autograd.Function):
         heads, scale, low = query.shape[1], ctx.scale, value.dtype
         q, k, v = (_batch(x, heads, low) for x in (query, key, value))
         grad = _batch(grad_outputs[0].transpose(1, 2), heads, low)
-        scores = torch._softmax_backward_data(torch.bmm(grad, v.mT), weights, -1, low).mul_(scale)
+        scores = cast(Any, torch)._softmax_backward_data(torch.bmm(grad, v.mT), weights, -1, low).mul_(scale)
         of_query, of_key, of_value = torch.bmm(scores, k), torch.bmm(scores.mT, q), torch.bmm(weights.mT, grad)
         return _summed(of_query, query), _summed(of_key, key), _summed(of_value, value), None
 
