@@ -17,7 +17,7 @@ from rlhf_ppo.models.forward.runner import ModelRunner, Sequences
 from rlhf_ppo.models.loading import fuse_activations
 from rlhf_ppo.models.lora import without_adapters
 from rlhf_ppo.models.sharding import gathered
-from rlhf_ppo.models.working_copy import computing, hold_in_bf16
+from rlhf_ppo.models.working_copy import computing, held_in_bf16, hold_in_bf16
 
 
 class Reference:
@@ -46,6 +46,8 @@ class Reference:
         self.model = None if adapter_off else freeze(copy.deepcopy(policy) if model is None else model)
         if self.model is not None:
             fuse_activations(self.model)
+            if held_in_bf16(self.model):  # deferred weights; others show best in float32 what the model allows
+                hold_in_bf16(self.model)
         self.runner = ModelRunner(policy if self.model is None else self.model)
         if self.model is not None and half:
             hold_in_bf16(self.model)

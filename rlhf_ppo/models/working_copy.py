@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_ppo.core.kernels.vocabulary_blocks import under_autocast
 from rlhf_ppo.models.forward.hidden_states import without_adapter_wrapper
 
 _HOOKED: WeakSet[nn.Module] = WeakSet()
@@ -52,7 +53,7 @@ def computing(*models: nn.Module, bf16: bool) -> Iterator[None]:
     swaps = [swap for model in models for swap in _swaps(model)]
     _round(swaps)
     device = next(models[0].parameters()).device
-    active = torch.is_autocast_enabled(device.type)
+    active = under_autocast(device)
     try:
         for module, name, weight, low in swaps:
             module._parameters[name] = low
@@ -94,9 +95,9 @@ def hold_in_bf16(model: nn.Module) -> None:
 def _by_itself(forward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(forward)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        kind = next(self.parameters()).device.type
-        inside = torch.is_autocast_enabled(kind) or not held_in_bf16(self)
-        with nullcontext() if inside else torch.autocast(kind, dtype=torch.bfloat16):
+        device = next(self.parameters()).device
+        inside = under_autocast(device) or not held_in_bf16(self)
+        with nullcontext() if inside else torch.autocast(device.type, dtype=torch.bfloat16):
             return forward(self, *args, **kwargs)
 
     return run
@@ -225,20 +226,20 @@ def _exact_norms(model: nn.Module) -> bool:
 
 def _rounded_rows(_module: nn.Module, _inputs: Any, rows: Any) -> Any:
     # Sharded embeddings are gathered in float32.
-    if isinstance(rows, Tensor) and torch.is_autocast_enabled(rows.device.type):
+    if isinstance(rows, Tensor) and under_autocast(rows.device):
         return rows.bfloat16().float()
     return rows
 
 
 def _exact_output(layer: nn.Linear, inputs: Any, output: Tensor) -> Tensor:
     # A score of 8 bits would make ties.
-    if not torch.is_autocast_enabled(output.device.type):
+    if not under_autocast(output.device):
         return output
     with torch.autocast(output.device.type, enabled=False):
         return linear(inputs[0].float(), layer.weight, layer.bias)
 
 
 def _rounded_output(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-    if isinstance(output, Tensor) and torch.is_autocast_enabled(output.device.type):
+    if isinstance(output, Tensor) and under_autocast(output.device):
         return output.bfloat16()
     return output

@@ -49,11 +49,15 @@ def places_in(tokens: Tensor, block: slice) -> tuple[Tensor, Tensor]:
     return torch.where(inside, place, 0)[None], inside
 
 
+def under_autocast(device: torch.device) -> bool:
+    """Return whether autocast is on; never on devices that have none."""
+    return device.type in _AUTOCASTS and torch.is_autocast_enabled(device.type)
+
+
 def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """Return the products' dtype: autocast's where it is on, else the shorter one of the two tensors."""
-    kind = hidden.device.type
-    if kind in _AUTOCASTS and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
+    if under_autocast(hidden.device):
+        return torch.get_autocast_dtype(hidden.device.type)
     return weight.dtype if weight.itemsize < hidden.itemsize else hidden.dtype
 
 
