@@ -229,7 +229,7 @@ MEASURED = {
     ("L", True): (gpt2(vocab_size=50257, n_embd=768, n_layer=12), 97.89, 710e6),
     ("L", False): (gpt2(vocab_size=50257, n_embd=768, n_layer=12), 35.0, 582e6),
 }
-"""Workload of docs/performance.md, and whether like for like -> config, seconds, peak of the process above static."""
+"""Workload of benchmarks/speed.py on 2026-11-24, and whether like for like -> config, seconds, peak above static."""
 
 
 @pytest.mark.parametrize(("workload", "like"), MEASURED)
