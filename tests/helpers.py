@@ -22,3 +22,8 @@ def moved(record: Any, device: str) -> Any:
 
     fields = {f.name: tree_map(move, getattr(record, f.name)) for f in dataclasses.fields(record)}
     return dataclasses.replace(record, **fields)
+
+
+def seeded(seed: int = 3) -> torch.Generator:
+    """Return a generator of random numbers on the CPU."""
+    return torch.Generator().manual_seed(seed)

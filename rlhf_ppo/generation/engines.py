@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ppo.config.groups import RolloutSettings
+from rlhf_ppo.core.kernels.vocabulary_blocks import under_autocast
 from rlhf_ppo.generation import sampling
 from rlhf_ppo.generation.decoding import sample_responses
 from rlhf_ppo.generation.rollout import SampledResponses, SamplingParams
@@ -101,7 +102,7 @@ def _problem(engine: Sampler, model: ActorCritic, device: torch.device) -> Excep
     pairs = ((full.logprobs, sampled.logprobs), (full.entropy, sampled.entropy))
     gap = max(float((a - b).abs().max()) for a, b in pairs)
     # A model that attends to the wrong tokens is off by whole nats, or by hundredths if it is small; bfloat16, too.
-    exact = full.logprobs.dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
+    exact = full.logprobs.dtype == torch.float32 and not under_autocast(device)
     if gap < (1e-4 * max(1.0, float(full.logprobs.abs().max())) if exact else 0.25):
         return None
     return EngineError(f"its log-probs are {gap:.3g} nats from those of a full forward pass")
@@ -197,7 +198,7 @@ class StaticEngine:
     def _prepare(self, model: ActorCritic, slots: int, room: int, params: SamplingParams) -> Slots:
         """Return cache and step for this shape: the last ones, where they fit."""
         weights = next(model.policy.parameters())
-        formats = (weights.dtype, torch.is_autocast_enabled(weights.device.type))
+        formats = (weights.dtype, under_autocast(weights.device))
         banned = params.stop_token_ids if params.min_new_tokens else ()
         shape = (model, slots, room, params.temperature, banned, formats)
         if self._fixed is not None and self._shape == shape:

@@ -22,7 +22,7 @@ from rlhf_ppo.core.kernels.vocabulary_blocks import under_autocast
 from rlhf_ppo.models.forward.hidden_states import without_adapter_wrapper
 
 _HOOKED: WeakSet[nn.Module] = WeakSet()
-"""Embeddings and norms whose outputs are rounded under autocast."""
+"""Embeddings, norms and heads whose outputs hooks convert under autocast."""
 
 _NORMS_FIRST = frozenset(
     "cohere cohere2 exaone falcon gemma gemma2 gemma3_text glm glm4 gpt2 gpt_neo gpt_neox gptj granite llama mistral "
@@ -84,8 +84,8 @@ def hold_in_bf16(model: nn.Module) -> None:
 
     Whoever calls the model itself, outside of it, need not know: its forward pass then computes in bfloat16, too.
     """
-    for _, _, weight, _ in list(_swaps(model, copies=False)):
-        if not weight.requires_grad:
+    for weight in matrices(model):
+        if _has_copy(weight) and not weight.requires_grad:
             weight.data = weight.data.to(torch.bfloat16)
     inner = without_adapter_wrapper(model)
     for part in {inner, inner.base_model}:
@@ -123,11 +123,15 @@ def matrices(model: nn.Module) -> Iterator[nn.Parameter]:
     return (weight for _, _, weight in _matrices(model))
 
 
-def _swaps(model: nn.Module, *, copies: bool = True) -> Iterator[_Swap]:
+def _swaps(model: nn.Module) -> Iterator[_Swap]:
     """Yield the float32 weights that have a rounded copy, once for each module that reads them."""
     for module, name, weight in _matrices(model):
-        if weight.dtype == torch.float32 and not isinstance(weight, DTensor):
-            yield _Swap(module, name, weight, _copy_of(weight) if copies else weight)
+        if _has_copy(weight):
+            yield _Swap(module, name, weight, _copy_of(weight))
+
+
+def _has_copy(weight: nn.Parameter) -> bool:
+    return weight.dtype == torch.float32 and not isinstance(weight, DTensor)
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
@@ -173,15 +177,19 @@ register_optimizer_step_post_hook(_count_step)
 @torch.no_grad()
 def _round(swaps: list[_Swap]) -> None:
     """Round the weights that have changed since they were last rounded, in one fused pass."""
-    stale: dict[int, tuple[Tensor, Tensor]] = {}
-    for _, _, weight, low in swaps:
-        state = (weight._version, weight.data_ptr())
-        if cast(Any, weight)._rlhf_ppo_rounded != state:
-            stale[id(weight)] = (low.detach(), weight.detach())
-    if stale:
-        cast(Any, torch)._foreach_copy_([low for low, _ in stale.values()], [weight for _, weight in stale.values()])
-    for _, _, weight, _ in swaps:
-        cast(Any, weight)._rlhf_ppo_rounded = (weight._version, weight.data_ptr())
+    stale = {id(swap.weight): swap for swap in swaps if cast(Any, swap.weight)._rlhf_ppo_rounded != _state(swap.weight)}
+    if not stale:
+        return
+    cast(Any, torch)._foreach_copy_(
+        *([getattr(x, name).detach() for x in stale.values()] for name in ("low", "weight"))
+    )
+    for swap in stale.values():
+        cast(Any, swap.weight)._rlhf_ppo_rounded = _state(swap.weight)
+
+
+def _state(weight: nn.Parameter) -> tuple[int, int]:
+    """Return what changes when a weight does, but not through ``.data``."""
+    return weight._version, weight.data_ptr()
 
 
 def _exact_heads(model: nn.Module) -> set[int]:
@@ -202,16 +210,15 @@ def _round_outputs(model: nn.Module) -> None:
     decoders = [x for x in model.modules() if isinstance(x, PreTrainedModel) and x.config.model_type in _NORMS_FIRST]
     feeding = {id(module) for decoder in decoders for module in decoder.modules()}
     for module in model.modules():
-        if module in _HOOKED:
-            continue
+        hook: Callable[..., Any] | None = None
         if isinstance(module, nn.Embedding):
-            module.register_forward_hook(_rounded_rows)
-            _HOOKED.add(module)
+            hook = _rounded_rows
         elif isinstance(module, nn.Linear) and id(module.weight) in heads:
-            module.register_forward_hook(_exact_output)
-            _HOOKED.add(module)
+            hook = _exact_output
         elif _is_norm(module) and id(module) in feeding:
-            module.register_forward_hook(_rounded_output)
+            hook = _rounded_output
+        if hook is not None and module not in _HOOKED:
+            module.register_forward_hook(hook)
             _HOOKED.add(module)
 
 

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rlhf_ppo.core import BannedTokens
 from rlhf_ppo.core.kernels.linear_logprobs import project
+from rlhf_ppo.core.types import compute_dtype
 from rlhf_ppo.models.forward.hidden_states import (
     accepts,
     call,
@@ -124,7 +125,7 @@ class ModelRunner:
         if banned is not None:
             banned = BannedTokens(layout.select(banned.where), banned.tokens)
         if self.head is not None:
-            return Outputs(as_float32(self.hidden(sequences)), self.head, None, banned)
+            return Outputs(_exact(self.hidden(sequences)), self.head, None, banned)
         with vocabulary_as_rows(self.output_layer):
             logits, states = self._logits(sequences, layout, hidden=hidden)
         return Outputs(states, None, logits, banned)
@@ -170,7 +171,7 @@ class ModelRunner:
         with _attention_for(ids):
             if self.head is not None:
                 state = last_states(call(self.trunk, *inputs, **kwargs))[newest]
-                return project(as_float32(state), self.head.weight, self.head.bias), state
+                return project(_exact(state), self.head.weight, self.head.bias), state
             if self.uses_cache and accepts(self.model, "logits_to_keep"):
                 kwargs["logits_to_keep"] = 1
             capturing = capture_states(self.states_module) if hidden else nullcontext([])
@@ -262,9 +263,8 @@ class ModelRunner:
         return call(self.model, ids, positions, **kwargs).logits[0]
 
 
-def as_float32(states: Tensor) -> Tensor:
-    """Convert states of half precision, so that what is computed of them is in float32."""
-    return states.float() if states.itemsize < 4 else states
+def _exact(states: Tensor) -> Tensor:
+    return states.to(compute_dtype(states))  # log-probs keep the dtype of the states
 
 
 def _attention_for(ids: Tensor) -> AbstractContextManager[Any]:

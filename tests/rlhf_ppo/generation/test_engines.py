@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import seeded
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config
 
@@ -31,22 +32,6 @@ PARAMS = SamplingParams(max_new_tokens=8, temperature=0.7, stop_token_ids=(0, 12
 def batch() -> tuple[Tensor, Tensor]:
     """Five prompts of 1 to 5 tokens."""
     return left_pad([[7], [3, 0, 5], [9, 8, 7, 6, 5], [4, 4, 4], [1, 2]], CPU)
-
-
-@pytest.fixture
-def make(make_model, wake_critic):
-    """``make(kind)``: an actor-critic whose values differ."""
-
-    def make_actor_critic(kind: str = "gpt2", **settings: Any) -> ActorCritic:
-        model = ActorCritic(make_model(kind, **settings))
-        wake_critic(model)
-        return model
-
-    return make_actor_critic
-
-
-def seeded(seed: int = 3) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def assert_equals_a_full_forward(model: ActorCritic, batch: tuple[Tensor, Tensor], sampled: SampledResponses) -> None:

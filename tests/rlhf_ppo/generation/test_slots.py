@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
+from helpers import seeded
 from torch import Tensor
 
 from rlhf_ppo.config.groups import RolloutSettings
@@ -38,22 +38,6 @@ ENGINES = {
 @pytest.fixture
 def batch() -> tuple[Tensor, Tensor]:
     return left_pad(PROMPTS, torch.device("cpu"))
-
-
-@pytest.fixture
-def make(make_model, wake_critic):
-    """``make(kind)``: an actor-critic whose values differ."""
-
-    def make_actor_critic(kind: str = "gpt2", **settings: Any) -> ActorCritic:
-        model = ActorCritic(make_model(kind, **settings))
-        wake_critic(model)
-        return model
-
-    return make_actor_critic
-
-
-def seeded(seed: int = 3) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def assert_same(found: SampledResponses, expected: SampledResponses) -> None:
