@@ -1,0 +1,1 @@
+"""Acceleration: the bf16 working copy, compiled layers, kernels by name, recomputed activations."""

@@ -1,0 +1,1 @@
+"""Sharded models: FSDP2, weights that are loaded late, processes in step."""

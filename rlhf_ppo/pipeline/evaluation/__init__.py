@@ -1,0 +1,1 @@
+"""Evaluation: `rlhf-ppo evaluate`, its settings and intervals."""

@@ -1,0 +1,1 @@
+"""Supervised training: `rlhf-ppo sft` and `rlhf-ppo reward`."""

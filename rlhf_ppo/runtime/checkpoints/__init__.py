@@ -1,0 +1,1 @@
+"""Checkpoints: write, verify, find and load them."""

@@ -1,0 +1,1 @@
+"""The command line: settings from YAML and flags, their help, names of the user's own code."""

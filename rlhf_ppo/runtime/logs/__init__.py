@@ -1,0 +1,1 @@
+"""Logs: a run's folder, its metrics, its progress, its trackers."""

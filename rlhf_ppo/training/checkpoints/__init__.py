@@ -1,0 +1,1 @@
+"""A training run's checkpoints: save, resume, compare, and the record of what went wrong."""

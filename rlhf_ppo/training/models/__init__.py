@@ -1,0 +1,1 @@
+"""A run's models: load and shard them, fit them to the settings."""

@@ -1,0 +1,1 @@
+"""Recorded rollouts: write them, read them, train on them again."""
