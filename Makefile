@@ -65,7 +65,7 @@ soak: env ## Kill a tiny run of each frontend at each file-system step, then 200
 	$(TEST_ENV) $(BIN)/python -P tests/soak.py random --kills 30 --rollouts 20 --processes 2 --sharding full
 
 docs: env ## Regenerate the generated pages and tables of docs/
-	$(BIN)/python -m rlhf_ppo.runtime.metrics > docs/metrics.md
+	$(BIN)/python -m rlhf_ppo.runtime.logs.metrics > docs/metrics.md
 	$(BIN)/python -m rlhf_ppo.runtime.advice > docs/tuning.md
 	$(BIN)/python -m rlhf_ppo.settings_page > docs/settings.md
 	$(BIN)/python -m classic.settings_page > docs/classic-settings.md

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import classic
-from rlhf_ppo.runtime.run_directory import RunDirectory
+from rlhf_ppo.runtime.logs.run_directory import RunDirectory
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.data.files import load_rows
-from rlhf_ppo.models.lora import lora_config
+from rlhf_ppo.models.adapters.lora import lora_config
 from rlhf_ppo.pipeline.demo import HELD_OUT, OPENINGS
 
 WORK = WORKLOADS["M"]  # GPT-2, 6 layers x 384, vocabulary 50257, random weights

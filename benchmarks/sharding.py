@@ -20,7 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch.distributed as dist
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
-from rlhf_ppo.models.sharding import local_part
+from rlhf_ppo.models.sharded.sharding import local_part
 from rlhf_ppo.runtime.processes.join import join_processes
 
 WAYS = {

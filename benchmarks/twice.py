@@ -22,7 +22,7 @@ from speed_workloads import Workload, make_prompts, make_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
-from rlhf_ppo.runtime.run_directory import append_line
+from rlhf_ppo.runtime.logs.run_directory import append_line
 
 WORK = Workload(layers=4, width=256, vocabulary=4096, iterations=3, prompts=32, prompt_tokens=16)
 TINY = Workload(layers=2, width=16, vocabulary=64, iterations=2, prompts=4, prompt_tokens=4, new_tokens=6)

@@ -17,10 +17,10 @@ from classic.envs.environments import Episode
 from classic.envs.spaces import scales_parts
 from classic.save import describe_spaces, freeze, frozen_parameters, layer_types, loaded_scale, saved_scale
 from classic.state import Progress, Run, TrainState, begin_episodes
-from rlhf_ppo.runtime.checkpoint import Checkpoint, CheckpointError, as_json
-from rlhf_ppo.runtime.checkpoint_commit import write_checkpoint
-from rlhf_ppo.runtime.resume import require_unchanged
-from rlhf_ppo.runtime.run_directory import RunDirectory
+from rlhf_ppo.runtime.checkpoints.checkpoint import Checkpoint, CheckpointError, as_json
+from rlhf_ppo.runtime.checkpoints.checkpoint_commit import write_checkpoint
+from rlhf_ppo.runtime.checkpoints.resume import require_unchanged
+from rlhf_ppo.runtime.logs.run_directory import RunDirectory
 
 FREE_SETTINGS = ("output_dir", "quiet", "num_threads", "save_every", "save_total_limit", "report_to", "eval_envs")
 """Settings that may differ when a run resumes."""

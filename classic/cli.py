@@ -14,9 +14,9 @@ import tyro
 
 from classic.config import PPOArgs
 from rlhf_ppo.core.validation import Settings
-from rlhf_ppo.runtime.commands import AdviseArgs
+from rlhf_ppo.runtime.command_line.commands import AdviseArgs
+from rlhf_ppo.runtime.command_line.settings import Command, run_command
 from rlhf_ppo.runtime.errors import RunError, print_failure
-from rlhf_ppo.runtime.settings import Command, run_command
 from rlhf_ppo.runtime.signals import Interrupted
 
 

@@ -19,7 +19,7 @@ from classic.cli import CompareCommand, EvaluateCommand, ExplainCommand, TrainCo
 from classic.config import PPOArgs
 from classic.ppo import PPO
 from classic.video import record_video
-from rlhf_ppo.runtime.checkpoint import list_checkpoints
+from rlhf_ppo.runtime.checkpoints.checkpoint import list_checkpoints
 from rlhf_ppo.runtime.errors import RunError, print_failure
 from rlhf_ppo.runtime.signals import Interrupted
 

@@ -16,9 +16,9 @@ import yaml
 from classic.config import EARLIER, PPOArgs
 from classic.ppo import PPO
 from classic.presets.resolve import resolve
+from rlhf_ppo.runtime.command_line.settings import as_type
 from rlhf_ppo.runtime.files import read_json
-from rlhf_ppo.runtime.run_directory import RunDirectory
-from rlhf_ppo.runtime.settings import as_type
+from rlhf_ppo.runtime.logs.run_directory import RunDirectory
 from rlhf_ppo.runtime.statistics import bootstrap_iqm, mean_and_error
 
 RESULT = "result.json"

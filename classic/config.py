@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from rlhf_ppo.core.config import Objective, PPOConfig
 from rlhf_ppo.core.validation import require_types
-from rlhf_ppo.runtime.trackers import check_trackers
-from rlhf_ppo.runtime.unknown_names import refuse_unknown_settings
+from rlhf_ppo.runtime.command_line.unknown_names import refuse_unknown_settings
+from rlhf_ppo.runtime.logs.trackers import check_trackers
 
 T = TypeVar("T")
 Schedule = Literal["linear", "constant"]

@@ -34,13 +34,13 @@ from classic.session import announce, guarded, open_run, save_if_due, saving_if_
 from classic.state import LastUpdate, Run, TrainState, begin_episodes, initial_state, make_run
 from classic.update import adapt, follow_schedules, update
 from rlhf_ppo.core import PPOConfig, ValueScale
+from rlhf_ppo.runtime.command_line.unknown_names import refuse_unknown_arguments
+from rlhf_ppo.runtime.command_line.user_code import require_callbacks
 from rlhf_ppo.runtime.explain import Explanation
+from rlhf_ppo.runtime.logs.progress import ProgressDisplay
 from rlhf_ppo.runtime.processes.launch import require_one_process
-from rlhf_ppo.runtime.progress import ProgressDisplay
 from rlhf_ppo.runtime.signals import stop_if_asked
 from rlhf_ppo.runtime.threads import torch_threads
-from rlhf_ppo.runtime.unknown_names import refuse_unknown_arguments
-from rlhf_ppo.runtime.user_code import require_callbacks
 
 
 def _held_by(record: str, name: str) -> Any:

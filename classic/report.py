@@ -21,9 +21,9 @@ from rlhf_ppo.core import (
     masked_var,
     ppo_diagnostics,
 )
+from rlhf_ppo.runtime.logs.progress import ProgressDisplay
+from rlhf_ppo.runtime.logs.run_directory import RunDirectory
 from rlhf_ppo.runtime.plots import plot_curves
-from rlhf_ppo.runtime.progress import ProgressDisplay
-from rlhf_ppo.runtime.run_directory import RunDirectory
 
 PANELS = {
     "episode/return_mean": "return, last 100 episodes",

@@ -20,7 +20,7 @@ from classic.envs.spaces import scales_parts
 from classic.networks.actor_critic import ActorCritic
 from classic.state import Run, TrainState
 from rlhf_ppo.core import ValueScale
-from rlhf_ppo.runtime.checkpoint import list_checkpoints
+from rlhf_ppo.runtime.checkpoints.checkpoint import list_checkpoints
 from rlhf_ppo.runtime.files import replacing_files
 from rlhf_ppo.runtime.package import __version__
 

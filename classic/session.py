@@ -12,13 +12,13 @@ from classic.checkpoint import load_checkpoint, save_checkpoint
 from classic.config import PPOArgs, filled
 from classic.envs.checks import warn_before_training
 from classic.state import Progress, Run, TrainState
-from rlhf_ppo.runtime.checkpoint import checkpoint_folder
+from rlhf_ppo.runtime.checkpoints.checkpoint import checkpoint_folder
+from rlhf_ppo.runtime.checkpoints.resume import find_checkpoint
+from rlhf_ppo.runtime.logs.run_directory import RunDirectory, run_lock
+from rlhf_ppo.runtime.logs.trackers import reporting
 from rlhf_ppo.runtime.package import versions
-from rlhf_ppo.runtime.resume import find_checkpoint
-from rlhf_ppo.runtime.run_directory import RunDirectory, run_lock
 from rlhf_ppo.runtime.signals import Interrupted, asked_to_stop, stop_on_signals
 from rlhf_ppo.runtime.threads import torch_threads
-from rlhf_ppo.runtime.trackers import reporting
 
 
 def steps_to_train(args: PPOArgs, total_timesteps: float | None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from classic.cli import COMMANDS
 from classic.presets.resolve import DEFAULTS, preset, preset_ids
-from rlhf_ppo.runtime.settings_page import command_sections
+from rlhf_ppo.runtime.command_line.settings_page import command_sections
 
 HEAD = """\
 # Settings of `classic-ppo`

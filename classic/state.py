@@ -24,8 +24,8 @@ from classic.networks.actor_critic import ActorCritic, Sample
 from classic.presets.resolve import preset_ids, resolve
 from classic.rollout import Rollout
 from rlhf_ppo.core import PPOConfig, ValueScale, update_value_scale
-from rlhf_ppo.runtime.run_directory import RunDirectory
-from rlhf_ppo.runtime.trackers import require_installed
+from rlhf_ppo.runtime.logs.run_directory import RunDirectory
+from rlhf_ppo.runtime.logs.trackers import require_installed
 
 
 @dataclass(frozen=True)

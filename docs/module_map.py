@@ -8,10 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
 START = "<!-- module map: made by `make docs` -->\n"
-PACKAGES = [
-    *("core", "core/kernels", "runtime", "config", "data", "models", "models/forward", "models/costs"),
-    *("generation", "rewards", "training", "pipeline", "pipeline/plan", "trl"),
-]
+PACKAGES = ["core", "runtime", "config", "data", "models", "generation", "rewards", "training", "pipeline", "trl"]
 
 
 def first_line(file: Path) -> str:
@@ -30,10 +27,15 @@ def section(folder: Path) -> str:
     return "\n".join([f"### `{name}/`", "", line, "", "| module | |", "|---|---|", *rows, ""])
 
 
+def rooms(package: Path) -> list[Path]:
+    """Return the packages inside a package."""
+    return sorted(file.parent for file in package.glob("*/__init__.py"))
+
+
 def module_map() -> str:
     """Return the whole map, packages in the order of their imports."""
-    folders = [ROOT / "rlhf_ppo" / name for name in PACKAGES] + [ROOT / "rlhf_ppo", ROOT / "classic"]
-    folders += [folder for folder in sorted((ROOT / "classic").iterdir()) if (folder / "__init__.py").is_file()]
+    roots = [*(ROOT / "rlhf_ppo" / name for name in PACKAGES), ROOT / "rlhf_ppo", ROOT / "classic"]
+    folders = [folder for root in roots for folder in [root, *(rooms(root) if root.name != "rlhf_ppo" else ())]]
     return "\n".join(section(folder) for folder in folders)
 
 

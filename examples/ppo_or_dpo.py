@@ -21,7 +21,7 @@ from rlhf_ppo.core import dpo_loss
 from rlhf_ppo.data.files import load_rows
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.pipeline.demo import OPENINGS
-from rlhf_ppo.pipeline.reward_training import RewardTrainingArgs, train_reward_model
+from rlhf_ppo.pipeline.labelled.reward_training import RewardTrainingArgs, train_reward_model
 from rlhf_ppo.rewards.toy import positive_sentiment
 
 BETA = 0.05  # weight of the KL in both objectives

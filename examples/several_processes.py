@@ -17,7 +17,7 @@ from rlhf_ppo.config.sft import SFTArgs
 from rlhf_ppo.data.files import load_rows
 from rlhf_ppo.pipeline.before_after import print_before_after
 from rlhf_ppo.pipeline.demo import OPENINGS
-from rlhf_ppo.pipeline.sft import sft
+from rlhf_ppo.pipeline.labelled.sft import sft
 
 
 def few_es(prompts, completions, **columns):

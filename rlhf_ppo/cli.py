@@ -15,29 +15,29 @@ from rlhf_ppo.config.presets import PresetsArgs
 from rlhf_ppo.config.reward_training import RewardTrainingArgs
 from rlhf_ppo.config.sft import SFTArgs
 from rlhf_ppo.config.train import CriticRecordArgs, TrainArgs
-from rlhf_ppo.runtime.commands import AdviseArgs, CheckArgs
+from rlhf_ppo.runtime.command_line.commands import AdviseArgs, CheckArgs
+from rlhf_ppo.runtime.command_line.settings import Command, run_command
 from rlhf_ppo.runtime.errors import RunError, print_failure
 from rlhf_ppo.runtime.processes.launch import read_launch
 from rlhf_ppo.runtime.processes.voice import settle
-from rlhf_ppo.runtime.settings import Command, run_command
 from rlhf_ppo.runtime.signals import Interrupted
 
 COMMANDS: dict[str, Command] = {
     "demo": (DemoArgs, "rlhf_ppo.pipeline.demo:demo"),
     "train": (TrainArgs, "rlhf_ppo.pipeline.train:train"),
     "plan": (PlanArgs, "rlhf_ppo.pipeline.plan.report:plan_command"),
-    "sft": (SFTArgs, "rlhf_ppo.pipeline.sft:sft_command"),
-    "reward": (RewardTrainingArgs, "rlhf_ppo.pipeline.reward_training:reward_command"),
-    "evaluate": (EvaluateArgs, "rlhf_ppo.pipeline.evaluate:evaluate_command"),
+    "sft": (SFTArgs, "rlhf_ppo.pipeline.labelled.sft:sft_command"),
+    "reward": (RewardTrainingArgs, "rlhf_ppo.pipeline.labelled.reward_training:reward_command"),
+    "evaluate": (EvaluateArgs, "rlhf_ppo.pipeline.evaluation.evaluate:evaluate_command"),
     "critic record": (CriticRecordArgs, "rlhf_ppo.pipeline.train:record_command"),
-    "critic fit": (CriticFitArgs, "rlhf_ppo.pipeline.critic_fit:fit_command"),
-    "critic report": (CriticReportArgs, "rlhf_ppo.pipeline.critic_report:report_command"),
+    "critic fit": (CriticFitArgs, "rlhf_ppo.pipeline.critic.critic_fit:fit_command"),
+    "critic report": (CriticReportArgs, "rlhf_ppo.pipeline.critic.critic_report:report_command"),
     "generate": (GenerateArgs, "rlhf_ppo.pipeline.chat_session:generate_or_chat"),
     "presets": (PresetsArgs, "rlhf_ppo.config.presets:print_presets"),
     "migrate": (MigrateArgs, "rlhf_ppo.trl.migrate:migrate_command"),
     "replay": (ReplayArgs, "rlhf_ppo.pipeline.replay:print_replay"),
     "export": (ExportArgs, "rlhf_ppo.pipeline.export:export_command"),
-    "check": (CheckArgs, "rlhf_ppo.runtime.resume:check"),
+    "check": (CheckArgs, "rlhf_ppo.runtime.checkpoints.resume:check"),
     "advise": (AdviseArgs, "rlhf_ppo.runtime.advice:print_advice"),
 }
 

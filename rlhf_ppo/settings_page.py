@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlhf_ppo.cli import COMMANDS
-from rlhf_ppo.runtime.settings_page import command_sections
+from rlhf_ppo.runtime.command_line.settings_page import command_sections
 
 HEAD = """\
 # Settings of `rlhf-ppo`

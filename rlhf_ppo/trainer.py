@@ -22,17 +22,25 @@ from rlhf_ppo.generation.multi_turn import Respond
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.models.quiet_libraries import without_library_bars
 from rlhf_ppo.models.saving import save_actor_critic
-from rlhf_ppo.models.skeleton import whole_copy
+from rlhf_ppo.models.sharded.skeleton import whole_copy
+from rlhf_ppo.runtime.command_line.unknown_names import refuse_unknown_arguments
+from rlhf_ppo.runtime.command_line.user_code import callback_name, require_callbacks
 from rlhf_ppo.runtime.errors import RatioTripwireError as RatioTripwireError
 from rlhf_ppo.runtime.explain import Explanation
-from rlhf_ppo.runtime.progress import ProgressDisplay, print_summary
-from rlhf_ppo.runtime.run_directory import run_lock
+from rlhf_ppo.runtime.logs.progress import ProgressDisplay, print_summary
+from rlhf_ppo.runtime.logs.run_directory import run_lock
+from rlhf_ppo.runtime.logs.trackers import reporting
 from rlhf_ppo.runtime.signals import stop_if_asked, stop_on_signals
 from rlhf_ppo.runtime.threads import torch_threads
-from rlhf_ppo.runtime.trackers import reporting
-from rlhf_ppo.runtime.unknown_names import refuse_unknown_arguments
-from rlhf_ppo.runtime.user_code import callback_name, require_callbacks
-from rlhf_ppo.training import checkpoint
+from rlhf_ppo.training.checkpoints import checkpoint
+from rlhf_ppo.training.checkpoints.resume import (
+    SafePoint,
+    begin,
+    keep_checkpoint,
+    roll_back,
+    save_model,
+    saving_after_errors,
+)
 from rlhf_ppo.training.collect import (
     closing_episodes,
     collect,
@@ -45,9 +53,9 @@ from rlhf_ppo.training.collect import (
 from rlhf_ppo.training.experience import estimate
 from rlhf_ppo.training.explain import explain_rollout
 from rlhf_ppo.training.generate import generate
-from rlhf_ppo.training.recorded_rollouts import Recording
-from rlhf_ppo.training.recording import keep_rollout, record_policy
-from rlhf_ppo.training.replayed_rollouts import replay_rollout, require_first_policy
+from rlhf_ppo.training.recorded.recorded_rollouts import Recording
+from rlhf_ppo.training.recorded.recording import keep_rollout, record_policy
+from rlhf_ppo.training.recorded.replayed_rollouts import replay_rollout, require_first_policy
 from rlhf_ppo.training.reporting import (
     evaluate,
     is_due,
@@ -62,7 +70,6 @@ from rlhf_ppo.training.reporting import (
     run_settings,
     shown_progress,
 )
-from rlhf_ppo.training.resume import SafePoint, begin, keep_checkpoint, roll_back, save_model, saving_after_errors
 from rlhf_ppo.training.rewards import shape_rewards
 from rlhf_ppo.training.setup import RewardSource, set_up
 from rlhf_ppo.training.stability import require_no_drift

@@ -33,8 +33,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
+from rlhf_ppo.models.adapters.lora import use_adapter
 from rlhf_ppo.models.forward.hidden_states import call, capture_states
-from rlhf_ppo.models.lora import use_adapter
 
 # Not an import: beside this file lies a folder rlhf_ppo, of tests, so that its folder is no place to import from.
 TINY = runpy.run_path(str(Path(__file__).with_name("architectures_tiny.py")))

@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 DRAWING = {
     "rlhf_ppo.training.reporting": "plot_curves",
-    "rlhf_ppo.pipeline.reward_training": "plot_calibration",
+    "rlhf_ppo.pipeline.labelled.reward_training": "plot_calibration",
     "classic.report": "plot_curves",
 }
 

@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
-from rlhf_ppo.models import quantization
-from rlhf_ppo.models.sharding import is_share, local_part, whole_tensor
+from rlhf_ppo.models.adapters import quantization
+from rlhf_ppo.models.sharded.sharding import is_share, local_part, whole_tensor
 from rlhf_ppo.runtime.signals import Interrupted
-from rlhf_ppo.training import load_models
+from rlhf_ppo.training.models import load_models
 
 PROMPTS = ["once upon", "the cat", "a", "dog and cow", "she said", "blue", "no", "why not go"]
 
@@ -50,7 +50,7 @@ def make_trainer(folder: str, settings: dict[str, Any], given: dict[str, Any]) -
     args = {**SMALL, "output_dir": f"{folder}/run"}
     given = dict(given)
     if (rank := given.pop("lora_rank", None)) is not None:
-        from rlhf_ppo.models.lora import lora_config
+        from rlhf_ppo.models.adapters.lora import lora_config
 
         given["peft_config"] = lora_config(rank)
     if given.pop("talks", False):

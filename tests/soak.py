@@ -28,8 +28,8 @@ from pathlib import Path
 
 import torch
 
-import rlhf_ppo.runtime.stored_tensors
-from rlhf_ppo.runtime.checkpoint import list_checkpoints, verify_checkpoint
+import rlhf_ppo.runtime.checkpoints.stored_tensors
+from rlhf_ppo.runtime.checkpoints.checkpoint import list_checkpoints, verify_checkpoint
 from rlhf_ppo.runtime.processes.join import leave_processes
 
 # Not an import: beside this file lies a folder rlhf_ppo, of tests, so that its folder is no place to import from.
@@ -95,7 +95,7 @@ def steps_in(folder: Path, at_step: Callable[[int, str], None]) -> None:
         elif event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"):
             step(event, *args[:2])
 
-    fsync, save_file = os.fsync, rlhf_ppo.runtime.stored_tensors.save_file
+    fsync, save_file = os.fsync, rlhf_ppo.runtime.checkpoints.stored_tensors.save_file
 
     def fsync_step(handle: int) -> None:
         step("fsync", os.readlink(f"/proc/self/fd/{handle}"))
@@ -110,7 +110,7 @@ def steps_in(folder: Path, at_step: Callable[[int, str], None]) -> None:
 
     sys.addaudithook(audit)
     os.fsync = fsync_step
-    rlhf_ppo.runtime.stored_tensors.save_file = torn_save
+    rlhf_ppo.runtime.checkpoints.stored_tensors.save_file = torn_save
 
 
 def kill_at(number: int, victim: int) -> Callable[[int, str], None]:

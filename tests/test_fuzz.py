@@ -20,7 +20,7 @@ from rlhf_ppo.cli import TrainArgs
 from rlhf_ppo.core.validation import require_types
 from rlhf_ppo.rewards.scoring import score
 from rlhf_ppo.rewards.validation import RewardError, coerce_scores
-from rlhf_ppo.runtime.settings import parse_settings, read_yaml
+from rlhf_ppo.runtime.command_line.settings import parse_settings, read_yaml
 
 FUZZ = settings(
     max_examples=100, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None

@@ -13,8 +13,8 @@ import classic
 import rlhf_ppo
 from rlhf_ppo import core
 from rlhf_ppo.cli import COMMANDS
-from rlhf_ppo.runtime.metrics import metrics_page
-from rlhf_ppo.runtime.settings import parse_settings
+from rlhf_ppo.runtime.command_line.settings import parse_settings
+from rlhf_ppo.runtime.logs.metrics import metrics_page
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ from typing import Any
 
 from classic.config import CONTINUOUS, PPOArgs
 from classic.envs.make_env import registered_id
-from rlhf_ppo.runtime.settings import read_yaml
+from rlhf_ppo.runtime.command_line.settings import read_yaml
 
 FOLDER = Path(__file__).parent
 

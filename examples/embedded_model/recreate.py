@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from rlhf_ppo.data.files import load_rows
-from rlhf_ppo.pipeline.sft import SFTArgs, hold_out, sft
+from rlhf_ppo.pipeline.labelled.sft import SFTArgs, hold_out, sft
 
 WORDS = 16
 

@@ -9,7 +9,7 @@ from typing import Any
 import tyro
 
 from rlhf_ppo.core.validation import Settings
-from rlhf_ppo.runtime.presets import find_preset, preset_names
+from rlhf_ppo.runtime.command_line.presets import find_preset, preset_names
 
 PRESETS = Path(__file__).parents[1] / "assets" / "presets"
 """Folder of the recipes: a YAML file each, every setting with its source; the first line says what it is."""
@@ -29,7 +29,7 @@ def preset_settings(name: str) -> dict[str, Any]:
     Raises:
         ValueError: no such recipe; lists the known ones.
     """
-    from rlhf_ppo.runtime.yaml_files import load_yaml
+    from rlhf_ppo.runtime.command_line.yaml_files import load_yaml
 
     return load_yaml(find_preset(PRESETS, name))
 

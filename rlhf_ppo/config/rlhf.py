@@ -20,8 +20,8 @@ from rlhf_ppo.config.presets import preset_settings
 from rlhf_ppo.config.run_groups import MemorySettings, RecordingSettings, RunSettings, SafetySettings
 from rlhf_ppo.core.config import PPOConfig
 from rlhf_ppo.core.validation import refuse_unread
-from rlhf_ppo.runtime.presets import naming_preset
-from rlhf_ppo.runtime.unknown_names import refuse_unknown_settings
+from rlhf_ppo.runtime.command_line.presets import naming_preset
+from rlhf_ppo.runtime.command_line.unknown_names import refuse_unknown_settings
 
 _FILTERS = (
     "it would sample from another distribution than the one whose log-probs are trained, so ratios and KL would be "

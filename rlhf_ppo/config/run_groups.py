@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_ppo.core.validation import Settings, is_changed, refuse_unread
-from rlhf_ppo.runtime.trackers import check_trackers
+from rlhf_ppo.runtime.logs.trackers import check_trackers
 
 Precision = Literal["auto", "fp32", "bf16"]
 

@@ -12,7 +12,7 @@ from rlhf_ppo.config.data import HeldOutPromptArgs
 from rlhf_ppo.config.presets import PRESETS, preset_settings
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core.validation import Settings
-from rlhf_ppo.runtime.presets import naming_preset
+from rlhf_ppo.runtime.command_line.presets import naming_preset
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,11 @@ from rlhf_ppo.generation.decoding import sample_responses
 from rlhf_ppo.generation.rollout import SampledResponses, SamplingParams
 from rlhf_ppo.generation.slots import Pace, Slots, Step, sample_in_slots, slot_step
 from rlhf_ppo.generation.stop_strings import StopStringDetector
+from rlhf_ppo.models.acceleration.named_kernels import is_flash
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward.hidden_states import without_adapter_wrapper
 from rlhf_ppo.models.forward.slot_cache import SlotCache, count_slot_layers
-from rlhf_ppo.models.named_kernels import is_flash
-from rlhf_ppo.models.sharding import gathered, is_sharded
+from rlhf_ppo.models.sharded.sharding import gathered, is_sharded
 
 _ROOM = 64
 """A static cache's room is rounded up to multiples of this, so that prompts of other lengths meet the same shape."""

@@ -18,8 +18,8 @@ from rlhf_ppo.data.tokenization import left_pad
 from rlhf_ppo.generation.reply_tokens import chat_reply_ids
 from rlhf_ppo.generation.rollout import SampledResponses, SamplingParams
 from rlhf_ppo.generation.stop_strings import cut_at_stop_string
+from rlhf_ppo.runtime.command_line.user_code import FAILURES, has_ended, start
 from rlhf_ppo.runtime.errors import RunError
-from rlhf_ppo.runtime.user_code import FAILURES, has_ended, start
 
 Respond = Callable[[Messages], str | None]
 """``respond(messages)``, called after each turn of the policy with the whole conversation: the prompt's messages, then

@@ -14,12 +14,7 @@ from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import BannedTokens, PolicyOutput, ValueScale, rescaled_head
 from rlhf_ppo.core.masked import keep
 from rlhf_ppo.data.hub import find_file
-from rlhf_ppo.models.dropout import without_dropout
-from rlhf_ppo.models.forward.layout import Layout
-from rlhf_ppo.models.forward.output_layer import Outputs
-from rlhf_ppo.models.forward.runner import ModelRunner, Sequences
-from rlhf_ppo.models.loading import fuse_activations
-from rlhf_ppo.models.lora import (
+from rlhf_ppo.models.adapters.lora import (
     VALUE_ADAPTER,
     VALUE_FOLDER,
     adapter_parameters,
@@ -27,6 +22,11 @@ from rlhf_ppo.models.lora import (
     load_adapter,
     use_adapter,
 )
+from rlhf_ppo.models.dropout import without_dropout
+from rlhf_ppo.models.forward.layout import Layout
+from rlhf_ppo.models.forward.output_layer import Outputs
+from rlhf_ppo.models.forward.runner import ModelRunner, Sequences
+from rlhf_ppo.models.loading import fuse_activations
 from rlhf_ppo.models.reference import exact_kl
 from rlhf_ppo.models.value_head import VALUE_HEAD_FILE, SavedHead, make_value_head, save_value_head
 from rlhf_ppo.runtime.device import exact_dtype

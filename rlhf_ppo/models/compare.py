@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_ppo.models.acceleration.working_copy import computing, held_in_bf16
 from rlhf_ppo.models.dropout import without_dropout
 from rlhf_ppo.models.forward.hidden_states import call, probe_ids
-from rlhf_ppo.models.working_copy import computing, held_in_bf16
 from rlhf_ppo.runtime.errors import RunError
 
 OBJECT = "object"

@@ -23,7 +23,7 @@ from transformers.activations import NewGELUActivation
 from transformers.utils import logging
 
 from rlhf_ppo.data.hub import explain_load_failure, read_weights, refuse_pickles
-from rlhf_ppo.models.lora import merge_adapter, refuse_prompt_learning
+from rlhf_ppo.models.adapters.lora import merge_adapter, refuse_prompt_learning
 from rlhf_ppo.models.value_head import adapter_labels
 
 EMBEDDED_MODEL = str(Path(__file__).parents[1] / "assets" / "stories-gpt2")

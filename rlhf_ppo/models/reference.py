@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_ppo.core import kl_from_logits, linear_kl
+from rlhf_ppo.models.acceleration.working_copy import computing, held_in_bf16, hold_in_bf16
+from rlhf_ppo.models.adapters.lora import without_adapters
 from rlhf_ppo.models.dropout import freeze
 from rlhf_ppo.models.forward.output_layer import Outputs
 from rlhf_ppo.models.forward.runner import ModelRunner, Sequences
 from rlhf_ppo.models.loading import fuse_activations
-from rlhf_ppo.models.lora import without_adapters
-from rlhf_ppo.models.sharding import gathered
-from rlhf_ppo.models.working_copy import computing, held_in_bf16, hold_in_bf16
+from rlhf_ppo.models.sharded.sharding import gathered
 
 
 class Reference:
@@ -52,7 +52,7 @@ class Reference:
         if self.model is not None and half:
             hold_in_bf16(self.model)
         self.root: nn.Module = policy if self.model is None else self.model
-        """The module that gathers its weights, if they are sharded (:mod:`rlhf_ppo.models.sharding`)."""
+        """The module that gathers its weights, if they are sharded (:mod:`rlhf_ppo.models.sharded.sharding`)."""
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_ppo.models.acceleration.working_copy import held_in_bf16
 from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.models.adapters.lora import VALUE_FOLDER, merge_adapter
 from rlhf_ppo.models.compare import SavedModelError, probe_logits, require_saved
 from rlhf_ppo.models.forward.hidden_states import without_adapter_wrapper
 from rlhf_ppo.models.loading import BASE_FOLDER, REFERENCE_FOLDER, load_policy, merge_saved_adapter, saved_bytes
-from rlhf_ppo.models.lora import VALUE_FOLDER, merge_adapter
-from rlhf_ppo.models.working_copy import held_in_bf16
 from rlhf_ppo.runtime.files import replacing_files
 
 

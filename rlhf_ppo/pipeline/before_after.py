@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_ppo.data.chat import display_text
-from rlhf_ppo.pipeline.intervals import differences, interval
-from rlhf_ppo.runtime.run_directory import RunDirectory
+from rlhf_ppo.pipeline.evaluation.intervals import differences, interval
+from rlhf_ppo.runtime.logs.run_directory import RunDirectory
 
 Row = Mapping[str, Any]
 

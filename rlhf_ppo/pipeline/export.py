@@ -12,13 +12,13 @@ from rlhf_ppo.config.commands import ExportArgs
 from rlhf_ppo.core import ValueScale
 from rlhf_ppo.data.chat import with_chat_template
 from rlhf_ppo.models.actor_critic import ActorCritic, build_actor_critic
+from rlhf_ppo.models.adapters.policy_adapter import prepare_policy
 from rlhf_ppo.models.compare import OBJECT
 from rlhf_ppo.models.loading import load_policy, load_tokenizer, resolve_model
-from rlhf_ppo.models.policy_adapter import prepare_policy
 from rlhf_ppo.models.saving import save_actor_critic
 from rlhf_ppo.pipeline.rebuild import adapter_config, build_policy, build_trunk, restore_weights
-from rlhf_ppo.runtime.checkpoint import Checkpoint, checkpoint_step
-from rlhf_ppo.runtime.resume import find_checkpoint
+from rlhf_ppo.runtime.checkpoints.checkpoint import Checkpoint, checkpoint_step
+from rlhf_ppo.runtime.checkpoints.resume import find_checkpoint
 from rlhf_ppo.runtime.threads import torch_threads
 
 

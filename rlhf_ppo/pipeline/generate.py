@@ -23,7 +23,7 @@ from rlhf_ppo.generation.sampling import RowsOf, uniforms
 from rlhf_ppo.generation.stop_strings import StopStringDetector, response_texts
 from rlhf_ppo.generation.stop_tokens import stop_tokens, warn_of_unread_end
 from rlhf_ppo.models.actor_critic import ActorCritic
-from rlhf_ppo.models.forward_checks import check_forward
+from rlhf_ppo.models.forward.forward_checks import check_forward
 from rlhf_ppo.models.loading import (
     load_config,
     load_policy,
@@ -33,12 +33,12 @@ from rlhf_ppo.models.loading import (
     vocabulary_size,
 )
 from rlhf_ppo.runtime.device import resolve_device
+from rlhf_ppo.runtime.logs.progress import ProgressDisplay
+from rlhf_ppo.runtime.logs.run_directory import read_run
 from rlhf_ppo.runtime.processes.join import join_for, join_processes
 from rlhf_ppo.runtime.processes.launch import own_gpu
-from rlhf_ppo.runtime.progress import ProgressDisplay
-from rlhf_ppo.runtime.run_directory import read_run
 from rlhf_ppo.runtime.threads import torch_threads
-from rlhf_ppo.training.fingerprints import require_same_data
+from rlhf_ppo.training.checkpoints.fingerprints import require_same_data
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+from rlhf_ppo.models.acceleration.named_kernels import is_flash
 from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.models.adapters.lora import with_current_names
 from rlhf_ppo.models.frozen_critic import FrozenParts, freeze_critic
-from rlhf_ppo.models.lora import with_current_names
-from rlhf_ppo.models.named_kernels import is_flash
 
 
 def build_policy(models: Mapping[str, Any]) -> PreTrainedModel:

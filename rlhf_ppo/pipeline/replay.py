@@ -14,18 +14,18 @@ from torch import Tensor
 
 from rlhf_ppo.config.commands import ReplayArgs
 from rlhf_ppo.data.chat import display_text
-from rlhf_ppo.models.activation_memory import checkpoint_layers
+from rlhf_ppo.models.acceleration.activation_memory import checkpoint_layers
 from rlhf_ppo.models.actor_critic import ActorCritic, build_actor_critic
+from rlhf_ppo.models.adapters.policy_adapter import prepare_policy
+from rlhf_ppo.models.adapters.quantization import load_quantized, load_reference
 from rlhf_ppo.models.compare import OBJECT
-from rlhf_ppo.models.forward_checks import check_forward
+from rlhf_ppo.models.forward.forward_checks import check_forward
 from rlhf_ppo.models.loading import BASE_FOLDER, REFERENCE_FOLDER, load_policy, resolve_model
-from rlhf_ppo.models.policy_adapter import prepare_policy
-from rlhf_ppo.models.quantization import load_quantized, load_reference
 from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.pipeline.rebuild import adapter_config, build_policy, build_trunk, restore_weights
 from rlhf_ppo.runtime.device import resolve_device
 from rlhf_ppo.runtime.threads import torch_threads
-from rlhf_ppo.training.black_box import BlackBox, read_black_box
+from rlhf_ppo.training.checkpoints.black_box import BlackBox, read_black_box
 from rlhf_ppo.training.gradients import clear_gradients, critic_gradient, minibatch_gradient
 from rlhf_ppo.training.optimizer import train_critic_alone
 from rlhf_ppo.training.stability import nonfinite_parameters, spoil_gradient

@@ -7,10 +7,10 @@ from typing import Any
 from rlhf_ppo.config.train import CriticRecordArgs, TrainArgs
 from rlhf_ppo.data.mixtures import load_data, load_mixture
 from rlhf_ppo.data.rows import Rows, prompt_rows
-from rlhf_ppo.models.lora import lora_config
+from rlhf_ppo.models.adapters.lora import lora_config
 from rlhf_ppo.pipeline.before_after import print_before_after
 from rlhf_ppo.pipeline.demo import print_paths
-from rlhf_ppo.runtime.user_code import load_function
+from rlhf_ppo.runtime.command_line.user_code import load_function
 from rlhf_ppo.trainer import PPOTrainer
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from rlhf_ppo.rewards.functions import RewardFunction
 from rlhf_ppo.rewards.validation import result_of
-from rlhf_ppo.runtime.user_code import start
+from rlhf_ppo.runtime.command_line.user_code import start
 
 
 def call_rewards(

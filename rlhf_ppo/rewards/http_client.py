@@ -21,7 +21,7 @@ from urllib.parse import SplitResult, urlsplit
 from rlhf_ppo.data.chat import Completion, Prompt
 from rlhf_ppo.rewards.functions import StepRewards
 from rlhf_ppo.rewards.validation import RewardError
-from rlhf_ppo.runtime.user_code import start
+from rlhf_ppo.runtime.command_line.user_code import start
 
 TOKEN_VARIABLE = "RLHF_PPO_REWARD_TOKEN"
 """Environment variable with the bearer token; a token in the settings would be saved with them."""

@@ -16,7 +16,7 @@ from rlhf_ppo.rewards.functions import RewardFunction, reward_name
 from rlhf_ppo.rewards.http_client import HTTPReward
 from rlhf_ppo.rewards.reward_model import RewardModel
 from rlhf_ppo.rewards.validation import RewardError, coerce_scores
-from rlhf_ppo.runtime.user_code import load_function
+from rlhf_ppo.runtime.command_line.user_code import load_function
 
 __all__ = ["RewardSource", "check_servers", "load_reward", "load_rewards", "reward_name"]
 

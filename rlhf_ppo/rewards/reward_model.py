@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_ppo.data.chat import Completion, Prompt, read_chat_template, render_completed
 from rlhf_ppo.data.prompts import PromptSet
 from rlhf_ppo.data.tokenization import encode_text, require_vocabulary
+from rlhf_ppo.models.acceleration.working_copy import computing, held_in_bf16, hold_in_bf16
 from rlhf_ppo.models.dropout import freeze
-from rlhf_ppo.models.in_step import most_anywhere
 from rlhf_ppo.models.loading import (
     context_length,
     find_config,
@@ -26,8 +26,8 @@ from rlhf_ppo.models.loading import (
     refuse_encoder_decoder,
     vocabulary_size,
 )
-from rlhf_ppo.models.sharding import Sharding, has_layers, shard
-from rlhf_ppo.models.working_copy import computing, held_in_bf16, hold_in_bf16
+from rlhf_ppo.models.sharded.in_step import most_anywhere
+from rlhf_ppo.models.sharded.sharding import Sharding, has_layers, shard
 
 NO_LIMIT = 2**31
 """Some tokenizers give 1e30 for "no limit"."""

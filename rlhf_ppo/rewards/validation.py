@@ -13,8 +13,8 @@ from torch import Tensor
 
 from rlhf_ppo.data.chat import Completion, Prompt
 from rlhf_ppo.rewards.functions import StepRewards
+from rlhf_ppo.runtime.command_line.user_code import FAILURES, has_ended
 from rlhf_ppo.runtime.errors import RunError
-from rlhf_ppo.runtime.user_code import FAILURES, has_ended
 
 Score = float | list[float] | None
 """One number for the whole response, one per sampled token, or None: it cannot be scored."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ppo.runtime import symptoms
-from rlhf_ppo.runtime.commands import AdviseArgs
-from rlhf_ppo.runtime.run_directory import RunDirectory, read_run
+from rlhf_ppo.runtime.command_line.commands import AdviseArgs
+from rlhf_ppo.runtime.logs.run_directory import RunDirectory, read_run
 from rlhf_ppo.runtime.symptoms import FEWEST_UPDATES, RunMetrics
 
 

@@ -49,14 +49,14 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 MOVED = {
-    "rlhf_ppo.adapters": "rlhf_ppo.models.lora",
+    "rlhf_ppo.adapters": "rlhf_ppo.models.adapters.lora",
     "rlhf_ppo.actor_critic": "rlhf_ppo.models.actor_critic",
     "rlhf_ppo.before_after": "rlhf_ppo.pipeline.before_after",
     "rlhf_ppo.checkpoint": "rlhf_ppo.trainer",
     "rlhf_ppo.conversation": "rlhf_ppo.generation.multi_turn",
     "rlhf_ppo.data_files": "rlhf_ppo.data.files",
     "rlhf_ppo.demo": "rlhf_ppo.pipeline.demo",
-    "rlhf_ppo.evaluate": "rlhf_ppo.pipeline.evaluate",
+    "rlhf_ppo.evaluate": "rlhf_ppo.pipeline.evaluation.evaluate",
     "rlhf_ppo.generate": "rlhf_ppo.pipeline.generate",
     "rlhf_ppo.guard": "rlhf_ppo.training.stability",
     "rlhf_ppo.http_reward": "rlhf_ppo.rewards.http_client",
@@ -67,17 +67,38 @@ MOVED = {
     "rlhf_ppo.reward_calls": "rlhf_ppo.rewards.validation",
     "rlhf_ppo.reward_model": "rlhf_ppo.rewards.reward_model",
     "rlhf_ppo.reward_server": "rlhf_ppo.rewards.http_server",
-    "rlhf_ppo.reward_training": "rlhf_ppo.pipeline.reward_training",
+    "rlhf_ppo.reward_training": "rlhf_ppo.pipeline.labelled.reward_training",
     "rlhf_ppo.rollout": "rlhf_ppo.generation.rollout",
-    "rlhf_ppo.runtime.lock": "rlhf_ppo.runtime.run_directory",
-    "rlhf_ppo.sft": "rlhf_ppo.pipeline.sft",
+    "rlhf_ppo.runtime.lock": "rlhf_ppo.runtime.logs.run_directory",
+    "rlhf_ppo.sft": "rlhf_ppo.pipeline.labelled.sft",
     "rlhf_ppo.toy_rewards": "rlhf_ppo.rewards.toy",
     "rlhf_ppo.verifiable": "rlhf_ppo.rewards.gsm8k",
     "classic.comparison": "classic.compare",
     "classic.making": "classic.envs.make_env",
     "classic.train": "classic.ppo",
 }
-"""Old name -> new name, for the modules that documentation and configs named."""
+_ROOMS = {
+    "rlhf_ppo.runtime.command_line": (
+        "settings settings_help settings_page unknown_names yaml_files presets commands user_code"
+    ),
+    "rlhf_ppo.runtime.checkpoints": "checkpoint checkpoint_commit resume stored_tensors",
+    "rlhf_ppo.runtime.logs": "metrics progress run_directory trackers",
+    "rlhf_ppo.models.sharded": "sharding sharded_traffic deferred skeleton in_step",
+    "rlhf_ppo.models.adapters": "lora policy_adapter quantization",
+    "rlhf_ppo.models.acceleration": "activation_memory compiled_layers named_kernels working_copy",
+    "rlhf_ppo.models.forward": "forward_checks",
+    "rlhf_ppo.training.checkpoints": "checkpoint resume fingerprints black_box",
+    "rlhf_ppo.training.recorded": "recording recorded_rollouts replayed_rollouts",
+    "rlhf_ppo.training.models": "load_models shard_models model_facts fitted_critic learning_rates compilation",
+    "rlhf_ppo.pipeline.critic": "critic_fit critic_report",
+    "rlhf_ppo.pipeline.evaluation": "evaluate evaluation_settings intervals",
+    "rlhf_ppo.pipeline.labelled": "sft reward_training supervised",
+}
+"""Package -> the modules that moved into it from the package around it."""
+MOVED |= {
+    f"{room.rpartition('.')[0]}.{name}": f"{room}.{name}" for room, names in _ROOMS.items() for name in names.split()
+}
+"""Old name -> new name, for the modules that documentation, configs and scripts named."""
 
 
 class MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -16,10 +16,10 @@ from rlhf_ppo.data.chat import Prompt
 from rlhf_ppo.data.detokenization import Before, TextPieces
 from rlhf_ppo.data.prompts import PromptBatch
 from rlhf_ppo.generation.rollout import Rollout
+from rlhf_ppo.models.acceleration.working_copy import computing
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward.runner import Sequences
-from rlhf_ppo.models.sharding import gathered
-from rlhf_ppo.models.working_copy import computing
+from rlhf_ppo.models.sharded.sharding import gathered
 from rlhf_ppo.rewards.scoring import Responses, score_responses
 from rlhf_ppo.rewards.validation import RewardError, Score
 from rlhf_ppo.runtime.seeding import TRAIN, numbered_generator

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from rlhf_ppo.data.detokenization import GrowingText, TextPieces, before_each, common_prefix_length
 from rlhf_ppo.generation.rollout import Rollout
+from rlhf_ppo.models.acceleration.working_copy import computing
 from rlhf_ppo.models.actor_critic import ActorCritic
-from rlhf_ppo.models.working_copy import computing
 from rlhf_ppo.runtime.explain import Explanation, explain_actions
 from rlhf_ppo.training.advantages import next_decisions
 from rlhf_ppo.training.experience import estimate

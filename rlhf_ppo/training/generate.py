@@ -20,12 +20,12 @@ from rlhf_ppo.generation.multi_turn import RespondError, sample_conversations
 from rlhf_ppo.generation.rollout import Rollout, SampledResponses
 from rlhf_ppo.generation.sampling import RowsOf
 from rlhf_ppo.generation.stop_strings import StopStringDetector, response_texts
+from rlhf_ppo.models.acceleration.working_copy import computing, round_again
 from rlhf_ppo.models.actor_critic import ActorCritic
-from rlhf_ppo.models.in_step import taking_part
-from rlhf_ppo.models.sharding import whole_weights
-from rlhf_ppo.models.working_copy import computing, round_again
+from rlhf_ppo.models.sharded.in_step import taking_part
+from rlhf_ppo.models.sharded.sharding import whole_weights
+from rlhf_ppo.runtime.logs.run_directory import append_line
 from rlhf_ppo.runtime.processes.group import Part, Work
-from rlhf_ppo.runtime.run_directory import append_line
 from rlhf_ppo.runtime.signals import deferring_stops, stopping_if_asked
 from rlhf_ppo.training.run import Run
 

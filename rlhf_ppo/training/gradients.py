@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import Experience, PolicyOutput, loss_denominator, ppo_diagnostics, ppo_loss
 from rlhf_ppo.generation.rollout import Rollout
-from rlhf_ppo.models.activation_memory import offload_activations
+from rlhf_ppo.models.acceleration.activation_memory import offload_activations
+from rlhf_ppo.models.acceleration.compiled_layers import compiled_layers
+from rlhf_ppo.models.acceleration.working_copy import computing
 from rlhf_ppo.models.actor_critic import ActorCritic
-from rlhf_ppo.models.compiled_layers import compiled_layers
 from rlhf_ppo.models.forward.runner import Sequences
 from rlhf_ppo.models.reference import Reference
-from rlhf_ppo.models.sharding import is_sharded, local_part, total_norm, whole_parameters
-from rlhf_ppo.models.working_copy import computing
-from rlhf_ppo.runtime.metrics import MetricAverage
+from rlhf_ppo.models.sharded.sharding import is_sharded, local_part, total_norm, whole_parameters
+from rlhf_ppo.runtime.logs.metrics import MetricAverage
 from rlhf_ppo.runtime.processes.group import ProcessGroup
 from rlhf_ppo.runtime.transfers import indices_on
 

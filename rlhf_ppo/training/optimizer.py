@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.models.actor_critic import ActorCritic
-from rlhf_ppo.models.sharding import local_part
+from rlhf_ppo.models.sharded.sharding import local_part
 
 
 def make_optimizer(model: ActorCritic, args: RLHFConfig) -> tuple[torch.optim.AdamW, LambdaLR]:

@@ -14,12 +14,12 @@ import numpy as np
 from rlhf_ppo.core import kl_estimate
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.rewards.validation import RewardError
+from rlhf_ppo.runtime.logs.progress import Phases, ProgressDisplay, model_rows
 from rlhf_ppo.runtime.package import versions
 from rlhf_ppo.runtime.plots import plot_curves
-from rlhf_ppo.runtime.progress import Phases, ProgressDisplay, model_rows
 from rlhf_ppo.runtime.seeding import EVALUATION, global_rng_state, numbered_generator, restore_rng_state
+from rlhf_ppo.training.checkpoints.resume import SafePoint, keep_checkpoint
 from rlhf_ppo.training.collect import collect
-from rlhf_ppo.training.resume import SafePoint, keep_checkpoint
 from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.state import TrainState
 

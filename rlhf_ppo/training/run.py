@@ -21,15 +21,15 @@ from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.rewards.cache import ScoreCache
 from rlhf_ppo.rewards.functions import RewardFunction
-from rlhf_ppo.runtime.metrics import MetricAverage
+from rlhf_ppo.runtime.logs.metrics import MetricAverage
+from rlhf_ppo.runtime.logs.progress import Stopwatch
+from rlhf_ppo.runtime.logs.run_directory import RunDirectory
 from rlhf_ppo.runtime.processes.group import ALONE, ProcessGroup
-from rlhf_ppo.runtime.progress import Stopwatch
-from rlhf_ppo.runtime.run_directory import RunDirectory
-from rlhf_ppo.training.compilation import computed
-from rlhf_ppo.training.fingerprints import run_fingerprints
+from rlhf_ppo.training.checkpoints.fingerprints import run_fingerprints
 from rlhf_ppo.training.gradients import MinibatchGradient, critic_gradient, minibatch_gradient, sum_over_processes
-from rlhf_ppo.training.recorded_rollouts import Recording
-from rlhf_ppo.training.shard_models import UNSHARDED, Plan
+from rlhf_ppo.training.models.compilation import computed
+from rlhf_ppo.training.models.shard_models import UNSHARDED, Plan
+from rlhf_ppo.training.recorded.recorded_rollouts import Recording
 
 
 @dataclass(frozen=True)

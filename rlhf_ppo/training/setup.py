@@ -24,6 +24,7 @@ from rlhf_ppo.generation.multi_turn import Respond
 from rlhf_ppo.generation.reply_tokens import chat_reply_ids
 from rlhf_ppo.generation.rollout import SamplingParams
 from rlhf_ppo.generation.stop_tokens import choose_stop_tokens
+from rlhf_ppo.models.acceleration.named_kernels import check_attention, is_flash
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.compare import source_name
 from rlhf_ppo.models.loading import (
@@ -33,26 +34,25 @@ from rlhf_ppo.models.loading import (
     resolve_model,
     vocabulary_size,
 )
-from rlhf_ppo.models.named_kernels import check_attention, is_flash
 from rlhf_ppo.rewards.cache import make_caches
 from rlhf_ppo.rewards.functions import RewardFunction, require_accepts_columns, reward_source
 from rlhf_ppo.rewards.loading import RewardSource, check_servers, listed, load_rewards, names_model
 from rlhf_ppo.rewards.reward_model import RewardModel
 from rlhf_ppo.runtime.device import compute_in_bf16, resolve_device
+from rlhf_ppo.runtime.logs.progress import Stopwatch
+from rlhf_ppo.runtime.logs.run_directory import RunDirectory
+from rlhf_ppo.runtime.logs.trackers import require_installed
 from rlhf_ppo.runtime.processes.group import ProcessGroup
 from rlhf_ppo.runtime.processes.join import join_for
 from rlhf_ppo.runtime.processes.launch import own_gpu
-from rlhf_ppo.runtime.progress import Stopwatch
-from rlhf_ppo.runtime.run_directory import RunDirectory
-from rlhf_ppo.runtime.trackers import require_installed
-from rlhf_ppo.training.fingerprints import require_same_data
-from rlhf_ppo.training.fitted_critic import require_same_task
-from rlhf_ppo.training.learning_rates import resolve_learning_rates
-from rlhf_ppo.training.load_models import check_models, check_passes, load_models, prepare_critic
-from rlhf_ppo.training.recorded_rollouts import Recording
-from rlhf_ppo.training.replayed_rollouts import open_replay, require_same_rewards
+from rlhf_ppo.training.checkpoints.fingerprints import require_same_data
+from rlhf_ppo.training.models.fitted_critic import require_same_task
+from rlhf_ppo.training.models.learning_rates import resolve_learning_rates
+from rlhf_ppo.training.models.load_models import check_models, check_passes, load_models, prepare_critic
+from rlhf_ppo.training.models.shard_models import plan_sharding, run_setup
+from rlhf_ppo.training.recorded.recorded_rollouts import Recording
+from rlhf_ppo.training.recorded.replayed_rollouts import open_replay, require_same_rewards
 from rlhf_ppo.training.run import Run
-from rlhf_ppo.training.shard_models import plan_sharding, run_setup
 
 
 def set_up(

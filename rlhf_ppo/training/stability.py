@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlhf_ppo.config.run_groups import SafetySettings
-from rlhf_ppo.models.sharding import is_sharded, local_part
+from rlhf_ppo.models.sharded.sharding import is_sharded, local_part
 from rlhf_ppo.runtime.errors import RunError
 from rlhf_ppo.runtime.transfers import Reading
 

@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from rlhf_ppo.config.groups import CriticSettings
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import ValueScale
+from rlhf_ppo.models.acceleration.compiled_layers import require_layers
 from rlhf_ppo.models.actor_critic import ActorCritic
-from rlhf_ppo.models.compiled_layers import require_layers
 from rlhf_ppo.training.optimizer import critic_warmup_settings, make_optimizer
 from rlhf_ppo.training.rewards import ScoreStatistics
 

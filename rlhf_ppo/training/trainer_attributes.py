@@ -13,8 +13,8 @@ from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.data.prompts import PromptSet
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.reference import Reference
+from rlhf_ppo.runtime.logs.run_directory import RunDirectory
 from rlhf_ppo.runtime.processes.group import ProcessGroup
-from rlhf_ppo.runtime.run_directory import RunDirectory
 from rlhf_ppo.training.rewards import ScoreStatistics
 from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.state import TrainState

@@ -17,12 +17,12 @@ from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import adapt_clip_range, adapt_kl_coef, adapt_penalty_beta, minibatch_indices
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.runtime.errors import RatioTripwireError
-from rlhf_ppo.runtime.metrics import MetricAverage
+from rlhf_ppo.runtime.logs.metrics import MetricAverage
 from rlhf_ppo.runtime.seeding import SHUFFLE, numbered_generator
-from rlhf_ppo.training.black_box import write_black_box
-from rlhf_ppo.training.compilation import choose_layers, timed_minibatch
+from rlhf_ppo.training.checkpoints.black_box import write_black_box
 from rlhf_ppo.training.experience import Estimates
 from rlhf_ppo.training.gradients import clear_gradients, clip_and_step
+from rlhf_ppo.training.models.compilation import choose_layers, timed_minibatch
 from rlhf_ppo.training.optimizer import train_critic_alone
 from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.stability import StepWatch, nonfinite_parameters, spoil_gradient

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from rlhf_ppo.config.trl_names import CLASSES
-from rlhf_ppo.runtime.settings import load_yaml
+from rlhf_ppo.runtime.command_line.settings import load_yaml
 
 FIELDS_FILE = Path(__file__).parents[1] / "assets" / "trl-1.12-ppo-fields.json"
 """Types, defaults and choices of the real classes' fields; made by `make trl-fields`."""

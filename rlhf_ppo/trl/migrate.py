@@ -15,8 +15,8 @@ import yaml
 from rlhf_ppo.config.commands import MigrateArgs
 from rlhf_ppo.config.train import TrainArgs
 from rlhf_ppo.config.trl_names import ROWS
-from rlhf_ppo.runtime.settings import read_yaml
-from rlhf_ppo.runtime.trackers import TRACKERS
+from rlhf_ppo.runtime.command_line.settings import read_yaml
+from rlhf_ppo.runtime.logs.trackers import TRACKERS
 from rlhf_ppo.trl.arguments import known_fields, launched_processes, read_trl_flags, read_trl_yaml
 
 _SCHEDULES = {"constant": "constant", "linear": "linear", "cosine": "cosine", "constant_with_warmup": "constant"}

@@ -138,10 +138,10 @@ def test_a_second_run_in_one_folder_sets_the_first_aside(small, tmp_path):
 
 def test_a_loaded_agent_needs_no_tracker(small, tmp_path, monkeypatch):
     args = small(output_dir=str(tmp_path), report_to=("tensorboard",))
-    monkeypatch.setattr("rlhf_ppo.runtime.trackers.find_spec", lambda name: True)
+    monkeypatch.setattr("rlhf_ppo.runtime.logs.trackers.find_spec", lambda name: True)
     agent = classic.PPO("tests/Match-v0", args)
     agent.save(tmp_path / "agent")
-    monkeypatch.setattr("rlhf_ppo.runtime.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("rlhf_ppo.runtime.logs.trackers.find_spec", lambda name: None)
     loaded = classic.PPO.load(tmp_path / "agent")
     assert loaded.evaluate(episodes=2) == agent.evaluate(episodes=2)
     assert loaded.args == agent.args

@@ -6,7 +6,7 @@ import pytest
 
 import classic
 from classic.callbacks import evaluate_every, save_every, stop_at_return
-from rlhf_ppo.runtime.run_directory import RunDirectory
+from rlhf_ppo.runtime.logs.run_directory import RunDirectory
 
 
 def test_evaluations_while_training_are_logged_and_the_best_agent_is_saved(small, tmp_path):

@@ -19,7 +19,7 @@ import classic
 from classic.callbacks import evaluate_every
 from classic.cli import main
 from classic.state import begin_episodes
-from rlhf_ppo.runtime.checkpoint import CheckpointError, list_checkpoints
+from rlhf_ppo.runtime.checkpoints.checkpoint import CheckpointError, list_checkpoints
 from rlhf_ppo.runtime.signals import Interrupted
 
 RUNS = {

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 import classic
 from classic.cli import CompareCommand, EvaluateCommand, ExplainCommand, TrainCommand, main
 from classic.settings_page import settings_page
-from rlhf_ppo.runtime.run_directory import RunDirectory
-from rlhf_ppo.runtime.settings_help import sentences
+from rlhf_ppo.runtime.command_line.settings_help import sentences
+from rlhf_ppo.runtime.logs.run_directory import RunDirectory
 from rlhf_ppo.runtime.signals import Interrupted
 
 SMALL = [

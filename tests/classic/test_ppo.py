@@ -12,7 +12,7 @@ import classic
 from classic.fast.analytic_gradients import AnalyticGradients
 from classic.update import shuffled_minibatches
 from rlhf_ppo.core.config import OBJECTIVES
-from rlhf_ppo.runtime.run_directory import RunDirectory
+from rlhf_ppo.runtime.logs.run_directory import RunDirectory
 from rlhf_ppo.runtime.threads import torch_threads
 
 

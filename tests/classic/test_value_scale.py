@@ -22,8 +22,8 @@ from gymnasium.spaces import Box, Discrete
 import classic
 from classic.advantages import estimate_advantages, first_value_scale
 from rlhf_ppo.core import ValueScale
-from rlhf_ppo.runtime.checkpoint import CheckpointError
-from rlhf_ppo.runtime.checkpoint_commit import write_checkpoint
+from rlhf_ppo.runtime.checkpoints.checkpoint import CheckpointError
+from rlhf_ppo.runtime.checkpoints.checkpoint_commit import write_checkpoint
 
 UNITS = [1e-3, 1e3]
 

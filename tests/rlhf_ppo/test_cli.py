@@ -14,7 +14,7 @@ from classic.cli import main as classic_main
 from rlhf_ppo import __version__
 from rlhf_ppo.cli import COMMANDS, main
 from rlhf_ppo.pipeline.demo import DemoArgs, demo_trainer, print_paths
-from rlhf_ppo.runtime.settings_help import positional, sentences
+from rlhf_ppo.runtime.command_line.settings_help import positional, sentences
 from rlhf_ppo.settings_page import settings_page
 
 REWARD = (

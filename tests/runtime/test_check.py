@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf_ppo.cli import main
-from rlhf_ppo.runtime.checkpoint_commit import write_checkpoint
+from rlhf_ppo.runtime.checkpoints.checkpoint_commit import write_checkpoint
 
 
 def test_check_says_which_is_bad_why_and_which_would_be_resumed(tmp_path, capsys):

@@ -13,10 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_ppo.runtime import checkpoint, stored_tensors
-from rlhf_ppo.runtime.checkpoint import CheckpointError, list_checkpoints, read_checkpoint, verify_checkpoint
-from rlhf_ppo.runtime.checkpoint_commit import prune, write_checkpoint
-from rlhf_ppo.runtime.resume import find_checkpoint, newest_good, require_unchanged
+from rlhf_ppo.runtime.checkpoints import checkpoint, stored_tensors
+from rlhf_ppo.runtime.checkpoints.checkpoint import (
+    CheckpointError,
+    list_checkpoints,
+    read_checkpoint,
+    verify_checkpoint,
+)
+from rlhf_ppo.runtime.checkpoints.checkpoint_commit import prune, write_checkpoint
+from rlhf_ppo.runtime.checkpoints.resume import find_checkpoint, newest_good, require_unchanged
 
 TENSORS = {
     "model": {"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.tensor(3, dtype=torch.int64)},

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from rlhf_ppo.runtime.run_directory import RunLockedError, run_lock
+from rlhf_ppo.runtime.logs.run_directory import RunLockedError, run_lock
 
 HOLD = """
 import sys, time
-from rlhf_ppo.runtime.run_directory import run_lock
+from rlhf_ppo.runtime.logs.run_directory import run_lock
 with run_lock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)

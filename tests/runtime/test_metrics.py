@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rlhf_ppo.runtime.metrics import METRICS, MetricAverage, metrics_page, require_known_metrics
+from rlhf_ppo.runtime.logs.metrics import METRICS, MetricAverage, metrics_page, require_known_metrics
 
 
 def test_an_unknown_key_is_refused_and_a_family_accepted():

@@ -9,15 +9,15 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-import rlhf_ppo.runtime.progress
-from rlhf_ppo.runtime.progress import ProgressDisplay
+import rlhf_ppo.runtime.logs.progress
+from rlhf_ppo.runtime.logs.progress import ProgressDisplay
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that stands still until ``clock.now`` is moved."""
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(rlhf_ppo.runtime.progress, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(rlhf_ppo.runtime.logs.progress, "time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_ppo.runtime.run_directory import RunDirectory, read_run
+from rlhf_ppo.runtime.logs.run_directory import RunDirectory, read_run
 
 
 def test_a_second_run_moves_the_first_aside(tmp_path):

@@ -13,11 +13,11 @@ import tyro
 import classic
 from rlhf_ppo import RLHFConfig
 from rlhf_ppo.core.validation import require_types
-from rlhf_ppo.pipeline.evaluate import EvaluateArgs
+from rlhf_ppo.pipeline.evaluation.evaluate import EvaluateArgs
 from rlhf_ppo.pipeline.generate import GenerateArgs
-from rlhf_ppo.pipeline.reward_training import RewardTrainingArgs
-from rlhf_ppo.pipeline.sft import SFTArgs
-from rlhf_ppo.runtime.settings import load_yaml, parse_settings, read_yaml, run_command
+from rlhf_ppo.pipeline.labelled.reward_training import RewardTrainingArgs
+from rlhf_ppo.pipeline.labelled.sft import SFTArgs
+from rlhf_ppo.runtime.command_line.settings import load_yaml, parse_settings, read_yaml, run_command
 
 
 @dataclass(frozen=True, kw_only=True)

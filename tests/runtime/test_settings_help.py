@@ -13,8 +13,8 @@ import classic.cli
 import rlhf_ppo.cli
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.config.train import TrainArgs
-from rlhf_ppo.runtime.settings import parse_settings
-from rlhf_ppo.runtime.settings_help import FIRST, help_text, sections
+from rlhf_ppo.runtime.command_line.settings import parse_settings
+from rlhf_ppo.runtime.command_line.settings_help import FIRST, help_text, sections
 
 HEAVY = ("torch", "transformers", "datasets", "peft", "accelerate", "gymnasium", "numpy", "safetensors", "matplotlib")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf_ppo.runtime.settings_help import sentences
-from rlhf_ppo.runtime.settings_page import command_sections
+from rlhf_ppo.runtime.command_line.settings_help import sentences
+from rlhf_ppo.runtime.command_line.settings_page import command_sections
 
 
 @dataclass

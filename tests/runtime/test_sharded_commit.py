@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from processes import exit_codes_of_forks, in_forks
 
-from rlhf_ppo.runtime import stored_tensors
-from rlhf_ppo.runtime.checkpoint import list_checkpoints, read_checkpoint, read_manifest, verify_checkpoint
-from rlhf_ppo.runtime.checkpoint_commit import write_checkpoint
+from rlhf_ppo.runtime.checkpoints import stored_tensors
+from rlhf_ppo.runtime.checkpoints.checkpoint import list_checkpoints, read_checkpoint, read_manifest, verify_checkpoint
+from rlhf_ppo.runtime.checkpoints.checkpoint_commit import write_checkpoint
+from rlhf_ppo.runtime.checkpoints.resume import newest_good
+from rlhf_ppo.runtime.checkpoints.stored_tensors import Piece
 from rlhf_ppo.runtime.processes.group import ProcessGroup
-from rlhf_ppo.runtime.resume import newest_good
-from rlhf_ppo.runtime.stored_tensors import Piece
 
 WHOLE = torch.arange(35.0).reshape(7, 5)
 

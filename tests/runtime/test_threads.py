@@ -18,7 +18,7 @@ from torch import nn
 import classic.cli
 import rlhf_ppo.cli
 from classic.envs.make_env import make_vector_env
-from rlhf_ppo.runtime.progress import model_rows
+from rlhf_ppo.runtime.logs.progress import model_rows
 from rlhf_ppo.runtime.threads import choose_threads, usable_cpus
 
 # Stops at the first of torch's own modules (torch itself may only be looked for), and says what OpenMP will read there.

@@ -12,9 +12,9 @@ import pytest
 from accelerate import tracking
 
 import classic
-from rlhf_ppo.runtime import trackers
-from rlhf_ppo.runtime.run_directory import RunDirectory
-from rlhf_ppo.runtime.trackers import TRACKERS, check_trackers, reporting, require_installed
+from rlhf_ppo.runtime.logs import trackers
+from rlhf_ppo.runtime.logs.run_directory import RunDirectory
+from rlhf_ppo.runtime.logs.trackers import TRACKERS, check_trackers, reporting, require_installed
 
 LINES = [{"progress/episodes": 8.0 * i, "score/mean": i / 4} for i in (1, 2, 3)]
 

@@ -14,7 +14,7 @@ from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.cli import TrainArgs
 from rlhf_ppo.cli import main as rlhf_main
 from rlhf_ppo.config.name_hints import SETTINGS
-from rlhf_ppo.runtime.settings import read_yaml
+from rlhf_ppo.runtime.command_line.settings import read_yaml
 
 
 @pytest.mark.parametrize(

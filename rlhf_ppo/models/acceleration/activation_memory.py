@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from rlhf_ppo.models.compiled_layers import layer_forward, require_layers
+from rlhf_ppo.models.acceleration.compiled_layers import layer_forward, require_layers
+from rlhf_ppo.models.adapters.lora import current_adapter
 from rlhf_ppo.models.forward.packing import current_packing
-from rlhf_ppo.models.lora import current_adapter
 
 
 def checkpoint_layers(model: nn.Module) -> None:

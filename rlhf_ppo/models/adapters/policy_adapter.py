@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_ppo.models.adapters.lora import require_mergeable, without_adapters
 from rlhf_ppo.models.compare import probe_logits, relative_difference
 from rlhf_ppo.models.forward.hidden_states import without_adapter_wrapper
 from rlhf_ppo.models.loading import adapter_base, load_policy
-from rlhf_ppo.models.lora import require_mergeable, without_adapters
 
 _SAME = 1e-5
 """Relative difference of logits that float32 rounding explains."""

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from rlhf_ppo.models.activation_memory import checkpoint_layers
+from rlhf_ppo.models.acceleration.activation_memory import checkpoint_layers
+from rlhf_ppo.models.acceleration.named_kernels import is_flash
+from rlhf_ppo.models.acceleration.working_copy import computing, held_in_bf16
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward.hidden_states import accepts, capture_states, without_adapter_wrapper
 from rlhf_ppo.models.forward.runner import ModelRunner, Sequences, position_ids
-from rlhf_ppo.models.named_kernels import is_flash
 from rlhf_ppo.models.reference import Reference
-from rlhf_ppo.models.sharding import gathered, is_share
-from rlhf_ppo.models.working_copy import computing, held_in_bf16
+from rlhf_ppo.models.sharded.sharding import gathered, is_share
 
 _LONG, _SHORT = 8, 3
 """Tokens of the two rows, so that the short one has five tokens of left padding; the long one may be longer."""

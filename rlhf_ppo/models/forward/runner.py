@@ -66,7 +66,7 @@ class ModelRunner:
     The plain way is one forward pass over the padded batch and log-probs from its logits. Two shortcuts are taken where
     a test on the model shows that they give the same: the output layer runs inside ``linear_logprobs`` (if the logits
     are a linear map of the last hidden states), and sequences are packed end to end. Where
-    :func:`rlhf_ppo.models.forward_checks.check_forward` finds that the model needs it, slower ways are taken:
+    :func:`rlhf_ppo.models.forward.forward_checks.check_forward` finds that the model needs it, slower ways are taken:
     ``pads_left``, ``uses_cache`` and ``cache_shrinks`` say which.
     """
 

@@ -22,10 +22,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 from rlhf_ppo.data.hub import INDEX, find_file
+from rlhf_ppo.models.acceleration.working_copy import matrices
 from rlhf_ppo.models.loading import adapter_base, find_config
-from rlhf_ppo.models.sharding import held_rows, local_part
-from rlhf_ppo.models.skeleton import fill
-from rlhf_ppo.models.working_copy import matrices
+from rlhf_ppo.models.sharded.sharding import held_rows, local_part
+from rlhf_ppo.models.sharded.skeleton import fill
 
 
 class Stored(NamedTuple):

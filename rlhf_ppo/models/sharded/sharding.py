@@ -30,8 +30,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_ppo.core import PolicyOutput
-from rlhf_ppo.models.sharded_traffic import count_traffic
-from rlhf_ppo.runtime.stored_tensors import Piece, StoredTensors
+from rlhf_ppo.models.sharded.sharded_traffic import count_traffic
+from rlhf_ppo.runtime.checkpoints.stored_tensors import Piece, StoredTensors
 
 # FSDP gathers a model's weights where backward enters it; torch 2.11 finds the place only in outputs that are trees.
 register_dataclass(PolicyOutput)

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from rlhf_ppo.models.sharding import is_sharded, whole_tensor
+from rlhf_ppo.models.sharded.sharding import is_sharded, whole_tensor
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -15,22 +15,29 @@ from torch import Tensor
 
 from rlhf_ppo.config.critic_fit import CriticFitArgs
 from rlhf_ppo.core import ValueScale, explained_variance
+from rlhf_ppo.models.acceleration.working_copy import computing
 from rlhf_ppo.models.loading import adapter_base, resolve_model
-from rlhf_ppo.models.working_copy import computing
+from rlhf_ppo.pipeline.critic.critic_report import judge_critic, lambda_table, say_report, write_report
 from rlhf_ppo.pipeline.critic.data import CriticData, gather_evidence, hold_out, load_critic_data
 from rlhf_ppo.pipeline.critic.models import Reader, build_critic, check_tokenizer, policy_name, save_critic
-from rlhf_ppo.pipeline.critic_report import judge_critic, lambda_table, say_report, write_report
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
-from rlhf_ppo.runtime.metrics import MetricAverage
+from rlhf_ppo.runtime.logs.metrics import MetricAverage
+from rlhf_ppo.runtime.logs.progress import ProgressDisplay
+from rlhf_ppo.runtime.logs.run_directory import RunDirectory, run_lock
 from rlhf_ppo.runtime.processes.join import join_for
 from rlhf_ppo.runtime.processes.voice import first_alone
-from rlhf_ppo.runtime.progress import ProgressDisplay
-from rlhf_ppo.runtime.run_directory import RunDirectory, run_lock
 from rlhf_ppo.runtime.seeding import seed_everything
 from rlhf_ppo.runtime.threads import torch_threads
-from rlhf_ppo.training.fitted_critic import SHAPING, CriticFacts, adapter_facts, facts_json, probe_values, read_weights
 from rlhf_ppo.training.gradients import sum_over_processes
-from rlhf_ppo.training.learning_rates import critic_rate, model_size, policy_rate
+from rlhf_ppo.training.models.fitted_critic import (
+    SHAPING,
+    CriticFacts,
+    adapter_facts,
+    facts_json,
+    probe_values,
+    read_weights,
+)
+from rlhf_ppo.training.models.learning_rates import critic_rate, model_size, policy_rate
 
 _PENALTIES = [10.0**power for power in range(-7, 3)]
 """Ridge penalties to try, as shares of the hidden states' mean variance."""

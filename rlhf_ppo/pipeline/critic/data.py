@@ -14,8 +14,8 @@ from rlhf_ppo.core.masked import keep
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.pipeline.critic.analysis import WORDS, Evidence, fold_numbers
 from rlhf_ppo.training.advantages import gae
-from rlhf_ppo.training.fitted_critic import SHAPING
-from rlhf_ppo.training.recorded_rollouts import Recording, RecordingFacts, open_recording
+from rlhf_ppo.training.models.fitted_critic import SHAPING
+from rlhf_ppo.training.recorded.recorded_rollouts import Recording, RecordingFacts, open_recording
 from rlhf_ppo.training.rewards import ScoreStatistics, shape_rewards
 
 _MOST_TOKENS = 50_000

@@ -13,9 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.config.critic_fit import CriticFitArgs, RecordedArgs
+from rlhf_ppo.models.acceleration.working_copy import computing
 from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.models.adapters.lora import VALUE_FOLDER, lora_config
+from rlhf_ppo.models.forward.forward_checks import check_forward
 from rlhf_ppo.models.forward.runner import Sequences
-from rlhf_ppo.models.forward_checks import check_forward
 from rlhf_ppo.models.loading import (
     context_length,
     load_config,
@@ -26,18 +28,16 @@ from rlhf_ppo.models.loading import (
     saved_bytes,
     vocabulary_size,
 )
-from rlhf_ppo.models.lora import VALUE_FOLDER, lora_config
 from rlhf_ppo.models.saving import write_adapter
 from rlhf_ppo.models.value_head import VALUE_HEAD_FILE, load_value_head, save_value_head
-from rlhf_ppo.models.working_copy import computing
 from rlhf_ppo.pipeline.critic.data import CriticData, ScoredRollout
 from rlhf_ppo.runtime.device import compute_in_bf16, resolve_device
 from rlhf_ppo.runtime.files import replacing_files
 from rlhf_ppo.runtime.processes.group import ALONE, ProcessGroup
 from rlhf_ppo.runtime.processes.join import join_processes
 from rlhf_ppo.runtime.processes.launch import own_gpu
-from rlhf_ppo.training.fingerprints import tokenizer_fingerprint
-from rlhf_ppo.training.fitted_critic import FILE, CriticFacts, read_facts
+from rlhf_ppo.training.checkpoints.fingerprints import tokenizer_fingerprint
+from rlhf_ppo.training.models.fitted_critic import FILE, CriticFacts, read_facts
 
 _ADAPTER = "default"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def plot_critic(report: Mapping[str, Any], path: Path) -> Path:
-    """Plot a report (:func:`rlhf_ppo.pipeline.critic_report.judge_critic`) in four panels and write a PNG."""
+    """Plot a report (:func:`rlhf_ppo.pipeline.critic.critic_report.judge_critic`) in four panels and write a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

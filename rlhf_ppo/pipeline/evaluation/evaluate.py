@@ -19,18 +19,18 @@ from rlhf_ppo.data.rows import Rows, prompt_rows
 from rlhf_ppo.data.tokenization import require_room
 from rlhf_ppo.generation.multi_turn import Respond
 from rlhf_ppo.models.loading import load_config, prompt_room, resolve_model, vocabulary_size
-from rlhf_ppo.pipeline.evaluation_settings import (
+from rlhf_ppo.pipeline.evaluation.evaluation_settings import (
     find_reference,
     find_respond,
     sampler_config,
     was_trained_on_judge,
 )
+from rlhf_ppo.pipeline.evaluation.intervals import differences, distinct, interval, win_rate
 from rlhf_ppo.pipeline.generate import require_prompts
-from rlhf_ppo.pipeline.intervals import differences, distinct, interval, win_rate
+from rlhf_ppo.runtime.logs.progress import ProgressDisplay
+from rlhf_ppo.runtime.logs.run_directory import RunDirectory, read_run
 from rlhf_ppo.runtime.processes.join import join_for
 from rlhf_ppo.runtime.processes.voice import first_alone
-from rlhf_ppo.runtime.progress import ProgressDisplay
-from rlhf_ppo.runtime.run_directory import RunDirectory, read_run
 from rlhf_ppo.runtime.seeding import EVALUATION, numbered_generator
 from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.training.collect import collect
@@ -43,7 +43,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
 
     Returns:
         What evaluation.json holds: ``model``, ``against`` and ``difference`` (paired by prompt) with {mean, half_width}
-        of each measure, ``win_rate`` with its interval (see :mod:`rlhf_ppo.pipeline.intervals`).
+        of each measure, ``win_rate`` with its interval (see :mod:`rlhf_ppo.pipeline.evaluation.intervals`).
     Raises:
         ValueError: bad settings, data or models, no reference found, or a judge that scores nothing.
         RewardError: a reward function failed.

@@ -10,7 +10,7 @@ from rlhf_ppo.config.inference import EvaluateArgs
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.generation.multi_turn import Respond
 from rlhf_ppo.models.loading import BASE_FOLDER, REFERENCE_FOLDER, adapter_base, load_tokenizer
-from rlhf_ppo.runtime.user_code import load_function
+from rlhf_ppo.runtime.command_line.user_code import load_function
 
 SAMPLING = (
     *("max_new_tokens", "temperature", "stop_token_ids", "stop_strings", "min_new_tokens"),

@@ -12,7 +12,7 @@ from rlhf_ppo.models.costs.terms import Term, total
 from rlhf_ppo.models.costs.weights import held
 from rlhf_ppo.pipeline.plan.fit import changes, find_fit, more_gpus
 from rlhf_ppo.pipeline.plan.plan import Plan, plan
-from rlhf_ppo.runtime.progress import short_count
+from rlhf_ppo.runtime.logs.progress import short_count
 
 GB = 1e9
 

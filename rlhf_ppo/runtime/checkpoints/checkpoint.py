@@ -2,9 +2,9 @@
 
 A checkpoint is a folder ``checkpoint-<step>`` of safetensors and JSON files; a manifest has their sizes and SHA-256.
 A group of tensors is one file ``<group>.safetensors``, or one a process, ``<group>.<rank>.safetensors`` from the second
-process on, where several processes share its weights (:mod:`rlhf_ppo.runtime.stored_tensors`).
+process on, where several processes share its weights (:mod:`rlhf_ppo.runtime.checkpoints.stored_tensors`).
 Nothing is ever unpickled, and a file is parsed only after its checksum has been verified.
-:mod:`rlhf_ppo.runtime.checkpoint_commit` writes them.
+:mod:`rlhf_ppo.runtime.checkpoints.checkpoint_commit` writes them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_ppo.runtime.checkpoints.stored_tensors import StoredTensors, open_groups
 from rlhf_ppo.runtime.package import __version__
-from rlhf_ppo.runtime.stored_tensors import StoredTensors, open_groups
 
 MANIFEST, STATE = "manifest.json", "state.json"
 _PREFIX = "checkpoint-"

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from rlhf_ppo.runtime.checkpoint import (
+from rlhf_ppo.runtime.checkpoints.checkpoint import (
     FORMAT,
     IN_PIECES,
     MANIFEST,
@@ -34,10 +34,10 @@ from rlhf_ppo.runtime.checkpoint import (
     manifest_text,
     verify_checkpoint,
 )
+from rlhf_ppo.runtime.checkpoints.stored_tensors import Piece, bytes_of, open_groups, save_tensors
 from rlhf_ppo.runtime.files import TEMPORARY, follow_umask, require_space, sync_file, sync_folder
 from rlhf_ppo.runtime.package import __version__
 from rlhf_ppo.runtime.processes.group import ALONE, ProcessGroup
-from rlhf_ppo.runtime.stored_tensors import Piece, bytes_of, open_groups, save_tensors
 
 
 def write_checkpoint(
@@ -59,7 +59,8 @@ def write_checkpoint(
         step: number in the folder's name.
         tensors: group -> name -> tensor; each group is one file ``<group>.safetensors``.
         state: everything else, as JSON.
-        settings, fingerprints: compared with those of a run that resumes (:mod:`rlhf_ppo.runtime.resume`), as JSON.
+        settings, fingerprints: compared with those of a run that resumes
+            (:mod:`rlhf_ppo.runtime.checkpoints.resume`), as JSON.
         keep: number of good checkpoints to keep, this one included; older ones are deleted after the commit. None: all.
         spare: steps that are never deleted, such as the best so far; they do not count toward ``keep``.
         processes: those that hold pieces of tensors, and call together: each writes its own into a file of its own.

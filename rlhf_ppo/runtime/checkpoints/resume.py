@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_ppo.runtime.checkpoint import (
+from rlhf_ppo.runtime.checkpoints.checkpoint import (
     MANIFEST,
     Checkpoint,
     CheckpointError,
@@ -25,7 +25,7 @@ from rlhf_ppo.runtime.checkpoint import (
     read_manifest,
     verify_checkpoint,
 )
-from rlhf_ppo.runtime.commands import CheckArgs
+from rlhf_ppo.runtime.command_line.commands import CheckArgs
 
 
 def newest_good(root: str | Path) -> Checkpoint | None:

@@ -16,12 +16,12 @@ from typing import Any, TypeVar, cast
 import tyro
 from pydantic import TypeAdapter, ValidationError
 
+from rlhf_ppo.runtime.command_line.presets import find_preset
+from rlhf_ppo.runtime.command_line.settings_help import aliases, help_text, positional
+from rlhf_ppo.runtime.command_line.unknown_names import hint, refuse
+from rlhf_ppo.runtime.command_line.yaml_files import load_yaml
 from rlhf_ppo.runtime.package import __version__
-from rlhf_ppo.runtime.presets import find_preset
 from rlhf_ppo.runtime.processes.voice import first_alone, settle
-from rlhf_ppo.runtime.settings_help import aliases, help_text, positional
-from rlhf_ppo.runtime.unknown_names import hint, refuse
-from rlhf_ppo.runtime.yaml_files import load_yaml
 
 Settings = TypeVar("Settings")
 Command = tuple[type, Callable[[Any], int | None] | str]

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_ppo.runtime.settings import Command
-from rlhf_ppo.runtime.settings_help import sections, sentences
+from rlhf_ppo.runtime.command_line.settings import Command
+from rlhf_ppo.runtime.command_line.settings_help import sections, sentences
 
 
 def command_sections(prog: str, commands: Mapping[str, Command], stand_in: Mapping[str, Any] | None = None) -> str:
@@ -15,7 +15,7 @@ def command_sections(prog: str, commands: Mapping[str, Command], stand_in: Mappi
 
     Args:
         prog: the program, such as rlhf-ppo.
-        commands: as in :func:`rlhf_ppo.runtime.settings.run_command`.
+        commands: as in :func:`rlhf_ppo.runtime.command_line.settings.run_command`.
         stand_in: what to show in place of a default of None, by setting.
     """
     seen: dict[tuple[str, str], str] = {}

@@ -118,7 +118,7 @@ def metrics_page() -> str:
     return (
         "# Metrics\n\nEvery metric that a run writes to `metrics.jsonl`. Averages are over all real actions of the whole"
         " update, without padding.\nMetrics of your own go there, too, under any family that is not listed here"
-        ' (`agent.log({"custom/success_rate": 0.5})`,\n`trainer.run.log(...)`).\nThis page is generated: `python -m rlhf_ppo.runtime.metrics > docs/metrics.md`.\n\n'
+        ' (`agent.log({"custom/success_rate": 0.5})`,\n`trainer.run.log(...)`).\nThis page is generated: `python -m rlhf_ppo.runtime.logs.metrics > docs/metrics.md`.\n\n'
         f"| metric | meaning |\n|---|---|\n{rows}\n"
     )
 

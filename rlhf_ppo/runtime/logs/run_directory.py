@@ -11,9 +11,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhf_ppo.runtime.checkpoint import list_checkpoints
+from rlhf_ppo.runtime.checkpoints.checkpoint import list_checkpoints
 from rlhf_ppo.runtime.files import read_json, replace_text, sync_file
-from rlhf_ppo.runtime.metrics import require_known_metrics
+from rlhf_ppo.runtime.logs.metrics import require_known_metrics
 from rlhf_ppo.runtime.processes.group import ALONE, ProcessGroup
 
 try:
@@ -72,7 +72,7 @@ class RunDirectory:
         """
         self.path, self.quiet, self.writes = Path(path), quiet, writes
         self.listener: Callable[[Mapping[str, float]], None] | None = None
-        """Called with each line of metrics.jsonl after it is written (see :mod:`rlhf_ppo.runtime.trackers`)."""
+        """Called with each line of metrics.jsonl after it is written (see :mod:`rlhf_ppo.runtime.logs.trackers`)."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output_dir {self.path} is a file: name a folder")
         try:

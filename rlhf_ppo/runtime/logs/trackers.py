@@ -14,7 +14,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlhf_ppo.runtime.run_directory import RunDirectory
+    from rlhf_ppo.runtime.logs.run_directory import RunDirectory
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 """Names of trackers: each is the package that it needs, and an extra of this package."""

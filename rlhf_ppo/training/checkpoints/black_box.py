@@ -18,12 +18,12 @@ from rlhf_ppo.config.name_hints import REMOVED_VALUES
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import BannedTokens, Experience
 from rlhf_ppo.generation.rollout import Rollout
-from rlhf_ppo.models.sharding import as_piece, local_part
-from rlhf_ppo.runtime.checkpoint import read_checkpoint
-from rlhf_ppo.runtime.checkpoint_commit import write_checkpoint
+from rlhf_ppo.models.sharded.sharding import as_piece, local_part
+from rlhf_ppo.runtime.checkpoints.checkpoint import read_checkpoint
+from rlhf_ppo.runtime.checkpoints.checkpoint_commit import write_checkpoint
+from rlhf_ppo.training.checkpoints.fingerprints import data_fingerprint
 from rlhf_ppo.training.experience import Estimates
-from rlhf_ppo.training.fingerprints import data_fingerprint
-from rlhf_ppo.training.model_facts import model_facts
+from rlhf_ppo.training.models.model_facts import model_facts
 from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.stability import Step
 from rlhf_ppo.training.state import TrainState
@@ -61,7 +61,7 @@ class BlackBox:
     models: dict[str, Any]
     """Configurations and names from which to build the models."""
     data: str | None
-    """Digest of the training data (:func:`rlhf_ppo.training.fingerprints.data_fingerprint`)."""
+    """Digest of the training data (:func:`rlhf_ppo.training.checkpoints.fingerprints.data_fingerprint`)."""
 
 
 def write_black_box(state: TrainState, run: Run, rollout: Rollout, estimates: Estimates, step: Step) -> Path | None:

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from rlhf_ppo.config.name_hints import REMOVED
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import ValueScale
-from rlhf_ppo.models.lora import earlier_name, with_current_names
-from rlhf_ppo.models.sharding import as_piece, local_part, read_part
-from rlhf_ppo.runtime.checkpoint import Checkpoint, CheckpointError, read_checkpoint
-from rlhf_ppo.runtime.checkpoint_commit import write_checkpoint
+from rlhf_ppo.models.adapters.lora import earlier_name, with_current_names
+from rlhf_ppo.models.sharded.sharding import as_piece, local_part, read_part
+from rlhf_ppo.runtime.checkpoints.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from rlhf_ppo.runtime.checkpoints.checkpoint_commit import write_checkpoint
+from rlhf_ppo.runtime.checkpoints.resume import require_unchanged
+from rlhf_ppo.runtime.checkpoints.stored_tensors import Piece
 from rlhf_ppo.runtime.processes.group import ProcessGroup
-from rlhf_ppo.runtime.resume import require_unchanged
 from rlhf_ppo.runtime.seeding import global_rng_state, restore_rng_state
-from rlhf_ppo.runtime.stored_tensors import Piece
-from rlhf_ppo.training.model_facts import model_facts
+from rlhf_ppo.training.models.model_facts import model_facts
 from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.state import TrainState
 
@@ -64,7 +64,7 @@ class Boundary:
 def save_checkpoint(
     state: TrainState, run: Run, boundary: Boundary | None = None, processes: ProcessGroup | None = None
 ) -> Path:
-    """Commit ``checkpoint-<iteration>`` into the run's folder, as ``rlhf_ppo/runtime/checkpoint_commit.py`` says.
+    """Commit ``checkpoint-<iteration>`` into the run's folder, as ``runtime/checkpoints/checkpoint_commit.py`` says.
 
     Args:
         state: between two updates, perhaps in the middle of a rollout.

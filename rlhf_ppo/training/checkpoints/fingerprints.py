@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.data.prompts import PromptSet
 from rlhf_ppo.data.rows import Rows
-from rlhf_ppo.models.lora import earlier_name
+from rlhf_ppo.models.adapters.lora import earlier_name
 from rlhf_ppo.models.reference import Reference
-from rlhf_ppo.models.sharding import whole_tensor
+from rlhf_ppo.models.sharded.sharding import whole_tensor
 from rlhf_ppo.runtime.processes.agreement import require_same
 from rlhf_ppo.runtime.processes.group import ProcessGroup
 

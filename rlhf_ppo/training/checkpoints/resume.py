@@ -16,18 +16,18 @@ from rlhf_ppo.generation.multi_turn import RespondError
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.compare import SavedModelError
 from rlhf_ppo.models.saving import bytes_to_save, save_actor_critic, save_reference
-from rlhf_ppo.models.skeleton import whole_copy
+from rlhf_ppo.models.sharded.skeleton import whole_copy
 from rlhf_ppo.rewards.validation import RewardError
-from rlhf_ppo.runtime.checkpoint import MANIFEST, Checkpoint, file_facts
+from rlhf_ppo.runtime.checkpoints.checkpoint import MANIFEST, Checkpoint, file_facts
+from rlhf_ppo.runtime.checkpoints.resume import find_checkpoint
 from rlhf_ppo.runtime.errors import NonFiniteGradientError, RatioTripwireError
 from rlhf_ppo.runtime.files import require_space
 from rlhf_ppo.runtime.processes.errors import OtherProcessError
 from rlhf_ppo.runtime.processes.group import ProcessGroup
-from rlhf_ppo.runtime.resume import find_checkpoint
 from rlhf_ppo.runtime.signals import Interrupted, asked_to_stop
-from rlhf_ppo.training.checkpoint import Boundary, load_checkpoint, save_checkpoint
-from rlhf_ppo.training.recorded_rollouts import rewind_recording
-from rlhf_ppo.training.recording import begin_recording, continue_recording
+from rlhf_ppo.training.checkpoints.checkpoint import Boundary, load_checkpoint, save_checkpoint
+from rlhf_ppo.training.recorded.recorded_rollouts import rewind_recording
+from rlhf_ppo.training.recorded.recording import begin_recording, continue_recording
 from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.stability import PolicyDriftError, nonfinite_parameters
 from rlhf_ppo.training.state import TrainState

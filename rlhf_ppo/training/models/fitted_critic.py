@@ -16,10 +16,10 @@ from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.data.hub import find_file
 from rlhf_ppo.models.actor_critic import ActorCritic, CriticKind
 from rlhf_ppo.models.forward.runner import Sequences
-from rlhf_ppo.models.sharding import is_sharded
+from rlhf_ppo.models.sharded.sharding import is_sharded
 from rlhf_ppo.rewards.functions import RewardFunction, rewards_in_words
 from rlhf_ppo.runtime.files import read_json
-from rlhf_ppo.training.fingerprints import copy_fingerprint, tokenizer_fingerprint
+from rlhf_ppo.training.checkpoints.fingerprints import copy_fingerprint, tokenizer_fingerprint
 
 FILE, FORMAT = "critic.json", 2
 

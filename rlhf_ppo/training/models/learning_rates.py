@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.models.actor_critic import ActorCritic
-from rlhf_ppo.runtime.progress import count_parameters, short_count
+from rlhf_ppo.runtime.logs.progress import count_parameters, short_count
 
 ADAPTER_MULTIPLE = 10
 """An adapter's learning rate, as a multiple of the one that fits all weights."""

@@ -13,10 +13,14 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.data.prompts import PromptSet
 from rlhf_ppo.generation.engines import Sampler, choose_engine
+from rlhf_ppo.models.acceleration.named_kernels import check_attention, check_kernels, is_flash, set_kernels
+from rlhf_ppo.models.acceleration.working_copy import computing, hold_in_bf16, round_again
 from rlhf_ppo.models.actor_critic import ActorCritic, CriticKind, build_actor_critic, choose_critic
+from rlhf_ppo.models.adapters.lora import refuse_prompt_learning
+from rlhf_ppo.models.adapters.policy_adapter import prepare_policy
+from rlhf_ppo.models.adapters.quantization import check_precision, load_quantized, load_reference
 from rlhf_ppo.models.compare import largest_kl, probe_logits, source_name
-from rlhf_ppo.models.deferred import Loader, simple_adapter
-from rlhf_ppo.models.forward_checks import check_backward, check_forward
+from rlhf_ppo.models.forward.forward_checks import check_backward, check_forward
 from rlhf_ppo.models.frozen_critic import freeze_critic
 from rlhf_ppo.models.loading import (
     BASE_FOLDER,
@@ -27,22 +31,18 @@ from rlhf_ppo.models.loading import (
     load_trunk,
     vocabulary_size,
 )
-from rlhf_ppo.models.lora import refuse_prompt_learning
-from rlhf_ppo.models.named_kernels import check_attention, check_kernels, is_flash, set_kernels
-from rlhf_ppo.models.policy_adapter import prepare_policy
-from rlhf_ppo.models.quantization import check_precision, load_quantized, load_reference
 from rlhf_ppo.models.reference import Reference
-from rlhf_ppo.models.sharding import gathered
+from rlhf_ppo.models.sharded.deferred import Loader, simple_adapter
+from rlhf_ppo.models.sharded.sharding import gathered
 from rlhf_ppo.models.value_head import SavedHead, load_value_head
-from rlhf_ppo.models.working_copy import computing, hold_in_bf16, round_again
 from rlhf_ppo.rewards.functions import RewardFunction
 from rlhf_ppo.rewards.reward_model import RewardModel
 from rlhf_ppo.runtime.processes.agreement import require_same
 from rlhf_ppo.runtime.processes.group import ProcessGroup
 from rlhf_ppo.runtime.seeding import seed_everything
-from rlhf_ppo.training.fingerprints import parameters_fingerprint
-from rlhf_ppo.training.fitted_critic import CriticFacts, find_fitted, require_same_trunk
-from rlhf_ppo.training.shard_models import Plan, shard_models
+from rlhf_ppo.training.checkpoints.fingerprints import parameters_fingerprint
+from rlhf_ppo.training.models.fitted_critic import CriticFacts, find_fitted, require_same_trunk
+from rlhf_ppo.training.models.shard_models import Plan, shard_models
 
 
 class Models(NamedTuple):

@@ -12,6 +12,7 @@ from torch import nn
 from rlhf_ppo.config.plan import PlanArgs
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.data.prompts import PromptSet
+from rlhf_ppo.models.acceleration.working_copy import computing
 from rlhf_ppo.models.actor_critic import ActorCritic, CriticKind
 from rlhf_ppo.models.costs.cards import own_card
 from rlhf_ppo.models.costs.choice import choose_sharding
@@ -20,12 +21,11 @@ from rlhf_ppo.models.costs.setup import Adapter, Setup, lora_adapter
 from rlhf_ppo.models.costs.shapes import Shape, rough_shape
 from rlhf_ppo.models.costs.terms import total
 from rlhf_ppo.models.costs.weights import gathered_weights
-from rlhf_ppo.models.deferred import Stored, named_sources, read_weights_held
 from rlhf_ppo.models.loading import load_config
 from rlhf_ppo.models.reference import Reference
-from rlhf_ppo.models.sharding import Sharding, gathered, keep_gathered, make_sharding, shard
-from rlhf_ppo.models.skeleton import remember_skeleton
-from rlhf_ppo.models.working_copy import computing
+from rlhf_ppo.models.sharded.deferred import Stored, named_sources, read_weights_held
+from rlhf_ppo.models.sharded.sharding import Sharding, gathered, keep_gathered, make_sharding, shard
+from rlhf_ppo.models.sharded.skeleton import remember_skeleton
 from rlhf_ppo.rewards.functions import RewardFunction
 from rlhf_ppo.rewards.reward_model import RewardModel
 from rlhf_ppo.runtime.processes.group import ProcessGroup

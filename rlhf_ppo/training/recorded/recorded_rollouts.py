@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rlhf_ppo.core import BannedTokens, ValueScale
 from rlhf_ppo.generation.rollout import Rollout
-from rlhf_ppo.runtime.checkpoint import as_json, file_facts, intact_manifest, manifest_text
+from rlhf_ppo.runtime.checkpoints.checkpoint import as_json, file_facts, intact_manifest, manifest_text
 from rlhf_ppo.runtime.files import replacing_files
 from rlhf_ppo.runtime.package import __version__
 

@@ -18,12 +18,12 @@ from transformers import PretrainedConfig
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.loading import vocabulary_size
-from rlhf_ppo.runtime.checkpoint import as_json
-from rlhf_ppo.runtime.progress import ProgressDisplay
+from rlhf_ppo.runtime.checkpoints.checkpoint import as_json
+from rlhf_ppo.runtime.logs.progress import ProgressDisplay
 from rlhf_ppo.runtime.signals import stop_if_asked
+from rlhf_ppo.training.checkpoints.fingerprints import parameters_fingerprint, tokenizer_fingerprint
 from rlhf_ppo.training.collect import collect, next_draws, next_prompts
-from rlhf_ppo.training.fingerprints import parameters_fingerprint, tokenizer_fingerprint
-from rlhf_ppo.training.recorded_rollouts import (
+from rlhf_ppo.training.recorded.recorded_rollouts import (
     FOLDER,
     Recording,
     RecordingFacts,

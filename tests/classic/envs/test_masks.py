@@ -13,7 +13,7 @@ import classic
 from classic.envs.environments import Environments
 from classic.envs.masks import observed_mask, unread_masks
 from classic.envs.spaces import ActionLayout
-from rlhf_ppo.runtime.run_directory import RunDirectory
+from rlhf_ppo.runtime.logs.run_directory import RunDirectory
 
 MODES = ["next_step", "same_step"]
 

@@ -9,7 +9,7 @@ import pytest
 
 import rlhf_ppo
 from rlhf_ppo import RLHFConfig
-from rlhf_ppo.runtime.settings_help import sentences
+from rlhf_ppo.runtime.command_line.settings_help import sentences
 
 
 def config(**settings) -> RLHFConfig:

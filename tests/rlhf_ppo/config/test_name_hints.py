@@ -9,8 +9,8 @@ import pytest
 
 from rlhf_ppo import RLHFConfig
 from rlhf_ppo.config.name_hints import REMOVED
-from rlhf_ppo.runtime.checkpoint import CheckpointError
-from rlhf_ppo.runtime.settings import parse_settings, read_yaml
+from rlhf_ppo.runtime.checkpoints.checkpoint import CheckpointError
+from rlhf_ppo.runtime.command_line.settings import parse_settings, read_yaml
 
 GIVEN = [
     ("score_scale", 0.5, "has been removed; multiply in the reward function, or use reward_weights"),

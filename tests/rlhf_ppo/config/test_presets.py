@@ -11,8 +11,8 @@ from rlhf_ppo import RLHFConfig
 from rlhf_ppo.cli import main
 from rlhf_ppo.config.presets import PRESETS, preset_settings
 from rlhf_ppo.config.train import TrainArgs
-from rlhf_ppo.runtime.presets import preset_names
-from rlhf_ppo.runtime.settings import parse_settings
+from rlhf_ppo.runtime.command_line.presets import preset_names
+from rlhf_ppo.runtime.command_line.settings import parse_settings
 
 NAMES = ["open-reasoner-zero", "sao", "vapo", "vc-ppo"]
 NEEDED = "--model m --reward r --dataset d --output-dir o".split()

@@ -14,7 +14,7 @@ from rlhf_ppo.cli import main
 from rlhf_ppo.data.chat import render_chat, render_completed, render_prompt
 from rlhf_ppo.data.preferences import prompt_and_answer
 from rlhf_ppo.data.tokenization import tokenize_prompt
-from rlhf_ppo.pipeline.sft import SFTArgs, encode_examples, read_examples
+from rlhf_ppo.pipeline.labelled.sft import SFTArgs, encode_examples, read_examples
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }} {{ m.content }}. {% endfor %}"
@@ -88,7 +88,9 @@ def test_a_reward_models_template_is_tried_on_every_prompt_before_the_policy_is_
     make_classifier().save_pretrained("judge")
     tokenizer.save_pretrained("judge")
     put_template("judge", REFUSALS["raise_exception"] + TEMPLATE)
-    monkeypatch.setattr("rlhf_ppo.training.load_models.load_policy", lambda *_: pytest.fail("the policy was loaded"))
+    monkeypatch.setattr(
+        "rlhf_ppo.training.models.load_models.load_policy", lambda *_: pytest.fail("the policy was loaded")
+    )
     line = refused(COMMANDS["train"].replace("reward.py:length", "judge"), capsys)
     assert "reward model 'judge', rows.jsonl row 9: the chat template fails on this chat" in line
 

@@ -19,7 +19,7 @@ from rlhf_ppo.data.detokenization import Before, GrowingText, TextPieces
 from rlhf_ppo.data.tokenization import encode_text
 from rlhf_ppo.generation.reply_tokens import chat_reply_ids
 from rlhf_ppo.pipeline.generate import GenerateArgs, generate
-from rlhf_ppo.pipeline.sft import Example, encode_examples
+from rlhf_ppo.pipeline.labelled.sft import Example, encode_examples
 from rlhf_ppo.rewards.functions import StepRewards
 
 TEXTS = ("lily and her friend said tom. a dog, a cat ;\n the day was long", "tom saw the shark, the shark saw him")

@@ -110,7 +110,7 @@ def test_fault_7_a_chat_without_a_chat_template_stops_before_any_model_is_loaded
     def load(model):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("rlhf_ppo.training.load_models.load_policy", load)
+    monkeypatch.setattr("rlhf_ppo.training.models.load_models.load_policy", load)
     with pytest.raises(ValueError, match="row 0: the prompt is a chat, but the tokenizer has no chat template"):
         make_trainer(train_dataset=rows_of([{"role": "user", "content": "hi"}]))
 

@@ -13,7 +13,7 @@ from rlhf_ppo.data.files import load_rows
 from rlhf_ppo.data.mixtures import load_mixture
 from rlhf_ppo.data.prompts import PromptSet
 from rlhf_ppo.data.rows import as_rows, interleave
-from rlhf_ppo.training.fingerprints import data_fingerprint
+from rlhf_ppo.training.checkpoints.fingerprints import data_fingerprint
 
 CALLS = [[{"function": {"name": "weather", "arguments": arguments}}] for arguments in ({"city": "Rome"}, {"n": 2})]
 UNEQUAL = {

@@ -10,8 +10,8 @@ from peft import LoraConfig
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from rlhf_ppo.models.activation_memory import checkpoint_layers, offload_activations
-from rlhf_ppo.models.lora import VALUE_ADAPTER, adapter_parameters
+from rlhf_ppo.models.acceleration.activation_memory import checkpoint_layers, offload_activations
+from rlhf_ppo.models.adapters.lora import VALUE_ADAPTER, adapter_parameters
 from rlhf_ppo.training.experience import estimate
 from rlhf_ppo.training.rewards import shape_rewards
 

@@ -9,7 +9,7 @@ from transformers import AutoModel
 
 from rlhf_ppo import RLHFConfig
 from rlhf_ppo.models.actor_critic import ActorCritic
-from rlhf_ppo.models.lora import lora_config
+from rlhf_ppo.models.adapters.lora import lora_config
 from rlhf_ppo.training.experience import estimate
 from rlhf_ppo.training.rewards import shape_rewards
 

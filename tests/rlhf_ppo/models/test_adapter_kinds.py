@@ -24,17 +24,17 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from rlhf_ppo.models.adapters.lora import VALUE_ADAPTER
 from rlhf_ppo.models.compare import SavedModelError
 from rlhf_ppo.models.forward.runner import Sequences
 from rlhf_ppo.models.loading import adapter_base, load_classifier, load_policy
-from rlhf_ppo.models.lora import VALUE_ADAPTER
 from rlhf_ppo.models.saving import write_adapter
-from rlhf_ppo.pipeline.evaluate import EvaluateArgs, evaluate
+from rlhf_ppo.pipeline.evaluation.evaluate import EvaluateArgs, evaluate
 from rlhf_ppo.pipeline.generate import GenerateArgs, generate
-from rlhf_ppo.pipeline.reward_training import RewardTrainingArgs, train_reward_model
-from rlhf_ppo.pipeline.sft import SFTArgs, sft
-from rlhf_ppo.runtime.checkpoint import read_checkpoint
-from rlhf_ppo.runtime.stored_tensors import StoredTensors
+from rlhf_ppo.pipeline.labelled.reward_training import RewardTrainingArgs, train_reward_model
+from rlhf_ppo.pipeline.labelled.sft import SFTArgs, sft
+from rlhf_ppo.runtime.checkpoints.checkpoint import read_checkpoint
+from rlhf_ppo.runtime.checkpoints.stored_tensors import StoredTensors
 
 TASK: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 IDS = torch.arange(3, 15)[None]
@@ -403,9 +403,9 @@ def test_sft_and_reward_compare_what_they_saved(base, tmp_path, monkeypatch, com
 
     run()
     # Another model is found there than the one that was saved.
-    monkeypatch.setattr("rlhf_ppo.pipeline.sft.load_policy", lambda name: tripled(usual["model"]))
+    monkeypatch.setattr("rlhf_ppo.pipeline.labelled.sft.load_policy", lambda name: tripled(usual["model"]))
     monkeypatch.setattr(
-        "rlhf_ppo.pipeline.reward_training.load_classifier",
+        "rlhf_ppo.pipeline.labelled.reward_training.load_classifier",
         lambda name, real=load_classifier, **new: real(usual["model"], new_head=True),
     )
     with pytest.raises(SavedModelError, match="is not the one that was trained"):
@@ -413,6 +413,8 @@ def test_sft_and_reward_compare_what_they_saved(base, tmp_path, monkeypatch, com
 
 
 def test_a_reference_that_is_not_the_start_is_an_error_that_names_the_adapter(make_trainer, base, monkeypatch):
-    monkeypatch.setattr("rlhf_ppo.models.policy_adapter.relative_difference", lambda one, other: 0.0)  # unnoticed
+    monkeypatch.setattr(
+        "rlhf_ppo.models.adapters.policy_adapter.relative_difference", lambda one, other: 0.0
+    )  # unnoticed
     with pytest.raises(ValueError, match=r"not the model that training starts from: .*init_lora_weights=False"):
         make_trainer(model=base(), peft_config=lora(init_lora_weights=False))

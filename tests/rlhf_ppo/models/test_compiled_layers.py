@@ -11,8 +11,8 @@ from peft import LoraConfig
 from torch._dynamo.backends.debugging import aot_eager
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf_ppo.models import compiled_layers as module
-from rlhf_ppo.models.compiled_layers import compiled_layers
+from rlhf_ppo.models.acceleration import compiled_layers as module
+from rlhf_ppo.models.acceleration.compiled_layers import compiled_layers
 from rlhf_ppo.training.experience import estimate
 from rlhf_ppo.training.rewards import shape_rewards
 

@@ -12,9 +12,9 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, Qwen3MoeConfig
 
-from rlhf_ppo.models.deferred import Loader, _untouched_zeros, named_sources, read_weights_held, simple_adapter
+from rlhf_ppo.models.adapters.lora import lora_config
 from rlhf_ppo.models.loading import load_policy, load_trunk
-from rlhf_ppo.models.lora import lora_config
+from rlhf_ppo.models.sharded.deferred import Loader, _untouched_zeros, named_sources, read_weights_held, simple_adapter
 
 
 def refuse(source: Any) -> Any:

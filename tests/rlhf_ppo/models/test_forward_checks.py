@@ -26,16 +26,16 @@ from transformers import (
     XLNetConfig,
 )
 
-import rlhf_ppo.models.forward_checks
+import rlhf_ppo.models.forward.forward_checks
 from rlhf_ppo import RewardModel
 from rlhf_ppo.data.tokenization import left_pad
 from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.models.forward.forward_checks import check_forward
 from rlhf_ppo.models.forward.kv_cache import PreallocatedLayer, TokenCache
 from rlhf_ppo.models.forward.runner import ModelRunner, Sequences
-from rlhf_ppo.models.forward_checks import check_forward
 from rlhf_ppo.models.loading import context_length, load_classifier, load_policy, load_trunk
 from rlhf_ppo.pipeline.generate import GenerateArgs, generate
-from rlhf_ppo.pipeline.sft import SFTArgs, sft
+from rlhf_ppo.pipeline.labelled.sft import SFTArgs, sft
 from rlhf_ppo.rewards.reward_model import text_scores
 
 TESTS = Path(__file__).parents[2]
@@ -130,7 +130,7 @@ def test_f_rows_stay_where_they_cannot_leave(make_model, monkeypatch):
 
 def test_f_windows_are_passed_if_the_run_passes_them():
     def length(longest: int, **settings: Any) -> int:
-        return rlhf_ppo.models.forward_checks._length(LlamaConfig(**settings), longest)
+        return rlhf_ppo.models.forward.forward_checks._length(LlamaConfig(**settings), longest)
 
     assert length(100) == 8
     assert length(100, sliding_window=20) == 28

@@ -11,8 +11,8 @@ import torch
 from peft import LoraConfig
 from transformers import PreTrainedModel
 
-from rlhf_ppo.models import named_kernels
-from rlhf_ppo.models.named_kernels import check_kernels, set_kernels
+from rlhf_ppo.models.acceleration import named_kernels
+from rlhf_ppo.models.acceleration.named_kernels import check_kernels, set_kernels
 from rlhf_ppo.rewards.reward_model import RewardModel
 
 

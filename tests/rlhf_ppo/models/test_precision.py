@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf_ppo.models.working_copy import computing
+from rlhf_ppo.models.acceleration.working_copy import computing
 from rlhf_ppo.runtime.device import compute_in_bf16
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

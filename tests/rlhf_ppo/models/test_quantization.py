@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from rlhf_ppo.models.quantization import check_quantization, quantization_config
+from rlhf_ppo.models.adapters.quantization import check_quantization, quantization_config
 
 GPU = torch.device("cuda")
 

@@ -98,7 +98,7 @@ def test_transformers_log_says_what_matters_and_no_more(monkeypatch):
 
 def test_commands_are_quiet_and_leave_nothing_changed(monkeypatch, bars_on):
     seen = []
-    monkeypatch.setattr("rlhf_ppo.runtime.resume.check", lambda args: seen.append(bars()) or 0)
+    monkeypatch.setattr("rlhf_ppo.runtime.checkpoints.resume.check", lambda args: seen.append(bars()) or 0)
     filters = list(warnings.filters)
     assert main(["check", "folder"]) == 0
     assert seen == [(False, False, True)] and bars() == (True, True, True) and warnings.filters == filters

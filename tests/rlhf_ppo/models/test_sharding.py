@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from rlhf_ppo.core import PolicyOutput
 from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.models.adapters.lora import VALUE_ADAPTER, add_value_adapter
 from rlhf_ppo.models.forward.runner import Sequences, position_ids
-from rlhf_ppo.models.lora import VALUE_ADAPTER, add_value_adapter
 from rlhf_ppo.models.reference import Reference
-from rlhf_ppo.models.sharding import (
+from rlhf_ppo.models.sharded.sharding import (
     gathered,
     local_part,
     make_sharding,

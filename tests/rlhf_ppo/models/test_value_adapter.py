@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig
 
 from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.models.adapters.lora import VALUE_ADAPTER, adapter_parameters, use_adapter
 from rlhf_ppo.models.forward.runner import Sequences
-from rlhf_ppo.models.lora import VALUE_ADAPTER, adapter_parameters, use_adapter
 
 INPUTS = ("prompt_ids", "prompt_mask", "response_ids", "mask")
 

@@ -83,7 +83,7 @@ def test_heads_that_do_not_fit(make_trainer, make_model, make_classifier, tmp_pa
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("rlhf_ppo.training.load_models.load_policy", load)
+    monkeypatch.setattr("rlhf_ppo.training.models.load_models.load_policy", load)
     folder = tmp_path / "wide"
     trl_checkpoint(make_model(), folder)
     save_file({"v_head.summary.weight": torch.ones(1, 24)}, folder / "model.safetensors")

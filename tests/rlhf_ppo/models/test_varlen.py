@@ -13,9 +13,9 @@ from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
 
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward import varlen
+from rlhf_ppo.models.forward.forward_checks import check_forward
 from rlhf_ppo.models.forward.packing import Packing, packed_attention
 from rlhf_ppo.models.forward.varlen import causal_attention, kernel_dtype
-from rlhf_ppo.models.forward_checks import check_forward
 from rlhf_ppo.training.collect import read_reference
 from rlhf_ppo.training.experience import estimate
 from rlhf_ppo.training.rewards import shape_rewards

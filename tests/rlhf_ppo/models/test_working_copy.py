@@ -13,9 +13,9 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, OpenAIGPTCon
 from rlhf_ppo.generation.decoding import sample_responses
 from rlhf_ppo.generation.engines import StaticEngine
 from rlhf_ppo.generation.rollout import SamplingParams
+from rlhf_ppo.models.acceleration.working_copy import computing, hold_in_bf16
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward.runner import Sequences
-from rlhf_ppo.models.working_copy import computing, hold_in_bf16
 from rlhf_ppo.training.gradients import accumulate_gradients
 
 

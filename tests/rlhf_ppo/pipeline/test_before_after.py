@@ -14,7 +14,7 @@ from rlhf_ppo.pipeline.before_after import (
     print_before_after,
     spread_by_improvement,
 )
-from rlhf_ppo.runtime.run_directory import RunDirectory
+from rlhf_ppo.runtime.logs.run_directory import RunDirectory
 
 
 def row(iteration: int, prompt: str, score: float | None) -> dict:

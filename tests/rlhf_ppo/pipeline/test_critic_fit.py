@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_ppo.cli import main
 from rlhf_ppo.config.critic_fit import CriticFitArgs, CriticReportArgs
-from rlhf_ppo.models.lora import lora_config
+from rlhf_ppo.models.adapters.lora import lora_config
+from rlhf_ppo.pipeline.critic.critic_fit import fit_critic
+from rlhf_ppo.pipeline.critic.critic_report import report_critic, say_report
 from rlhf_ppo.pipeline.critic.data import all_rows, hold_out, load_critic_data, recorded_values
 from rlhf_ppo.pipeline.critic.models import load_fitted
-from rlhf_ppo.pipeline.critic_fit import fit_critic
-from rlhf_ppo.pipeline.critic_report import report_critic, say_report
-from rlhf_ppo.training.fingerprints import copy_fingerprint
+from rlhf_ppo.training.checkpoints.fingerprints import copy_fingerprint
 
 PROMPTS = ["".join(letters) for pair in ("ab", "yz") for letters in itertools.product(pair, repeat=6)]
 SMALL = {"microbatch_tokens": 4096, "device": "cpu", "precision": "fp32"}
@@ -239,7 +239,7 @@ def test_a_run_of_another_kind_is_refused_before_a_model_is_loaded(world, monkey
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("rlhf_ppo.training.load_models.load_policy", load)
+    monkeypatch.setattr("rlhf_ppo.training.models.load_models.load_policy", load)
     with pytest.raises(ValueError, match=message):
         world.start(value_head_from=folder, **settings)
 

@@ -19,10 +19,11 @@ from processes import in_processes, require_close
 from rlhf_ppo.config.inference import EvaluateArgs, GenerateArgs
 from rlhf_ppo.config.reward_training import RewardTrainingArgs
 from rlhf_ppo.config.sft import SFTArgs
-from rlhf_ppo.pipeline import evaluate, generate
+from rlhf_ppo.pipeline import generate
 from rlhf_ppo.pipeline.chat_session import chat
-from rlhf_ppo.pipeline.reward_training import train_reward_model
-from rlhf_ppo.pipeline.sft import sft
+from rlhf_ppo.pipeline.evaluation import evaluate
+from rlhf_ppo.pipeline.labelled.reward_training import train_reward_model
+from rlhf_ppo.pipeline.labelled.sft import sft
 
 FUNCTIONS = """
 def vowels(prompts, completions, **columns):
@@ -156,7 +157,10 @@ def mistakes(folder: str) -> list[str]:
     router: Any = {"model": f"{folder}/experts", "dataset": prompts, "output_dir": out, "text_column": "prompt"}
     reward = (f"{folder}/functions.py:vowels",)
     with ExitStack() as stack:
-        for name in ("rlhf_ppo.pipeline.sft._load_model", "rlhf_ppo.pipeline.reward_training._load_model"):
+        for name in (
+            "rlhf_ppo.pipeline.labelled.sft._load_model",
+            "rlhf_ppo.pipeline.labelled.reward_training._load_model",
+        ):
             stack.enter_context(patch(name, side_effect=AssertionError("the model was loaded")))
         stack.enter_context(patch.object(generate, "load_generator", side_effect=AssertionError("likewise")))
         return [

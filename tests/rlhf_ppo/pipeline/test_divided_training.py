@@ -16,8 +16,8 @@ import torch
 from processes import in_processes, require_close
 
 from rlhf_ppo.config.critic_fit import CriticFitArgs
-from rlhf_ppo.pipeline import critic_fit, reward_training, sft, supervised
-from rlhf_ppo.pipeline.critic import models
+from rlhf_ppo.pipeline.critic import critic_fit, models
+from rlhf_ppo.pipeline.labelled import reward_training, sft, supervised
 
 Found = dict[str, Any]
 
@@ -39,7 +39,7 @@ def trained(train: Callable[[Any], dict[str, float]], args: Any) -> Found:
     weights: dict[str, Any] = {}
     with ExitStack() as stack:
         in_float64(stack)
-        stack.enter_context(patch("rlhf_ppo.pipeline.reward_training.plot_calibration"))
+        stack.enter_context(patch("rlhf_ppo.pipeline.labelled.reward_training.plot_calibration"))
         stack.enter_context(patch.object(supervised, "require_saved"))  # what is saved is in float32
 
         def note(self: Any, done: int, **numbers: float) -> None:
@@ -48,7 +48,7 @@ def trained(train: Callable[[Any], dict[str, float]], args: Any) -> Found:
         def keep(model: Any, dtype: str, where: str) -> None:
             weights.update({name: p.detach().numpy().copy() for name, p in model.named_parameters()})
 
-        stack.enter_context(patch("rlhf_ppo.runtime.progress.ProgressDisplay.update", note))
+        stack.enter_context(patch("rlhf_ppo.runtime.logs.progress.ProgressDisplay.update", note))
         for module in (sft, reward_training):
             stack.enter_context(patch.object(module, "round_trained", keep))
         metrics = train(args)

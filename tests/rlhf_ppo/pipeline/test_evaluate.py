@@ -11,7 +11,7 @@ from rich.console import Console
 
 from rlhf_ppo import RewardModel
 from rlhf_ppo.cli import main
-from rlhf_ppo.pipeline.evaluate import EvaluateArgs, evaluate, print_evaluation
+from rlhf_ppo.pipeline.evaluation.evaluate import EvaluateArgs, evaluate, print_evaluation
 from rlhf_ppo.rewards.validation import RewardError
 
 REWARDS = """
@@ -191,7 +191,7 @@ def test_runs_from_python_say_what_they_started_from(make_trainer, tmp_path, mak
 )
 def test_the_opponent_is_checked_before_any_prompt_is_sampled(quick, make_model, monkeypatch, against, message):
     make_model(vocab_size=31).save_pretrained("other")
-    monkeypatch.setattr("rlhf_ppo.pipeline.evaluate.sample", lambda *_: pytest.fail("sampled"))
+    monkeypatch.setattr("rlhf_ppo.pipeline.evaluation.evaluate.sample", lambda *_: pytest.fail("sampled"))
     with pytest.raises(ValueError, match=message):
         evaluate(quick(model="first", ref_model="first", against=against))
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_ppo.cli import main
-from rlhf_ppo.models.lora import lora_config
-from rlhf_ppo.runtime.checkpoint import MANIFEST, file_facts, manifest_text
+from rlhf_ppo.models.adapters.lora import lora_config
+from rlhf_ppo.runtime.checkpoints.checkpoint import MANIFEST, file_facts, manifest_text
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from rlhf_ppo.pipeline.intervals import differences, distinct, interval, win_rate
+from rlhf_ppo.pipeline.evaluation.intervals import differences, distinct, interval, win_rate
 
 
 def test_the_interval_of_two_values_by_hand():

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from rlhf_ppo.cli import main
-from rlhf_ppo.models.lora import lora_config
+from rlhf_ppo.models.adapters.lora import lora_config
 from rlhf_ppo.pipeline.replay import ReplayArgs, replay
 from rlhf_ppo.trainer import PPOTrainer
-from rlhf_ppo.training.black_box import MAX_BLACK_BOXES, read_black_box, write_black_box
+from rlhf_ppo.training.checkpoints.black_box import MAX_BLACK_BOXES, read_black_box, write_black_box
 from rlhf_ppo.training.experience import estimate
 from rlhf_ppo.training.gradients import clear_gradients
 from rlhf_ppo.training.rewards import shape_rewards

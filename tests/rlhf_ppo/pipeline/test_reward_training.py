@@ -16,15 +16,15 @@ from transformers import T5Config
 from rlhf_ppo import RewardModel
 from rlhf_ppo.cli import main
 from rlhf_ppo.data.preferences import Preference, read_preferences, split_by_prompt
-from rlhf_ppo.pipeline.intervals import calibration
-from rlhf_ppo.pipeline.reward_training import (
+from rlhf_ppo.pipeline.evaluation.intervals import calibration
+from rlhf_ppo.pipeline.labelled.reward_training import (
     RewardTrainingArgs,
     bradley_terry_loss,
     preference_metrics,
     train_reward_model,
 )
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
-from rlhf_ppo.runtime.run_directory import LOCK_FILE, RunLockedError, run_lock
+from rlhf_ppo.runtime.logs.run_directory import LOCK_FILE, RunLockedError, run_lock
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from rlhf_ppo.data.examples import Example, collate, encode_examples, read_examples
 from rlhf_ppo.generation.stop_tokens import stop_tokens
-from rlhf_ppo.pipeline.sft import SFTArgs, nats_per_token, sft, train_tokenizer
+from rlhf_ppo.pipeline.labelled.sft import SFTArgs, nats_per_token, sft, train_tokenizer
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
-from rlhf_ppo.runtime.run_directory import RunLockedError, run_lock
+from rlhf_ppo.runtime.logs.run_directory import RunLockedError, run_lock
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "a cat and a dog"] * 20
 
@@ -113,7 +113,7 @@ def test_a_diverging_run_says_where_and_saves_nothing(quick, data, make_model, t
 
 def test_a_perplexity_beyond_the_largest_float_is_infinite(quick, data, architecture, monkeypatch):
     """e^710 is beyond the largest float."""
-    monkeypatch.setattr("rlhf_ppo.pipeline.sft.nats_per_token", lambda *_: 710.0)
+    monkeypatch.setattr("rlhf_ppo.pipeline.labelled.sft.nats_per_token", lambda *_: 710.0)
     assert sft(quick(dataset=data, architecture=architecture, num_epochs=0.1))["eval/perplexity"] == math.inf
 
 

@@ -14,8 +14,8 @@ from rlhf_ppo.config.sft import SFTArgs
 from rlhf_ppo.data.examples import collate, encode_examples, hold_out, read_examples
 from rlhf_ppo.data.files import load_rows
 from rlhf_ppo.models.loading import load_policy
-from rlhf_ppo.pipeline.sft import sft
-from rlhf_ppo.pipeline.supervised import make_optimizer, take_step
+from rlhf_ppo.pipeline.labelled.sft import sft
+from rlhf_ppo.pipeline.labelled.supervised import make_optimizer, take_step
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.processes.group import ALONE
 

@@ -370,7 +370,7 @@ def test_an_unusable_server_is_refused_at_the_start_in_one_line(
     make_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "the cat"}\n' * 4)
-    monkeypatch.setattr("rlhf_ppo.training.load_models.load_policy", None)  # refused before
+    monkeypatch.setattr("rlhf_ppo.training.models.load_models.load_policy", None)  # refused before
     capsys.readouterr()
     with answering(lambda n, items: answer) as (url, _):
         flags = f"train --model {tmp_path}/model --reward {url if answer else 'http://127.0.0.1:9'} --eval-size 0 "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_ppo.runtime.user_code import load_function
+from rlhf_ppo.runtime.command_line.user_code import load_function
 
 
 def test_functions_of_files_and_modules(tmp_path):

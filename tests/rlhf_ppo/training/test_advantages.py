@@ -12,7 +12,7 @@ import torch
 from rlhf_ppo import RLHFConfig
 from rlhf_ppo.cli import TrainArgs
 from rlhf_ppo.core import explained_variance
-from rlhf_ppo.runtime.settings import parse_settings
+from rlhf_ppo.runtime.command_line.settings import parse_settings
 from rlhf_ppo.trainer import PPOTrainer
 from rlhf_ppo.training.advantages import adaptive_lambda, comparable, estimate_advantages
 from rlhf_ppo.training.experience import estimate

@@ -13,9 +13,9 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from rlhf_ppo.runtime.checkpoint import list_checkpoints, verify_checkpoint
-from rlhf_ppo.runtime.run_directory import run_lock
-from rlhf_ppo.training.checkpoint import MAY_CHANGE, save_checkpoint
+from rlhf_ppo.runtime.checkpoints.checkpoint import list_checkpoints, verify_checkpoint
+from rlhf_ppo.runtime.logs.run_directory import run_lock
+from rlhf_ppo.training.checkpoints.checkpoint import MAY_CHANGE, save_checkpoint
 
 SETTINGS = {"total_episodes": 32, "save_every": 2}
 LINES = ("metrics.jsonl", "samples.jsonl", "eval_samples.jsonl")

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from rlhf_ppo.runtime.processes.group import ALONE
-from rlhf_ppo.training import compilation
 from rlhf_ppo.training import update as update_module
-from rlhf_ppo.training.compilation import choose_layers, timed_minibatch
+from rlhf_ppo.training.models import compilation
+from rlhf_ppo.training.models.compilation import choose_layers, timed_minibatch
 
 
 def clock(model: Any, *, plain: float, first: float, compiled: float) -> Callable[[], float]:
@@ -131,6 +131,6 @@ def test_a_resumed_run_keeps_the_decision(make_trainer, tries):
 
 
 def test_always_needs_layers(make_trainer, monkeypatch):
-    monkeypatch.setattr("rlhf_ppo.models.compiled_layers.transformer_layers", lambda _: [])
+    monkeypatch.setattr("rlhf_ppo.models.acceleration.compiled_layers.transformer_layers", lambda _: [])
     with pytest.raises(ValueError, match="compile='always': the model has no layers"):
         make_trainer(compile="always")

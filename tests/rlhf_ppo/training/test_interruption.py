@@ -15,7 +15,7 @@ import torch
 
 from rlhf_ppo.cli import main, resume_hint
 from rlhf_ppo.rewards.validation import RewardError
-from rlhf_ppo.runtime.checkpoint import list_checkpoints
+from rlhf_ppo.runtime.checkpoints.checkpoint import list_checkpoints
 from rlhf_ppo.runtime.signals import Interrupted
 from rlhf_ppo.trainer import PPOTrainer
 
@@ -124,10 +124,10 @@ def test_fault_22_a_signal_lets_the_update_finish(make_trainer):
 
 def test_fault_22_one_state_is_saved_once(make_trainer, monkeypatch):
     """The signal comes while the checkpoint that is due anyway is written."""
-    import rlhf_ppo.training.resume
+    import rlhf_ppo.training.checkpoints.resume
 
     saves = []
-    save = rlhf_ppo.training.resume.save_checkpoint
+    save = rlhf_ppo.training.checkpoints.resume.save_checkpoint
 
     def saving(state, *more):
         saves.append(state.iteration)
@@ -135,7 +135,7 @@ def test_fault_22_one_state_is_saved_once(make_trainer, monkeypatch):
             send(signal.SIGINT)
         return save(state, *more)
 
-    monkeypatch.setattr(rlhf_ppo.training.resume, "save_checkpoint", saving)
+    monkeypatch.setattr(rlhf_ppo.training.checkpoints.resume, "save_checkpoint", saving)
     trainer = make_trainer(**SETTINGS, save_every=1)
     with pytest.raises(Interrupted, match="checkpoint-2"):
         trainer.train()

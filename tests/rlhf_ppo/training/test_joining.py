@@ -20,7 +20,8 @@ from rlhf_ppo.config.inference import GenerateArgs
 from rlhf_ppo.config.reward_training import RewardTrainingArgs
 from rlhf_ppo.config.sft import SFTArgs
 from rlhf_ppo.data.rows import as_rows
-from rlhf_ppo.pipeline import generate, reward_training, sft
+from rlhf_ppo.pipeline import generate
+from rlhf_ppo.pipeline.labelled import reward_training, sft
 from rlhf_ppo.runtime.processes import group, join
 from rlhf_ppo.runtime.processes.agreement import require_same
 from rlhf_ppo.runtime.processes.errors import OtherProcessError

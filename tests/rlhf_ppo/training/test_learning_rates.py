@@ -7,13 +7,13 @@ import json
 
 import pytest
 
-from rlhf_ppo.models.lora import lora_config
+from rlhf_ppo.models.adapters.lora import lora_config
 from rlhf_ppo.pipeline.demo import DemoArgs, demo_trainer
-from rlhf_ppo.runtime.checkpoint import read_checkpoint
-from rlhf_ppo.runtime.checkpoint_commit import write_checkpoint
-from rlhf_ppo.training import learning_rates
-from rlhf_ppo.training.black_box import _settings
-from rlhf_ppo.training.learning_rates import critic_rate, policy_rate
+from rlhf_ppo.runtime.checkpoints.checkpoint import read_checkpoint
+from rlhf_ppo.runtime.checkpoints.checkpoint_commit import write_checkpoint
+from rlhf_ppo.training.checkpoints.black_box import _settings
+from rlhf_ppo.training.models import learning_rates
+from rlhf_ppo.training.models.learning_rates import critic_rate, policy_rate
 
 MILLION = 10**6
 

@@ -23,17 +23,17 @@ import torch
 from float64_runs import make_trainer
 from processes import ended_processes, in_processes
 
-import rlhf_ppo.runtime.checkpoint_commit
+import rlhf_ppo.runtime.checkpoints.checkpoint_commit
 import rlhf_ppo.trainer
 import rlhf_ppo.training.generate
 import rlhf_ppo.training.run
 import rlhf_ppo.training.update
 from rlhf_ppo.cli import main
-from rlhf_ppo.runtime.checkpoint import list_checkpoints, verify_checkpoint
+from rlhf_ppo.runtime.checkpoints.checkpoint import list_checkpoints, verify_checkpoint
+from rlhf_ppo.runtime.logs.run_directory import RunDirectory
 from rlhf_ppo.runtime.processes.join import join_processes
-from rlhf_ppo.runtime.run_directory import RunDirectory
-from rlhf_ppo.training.fingerprints import parameters_fingerprint
-from rlhf_ppo.training.resume import SafePoint
+from rlhf_ppo.training.checkpoints.fingerprints import parameters_fingerprint
+from rlhf_ppo.training.checkpoints.resume import SafePoint
 
 REWARD = """
 import os
@@ -104,7 +104,7 @@ FAULTS: dict[str, tuple[Any, str, int, Callable[[], object]]] = {
     "backward": in_backward(raising(torch.OutOfMemoryError("no memory"))),
     "reference": (rlhf_ppo.training.collect, "_read_pass", 2, raising(torch.OutOfMemoryError("no memory"))),
     "logging": (rlhf_ppo.trainer, "log_update", 2, raising(RuntimeError("no log"))),
-    "save": (rlhf_ppo.runtime.checkpoint_commit, "_write_tensors", 2, raising(OSError(28, "no space"))),
+    "save": (rlhf_ppo.runtime.checkpoints.checkpoint_commit, "_write_tensors", 2, raising(OSError(28, "no space"))),
     "killed in an update": in_backward(kill),
     "killed before a save": (SafePoint, "mark", 6, kill),
     "killed while sampling": (sampling, "_respond_to", 2, kill),

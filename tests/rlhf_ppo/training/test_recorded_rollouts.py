@@ -11,8 +11,8 @@ import torch
 
 from rlhf_ppo.core import BannedTokens, ValueScale
 from rlhf_ppo.generation.rollout import Rollout
-from rlhf_ppo.runtime.checkpoint import manifest_text
-from rlhf_ppo.training.recorded_rollouts import (
+from rlhf_ppo.runtime.checkpoints.checkpoint import manifest_text
+from rlhf_ppo.training.recorded.recorded_rollouts import (
     RecordingFacts,
     open_recording,
     record_rollout,

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig
 
 from rlhf_ppo.runtime.signals import Interrupted
-from rlhf_ppo.training.recorded_rollouts import open_recording
+from rlhf_ppo.training.recorded.recorded_rollouts import open_recording
 from tests.rlhf_ppo.training.test_checkpoint import kill_after
 from tests.rlhf_ppo.training.test_recorded_rollouts import assert_equal
 from tests.rlhf_ppo.training.test_stability import poison

@@ -12,8 +12,8 @@ from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_ppo.core import ValueScale
-from rlhf_ppo.training import replayed_rollouts
-from rlhf_ppo.training.recorded_rollouts import open_recording
+from rlhf_ppo.training.recorded import replayed_rollouts
+from rlhf_ppo.training.recorded.recorded_rollouts import open_recording
 
 RECORDED = {"total_episodes": 24, "save_rollouts": True}
 OFF_POLICY = ("replay/kl_nats_per_response", "replay/effective_fraction")

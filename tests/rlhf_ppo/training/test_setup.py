@@ -20,8 +20,8 @@ def no_loading(monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("rlhf_ppo.training.load_models.load_policy", load)
-    monkeypatch.setattr("rlhf_ppo.training.load_models.load_trunk", load)
+    monkeypatch.setattr("rlhf_ppo.training.models.load_models.load_policy", load)
+    monkeypatch.setattr("rlhf_ppo.training.models.load_models.load_trunk", load)
 
 
 def test_an_encoder_decoder_is_refused_by_name(make_trainer, tmp_path, no_loading):

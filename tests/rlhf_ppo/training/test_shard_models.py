@@ -13,18 +13,18 @@ from transformers import AutoModelForCausalLM, MambaConfig, MixtralConfig
 
 from rlhf_ppo import RLHFConfig
 from rlhf_ppo.generation.engines import choose_engine
+from rlhf_ppo.models.adapters.lora import lora_config
 from rlhf_ppo.models.costs.cards import CPU as CPU_CARD
 from rlhf_ppo.models.costs.cards import find_card
 from rlhf_ppo.models.costs.memory import peak, peaks
 from rlhf_ppo.models.costs.shapes import read_shape
 from rlhf_ppo.models.costs.terms import total
 from rlhf_ppo.models.costs.weights import held
-from rlhf_ppo.models.lora import lora_config
-from rlhf_ppo.models.sharding import make_sharding
+from rlhf_ppo.models.sharded.sharding import make_sharding
 from rlhf_ppo.runtime.processes.group import ALONE, ProcessGroup
 from rlhf_ppo.runtime.processes.launch import Launch
-from rlhf_ppo.training import shard_models
-from rlhf_ppo.training.shard_models import plan_sharding, run_setup
+from rlhf_ppo.training.models import shard_models
+from rlhf_ppo.training.models.shard_models import plan_sharding, run_setup
 
 CPU = torch.device("cpu")
 CPU_SHARE = CPU_CARD.usable

@@ -18,8 +18,8 @@ from float64_runs import (
 from processes import in_processes
 from safetensors.torch import load_file
 
-from rlhf_ppo.runtime.checkpoint import verify_checkpoint
-from rlhf_ppo.training.black_box import read_black_box
+from rlhf_ppo.runtime.checkpoints.checkpoint import verify_checkpoint
+from rlhf_ppo.training.checkpoints.black_box import read_black_box
 
 SHARDED = {"sharding": "full", "save_every": 2}
 

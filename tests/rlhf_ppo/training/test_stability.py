@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
-from rlhf_ppo.runtime.metrics import MetricAverage
+from rlhf_ppo.runtime.logs.metrics import MetricAverage
 from rlhf_ppo.trainer import PPOTrainer
-from rlhf_ppo.training.resume import MAX_ROLLBACKS
+from rlhf_ppo.training.checkpoints.resume import MAX_ROLLBACKS
 from rlhf_ppo.training.stability import PolicyDriftError, StepWatch, nonfinite_parameters, spoil_gradient
 
 NAN = float("nan")

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from rlhf_ppo.pipeline.reward_training import RewardTrainingArgs, train_reward_model
-from rlhf_ppo.pipeline.sft import SFTArgs, sft
-from rlhf_ppo.runtime.progress import model_rows
+from rlhf_ppo.pipeline.labelled.reward_training import RewardTrainingArgs, train_reward_model
+from rlhf_ppo.pipeline.labelled.sft import SFTArgs, sft
+from rlhf_ppo.runtime.logs.progress import model_rows
 
 
 @pytest.fixture

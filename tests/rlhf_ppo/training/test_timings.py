@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlhf_ppo.runtime import progress
-from rlhf_ppo.runtime.progress import Stopwatch
+from rlhf_ppo.runtime.logs import progress
+from rlhf_ppo.runtime.logs.progress import Stopwatch
 
 
 def test_phases_add_up_and_are_taken_once(monkeypatch):

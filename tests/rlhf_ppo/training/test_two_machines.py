@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_ppo.runtime.checkpoint import list_checkpoints, verify_checkpoint
+from rlhf_ppo.runtime.checkpoints.checkpoint import list_checkpoints, verify_checkpoint
 
 REWARD = """
 import time

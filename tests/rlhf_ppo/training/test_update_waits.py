@@ -23,7 +23,7 @@ from rlhf_ppo.generation import rollout as rollout_module
 from rlhf_ppo.models.forward import layout as layouts
 from rlhf_ppo.models.forward import packing, varlen
 from rlhf_ppo.models.forward.runner import ModelRunner
-from rlhf_ppo.runtime import metrics
+from rlhf_ppo.runtime.logs import metrics
 from rlhf_ppo.training import gradients, stability, update
 from rlhf_ppo.training.experience import estimate
 from rlhf_ppo.training.optimizer import make_optimizer

@@ -13,10 +13,10 @@ from peft import LoraConfig
 from rlhf_ppo.config.commands import ReplayArgs
 from rlhf_ppo.config.critic_fit import CriticFitArgs
 from rlhf_ppo.core import ValueScale
-from rlhf_ppo.pipeline.critic_fit import fit_critic
+from rlhf_ppo.pipeline.critic.critic_fit import fit_critic
 from rlhf_ppo.pipeline.replay import replay
-from rlhf_ppo.runtime.checkpoint import read_checkpoint
-from rlhf_ppo.runtime.checkpoint_commit import write_checkpoint
+from rlhf_ppo.runtime.checkpoints.checkpoint import read_checkpoint
+from rlhf_ppo.runtime.checkpoints.checkpoint_commit import write_checkpoint
 
 
 def early_share(text: str) -> float:

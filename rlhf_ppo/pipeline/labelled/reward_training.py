@@ -19,6 +19,7 @@ from rlhf_ppo.data.chat import with_chat_template
 from rlhf_ppo.data.mixtures import load_data
 from rlhf_ppo.data.preferences import PairIds, Preference, encode_pairs, read_preferences, split_by_prompt
 from rlhf_ppo.data.rows import Rows
+from rlhf_ppo.models.acceleration.working_copy import computing
 from rlhf_ppo.models.loading import (
     adapter_base,
     context_length,
@@ -31,22 +32,21 @@ from rlhf_ppo.models.loading import (
     vocabulary_size,
 )
 from rlhf_ppo.models.quiet_libraries import without_library_bars
-from rlhf_ppo.models.working_copy import computing
-from rlhf_ppo.pipeline.intervals import calibration
-from rlhf_ppo.pipeline.supervised import make_optimizer, round_trained, save_model, supervised_run, take_step
+from rlhf_ppo.pipeline.evaluation.intervals import calibration
+from rlhf_ppo.pipeline.labelled.supervised import make_optimizer, round_trained, save_model, supervised_run, take_step
 from rlhf_ppo.rewards.reward_model import ONE_STACK, padding_is_harmless, text_scores
 from rlhf_ppo.runtime.device import compute_in_bf16, resolve_device
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space
+from rlhf_ppo.runtime.logs.run_directory import RunDirectory, run_lock
 from rlhf_ppo.runtime.package import versions
 from rlhf_ppo.runtime.plots import plot_calibration
 from rlhf_ppo.runtime.processes.group import ProcessGroup
 from rlhf_ppo.runtime.processes.join import join_for
 from rlhf_ppo.runtime.processes.launch import own_gpu
 from rlhf_ppo.runtime.processes.voice import first_alone
-from rlhf_ppo.runtime.run_directory import RunDirectory, run_lock
 from rlhf_ppo.runtime.seeding import seed_everything
-from rlhf_ppo.training.fingerprints import require_same_data
+from rlhf_ppo.training.checkpoints.fingerprints import require_same_data
 
 Scorer = Callable[[Sequence[PairIds]], tuple[Tensor, Tensor]]
 """Scores pairs in one forward pass: chosen and rejected scores [B] each."""

@@ -29,8 +29,8 @@ from rlhf_ppo.core import token_logprobs
 from rlhf_ppo.data.chat import with_chat_template
 from rlhf_ppo.data.examples import IGNORED, Example, collate, encode_examples, hold_out, read_examples
 from rlhf_ppo.data.mixtures import load_data
+from rlhf_ppo.models.forward.forward_checks import require_decoder
 from rlhf_ppo.models.forward.hidden_states import call
-from rlhf_ppo.models.forward_checks import require_decoder
 from rlhf_ppo.models.loading import (
     context_length,
     load_config,
@@ -42,17 +42,23 @@ from rlhf_ppo.models.loading import (
     vocabulary_size,
 )
 from rlhf_ppo.models.quiet_libraries import without_library_bars
-from rlhf_ppo.pipeline.supervised import make_optimizer, round_trained, save_model, supervised_run, take_step
+from rlhf_ppo.pipeline.labelled.supervised import (
+    make_optimizer,
+    round_trained,
+    save_model,
+    supervised_run,
+    take_step,
+)
 from rlhf_ppo.runtime.device import resolve_device
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space
+from rlhf_ppo.runtime.logs.run_directory import RunDirectory, run_lock
 from rlhf_ppo.runtime.processes.group import ALONE, ProcessGroup
 from rlhf_ppo.runtime.processes.join import join_for
 from rlhf_ppo.runtime.processes.launch import own_gpu
 from rlhf_ppo.runtime.processes.voice import first_alone
-from rlhf_ppo.runtime.run_directory import RunDirectory, run_lock
 from rlhf_ppo.runtime.seeding import seed_everything
-from rlhf_ppo.training.fingerprints import require_same_data
+from rlhf_ppo.training.checkpoints.fingerprints import require_same_data
 
 __all__ = ["Example", "SFTArgs", "encode_examples", "hold_out", "nats_per_token", "sft", "sft_command"]
 

@@ -16,15 +16,15 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from rlhf_ppo.config.reward_training import RewardTrainingArgs
 from rlhf_ppo.config.sft import SFTArgs
+from rlhf_ppo.models.acceleration.working_copy import computing
+from rlhf_ppo.models.adapters.quantization import round_weights
 from rlhf_ppo.models.compare import probe_logits, require_saved
 from rlhf_ppo.models.loading import saved_bytes
-from rlhf_ppo.models.quantization import round_weights
-from rlhf_ppo.models.working_copy import computing
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import save_or_rescue
-from rlhf_ppo.runtime.metrics import MetricAverage
+from rlhf_ppo.runtime.logs.metrics import MetricAverage
+from rlhf_ppo.runtime.logs.progress import ProgressDisplay, model_rows, print_summary
 from rlhf_ppo.runtime.processes.group import ProcessGroup
-from rlhf_ppo.runtime.progress import ProgressDisplay, model_rows, print_summary
 from rlhf_ppo.runtime.seeding import seed_everything
 from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.training.gradients import sum_over_processes

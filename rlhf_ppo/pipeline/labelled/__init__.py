@@ -1,0 +1,1 @@
+"""Training on labelled data: `rlhf-ppo sft` and `rlhf-ppo reward`."""

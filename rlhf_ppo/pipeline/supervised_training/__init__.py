@@ -1,1 +1,0 @@
-"""Supervised training: `rlhf-ppo sft` and `rlhf-ppo reward`."""
