@@ -20,6 +20,8 @@ Prompt = str | Messages
 """Text or chat messages."""
 Completion = str | Messages
 """What follows a prompt: text, or after several turns the messages that follow a chat prompt."""
+TemplateOptions = Mapping[str, Any]
+"""What a chat template gets besides messages: ``chat_template_kwargs``, and ``tools`` (JSON schemas)."""
 
 
 def with_chat_template(tokenizer: PreTrainedTokenizerBase, source: str | None) -> PreTrainedTokenizerBase:
@@ -122,7 +124,9 @@ def _display_content(message: Message) -> str:
 # Rendering
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str) -> str:
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str, template: TemplateOptions | None = None
+) -> str:
     """Render a chat that the policy answers: with a generation prompt, or with its prefill left open.
 
     Raises:
@@ -135,22 +139,24 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
             "give it one (chat_template), take a model whose tokenizer has one, or write prompts as text"
         )
     if not ends_in_prefill(messages):
-        return _render(tokenizer, messages, where, add_generation_prompt=True)
+        return _render(tokenizer, messages, where, template, add_generation_prompt=True)
     if not message_text(messages[-1], where).strip():
         raise ValueError(
             f"{where}: the chat ends with an empty assistant message: remove it, or begin the answer in it"
         )
-    return _render(tokenizer, messages, where, continue_final_message=True)
+    return _render(tokenizer, messages, where, template, continue_final_message=True)
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str) -> str:
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str, template: TemplateOptions | None = None
+) -> str:
     """Render a finished chat; without a template each message is written as "role: content".
 
     Raises:
         ValueError: the template fails on this chat, or content is not text; names ``where``.
     """
     if tokenizer.chat_template:
-        return _render(tokenizer, messages, where)
+        return _render(tokenizer, messages, where, template)
     return "\n\n".join(
         f"{message['role']}: {message_text(message, where)}"
         + (json.dumps(message["tool_calls"]) if message.get("tool_calls") else "")
@@ -158,21 +164,33 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message],
     )
 
 
-def render_answer(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], answer: str, where: str) -> str:
+def render_answer(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[Message],
+    answer: str,
+    where: str,
+    template: TemplateOptions | None = None,
+) -> str:
     """Return the answer as it follows :func:`render_prompt`, with the white space that the template puts before it.
 
     Raises:
         ValueError: the template fails on the chat with its answer; names ``where``.
     """
-    before = render_prompt(tokenizer, prompt, where)
-    whole = render_chat(tokenizer, with_answer(prompt, answer, where), where)
+    before = render_prompt(tokenizer, prompt, where, template)
+    whole = render_chat(tokenizer, with_answer(prompt, answer, where), where, template)
     rest = whole[len(before) :].lstrip()
     if not whole.startswith(before) or not rest.startswith(answer.strip()):
         return answer
     return whole[len(before) : len(whole) - len(rest)] + answer.lstrip()
 
 
-def render_completed(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Completion, where: str) -> str:
+def render_completed(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    completion: Completion,
+    where: str,
+    template: TemplateOptions | None = None,
+) -> str:
     """Render a prompt with its completion, as a reward model reads them: joined text, or the finished chat.
 
     Raises:
@@ -181,13 +199,19 @@ def render_completed(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, complet
     if isinstance(prompt, str):
         return f"{prompt}{completion}"
     messages = with_answer(prompt, completion, where) if isinstance(completion, str) else [*prompt, *completion]
-    return render_chat(tokenizer, messages, where)
+    return render_chat(tokenizer, messages, where, template)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str, **options: Any) -> str:
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    where: str,
+    template: TemplateOptions | None,
+    **options: Any,
+) -> str:
     readable = [_with_text(message, where) for message in messages]
     try:
-        return str(tokenizer.apply_chat_template(readable, tokenize=False, **options))
+        return str(tokenizer.apply_chat_template(readable, tokenize=False, **(template or {}), **options))
     except Exception as error:  # a template may raise anything: its own refusal, an undefined name, a TypeError
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(

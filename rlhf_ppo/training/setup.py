@@ -227,4 +227,5 @@ def _check_turns(tokenizer: PreTrainedTokenizerBase, sets: Sequence[PromptSet]) 
                 continue
             seen.add(roles)
             refuse_prefill(prompt, where)
-            chat_reply_ids(tokenizer, [*prompt, {"role": "assistant", "content": ""}], "and then?", None, where)
+            reply = [{"role": "user", "content": "and then?"}]
+            chat_reply_ids(tokenizer, prompt, {"role": "assistant", "content": ""}, reply, None, where)

@@ -382,7 +382,8 @@ def test_the_end_of_a_turn_that_the_template_sets_apart_is_not_doubled(words):
         "{% for m in messages %}{% if m.role == 'user' %}<s>[{{ m.content }}]{% else %} {{ m.content }} </s>"
         "{% endif %}{% endfor %}"
     )
-    said = [{"role": "user", "content": "tom saw"}, {"role": "assistant", "content": " the dog"}]
+    told = ([{"role": "user", "content": "tom saw"}], {"role": "assistant", "content": " the dog"})
+    reply = [{"role": "user", "content": "a cat"}]
     glue = words("<s>[a cat]", add_special_tokens=False)["input_ids"]
-    assert chat_reply_ids(words, said, "a cat", words.eos_token_id) == glue
-    assert chat_reply_ids(words, said, "a cat", None)[-len(glue) - 1 :] == [words.eos_token_id, *glue]
+    assert chat_reply_ids(words, *told, reply, words.eos_token_id) == glue
+    assert chat_reply_ids(words, *told, reply, None)[-len(glue) - 1 :] == [words.eos_token_id, *glue]

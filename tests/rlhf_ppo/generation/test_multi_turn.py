@@ -318,6 +318,10 @@ def test_the_hook_sees_the_whole_conversation_as_one_list_that_grows(talk, promp
         (lambda messages: 3, "returned int 3"),
         (lambda messages: {}["gone"], "raised KeyError: 'gone'"),
         (lambda messages: ["x"], r"returned list \['x'\]"),
+        (lambda messages: [], r"returned list \[\]"),
+        (lambda messages: {"role": "tool"}, r"returned dict \{'role': 'tool'\}"),
+        (lambda messages: {"role": "tool", "content": 3}, "the content of the tool message must be text, got 3"),
+        (lambda messages: messages, "must not write the policy's own messages"),
     ],
 )
 def test_a_hook_that_fails_is_named_with_the_conversation(talk, prompts, respond, message):
@@ -408,12 +412,17 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 
 def test_the_tokens_between_turns_are_what_the_template_adds(chat):
     """ "<u>hi.<a>" before the turn, "<u>hi.<a>x.<u>yes.<a>" with an answer: what is new is ".<u>yes.<a>"."""
-    spoken = [*MESSAGES, {"role": "assistant", "content": "whatever  it was"}]
+    spoken = (
+        chat,
+        MESSAGES,
+        {"role": "assistant", "content": "whatever  it was"},
+        [{"role": "user", "content": "yes"}],
+    )
     glue = chat(".<u>yes.<a>")["input_ids"]
-    assert chat_reply_ids(chat, spoken, "yes", None) == glue
+    assert chat_reply_ids(*spoken, None) == glue
     # "." is id 29: if the policy ended its turn with it, it is there already; another stop token is not.
-    assert chat_reply_ids(chat, spoken, "yes", 29) == glue[1:]
-    assert chat_reply_ids(chat, spoken, "yes", 0) == glue
+    assert chat_reply_ids(*spoken, 29) == glue[1:]
+    assert chat_reply_ids(*spoken, 0) == glue
 
 
 def test_a_chat_is_trained_on_as_the_template_would_show_it(talk, chat, script):
@@ -444,6 +453,31 @@ def test_a_chat_is_trained_on_as_the_template_would_show_it(talk, chat, script):
     assert [real_ids(rollout, i) for i in range(2)] == shown
     assert MESSAGES == [{"role": "user", "content": "hi"}]
     assert trainer.step(rollout)["policy/first_minibatch_max_abs_log_ratio"] < 1e-5
+
+
+def test_a_reply_of_several_messages_is_one_of_each(talk, chat, script):
+    results = [{"role": "tool", "content": "4"}, {"role": "user", "content": "ok"}]
+    trainer = talk(
+        processing_class=chat,
+        reward_funcs=lambda prompts, completions, **_: [0.0, 1.0],
+        respond=lambda messages: results,
+        train_dataset=[{"prompt": MESSAGES}],
+        rollout_batch_size=2,
+        max_turns=2,
+        stop_token_ids=(29,),
+    )
+    script([[5, 29, 9, 9]] * 2, [[6, 29, 9, 9]] * 2)
+    rollout = trainer.rollout([MESSAGES, MESSAGES])
+    assert real_ids(rollout, 0) == chat("c.<t>4.<u>ok.<a>d.")["input_ids"]
+    assert rollout.turns[0].tolist() == [0] * (len(chat("c.<t>4.<u>ok.<a>")["input_ids"])) + [1, 1]
+    assert rollout.completions[0] == [
+        {"role": "assistant", "content": "c."}, *results, {"role": "assistant", "content": "d."}
+    ]  # fmt: skip
+    assert trainer.step(rollout)["policy/first_minibatch_max_abs_log_ratio"] < 1e-5
+    # Of a text conversation they are the text that they hold.
+    text = talk(respond=lambda messages: results, rollout_batch_size=2, max_turns=2, stop_token_ids=(29,))
+    script([[5, 29, 9, 9]] * 2, [[6, 29, 9, 9]] * 2)
+    assert text.rollout(["a", "b"]).completions[0] == "c.4okd."
 
 
 def test_a_template_that_rewrites_what_came_before_is_refused_at_the_start(talk, chat, make_model):
