@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rlhf_ppo.config.commands import DemoArgs, ExportArgs, MigrateArgs, ReplayArgs, join_command_line
+from rlhf_ppo.config.commands import DemoArgs, ExplainArgs, ExportArgs, MigrateArgs, ReplayArgs, join_command_line
 from rlhf_ppo.config.critic_fit import CriticFitArgs, CriticReportArgs
 from rlhf_ppo.config.inference import EvaluateArgs, GenerateArgs
 from rlhf_ppo.config.plan import PlanArgs
@@ -33,6 +33,7 @@ COMMANDS: dict[str, Command] = {
     "critic fit": (CriticFitArgs, "rlhf_ppo.pipeline.critic.critic_fit:fit_command"),
     "critic report": (CriticReportArgs, "rlhf_ppo.pipeline.critic.critic_report:report_command"),
     "generate": (GenerateArgs, "rlhf_ppo.pipeline.chat_session:generate_or_chat"),
+    "explain": (ExplainArgs, "rlhf_ppo.pipeline.explain:explain_command"),
     "presets": (PresetsArgs, "rlhf_ppo.config.presets:print_presets"),
     "migrate": (MigrateArgs, "rlhf_ppo.trl.migrate:migrate_command"),
     "replay": (ReplayArgs, "rlhf_ppo.pipeline.replay:print_replay"),

@@ -1,4 +1,4 @@
-"""Arguments of the smaller commands: demo, replay, export, migrate."""
+"""Arguments of the smaller commands: demo, explain, replay, export, migrate."""
 
 from __future__ import annotations
 
@@ -33,6 +33,42 @@ class DemoArgs(Settings):
     """CPU threads; None: 1 for a model as small as the embedded one, else all CPUs available."""
     seed: int = 0
     """Random seed; the same seed on the same machine gives the same result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainArgs(Settings):
+    """Show a rollout of a run token by token: reward, KL, value, advantage, ratio and what the clip did."""
+
+    run: tyro.conf.Positional[str]
+    """Folder of a run, or one of its black boxes, blackbox-<n>."""
+    rollout: int | None = None
+    """Number of a rollout that was recorded (save_rollouts) or left a black box. None: the newest recorded one; in a
+    run that recorded none, see sample."""
+    sample: int | None = None
+    """Sample new responses to this prompt of the run's training data, by number from 0, with the run's newest
+    checkpoint (or saved model), settings and rewards. None: prompt 0, where no rollout is recorded."""
+    responses: tuple[int, ...] = (0,)
+    """Which responses of the rollout to show, by number from 0."""
+    model: str | None = None
+    """Where the run's model, an adapter's base and the tokenizer are. None: where they were in the run."""
+    seed: int = 0
+    """Random seed of the draws of sample."""
+    device: str | None = None
+    """cuda, mps or cpu; None: the first of these that is available."""
+    num_threads: int | None = None
+    """CPU threads; None: 1 for models below ten million parameters, else all CPUs available."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_at_least(1, "rollout", "num_threads")
+        self._require_at_least(0, "sample")
+        if self.rollout is not None and self.sample is not None:
+            raise ValueError(
+                f"rollout={self.rollout} is one that the run made, and sample={self.sample} makes a new one: drop one "
+                "of them"
+            )
+        if not self.responses or min(self.responses) < 0:
+            raise ValueError(f"responses must be numbers from 0, got {self.responses}: name at least one response")
 
 
 @dataclass(frozen=True, kw_only=True)

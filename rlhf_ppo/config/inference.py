@@ -85,6 +85,9 @@ class GenerateArgs(ProcessSettings):
     """Jinja chat template for the tokenizer, a file or the text itself; None: the tokenizer's own."""
     chat: bool = False
     """Chat with the model: lines from the keyboard or a pipe, until end of input or /exit."""
+    explain: bool = False
+    """Show the completions token by token, with the reward, KL, value and advantage of each token: model is a run's
+    folder, whose own settings, rewards and reference count (see the command explain)."""
     num_samples: int = 1
     """Completions per prompt."""
     batch_size: int = 32
@@ -120,3 +123,11 @@ class GenerateArgs(ProcessSettings):
         ):
             if unread and is_changed(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect on {given[0]}: leave it out")
+        if self.explain and not self.prompt:
+            raise ValueError(f"explain shows completions of prompt, and {given[0]} is given: leave one of them out")
+        for name in ("num_samples", "batch_size", "max_new_tokens", "stop_strings", "temperature", "chat_template"):
+            if self.explain and is_changed(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no effect under explain, which samples as the run did: leave "
+                    "it out"
+                )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from rlhf_ppo.config.groups import (
     AdvantageSettings,
@@ -34,6 +35,9 @@ _OF_A_CRITIC = (
     *("critic_epochs", "critic_minibatches", "critic_frozen"),
 )
 """Settings of a critic, or of advantages that need one."""
+
+
+Restored = TypeVar("Restored", bound="RLHFConfig")
 
 
 # Groups come in the order of --help; those that give a setting of PPOConfig another default stand before it.
@@ -231,3 +235,17 @@ class RLHFConfig(
     def num_optimizer_steps(self) -> int:
         """Number of optimizer steps in the run: rollouts x epochs x minibatches."""
         return self.num_rollouts * self.steps_per_rollout
+
+
+def restore_settings(saved: Mapping[str, Any], cls: type[Restored] = RLHFConfig, **changes: Any) -> Restored:
+    """Restore settings that JSON held: lists become tuples; what ``cls`` has not, and what was removed, is left out.
+
+    Args:
+        saved: as run.json, a checkpoint or a recording has them.
+        cls: RLHFConfig, or a class that adds a command's own settings.
+        changes: win over those that were saved.
+    """
+    known = {field.name for field in dataclasses.fields(cls)}
+    known -= {name for name, values in REMOVED_VALUES.items() if saved.get(name) in values}
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known}
+    return cls(**{**settings, **changes})

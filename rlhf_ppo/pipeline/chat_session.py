@@ -9,6 +9,7 @@ from rlhf_ppo.config.inference import GenerateArgs
 from rlhf_ppo.data.chat import Prompt
 from rlhf_ppo.data.detokenization import TextPieces
 from rlhf_ppo.data.tokenization import tokenize_prompt
+from rlhf_ppo.pipeline.explain import explain_completions
 from rlhf_ppo.pipeline.generate import TextGenerator, generate, load_generator
 from rlhf_ppo.runtime.processes.launch import require_one_process
 from rlhf_ppo.runtime.processes.voice import first_alone
@@ -83,6 +84,9 @@ def generate_or_chat(args: GenerateArgs) -> None:
     """Run the `generate` command."""
     if args.chat:
         chat(args)
+        return
+    if args.explain:
+        explain_completions(args)
         return
     pairs = generate(args)
     with first_alone():

@@ -61,8 +61,8 @@ def replay(args: ReplayArgs) -> Replay:
     """
     box = read_black_box(args.folder)
     device = resolve_device(args.device or box.device)
-    model, reference = _build(box, args.model, device)
-    box = _on_device(box, device)
+    model, reference = build_models(box, args.model, device)
+    box = on_device(box, device)
     alone = train_critic_alone(model, on=box.warming_up or box.critic_alone)
     with torch_threads(args.num_threads or box.objective.num_threads, model), alone:
         findings = [f"weight {name}" for name in nonfinite_parameters(model)] + _nonfinite_records(box)
@@ -158,7 +158,7 @@ def _rows(rows: list[int]) -> str:
     return f"response{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows))}"
 
 
-def _build(box: BlackBox, name: str | None, device: torch.device) -> tuple[ActorCritic, Reference | None]:
+def build_models(box: BlackBox, name: str | None, device: torch.device) -> tuple[ActorCritic, Reference | None]:
     """Build the models as they were at that step; a policy that was trained whole needs only the box."""
     models = box.models
     if models["adapter"] is None and not _has_exact_kl(box):
@@ -219,7 +219,7 @@ def _load_policy(box: BlackBox, name: str | None, device: torch.device) -> tuple
     )
 
 
-def _on_device(box: BlackBox, device: torch.device) -> BlackBox:
+def on_device(box: BlackBox, device: torch.device) -> BlackBox:
     """Move the recorded tensors to a device."""
 
     def moved(record: Any) -> Any:

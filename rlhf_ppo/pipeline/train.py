@@ -16,8 +16,8 @@ from rlhf_ppo.trainer import PPOTrainer
 
 def train(args: TrainArgs) -> None:
     """Run the `train` command."""
-    train_rows, eval_rows = _load_prompts(args)
-    trainer = _trainer(args, train_rows, eval_rows)
+    train_rows, eval_rows = load_prompts(args)
+    trainer = make_trainer(args, train_rows, eval_rows)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint, resume_override=args.resume_override)
     merged = trainer.save_model(trainer.run.path / "merged", merge_adapter=True) if args.merge_adapter else None
     if not trainer.fixed.processes.first:
@@ -31,7 +31,7 @@ def train(args: TrainArgs) -> None:
 
 def record_command(args: CriticRecordArgs) -> None:
     """Run the `critic record` command."""
-    trainer = _trainer(args, _load_prompts(args)[0], None)
+    trainer = make_trainer(args, load_prompts(args)[0], None)
     recording = trainer.record()
     if not trainer.fixed.processes.first:
         return
@@ -40,7 +40,8 @@ def record_command(args: CriticRecordArgs) -> None:
     print(f"recorded in {recording.folder}")
 
 
-def _trainer(args: TrainArgs, train_rows: Rows, eval_rows: Rows | None) -> PPOTrainer:
+def make_trainer(args: TrainArgs, train_rows: Rows, eval_rows: Rows | None) -> PPOTrainer:
+    """Make the trainer of a `train` command."""
     return PPOTrainer(
         model=args.model,
         reward_funcs=list(args.reward),
@@ -54,7 +55,7 @@ def _trainer(args: TrainArgs, train_rows: Rows, eval_rows: Rows | None) -> PPOTr
     )
 
 
-def _load_prompts(args: TrainArgs) -> tuple[Rows, Rows | None]:
+def load_prompts(args: TrainArgs) -> tuple[Rows, Rows | None]:
     """Load the prompts to train on and to evaluate on (None: no evaluation).
 
     Raises:

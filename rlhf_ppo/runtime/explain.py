@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ COLUMNS = (
     "step",
     "label",
     "reward",
+    "kl",
     "value",
     "delta",
     "advantage",
@@ -32,22 +33,35 @@ COLUMNS = (
 class Explanation:
     """One row per action.
 
-    sequence, step (place in the rollout), label (what was done), reward, value (V before the action), delta (``r +
-    gamma V' - V``), advantage, weight (the advantage as it is trained on, usually whitened), ended (terminated,
-    truncated or empty), ratio (new / old probability), clipped (above, below or empty: on which side of the clip range
-    the ratio is, whatever the sign of the advantage), gradient_alive (whether the policy's loss has a gradient for this
-    action). value and delta are None without a critic.
+    sequence, step (place in the rollout), label (what was done), reward, kl (to the reference, in nats), value (V
+    before the action), delta (``r + gamma V' - V``), advantage, weight (the advantage as it is trained on, usually
+    whitened), ended (terminated, truncated or empty), ratio (new / old probability), clipped (above, below or empty: on
+    which side of the clip range the ratio is, whatever the sign of the advantage), gradient_alive (whether the policy's
+    loss has a gradient for this action). kl is None without a reference, value and delta without a critic, and the last
+    three without a policy to compare with.
     """
 
     rows: list[dict[str, Any]]
 
+    @property
+    def columns(self) -> list[str]:
+        """The columns that hold something."""
+        return [column for column in COLUMNS if any(row[column] is not None for row in self.rows)]
+
+    def of(self, sequence: int) -> Explanation:
+        """Return the rows of one sequence."""
+        return Explanation([row for row in self.rows if row["sequence"] == sequence])
+
     def text(self, max_rows: int | None = 60) -> str:
-        """Format the rows as a plain-text table of at most ``max_rows`` rows; says how many are left out."""
-        shown = self.rows[:max_rows]
-        table = [[_cell(row[column]) for column in COLUMNS] for row in shown]
-        widths = [max(len(column), *(len(line[i]) for line in table)) for i, column in enumerate(COLUMNS)]
+        """Format the rows as a plain-text table of at most ``max_rows`` rows; says how many are left out.
+
+        Columns that hold nothing are left out.
+        """
+        shown, columns = self.rows[:max_rows], self.columns
+        table = [[cell(row[column]) for column in columns] for row in shown]
+        widths = [max(len(column), *(len(line[i]) for line in table)) for i, column in enumerate(columns)]
         lines = [
-            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [COLUMNS, *table]
+            "  ".join(said.rjust(width) for said, width in zip(line, widths, strict=True)) for line in [columns, *table]
         ]
         if len(shown) < len(self.rows):
             lines.append(f"... and {len(self.rows) - len(shown)} more rows")
@@ -74,7 +88,7 @@ class Explanation:
         chosen = known[0] if sequence is None and known else sequence
         if chosen not in known:
             raise ValueError(f"there is no sequence {chosen}; known: {', '.join(map(str, known))}")
-        return _draw([row for row in self.rows if row["sequence"] == chosen], Path(path), f"sequence {chosen}")
+        return _draw(self.of(chosen).rows, Path(path), f"sequence {chosen}")
 
 
 def explain_actions(
@@ -86,10 +100,11 @@ def explain_actions(
     truncated: Tensor,
     advantages: Tensor,
     old: Experience,
-    new_logprobs: Tensor,
+    new_logprobs: Tensor | None,
     config: PPOConfig,
     gamma: float,
     labels: Sequence[Sequence[str]],
+    kl: Tensor | None = None,
 ) -> Explanation:
     """Tabulate what an update sees of each action, and the ratio and gradient under the current policy.
 
@@ -101,16 +116,13 @@ def explain_actions(
         truncated: [B, T] bool, the episode was cut.
         advantages: [B, T] before whitening.
         old: [B, T] the update's facts: recorded log-probs, the advantages to train on, the mask of real decisions.
-        new_logprobs: [B, T] of the same actions under the policy now.
+        new_logprobs: [B, T] of the same actions under the policy now, or None without one.
         config: objective, clip ranges, ratio level.
         gamma: discount that ``delta`` takes.
         labels: [B][T] what each action was.
+        kl: [B, T] in nats, to a reference.
     """
-    alive = _gradient(new_logprobs, old, config) != 0
-    compared = old.compared_logprobs(config)
-    pooled = pool_old_logprobs(new_logprobs, compared, old.mask, level=config.ratio_level, turns=old.turns)
-    ratio = probability_ratio(new_logprobs, pooled)
-    above, below = _outside(ratio, config)
+    moved = None if new_logprobs is None else _moved(new_logprobs, old, config)
     delta = None
     if values is not None and next_values is not None:
         delta = rewards + gamma * torch.where(terminated, torch.zeros_like(next_values), next_values) - values
@@ -119,17 +131,29 @@ def explain_actions(
         numbers = (
             labels[b][t],
             float(rewards[b, t]),
-            None if values is None else float(values[b, t]),
-            None if delta is None else float(delta[b, t]),
+            *(None if x is None else float(x[b, t]) for x in (kl, values, delta)),
             float(advantages[b, t]),
             float(old.advantages[b, t]),
             "terminated" if terminated[b, t] else "truncated" if truncated[b, t] else "",
-            float(ratio[b, t]),
-            "above" if above[b, t] else "below" if below[b, t] else "",
-            bool(alive[b, t]),
+            *((None, None, None) if moved is None else moved(b, t)),
         )
         rows.append(dict(zip(COLUMNS, (b, t, *numbers), strict=True)))
     return Explanation(rows)
+
+
+def _moved(new_logprobs: Tensor, old: Experience, config: PPOConfig) -> Callable[[int, int], tuple[float, str, bool]]:
+    """Compare the policy with the old one; returns what the last three columns say of the action at (b, t)."""
+    alive = _gradient(new_logprobs, old, config) != 0
+    compared = old.compared_logprobs(config)
+    pooled = pool_old_logprobs(new_logprobs, compared, old.mask, level=config.ratio_level, turns=old.turns)
+    ratio = probability_ratio(new_logprobs, pooled)
+    above, below = _outside(ratio, config)
+
+    def columns(b: int, t: int) -> tuple[float, str, bool]:
+        side = "above" if above[b, t] else "below" if below[b, t] else ""
+        return float(ratio[b, t]), side, bool(alive[b, t])
+
+    return columns
 
 
 def _gradient(new_logprobs: Tensor, old: Experience, config: PPOConfig) -> Tensor:
@@ -152,7 +176,8 @@ def _outside(ratio: Tensor, config: PPOConfig) -> tuple[Tensor, Tensor]:
     return ratio > 1 + high, below
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """Return a value as tables show it."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -195,7 +220,8 @@ def _draw(rows: list[dict[str, Any]], path: Path, title: str) -> Path:
         bottom.set_xlabel("step")
     for axes in (top, middle, bottom):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, loc="best")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8, loc="best")
     figure.suptitle(title, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

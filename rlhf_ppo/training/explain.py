@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.core import PPOConfig, kl_estimate
 from rlhf_ppo.data.detokenization import GrowingText, TextPieces, before_each, common_prefix_length
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.models.acceleration.working_copy import computing
@@ -14,21 +18,51 @@ from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.runtime.explain import Explanation, explain_actions
 from rlhf_ppo.training.advantages import next_decisions
 from rlhf_ppo.training.experience import estimate
-from rlhf_ppo.training.rewards import shape_rewards
+from rlhf_ppo.training.rewards import Rewards, shape_rewards
 from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.state import TrainState
 
 
 def explain_rollout(state: TrainState, run: Run, rollout: Rollout) -> Explanation:
     """Explain every token that the policy chose, as an update on ``rollout`` sees it; raises what that would raise."""
-    args = run.args
-    rewards = shape_rewards(rollout, args, state.kl_coef, state.score_statistics)
+    args, model = run.args, state.model
+    passes = run.microbatches(model, rollout, range(len(rollout.prompts)))
+    return explain_scored(
+        rollout,
+        shape_rewards(rollout, args, state.kl_coef, state.score_statistics),
+        args,
+        run.tokenizer,
+        objective=state.objective(args),
+        new_logprobs=logprobs_now(model, rollout, passes, temperature=args.temperature, bf16=run.bf16),
+    )
+
+
+def explain_scored(
+    rollout: Rollout,
+    rewards: Rewards,
+    args: RLHFConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    objective: PPOConfig,
+    new_logprobs: Tensor | None,
+) -> Explanation:
+    """Explain a rollout, given its rewards.
+
+    Args:
+        rollout: scored, with reference log-probs.
+        rewards: of :func:`rlhf_ppo.training.rewards.shape_rewards`.
+        args: how advantages are estimated.
+        tokenizer: the policy's.
+        objective: the loss with the coefficients of that update.
+        new_logprobs: [B, T] of :func:`logprobs_now`; None: without a policy to compare with.
+    """
     estimates = estimate(rollout, rewards, args)
     mask, values = estimates.experience.mask, estimates.values
     baseline = torch.zeros_like(rollout.logprobs) if values is None else values
     next_values, last = next_decisions(baseline, mask)
     # Where a whole turn is one action, a token has no successor of its own.
     by_token = values is not None and args.turn_credit == "token"
+    assert rollout.ref_logprobs is not None  # shape_rewards has read them
     return explain_actions(
         rewards=rewards.per_token,
         values=values,
@@ -37,16 +71,17 @@ def explain_rollout(state: TrainState, run: Run, rollout: Rollout) -> Explanatio
         truncated=torch.zeros_like(last),
         advantages=estimates.advantages,
         old=estimates.experience,
-        new_logprobs=_logprobs_now(state.model, run, rollout),
-        config=state.objective(args),
+        new_logprobs=new_logprobs,
+        config=objective,
         gamma=args.gamma,
-        labels=[[repr(piece) for piece in row] for row in _pieces(run, rollout)],
+        labels=[[repr(piece) for piece in row] for row in _pieces(tokenizer, rollout)],
+        kl=kl_estimate(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator),
     )
 
 
-def _pieces(run: Run, rollout: Rollout) -> list[list[str]]:
+def _pieces(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[list[str]]:
     """Return [B, T] what each token adds to the text before it; special tokens are spelled out."""
-    pieces = TextPieces(run.tokenizer, special=True)
+    pieces = TextPieces(tokenizer, special=True)
     before = before_each(pieces, rollout.prompts, rollout.prompt_ids, rollout.prompt_mask)
     found: list[list[str]] = []
     for start, row in zip(before, rollout.response_ids.tolist(), strict=True):
@@ -57,12 +92,14 @@ def _pieces(run: Run, rollout: Rollout) -> list[list[str]]:
 
 
 @torch.no_grad()
-def _logprobs_now(model: ActorCritic, run: Run, rollout: Rollout) -> Tensor:
-    """Compute log-probs [B, T] of the response tokens under the policy as it is now."""
+def logprobs_now(
+    model: ActorCritic, rollout: Rollout, passes: Sequence[list[int]], *, temperature: float, bf16: bool
+) -> Tensor:
+    """Compute log-probs [B, T] of the response tokens under the policy as it is now; ``passes``: rows of each pass."""
     logprobs = torch.zeros_like(rollout.logprobs)
-    for rows in run.microbatches(model, rollout, range(len(rollout.prompts))):
+    for rows in passes:
         part = rollout.sequences(rows)
-        with computing(model, bf16=run.bf16):
-            new = model(*part, temperature=run.args.temperature, entropy=False)
+        with computing(model, bf16=bf16):
+            new = model(*part, temperature=temperature, entropy=False)
         logprobs[rows, : part.mask.shape[1]] = new.logprobs.to(logprobs.dtype)
     return logprobs

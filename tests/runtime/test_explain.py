@@ -26,6 +26,8 @@ def explain(**settings):
     truncated[1, 1] = True
     critic = settings.pop("critic", True)
     old_logprobs = torch.full((2, 4), -1.0)
+    given = {"new_logprobs": old_logprobs + ratios.log(), "kl": None}
+    given |= {name: settings.pop(name) for name in tuple(given) if name in settings}
     return explain_actions(
         rewards=torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 0.0, 0.0]]),
         values=torch.full((2, 4), 10.0) if critic else None,
@@ -34,7 +36,7 @@ def explain(**settings):
         truncated=truncated,
         advantages=weights * 3,
         old=Experience(old_logprobs, None, weights, None, MASK),
-        new_logprobs=old_logprobs + ratios.log(),
+        **given,
         config=PPOConfig(**settings),
         gamma=0.5,
         labels=[["a", "b", "c", "d"], ["e", "f", "pad", "pad"]],
@@ -78,12 +80,12 @@ def test_what_the_clip_did_depends_on_the_objective(settings, clipped, alive):
 def test_without_a_critic_there_is_no_value_and_no_delta():
     explanation = explain(critic=False)
     assert column(explanation, "value") == column(explanation, "delta") == [None] * 6
-    assert " - " in explanation.text()
+    assert not {"value", "delta"} & set(explanation.text().splitlines()[0].split())
 
 
 def test_as_text():
     lines = explain().text(max_rows=4).splitlines()
-    assert lines[0].split() == list(COLUMNS)
+    assert lines[0].split() == [name for name in COLUMNS if name != "kl"]
     assert lines[4].split() == [
         "0",
         "3",
@@ -116,6 +118,13 @@ def test_as_a_dataframe_or_without_pandas_as_rows(monkeypatch):
     frame = explanation.to_dataframe()
     assert isinstance(frame, pandas.DataFrame) and list(frame.columns) == list(COLUMNS)
     assert frame["delta"].sum() == 11
+
+
+def test_without_a_policy_there_is_no_ratio_and_with_a_reference_a_kl(tmp_path):
+    explanation = explain(new_logprobs=None, kl=torch.full((2, 4), 0.25))
+    assert explanation.columns == [name for name in COLUMNS if name not in ("ratio", "clipped", "gradient_alive")]
+    assert column(explanation, "kl") == [0.25] * 6 and column(explanation.of(1), "label") == ["e", "f"]
+    explanation.plot(tmp_path / "no-ratios.png")
 
 
 def test_as_a_picture(tmp_path):

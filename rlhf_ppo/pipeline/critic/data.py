@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.config.rlhf import RLHFConfig, restore_settings
 from rlhf_ppo.core.masked import keep
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.pipeline.critic.analysis import WORDS, Evidence, fold_numbers
@@ -67,8 +67,7 @@ def load_critic_data(
     """
     recordings = [open_recording(folder) for folder in folders]
     first = recordings[0]
-    own = {field.name for field in dataclasses.fields(RLHFConfig)}  # `train` records its other flags, too
-    settings = RLHFConfig(**{name: value for name, value in first.facts.settings.items() if name in own})
+    settings = restore_settings(first.facts.settings)
     for other in recordings[1:]:
         _require_same(first, other, given=gamma is not None)
     if settings.turn_credit == "turn":

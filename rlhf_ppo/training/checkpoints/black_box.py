@@ -14,8 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf_ppo.config.name_hints import REMOVED_VALUES
-from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.config.rlhf import RLHFConfig, restore_settings
 from rlhf_ppo.core import BannedTokens, Experience
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.models.sharded.sharding import as_piece, local_part
@@ -24,6 +23,7 @@ from rlhf_ppo.runtime.checkpoints.checkpoint_commit import write_checkpoint
 from rlhf_ppo.training.checkpoints.fingerprints import data_fingerprint
 from rlhf_ppo.training.experience import Estimates
 from rlhf_ppo.training.models.model_facts import model_facts
+from rlhf_ppo.training.rewards import ScoreStatistics
 from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.stability import Step
 from rlhf_ppo.training.state import TrainState
@@ -52,6 +52,9 @@ class BlackBox:
     """Those that the optimizer updates, before the step, and frozen parts of a separate critic."""
     objective: RLHFConfig
     """The settings of that update."""
+    kl_coef: float
+    score_statistics: ScoreStatistics
+    """Those of the rollouts before."""
     warming_up: bool
     """Whether the critic alone was trained."""
     critic_alone: bool
@@ -92,26 +95,7 @@ def write_black_box(state: TrainState, run: Run, rollout: Rollout, estimates: Es
     moments = state.optimizer.state_dict()["state"]
     owners = {id(local_part(p)): p for p in weights.values()}
     order = [owners[id(part)] for group in state.optimizer.param_groups for part in group["params"]]
-    facts = {  # keys are those of earlier versions, whose black boxes replay, too
-        "step": step.number,
-        "passes": run.microbatches(state.model, rollout, step.rows),
-        "estimates": estimates.nonfinite,
-        "numbers": {name: float(x) for name, x in step.numbers.items()},
-        "warming_up": state.warms_up(run.args),
-        "critic_alone": step.critic_alone,
-        "objective": dataclasses.asdict(state.effective_settings(run.args)),
-        "kl_coef": state.kl_coef,
-        "generators": {"seed": run.args.seed, "rollout": state.rollouts_made, "shuffle": state.iteration},
-        "bf16": run.bf16,
-        "device": str(run.device),
-        "models": model_facts(state.model, run),
-        "versions": {name: version(name) for name in ("transformers", "peft", "safetensors")},
-        "train_dataset": None if run.train_prompts is None else data_fingerprint(run.train_prompts),
-        "barred_tokens": None if rollout.banned is None else list(rollout.banned.tokens),
-        "prompts": rollout.prompts,
-        "completions": rollout.completions,
-        "score_parts": rollout.score_parts,
-    }
+    facts = _facts(state, run, rollout, estimates, step)
     scratch = run.folder.path / ".tmp-blackbox"
     try:
         written = write_checkpoint(
@@ -139,6 +123,31 @@ def write_black_box(state: TrainState, run: Run, rollout: Rollout, estimates: Es
     return folder
 
 
+def _facts(state: TrainState, run: Run, rollout: Rollout, estimates: Estimates, step: Step) -> dict[str, Any]:
+    """Return what a black box holds beside tensors."""
+    return {  # keys are those of earlier versions, whose black boxes replay, too
+        "step": step.number,
+        "passes": run.microbatches(state.model, rollout, step.rows),
+        "estimates": estimates.nonfinite,
+        "numbers": {name: float(x) for name, x in step.numbers.items()},
+        "warming_up": state.warms_up(run.args),
+        "critic_alone": step.critic_alone,
+        "objective": dataclasses.asdict(state.effective_settings(run.args)),
+        "kl_coef": state.kl_coef,
+        "score_statistics": state.score_statistics.state_dict(),
+        "generators": {"seed": run.args.seed, "rollout": state.rollouts_made, "shuffle": state.iteration},
+        "bf16": run.bf16,
+        "device": str(run.device),
+        "models": model_facts(state.model, run),
+        "versions": {name: version(name) for name in ("transformers", "peft", "safetensors")},
+        "train_dataset": None if run.train_prompts is None else data_fingerprint(run.train_prompts),
+        "barred_tokens": None if rollout.banned is None else list(rollout.banned.tokens),
+        "prompts": rollout.prompts,
+        "completions": rollout.completions,
+        "score_parts": rollout.score_parts,
+    }
+
+
 def _tensors(record: Rollout | Experience) -> dict[str, Tensor]:
     found = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
     if isinstance(record, Rollout) and record.banned is not None:
@@ -156,7 +165,8 @@ def read_black_box(folder: str | Path) -> BlackBox:
     box = read_checkpoint(folder)
     if not {"trainable", "rollout", "experience"} <= box.tensors.keys():
         raise ValueError(f"{folder} is not a black box: name a folder blackbox-<n> of a run")
-    state, rollout = box.state, dict(box.tensors["rollout"])
+    state, rollout, statistics = box.state, dict(box.tensors["rollout"]), ScoreStatistics()
+    statistics.load_state_dict(state.get("score_statistics", {}))
     banned = rollout.pop("barred", None)
     return BlackBox(
         iteration=box.step,
@@ -174,7 +184,9 @@ def read_black_box(folder: str | Path) -> BlackBox:
         old=Experience(**_complete(box.tensors["experience"], "values", "returns")),
         passes=state["passes"],
         weights=box.tensors["trainable"],
-        objective=_settings(state["objective"]),
+        objective=restore_settings(state["objective"]),
+        kl_coef=state["kl_coef"],
+        score_statistics=statistics,
         warming_up=state["warming_up"],
         critic_alone=state.get("critic_alone", False),
         bf16=state["bf16"],
@@ -187,11 +199,3 @@ def read_black_box(folder: str | Path) -> BlackBox:
 def _complete(tensors: Mapping[str, Tensor], *optional: str) -> dict[str, Any]:
     """Fill fields without a default that the record did not have with None."""
     return {**dict.fromkeys(optional), **tensors}
-
-
-def _settings(saved: Mapping[str, Any]) -> RLHFConfig:
-    """Restore settings from JSON: lists become tuples; the command line's settings and removed ones are left out."""
-    known = {f.name for f in dataclasses.fields(RLHFConfig)}
-    known -= {name for name, values in REMOVED_VALUES.items() if saved.get(name) in values}
-    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known}
-    return RLHFConfig(**settings)

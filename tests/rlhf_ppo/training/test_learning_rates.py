@@ -7,11 +7,11 @@ import json
 
 import pytest
 
+from rlhf_ppo.config.rlhf import restore_settings
 from rlhf_ppo.models.adapters.lora import lora_config
 from rlhf_ppo.pipeline.demo import DemoArgs, demo_trainer
 from rlhf_ppo.runtime.checkpoints.checkpoint import read_checkpoint
 from rlhf_ppo.runtime.checkpoints.checkpoint_commit import write_checkpoint
-from rlhf_ppo.training.checkpoints.black_box import _settings
 from rlhf_ppo.training.models import learning_rates
 from rlhf_ppo.training.models.learning_rates import critic_rate, policy_rate
 
@@ -87,7 +87,7 @@ def test_a_rate_that_is_set_stays(make_trainer, of_200_million, given, rates, wo
     assert [group["lr"] for group in trainer.optimizer.param_groups] == rates
     assert words in (None, trainer.fixed.learning_rates)
     # Settings with the rates filled in can be made again, as a black box's are.
-    assert _settings(json.loads(json.dumps(dataclasses.asdict(trainer.args)))) == trainer.args
+    assert restore_settings(json.loads(json.dumps(dataclasses.asdict(trainer.args)))) == trainer.args
 
 
 def test_the_demo_learns_at_the_rate_that_is_chosen(tmp_path):
