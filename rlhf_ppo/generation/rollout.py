@@ -88,6 +88,10 @@ class Rollout:
     """[B, T] the part of ``scores`` that belongs to single tokens, 0 outside ``mask``; None: no token was scored."""
     token_score_parts: dict[str, Tensor] = field(default_factory=dict)
     """The rewards [B, T] of each function that scored tokens, before its weight."""
+    logged_metrics: dict[str, float] = field(default_factory=dict)
+    """Means of what reward functions logged by ``log_metric``."""
+    logged_columns: dict[str, list[Any]] = field(default_factory=dict)
+    """What they logged by ``log_extra``, [B] each: None for a response whose score came from the cache."""
     cache_hit_fraction: float | None = None
     """Share of the scores that came from the cache, under cache_rewards."""
     sampled_logprobs: Tensor | None = None

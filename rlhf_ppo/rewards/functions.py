@@ -10,11 +10,19 @@ from typing import Any
 
 RewardFunction = Callable[..., Any]
 """``fn(prompts, completions, completion_ids=..., **columns)``, sync or async: one score per completion, in order.
-``completion_ids`` (the sampled token ids) goes to functions that name it or accept ``**`` keywords; after several turns
-``conversations`` (all messages) and ``completion_turns`` (the turn of each token) go to those that name them."""
+``completion_ids`` (the sampled token ids), ``log_metric(name, value)`` and ``log_extra(column, values)`` go to
+functions that name them or accept ``**`` keywords; after several turns ``conversations`` (all messages) and
+``completion_turns`` (the turn of each token) go to those that name them."""
 
-RESERVED = ("prompts", "completions", "completion_ids", "conversations", "completion_turns")
+RESERVED = (
+    *("prompts", "completions", "completion_ids", "conversations", "completion_turns"),
+    *("log_metric", "log_extra"),
+)
 """Arguments of reward functions, so no column of a data set may have these names."""
+
+
+_TO_KEYWORDS = ("completion_ids", "log_metric", "log_extra")
+"""Those that functions with ``**`` keywords get, too."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +57,10 @@ def reward_source(source: Any) -> str:
 
 
 def accepts(function: RewardFunction, name: str) -> bool:
-    """Return whether a reward function names a parameter; ``completion_ids`` goes into ``**`` keywords too."""
+    """Return whether a reward function gets an argument: it names it, or it goes into ``**`` keywords, too."""
     signature = _signature(function)
     parameters = [] if signature is None else signature.parameters.values()
-    return any(p.name == name or (name == "completion_ids" and p.kind is p.VAR_KEYWORD) for p in parameters)
+    return any(p.name == name or (name in _TO_KEYWORDS and p.kind is p.VAR_KEYWORD) for p in parameters)
 
 
 def require_accepts_columns(
@@ -73,7 +81,7 @@ def require_accepts_columns(
     signature = _signature(function)
     if signature is None:
         return
-    extra = ["completion_ids", "conversations", "completion_turns"] if conversations else ["completion_ids"]
+    extra = [*_TO_KEYWORDS, *(("conversations", "completion_turns") if conversations else ())]
     given: dict[str, Any] = dict.fromkeys([*columns, *(name for name in extra if accepts(function, name))])
     try:
         signature.bind([], [], **given)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
 from functools import partial
 from http.client import HTTPException
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
 from rlhf_ppo.data.chat import Completion, Prompt
@@ -31,6 +31,14 @@ class _TemporaryError(Exception):
     """Worth a retry: the server failed, the connection failed, or the answer took too long."""
 
 
+class _Answer(NamedTuple):
+    """What a server has said about a request."""
+
+    rows: Sequence[Mapping[str, Any]]
+    """A score, and perhaps extra columns, for each item in order."""
+    metrics: Mapping[str, float]
+
+
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Turn a redirect into an HTTPError: prompts and token go only to the given address."""
@@ -41,7 +49,8 @@ class HTTPReward:
 
     Request: POST ``{"items": [{"id", "prompt", "completion", "columns"}]}``; answer: ``{"scores": [{"id", "score"}]}``
     in any order. A score is a number, null (cannot be scored) or ``{"steps": [[end, score], ...]}`` (see
-    :class:`rlhf_ppo.StepRewards`).
+    :class:`rlhf_ppo.StepRewards`). An answer may have ``"metrics": {name: number}``, and a score ``"extra": {column:
+    value}``: they are logged as a reward function's are.
     """
 
     def __init__(
@@ -97,10 +106,19 @@ class HTTPReward:
         self._opener = urllib.request.build_opener(_NoRedirects, *proxies)
 
     def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Sequence[Any]
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Completion],
+        *,
+        log_metric: Callable[[str, float], None] | None = None,
+        log_extra: Callable[[str, Sequence[Any]], None] | None = None,
+        **columns: Sequence[Any],
     ) -> list[float | StepRewards | None]:
         """Ask for scores, ``batch_size`` completions per request, ``concurrency`` requests at a time.
 
+        Args:
+            prompts, completions, columns: what the server receives.
+            log_metric, log_extra: log what the server has logged.
         Raises:
             RewardError: no answer after all retries, a refusal, or an answer without exactly one score per id.
         """
@@ -122,25 +140,31 @@ class HTTPReward:
         done, _ = wait(shares, return_when=FIRST_EXCEPTION)
         for share in done:
             share.result()  # raises its error; the other lanes stop after their current request
-        scores: list[list[float | StepRewards | None]] = [[]] * len(batches)
+        answers: list[_Answer] = [_Answer([], {})] * len(batches)
         for lane, share in enumerate(shares):
-            scores[lane::lanes] = share.result()
-        return [score for batch in scores for score in batch]
+            answers[lane::lanes] = share.result()
+        rows = [row for answer in answers for row in answer.rows]
+        if log_extra is not None:
+            for column in dict.fromkeys(column for row in rows for column in row.get("extra", {})):
+                log_extra(column, [row.get("extra", {}).get(column) for row in rows])
+        if log_metric is not None:
+            for name in dict.fromkeys(name for answer in answers for name in answer.metrics):
+                given = [(a.metrics[name], len(a.rows)) for a in answers if name in a.metrics]
+                log_metric(name, sum(value * count for value, count in given) / sum(count for _, count in given))
+        return [_score(row["score"]) for row in rows]
 
-    def _ask_all(
-        self, batches: Sequence[list[dict[str, Any]]], failed: threading.Event
-    ) -> list[list[float | StepRewards | None]]:
+    def _ask_all(self, batches: Sequence[list[dict[str, Any]]], failed: threading.Event) -> list[_Answer]:
         """Ask about one batch after another, until one fails in any lane."""
-        scores: list[list[float | StepRewards | None]] = []
+        answers: list[_Answer] = []
         for items in batches:
             if failed.is_set():
                 break
             try:
-                scores.append(self._in_order([item["id"] for item in items], self._ask(items)))
+                answers.append(self._in_order([item["id"] for item in items], self._ask(items)))
             except BaseException:
                 failed.set()
                 raise
-        return scores
+        return answers
 
     def _ask(self, items: list[dict[str, Any]]) -> Any:
         try:
@@ -195,8 +219,8 @@ class HTTPReward:
         except (ValueError, RecursionError):
             raise self._error(f"the answer is not JSON: {body[:200]!r}") from None
 
-    def _in_order(self, ids: Sequence[str], answer: Any) -> list[float | StepRewards | None]:
-        """Return scores in the order of ``ids``, from an answer in any order."""
+    def _in_order(self, ids: Sequence[str], answer: Any) -> _Answer:
+        """Read an answer in any order; its rows are returned in the order of ``ids``."""
         rows = answer.get("scores") if isinstance(answer, Mapping) else None
         if not isinstance(rows, list) or not all(isinstance(row, Mapping) and "score" in row for row in rows):
             raise self._error(f'expected {{"scores": [{{"id", "score"}}]}}, got {answer!r:.200}')
@@ -208,8 +232,14 @@ class HTTPReward:
         ):
             if wrong:
                 raise self._error(f"the answer has {what} ids: {wrong!r:.200}")
-        by_id = {row["id"]: row["score"] for row in rows}
-        return [_score(by_id[i]) for i in ids]
+        metrics = answer.get("metrics", {})
+        if not isinstance(metrics, Mapping) or any(type(x) not in (int, float) for x in metrics.values()):
+            raise self._error(f'"metrics" must be {{name: number}}, got {metrics!r:.200}')
+        for row in rows:
+            if not isinstance(row.get("extra", {}), Mapping):
+                raise self._error(f'"extra" of a score must be {{column: value}}, got {row["extra"]!r:.200}')
+        by_id = {row["id"]: row for row in rows}
+        return _Answer([by_id[i] for i in ids], metrics)
 
     def _error(self, message: str) -> RewardError:
         return RewardError(f"reward server {self.__name__}: {message}")

@@ -9,10 +9,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from rlhf_ppo.rewards.functions import RewardFunction
+from rlhf_ppo.rewards.logs import RewardLog
 from rlhf_ppo.rewards.scoring import score
 from rlhf_ppo.rewards.validation import RewardError
 
@@ -47,12 +49,16 @@ def read_items(body: bytes) -> list[dict[str, Any]]:
     return items
 
 
-def answer(items: list[dict[str, Any]], score_all: Score) -> dict[str, Any]:
-    """Score a request's items."""
+def answer(items: list[dict[str, Any]], score_all: Score, log: RewardLog | None = None) -> dict[str, Any]:
+    """Score a request's items; what the reward has logged meanwhile (``log``) goes with the scores."""
     names = items[0].get("columns", {})
     columns = {name: [item["columns"][name] for item in items] for name in names}
     scores = score_all([item["prompt"] for item in items], [item["completion"] for item in items], columns)
-    return {"scores": [{"id": item["id"], "score": s} for item, s in zip(items, scores, strict=True)]}
+    rows = [{"id": item["id"], "score": s} for item, s in zip(items, scores, strict=True)]
+    logged = {} if log is None else log.columns(len(items))
+    for i, row in enumerate(rows if logged else ()):
+        row["extra"] = {column: values[i] for column, values in logged.items()}
+    return {"scores": rows, **({"metrics": log.metrics()} if log is not None and log.metrics() else {})}
 
 
 class _UntilDeadline(io.RawIOBase):
@@ -74,6 +80,9 @@ class _UntilDeadline(io.RawIOBase):
 
 class RewardServer(ThreadingHTTPServer):
     """Answer ``POST {"items": [{"id", "prompt", "completion", "columns"}]}`` with ``{"scores": [{"id", "score"}]}``.
+
+    What the reward logs goes with it: ``"metrics": {name: number}`` by ``log_metric``, and in each score's ``"extra"``
+    its values of the columns by ``log_extra``.
 
     Each connection has its own thread and carries one request. The reward is called by one thread at a time, because
     models and user code are rarely thread-safe. Call ``serve_forever()``.
@@ -109,10 +118,12 @@ class RewardServer(ThreadingHTTPServer):
         self._free = threading.Semaphore(max_connections)
         super().__init__((host, port), _Handler)
 
-    def score(self, prompts: list[Any], completions: list[Any], columns: dict[str, list[Any]]) -> list[float | None]:
-        """Call the reward, one thread at a time."""
+    def score(
+        self, prompts: list[Any], completions: list[Any], columns: dict[str, list[Any]], log: RewardLog | None = None
+    ) -> list[float | None]:
+        """Call the reward, one thread at a time; ``log`` takes what it logs."""
         with self._asking:
-            return score(self.reward, prompts, completions, columns, needs_scores=False)
+            return score(self.reward, prompts, completions, columns, needs_scores=False, log=log)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a thread for a connection, or refuse it with a 503."""
@@ -160,7 +171,8 @@ class _Handler(BaseHTTPRequestHandler):
         if len(body) < int(length):
             return self._reply(400, {"error": "the body is shorter than Content-Length says"})
         try:
-            return self._reply(200, answer(read_items(body), self.server.score))
+            log = RewardLog()
+            return self._reply(200, answer(read_items(body), partial(self.server.score, log=log), log))
         except BadRequestError as error:
             return self._reply(400, {"error": str(error)})
         except RewardError as error:

@@ -12,6 +12,7 @@ from rlhf_ppo.data.chat import Completion, Prompt
 from rlhf_ppo.rewards.cache import ScoreCache, decoded_score, encoded_score
 from rlhf_ppo.rewards.calling import call_rewards
 from rlhf_ppo.rewards.functions import RewardFunction, StepRewards, accepts, reward_name
+from rlhf_ppo.rewards.logs import LOGGERS, CallLog, RewardLog
 from rlhf_ppo.rewards.step_rewards import Decode, step_rewards_per_token, step_rewards_per_turn
 from rlhf_ppo.rewards.validation import RewardError, Score, coerce_scores, finite_or_none
 from rlhf_ppo.runtime.processes.group import ALONE, ProcessGroup
@@ -56,9 +57,12 @@ class Responses:
             None if self.completion_turns is None else [self.completion_turns[i] for i in rows],
         )
 
-    def arguments(self, function: RewardFunction) -> tuple[RewardFunction, tuple[Any, ...], dict[str, Any]]:
-        """Return the function with its positional and keyword arguments."""
+    def arguments(
+        self, function: RewardFunction, log: CallLog
+    ) -> tuple[RewardFunction, tuple[Any, ...], dict[str, Any]]:
+        """Return the function with its positional and keyword arguments; ``log`` takes what it logs."""
         keywords: dict[str, Any] = dict(self.columns)
+        keywords |= {name: getattr(log, name) for name in LOGGERS if accepts(function, name)}
         for name in ("completion_ids", "conversations", "completion_turns"):
             if getattr(self, name) is not None and accepts(function, name):
                 keywords[name] = getattr(self, name)
@@ -77,6 +81,7 @@ def score_responses(
     processes: ProcessGroup = ALONE,
     own: Sequence[int] | None = None,
     whole_rollout: bool = False,
+    log: RewardLog | None = None,
 ) -> dict[str, list[Score]]:
     """Call every reward function and check what it returns.
 
@@ -92,19 +97,20 @@ def score_responses(
         own: the responses that this process scores; None: all of them.
         whole_rollout: the first process scores all of them; so it does for a function whose attribute
             ``whole_rollout`` is true.
+        log: takes what the functions log; after an error it has what those of this process had logged.
     Returns:
         Name -> [B] scores.
     Raises:
         RewardError: a function raised (the cause is chained), exceeded the limit, or did not return [B] finite scores;
             never a silent zero.
     """
-    caches = caches or {}
+    caches, log = caches or {}, log or RewardLog()
     keys = {name: _keys(caches[name], function, responses) for name, function in rewards.items() if name in caches}
     asked = {
         name: caches[name].to_ask(keys[name]) if name in caches else list(range(len(responses))) for name in rewards
     }
 
-    def answer(rewards: Mapping[str, RewardFunction]) -> dict[str, list[tuple[int, Any]]]:
+    def answer(rewards: Mapping[str, RewardFunction]) -> dict[str, Any]:
         mine: dict[str, list[int]] = {}
         for name, function in rewards.items():
             at_once = whole_rollout or getattr(function, "whole_rollout", False)
@@ -114,37 +120,65 @@ def score_responses(
         questions = {name: responses.take(mine[name]) for name in rewards}
         # A function whose scores are all cached is not called, unless another process needs this one's weights.
         called = {n: f for n, f in rewards.items() if mine[n] or n in shared}
-        results = call_rewards({n: questions[n].arguments(f) for n, f in called.items()}, timeout_s)
+        logs = {n: log.begin(n, mine[n]) for n in called}
+        results = _call(called, questions, logs, timeout_s)
         answers = {n: coerce_scores(results.get(n, []), len(mine[n]), n, questions[n].lengths) for n in rewards}
         sent = answers if processes.alone else {n: [*map(encoded_score, items)] for n, items in answers.items()}
-        return {n: [*zip(mine[n], sent[n], strict=True)] for n in rewards}
+        scored = {n: [*zip(mine[n], sent[n], strict=True)] for n in rewards}
+        return {"scores": scored, "logs": [call.facts() for call in logs.values()]}
 
     # First the others: a function that fails on one process must not leave the rest waiting inside a model.
     shared = {n: f for n, f in rewards.items() if getattr(f, "together", False)}
     parts = processes.facts(lambda: answer({n: f for n, f in rewards.items() if n not in shared}))
     if shared:
         parts += [part.facts for part in processes.exchange_together(lambda: ({}, answer(shared)))]
+    log.gather([call for part in parts for call in part["logs"]])
     scores: dict[str, list[Score]] = {}
     for name in rewards:
-        given = {i: decoded_score(item) for part in parts for i, item in part.get(name, [])}
+        given = {i: decoded_score(item) for part in parts for i, item in part["scores"].get(name, [])}
         items = [given[i] for i in asked[name]]
         if name in caches:
             items = caches[name].complete(keys[name], asked[name], items)
-        scores[name] = [
-            finite_or_none(
-                _place(item, i, responses, name, decode_of),
-                name,
-                responses.prompts[i],
-                responses.completions[i],
-                drop_nonfinite=drop_nonfinite,
-            )
-            for i, item in enumerate(items)
-        ]
+        scores[name] = _checked(items, name, responses, decode_of, drop_nonfinite=drop_nonfinite)
         if needs_scores and all(value is None for value in scores[name]):
             raise RewardError(
                 f"reward function {name!r} scored none of the {len(responses)} completions (None for all)"
             )
     return scores
+
+
+def _checked(
+    items: Sequence[Score | StepRewards],
+    name: str,
+    responses: Responses,
+    decode_of: DecodeOf | None,
+    *,
+    drop_nonfinite: bool,
+) -> list[Score]:
+    """Place process rewards on tokens, and refuse or drop non-finite scores."""
+    return [
+        finite_or_none(
+            _place(item, i, responses, name, decode_of),
+            name,
+            responses.prompts[i],
+            responses.completions[i],
+            drop_nonfinite=drop_nonfinite,
+        )
+        for i, item in enumerate(items)
+    ]
+
+
+def _call(
+    functions: Mapping[str, RewardFunction],
+    questions: Mapping[str, Responses],
+    logs: Mapping[str, CallLog],
+    timeout_s: float | None,
+) -> dict[str, Any]:
+    """Call functions about their own responses; returns what each has returned, and checks what it has logged."""
+    results = call_rewards({n: questions[n].arguments(f, logs[n]) for n, f in functions.items()}, timeout_s)
+    for call in logs.values():
+        call.require_whole()
+    return results
 
 
 def score(
@@ -158,6 +192,7 @@ def score(
     timeout_s: float | None = None,
     drop_nonfinite: bool = False,
     needs_scores: bool = True,
+    log: RewardLog | None = None,
 ) -> list[float | None]:
     """Score responses with one reward function, summing token rewards: see :func:`score_responses`."""
     name = reward_name(function)
@@ -168,6 +203,7 @@ def score(
         timeout_s=timeout_s,
         drop_nonfinite=drop_nonfinite,
         needs_scores=needs_scores,
+        log=log,
     )
     return [total_score(value) for value in scores[name]]
 

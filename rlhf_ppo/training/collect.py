@@ -20,6 +20,7 @@ from rlhf_ppo.models.acceleration.working_copy import computing
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward.runner import Sequences
 from rlhf_ppo.models.sharded.sharding import gathered
+from rlhf_ppo.rewards.logs import RewardLog
 from rlhf_ppo.rewards.scoring import Responses, score_responses
 from rlhf_ppo.rewards.validation import RewardError, Score
 from rlhf_ppo.runtime.seeding import TRAIN, numbered_generator
@@ -152,18 +153,24 @@ def _read_pass(run: Run, model: ActorCritic, rollout: Rollout, part: Sequences) 
 def score(run: Run, rollout: Rollout, *, needs_scores: bool = True) -> Rollout:
     """Score the responses with every reward function; see :func:`collect`."""
     with run.stopwatch.phase("score"):
-        before = _cache_use(run)
+        before, log = _cache_use(run), RewardLog()
         try:
-            parts = _score_parts(run, rollout, needs_scores=needs_scores)
+            parts = _score_parts(run, rollout, log, needs_scores=needs_scores)
             if needs_scores and all(None in row for row in zip(*parts.values(), strict=True)):
                 raise RewardError("no completion was scored by every reward function")
         except RewardError as error:
-            texts = zip(rollout.prompts, rollout.completions, strict=True)
+            logged = log.columns(len(rollout.prompts))
+            rows = (
+                {"prompt": prompt, "completion": said, **{name: values[i] for name, values in logged.items()}}
+                for i, (prompt, said) in enumerate(zip(rollout.prompts, rollout.completions, strict=True))
+            )
             file = run.folder.path / "failed_rollout.jsonl"
             if run.processes.first:
-                write_failed(file, ({"prompt": prompt, "completion": said} for prompt, said in texts))
+                write_failed(file, rows)
             raise RewardError(f"{error}. The responses are in {file}") from error.__cause__
         rollout = with_scores(rollout, parts, [weight for _, weight in run.rewards.values()])
+        logged = {"logged_metrics": log.metrics(), "logged_columns": log.columns(len(rollout.prompts))}
+        rollout = dataclasses.replace(rollout, **logged)
         if run.score_caches:
             hits, lookups = (now - then for now, then in zip(_cache_use(run), before, strict=True))
             rollout = dataclasses.replace(rollout, cache_hit_fraction=hits / lookups)
@@ -172,7 +179,7 @@ def score(run: Run, rollout: Rollout, *, needs_scores: bool = True) -> Rollout:
         return rollout
 
 
-def _score_parts(run: Run, rollout: Rollout, *, needs_scores: bool) -> dict[str, list[Score]]:
+def _score_parts(run: Run, rollout: Rollout, log: RewardLog, *, needs_scores: bool) -> dict[str, list[Score]]:
     ids, turns = (
         None if x is None else [row[keep].tolist() for row, keep in zip(x, rollout.mask, strict=True)]
         for x in (rollout.response_ids, rollout.turns)
@@ -189,6 +196,7 @@ def _score_parts(run: Run, rollout: Rollout, *, needs_scores: bool) -> dict[str,
         processes=run.processes,
         own=run.own_rows(len(rollout.prompts)),
         whole_rollout=run.args.whole_rollout_rewards,
+        log=log,
     )
 
 

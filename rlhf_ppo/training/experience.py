@@ -126,6 +126,7 @@ def _rollout_metrics(rollout: Rollout, rewards: Rewards) -> dict[str, float]:
         "response/length_tokens": float(rollout.lengths.float().mean()),
         "response/eos_fraction": float(rollout.finished.float().mean()),
     }
+    metrics |= {f"reward/logged/{name}": value for name, value in rollout.logged_metrics.items()}
     if rollout.turns is not None and rollout.context_full is not None:
         metrics["response/turns"] = float((rollout.turns.amax(dim=1) + 1).float().mean())
         metrics["response/context_full_fraction"] = float(rollout.context_full.float().mean())

@@ -146,13 +146,17 @@ def evaluate(state: TrainState, run: Run) -> tuple[dict[str, float], list[dict[s
         raise ValueError("evaluate() needs an eval_dataset with a column 'prompt'")
     size = args.rollout_batch_size
     rows: list[dict[str, Any]] = []
+    logged: dict[str, list[tuple[float, int]]] = {}
     # What rewards draw here from global generators must not shift what they draw in training.
     generators = global_rng_state()
     for number, start in enumerate(range(0, len(prompts), size)):
         batch = prompts.take(range(start, min(start + size, len(prompts))))
         generator = numbered_generator(args.seed, EVALUATION, number, run.device)
         # A short last batch may have no score at all; only a whole evaluation without one is an error.
-        rows += describe(collect(run, state.model, batch, generator, needs_scores=False))
+        rollout = collect(run, state.model, batch, generator, needs_scores=False)
+        rows += describe(rollout)
+        for name, value in rollout.logged_metrics.items():
+            logged.setdefault(name, []).append((value, len(batch.prompts)))
     restore_rng_state(generators)
     scores = [row["score"] for row in rows if row["score"] is not None]
     if not scores:
@@ -164,7 +168,13 @@ def evaluate(state: TrainState, run: Run) -> tuple[dict[str, float], list[dict[s
         "eval/reference_nats_per_token": float(np.mean([row["reference_nats_per_token"] for row in rows])),
         "eval/length_tokens": float(np.mean([row["tokens"] for row in rows])),
         "eval/eos_fraction": float(np.mean([row["finished"] for row in rows])),
+        **{f"eval/logged/{name}": _weighted_mean(parts) for name, parts in logged.items()},
     }, rows
+
+
+def _weighted_mean(parts: list[tuple[float, int]]) -> float:
+    """Return the mean of (number, weight) pairs."""
+    return sum(x * weight for x, weight in parts) / sum(weight for _, weight in parts)
 
 
 def log_evaluation(state: TrainState, run: Run, safe: SafePoint, progress: ProgressDisplay) -> dict[str, float]:
@@ -216,7 +226,10 @@ def log_update(
 
 
 def describe(rollout: Rollout) -> list[dict[str, Any]]:
-    """Return a row per response: prompt, completion, score (None where unscored), KL, surprise, tokens, finished."""
+    """Return a row per response: prompt, completion, score (None where unscored), KL, surprise, tokens, finished.
+
+    Then what reward functions logged about it.
+    """
     assert rollout.ref_logprobs is not None and rollout.scores is not None and rollout.scored is not None
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1").sum(dim=1).tolist()
     surprise = (-rollout.ref_logprobs.sum(dim=1) / rollout.lengths).tolist()
@@ -232,6 +245,7 @@ def describe(rollout: Rollout) -> list[dict[str, Any]]:
             "tokens": lengths[i],
             "finished": finished[i],
             **({} if rollout.turns is None else {"turns": int(rollout.turns[i].max()) + 1}),
+            **{column: values[i] for column, values in rollout.logged_columns.items()},
         }
         for i, (prompt, completion) in enumerate(zip(rollout.prompts, rollout.completions, strict=True))
     ]

@@ -27,8 +27,8 @@ from rlhf_ppo.runtime.package import __version__
 
 FOLDER, MANIFEST, FORMAT = "rollouts", "rollouts.json", 1
 _LISTS = ("prompts", "completions", "conversations")
-_TABLES = ("columns", "score_parts")
-_SCALARS = ("cache_hit_fraction", "decode_gap")
+_TABLES = ("columns", "score_parts", "logged_columns")
+_SCALARS = ("cache_hit_fraction", "decode_gap", "logged_metrics")
 _PART = "token_scores of "
 """Prefix of the names of a reward function's scores per token."""
 
@@ -280,11 +280,12 @@ def _rollout(entry: Mapping[str, Any], tensors: dict[str, Tensor], rows: list[di
     parts = {name.removeprefix(_PART): tensors.pop(name) for name in sorted(tensors) if name.startswith(_PART)}
     banned = tensors.pop("banned", None)
     lists = {name: [row[name[:-1]] for row in rows] for name in _LISTS if name[:-1] in rows[0]}
-    tables = {name: {key: [row[name][key] for row in rows] for key in entry["tables"][name]} for name in _TABLES}
+    # Earlier versions recorded fewer.
+    tables = {name: {k: [row[name][k] for row in rows] for k in keys} for name, keys in entry["tables"].items()}
     return Rollout(
         **lists,
         **tables,
-        **{name: entry[name] for name in _SCALARS},
+        **{name: entry[name] for name in _SCALARS if name in entry},
         value_scale=None if entry["value_scale"] is None else ValueScale(**entry["value_scale"]),
         banned=None if banned is None else BannedTokens(banned, tuple(entry["banned_tokens"])),
         token_score_parts={name: parts[name] for name in tables["score_parts"] if name in parts},

@@ -35,6 +35,15 @@ def letters_as_steps(prompts: list[Any], completions: list[str], **columns: Any)
     return [StepRewards([(i + 1, float(x < "n")) for i, x in enumerate(text)]) for text in completions]
 
 
+def logging_letters(
+    prompts: list[Any], completions: list[str], log_metric: Any, log_extra: Any, **columns: Any
+) -> list[float]:
+    """Log a mean over the responses of each call, and a column."""
+    log_metric("length", sum(map(len, completions)) / len(completions))
+    log_extra("capitals", [text.upper() for text in completions])
+    return early_letters(prompts, completions)
+
+
 def letters_of_conversation(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
     return [sum(str(said).count(x) for x in "abcde") / 10 for said in completions]
 
@@ -78,7 +87,8 @@ def train(folder: str, case: Case, updates: int = 3) -> dict[str, Any]:
             tensors = {f"{name} {i}": getattr(rollouts[i], name).numpy() for name, i in kept}
             return {"tokens": [x.response_ids.tolist() for x in rollouts], "metrics": [], "weights": tensors}
         last = trainer.train()
-        tokens = trainer.rollout(PROMPTS).response_ids.tolist()
+        rollout = trainer.rollout(PROMPTS)
+        tokens = [rollout.response_ids.tolist(), rollout.logged_columns]
     finally:
         torch.set_default_dtype(torch.float32)
     weights = {name: p.detach().numpy() for name, p in trainer.model.named_parameters() if p.requires_grad}
@@ -109,6 +119,7 @@ CASES: dict[str, Case] = {
     "controllers": {"kl_target": 0.5, "normalize_scores": True, "target_kl": 0.002, "objective": "adaptive_clip"},
     "exact KL": {"kl_loss_coef": 0.1, "kl_loss": "exact", "kl_coef": 0.0, "ent_coef": 0.01},
     "conversations": {"respond": ask_again, "max_turns": 3, "reward_funcs": letters_of_conversation},
+    "logs": {"reward_funcs": logging_letters},
     "whole rollout": {"reward_funcs": [rank_in_rollout, letters_as_steps], "cache_rewards": True},
     "adapter": {"lora": 2, "critic": "adapter"},
     "separate critic": {"critic_epochs": 3, "critic_warmup_rollouts": 1, "recompute_logprobs": True},

@@ -53,6 +53,8 @@ EVERYTHING = {
     "value_scale": ValueScale(1 / 3, 0.1, 7),
     "token_scores": torch.tensor([[0.1, 0.2, 0.3], [0.0, 0.5, 0.0]]),
     "token_score_parts": {"length": torch.ones(2, 3)},
+    "logged_metrics": {"format": 0.25},
+    "logged_columns": {"parsed": [None, {"deep": [1]}]},
     "cache_hit_fraction": 1 / 3,
     "sampled_logprobs": -torch.ones(2, 3),
     "decode_gap": 1e-7,
