@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,9 +13,12 @@ from classic.envs.checks import require_fit
 from classic.presets.resolve import unread
 from classic.state import Run, TrainState
 from rlhf_ppo.core import PPOConfig
+from rlhf_ppo.runtime.device import resolve_device
 
 WEIGHT_SETTINGS = (
+    "network",
     "hidden_sizes",
+    "value_hidden_sizes",
     "activation",
     "shared_network",
     "recurrent",
@@ -27,6 +31,7 @@ WEIGHT_SETTINGS = (
 """Settings that the weights were made with or trained for."""
 
 COPY_SETTINGS = (
+    "device",
     "seed",
     "num_envs",
     "autoreset_mode",
@@ -86,6 +91,16 @@ def change_args(run: Run, state: TrainState, args: PPOArgs) -> Run:
     state.normalizer.gamma = state.config.gamma
     state.follow_value_setting(filled(args.normalize_values))
     return dataclasses.replace(run, args=args)
+
+
+def on_this_machine(args: PPOArgs) -> PPOArgs:
+    """Return a saved agent's settings, on the CPU if its device is not here: weights are the same anywhere."""
+    try:
+        resolve_device(args.device)
+    except ValueError as error:
+        warnings.warn(f"{error}: the agent is loaded on the CPU", stacklevel=3)
+        return dataclasses.replace(args, device="cpu")
+    return args
 
 
 def with_changes(saved: PPOArgs, changes: Mapping[str, Any], *, where: str) -> PPOArgs:

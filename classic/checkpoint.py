@@ -22,7 +22,9 @@ from rlhf_ppo.runtime.checkpoints.checkpoint_commit import write_checkpoint
 from rlhf_ppo.runtime.checkpoints.resume import require_unchanged
 from rlhf_ppo.runtime.logs.run_directory import RunDirectory
 
-FREE_SETTINGS = ("output_dir", "quiet", "num_threads", "save_every", "save_total_limit", "report_to", "eval_envs")
+FREE_SETTINGS = (
+    *("output_dir", "quiet", "num_threads", "device", "save_every", "save_total_limit", "report_to", "eval_envs"),
+)
 """Settings that may differ when a run resumes."""
 
 EPISODE_SETTINGS = ("num_envs", "autoreset_mode", "vectorization", "env_kwargs", "wrappers", "action_masks")

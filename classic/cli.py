@@ -67,6 +67,8 @@ class EvaluateCommand(Settings):
     """Take the most likely action; False: sample from the policy."""
     num_threads: int | None = None
     """Torch threads; None: as in training."""
+    network: str | None = None
+    """The function that made the agent's own network, as file.py:function; None: it has none."""
     video: str | None = None
     """Also record one episode into this file: an .mp4, a .gif, or a .png with a few moments; None: no video."""
 
@@ -99,6 +101,8 @@ class ExplainCommand(Settings):
     """Folder of a run, or any folder written by agent.save."""
     max_rows: int = 60
     """Rows to print, 1 or more."""
+    network: str | None = None
+    """The function that made the agent's own network, as file.py:function; None: it has none."""
     picture: str | None = None
     """PNG file for a plot of the first environment copy's steps; None: no picture."""
 

@@ -73,7 +73,7 @@ def train(command: TrainCommand) -> int:
 
 def evaluate(command: EvaluateCommand) -> None:
     """Run `classic-ppo evaluate FOLDER`: play episodes with a saved agent."""
-    agent = PPO.load(command.folder)
+    agent = PPO.load(command.folder, network=command.network)
     agent.args = dataclasses.replace(agent.args, num_threads=command.num_threads or agent.args.num_threads)
     result = agent.evaluate(episodes=command.episodes, deterministic=command.deterministic, seed=command.seed)
     table = Table(title=f"{agent.env_id} from {command.folder}", show_header=False)
@@ -87,7 +87,7 @@ def evaluate(command: EvaluateCommand) -> None:
 
 def explain(command: ExplainCommand) -> None:
     """Run `classic-ppo explain FOLDER`: rewards, values, advantages and ratios of one more update."""
-    agent = PPO.load(command.folder)
+    agent = PPO.load(command.folder, network=command.network)
     agent.args = dataclasses.replace(agent.args, output_dir=None, save_every=0, quiet=True)
     explanation = agent.learn(1).explain()  # one step rounds up to one rollout
     print(explanation.text(command.max_rows))

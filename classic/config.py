@@ -36,13 +36,13 @@ OTHER_NAMES: dict[str, str] = {
     "anneal_lr": "here it is lr_schedule, linear or constant",
     "lr": "here it is learning_rate",
     "policy_kwargs": "here they are hidden_sizes, activation, shared_network, log_std_init and others",
-    "net_arch": "here it is hidden_sizes and shared_network",
+    "net_arch": "here it is hidden_sizes, value_hidden_sizes and shared_network",
+    "features_extractor_class": "here it is network, a function that makes one",
     "activation_fn": "here it is activation, tanh or relu",
     "use_sde": "gSDE is not here; state_dependent_std is another thing",
     "env_wrapper": "here it is wrappers",
     "tensorboard_log": "here it is report_to=('tensorboard',), written into output_dir",
     "verbose": "here it is quiet",
-    "device": "networks this small run on the CPU alone",
 }
 """A setting's name in Stable-Baselines3 or CleanRL -> ours, or why there is none."""
 
@@ -78,7 +78,12 @@ class PPOArgs:
     """Sample only actions that infos["action_mask"], action_masks() or the observation's part action_mask allows; None:
     if the environment provides one of these."""
     hidden_sizes: tuple[int, ...] | None = None
-    """Widths of the hidden layers, the same for actor and critic."""
+    """Widths of the hidden layers."""
+    value_hidden_sizes: tuple[int, ...] | None = None
+    """Widths of the critic's hidden layers; None: hidden_sizes."""
+    network: str | None = None
+    """A function that makes a network of your own below the hidden layers, as file.py:function or module:function: from
+    the observation space to (module, width of its features). None: none."""
     activation: Literal["tanh", "relu"] | None = None
     """Activation function of the hidden layers."""
     shared_network: bool | None = None
@@ -149,6 +154,8 @@ class PPOArgs:
     eval_max_steps: int | None = None
     """Cut evaluation and video episodes after this many steps, with a warning; None: 10,000, or the environment's own
     time limit if that is longer."""
+    device: str = "cpu"
+    """Where networks compute: cpu, cuda (cuda:1, ...) or mps. A GPU pays for images and large networks alone."""
     num_threads: int = 1
     """Torch threads for training and evaluation; more than one slows small networks down."""
     output_dir: str | None = None
@@ -172,7 +179,8 @@ class PPOArgs:
 
     def __post_init__(self) -> None:
         require_types(self)
-        for name in ("hidden_sizes", "wrappers", "report_to"):  # lists come from JSON, tuples compare and hash
+        lists = ("hidden_sizes", "value_hidden_sizes", "wrappers", "report_to")
+        for name in lists:  # they come from JSON; tuples compare and hash
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         check_trackers(self.report_to)
@@ -182,7 +190,9 @@ class PPOArgs:
         for name in ("save_every", "learning_rate"):
             self._require(name, lambda value: value >= 0, "0 or more")
         self._require("seed", lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
-        self._require("hidden_sizes", lambda value: bool(value) and min(value) >= 1, "positive widths")
+        of_none = 0 if self.network is None else 1  # below the heads there may be one's own network alone
+        for name in ("hidden_sizes", "value_hidden_sizes"):
+            self._require(name, lambda value: min(value, default=of_none) >= 1, "positive widths")
         self._require("max_initial_log_ratio", lambda value: value > 0, "positive")
         low, high = LOG_STD_RANGE
         self._require("log_std_init", lambda value: low <= value <= high, f"between {low:g} and {high:g}")

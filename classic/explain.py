@@ -17,7 +17,7 @@ def explain_rollout(network: ActorCritic, rollout: Rollout, estimate: Estimate, 
     """Explain every decision of a rollout, with its update's estimates and settings and the current policy."""
     mask = rollout.mask
     trained = trained_advantages(estimate, mask, config).to(rollout.logprobs.dtype)
-    now = network.evaluate(rollout.decisions()).logprobs
+    now = network.evaluate(rollout.decisions()).logprobs.cpu()
     if rollout.state is None:  # rows of unmasked steps only
         now = torch.zeros_like(rollout.logprobs).masked_scatter(mask, now)
     return explain_actions(

@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from classic.networks.actor_critic import ActorCritic, Decisions
+from classic.networks.actor_critic import ActorCritic
+from classic.networks.decisions import Decisions
 from rlhf_ppo.core import Experience, PolicyOutput, PPOConfig, PPOLoss, aggregate_loss, clipped_value_loss, ppo_loss
 
 
@@ -118,4 +119,5 @@ class Adam:
         """Continue from :meth:`state`."""
         for name, parameter in self.parameters.items() if tensors else ():
             keys = ("step", "exp_avg", "exp_avg_sq")
-            self._adam.state[parameter] = {key: tensors[f"{name}/{key}"].clone() for key in keys}
+            state = {key: tensors[f"{name}/{key}"].clone() for key in keys}
+            self._adam.state[parameter] = {k: x if k == "step" else x.to(parameter.device) for k, x in state.items()}

@@ -16,7 +16,7 @@ import numpy as np
 
 from classic.advantages import estimate_advantages, to_experience
 from classic.callbacks import Callback, run_callbacks
-from classic.changed_settings import change_args, with_changes
+from classic.changed_settings import change_args, on_this_machine, with_changes
 from classic.config import PPOArgs, filled
 from classic.envs.environments import Environments, Episode
 from classic.envs.make_env import EnvLike
@@ -25,6 +25,7 @@ from classic.evaluation import EvaluationCopies, evaluate_policy, max_episode_st
 from classic.explain import explain_rollout
 from classic.fast.switch import Optimizer
 from classic.networks.actor_critic import ActorCritic
+from classic.networks.own_network import NetworkFactory
 from classic.predict import ForgottenState, predict
 from classic.presets.resolve import resolve
 from classic.report import draw_curve, estimate_metrics, run_metrics, show_progress
@@ -76,19 +77,21 @@ class PPO:
         refuse_unknown_arguments(cls.__init__, "PPO", arguments, {**PPOArgs.ELSEWHERE, **fields})
         return super().__new__(cls)
 
-    def __init__(self, env: EnvLike, args: PPOArgs | None = None) -> None:
+    def __init__(self, env: EnvLike, args: PPOArgs | None = None, *, network: NetworkFactory | None = None) -> None:
         """Make the environments and a fresh network.
 
         Args:
             env: a registered id (or ``module:id``), a function that makes an environment, or one environment, which is
                 then the only copy: evaluation and videos play on it too, and training begins a new episode afterwards.
             args: settings; None: the environment's preset.
+            network: from the observation space to (module, width): a network of your own below the hidden layers, as
+                the setting of this name gives by name.
         Raises:
             ValueError: unknown environment, unsupported spaces, settings that contradict each other, or a launcher
                 that started several processes (WORLD_SIZE).
         """
         require_one_process("classic", "its networks are so small that dividing the work would cost more than it saves")
-        self.run: Run = make_run(env, args or PPOArgs())
+        self.run: Run = make_run(env, args or PPOArgs(), network)
         with torch_threads(self.args.num_threads):  # on which the last digits of the initial weights depend
             self.state: TrainState = initial_state(self.run)
         self._evaluation = EvaluationCopies()
@@ -289,12 +292,20 @@ class PPO:
         return save_agent(folder, self.run, self.state)
 
     @classmethod
-    def load(cls, folder: str | Path, env: EnvLike | None = None, **changes: Any) -> PPO:
+    def load(
+        cls,
+        folder: str | Path,
+        env: EnvLike | None = None,
+        *,
+        network: NetworkFactory | str | None = None,
+        **changes: Any,
+    ) -> PPO:
         """Load the agent in a folder written by :meth:`save`.
 
         Args:
             folder: the agent's.
             env: the environment, needed if the agent was not made from an id.
+            network: the function that made the agent's own network, or its name; a folder never names code to run.
             **changes: settings that differ from the saved ones, such as learning_rate=1e-4; they count as if the agent
                 had been made with them.
         Raises:
@@ -302,10 +313,11 @@ class PPO:
             ValueError: the environment or the settings do not fit what was saved.
             TypeError: a change names no setting.
         """
-        saved = read_agent(folder, env_given=env is not None)
-        args = with_changes(saved.args, changes, where=str(saved.folder))
+        saved = read_agent(folder, env_given=env is not None, network=network)
+        args = on_this_machine(with_changes(saved.args, changes, where=str(saved.folder)))
         # Using an agent needs no tracker; where training continues, a missing one is a warning.
-        agent = cls(saved.env_id if env is None else env, replace(args, report_to=()))
+        given = None if isinstance(network, str) else network
+        agent = cls(saved.env_id if env is None else env, replace(args, report_to=()), network=given)
         agent.args = replace(agent.args, report_to=args.report_to)
         agent.run = replace(agent.run, origin=f"settings as saved in {saved.folder}")
         restore_agent(saved, agent.run, agent.state)

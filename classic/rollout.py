@@ -9,7 +9,8 @@ from torch import Tensor
 
 from classic.envs.environments import Environments, Episode
 from classic.envs.normalization import Normalizer
-from classic.networks.actor_critic import ActorCritic, Decisions, Sample
+from classic.networks.actor_critic import ActorCritic
+from classic.networks.decisions import Decisions, Sample
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,10 @@ from torch import Tensor
 from classic.changed_settings import adapted_coefficients, kept_coefficients
 from classic.config import EARLIER, PPOArgs, filled
 from classic.envs.environments import Environments
+from classic.envs.images import image_layout
 from classic.envs.spaces import scales_parts
 from classic.networks.actor_critic import ActorCritic
+from classic.networks.own_network import NetworkFactory, factory_name
 from classic.state import Run, TrainState
 from rlhf_ppo.core import ValueScale
 from rlhf_ppo.runtime.checkpoints.checkpoint import list_checkpoints
@@ -84,8 +86,13 @@ def save_agent(folder: str | Path, run: Run, state: TrainState) -> Path:
     return folder
 
 
-def read_agent(folder: str | Path, *, env_given: bool) -> SavedAgent:
+def read_agent(folder: str | Path, *, env_given: bool, network: NetworkFactory | str | None = None) -> SavedAgent:
     """Read ``agent.json`` of a saved agent.
+
+    Args:
+        folder: the agent's.
+        env_given: the environment is not made from the saved id.
+        network: what makes the agent's own network, or its name.
 
     Raises:
         FileNotFoundError: no agent there.
@@ -111,7 +118,7 @@ def read_agent(folder: str | Path, *, env_given: bool) -> SavedAgent:
         return SavedAgent(
             folder,
             content["env_id"],
-            PPOArgs(**{**EARLIER, **content["args"]}),
+            PPOArgs(**{**EARLIER, **content["args"], **_network(folder, content["args"].get("network"), network)}),
             content["spaces"],
             dict(content["counters"]),
             content["in_force"],
@@ -121,6 +128,20 @@ def read_agent(folder: str | Path, *, env_given: bool) -> SavedAgent:
         )
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / AGENT} was not written by this version ({__version__}): {error!r}") from error
+
+
+def _network(folder: Path, saved: str | None, given: NetworkFactory | str | None) -> dict[str, str]:
+    """Return the setting ``network`` of a saved agent, whose code the user must give: a folder names none to run."""
+    if saved is None and given is None:
+        return {}
+    if saved is None:
+        raise ValueError(f"network={given!r} was given, but the agent in {folder} has no network of its own: remove it")
+    if given is None:
+        raise ValueError(
+            f"the agent in {folder} has a network of its own, made by {saved}, whose code is not in the folder: give "
+            f"it, as PPO.load({str(folder)!r}, network={saved!r}) or --network {saved}"
+        )
+    return {"network": given if isinstance(given, str) else factory_name(given)}
 
 
 def restore_agent(saved: SavedAgent, run: Run, state: TrainState) -> None:
@@ -133,7 +154,8 @@ def restore_agent(saved: SavedAgent, run: Run, state: TrainState) -> None:
     _check_fit(saved, run, state)
     try:
         weights = load_file(folder / MODEL)
-        if len(run.envs.observation_shape) == 3 and not any(".image." in name for name in weights):
+        space = run.envs.observation_space
+        if (image_layout(space) or scales_parts(space)) and not any(".image." in name for name in weights):
             raise ValueError(
                 f"{folder} was saved by a version that flattened the observations of environment {run.env_id!r}, "
                 "which are read as images now: train it again"

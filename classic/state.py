@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import gymnasium
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from classic.advantages import Estimate
 from classic.config import PPOArgs, filled
@@ -17,13 +18,18 @@ from classic.envs.checks import require_fit
 from classic.envs.environments import Environments, Episode
 from classic.envs.make_env import EnvLike, env_name, identify
 from classic.envs.normalization import Normalizer
+from classic.envs.parts import image_columns, parts
 from classic.envs.seeds import derive_seeds
 from classic.fast.switch import Gradients, Optimizer, choose
 from classic.gradient_step import trained_parameters
-from classic.networks.actor_critic import ActorCritic, Sample
+from classic.networks.actor_critic import ActorCritic
+from classic.networks.decisions import Sample
+from classic.networks.layers import MixedNetwork
+from classic.networks.own_network import Encoder, NetworkFactory, factory_name, own_encoder
 from classic.presets.resolve import preset_ids, resolve
 from classic.rollout import Rollout
 from rlhf_ppo.core import PPOConfig, ValueScale, update_value_scale
+from rlhf_ppo.runtime.device import resolve_device
 from rlhf_ppo.runtime.logs.run_directory import RunDirectory
 from rlhf_ppo.runtime.logs.trackers import require_installed
 
@@ -40,6 +46,8 @@ class Run:
     """The registered id that the preset is looked up by; None: the environment is not registered."""
     args: PPOArgs
     """The settings, every None filled in."""
+    encoder: Encoder | None
+    """Makes what turns observations into features, if that is not the standard image network or nothing."""
     origin: str
     """Where settings that were not given come from."""
     envs: Environments
@@ -93,6 +101,8 @@ class TrainState:
     """Draws of :meth:`classic.PPO.predict`."""
     counters: dict[str, int]
     """Iterations, environment steps, optimizer steps and episodes so far."""
+    device: torch.device
+    """Where the network is; everything else is on the CPU."""
     value_scale: ValueScale | None
     """The units in which the critic predicts; None: it has seen no returns that differ (normalize_values)."""
     recent: deque[Episode] = field(default_factory=lambda: deque(maxlen=100))
@@ -151,13 +161,13 @@ class TrainState:
         Adam keeps its moments if names and shapes of the trained parameters are the same; otherwise it starts afresh.
 
         Raises:
-            ValueError: nothing is left to train, or a parameter is not in float32 on the CPU.
+            ValueError: nothing is left to train, or a parameter is not in float32 on the device.
         """
-        formats = {f"{p.dtype} on {p.device}" for p in self.network.parameters()}
-        if formats - {"torch.float32 on cpu"}:
+        formats, device = {f"{p.dtype} on {p.device}" for p in self.network.parameters()}, self.device
+        if formats != {f"torch.float32 on {device}"}:
             raise ValueError(
-                f"the network's parameters are {' and '.join(sorted(formats))}, but classic computes in float32 on the "
-                "CPU: agent.network.float().cpu()"
+                f"the network's parameters are {' and '.join(sorted(formats))}, but classic computes in float32 on "
+                f"{device}: agent.network.float().to({str(device)!r})"
             )
         if not trained_parameters(self.network):
             raise ValueError("every parameter of the network is frozen (requires_grad False): nothing is left to train")
@@ -170,24 +180,46 @@ class TrainState:
         )
 
 
-def make_run(env: EnvLike, args: PPOArgs) -> Run:
+def make_run(env: EnvLike, args: PPOArgs, network: NetworkFactory | None = None) -> Run:
     """Fill in the settings and make the environments.
 
+    Args:
+        env, args, network: see :class:`classic.PPO`.
     Raises:
         ValueError, ModuleNotFoundError, BrokenEnvironmentError: see :class:`classic.PPO`.
     """
     task, copies_of = identify(env, in_this_process=args.vectorization != "async")
+    if network is not None:
+        args = replace(args, network=factory_name(network))
     args = resolve(args, task, single=isinstance(env, gymnasium.Env))
     require_installed(args.report_to)
+    resolve_device(args.device)
     envs = make_copies(copies_of, args, filled(args.num_envs))
     try:
         require_fit(args, envs)
+        encoder = make_encoder(args, envs, network)
     except ValueError:
         envs.close()
         raise
     has_preset = task in preset_ids()
     origin = f"preset of {task}" if has_preset else "no preset for this environment: general defaults"
-    return Run(env, env_name(env), task, args, origin, envs)
+    return Run(env, env_name(env), task, args, encoder, origin, envs)
+
+
+def make_encoder(args: PPOArgs, envs: Environments, network: NetworkFactory | None) -> Encoder | None:
+    """Return what makes the user's own network, or one for observations with images among numbers; else None."""
+    space, shape = envs.observation_space, envs.observation_shape
+    if args.network is not None:
+        dtype = torch.uint8 if len(shape) == 3 and space.dtype == np.uint8 else torch.float32
+        return own_encoder(args.network, network, space, shape, dtype)
+    if image_columns(space) is None:
+        return None
+
+    def mixed(generator: torch.Generator) -> tuple[nn.Module, int]:
+        made = MixedNetwork(parts(space), generator)
+        return made, made.width
+
+    return mixed
 
 
 def make_copies(env: EnvLike, args: PPOArgs, num_envs: int) -> Environments:
@@ -214,6 +246,7 @@ def initial_state(run: Run) -> TrainState:
         envs.actions,
         hidden_sizes=filled(args.hidden_sizes),
         generator=generator,
+        value_hidden_sizes=args.value_hidden_sizes,
         activation=filled(args.activation),
         shared=filled(args.shared_network),
         recurrent=filled(args.recurrent),
@@ -221,7 +254,10 @@ def initial_state(run: Run) -> TrainState:
         squash=filled(args.squash),
         log_std_init=filled(args.log_std_init),
         state_dependent_std=filled(args.state_dependent_std),
+        encoder=run.encoder,
     )
+    device = resolve_device(args.device)
+    network.to(device)
     config = args.ppo_config()
     methods = choose(network, config, batch=envs.num_envs, learning_rate=filled(args.learning_rate))
     return TrainState(
@@ -233,11 +269,13 @@ def initial_state(run: Run) -> TrainState:
             envs.observation_shape if args.normalize_observations else None,
             envs.num_envs if args.normalize_rewards else None,
             config.gamma,
+            image_columns(envs.observation_space),
         ),
         network.initial_state(envs.num_envs),
         generator,
         torch.Generator().manual_seed(derive_seeds(args.seed, "prediction", 1)[0]),
         {"iteration": 0, "env_steps": 0, "optimizer_steps": 0, "episodes": 0},
+        device,
         None if args.normalize_values else ValueScale(),
     )
 

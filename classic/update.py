@@ -13,7 +13,7 @@ from torch import Tensor
 
 from classic.advantages import estimate_advantages, to_experience
 from classic.config import PPOArgs, filled
-from classic.networks.actor_critic import Decisions
+from classic.networks.decisions import Decisions, on_device
 from classic.report import UpdateRecord, largest_gap
 from classic.rollout import Rollout
 from classic.state import Run, TrainState
@@ -57,7 +57,8 @@ def update(state: TrainState, run: Run, rollout: Rollout, old: Experience) -> di
     """
     args, config, progress, scale = run.args, state.config, state.progress, state.value_scale
     where = f"environment {run.env_id!r}, iteration {state.counters['iteration'] + 1}"
-    decisions = rollout.decisions()
+    device = state.device
+    decisions, old = on_device(rollout.decisions(), device), on_device(old, device)
     record = UpdateRecord()
     steps = skipped = epochs = 0
     stop = False
@@ -65,7 +66,7 @@ def update(state: TrainState, run: Run, rollout: Rollout, old: Experience) -> di
         epochs += 1
         if args.recompute_advantages and epochs > 1:
             estimate = estimate_advantages(state.network, rollout, config, scale)
-            old = to_experience(rollout, estimate, config, scale)
+            old = on_device(to_experience(rollout, estimate, config, scale), device)
         for taken, part in shuffled_minibatches(decisions, old, config.num_minibatches, state.generator):
             new = state.gradients.evaluate(taken)
             record.add(new, part)
@@ -107,7 +108,7 @@ def shuffled_minibatches(
     The whole rollout is gathered once; the parts are slices of it, which cost nothing.
     """
     parts = minibatch_indices(len(decisions), num_minibatches, generator=generator)
-    order, sizes = torch.cat(parts), [part.shape[0] for part in parts]
+    order, sizes = torch.cat(parts).to(old.logprobs.device), [part.shape[0] for part in parts]
     yield from zip(_parts(decisions, order, sizes), _parts(old, order, sizes), strict=True)
 
 
@@ -133,7 +134,8 @@ def adapt(state: TrainState, rollout: Rollout, old: Experience) -> None:
     config = state.config
     if (target := config.steering_kl) is None:
         return
-    kl = float(ppo_diagnostics(state.network.evaluate(rollout.decisions()), old, config)["approx_kl"])
+    new = state.network.evaluate(rollout.decisions())
+    kl = float(ppo_diagnostics(new, on_device(old, state.device), config)["approx_kl"])
     if config.objective == "penalty":
         beta = adapt_penalty_beta(config.penalty_beta, kl, target=target)
         state.config = replace(config, penalty_beta=beta)

@@ -53,12 +53,19 @@ class Normalizer:
         observation_shape: (O,), or None to leave observations alone.
         num_envs: copies whose rewards are scaled, or None to leave rewards alone.
         gamma: discount of the returns.
+        pixels: [O] bool, True for numbers that stay as they are, from 0 to 1; None: there are none.
     """
 
-    def __init__(self, observation_shape: tuple[int, ...] | None, num_envs: int | None, gamma: float) -> None:
+    def __init__(
+        self,
+        observation_shape: tuple[int, ...] | None,
+        num_envs: int | None,
+        gamma: float,
+        pixels: np.ndarray | None = None,
+    ) -> None:
         self.observations = None if observation_shape is None else RunningStatistics(observation_shape)
         self.returns = None if num_envs is None else RunningStatistics()
-        self.num_envs, self.gamma = num_envs or 0, gamma
+        self.num_envs, self.gamma, self.pixels = num_envs or 0, gamma, pixels
         self.begin_episodes()
 
     def observe(self, observations: Tensor, mask: Tensor) -> Tensor:
@@ -73,6 +80,8 @@ class Normalizer:
             return observations.float() if observations.dtype == torch.float64 else observations
         spread = np.sqrt(self.observations.variance + 1e-8)
         scaled = (observations.numpy() - self.observations.mean) / spread
+        if self.pixels is not None:
+            scaled[:, self.pixels] = observations.numpy()[:, self.pixels]
         return torch.from_numpy(scaled.clip(-LIMIT, LIMIT).astype(np.float32))
 
     def scale_rewards(self, rewards: Tensor, done: Tensor, mask: Tensor) -> Tensor:

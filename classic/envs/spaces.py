@@ -11,7 +11,7 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 
-from classic.envs.images import MIN_IMAGE_SIDE, image_encoder, image_layout
+from classic.envs.images import image_encoder, image_layout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,16 +98,15 @@ def scales_parts(space: gymnasium.Space) -> bool:
     """Whether a Dict or Tuple has an array inside that is scaled as an image, as earlier versions did not."""
     if not isinstance(space, (Dict, Tuple)):
         return False
-    parts = space.spaces.values() if isinstance(space, Dict) else space.spaces
-    return any(image_layout(part) is not None or scales_parts(part) for part in parts)
+    return any(image_layout(part) is not None or scales_parts(part) for part in _parts(space))
 
 
 def observation_encoder(space: gymnasium.Space) -> Encoder:
     """Return a function that encodes a batch from a vector environment as one array [B, *shape].
 
     Box: flattened. Discrete and MultiDiscrete: one-hot. MultiBinary: 0 and 1. Dict and Tuple: their encoded parts
-    concatenated, Dict's in the order of its keys. Images: channels first, bytes or 0 to 1. Types that float32 cannot
-    hold, such as float64, are float64 until they are normalised.
+    concatenated, Dict's in the order of its keys. Images: channels first, bytes or 0 to 1; inside a Dict or Tuple 0 to
+    1, flattened. Types that float32 cannot hold, such as float64, are float64 until they are normalised.
 
     The encoder raises a ValueError if an observation does not have the space's shape, and returns a copy.
     """
@@ -118,7 +117,7 @@ def observation_encoder(space: gymnasium.Space) -> Encoder:
     if isinstance(space, (Dict, Tuple)):
         named: Any = space.spaces.items() if isinstance(space, Dict) else enumerate(space.spaces)
         parts = [(key, observation_encoder(part)) for key, part in named]
-        return lambda batch: np.concatenate([_flat(encode(batch[key])) for key, encode in parts], axis=1)
+        return lambda batch: np.concatenate([_row(encode(batch[key])) for key, encode in parts], axis=1)
     if isinstance(space, (Discrete, MultiDiscrete)):
         sizes = np.array([space.n]) if isinstance(space, Discrete) else space.nvec.flatten()
         start, offsets = np.asarray(space.start), np.cumsum([0, *sizes[:-1]])
@@ -182,8 +181,10 @@ def _shaped(batch: Any, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return array
 
 
-def _flat(array: np.ndarray) -> np.ndarray:
-    return array.reshape(len(array), -1)
+def _row(array: np.ndarray) -> np.ndarray:
+    """Return an encoded part as numbers of a row; bytes of an image become 0 to 1."""
+    flat = array.reshape(len(array), -1)
+    return flat / np.float32(255) if flat.dtype == np.uint8 else flat
 
 
 def _num_features(space: gymnasium.Space, where: str) -> int:
@@ -196,19 +197,15 @@ def _num_features(space: gymnasium.Space, where: str) -> int:
     if isinstance(space, MultiBinary):
         return int(np.prod(space.shape))
     if isinstance(space, (Dict, Tuple)):
-        parts = space.spaces.values() if isinstance(space, Dict) else space.spaces
-        for part in parts:
-            if len(part.shape or ()) == 3 and image_layout(part) is not None and part.dtype == np.uint8:
-                raise ValueError(
-                    f"{where}: {_kind(space)} observations with the image {_kind(part)} inside are not supported: keep "
-                    "the image alone (FilterObservation), or shrink it below "
-                    f"{MIN_IMAGE_SIDE} pixels a side (ResizeObservation) to have it flattened"
-                )
-        return sum(_num_features(part, where) for part in parts)
+        return sum(_num_features(part, where) for part in _parts(space))
     raise ValueError(
         f"{where}: {_kind(space)} observations are not supported; Box, Discrete, MultiDiscrete, MultiBinary, and Dict "
         "and Tuple of these are: wrap with TransformObservation (gymnasium.wrappers) to make them one of those"
     )
+
+
+def _parts(space: Dict | Tuple) -> list[gymnasium.Space]:
+    return list(space.spaces.values()) if isinstance(space, Dict) else list(space.spaces)
 
 
 def _kind(space: gymnasium.Space) -> str:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from classic.fast.flat_adam import FlatParameters
 from classic.fast.standard_networks import is_standard, trains_every_parameter
-from classic.networks.actor_critic import ActorCritic, Decisions
+from classic.networks.actor_critic import ActorCritic
+from classic.networks.decisions import Decisions
 from classic.networks.distributions import gaussian_entropy, gaussian_logprobs
 from classic.networks.layers import Tanh, tanh_
 from rlhf_ppo.core import Experience, PolicyOutput, PPOConfig

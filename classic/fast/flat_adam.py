@@ -80,8 +80,8 @@ class FlatAdam:
 
     def __init__(self, network: nn.Module, lr: float, eps: float = 1e-5) -> None:
         self.weights, self.lr, self.eps = FlatParameters(network), lr, eps
-        self.steps = torch.zeros((), dtype=torch.float32)
         gradient = self.weights.gradient
+        self.steps = torch.zeros((), dtype=torch.float32, device=gradient.device)
         self.mean, self.square = torch.zeros_like(gradient), torch.zeros_like(gradient)
 
     def fits(self, network: nn.Module) -> bool:

@@ -19,8 +19,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 def is_standard(network: nn.Module) -> bool:
     """Whether a network is, layer by layer, what :class:`ActorCritic` builds from linear layers, tanh and relu.
 
-    Exactly that: a subclass, a hook, a parametrization, a method replaced on one object, a shared or missing parameter
-    or another order of layers computes something that no shortcut computes.
+    Exactly that, and on the CPU: a subclass, a hook, a parametrization, a method replaced on one object, a shared or
+    missing parameter or another order of layers computes something that no shortcut computes.
     """
     parts = list(network.modules())
     named = list(network.named_parameters(remove_duplicate=False))
@@ -28,6 +28,7 @@ def is_standard(network: nn.Module) -> bool:
         type(network) is ActorCritic
         and all(type(part) in KNOWN and not _is_changed(part) for part in parts)
         and all(type(parameter) is nn.Parameter for _, parameter in named)
+        and all(parameter.device.type == "cpu" for _, parameter in named)
         and len(named) == len(list(network.parameters()))
         and _is_in_order(network)
     )

@@ -17,7 +17,8 @@ from classic.fast.analytic_gradients import AnalyticGradients
 from classic.fast.flat_adam import FlatAdam
 from classic.fast.numpy_acting import NumpyPolicy
 from classic.gradient_step import Adam, Autograd
-from classic.networks.actor_critic import ActorCritic, Sample
+from classic.networks.actor_critic import ActorCritic
+from classic.networks.decisions import Sample
 from rlhf_ppo.core import PPOConfig
 
 ENABLED = True

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 
 from classic.config import LOG_STD_RANGE
 from classic.envs.spaces import ActionLayout
+from classic.networks.decisions import Decisions, on_device
 from classic.networks.distributions import (
     categorical_logprobs,
     gaussian_entropy,
@@ -26,40 +25,8 @@ from classic.networks.distributions import (
     squashed_logprobs,
 )
 from classic.networks.layers import IMAGE_FEATURES, Body, Memory, image_network, mlp
+from classic.networks.own_network import Encoder
 from rlhf_ppo.core import PolicyOutput, ValueScale, rescaled_head
-
-Sample = Callable[
-    [Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-    tuple[Tensor, Tensor, Tensor | None],
-]
-"""As :meth:`ActorCritic.sample`: (observations, noise, masks, starts, state) -> (outputs, actions, state after)."""
-
-
-@dataclass(frozen=True)
-class Decisions:
-    """Recorded steps for the policy to evaluate again; ``decisions[rows]`` indexes every field on axis 0.
-
-    Rows are single steps [N], or with a recurrent layer whole sequences [B, T] of one copy each.
-    """
-
-    observations: Tensor
-    """[*, *O] the observations of the actions."""
-    actions: Tensor
-    """[*] or [*, choices] int64, or [*, dimensions] float (before tanh if squashed)."""
-    action_masks: Tensor | None = None
-    """[*, options] bool, True for allowed options; None: all."""
-    starts: Tensor | None = None
-    """[B, T] bool, True where an episode begins; only with a recurrent layer."""
-    state: Tensor | None = None
-    """[B, K] recurrent state before the first step; only with a recurrent layer."""
-
-    def __getitem__(self, rows: Tensor | slice) -> Decisions:
-        whole = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        taken: dict[str, Any] = {name: None if x is None else x[rows] for name, x in whole.items()}
-        return Decisions(**taken)
-
-    def __len__(self) -> int:
-        return self.actions.shape[0]
 
 
 class ActorCritic(nn.Module):
@@ -72,6 +39,7 @@ class ActorCritic(nn.Module):
         observation_shape: (O,) features or (channels, height, width) of an image.
         actions: what an action consists of.
         hidden_sizes: widths of the hidden layers.
+        value_hidden_sizes: the critic's; None: the same.
         generator: source of the initial weights.
         activation: tanh or relu, between the hidden layers.
         shared: policy and critic share hidden layers, image network and recurrent layer; otherwise no weight.
@@ -81,6 +49,7 @@ class ActorCritic(nn.Module):
         log_std_init: initial log standard deviation of continuous actions.
         state_dependent_std: the standard deviation is a second output of the policy instead of one learned number per
             action dimension.
+        encoder: makes what turns observations into features; None: the image network for images, nothing for numbers.
     """
 
     def __init__(
@@ -90,6 +59,7 @@ class ActorCritic(nn.Module):
         *,
         hidden_sizes: Sequence[int],
         generator: torch.Generator,
+        value_hidden_sizes: Sequence[int] | None = None,
         activation: str = "tanh",
         shared: bool = False,
         recurrent: str = "none",
@@ -97,29 +67,39 @@ class ActorCritic(nn.Module):
         squash: bool = False,
         log_std_init: float = 0.0,
         state_dependent_std: bool = False,
+        encoder: Encoder | None = None,
     ) -> None:
         super().__init__()
         self.actions, self.squash = actions, squash
         self.state_dependent_std = state_dependent_std
         width, bodies = observation_shape[0], []
         for _ in range(1 if shared else 2):
-            image = image_network(observation_shape, generator) if len(observation_shape) == 3 else None
-            width = observation_shape[0] if image is None else IMAGE_FEATURES
+            image, width = None, observation_shape[0]
+            if encoder is not None:
+                image, width = encoder(generator)
+            elif len(observation_shape) == 3:
+                image, width = image_network(observation_shape, generator), IMAGE_FEATURES
             memory = None if recurrent == "none" else Memory(recurrent, width, recurrent_size, generator)
             width = width if memory is None else recurrent_size
             layers = mlp((width, *hidden_sizes), None, generator, activation) if shared else None
             if image is not None or memory is not None or layers is not None:
                 bodies.append(Body(image, memory, layers))
         self.bodies = nn.ModuleList(bodies)
-        sizes = (hidden_sizes[-1],) if shared else (width, *hidden_sizes)
+        width, below = ((width, *hidden_sizes)[-1], ()) if shared else (width, hidden_sizes)
         outputs = actions.num_outputs * (2 if state_dependent_std else 1)
-        self.policy = mlp((*sizes, outputs), 0.01, generator, activation)
-        self.critic = mlp((*sizes, 1), 1.0, generator, activation)
+        self.policy = mlp((width, *below, outputs), 0.01, generator, activation)
+        below = below if value_hidden_sizes is None else value_hidden_sizes
+        self.critic = mlp((width, *below, 1), 1.0, generator, activation)
         self.log_std: nn.Parameter | None = None
         if actions.dimensions and not state_dependent_std:
             self.log_std = nn.Parameter(torch.full((actions.dimensions,), log_std_init, dtype=torch.float32))
         elif actions.dimensions:
             nn.init.constant_(self.policy[-1].bias[actions.dimensions :], log_std_init)  # pyright: ignore
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
 
     @property
     def recurrent(self) -> bool:
@@ -173,9 +153,10 @@ class ActorCritic(nn.Module):
 
         Returns:
             (output, actions, state): the policy's outputs [B, outputs], from which :meth:`logprobs` computes log-probs
-            later; the actions; the state after.
+            later; the actions; the state after. All are on the CPU, where the environments are.
         """
-        output, state = self.step(observations, starts, state)
+        output, state = self.step(*self._here(observations, starts, state))
+        output, state = output.cpu(), None if state is None else state.cpu()
         return output, self.choose(output, noise, action_masks), state
 
     def step(
@@ -210,7 +191,8 @@ class ActorCritic(nn.Module):
         return logprobs if len(self.actions.choices) == 1 else logprobs.sum(dim=-1)
 
     def evaluate(self, decisions: Decisions) -> PolicyOutput:
-        """Compute log-probs, entropies and values of recorded steps, each [*], with gradients."""
+        """Compute log-probs, entropies and values of recorded steps, each [*], with gradients, on the device."""
+        decisions = on_device(decisions, self.device)
         features = self._features(0, decisions.observations, decisions.starts, decisions.state)
         output = self.policy(features)
         if self.actions.dimensions:
@@ -231,8 +213,11 @@ class ActorCritic(nn.Module):
         return PolicyOutput(logprobs=logprobs, values=self.critic(features).squeeze(-1), entropy=entropy)
 
     def values(self, observations: Tensor, starts: Tensor | None = None, state: Tensor | None = None) -> Tensor:
-        """Compute V(s): [N, *O] -> [N], or with a recurrent layer [B, L, *O] -> [B, L] from its state [B, K] before."""
-        return self.critic(self._features(1, observations, starts, state)).squeeze(-1)
+        """Compute V(s): [N, *O] -> [N], or with a recurrent layer [B, L, *O] -> [B, L] from its state [B, K] before.
+
+        The result is on the CPU, where rollouts are.
+        """
+        return self.critic(self._features(1, *self._here(observations, starts, state))).squeeze(-1).cpu()
 
     @torch.no_grad()
     def rescale_values(self, old: ValueScale, new: ValueScale) -> bool:
@@ -272,13 +257,17 @@ class ActorCritic(nn.Module):
         assert policy_after is not None and critic_after is not None
         return features, torch.cat([policy_after, critic_after], dim=-1)
 
+    def _here(self, *tensors: Tensor | None) -> list[Any]:
+        device = self.device
+        return [x if x is None or x.device == device else x.to(device) for x in tensors]
+
     def _all_bodies(self) -> list[Body]:
         return list(self.bodies)  # pyright: ignore
 
     def _gaussian(self, output: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean [*, A] and log standard deviation, which broadcasts to it."""
         if self.log_std is not None:
-            return output, self.log_std
+            return output, self.log_std.to(output.device)
         mean, log_std = output.tensor_split(2, dim=-1)
         return mean, log_std.clamp(*LOG_STD_RANGE)
 

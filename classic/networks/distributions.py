@@ -104,8 +104,8 @@ def squashed_entropy(mean: Tensor, log_std: Tensor) -> Tensor:
     There is no closed form; Gauss-Hermite quadrature with 32 nodes is within 1e-3 nats for standard deviations to 2.
     """
     nodes, weights = _hermite(32)
-    x = mean.unsqueeze(-1) + log_std.exp().unsqueeze(-1) * nodes
-    return gaussian_entropy(log_std.expand_as(mean)) + (log_tanh_slope(x) * weights).sum(dim=(-1, -2))
+    x = mean.unsqueeze(-1) + log_std.exp().unsqueeze(-1) * nodes.to(mean.device)
+    return gaussian_entropy(log_std.expand_as(mean)) + (log_tanh_slope(x) * weights.to(mean.device)).sum(dim=(-1, -2))
 
 
 @cache

@@ -94,6 +94,30 @@ def image_network(shape: tuple[int, ...], generator: torch.Generator) -> nn.Sequ
     return nn.Sequential(*layers, nn.Flatten(), last, nn.ReLU())
 
 
+class MixedNetwork(nn.Module):
+    """Features of rows that hold images among other numbers: a network for each image, the other numbers as they are.
+
+    Args:
+        parts: (columns, shape) of each part of a row, (channels, height, width) for an image.
+        generator: source of the initial weights.
+    """
+
+    def __init__(self, parts: Sequence[tuple[slice, tuple[int, ...]]], generator: torch.Generator) -> None:
+        super().__init__()
+        self.parts = list(parts)
+        images = [shape for _, shape in self.parts if len(shape) == 3]
+        self.images = nn.ModuleList(image_network(shape, generator) for shape in images)
+        self.width = IMAGE_FEATURES * len(images) + sum(shape[0] for _, shape in self.parts if len(shape) == 1)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        networks = iter(self.images)
+        features = [
+            next(networks)(rows[:, columns].unflatten(1, shape)) if len(shape) == 3 else rows[:, columns]
+            for columns, shape in self.parts
+        ]
+        return torch.cat(features, dim=-1)
+
+
 class Pixels(nn.Module):
     """Scale bytes to 0..1; floats are scaled already."""
 
@@ -144,7 +168,7 @@ class Memory(nn.Module):
         run = self._padded if self.lstm else self._packed
         outputs, places = run(x.flatten(0, 1), first, lengths, initial)
         back = torch.empty_like(places)
-        back[places] = torch.arange(len(places))
+        back[places] = torch.arange(len(places), device=places.device)
         return outputs[back].unflatten(0, (batch, length))
 
     def _padded(self, x: Tensor, first: Tensor, lengths: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,7 +182,7 @@ class Memory(nn.Module):
         while shorter < last:
             alike = (lengths > shorter) & (lengths <= longest)
             if alike.any():
-                steps = torch.arange(longest)
+                steps = torch.arange(longest, device=x.device)
                 index = first[alike].unsqueeze(-1) + steps
                 real = steps < lengths[alike].unsqueeze(-1)
                 padded = x[index.clamp(max=len(x) - 1)].transpose(0, 1)
@@ -171,10 +195,11 @@ class Memory(nn.Module):
     def _packed(self, x: Tensor, first: Tensor, lengths: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
         """Do the same in one packed call: all first steps, all second steps, ..., longest sequences first."""
         lengths, order = lengths.sort(descending=True, stable=True)
-        steps = torch.arange(int(lengths[0])).unsqueeze(-1)
+        steps = torch.arange(int(lengths[0]), device=x.device).unsqueeze(-1)
         alive = steps < lengths
         places = (first[order] + steps)[alive]
-        packed, _ = self.rnn(PackedSequence(x[places], alive.sum(dim=-1)), self._split(initial[order]))
+        batch_sizes = alive.sum(dim=-1).cpu()  # torch wants these there
+        packed, _ = self.rnn(PackedSequence(x[places], batch_sizes), self._split(initial[order]))
         return packed.data, places
 
     def _split(self, state: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -183,7 +208,10 @@ class Memory(nn.Module):
 
 
 class Body(nn.Module):
-    """What comes before the heads, each if the network has it: image network, recurrent layer, shared layers."""
+    """What comes before the heads, each if the network has it: image network, recurrent layer, shared layers.
+
+    In place of the image network there may be one of the user's own, for any observations.
+    """
 
     def __init__(self, image: nn.Module | None, memory: Memory | None, layers: nn.Module | None) -> None:
         super().__init__()

@@ -116,6 +116,8 @@ def unread(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "clip_range", f"has no effect, since {objective} reads only clip_range_high={high}"
     if settings["vf_coef"] == 0:
         yield "clip_range_vf", "clips the value loss, but vf_coef=0 turns that off"
+    if settings["shared_network"]:
+        yield "value_hidden_sizes", "is for separate networks, but shared_network=True"
     if settings["recurrent"] == "none":
         yield "recurrent_size", "is read only by recurrent='lstm' or 'gru', but recurrent='none'"
 

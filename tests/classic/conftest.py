@@ -81,6 +81,15 @@ class Side(Match):
         return image
 
 
+class SideInDict(Side):
+    """Side whose image is a part beside numbers, which say nothing."""
+
+    observation_space = Dict({"camera": Side.observation_space, "speed": Box(-9, 9, (2,), np.float32)})
+
+    def _show(self):
+        return {"camera": super()._show(), "speed": np.array([5, -5], dtype=np.float32)}
+
+
 class Far(Match):
     """Match with numbers on bad scales: signs are +- 1e-3 around 5, rewards 1e4."""
 
@@ -256,6 +265,7 @@ _register("Clock", Clock)
 _register("Chain", Chain, max_episode_steps=8)
 _register("Match", Match)
 _register("Side", Side)
+_register("SideInDict", SideInDict)
 _register("Far", Far)
 _register("Aim", Aim)
 for _fault in ("nan", "outside", "crash"):
@@ -275,6 +285,7 @@ OBSERVATIONS = {
         {"x": Box(0, 1, (2,), np.float32), "inner": Dict({"n": Discrete(3)}), "pair": Tuple([Discrete(2)] * 2)}
     ),
 }
+OBSERVATIONS["ImageInDict"] = Dict({"camera": OBSERVATIONS["Pixels"], "speed": Box(-9, 9, (2,), np.float32)})
 ACTIONS = {
     "MultiDiscrete": MultiDiscrete([2, 3], start=[5, 0]),
     "MultiBinary": MultiBinary([2, 2]),
@@ -282,7 +293,6 @@ ACTIONS = {
 }
 REFUSED = {
     "TextObservation": {"observation_space": Text(5)},
-    "ImageInDict": {"observation_space": Dict({"image": OBSERVATIONS["Pixels"]})},
     "TupleAction": {"action_space": Tuple([Discrete(2)])},
     "WholeNumbersAction": {"action_space": Box(0, 5, (2,), np.int64)},
 }

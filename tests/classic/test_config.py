@@ -27,6 +27,8 @@ OPTIONAL = (
     "save_total_limit",
     "eval_envs",
     "eval_max_steps",
+    "value_hidden_sizes",
+    "network",
 )
 
 

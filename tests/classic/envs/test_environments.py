@@ -18,7 +18,6 @@ def test_unknown_environment_keeps_gymnasiums_suggestion():
     ("name", "words"),
     [
         ("TextObservation", "Text observations are not supported; Box, Discrete"),
-        ("ImageInDict", r"Dict observations with the image Box\(36, 40, 3\) inside are not supported: keep"),
         ("TupleAction", "Tuple actions are not supported; Discrete, MultiDiscrete"),
         ("WholeNumbersAction", r"Box\(2,\) actions are not supported"),
     ],

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import classic
 from classic.envs.images import unscaled
-from classic.envs.spaces import observation_encoder, observation_shape
+from classic.envs.spaces import batch_of_one, observation_encoder, observation_shape
 from classic.networks.layers import Pixels
 
 H, W = 36, 40
@@ -80,7 +80,29 @@ def test_other_arrays_are_not_scaled_and_large_values_warn():
         assert unscaled(space) is None
 
 
-def test_an_image_of_floats_inside_a_dict_is_flattened_and_scaled():
+@pytest.mark.slow
+def test_an_image_beside_numbers_is_learned_from(small):
+    settings = {"num_envs": 8, "num_steps": 32, "learning_rate": 1e-3, "gamma": 0.5, "normalize_observations": True}
+    agent = classic.PPO("tests/SideInDict-v0", small(**settings)).learn(3_000)
+    assert agent.evaluate(20)["mean_return"] > 4.5  # 2.5 is luck, 5 the best
+
+
+def test_each_image_inside_a_dict_gets_convolutions_of_its_own_and_numbers_pass_beside_them(small):
+    agent = classic.PPO("tests/ImageInDictObservation-v0", small(normalize_observations=True)).learn(64)
+    mixed = agent.network.bodies[0].image
+    assert len(mixed.images) == 1 and agent.network.policy[0].in_features == 512 + 2
+    space = agent.envs.observation_space
+    space.seed(1)
+    sample = space.sample()
+    row = agent.normalizer.normalize(torch.from_numpy(agent.envs.encode(batch_of_one(space, sample))))
+    pixels = torch.from_numpy(sample["camera"]).permute(2, 0, 1)  # pixels are not normalised; the speed is
+    expected = mixed.images[0](pixels.unsqueeze(0))
+    with torch.no_grad():
+        torch.testing.assert_close(mixed(row), torch.cat([expected, row[:, -2:]], dim=-1))
+    assert not np.allclose(row[0, -2:], sample["speed"])
+
+
+def test_an_image_of_floats_inside_a_dict_is_scaled():
     space = Dict(a=Box(0, 255, (H, W, 1), np.float32), n=Discrete(2))
     encoded = observation_encoder(space)({"a": np.full((1, H, W, 1), 255, np.float32), "n": np.array([1])})
     assert encoded.shape == (1, *observation_shape(space, "")) and encoded.max() == 1

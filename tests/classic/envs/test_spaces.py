@@ -117,7 +117,7 @@ def test_a_single_observation_is_told_from_a_batch():
         is_batch(Box(0, 1, (2,)), np.zeros((1, 1, 2)))
 
 
-OBSERVATIONS = ["Matrix", "Pixels", "Discrete", "MultiDiscrete", "MultiBinary", "Dict"]
+OBSERVATIONS = ["Matrix", "Pixels", "Discrete", "MultiDiscrete", "MultiBinary", "Dict", "ImageInDict"]
 ACTIONS = ["MultiDiscrete", "MultiBinary", "Matrix"]
 
 
