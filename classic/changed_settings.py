@@ -38,6 +38,7 @@ COPY_SETTINGS = (
     "vectorization",
     "env_kwargs",
     "wrappers",
+    "training_wrappers",
     "action_masks",
     "normalize_rewards",
 )

@@ -15,8 +15,8 @@ from classic.changed_settings import adapted_coefficients, kept_coefficients
 from classic.config import EARLIER, filled
 from classic.envs.environments import Episode
 from classic.envs.spaces import scales_parts
-from classic.save import describe_spaces, freeze, frozen_parameters, layer_types, loaded_scale, saved_scale
-from classic.state import Progress, Run, TrainState, begin_episodes
+from classic.save import freeze, frozen_parameters, layer_types, loaded_scale, saved_scale
+from classic.state import Progress, Run, TrainState, begin_episodes, describe_spaces
 from rlhf_ppo.runtime.checkpoints.checkpoint import Checkpoint, CheckpointError, as_json
 from rlhf_ppo.runtime.checkpoints.checkpoint_commit import write_checkpoint
 from rlhf_ppo.runtime.checkpoints.resume import require_unchanged
@@ -24,10 +24,19 @@ from rlhf_ppo.runtime.logs.run_directory import RunDirectory
 
 FREE_SETTINGS = (
     *("output_dir", "quiet", "num_threads", "device", "save_every", "save_total_limit", "report_to", "eval_envs"),
+    "episode_info",
 )
 """Settings that may differ when a run resumes."""
 
-EPISODE_SETTINGS = ("num_envs", "autoreset_mode", "vectorization", "env_kwargs", "wrappers", "action_masks")
+EPISODE_SETTINGS = (
+    "num_envs",
+    "autoreset_mode",
+    "vectorization",
+    "env_kwargs",
+    "wrappers",
+    "training_wrappers",
+    "action_masks",
+)
 """Settings that running episodes depend on."""
 
 

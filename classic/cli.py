@@ -67,6 +67,8 @@ class EvaluateCommand(Settings):
     """Take the most likely action; False: sample from the policy."""
     num_threads: int | None = None
     """Torch threads; None: as in training."""
+    env: str | None = None
+    """Environment to evaluate on, with the same spaces; None: the one it was trained on."""
     network: str | None = None
     """The function that made the agent's own network, as file.py:function; None: it has none."""
     video: str | None = None

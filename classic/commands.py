@@ -75,8 +75,8 @@ def evaluate(command: EvaluateCommand) -> None:
     """Run `classic-ppo evaluate FOLDER`: play episodes with a saved agent."""
     agent = PPO.load(command.folder, network=command.network)
     agent.args = dataclasses.replace(agent.args, num_threads=command.num_threads or agent.args.num_threads)
-    result = agent.evaluate(episodes=command.episodes, deterministic=command.deterministic, seed=command.seed)
-    table = Table(title=f"{agent.env_id} from {command.folder}", show_header=False)
+    result = agent.evaluate(command.episodes, deterministic=command.deterministic, seed=command.seed, env=command.env)
+    table = Table(title=f"{command.env or agent.env_id} from {command.folder}", show_header=False)
     for row in _result_rows(result, command.episodes):
         table.add_row(*row)
     if command.video is not None:

@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
+from classic.schedules import factor, require_schedule
 from rlhf_ppo.core.config import Objective, PPOConfig
 from rlhf_ppo.core.validation import require_types
 from rlhf_ppo.runtime.command_line.unknown_names import refuse_unknown_settings
 from rlhf_ppo.runtime.logs.trackers import check_trackers
 
 T = TypeVar("T")
-Schedule = Literal["linear", "constant"]
 Vectorization = Literal["auto", "sync", "async", "vector_entry_point"]
 
 LOG_STD_RANGE = (-20.0, 2.0)
@@ -34,6 +34,7 @@ OTHER_NAMES: dict[str, str] = {
     "clip_coef": "here it is clip_range",
     "clip_vloss": "here it is clip_range_vf, the range itself",
     "anneal_lr": "here it is lr_schedule, linear or constant",
+    "optimizer_kwargs": "here they are adam_eps and weight_decay",
     "lr": "here it is learning_rate",
     "policy_kwargs": "here they are hidden_sizes, activation, shared_network, log_std_init and others",
     "net_arch": "here it is hidden_sizes, value_hidden_sizes and shared_network",
@@ -46,7 +47,7 @@ OTHER_NAMES: dict[str, str] = {
 }
 """A setting's name in Stable-Baselines3 or CleanRL -> ours, or why there is none."""
 
-EARLIER: dict[str, Any] = {"normalize_values": False}
+EARLIER: dict[str, Any] = {"normalize_values": False, "adam_eps": 1e-5, "weight_decay": 0.0}
 """Settings that earlier versions did not have -> what those did."""
 
 CONTINUOUS: dict[str, Any] = {"squash": False, "log_std_init": 0.0, "state_dependent_std": False}
@@ -73,7 +74,10 @@ class PPOArgs:
     env_kwargs: dict[str, bool | int | float | str] | None = None
     """Keyword arguments of the environment, such as continuous True."""
     wrappers: tuple[str, ...] = ()
-    """Wrappers around each copy, innermost first: names from gymnasium.wrappers, or module:Name."""
+    """Wrappers around each copy, innermost first: names from gymnasium.wrappers, or module:Name, with arguments as in
+    FrameStackObservation(stack_size=4)."""
+    training_wrappers: tuple[str, ...] = ()
+    """Wrappers around the others, of training's copies alone: what evaluations should not see, as shaped rewards."""
     action_masks: bool | None = None
     """Sample only actions that infos["action_mask"], action_masks() or the observation's part action_mask allows; None:
     if the environment provides one of these."""
@@ -107,15 +111,20 @@ class PPOArgs:
     the rewards' scale; value loss and clip_range_vf are in these units."""
     learning_rate: float | None = None
     """Adam's initial learning rate."""
-    lr_schedule: Schedule | None = None
-    """linear: the learning rate falls to 0 over total_timesteps; constant: it stays."""
+    lr_schedule: str | None = None
+    """How the learning rate falls over total_timesteps: constant, linear or cosine (to 0), piecewise:0.5=0.1,0.9=0.01
+    (a tenth from half of the steps on, ...), or file.py:function, from the share of steps done to a factor."""
+    adam_eps: float | None = None
+    """Adam's epsilon."""
+    weight_decay: float | None = None
+    """AdamW's weight decay: each step multiplies every weight by 1 - learning_rate x this."""
     objective: Objective | None = None
     """Policy loss: clip, penalty, adaptive_clip, dual_clip, cispo, dis (actions outside the clip range, on either side,
     are masked), a2c (no ratio) or reinforce (no ratio, no baseline)."""
     clip_range: float | None = None
     """Clip the ratio to 1 +- this (the initial value for adaptive_clip)."""
-    clip_range_schedule: Schedule | None = None
-    """linear: the clip range falls to 0 over total_timesteps."""
+    clip_range_schedule: str | None = None
+    """How the clip range falls over total_timesteps; as lr_schedule."""
     clip_range_high: float | None = None
     """Upper clip range, if it differs from the lower one; None: the same."""
     clip_range_vf: float | None = None
@@ -131,8 +140,8 @@ class PPOArgs:
     """Weight of the value loss."""
     ent_coef: float | None = None
     """Weight of the entropy bonus."""
-    ent_coef_schedule: Schedule | None = None
-    """linear: the entropy bonus falls to 0 over total_timesteps."""
+    ent_coef_schedule: str | None = None
+    """How the entropy bonus falls over total_timesteps; as lr_schedule."""
     gamma: float | None = None
     """Discount per step."""
     gae_lambda: float | None = None
@@ -159,11 +168,13 @@ class PPOArgs:
     num_threads: int = 1
     """Torch threads for training and evaluation; more than one slows small networks down."""
     output_dir: str | None = None
-    """Folder for metrics.jsonl, curve.png and run.json; None: write nothing."""
+    """Folder for metrics.jsonl, episodes.jsonl, curve.png and run.json; None: write nothing."""
     save_every: int = 0
     """Rollouts between checkpoints (checkpoint-<n> in output_dir), from which a run can resume; 0: none."""
     save_total_limit: int | None = None
     """Keep the newest checkpoints, at most this many; None: all."""
+    episode_info: tuple[str, ...] = ()
+    """Keys of the environment's infos that episodes.jsonl keeps of each episode's last step."""
     report_to: tuple[str, ...] = ()
     """Trackers that also receive the metrics: tensorboard (into output_dir/tensorboard), wandb, trackio."""
     quiet: bool = False
@@ -179,7 +190,7 @@ class PPOArgs:
 
     def __post_init__(self) -> None:
         require_types(self)
-        lists = ("hidden_sizes", "value_hidden_sizes", "wrappers", "report_to")
+        lists = ("hidden_sizes", "value_hidden_sizes", "wrappers", "training_wrappers", "episode_info", "report_to")
         for name in lists:  # they come from JSON; tuples compare and hash
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -187,8 +198,12 @@ class PPOArgs:
         counts = ("total_timesteps", "num_envs", "num_steps", "num_threads", "recurrent_size")
         for name in (*counts, "eval_envs", "eval_max_steps", "save_total_limit"):
             self._require(name, lambda value: value >= 1, "1 or more")
-        for name in ("save_every", "learning_rate"):
+        for name in ("save_every", "learning_rate", "weight_decay"):
             self._require(name, lambda value: value >= 0, "0 or more")
+        self._require("adam_eps", lambda value: value > 0, "positive")
+        for name in ("lr_schedule", "clip_range_schedule", "ent_coef_schedule"):
+            if getattr(self, name) is not None:
+                require_schedule(name, getattr(self, name))
         self._require("seed", lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
         of_none = 0 if self.network is None else 1  # below the heads there may be one's own network alone
         for name in ("hidden_sizes", "value_hidden_sizes"):
@@ -214,13 +229,13 @@ class PPOArgs:
 
     def scheduled(self, config: PPOConfig, done: float) -> PPOConfig:
         """Return ``config`` as scheduled after the share ``done`` (0 or more, below 1) of all steps."""
-        left = 1 - done
         changed = {}
-        if self.clip_range_schedule == "linear":
+        if (schedule := filled(self.clip_range_schedule)) != "constant":
+            left = factor(schedule, done)
             ranges = {"clip_range": self.clip_range, "clip_range_high": self.clip_range_high}
             changed |= {name: value * left for name, value in ranges.items() if value is not None}
-        if self.ent_coef_schedule == "linear" and self.ent_coef is not None:
-            changed["ent_coef"] = self.ent_coef * left
+        if (schedule := filled(self.ent_coef_schedule)) != "constant" and self.ent_coef is not None:
+            changed["ent_coef"] = self.ent_coef * factor(schedule, done)
         return dataclasses.replace(config, **changed) if changed else config
 
 

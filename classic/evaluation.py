@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -12,9 +14,10 @@ import torch
 from torch import Tensor
 
 from classic.envs.environments import Environments, Episode
+from classic.envs.make_env import EnvLike
 from classic.envs.seeds import derive_seeds
 from classic.networks.actor_critic import ActorCritic
-from classic.state import Run, TrainState, make_copies
+from classic.state import Run, TrainState, describe_spaces, make_copies
 from rlhf_ppo.runtime.signals import stop_if_asked
 
 MAX_COPIES = 32
@@ -31,35 +34,58 @@ class EvaluationCopies:
     """Environments to evaluate on, made once and kept."""
 
     def __init__(self) -> None:
-        self._envs: Environments | None = None
+        self._envs: dict[Any, Environments] = {}
+        """Environment as it was given -> its copies."""
 
     @contextmanager
-    def lend(self, run: Run, state: TrainState, episodes: int) -> Iterator[Environments]:
-        """Lend copies for an evaluation: training's own if there is only one environment or training has not begun."""
+    def lend(self, run: Run, state: TrainState, episodes: int, env: EnvLike | None = None) -> Iterator[Environments]:
+        """Lend copies for an evaluation: training's own if there is only one environment or training has not begun.
+
+        Args:
+            run, state: the agent's.
+            episodes: at most as many copies.
+            env: another environment than training's; None: that.
+        """
         if episodes < 1:
             raise ValueError(f"episodes must be 1 or more, got {episodes}")
         wanted = min(episodes, run.args.eval_envs or min(run.envs.num_envs, MAX_COPIES))
-        if isinstance(run.env, gymnasium.Env) or (not state.playing and wanted == run.envs.num_envs):
+        fresh = not state.playing and wanted == run.envs.num_envs and not run.args.training_wrappers
+        if env is None and (isinstance(run.env, gymnasium.Env) or fresh):
             try:
                 yield run.envs
             finally:
                 state.playing = False
             return
+        key = run.env if env is None else env
         # Another number of copies would play other episodes.
-        if self._envs is not None and self._envs.num_envs != wanted:
-            self.close()
-        self._envs = envs = self._envs or make_copies(run.env, run.args, wanted)
+        if key in self._envs and self._envs[key].num_envs != wanted:
+            self._envs.pop(key).close()
+        if key not in self._envs:
+            self._envs[key] = self._made(run, env, wanted)
         try:
-            yield envs
+            yield self._envs[key]
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
         """Release the environments."""
-        if self._envs is not None:
-            self._envs.close()
-        self._envs = None
+        while self._envs:
+            self._envs.popitem()[1].close()
+
+    @staticmethod
+    def _made(run: Run, env: EnvLike | None, wanted: int) -> Environments:
+        if env is None:
+            return make_copies(run.env, run.args, wanted, run.args.wrappers)
+        args = replace(run.args, env_kwargs=None)  # which are for training's
+        made = make_copies(env, args, 1 if isinstance(env, gymnasium.Env) else wanted, args.wrappers)
+        if describe_spaces(made) != describe_spaces(run.envs):
+            made.close()
+            raise ValueError(
+                f"the agent plays {run.env_id!r} with the spaces {describe_spaces(run.envs)}, but {made.env_id!r} has "
+                f"{describe_spaces(made)}: evaluate it on an environment with its own"
+            )
+        return made
 
 
 def evaluate_policy(

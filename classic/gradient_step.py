@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,15 @@ def parameter_shapes(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.
     return {name: parameter.shape for name, parameter in parameters.items()}
 
 
+def _adam_setting(name: str, doc: str) -> Any:
+    """Make a setting of torch's optimizer an attribute."""
+    return property(
+        lambda adam: adam._adam.param_groups[0][name],
+        lambda adam, value: adam._adam.param_groups[0].update({name: value}),
+        doc=doc,
+    )
+
+
 class Autograd:
     """Gradients of one minibatch by autograd.
 
@@ -69,23 +79,19 @@ class Autograd:
 
 
 class Adam:
-    """torch's Adam over the trained parameters, and torch's ``clip_grad_norm_``.
+    """torch's AdamW over the trained parameters, and torch's ``clip_grad_norm_``; without weight decay it is Adam.
 
-    Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization" (2015).
+    Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization" (2015); Loshchilov and Hutter, "Decoupled Weight
+    Decay Regularization" (2019).
     """
 
-    def __init__(self, network: nn.Module, lr: float, eps: float = 1e-5) -> None:
-        self.parameters, self.eps = trained_parameters(network), eps
-        self._adam = torch.optim.Adam(self.parameters.values(), lr=lr, eps=eps)
+    lr: float = _adam_setting("lr", "Learning rate.")
+    eps: float = _adam_setting("eps", "What is added to the root of the second moment.")
+    weight_decay: float = _adam_setting("weight_decay", "See the setting of this name.")
 
-    @property
-    def lr(self) -> float:
-        """Learning rate."""
-        return self._adam.param_groups[0]["lr"]
-
-    @lr.setter
-    def lr(self, lr: float) -> None:
-        self._adam.param_groups[0]["lr"] = lr
+    def __init__(self, network: nn.Module, lr: float, eps: float = 1e-5, weight_decay: float = 0.0) -> None:
+        self.parameters = trained_parameters(network)
+        self._adam = torch.optim.AdamW(self.parameters.values(), lr=lr, eps=eps, weight_decay=weight_decay)
 
     def fits(self, network: nn.Module) -> bool:
         """Whether a network trains parameters of the names and shapes that its moments belong to."""
@@ -93,9 +99,8 @@ class Adam:
 
     def attach(self, network: nn.Module) -> None:
         """Train this network, which it fits, from here on: parameters may have been replaced or copied."""
-        state, lr = self.state(), self.lr
-        self.parameters = trained_parameters(network)
-        self._adam = torch.optim.Adam(self.parameters.values(), lr=lr, eps=self.eps)
+        state = self.state()
+        self.__init__(network, self.lr, self.eps, self.weight_decay)
         self.load(state)
 
     def zero_grad(self) -> None:

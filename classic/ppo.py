@@ -26,6 +26,7 @@ from classic.explain import explain_rollout
 from classic.fast.switch import Optimizer
 from classic.networks.actor_critic import ActorCritic
 from classic.networks.own_network import NetworkFactory
+from classic.play_hooks import EpisodeHook, PlayHooks, StepHook
 from classic.predict import ForgottenState, predict
 from classic.presets.resolve import resolve
 from classic.report import draw_curve, estimate_metrics, run_metrics, show_progress
@@ -117,19 +118,25 @@ class PPO:
         total_timesteps: int | None = None,
         *,
         callbacks: Sequence[Callback] = (),
+        on_step: StepHook | None = None,
+        on_episode: EpisodeHook | None = None,
         at_end: Callback | None = None,
         resume_from_checkpoint: str | Path | None = None,
         resume_override: bool = False,
     ) -> PPO:
         """Train for ``total_timesteps`` more environment steps (default: the setting), rounded up to whole rollouts.
 
-        Schedules run over exactly this call. With ``output_dir``, each update appends one line to ``metrics.jsonl``,
-        and ``curve.png`` is drawn at the end; with ``save_every``, checkpoints are written there. The first SIGINT or
-        SIGTERM ends training after the current update, with a checkpoint in ``output_dir``.
+        Schedules run over exactly this call. With ``output_dir``, each update appends one line to ``metrics.jsonl`` and
+        each episode one to ``episodes.jsonl``, and ``curve.png`` is drawn at the end; with ``save_every``, checkpoints
+        are written there. The first SIGINT or SIGTERM ends training after the current update, with a checkpoint in
+        ``output_dir``.
 
         Args:
             total_timesteps: environment steps; the same number as before in a run that resumes.
             callbacks: called after each update with the agent and its metrics (:mod:`classic.callbacks`).
+            on_step: called with the agent and each step of all copies, as rewards, ends and infos; if it returns True,
+                training ends with this rollout's update. ``agent.envs.set_attr`` changes the environments.
+            on_episode: called likewise with each finished episode, a dict like a line of ``episodes.jsonl``.
             at_end: called likewise after the last update, while trackers still listen.
             resume_from_checkpoint: folder ``checkpoint-<n>`` of a run with the same settings, or that run's folder for
                 its newest good one; "auto": the newest in ``output_dir``, if there is one. Only for a fresh agent.
@@ -144,6 +151,9 @@ class PPO:
         """
         args, total = self.args, steps_to_train(self.args, total_timesteps)
         callbacks = require_callbacks(callbacks, "agent, metrics")
+        require_callbacks([] if on_step is None else [on_step], "agent, step")
+        require_callbacks([] if on_episode is None else [on_episode], "agent, episode")
+        hooks = PlayHooks(self, on_step, on_episode, args.episode_info)
         with guarded(self.run) as folder:
             if not self._announced:
                 self._announced = True
@@ -156,7 +166,7 @@ class PPO:
                 # What follows an update is not in its checkpoint, so it is repeated.
                 if not (resumed and run_callbacks(callbacks, self, self.last_metrics)):
                     with ProgressDisplay(self.env_id, total, quiet=args.quiet) as display:
-                        self._train(display, callbacks)
+                        self._train(display, callbacks, hooks)
                 if self.state.done < total and not args.quiet:
                     print(f"a callback ended training after {self.state.done:,} of {total:,} steps")
                 if at_end is not None:
@@ -166,7 +176,7 @@ class PPO:
             draw_curve(self.run.folder, self.env_id)
         return self
 
-    def _train(self, display: ProgressDisplay, callbacks: Sequence[Callback]) -> None:
+    def _train(self, display: ProgressDisplay, callbacks: Sequence[Callback], hooks: PlayHooks) -> None:
         """Run the algorithm, one rollout and update after another."""
         state = self.state
         state.follow_network()
@@ -181,7 +191,14 @@ class PPO:
             display.phase("collect")
             steps = filled(run.args.num_steps)
             rollout = collect(
-                run.envs, state.network, steps, state.generator, state.memory, state.normalizer, sample=state.sample
+                run.envs,
+                state.network,
+                steps,
+                state.generator,
+                state.memory,
+                state.normalizer,
+                sample=state.sample,
+                on_step=hooks.begin(run.envs, state.counters, run.folder),
             )
             state.memory = rollout.state_after
 
@@ -204,18 +221,26 @@ class PPO:
             metrics = {**run_metrics(state.counters, state.recent), **learned}
             state.last_metrics = metrics
             self.log(metrics)
+            hooks.write(run.folder)
             show_progress(display, min(state.done, state.progress.total), metrics)
 
             # 6. Save, and call back.
             save_if_due(run, state)
             stop_if_asked()
             with saving_if_interrupted(run, state):
-                if run_callbacks(callbacks, self, metrics):
+                if run_callbacks(callbacks, self, metrics) or hooks.stop:
                     break
-            if callbacks:  # they may change anything
+            if callbacks or hooks.called:  # they may change anything
                 state.follow_network()
 
-    def evaluate(self, episodes: int = 20, *, deterministic: bool = True, seed: int | None = None) -> dict[str, float]:
+    def evaluate(
+        self,
+        episodes: int = 20,
+        *,
+        deterministic: bool = True,
+        seed: int | None = None,
+        env: EnvLike | None = None,
+    ) -> dict[str, float]:
         """Play whole episodes on environments of its own (on training's, before training); training is not touched.
 
         Args:
@@ -223,12 +248,13 @@ class PPO:
             deterministic: take the most likely action instead of a sampled one.
             seed: of the environments and the draws; default: the agent's, so that two calls agree. Episodes are never
                 those of training.
+            env: another environment with the same spaces, with the setting ``wrappers`` but not ``env_kwargs``.
         Returns:
             mean_return and std_return (undiscounted; population), mean_length in steps.
         Warns:
             UserWarning: episodes were cut (``eval_max_steps``); their return so far counts.
         """
-        copies = self._evaluation.lend(self.run, self.state, episodes)
+        copies = self._evaluation.lend(self.run, self.state, episodes, env)
         with torch_threads(self.args.num_threads), copies as envs:
             return evaluate_policy(
                 envs,
@@ -252,7 +278,7 @@ class PPO:
         """Choose an action.
 
         Args:
-            observation: one, or a batch of N.
+            observation: one, or a batch of N: an array, a list of observations, or for a Dict a dict of arrays.
             deterministic: take the most likely action instead of a sampled one.
             state: what the last call returned; None at the first, and if the policy is not recurrent.
             episode_start: bool or [N], True where an episode begins and the recurrent state is reset.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from classic.envs.environments import Environments
 from classic.envs.masks import mask_row
-from classic.envs.spaces import batch_of_one, is_batch, is_finite, to_env_actions
+from classic.envs.spaces import batch_of_one, is_batch, is_finite, stacked, to_env_actions
 from classic.networks.actor_critic import ActorCritic
 
 MAX_FORGOTTEN = 3
@@ -61,6 +61,7 @@ def predict(
     where, space = f"environment {envs.env_id!r}", envs.observation_space
     shape = f"of shape {space.shape}" if space.shape is not None else str(space)
     try:
+        observation = stacked(space, observation)
         batched = is_batch(space, observation)
         array = envs.encode(observation if batched else batch_of_one(space, observation))
     except (ValueError, TypeError, KeyError, IndexError) as error:

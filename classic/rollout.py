@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from classic.envs.environments import Environments, Episode
 from classic.envs.normalization import Normalizer
+from classic.envs.truncation import Step
 from classic.networks.actor_critic import ActorCritic
 from classic.networks.decisions import Decisions, Sample
 
@@ -74,6 +76,7 @@ def collect(
     normalizer: Normalizer | None = None,
     *,
     sample: Sample | None = None,
+    on_step: Callable[[Step], None] | None = None,
 ) -> Rollout:
     """Play ``num_steps`` steps of every copy; episodes continue from one rollout to the next.
 
@@ -81,15 +84,14 @@ def collect(
         state: [B, K] recurrent state after the last rollout; None without a recurrent layer.
         normalizer: its statistics are updated; the rollout holds normalised observations and rewards.
         sample: samples the actions; None: ``network.sample``.
+        on_step: called with each step.
     Raises:
         BrokenEnvironmentError: see :meth:`Environments.step`.
     """
     observations, starts, masks, outputs, actions, steps, rewards = [], [], [], [], [], [], []
     final_envs, final_steps, finals, final_states = [], [], [], []
-    before = state
-    normalizer = normalizer or Normalizer(None, None, 1.0)
+    before, sample, normalizer = state, sample or network.sample, normalizer or Normalizer(None, None, 1.0)
     noise = network.noise((num_steps, envs.num_envs), generator).unbind()
-    sample = sample or network.sample
     for t in range(num_steps):
         observation = normalizer.observe(envs.observations, ~envs.resetting)
         output, action, state = sample(observation, noise[t], envs.action_masks, envs.starting, state)
@@ -100,6 +102,8 @@ def collect(
         actions.append(action)
         step = envs.step(action)
         steps.append(step)
+        if on_step is not None:
+            on_step(step)
         reward = step.rewards
         if normalizer.returns is not None:
             reward = normalizer.scale_rewards(reward.float(), step.terminated | step.truncated, step.mask)

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from classic.changed_settings import adapted_coefficients, kept_coefficients
 from classic.config import EARLIER, PPOArgs, filled
-from classic.envs.environments import Environments
 from classic.envs.images import image_layout
 from classic.envs.spaces import scales_parts
 from classic.networks.actor_critic import ActorCritic
 from classic.networks.own_network import NetworkFactory, factory_name
-from classic.state import Run, TrainState
+from classic.state import Run, TrainState, describe_spaces
 from rlhf_ppo.core import ValueScale
 from rlhf_ppo.runtime.checkpoints.checkpoint import list_checkpoints
 from rlhf_ppo.runtime.files import replacing_files
@@ -223,11 +222,6 @@ def freeze(state: TrainState, names: Collection[str]) -> None:
     for name, parameter in state.network.named_parameters():
         parameter.requires_grad_(name not in names)
     state.follow_network()
-
-
-def describe_spaces(envs: Environments) -> dict[str, str]:
-    """Describe the spaces that an environment must still have when its agent is loaded."""
-    return {"observation": str(envs.observation_space), "action": str(envs.action_space)}
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

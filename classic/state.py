@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -100,7 +100,7 @@ class TrainState:
     predict_generator: torch.Generator
     """Draws of :meth:`classic.PPO.predict`."""
     counters: dict[str, int]
-    """Iterations, environment steps, optimizer steps and episodes so far."""
+    """Iterations, environment steps, optimizer steps and episodes so far, and environment steps of the last rollout."""
     device: torch.device
     """Where the network is; everything else is on the CPU."""
     value_scale: ValueScale | None
@@ -123,7 +123,8 @@ class TrainState:
     def count(self, rollout: Rollout) -> None:
         """Count an iteration, and the steps and episodes of its rollout."""
         self.counters["iteration"] += 1
-        self.counters["env_steps"] += int(rollout.mask.sum())
+        self.counters["rollout_steps"] = int(rollout.mask.sum())
+        self.counters["env_steps"] += self.counters["rollout_steps"]
         self.counters["episodes"] += len(rollout.episodes)
         self.recent.extend(rollout.episodes)
 
@@ -194,15 +195,20 @@ def make_run(env: EnvLike, args: PPOArgs, network: NetworkFactory | None = None)
     args = resolve(args, task, single=isinstance(env, gymnasium.Env))
     require_installed(args.report_to)
     resolve_device(args.device)
-    envs = make_copies(copies_of, args, filled(args.num_envs))
+    if args.training_wrappers and isinstance(env, gymnasium.Env):
+        raise ValueError(
+            f"training_wrappers={args.training_wrappers} are around training's copies alone, but {env_name(env)!r} is "
+            "one environment, on which evaluations play, too: give its id or a function that makes it"
+        )
+    around = (*args.wrappers, *args.training_wrappers)
+    envs = make_copies(copies_of, args, filled(args.num_envs), around)
     try:
         require_fit(args, envs)
         encoder = make_encoder(args, envs, network)
     except ValueError:
         envs.close()
         raise
-    has_preset = task in preset_ids()
-    origin = f"preset of {task}" if has_preset else "no preset for this environment: general defaults"
+    origin = f"preset of {task}" if task in preset_ids() else "no preset for this environment: general defaults"
     return Run(env, env_name(env), task, args, encoder, origin, envs)
 
 
@@ -222,18 +228,23 @@ def make_encoder(args: PPOArgs, envs: Environments, network: NetworkFactory | No
     return mixed
 
 
-def make_copies(env: EnvLike, args: PPOArgs, num_envs: int) -> Environments:
-    """Make ``num_envs`` copies of an environment as the settings say."""
+def make_copies(env: EnvLike, args: PPOArgs, num_envs: int, wrappers: Sequence[str]) -> Environments:
+    """Make ``num_envs`` copies of an environment as the settings say, with these wrappers around each."""
     return Environments(
         env,
         num_envs,
         args.autoreset_mode,
         vectorization=args.vectorization,
         env_kwargs=args.env_kwargs,
-        wrappers=args.wrappers,
+        wrappers=wrappers,
         action_masks=args.action_masks,
         squash=filled(args.squash),
     )
+
+
+def describe_spaces(envs: Environments) -> dict[str, str]:
+    """Describe the spaces that an environment must still have when its agent is loaded."""
+    return {"observation": str(envs.observation_space), "action": str(envs.action_space)}
 
 
 def initial_state(run: Run) -> TrainState:

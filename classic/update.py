@@ -16,6 +16,7 @@ from classic.config import PPOArgs, filled
 from classic.networks.decisions import Decisions, on_device
 from classic.report import UpdateRecord, largest_gap
 from classic.rollout import Rollout
+from classic.schedules import factor
 from classic.state import Run, TrainState
 from rlhf_ppo.core import (
     Experience,
@@ -35,9 +36,10 @@ DEFAULT_MAX_INITIAL_LOG_RATIO = 0.1
 
 
 def follow_schedules(state: TrainState, args: PPOArgs) -> None:
-    """Set the learning rate, the clip range and the entropy bonus for the share of steps that is done."""
+    """Set Adam's settings, the clip range and the entropy bonus for the share of steps that is done."""
     done = state.done / state.progress.total
-    state.optimizer.lr = filled(args.learning_rate) * (1 - done if args.lr_schedule == "linear" else 1)
+    state.optimizer.lr = filled(args.learning_rate) * factor(filled(args.lr_schedule), done)
+    state.optimizer.eps, state.optimizer.weight_decay = filled(args.adam_eps), filled(args.weight_decay)
     state.config = args.scheduled(state.config, done)
 
 

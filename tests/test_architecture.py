@@ -65,7 +65,7 @@ LEVELS = [
 ]
 """Packages and modules of rlhf_ppo: each may import those of lower levels, and none beside it."""
 
-CLASSIC_LEVELS = [["config"], ["envs"], ["networks", "presets"], ["gradient_step"], ["fast"]]
+CLASSIC_LEVELS = [["schedules"], ["config"], ["envs"], ["networks", "presets"], ["gradient_step"], ["fast"]]
 """Likewise in classic; modules that are not listed stand above them all."""
 
 

@@ -19,7 +19,7 @@ from classic.envs.masks import ActionMasks
 from classic.envs.seeds import Purpose, derive_seeds
 from classic.envs.spaces import action_layout, batch_of_one, observation_shape, to_env_actions
 from classic.envs.truncation import Episode, RunningEpisodes, Step, final_observation
-from classic.envs.wrappers import RecordedEpisode, call_each, normalizing_wrappers, warn_once
+from classic.envs.wrappers import RecordedEpisode, all_have, call_each, normalizing_wrappers, warn_once
 
 NO_ENVS = torch.empty(0, dtype=torch.int64)
 
@@ -118,6 +118,7 @@ class Environments:
             final_envs,
             final_observations,
             episodes,
+            info,
         )
 
     @property
@@ -138,6 +139,30 @@ class Environments:
     def running_episode(self, copy: int) -> Episode:
         """Return a copy's episode so far."""
         return self._episodes.episode(copy)
+
+    def get_attr(self, name: str) -> list[Any]:
+        """Return an attribute of each copy (or of the one object that steps them all)."""
+        self._require_attribute(name)
+        inner: Any = self.envs.unwrapped
+        return list(inner.get_attr(name)) if hasattr(inner, "get_attr") else [getattr(inner, name)]
+
+    def set_attr(self, name: str, value: Any) -> None:
+        """Set an attribute of every copy, as a curriculum does; a list or tuple has one value for each.
+
+        Raises:
+            ValueError: the environment has no such attribute.
+        """
+        self._require_attribute(name)
+        inner: Any = self.envs.unwrapped
+        inner.set_attr(name, value) if hasattr(inner, "set_attr") else setattr(inner, name, value)
+
+    def call(self, name: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """Call a method of every copy (or of the one object that steps them all); return the answers."""
+        self._require_attribute(name)
+        inner: Any = self.envs.unwrapped
+        if hasattr(inner, "call"):
+            return list(inner.call(name, *args, **kwargs))
+        return [getattr(inner, name)(*args, **kwargs)]
 
     def own_statistics(self) -> list[str]:
         """Return the names of wrappers that normalise by statistics of their own."""
@@ -203,6 +228,12 @@ class Environments:
     def close(self) -> None:
         """Release the environments."""
         self.envs.close()
+
+    def _require_attribute(self, name: str) -> None:
+        inner = self.envs.unwrapped
+        separate = isinstance(inner, SyncVectorEnv | AsyncVectorEnv)
+        if not (all_have(self.envs, name) if separate else hasattr(inner, name)):
+            raise ValueError(f"environment {self.env_id!r} has no attribute {name!r}: give it one, or name another")
 
     def _guarded(self, call: Callable[[], Any]) -> Any:
         """Call into the environments, turn a crash into an error, and pass on the checker's warnings."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import gymnasium
@@ -197,15 +198,22 @@ def _from_object(
     return vector([make] * num_envs, autoreset_mode=wanted or AutoresetMode.NEXT_STEP)
 
 
-def _wrapper(env: str, name: str) -> Callable[[gymnasium.Env], gymnasium.Wrapper]:
+def _wrapper(env: str, text: str) -> Callable[[gymnasium.Env], gymnasium.Wrapper]:
+    """Return what a wrapper's name, with arguments or without, puts around an environment."""
+    name, called, _ = text.partition("(")
     module, _, attribute = name.rpartition(":")
     try:
-        return getattr(importlib.import_module(module or "gymnasium.wrappers"), attribute)
-    except (ImportError, AttributeError, SystemExit) as error:
+        call: Any = ast.parse(f"wrapper({text[len(name) + 1 :]}" if called else "wrapper()", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or not all(keyword.arg for keyword in call.keywords):
+            raise SyntaxError("arguments are name=value")
+        arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        wrapper = getattr(importlib.import_module(module or "gymnasium.wrappers"), attribute)
+    except (ImportError, AttributeError, SystemExit, SyntaxError, ValueError) as error:
         raise ValueError(
-            f"wrapper {name!r} of environment {env!r} cannot be loaded ({error}); name one of gymnasium.wrappers, or "
-            "module:Name"
+            f"wrapper {text!r} of environment {env!r} cannot be loaded ({error}); name one of gymnasium.wrappers, or "
+            "module:Name, with arguments as in FrameStackObservation(stack_size=4)"
         ) from None
+    return partial(wrapper, **arguments) if arguments else wrapper
 
 
 def _extra(env: EnvLike) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -154,6 +154,18 @@ def batch_of_one(space: gymnasium.Space, observation: Any) -> Any:
     if isinstance(space, Tuple):
         return tuple(batch_of_one(part, x) for part, x in zip(space.spaces, observation, strict=True))
     return np.asarray(observation)[None]
+
+
+def stacked(space: gymnasium.Space, observation: Any) -> Any:
+    """Turn a list of observations of a Dict or Tuple into one batch; anything else is returned as it is."""
+    if not isinstance(observation, list) or not observation:
+        return observation
+    if isinstance(space, Dict) and all(isinstance(one, Mapping) for one in observation):
+        return {key: stacked(part, [one[key] for one in observation]) for key, part in space.spaces.items()}
+    if isinstance(space, Tuple) and all(isinstance(one, tuple) for one in observation):
+        columns = zip(*observation, strict=True)
+        return tuple(stacked(part, list(column)) for part, column in zip(space.spaces, columns, strict=True))
+    return observation
 
 
 def is_batch(space: gymnasium.Space, observation: Any) -> bool:

@@ -11,7 +11,7 @@ episode's first, and the old one's last is in ``infos["final_obs"]``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,6 +48,8 @@ class Step:
     """[K, *O] the last observations of those episodes."""
     episodes: list[Episode]
     """Episodes that ended here."""
+    infos: dict[str, Any] = field(default_factory=dict)
+    """The vector environment's infos, as Gymnasium gives them: an array per key."""
 
 
 class RunningEpisodes:

@@ -73,13 +73,13 @@ class FlatParameters:
 
 
 class FlatAdam:
-    """The kernel of ``torch.optim.Adam(fused=True)`` alone.
+    """The kernel of ``torch.optim.AdamW(fused=True)`` alone.
 
     On a few thousand weights the bookkeeping around it takes ten times as long as the kernel.
     """
 
     def __init__(self, network: nn.Module, lr: float, eps: float = 1e-5) -> None:
-        self.weights, self.lr, self.eps = FlatParameters(network), lr, eps
+        self.weights, self.lr, self.eps, self.weight_decay = FlatParameters(network), lr, eps, 0.0
         gradient = self.weights.gradient
         self.steps = torch.zeros((), dtype=torch.float32, device=gradient.device)
         self.mean, self.square = torch.zeros_like(gradient), torch.zeros_like(gradient)
@@ -107,7 +107,7 @@ class FlatAdam:
     def step(self) -> None:
         """Move the parameters by their gradient."""
         self.steps.add_(1)
-        torch.ops.aten._fused_adam_.default(
+        torch.ops.aten._fused_adamw_.default(
             [self.weights.vector.detach()],
             [self.weights.gradient],
             [self.mean],
@@ -117,7 +117,7 @@ class FlatAdam:
             lr=self.lr,
             beta1=0.9,
             beta2=0.999,
-            weight_decay=0.0,
+            weight_decay=self.weight_decay,
             eps=self.eps,
             amsgrad=False,
             maximize=False,

@@ -23,6 +23,8 @@ DEFAULTS: dict[str, Any] = {
     "num_steps": 256,
     "learning_rate": 3e-4,
     "lr_schedule": "linear",
+    "adam_eps": 1e-5,
+    "weight_decay": 0.0,
     "hidden_sizes": (64, 64),
     "activation": "tanh",
     "shared_network": False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gymnasium
 import pytest
 
 import classic
@@ -61,3 +62,16 @@ def test_a_users_own_metric_is_logged(small, tmp_path):
         classic.PPO("tests/Match-v0", small(output_dir=str(tmp_path))).learn(
             100, callbacks=[lambda agent, metrics: agent.log({"episode/success_rate": 0.5})]
         )
+
+
+def test_several_evaluation_environments_are_logged_beside_trainings(small, tmp_path):
+    always_wrong = lambda: gymnasium.wrappers.TransformReward(gymnasium.make("tests/Match-v0"), lambda reward: -1.0)  # noqa: E731
+    watch = evaluate_every(2, episodes=3, envs={"wrong": always_wrong, "same": "tests/Match-v0"})
+    agent = classic.PPO("tests/Match-v0", small(output_dir=str(tmp_path))).learn(200, callbacks=[watch])
+    rows = [row for row in RunDirectory(tmp_path).read() if "eval/mean_return" in row]
+    assert rows and all(row["eval_wrong/mean_return"] == -5.0 for row in rows)
+    assert all(row["eval_same/mean_return"] == row["eval/mean_return"] for row in rows)
+    plain = classic.PPO("tests/Match-v0", small()).learn(200)
+    assert (plain.network.policy[0].weight == agent.network.policy[0].weight).all()
+    with pytest.raises(ValueError, match=r"plays 'tests/Match-v0' with the spaces .*, but 'CartPole-v1' has"):
+        agent.evaluate(3, env="CartPole-v1")

@@ -47,6 +47,8 @@ def test_train_saves_evaluates_and_says_where_everything_is(tmp_path, capsys, mo
     assert main(["evaluate", str(folder), "--episodes", "4"]) == 0
     out, _ = capsys.readouterr()
     assert f"{last['eval/mean_return']:.1f} +- {last['eval/std_return']:.1f}" in out
+    assert main(["evaluate", str(folder), "--episodes", "2", "--env", "tests/Far-v0"]) == 2
+    assert "but 'tests/Far-v0' has" in capsys.readouterr().err
 
 
 def test_settings_from_yaml_and_a_positional_environment(tmp_path):
@@ -170,7 +172,7 @@ def test_a_full_disk_is_one_line_and_the_agent_is_saved_where_it_can_be(what, tm
     [(KeyboardInterrupt(), "interrupted\n", 130), (Interrupted(15), "stopped by SIGTERM\n", 143)],
 )
 def test_a_signal_outside_training_leaves_no_traceback(stop, words, code, capsys, monkeypatch):
-    def load(folder):
+    def load(folder, **given):
         raise stop
 
     monkeypatch.setattr(classic.PPO, "load", load)

@@ -244,3 +244,17 @@ def test_arguments_that_an_environment_does_not_take_are_named(small):
 
 def test_the_preset_is_found_by_module_and_id_too():
     assert resolve(classic.PPOArgs(), "gymnasium:CartPole-v1") == resolve(classic.PPOArgs(), "CartPole-v1")
+
+
+def test_wrappers_take_arguments(small):
+    args = small(wrappers=["FrameStackObservation(stack_size=3)", "gymnasium.wrappers:FlattenObservation"])
+    agent = classic.PPO("tests/Match-v0", args).learn(64)
+    assert agent.envs.observation_shape == (3,)
+    for text, words in (
+        ("FrameStackObservation(3)", "arguments are name=value"),
+        ("FrameStackObservation(stack_size=os)", "malformed node"),
+        ("FrameStackObservation(stack_size=3", "never closed"),
+        ("FrameStackObservation(stack=3)", "unexpected keyword argument 'stack'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            classic.PPO("tests/Match-v0", small(wrappers=[text]))

@@ -16,6 +16,7 @@ from classic.envs.spaces import (
     is_batch,
     observation_encoder,
     observation_shape,
+    stacked,
     to_env_actions,
 )
 
@@ -190,3 +191,22 @@ def test_three_axes_with_channels_in_the_middle_are_not_an_image():
 def test_an_empty_observation_is_refused():
     with pytest.raises(ValueError, match=r"its observations .* are empty"):
         observation_shape(Box(0, 1, (0,)), "environment 'Empty'")
+
+
+@pytest.mark.parametrize("name", ["Matrix", "Discrete", "Dict", "ImageInDict"])
+def test_predict_takes_lists_of_observations(name, small):
+    agent = classic.PPO(f"tests/{name}Observation-v0", small())
+    space = agent.envs.observation_space
+    space.seed(3)
+    samples = [space.sample() for _ in range(3)]
+    one_by_one = [int(agent.predict(sample)[0]) for sample in samples]
+    assert agent.predict(samples)[0].tolist() == one_by_one
+    if name == "Matrix":
+        assert agent.predict([sample.tolist() for sample in samples])[0].tolist() == one_by_one
+
+
+def test_predict_takes_a_list_of_tuples(small):
+    space = Tuple([Box(-1, 1, (2,), np.float32), Discrete(2)])
+    assert stacked(space, [(np.zeros(2), 1), (np.ones(2), 0)])[1] == [1, 0]
+    one = (np.zeros(2), 1)
+    assert stacked(space, one) is one

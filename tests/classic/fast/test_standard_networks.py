@@ -161,7 +161,7 @@ def test_untrainable_networks_are_refused(small):
     agent = classic.PPO("tests/Match-v0", small())
     agent.network.double()
     with pytest.raises(
-        ValueError, match=r"torch\.float64 on cpu, but classic computes in float32 .*\.float\(\)\.cpu\(\)"
+        ValueError, match=r"torch\.float64 on cpu, but classic computes in float32 on cpu: .*\.to\('cpu'\)"
     ):
         agent.learn(100)
     agent.network.float()
