@@ -15,6 +15,7 @@ from rlhf_ppo.config.presets import PresetsArgs
 from rlhf_ppo.config.reward_training import RewardTrainingArgs
 from rlhf_ppo.config.sft import SFTArgs
 from rlhf_ppo.config.train import CriticRecordArgs, TrainArgs
+from rlhf_ppo.config.verify import VerifyArgs
 from rlhf_ppo.runtime.command_line.commands import AdviseArgs, CheckArgs
 from rlhf_ppo.runtime.command_line.settings import Command, run_command
 from rlhf_ppo.runtime.errors import RunError, print_failure
@@ -25,6 +26,7 @@ from rlhf_ppo.runtime.signals import Interrupted
 COMMANDS: dict[str, Command] = {
     "demo": (DemoArgs, "rlhf_ppo.pipeline.demo:demo"),
     "train": (TrainArgs, "rlhf_ppo.pipeline.train:train"),
+    "verify": (VerifyArgs, "rlhf_ppo.verify.verify:verify_command"),
     "plan": (PlanArgs, "rlhf_ppo.pipeline.plan.report:plan_command"),
     "sft": (SFTArgs, "rlhf_ppo.pipeline.labelled.sft:sft_command"),
     "reward": (RewardTrainingArgs, "rlhf_ppo.pipeline.labelled.reward_training:reward_command"),

@@ -59,6 +59,7 @@ LEVELS = [
     ["training"],
     ["trainer"],
     ["pipeline", "trl"],
+    ["verify"],
     ["cli"],
     ["__main__"],
     ["settings_page"],

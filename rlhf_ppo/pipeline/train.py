@@ -42,17 +42,20 @@ def record_command(args: CriticRecordArgs) -> None:
 
 def make_trainer(args: TrainArgs, train_rows: Rows, eval_rows: Rows | None) -> PPOTrainer:
     """Make the trainer of a `train` command."""
-    return PPOTrainer(
-        model=args.model,
-        reward_funcs=list(args.reward),
-        args=args,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        ref_model=args.ref_model,
-        value_model=args.value_model,
-        peft_config=_lora(args),
-        respond=None if args.respond is None else load_function(args.respond, "respond"),
-    )
+    return PPOTrainer(**trainer_arguments(args), train_dataset=train_rows, eval_dataset=eval_rows)
+
+
+def trainer_arguments(args: TrainArgs) -> dict[str, Any]:
+    """Return the arguments of :class:`PPOTrainer` but for the data."""
+    return {
+        "model": args.model,
+        "reward_funcs": list(args.reward),
+        "args": args,
+        "ref_model": args.ref_model,
+        "value_model": args.value_model,
+        "peft_config": _lora(args),
+        "respond": None if args.respond is None else load_function(args.respond, "respond"),
+    }
 
 
 def load_prompts(args: TrainArgs) -> tuple[Rows, Rows | None]:

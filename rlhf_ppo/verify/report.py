@@ -1,0 +1,106 @@
+"""Reports: what each check proves, what it found, and what cures it, as text or JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+
+class Finding(NamedTuple):
+    """What a check found."""
+
+    passed: bool | None
+    """None: the check does not apply, and ``said`` gives the reason."""
+    said: str
+    """The outcome in words, with its numbers."""
+    numbers: dict[str, float] = {}  # noqa: RUF012
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check, and what its failure means."""
+
+    name: str
+    run: Callable[[Any], Finding]
+    """Gets what is verified."""
+    proves: str
+    """What holds if it passes."""
+    causes: str
+    """What is usually wrong if it fails."""
+    cure: str
+    """The setting or change that cures it."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A check and what it found."""
+
+    name: str
+    passed: bool | None
+    """None: skipped."""
+    said: str
+    proves: str
+    causes: str
+    cure: str
+    numbers: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        """The outcome in a word."""
+        return {True: "passed", False: "FAILED", None: "skipped"}[self.passed]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The results of all checks."""
+
+    subject: str
+    """What was verified, in words."""
+    results: tuple[Result, ...]
+
+    @property
+    def passed(self) -> bool:
+        """True if no check failed."""
+        return not self.failures
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Names of the checks that failed."""
+        return tuple(result.name for result in self.results if result.passed is False)
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Names of the checks that do not apply here."""
+        return tuple(result.name for result in self.results if result.passed is None)
+
+    def __getitem__(self, name: str) -> Result:
+        """Return the result of a check by its name."""
+        return next(result for result in self.results if result.name == name)
+
+    def facts(self) -> dict[str, Any]:
+        """Return everything, for JSON."""
+        return {"subject": self.subject, "passed": self.passed, "results": [asdict(result) for result in self.results]}
+
+    def __str__(self) -> str:
+        width = max(len(result.name) for result in self.results)
+        lines = [self.subject, ""]
+        for result in self.results:
+            margin = " " * (width + 11)
+            lines.append(f"{result.verdict:<7}  {result.name:<{width}}  {result.proves}")
+            lines.append(f"{margin}{result.said}")
+            if result.passed is False:
+                lines += [f"{margin}usual causes: {result.causes}", f"{margin}cure: {result.cure}"]
+        counts = [len(self.results) - len(self.failures) - len(self.skipped), len(self.failures), len(self.skipped)]
+        names = ("passed", "failed", "skipped")
+        return "\n".join([*lines, "", ", ".join(f"{n} {name}" for n, name in zip(counts, names, strict=True) if n)])
+
+
+def run_check(check: Check, subject: Any) -> Result:
+    """Run one check; an error in it is its failure, so that the others still speak."""
+    try:
+        found = check.run(subject)
+    except Exception as error:  # whatever a model, tokenizer, reward or loss of the user raises
+        found = Finding(False, f"raised {type(error).__name__}: {error}")
+    texts = {"proves": check.proves, "causes": check.causes, "cure": check.cure}
+    return Result(check.name, found.passed, found.said, **texts, numbers=found.numbers)
