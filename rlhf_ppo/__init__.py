@@ -10,13 +10,23 @@ from rlhf_ppo.runtime.package import __version__, find_moved_modules
 
 if TYPE_CHECKING:
     from rlhf_ppo.config.rlhf import RLHFConfig
+    from rlhf_ppo.generation.environments.episodes import TextEnvironment
     from rlhf_ppo.generation.rollout import Rollout
     from rlhf_ppo.rewards.functions import StepRewards
     from rlhf_ppo.rewards.http_client import HTTPReward
     from rlhf_ppo.rewards.reward_model import RewardModel
     from rlhf_ppo.trainer import PPOTrainer
 
-__all__ = ["HTTPReward", "PPOTrainer", "RLHFConfig", "RewardModel", "Rollout", "StepRewards", "__version__"]
+__all__ = [
+    "HTTPReward",
+    "PPOTrainer",
+    "RLHFConfig",
+    "RewardModel",
+    "Rollout",
+    "StepRewards",
+    "TextEnvironment",
+    "__version__",
+]
 
 _HOMES = {
     "HTTPReward": "rlhf_ppo.rewards.http_client",
@@ -25,6 +35,7 @@ _HOMES = {
     "RewardModel": "rlhf_ppo.rewards.reward_model",
     "Rollout": "rlhf_ppo.generation.rollout",
     "StepRewards": "rlhf_ppo.rewards.functions",
+    "TextEnvironment": "rlhf_ppo.generation.environments.episodes",
 }
 
 __getattr__ = lazy_names(__name__, _HOMES)

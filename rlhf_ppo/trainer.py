@@ -18,6 +18,7 @@ from rlhf_ppo.config.name_hints import ARGUMENTS
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.data.chat import Prompt
 from rlhf_ppo.data.rows import RowSource
+from rlhf_ppo.generation.environments.episodes import TextEnvironment
 from rlhf_ppo.generation.multi_turn import Respond
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.models.quiet_libraries import without_library_bars
@@ -96,8 +97,8 @@ class PPOTrainer(TrainerAttributes):
     def __init__(
         self,
         model: str | PreTrainedModel,
-        reward_funcs: RewardSource | Sequence[RewardSource],
-        args: RLHFConfig,
+        reward_funcs: RewardSource | Sequence[RewardSource] | None = None,
+        args: RLHFConfig | None = None,
         train_dataset: RowSource | None = None,
         eval_dataset: RowSource | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -106,14 +107,17 @@ class PPOTrainer(TrainerAttributes):
         peft_config: Any = None,
         callbacks: Sequence[Callback] | None = None,
         respond: Respond | None = None,
+        environment: Callable[[], TextEnvironment] | None = None,
     ) -> None:
         """Check everything that can be wrong, cheapest first, then load the models.
 
         Args:
             model: hub id, folder or model: the policy's start, and the reference unless ``ref_model`` is given.
             reward_funcs: callable, ``file.py:function``, hub id, folder or sequence-classification model, or a list.
+                None: the environment's rewards alone.
             args: settings.
-            train_dataset: rows with a column ``prompt`` (text or chat messages); other columns reach the rewards.
+            train_dataset: rows with a column ``prompt`` (text or chat messages); other columns reach the rewards, and
+                all of them the environment's ``reset``, which may say the prompt instead.
             eval_dataset: held-out rows of the same form.
             processing_class: the policy's tokenizer, if it is not in the model's folder. It is never changed.
             ref_model: another reference than the policy's own start.
@@ -123,6 +127,8 @@ class PPOTrainer(TrainerAttributes):
             callbacks: called after each update.
             respond: answers the policy's turns if ``max_turns`` is above 1: ``respond(messages)`` returns text, or
                 None to end the conversation (see :data:`rlhf_ppo.generation.multi_turn.Respond`).
+            environment: the class of what answers and rewards the policy's turns instead, or a function that makes
+                one for each conversation (see :class:`rlhf_ppo.TextEnvironment`).
         Raises:
             ValueError: bad settings, data, reward or models; says which, and what to do.
         """
@@ -138,6 +144,7 @@ class PPOTrainer(TrainerAttributes):
             value_model=value_model,
             peft_config=peft_config,
             respond=respond,
+            environment=environment,
         )
         require_first_policy(self.fixed, actor_critic)
         self.state = TrainState.start(actor_critic, self.fixed.args)
@@ -270,7 +277,8 @@ class PPOTrainer(TrainerAttributes):
             columns: other columns for the reward functions, one value per prompt each.
         Raises:
             ValueError: a prompt is bad (names its number), or a column has another length.
-            RewardError, RespondError: a reward function or ``respond`` failed; failed_rollout.jsonl has the responses.
+            RewardError, RespondError: a reward function, ``respond`` or an environment failed; failed_rollout.jsonl has
+                the responses.
         """
         batch = make_batch(prompts, columns, copies=self.args.num_generations)
         rollout = collect(self.fixed, self.model, batch, next_draws(self.fixed, self.state))
@@ -314,7 +322,8 @@ class PPOTrainer(TrainerAttributes):
             The recording: iterating it reads one :class:`Rollout` after the other.
         Raises:
             ValueError: there is no ``train_dataset``, or another run is writing into ``output_dir``.
-            RewardError, RespondError: a reward function or ``respond`` failed; the rollouts before it are recorded.
+            RewardError, RespondError: a reward function, ``respond`` or an environment failed; the rollouts before it
+                are recorded.
             OSError: the disk is full; likewise.
             Interrupted: SIGINT or SIGTERM came; likewise.
         """

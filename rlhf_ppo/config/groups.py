@@ -34,9 +34,12 @@ class RolloutSettings(Settings):
     stop_strings: tuple[str, ...] = ()
     """Strings that end a response (or turn); rewards see the text before them."""
     max_turns: int = 1
-    """Maximum number of policy turns in a conversation; above 1, `respond` answers in between."""
+    """Maximum number of policy turns in a conversation; above 1, `respond` or an environment answers in between."""
     respond_timeout_s: float | None = 600.0
-    """Timeout in seconds for one call of `respond`; None: no timeout."""
+    """Timeout in seconds for one call of `respond`, or of an environment's `reset` or `step`; None: no timeout."""
+    respond_concurrency: int | None = None
+    """Maximum number of these calls that run at the same time in a process. 1: one after another, in the order of the
+    rows, and all of them before any next turn is decoded. None: one for each conversation."""
     chat_template: str | None = None
     """Jinja chat template for the policy's tokenizer, a file or the text itself; saved with the model. None: the
     tokenizer's own."""
@@ -58,7 +61,7 @@ class RolloutSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_at_least(1, "total_episodes", "rollout_batch_size", "num_generations", "max_new_tokens")
-        self._require_at_least(1, "max_turns", "decode_batch_size", "importance_weight_cap")
+        self._require_at_least(1, "max_turns", "respond_concurrency", "decode_batch_size", "importance_weight_cap")
         self._require_at_least(0, "min_new_tokens")
         self._require_positive("temperature", "respond_timeout_s")
         if self.min_new_tokens > self.max_new_tokens:
@@ -75,8 +78,6 @@ class RolloutSettings(Settings):
                         f"generation='static' does not support {name}={getattr(self, name)!r}: set generation="
                         f"'dynamic' (or 'auto'), or leave {name} at its default"
                     )
-        if self.max_turns == 1:
-            refuse_unread(self, "it is about respond, which max_turns=1 never calls", "respond_timeout_s")
         if self.importance_weight_cap is not None and not self.recompute_logprobs:
             raise ValueError(
                 f"importance_weight_cap={self.importance_weight_cap} compares log-probs recorded during decoding with "

@@ -15,9 +15,10 @@ class EvaluateArgs(PromptArgs, ProcessSettings):
 
     model: str
     """Folder of a run, of a model or of an adapter, or a hub id."""
-    reward: tuple[str, ...]
+    reward: tuple[str, ...] = ()
     """One or more rewards: file.py:function, module:function, a sequence-classification model's folder or hub id, or a
-    reward server's http(s) address (its token comes from the environment: RLHF_PPO_REWARD_TOKEN)."""
+    reward server's http(s) address (its token comes from the environment: RLHF_PPO_REWARD_TOKEN). None is needed
+    beside an environment, which rewards turns."""
     reward_chat_template: str | None = None
     """Chat template for reward models: see train. None: as in the run, if one of the models above scored it."""
     reward_max_length: int | None = None
@@ -45,6 +46,9 @@ class EvaluateArgs(PromptArgs, ProcessSettings):
     """Divides the logits; None: as in the run (1 if the folder holds no run)."""
     respond: str | None = None
     """What answers the model's turns: file.py:function or module:function. None: as in the run."""
+    environment: str | None = None
+    """What answers and rewards the model's turns instead: file.py:Class or module:Class, as for train. None: as in the
+    run."""
     max_turns: int | None = None
     """Maximum number of the model's turns; None: as in the run (1 if the folder holds no run)."""
     batch_size: int = 32

@@ -75,7 +75,7 @@ ARGUMENTS: dict[str, str] = {
     "lr_scheduler": "the schedule is made from the settings lr_scheduler_type and warmup_steps",
     "num_shared_layers": "the critic shares the policy's trunk unless value_model is given",
     "tools": "tools are what respond answers with, where max_turns is above 1",
-    "environment_factory": "environments are what respond calls, where max_turns is above 1",
+    "environment_factory": "here it is environment, a class or what makes an instance",
 }
 """Name of a trainer's argument in another library -> ours, or why there is none."""
 

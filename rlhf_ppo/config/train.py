@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -13,6 +14,12 @@ from rlhf_ppo.config.presets import PRESETS, preset_settings
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core.validation import Settings
 from rlhf_ppo.runtime.command_line.presets import naming_preset
+
+
+def require_reward(reward: Sequence[str], environment: str | None) -> None:
+    """Raise a ValueError if nothing scores responses."""
+    if not reward and environment is None:
+        raise ValueError("nothing scores the responses: name a reward (reward), or an environment that rewards turns")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +70,23 @@ class ModelArgs(Settings):
 
     model: str
     """The policy: a hub id or folder, or "embedded" (the small GPT-2 in the package)."""
-    reward: tuple[str, ...]
+    reward: tuple[str, ...] = ()
     """One or more rewards: file.py:function, module:function, a sequence-classification model's folder or hub id, or a
-    reward server's http(s) address (its token comes from the environment: RLHF_PPO_REWARD_TOKEN)."""
+    reward server's http(s) address (its token comes from the environment: RLHF_PPO_REWARD_TOKEN). None is needed
+    beside an environment, which rewards turns."""
     respond: str | None = None
     """What answers the policy's turns where max_turns is above 1: file.py:function or module:function."""
+    environment: str | None = None
+    """What answers and rewards the policy's turns instead: file.py:Class, module:Class, or a function that makes one
+    for each conversation. Its reward is the first of the rewards."""
     ref_model: str | None = None
     """Reference model for the KL; None: the policy as it starts."""
     value_model: str | None = None
     """Trunk of a separate critic; None: a value head on the policy's own trunk."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_reward(self.reward, self.environment)
 
 
 @dataclass(frozen=True, kw_only=True)

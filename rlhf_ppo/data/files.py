@@ -13,6 +13,7 @@ from typing import Any, TextIO, cast
 from datasets import ReadInstruction, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
 
+from rlhf_ppo.data import reasoning_gym
 from rlhf_ppo.data.hub import explain_load_failure
 from rlhf_ppo.data.rows import Rows, as_rows
 
@@ -22,6 +23,8 @@ _ENDINGS = tuple(ending + gz for ending in _FORMATS for gz in ("", ".gz"))
 
 def load_rows(source: str, split: str = "train") -> Rows:
     """Load one split of a data set: a csv, json(l) or parquet file (``.gz`` too), a folder of them, or a hub id.
+
+    "reasoning-gym:TASK" makes the rows (see :func:`rlhf_ppo.data.reasoning_gym.named_rows`).
 
     A single file is the split "train"; part of a split is written as in ``datasets``, such as "train[:100]". Rows of
     json(l) files stay plain Python: each keeps its own keys and types, at every depth.
@@ -50,6 +53,8 @@ def load_rows(source: str, split: str = "train") -> Rows:
         rows = _read(source, type(builder).__module__.rpartition(".")[2], str(path), split, files)
     elif path.suffix in {*_FORMATS, ".gz"} or source.startswith((".", "/", "~")):
         raise FileNotFoundError(f"data file {source} does not exist (working folder: {Path.cwd()})")
+    elif source.startswith(reasoning_gym.PREFIX):
+        rows = as_rows(_explained(source, _split_rows, {"train": reasoning_gym.named_rows(source)}, split))
     else:
         rows = as_rows(_explained(source, load_dataset, source, split=split))
     if len(rows) == 0:

@@ -21,7 +21,13 @@ class PromptBatch:
     """Prompts with their other columns, which the reward functions receive."""
 
     prompts: list[Prompt]
+    """None instead of a prompt: the row has none, and an environment chooses it."""
     columns: dict[str, list[Any]]
+
+    def row(self, i: int) -> dict[str, Any]:
+        """Return all of one row."""
+        given = {} if self.prompts[i] is None else {"prompt": self.prompts[i]}
+        return {**given, **{name: values[i] for name, values in self.columns.items()}}
 
 
 class PromptSet:
@@ -36,6 +42,7 @@ class PromptSet:
         vocab_size: int,
         room: int | None,
         name: str = "train_dataset",
+        needs_prompts: bool = True,
     ) -> None:
         """Check every prompt.
 
@@ -46,17 +53,21 @@ class PromptSet:
             vocab_size: ids must lie below it.
             room: at most this many tokens in a prompt; None: no known limit.
             name: the data set's name in messages.
+            needs_prompts: False: there may be no column ``prompt``, because environments choose prompts.
         Raises:
             ValueError: no rows, no column ``prompt``, or an invalid prompt; names the row.
         """
         rows = as_rows(rows, name)
         if len(rows) == 0:
             raise ValueError(f"{name} has no rows")
-        require_column(rows, "prompt")
+        self.has_prompts = needs_prompts or "prompt" in rows.column_names
+        if self.has_prompts:
+            require_column(rows, "prompt")
         require_room(room, args.max_new_tokens)
-        kept: list[int] = []
+        kept: list[int] = [] if self.has_prompts else list(range(len(rows)))
         truncated = self.longest = 0
-        for i, (prompt, where) in enumerate(zip(rows["prompt"], rows.names, strict=True)):
+        given = zip(rows["prompt"], rows.names, strict=True) if self.has_prompts else ()
+        for i, (prompt, where) in enumerate(given):
             ids = tokenize_prompt(prompt, tokenizer, where)
             require_vocabulary(ids, vocab_size, where)
             fitted = fit_prompt(ids, room, args.overlong_prompts, where, bos=tokenizer.bos_token_id)
@@ -84,7 +95,7 @@ class PromptSet:
         """Return the rows with these indices."""
         picked = self.rows.select(map(int, indices)).to_list()
         columns = {c: [row[c] for row in picked] for c in self.columns}
-        return PromptBatch([row["prompt"] for row in picked], columns)
+        return PromptBatch([row.get("prompt") for row in picked], columns)
 
     def batch(self, number: int, size: int) -> PromptBatch:
         """Return batch ``number`` of an endless stream that reshuffles the data set in each epoch."""

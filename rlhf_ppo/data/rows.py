@@ -149,12 +149,16 @@ def require_column(rows: Rows, column: str) -> None:
     raise ValueError(f"the data set has no column {column!r}, its columns are {rows.column_names}{hint}")
 
 
-def prompt_rows(rows: Rows, column: str) -> Rows:
+def prompt_rows(rows: Rows, column: str, *, required: bool = True) -> Rows:
     """Rename ``column`` to "prompt".
 
+    Args:
+        required: False: an environment may say the prompts, so that rows without a column "prompt" do.
     Raises:
         ValueError: no such column, or another one is already called "prompt".
     """
+    if column == "prompt" and not required:
+        return rows
     require_column(rows, column)
     if column == "prompt":
         return rows

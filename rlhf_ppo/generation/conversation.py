@@ -69,6 +69,8 @@ class Conversations(NamedTuple):
     """[B] what was said, the prompt's messages first."""
     completions: list[Completion]
     """[B] for chat prompts the messages after the prompt; for text prompts the text after it, as the policy read it."""
+    prompts: list[Prompt]
+    """[B] what each began with."""
 
 
 class Codec(NamedTuple):
@@ -199,4 +201,5 @@ def collect(conversations: Sequence[Conversation], params: SamplingParams, *, ha
         torch.tensor([one.context_full for one in conversations], device=mask.device),
         [one.messages for one in conversations],
         [one.completion for one in conversations],
+        [one.prompt for one in conversations],
     )

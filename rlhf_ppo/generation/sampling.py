@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_ppo.runtime.seeding import TURNS, numbered_generator
+
 _BLOCK = 256
 
 
@@ -18,6 +20,8 @@ class RowsOf(NamedTuple):
     rows: Sequence[int]
     count: int
     """Rows of the whole rollout."""
+    turns: Sequence[int] | None = None
+    """Which turn of its conversation each row samples, from 0; None: there is one, and nothing to number."""
 
 
 def uniforms(
@@ -25,11 +29,23 @@ def uniforms(
 ) -> Tensor:
     """Draw uniform numbers in [0, 1), [steps, rows], in float64 where the device has it.
 
-    All draws of a rollout are made before it starts, so a row's draws do not depend on when other rows end.
+    All draws of a rollout are made before it starts, so a row's draws do not depend on when other rows end. Each turn
+    of a conversation has draws of its own, numbered by the turn, so they do not depend on which turns were sampled
+    before or together with it; the generator then only says which rollout this is, and does not advance.
     """
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    u = torch.rand(steps, rows if whole is None else whole.count, generator=generator, dtype=dtype, device=device)
-    return u if whole is None else u[:, torch.tensor(whole.rows, dtype=torch.long, device=device)]
+    count = rows if whole is None else whole.count
+    if whole is None or whole.turns is None:
+        u = torch.rand(steps, count, generator=generator, dtype=dtype, device=device)
+        return u if whole is None else u[:, torch.tensor(whole.rows, dtype=torch.long, device=device)]
+    assert generator is not None
+    u = torch.empty(steps, rows, dtype=dtype, device=device)
+    for turn in sorted(set(whole.turns)):
+        these = [i for i, number in enumerate(whole.turns) if number == turn]
+        source = numbered_generator(generator.initial_seed(), TURNS, turn, device)
+        drawn = torch.rand(steps, count, generator=source, dtype=dtype, device=device)
+        u[:, these] = drawn[:, [whole.rows[i] for i in these]]
+    return u
 
 
 def sample_from_logits(

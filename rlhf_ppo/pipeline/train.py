@@ -10,7 +10,7 @@ from rlhf_ppo.data.rows import Rows, prompt_rows
 from rlhf_ppo.models.adapters.lora import lora_config
 from rlhf_ppo.pipeline.before_after import print_before_after
 from rlhf_ppo.pipeline.demo import print_paths
-from rlhf_ppo.runtime.command_line.user_code import load_function
+from rlhf_ppo.runtime.command_line.user_code import load_factory, load_function
 from rlhf_ppo.trainer import PPOTrainer
 
 
@@ -55,6 +55,7 @@ def trainer_arguments(args: TrainArgs) -> dict[str, Any]:
         "value_model": args.value_model,
         "peft_config": _lora(args),
         "respond": None if args.respond is None else load_function(args.respond, "respond"),
+        "environment": None if args.environment is None else load_factory(args.environment, "environment"),
     }
 
 
@@ -64,9 +65,11 @@ def load_prompts(args: TrainArgs) -> tuple[Rows, Rows | None]:
     Raises:
         ValueError: nothing is left to train on.
     """
-    rows = prompt_rows(load_data(args, seed=args.seed), args.prompt_column)
+    column, required = args.prompt_column, args.environment is None
+    rows = prompt_rows(load_data(args, seed=args.seed), column, required=required)
     if args.eval_dataset is not None:
-        return rows, prompt_rows(load_mixture(args.eval_dataset, args.eval_split or args.split), args.prompt_column)
+        held_out = load_mixture(args.eval_dataset, args.eval_split or args.split)
+        return rows, prompt_rows(held_out, column, required=required)
     if not args.eval_size:
         return rows, None
     if args.eval_size >= len(rows):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from rlhf_ppo.rewards.functions import RewardFunction
 from rlhf_ppo.rewards.validation import result_of
 from rlhf_ppo.runtime.command_line.user_code import start
+from rlhf_ppo.runtime.side_by_side import event_loop
 
 
 def call_rewards(
@@ -64,12 +64,4 @@ def _start_async(
         except BaseException as error:  # even an interrupt: it belongs to the caller and must not end the loop
             future.set_exception(error)
 
-    return future, asyncio.run_coroutine_threadsafe(run(), _event_loop()).cancel
-
-
-@cache
-def _event_loop() -> asyncio.AbstractEventLoop:
-    """Return the process's one loop, so that clients which belong to a loop survive from rollout to rollout."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True).start()
-    return loop
+    return future, asyncio.run_coroutine_threadsafe(run(), event_loop()).cancel

@@ -76,8 +76,10 @@ def names_model(source: object) -> bool:
     )
 
 
-def listed(reward_funcs: RewardSource | Sequence[RewardSource]) -> list[RewardSource]:
-    """Return one or several rewards as a list."""
+def listed(reward_funcs: RewardSource | Sequence[RewardSource] | None) -> list[RewardSource]:
+    """Return one or several rewards, or none, as a list."""
+    if reward_funcs is None:
+        return []
     return list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [cast(RewardSource, reward_funcs)]
 
 
@@ -91,7 +93,7 @@ def load_rewards(
     """
     sources = listed(reward_funcs)
     if not sources:
-        raise ValueError("reward_funcs is empty: give at least one reward function or model")
+        raise ValueError("reward_funcs is empty: give at least one reward function or model, or an environment")
     weights = args.reward_weights or (1.0,) * len(sources)
     if len(weights) != len(sources):
         raise ValueError(f"reward_weights has {len(weights)} weights for {len(sources)} reward functions")

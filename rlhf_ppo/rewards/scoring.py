@@ -96,7 +96,7 @@ def score_responses(
         processes: those that share the work; each returns all scores.
         own: the responses that this process scores; None: all of them.
         whole_rollout: the first process scores all of them; so it does for a function whose attribute
-            ``whole_rollout`` is true.
+            ``whole_rollout`` is true, and not for one whose attribute is false.
         log: takes what the functions log; after an error it has what those of this process had logged.
     Returns:
         Name -> [B] scores.
@@ -113,7 +113,7 @@ def score_responses(
     def answer(rewards: Mapping[str, RewardFunction]) -> dict[str, Any]:
         mine: dict[str, list[int]] = {}
         for name, function in rewards.items():
-            at_once = whole_rollout or getattr(function, "whole_rollout", False)
+            at_once = getattr(function, "whole_rollout", whole_rollout)
             here = range(len(responses)) if own is None else own
             here = here if not at_once else range(len(responses)) if processes.first else ()
             mine[name] = [i for i in asked[name] if i in here]

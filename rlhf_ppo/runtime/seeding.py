@@ -44,7 +44,7 @@ def restore_rng_state(state: Mapping[str, torch.Tensor]) -> None:
             torch.cuda.set_rng_state(saved, i)
 
 
-TRAIN, SHUFFLE, EVALUATION = range(3)
+TRAIN, SHUFFLE, EVALUATION, TURNS = range(4)
 """Purposes of random streams. A stream is numbered, never advanced, so that any draw can be repeated."""
 
 

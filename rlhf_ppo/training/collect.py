@@ -44,8 +44,8 @@ def collect(
         needs_scores: refuse a rollout without any score.
     Raises:
         ValueError: a prompt is bad; names its number.
-        RewardError, RespondError: a reward function or ``respond`` failed; what it failed on is written to
-            failed_rollout.jsonl first.
+        RewardError, RespondError: a reward function, ``respond`` or an environment failed; what it failed on is
+            written to failed_rollout.jsonl first.
     """
     with closing_episodes(run):
         rollout = generate(run, model, batch, generator)
@@ -85,7 +85,7 @@ def next_draws(run: Run, state: TrainState) -> torch.Generator:
 
 @contextmanager
 def closing_episodes(run: Run) -> Iterator[None]:
-    """Close on exit, after rewards have read them or something failed, the episodes that ``respond`` left open."""
+    """Close on exit, after rewards have read them or something failed, the episodes that are still open."""
     try:
         yield
     finally:

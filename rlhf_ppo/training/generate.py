@@ -15,17 +15,19 @@ from rlhf_ppo.core import BannedTokens
 from rlhf_ppo.data.chat import Prompt
 from rlhf_ppo.data.detokenization import Before, TextPieces, before_each
 from rlhf_ppo.data.prompts import PromptBatch
-from rlhf_ppo.data.tokenization import encode_prompts
-from rlhf_ppo.generation.multi_turn import RespondError, sample_conversations
+from rlhf_ppo.data.tokenization import encode_prompts, require_vocabulary
+from rlhf_ppo.generation.multi_turn import Hook, Opening, RespondError, Talk, sample_conversations
 from rlhf_ppo.generation.rollout import Rollout, SampledResponses
 from rlhf_ppo.generation.sampling import RowsOf
 from rlhf_ppo.generation.stop_strings import StopStringDetector, response_texts
 from rlhf_ppo.models.acceleration.working_copy import computing, round_again
 from rlhf_ppo.models.actor_critic import ActorCritic
+from rlhf_ppo.models.loading import vocabulary_size
 from rlhf_ppo.models.sharded.in_step import taking_part
 from rlhf_ppo.models.sharded.sharding import whole_weights
 from rlhf_ppo.runtime.logs.run_directory import append_line
 from rlhf_ppo.runtime.processes.group import Part, Work
+from rlhf_ppo.runtime.side_by_side import Calls
 from rlhf_ppo.runtime.signals import deferring_stops, stopping_if_asked
 from rlhf_ppo.training.run import Run
 
@@ -33,17 +35,28 @@ from rlhf_ppo.training.run import Run
 class _Own(NamedTuple):
     """This process's n rows of a rollout."""
 
-    prompts: list[Prompt]
-    """[n]"""
-    ids: Tensor
-    """[n, P] left-padded."""
-    mask: Tensor
-    """[n, P] bool."""
+    batch: PromptBatch
+    """The whole rollout's prompts."""
+    ids: Tensor | None
+    """[B, P] they encoded, left-padded; None: environments choose them."""
+    mask: Tensor | None
+    """[B, P] bool."""
     rows: range
-    count: int
-    """Rows of the whole rollout."""
     generator: torch.Generator
     """Of the whole rollout's draws."""
+
+    @property
+    def encoded(self) -> tuple[Tensor, Tensor]:
+        """This process's prompts, ids and mask [n, P]."""
+        assert self.ids is not None and self.mask is not None
+        here = slice(self.rows.start, self.rows.stop)
+        longest = int(self.mask[here].sum(dim=1).max())
+        return self.ids[here, -longest:], self.mask[here, -longest:]
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """[n]"""
+        return list(self.batch.prompts[self.rows.start : self.rows.stop])
 
 
 def generate(run: Run, model: ActorCritic, batch: PromptBatch, generator: torch.Generator) -> Rollout:
@@ -52,29 +65,27 @@ def generate(run: Run, model: ActorCritic, batch: PromptBatch, generator: torch.
     Arguments and errors are those of :func:`rlhf_ppo.training.collect.collect`.
     """
     with run.stopwatch.phase("generate"):
-        ids, mask = encode_prompts(
-            batch.prompts,
-            run.tokenizer,
-            room=run.room,
-            truncate=run.args.overlong_prompts == "truncate",
-            device=run.device,
-        )
-        own = run.own_rows(len(batch.prompts))
+        own = _Own(batch, None, None, run.own_rows(len(batch.prompts)), generator)
+        if run.episodes is None:
+            own = own._replace(**_encoded(run, batch.prompts))
         round_again(model)  # callbacks may change weights through .data
 
         def sample_own() -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-            if not own:
+            if not own.rows:
                 return {}, None
-            prompts = list(batch.prompts[own.start : own.stop])
-            here = slice(own.start, own.stop)
-            longest = int(mask[here].sum(dim=1).max())
             with computing(model, bf16=run.bf16):
-                these = _Own(prompts, ids[here, -longest:], mask[here, -longest:], own, len(batch.prompts), generator)
-                return (_respond_to if run.respond is None else _converse)(run, model, these)
+                return (_respond_to if run.respond is None else _converse)(run, model, own)
 
         with _weights_for_decoding(run, model) as for_exchange:
             parts = run.processes.exchange(for_exchange(sample_own))
-        return _join(run, model, batch, ids, mask, parts)
+        return _join(run, model, own, parts)
+
+
+def _encoded(run: Run, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+    """Encode prompts: ids and mask [B, P]."""
+    truncate = run.args.overlong_prompts == "truncate"
+    ids, mask = encode_prompts(prompts, run.tokenizer, room=run.room, truncate=truncate, device=run.device)
+    return {"ids": ids, "mask": mask}
 
 
 @contextmanager
@@ -107,9 +118,10 @@ def _decode_nothing(run: Run, model: ActorCritic) -> None:
 
 def _respond_to(run: Run, model: ActorCritic, own: _Own) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Sample a response to each of this process's prompts."""
-    pieces = TextPieces(run.tokenizer)
-    before = before_each(pieces, own.prompts, own.ids, own.mask)
-    sampled = _sample(run, model, own.ids, own.mask, before, own.generator, RowsOf(own.rows, own.count))
+    pieces, (ids, mask) = TextPieces(run.tokenizer), own.encoded
+    before = before_each(pieces, own.prompts, ids, mask)
+    whole = RowsOf(own.rows, len(own.batch.prompts))
+    sampled = _sample(run, model, ids, mask, before, own.generator, whole)
     texts = response_texts(sampled, pieces, before, run.sampling.stop_strings)
     return _tensors(sampled), {"completions": [*texts]}
 
@@ -132,21 +144,23 @@ def _sample(
 
 def _converse(run: Run, model: ActorCritic, own: _Own) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Hold a conversation about each of this process's prompts."""
-    assert run.respond is not None
+
+    def sample(ids: Tensor, mask: Tensor, before: list[Before], talks: list[Talk]) -> SampledResponses:
+        rows, turns = [talk.number for talk in talks], [talk.turns for talk in talks]
+        whole = RowsOf(rows, len(own.batch.prompts), turns)
+        return _sample(run, model, ids, mask, before, own.generator, whole)
+
     try:
         said = sample_conversations(
-            lambda ids, mask, before, rows: _sample(
-                run, model, ids, mask, before, own.generator, RowsOf([own.rows[row] for row in rows], own.count)
-            ),
-            own.prompts,
-            own.ids,
-            own.mask,
+            sample,
+            _talks(run, own),
             run.sampling,
-            respond=run.respond,
-            timeout_s=run.args.respond_timeout_s,
+            encode=lambda talk, prompt: _encode_opening(run, model, talk, prompt),
+            calls=Calls(run.args.respond_concurrency, run.args.respond_timeout_s),
             max_turns=run.args.max_turns,
             room=run.room,
             tokenizer=run.tokenizer,
+            device=run.device,
         )
     except RespondError as error:
         # Only this process knows what was said here.
@@ -156,7 +170,26 @@ def _converse(run: Run, model: ActorCritic, own: _Own) -> tuple[dict[str, Tensor
         raise RespondError(message, error.conversations) from error.__cause__
     tensors = {"environment": said.environment, "turns": said.turns, "context_full": said.context_full}
     facts = {"completions": said.completions, "conversations": said.messages}
+    if run.episodes is not None:
+        facts["prompts"] = said.prompts
     return {**_tensors(said.sampled), **tensors}, facts
+
+
+def _talks(run: Run, own: _Own) -> list[Talk]:
+    """Return this process's conversations, which have not begun."""
+    if run.episodes is not None:
+        return [Talk(row, run.episodes.new(), own.batch.row(row)) for row in own.rows]
+    assert run.respond is not None and run.episodes is None
+    hook, (ids, mask) = Hook(run.respond), own.encoded
+    given = zip(own.rows, own.prompts, ids, mask, strict=True)
+    return [Talk(row, hook, Opening(prompt, x[keep].tolist())) for row, prompt, x, keep in given]
+
+
+def _encode_opening(run: Run, model: ActorCritic, talk: Talk, prompt: Prompt) -> Opening:
+    """Encode a prompt that an environment chose."""
+    ids, mask = _encoded(run, [prompt]).values()
+    require_vocabulary(ids[0].tolist(), vocabulary_size(model.runner.config), f"conversation {talk.number}")
+    return Opening(prompt, ids[0][mask[0]].tolist())
 
 
 def _tensors(sampled: SampledResponses) -> dict[str, Tensor]:
@@ -164,9 +197,7 @@ def _tensors(sampled: SampledResponses) -> dict[str, Tensor]:
     return {name: x for name, x in named.items() if x is not None}
 
 
-def _join(
-    run: Run, model: ActorCritic, batch: PromptBatch, ids: Tensor, mask: Tensor, parts: Sequence[Part]
-) -> Rollout:
+def _join(run: Run, model: ActorCritic, own: _Own, parts: Sequence[Part]) -> Rollout:
     """Make the whole rollout of what each process has sampled."""
     parts = [part for part in parts if part.facts is not None]  # a process may have had no row
     names, facts = list(parts[0].tensors), list(parts[0].facts)
@@ -174,8 +205,11 @@ def _join(
     said: dict[str, Any] = {name: [text for part in parts for text in part.facts[name]] for name in facts}
     if "banned" in tensors:
         tensors["banned"] = BannedTokens(tensors["banned"], run.sampling.stop_token_ids)
-    tensors = {"values": None, **tensors}
-    return Rollout(list(batch.prompts), batch.columns, ids, mask, **tensors, value_scale=model.value_scale, **said)
+    prompts = said.pop("prompts", list(own.batch.prompts))
+    ids, mask = (own.ids, own.mask) if run.episodes is None else _encoded(run, prompts).values()
+    assert ids is not None and mask is not None
+    tensors = {"values": None, **tensors, "prompt_ids": ids, "prompt_mask": mask}
+    return Rollout(prompts, own.batch.columns, **tensors, value_scale=model.value_scale, **said)
 
 
 def _rows(parts: Sequence[Tensor], device: torch.device) -> Tensor:

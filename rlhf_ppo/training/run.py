@@ -15,6 +15,7 @@ from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import Experience
 from rlhf_ppo.data.prompts import PromptSet
 from rlhf_ppo.generation.engines import Sampler
+from rlhf_ppo.generation.environments.episodes import Episodes
 from rlhf_ppo.generation.multi_turn import Respond
 from rlhf_ppo.generation.rollout import Rollout, SamplingParams
 from rlhf_ppo.models.actor_critic import ActorCritic
@@ -53,8 +54,8 @@ class Run:
     """Name -> reward function and its weight."""
     score_caches: dict[str, ScoreCache]
     """Name -> the reward function's answers so far; empty without cache_rewards."""
-    respond: Respond | None
-    """Answers the policy's turns, or None where there is one turn."""
+    respond: Respond | Episodes | None
+    """Answers the policy's turns: a function, or environments; None where there is one turn."""
     reference: Reference
     base: str | None
     """The folder or hub id that holds the model under the policy's adapter; None: none does."""
@@ -80,6 +81,11 @@ class Run:
     """The processes that share the work; each holds the whole rollout."""
     plan: Plan = UNSHARDED
     """How the weights are spread over the processes."""
+
+    @property
+    def episodes(self) -> Episodes | None:
+        """The environments that conversations are held with; None: there are none."""
+        return self.respond if isinstance(self.respond, Episodes) else None
 
     @property
     def planned_episodes(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,11 @@ from transformers import (
 
 from rlhf_ppo.config.groups import RolloutSettings
 from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.core.validation import refuse_unread
 from rlhf_ppo.data.chat import refuse_prefill, with_chat_template
 from rlhf_ppo.data.prompts import PromptSet
 from rlhf_ppo.data.rows import RowSource
+from rlhf_ppo.generation.environments.episodes import Episodes, TextEnvironment, require_environment
 from rlhf_ppo.generation.multi_turn import Respond
 from rlhf_ppo.generation.reply_tokens import chat_reply_ids
 from rlhf_ppo.generation.rollout import SamplingParams
@@ -57,7 +59,7 @@ from rlhf_ppo.training.run import Run
 
 def set_up(
     model: str | PreTrainedModel,
-    reward_funcs: RewardSource | Sequence[RewardSource],
+    reward_funcs: RewardSource | Sequence[RewardSource] | None,
     args: RLHFConfig,
     *,
     train_dataset: RowSource | None,
@@ -67,6 +69,7 @@ def set_up(
     value_model: str | PreTrainedModel | None,
     peft_config: Any,
     respond: Respond | None = None,
+    environment: Callable[[], TextEnvironment] | None = None,
     trains: bool = True,
 ) -> tuple[Run, ActorCritic]:
     """Check and load all that a run needs; arguments and errors are those of :class:`rlhf_ppo.PPOTrainer`.
@@ -77,10 +80,9 @@ def set_up(
     Returns:
         (what is fixed for the run, policy and critic).
     """
-    args, processes = _join(args, eval_dataset, respond)
+    args, processes, partner = _join(args, eval_dataset, respond, environment)
     sources = {"model": source_name(model), "ref_model": None if ref_model is None else source_name(ref_model)}
-    device = own_gpu(resolve_device(args.device))
-    bf16 = compute_in_bf16(args.precision, device)
+    device, bf16 = _device(args)
     model, ref_model, value_model = map(resolve_model, (model, ref_model, value_model))
     config = load_config(model)
     check_models(args, model, ref_model, value_model, peft_config, device, bf16=bf16)
@@ -89,9 +91,9 @@ def set_up(
     recording = open_replay(args, config, tokenizer)
     room = prompt_room(config, args.max_new_tokens)
     sampling = _sampling_params(args, choose_stop_tokens(model, config, tokenizer, args, vocabulary_size(config)))
-    train_prompts, eval_prompts = _prompt_sets(train_dataset, eval_dataset, tokenizer, args, config, room)
-    sets = _check_sets(processes, (train_prompts, eval_prompts), tokenizer, turns=respond is not None)
-    rewards = _load_rewards(reward_funcs, args, device, sets, conversations=respond is not None, recording=recording)
+    train_prompts, eval_prompts = _prompt_sets(train_dataset, eval_dataset, tokenizer, args, config, room, partner)
+    sets = _check_sets(processes, (train_prompts, eval_prompts), tokenizer, turns=partner is not None)
+    rewards = _load_rewards(reward_funcs, args, device, sets, partner, recording=recording)
     require_same_task(critic.fitted, args, tokenizer, rewards)
     given = (model, ref_model, value_model, peft_config, rewards, args, device, processes)
     setup = partial(run_setup, *given, bf16=bf16, critic=critic.kind, sets=sets, trains=trains)
@@ -108,12 +110,12 @@ def set_up(
         eval_prompts=eval_prompts,
         rewards=rewards,
         score_caches=make_caches(rewards) if args.cache_rewards else {},
-        respond=respond,
+        respond=partner,
         reference=models.reference,
         base=models.base,
         start=models.start,
         sampling=sampling,
-        sample=check_passes(models, args, device, prompts=sets if respond is None else (), bf16=bf16),
+        sample=check_passes(models, args, device, prompts=sets if partner is None else (), bf16=bf16),
         microbatch_tokens=args.microbatch_tokens or (1024 if device.type == "cpu" else 16384),
         folder=RunDirectory(args.output_dir, quiet=args.quiet, writes=processes.first),
         sources={**sources, "reference": models.reference_source},
@@ -125,12 +127,21 @@ def set_up(
     ), models.actor_critic
 
 
-def _join(args: Any, eval_dataset: RowSource | None, respond: Respond | None) -> tuple[RLHFConfig, ProcessGroup]:
-    """Join the other processes, which must have the same settings, and check these."""
+def _device(args: RLHFConfig) -> tuple[torch.device, bool]:
+    """Return the run's device, and whether it computes in bfloat16."""
+    device = own_gpu(resolve_device(args.device))
+    return device, compute_in_bf16(args.precision, device)
+
+
+def _join(
+    args: Any, eval_dataset: RowSource | None, respond: Respond | None, environment: Any
+) -> tuple[RLHFConfig, ProcessGroup, Respond | Episodes | None]:
+    """Join the other processes, which must have the same settings; check these, and what answers the policy's turns."""
     if not isinstance(args, RLHFConfig):
         raise TypeError(f"args must be an RLHFConfig, got {type(args).__name__}: write RLHFConfig(output_dir=..., ...)")
     processes = join_for(args)
-    return _check_arguments(args, eval_dataset, respond, processes), processes
+    args = _check_arguments(args, eval_dataset, respond, environment, processes)
+    return args, processes, respond if environment is None else Episodes(environment)
 
 
 def _check_sets(
@@ -139,20 +150,31 @@ def _check_sets(
     """Return the sets that there are; all processes must have the same, which the chat template can make turns of."""
     sets = [prompts for prompts in given if prompts is not None]
     require_same_data(processes, {prompts.name: prompts for prompts in sets})
-    _check_turns(tokenizer, sets if turns else ())
+    _check_turns(tokenizer, [prompts for prompts in sets if prompts.has_prompts] if turns else ())
     return sets
 
 
 def _check_arguments(
-    args: RLHFConfig, eval_dataset: RowSource | None, respond: Respond | None, processes: ProcessGroup
+    args: RLHFConfig,
+    eval_dataset: RowSource | None,
+    respond: Respond | None,
+    environment: Any,
+    processes: ProcessGroup,
 ) -> RLHFConfig:
     """Check arguments against each other; returns the settings of this process, of which the first alone speaks."""
     require_installed(args.report_to)
-    if respond is None and args.max_turns > 1:
+    if environment is not None:
+        require_environment(environment)
+        if respond is not None:
+            raise ValueError("respond and environment both answer the policy's turns: pass one of them")
+    elif respond is None and args.max_turns > 1:
         raise ValueError(
-            f"max_turns={args.max_turns} needs respond, which answers the policy's turns: pass respond=..., or set "
-            "max_turns to 1"
+            f"max_turns={args.max_turns} needs respond or an environment, which answers the policy's turns: pass "
+            "respond=... or environment=..., or set max_turns to 1"
         )
+    elif respond is None:
+        why = "it is about respond and environments, and max_turns=1 without an environment calls neither"
+        refuse_unread(args, why, "respond_timeout_s", "respond_concurrency")
     if respond is not None and args.max_turns == 1:
         raise ValueError("respond is given, but max_turns=1 leaves no turn after its answer: raise max_turns")
     if respond is not None and not callable(respond):
@@ -171,9 +193,11 @@ def _prompt_sets(
     args: RLHFConfig,
     config: PretrainedConfig,
     room: int | None,
+    partner: Respond | Episodes | None,
 ) -> list[PromptSet | None]:
-    vocab_size = vocabulary_size(config)
-    prompt_set = partial(PromptSet, tokenizer=tokenizer, args=args, vocab_size=vocab_size, room=room)
+    needs_prompts = not isinstance(partner, Episodes)
+    given = {"tokenizer": tokenizer, "args": args, "vocab_size": vocabulary_size(config), "room": room}
+    prompt_set = partial(PromptSet, **given, needs_prompts=needs_prompts)
     named = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
     return [None if rows is None else prompt_set(rows, name=name) for name, rows in named.items()]
 
@@ -189,31 +213,34 @@ def _sampling_params(args: RolloutSettings, stop_token_ids: tuple[int, ...]) -> 
 
 
 def _load_rewards(
-    reward_funcs: RewardSource | Sequence[RewardSource],
+    reward_funcs: RewardSource | Sequence[RewardSource] | None,
     args: RLHFConfig,
     device: torch.device,
     sets: Sequence[PromptSet],
+    partner: Respond | Episodes | None,
     *,
-    conversations: bool,
     recording: Recording | None,
 ) -> dict[str, tuple[RewardFunction, float]]:
     """Load the rewards, and check that they can judge responses to these prompts, and gave a replay's scores."""
-    for source in listed(reward_funcs):
+    # The environment's reward comes first: its own weight, before those of the others.
+    sources = [*([partner] if isinstance(partner, Episodes) else []), *listed(reward_funcs)]
+    conversations = partner is not None
+    for source in sources:
         if names_model(source) and not is_flash(args.attn_implementation):
             check_attention(args, f"reward {source_name(source)!r}", source, AutoModelForSequenceClassification)
-    rewards = load_rewards(reward_funcs, args, device)
+    rewards = load_rewards(sources, args, device)
     require_same_rewards(recording, {name: weight for name, (_, weight) in rewards.items()})
     for prompts in sets:
         for name, (function, _) in rewards.items():
             require_accepts_columns(function, name, prompts.columns, prompts.name, conversations=conversations)
-            if isinstance(function, RewardModel):
+            if isinstance(function, RewardModel) and prompts.has_prompts:
                 function.require_readable(prompts)
-    if sets:
+    if sets and sets[0].has_prompts:
         check_servers(rewards, sets[0], conversations=conversations)
     return rewards
 
 
-def _reward_sources(reward_funcs: RewardSource | Sequence[RewardSource]) -> list[str]:
+def _reward_sources(reward_funcs: RewardSource | Sequence[RewardSource] | None) -> list[str]:
     """Return the names of the rewards for run.json."""
     return [reward_source(source) for source in listed(reward_funcs)]
 

@@ -127,6 +127,7 @@ def make_trainer(tmp_path: Path, tokenizer, make_model):
         peft_config: Any = None,
         callbacks: Any = None,
         respond: Any = None,
+        environment: Any = None,
         **settings: Any,
     ) -> PPOTrainer:
         small = {
@@ -154,6 +155,7 @@ def make_trainer(tmp_path: Path, tokenizer, make_model):
             peft_config=peft_config,
             callbacks=callbacks,
             respond=respond,
+            environment=environment,
         )
 
     return make

@@ -13,13 +13,14 @@ from rich.text import Text
 
 from rlhf_ppo.config.inference import EvaluateArgs
 from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.config.train import require_reward
 from rlhf_ppo.data.chat import Completion
 from rlhf_ppo.data.mixtures import load_data
 from rlhf_ppo.data.rows import Rows, prompt_rows
 from rlhf_ppo.data.tokenization import require_room
-from rlhf_ppo.generation.multi_turn import Respond
 from rlhf_ppo.models.loading import load_config, prompt_room, resolve_model, vocabulary_size
 from rlhf_ppo.pipeline.evaluation.evaluation_settings import (
+    find_environment,
     find_reference,
     find_respond,
     sampler_config,
@@ -27,6 +28,7 @@ from rlhf_ppo.pipeline.evaluation.evaluation_settings import (
 )
 from rlhf_ppo.pipeline.evaluation.intervals import differences, distinct, interval, win_rate
 from rlhf_ppo.pipeline.generate import require_prompts
+from rlhf_ppo.runtime.command_line.user_code import load_factory
 from rlhf_ppo.runtime.logs.progress import ProgressDisplay
 from rlhf_ppo.runtime.logs.run_directory import RunDirectory, read_run
 from rlhf_ppo.runtime.processes.join import join_for
@@ -55,14 +57,18 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     reference = args.ref_model or find_reference(args.model, settings)
     against = args.against or reference
     _require_one_vocabulary(model=args.model, reference=reference, against=against)
-    rows = _load_prompts(args)
+    named = find_environment(args, settings)
+    require_reward(args.reward, named)
+    rows = _load_prompts(args, required=named is None)
+    environment = None if named is None else load_factory(named, "environment")
     config = sampler_config(args, settings)
-    respond = find_respond(args, settings, config.max_turns)
+    partner = {"respond": find_respond(args, settings, config.max_turns), "environment": environment}
     # A prompt that the second model cannot read is reported before the first one samples.
     require_room(prompt_room(load_config(resolve_model(against)), config.max_new_tokens), config.max_new_tokens)
-    require_prompts(rows["prompt"], rows.names, against, config.max_new_tokens, config.chat_template)
+    if "prompt" in rows.column_names:
+        require_prompts(rows["prompt"], rows.names, against, config.max_new_tokens, config.chat_template)
     run = RunDirectory(args.output_dir)
-    ours, theirs = (sample(name, reference, args, config, rows, respond) for name in (args.model, against))
+    ours, theirs = (sample(name, reference, args, config, rows, partner) for name in (args.model, against))
     report = {
         "prompts": len(rows),
         "reference": reference,
@@ -75,8 +81,8 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     return report
 
 
-def _load_prompts(args: EvaluateArgs) -> Rows:
-    rows = prompt_rows(load_data(args, seed=args.seed), args.prompt_column)
+def _load_prompts(args: EvaluateArgs, *, required: bool) -> Rows:
+    rows = prompt_rows(load_data(args, seed=args.seed), args.prompt_column, required=required)
     return rows if args.num_prompts is None else rows.select(range(min(args.num_prompts, len(rows))))
 
 
@@ -89,9 +95,9 @@ def _require_one_vocabulary(**models: str) -> None:
 
 
 def sample(
-    model: str, reference: str, args: EvaluateArgs, config: RLHFConfig, rows: Rows, respond: Respond | None
+    model: str, reference: str, args: EvaluateArgs, config: RLHFConfig, rows: Rows, partner: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Sample a response to each prompt.
+    """Sample a response to each prompt; ``partner``: what answers its turns, ``respond`` or ``environment``.
 
     Returns:
         A row per prompt: that of :func:`rlhf_ppo.training.reporting.describe`, each reward's own score, and the verdict
@@ -107,7 +113,7 @@ def sample(
         ref_model=reference,
         value_model=None,
         peft_config=None,
-        respond=respond,
+        **partner,
         trains=False,
     )
     assert run.eval_prompts is not None

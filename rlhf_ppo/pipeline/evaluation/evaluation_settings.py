@@ -14,7 +14,7 @@ from rlhf_ppo.runtime.command_line.user_code import load_function
 
 SAMPLING = (
     *("max_new_tokens", "temperature", "stop_token_ids", "stop_strings", "min_new_tokens"),
-    *("max_turns", "respond_timeout_s"),
+    *("max_turns", "respond_timeout_s", "respond_concurrency"),
 )
 """The run's settings that say how it sampled."""
 
@@ -50,8 +50,9 @@ def sampler_config(args: EvaluateArgs, run: RunJson) -> RLHFConfig:
     for name in ("max_new_tokens", "temperature", "max_turns"):
         if (value := getattr(args, name)) is not None:
             chosen[name] = value
-    if chosen.get("max_turns", 1) == 1:
-        chosen.pop("respond_timeout_s", None)
+    if chosen.get("max_turns", 1) == 1 and find_environment(args, run) is None:
+        for name in ("respond_timeout_s", "respond_concurrency"):
+            chosen.pop(name, None)
     template = args.chat_template
     if template is None and run.get("chat_template") is not None:
         template = str(load_tokenizer(args.model).chat_template)  # saved there; the run's file may be gone
@@ -77,12 +78,18 @@ def _scoring(args: EvaluateArgs, run: RunJson) -> dict[str, Any]:
     again = [name for name in args.reward if name in run.get("reward", ()) and ":" not in name]
     chosen = {name: run[name] for name in READING if again and run.get(name) is not None}
     chosen |= {name: value for name in READING if (value := getattr(args, name)) is not None}
-    same = list(args.reward) == list(run.get("reward", ()))
+    environment = find_environment(args, run)
+    same = (environment, list(args.reward)) == (run.get("environment"), list(run.get("reward", ())))
     weights = run.get("reward_weights") if same else None
     if args.judge is not None:
         # The judge is called like a reward, with weight 0 in their sum.
-        weights = (*(weights or [1.0] * len(args.reward)), 0.0)
+        weights = (*(weights or [1.0] * (len(args.reward) + (environment is not None))), 0.0)
     return {**chosen, "reward_weights": None if weights is None else tuple(weights)}
+
+
+def find_environment(args: EvaluateArgs, run: RunJson) -> str | None:
+    """Return the name of the environment that the model acts in; None: there is none."""
+    return args.environment or (run.get("environment") if args.respond is None else None)
 
 
 def find_respond(args: EvaluateArgs, run: RunJson, max_turns: int) -> Respond | None:
@@ -92,7 +99,7 @@ def find_respond(args: EvaluateArgs, run: RunJson, max_turns: int) -> Respond | 
         ValueError: several turns, and nothing names it.
     """
     name = args.respond or (run.get("respond") if max_turns > 1 else None)
-    if name is None and max_turns > 1:
+    if name is None and max_turns > 1 and find_environment(args, run) is None:
         raise ValueError(
             f"max_turns={max_turns} needs respond, which answers the model's turns, and {args.model} does not name it "
             "(it was trained from Python, or is no run): name it with respond, or set max_turns to 1"
@@ -105,7 +112,7 @@ def was_trained_on_judge(args: EvaluateArgs, run: RunJson) -> bool:
 
     A judge (``args.judge``) decides alone, else the rewards do.
     """
-    if args.judge is None and "reward" not in run:
+    if args.judge is None and ("reward" not in run or find_environment(args, run) is not None):
         return True
     judges = args.reward if args.judge is None else (args.judge,)
     return any(_same_reward(judge, trained) for judge in judges for trained in run.get("reward", ()))

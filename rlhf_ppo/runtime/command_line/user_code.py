@@ -38,6 +38,12 @@ def load_function(source: str, what: str) -> Callable[..., Any]:
     Raises:
         ValueError: the file, module or function does not exist (suggests the closest), or running it failed.
     """
+    function = load_factory(source, what)
+    return _instance(function, f"{what} {source!r}") if isinstance(function, type) else function
+
+
+def load_factory(source: str, what: str) -> Callable[..., Any]:
+    """Load the class or function that ``source`` names, which makes something; see :func:`load_function`."""
     module_name, _, name = source.rpartition(":")
     if not module_name:
         raise ValueError(f"{what} {source!r} names no function: write file.py:function or module:function")
@@ -54,8 +60,6 @@ def load_function(source: str, what: str) -> Callable[..., Any]:
         except FAILURES as error:
             raise ValueError(f"{what} module {module_name!r} cannot be imported{_where(error)}") from error
     function = getattr(module, name, None)
-    if isinstance(function, type):
-        function = _instance(function, f"{what} {source!r}")
     if not callable(function):
         raise ValueError(f"{what} {source!r}: {module_name} has no function {name!r}{_closest(name, module)}")
     return function

@@ -117,7 +117,6 @@ def test_total_episodes_round_up_to_whole_rollouts():
         ({"penalty_beta": 2.0}, ("penalty_beta=2.0", "objective='clip'")),
         ({"kl_horizon": 100.0}, ("kl_horizon=100.0", "kl_target=None")),
         ({"kl_coef": 0.0, "kl_estimator": "k3"}, ("kl_estimator='k3'", "kl_coef=0")),
-        ({"respond_timeout_s": 5.0}, ("respond_timeout_s=5.0", "max_turns=1")),
         ({"importance_weight_cap": 2.0}, ("importance_weight_cap=2.0", "recompute_logprobs=False")),
         ({"objective": "penalty", "ratio_level": "sequence"}, ("ratio_level='sequence'", "objective='penalty'")),
         ({"kl_loss": "exact"}, ("kl_loss='exact'", "kl_loss_coef=0")),

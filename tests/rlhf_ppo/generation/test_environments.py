@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlhf_ppo.generation.environments import Environments
+from rlhf_ppo.generation.environments import Environments, openenv_environment
+from rlhf_ppo.generation.environments.episodes import Episodes
 from rlhf_ppo.generation.multi_turn import RespondError
 from rlhf_ppo.rewards.validation import RewardError
 
@@ -17,6 +18,7 @@ class GuessTheLetter:
     made: list[GuessTheLetter]
 
     def __init__(self, prompt, style: str = "gymnasium") -> None:
+        self.prompt, self.said = prompt, []
         self.secret, self.style, self.steps, self.resets, self.closed = prompt[-1]["content"][-1], style, 0, 0, 0
         self.made.append(self)
 
@@ -26,6 +28,7 @@ class GuessTheLetter:
 
     def step(self, action: str):
         self.steps += 1
+        self.said.append(action)
         right = self.secret in action
         observation, reward = f" no {self.steps}", float(right)
         if self.style == "gymnasium":
@@ -45,6 +48,12 @@ def fresh():
     GuessTheLetter.made = []
 
 
+def by_prompt(prompts):
+    """The games in the order of their prompts, whose last letters are the secrets; threads may begin in another."""
+    waiting = list(GuessTheLetter.made)
+    return [waiting.pop(next(i for i, g in enumerate(waiting) if g.prompt[-1]["content"] == p)) for p in prompts]
+
+
 def text(observation):
     return observation["text"]
 
@@ -55,17 +64,18 @@ def test_each_conversation_has_an_environment_of_its_own(make_trainer, prompts, 
     trainer = make_trainer(respond=games, reward_funcs=games.reward, max_turns=3, max_new_tokens=8, stop_token_ids=())
     # Equal prompts, of which each has its own game all the same.
     rollout = trainer.rollout(["once upon", "the cat"] * 4)
-    assert len(GuessTheLetter.made) == 8
-    for game, messages, score in zip(GuessTheLetter.made, rollout.conversations, rollout.scores.tolist(), strict=True):
+    heard = [(game.prompt[0]["content"], game.said) for game in GuessTheLetter.made]
+    assert all(game.steps == len(game.said) and game.resets == game.closed == 1 for game in GuessTheLetter.made)
+    for messages, score in zip(rollout.conversations, rollout.scores.tolist(), strict=True):
         said = [m["content"] for m in messages if m["role"] == "assistant"]
-        assert game.steps == len(said) and game.resets == game.closed == 1
-        assert score == float(game.secret in said[-1])
+        heard.remove((messages[0]["content"], said))
+        assert score == float(messages[0]["content"][-1] in said[-1])
         assert len(said) == 3 or score == 1
         assert [m["content"] for m in messages if m["role"] == "user"][1:] == [
             f" no {n + 1}" for n in range(len(said) - 1)
         ]
-    assert len(set(rollout.scores.tolist())) == 2
-    assert not games._episodes
+    assert not heard and len(set(rollout.scores.tolist())) == 2
+    assert not games._episodes._episodes
     trainer.step(rollout)
 
 
@@ -117,13 +127,20 @@ def test_an_environment_that_returns_something_else_is_named(make_trainer, promp
         make_trainer(respond=games, reward_funcs=games.reward, max_turns=2).rollout(prompts)
 
 
-def test_an_asynchronous_client_is_refused_with_the_remedy(make_trainer, prompts):
-    async def reset():
-        return None
+def test_methods_may_be_asynchronous_or_not_in_any_mixture(make_trainer, prompts):
+    class Client(GuessTheLetter):
+        async def reset(self):
+            return super().reset()
 
-    games = Environments(lambda prompt: SimpleNamespace(reset=reset))
-    with pytest.raises(RespondError, match=r"client\.sync\(\)"):
-        make_trainer(respond=games, reward_funcs=games.reward, max_turns=2).rollout(prompts)
+        async def close(self):
+            super().close()
+
+    games = Environments(lambda prompt: Client(prompt))
+    rollout = make_trainer(respond=games, reward_funcs=games.reward, max_turns=2).rollout(prompts)
+    assert all(game.resets == game.closed == 1 for game in GuessTheLetter.made)
+    assert all(
+        game.steps == int(turns.max()) + 1 for game, turns in zip(by_prompt(prompts), rollout.turns, strict=True)
+    )
 
 
 def test_its_reward_without_its_turns_is_an_error(make_trainer, prompts):
@@ -132,9 +149,9 @@ def test_its_reward_without_its_turns_is_an_error(make_trainer, prompts):
         make_trainer(respond=lambda messages: None, reward_funcs=games.reward, max_turns=2).rollout(prompts)
 
 
-def test_a_server_of_openenv_core_itself():
+def test_a_server_of_openenv_itself():
     """Two games over its own client and server: "e" wins at the second turn of one, never in the other."""
-    core = pytest.importorskip("openenv.core", reason="openenv-core is not installed")
+    core = pytest.importorskip("openenv.core", reason="pip install 'rlhf-ppo[openenv]'")
     server_side = pytest.importorskip("openenv.core.env_server")
     import threading
     import time
@@ -151,7 +168,7 @@ def test_a_server_of_openenv_core_itself():
         SUPPORTS_CONCURRENT_SESSIONS = True
 
         def reset(self, seed=None, episode_id=None, **settings):
-            return Heard(text="guess", done=False, reward=None)
+            return Heard(text=f"guess {seed}", done=False, reward=None)
 
         def step(self, action, timeout_s=None, **settings):
             right = "e" in action.message
@@ -179,6 +196,14 @@ def test_a_server_of_openenv_core_itself():
         messages.append({"role": "user", "content": str(reply)})
     scores = games.reward(["", ""], ["", ""], conversations=[first, second], completion_turns=[[0, 0, 1], [0, 0]])
     assert scores == [[0.0, 0.0, 2.0], [0.0, 0.0]]
+    games.close_episodes()
+    # As an environment of PPOTrainer, through the address alone.
+    episode = Episodes(openenv_environment(address, text=text)).new()
+    assert episode.reset({"prompt": "play ", "seed": 5}) == "play guess 5"
+    said = [{"role": "user", "content": "play"}, {"role": "assistant", "content": "abc"}]
+    assert episode.step(said) == " no abc"
+    said.append({"role": "assistant", "content": "he"})
+    assert episode.step(said) is None and episode.rewards == [0.0, 2.0]
     server.should_exit = True
 
 
@@ -197,7 +222,7 @@ def test_no_episode_stays_open(make_trainer, prompts, fails):
         with pytest.raises((RewardError, RespondError), match="ZeroDivisionError"):
             trainer.rollout(prompts)
     assert len(GuessTheLetter.made) == 8 and all(game.closed == 1 for game in GuessTheLetter.made)
-    assert not games._episodes
+    assert not games._episodes._episodes
 
 
 def test_an_environment_that_cannot_be_closed_keeps_no_other_open(recwarn):

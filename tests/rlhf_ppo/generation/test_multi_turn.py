@@ -336,12 +336,15 @@ def test_fault_14_a_hook_that_hangs_is_abandoned_and_what_was_said_is_kept(talk,
         return " and" if messages[0]["content"] != "she said" else never.wait() and None
 
     trainer = talk(respond=respond, respond_timeout_s=0.2)
-    with pytest.raises(RespondError, match=r"within respond_timeout_s=0\.2.*she said.*failed_rollout\.jsonl"):
+    with pytest.raises(
+        RespondError, match=r"within respond_timeout_s=0\.2, in conversation 4: .*she said.*failed_rollout\.jsonl"
+    ):
         trainer.rollout(prompts)
     rows = trainer.run.read("failed_rollout.jsonl")
     assert [row["conversation"][0]["content"] for row in rows] == prompts
-    # The fifth was asked about; those before it have their answer, those after it have not spoken yet.
-    assert [len(row["conversation"]) for row in rows] == [3, 3, 3, 3, 2, 1, 1, 1]
+    # The fifth was asked about after its first turn; the others went on meanwhile.
+    lengths = [len(row["conversation"]) for row in rows]
+    assert lengths[4] == 2 and min(lengths) >= 2
     never.set()
 
 
@@ -356,7 +359,8 @@ def test_fault_14_a_run_that_a_hook_ended_resumes_with_the_same_conversations(ta
 
         return respond
 
-    settings = {"max_turns": 2, "total_episodes": 24, "save_every": 5}
+    # One after another: the same conversations are decoded together, so that the runs are equal to the last bit.
+    settings = {"max_turns": 2, "total_episodes": 24, "save_every": 5, "respond_concurrency": 1}
     whole = talk(respond=fails(1000), **settings)
     whole.train()
     asked = 0
@@ -382,6 +386,8 @@ def test_fault_14_a_run_that_a_hook_ended_resumes_with_the_same_conversations(ta
         ({"turn_credit": "word"}, ("turn_credit", "token, turn")),
         ({"max_turns": 0}, ("max_turns", "1 or more")),
         ({"respond_timeout_s": 0.0}, ("respond_timeout_s", "positive or None")),
+        ({"respond_concurrency": 0}, ("respond_concurrency", "1 or more")),
+        ({"max_turns": 1, "respond": None, "respond_concurrency": 5}, ("respond_concurrency=5", "max_turns=1")),
         ({"max_turns": 1, "respond": None, "respond_timeout_s": 5.0}, ("respond_timeout_s=5.0", "max_turns=1")),
     ],
 )

@@ -54,6 +54,20 @@ def ask_again(messages: list[dict[str, str]]) -> str | None:
     return None if said[:1] < "e" else " go on"
 
 
+class Spelling:
+    """Extend the prompt, and reward each turn for its early letters."""
+
+    async def reset(self, row: dict[str, Any]) -> str:
+        return row["prompt"] + " so"
+
+    def step(self, messages: list[dict[str, str]]) -> tuple[str, float, bool]:
+        said = messages[-1]["content"]
+        return " go on", sum("a" <= x < "n" for x in said) / 7 + len(said) / 71, said[:1] < "e"
+
+
+GIVEN = ("reward_funcs", "value_model", "ref_model", "respond", "environment")
+
+
 def train(folder: str, case: Case, updates: int = 3) -> dict[str, Any]:
     """Train in float64; return the tokens sampled afterwards, all metrics, and the trained weights.
 
@@ -61,7 +75,7 @@ def train(folder: str, case: Case, updates: int = 3) -> dict[str, Any]:
     """
     torch.set_default_dtype(torch.float64)
     case = dict(case)
-    given = {name: case.pop(name) for name in ("reward_funcs", "value_model", "ref_model", "respond") if name in case}
+    given = {name: case.pop(name) for name in GIVEN if name in case}
     record = case.pop("record", False)
     if rank := case.pop("lora", None):
         given["peft_config"] = LoraConfig(r=rank, target_modules="all-linear")
@@ -120,6 +134,7 @@ CASES: dict[str, Case] = {
     "exact KL": {"kl_loss_coef": 0.1, "kl_loss": "exact", "kl_coef": 0.0, "ent_coef": 0.01},
     "conversations": {"respond": ask_again, "max_turns": 3, "reward_funcs": letters_of_conversation},
     "logs": {"reward_funcs": logging_letters},
+    "environment": {"environment": Spelling, "max_turns": 3, "reward_funcs": None, "whole_rollout_rewards": True},
     "whole rollout": {"reward_funcs": [rank_in_rollout, letters_as_steps], "cache_rewards": True},
     "adapter": {"lora": 2, "critic": "adapter"},
     "separate critic": {"critic_epochs": 3, "critic_warmup_rollouts": 1, "recompute_logprobs": True},
