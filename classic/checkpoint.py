@@ -24,7 +24,7 @@ from rlhf_ppo.runtime.logs.run_directory import RunDirectory
 
 FREE_SETTINGS = (
     *("output_dir", "quiet", "num_threads", "device", "save_every", "save_total_limit", "report_to", "eval_envs"),
-    "episode_info",
+    *("episode_info", "report"),
 )
 """Settings that may differ when a run resumes."""
 

@@ -14,7 +14,7 @@ import tyro
 
 from classic.config import PPOArgs
 from rlhf_ppo.core.validation import Settings
-from rlhf_ppo.runtime.command_line.commands import AdviseArgs
+from rlhf_ppo.runtime.command_line.commands import AdviseArgs, ReportArgs
 from rlhf_ppo.runtime.command_line.settings import Command, run_command
 from rlhf_ppo.runtime.errors import RunError, print_failure
 from rlhf_ppo.runtime.signals import Interrupted
@@ -107,6 +107,8 @@ class ExplainCommand(Settings):
     """The function that made the agent's own network, as file.py:function; None: it has none."""
     picture: str | None = None
     """PNG file for a plot of the first environment copy's steps; None: no picture."""
+    html: str | None = None
+    """HTML file in which each step is coloured by the number that you choose there; None: no such page."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,6 +121,7 @@ COMMANDS: dict[str, Command] = {
     "compare": (CompareCommand, "classic.commands:compare"),
     "explain": (ExplainCommand, "classic.commands:explain"),
     "advise": (AdviseArgs, "rlhf_ppo.runtime.advice:print_advice"),
+    "report": (ReportArgs, "rlhf_ppo.runtime.report.page:report_command"),
 }
 
 

@@ -17,11 +17,17 @@ from classic import compare as comparison
 from classic.callbacks import evaluate_every, stop_at_return
 from classic.cli import CompareCommand, EvaluateCommand, ExplainCommand, TrainCommand
 from classic.config import PPOArgs
+from classic.envs.errors import BrokenEnvironmentError
 from classic.ppo import PPO
 from classic.video import record_video
 from rlhf_ppo.runtime.checkpoints.checkpoint import list_checkpoints
 from rlhf_ppo.runtime.errors import RunError, print_failure
+from rlhf_ppo.runtime.report.heat import Told, explained_rows, make_views
+from rlhf_ppo.runtime.report.page import write_heat_page
 from rlhf_ppo.runtime.signals import Interrupted
+
+EXPLAINED_COPIES = 8
+"""Environment copies that a page of `explain` shows."""
 
 
 def train(command: TrainCommand) -> int:
@@ -44,6 +50,8 @@ def train(command: TrainCommand) -> int:
         result = agent.evaluate(episodes=command.eval_episodes)
         evaluation = {f"eval/{key}": value for key, value in result.items()}
         agent.log({"progress/env_steps": agent.counters["env_steps"], **evaluation})
+        if command.report:
+            record_still(agent, Path(given["output_dir"]))
 
     try:
         agent.learn(
@@ -65,8 +73,12 @@ def train(command: TrainCommand) -> int:
     table = Table(title=f"{command.env}: {agent.counters['env_steps']:,} steps in {seconds:.1f} s", show_header=False)
     for row in _result_rows(result, command.eval_episodes):
         table.add_row(*row)
-    for what, file in (("model", "model.safetensors"), ("metrics", "metrics.jsonl"), ("curve", "curve.png")):
-        table.add_row(what, str(Path(folder) / file))
+    for what, file in (
+        *(("model", "model.safetensors"), ("metrics", "metrics.jsonl"), ("curve", "curve.png")),
+        ("report", "report.html"),
+    ):
+        if what != "report" or command.report:
+            table.add_row(what, str(Path(folder) / file))
     _print(table)
     return 0
 
@@ -93,6 +105,11 @@ def explain(command: ExplainCommand) -> None:
     print(explanation.text(command.max_rows))
     if command.picture is not None:
         print(f"picture  {explanation.plot(command.picture)}")
+    if command.html is not None:
+        copies = sorted({row["sequence"] for row in explanation.rows})[:EXPLAINED_COPIES]
+        told = [Told(explained_rows(explanation, copy, quoted=False), f"Copy {copy}") for copy in copies]
+        lead = f"One more update of the agent in {command.folder}; the first {len(told)} environment copies"
+        print(f"page     {write_heat_page(command.html, make_views(told), heading='Step by step', lead=lead)}")
 
 
 def compare(command: CompareCommand) -> int:
@@ -116,6 +133,14 @@ def compare(command: CompareCommand) -> int:
     _print(table)
     print(f"curves   {picture}")
     return 0
+
+
+def record_still(agent: PPO, folder: Path) -> None:
+    """Record a few moments of an episode for the report, where the environment has pictures."""
+    try:
+        record_video(agent, folder / "still.png")
+    except (BrokenEnvironmentError, ModuleNotFoundError, ValueError, OSError):
+        return  # the report says that there is none, and how to make one
 
 
 def _rescued(network: nn.Module, save: Callable[[str], Path], folder: str) -> str:

@@ -28,7 +28,7 @@ SEEDING = "independent"
 CURVE_POINTS = 100
 
 # Settings that may differ between a finished run and the same run repeated.
-NOT_COMPARED = ("output_dir", "quiet", "eval_envs")
+NOT_COMPARED = ("output_dir", "quiet", "eval_envs", "report")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -168,7 +168,9 @@ class PPOArgs:
     num_threads: int = 1
     """Torch threads for training and evaluation; more than one slows small networks down."""
     output_dir: str | None = None
-    """Folder for metrics.jsonl, episodes.jsonl, curve.png and run.json; None: write nothing."""
+    """Folder for metrics.jsonl, episodes.jsonl, curve.png, report.html and run.json; None: write nothing."""
+    report: bool = True
+    """Write report.html into output_dir at the end (see docs/report.md)."""
     save_every: int = 0
     """Rollouts between checkpoints (checkpoint-<n> in output_dir), from which a run can resume; 0: none."""
     save_total_limit: int | None = None

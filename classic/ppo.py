@@ -22,7 +22,7 @@ from classic.envs.environments import Environments, Episode
 from classic.envs.make_env import EnvLike
 from classic.envs.normalization import Normalizer
 from classic.evaluation import EvaluationCopies, evaluate_policy, max_episode_steps
-from classic.explain import explain_rollout
+from classic.explain import explain_rollout, report_run
 from classic.fast.switch import Optimizer
 from classic.networks.actor_critic import ActorCritic
 from classic.networks.own_network import NetworkFactory
@@ -127,9 +127,9 @@ class PPO:
         """Train for ``total_timesteps`` more environment steps (default: the setting), rounded up to whole rollouts.
 
         Schedules run over exactly this call. With ``output_dir``, each update appends one line to ``metrics.jsonl`` and
-        each episode one to ``episodes.jsonl``, and ``curve.png`` is drawn at the end; with ``save_every``, checkpoints
-        are written there. The first SIGINT or SIGTERM ends training after the current update, with a checkpoint in
-        ``output_dir``.
+        each episode one to ``episodes.jsonl``, and ``curve.png`` and ``report.html`` are made at the end; with
+        ``save_every``, checkpoints are written there. The first SIGINT or SIGTERM ends training after the current
+        update, with a checkpoint in ``output_dir``.
 
         Args:
             total_timesteps: environment steps; the same number as before in a run that resumes.
@@ -174,6 +174,7 @@ class PPO:
                     stop_if_asked()
         if self.run.folder is not None:
             draw_curve(self.run.folder, self.env_id)
+            report_run(self.run, self.state)
         return self
 
     def _train(self, display: ProgressDisplay, callbacks: Sequence[Callback], hooks: PlayHooks) -> None:

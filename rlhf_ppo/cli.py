@@ -16,7 +16,7 @@ from rlhf_ppo.config.reward_training import RewardTrainingArgs
 from rlhf_ppo.config.sft import SFTArgs
 from rlhf_ppo.config.train import CriticRecordArgs, TrainArgs
 from rlhf_ppo.config.verify import VerifyArgs
-from rlhf_ppo.runtime.command_line.commands import AdviseArgs, CheckArgs
+from rlhf_ppo.runtime.command_line.commands import AdviseArgs, CheckArgs, ReportArgs
 from rlhf_ppo.runtime.command_line.settings import Command, run_command
 from rlhf_ppo.runtime.errors import RunError, print_failure
 from rlhf_ppo.runtime.processes.launch import read_launch
@@ -42,6 +42,7 @@ COMMANDS: dict[str, Command] = {
     "export": (ExportArgs, "rlhf_ppo.pipeline.export:export_command"),
     "check": (CheckArgs, "rlhf_ppo.runtime.checkpoints.resume:check"),
     "advise": (AdviseArgs, "rlhf_ppo.runtime.advice:print_advice"),
+    "report": (ReportArgs, "rlhf_ppo.runtime.report.page:report_command"),
 }
 
 DIVIDED = ("train", "sft", "reward", "evaluate", "generate", "critic record", "critic fit", "critic report")

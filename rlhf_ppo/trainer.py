@@ -57,6 +57,7 @@ from rlhf_ppo.training.generate import generate
 from rlhf_ppo.training.recorded.recorded_rollouts import Recording
 from rlhf_ppo.training.recorded.recording import keep_rollout, record_policy
 from rlhf_ppo.training.recorded.replayed_rollouts import replay_rollout, require_first_policy
+from rlhf_ppo.training.recorded.token_records import record_tokens, response_metrics
 from rlhf_ppo.training.reporting import (
     evaluate,
     is_due,
@@ -64,6 +65,7 @@ from rlhf_ppo.training.reporting import (
     log_update,
     plot_run,
     print_traffic,
+    report_run,
     require_rollouts_left,
     resumed_metrics,
     run_facts,
@@ -156,7 +158,7 @@ class PPOTrainer(TrainerAttributes):
     def train(
         self, resume_from_checkpoint: str | Path | None = None, *, resume_override: bool = False
     ) -> dict[str, float]:
-        """Run to ``total_episodes`` and save the model into ``output_dir``.
+        """Run to ``total_episodes``, save the model into ``output_dir``, and write curve.png and report.html there.
 
         Args:
             resume_from_checkpoint: folder ``checkpoint-<n>`` of a run with the same arguments (see ``save_every``), or
@@ -191,6 +193,7 @@ class PPOTrainer(TrainerAttributes):
                     print(f"callback {callback_name(ended_by)} ended the run after {done}")
                 save_model(state, run, safe)
         plot_run(run)
+        report_run(run)
         print_traffic(state, run)
         return metrics
 
@@ -246,7 +249,10 @@ class PPOTrainer(TrainerAttributes):
                 adapt(state, args, updated)
             # 8. Log, call back, save.
             safe.mark(run)
-            metrics, phases = {**updated.metrics, **off_policy}, run.stopwatch.take()
+            with run.stopwatch.phase("record"):
+                measured = response_metrics(rollout)
+                record_tokens(state, run, rollout, estimates, args)
+            metrics, phases = {**updated.metrics, **measured, **off_policy}, run.stopwatch.take()
             self.timings = phases.seconds
             log_update(state, run, rollout, metrics, phases, progress)
             keep_rollout(run, state.iteration, rollout)

@@ -42,7 +42,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 DRAWING = {
     "rlhf_ppo.training.reporting": "plot_curves",
     "rlhf_ppo.pipeline.labelled.reward_training": "plot_calibration",
+    "rlhf_ppo.trainer": "report_run",
+    "classic.explain": "report_at_end",
     "classic.report": "plot_curves",
+    "classic.commands": "record_still",
 }
 
 

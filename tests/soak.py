@@ -132,7 +132,7 @@ def wait(pids: list[int]) -> list[int]:
 def kept(run: Path) -> dict[str, bytes]:
     """What a run leaves: lines, weights, and all of its newest checkpoint but the manifest, which names the folder."""
     files = [*run.glob("*.jsonl"), *run.glob("*.safetensors"), *run.glob("best/*.safetensors")]
-    files += list_checkpoints(run)[-1].iterdir()
+    files += [*run.glob("tokens/*.parquet"), *run.glob("responses/*.parquet"), *list_checkpoints(run)[-1].iterdir()]
     left = [file for file in files if file.name not in ("manifest.json", "timings.jsonl")]
     return {str(file.relative_to(run)): file.read_bytes() for file in left}
 

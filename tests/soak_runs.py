@@ -47,6 +47,7 @@ def language_model(sharding: str = "none") -> Train:
 
     # The picture at a run's end, when everything is saved, takes longer than the run.
     rlhf_ppo.trainer.plot_run = lambda *_: None
+    rlhf_ppo.trainer.report_run = lambda *_: None
     sizes = {"n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 28}
     sizes |= {"bos_token_id": 0, "eos_token_id": 0}
     with tempfile.TemporaryDirectory() as folder:  # the first save takes half a second, in each killed process again
@@ -112,10 +113,12 @@ def control_task() -> Train:
     import gymnasium.envs.classic_control.cartpole  # noqa: F401 - as above
 
     import classic
+    import classic.explain
     import classic.report
     from classic.callbacks import evaluate_every
 
     classic.report.plot_curves = lambda *_, **__: None
+    classic.explain.report_at_end = lambda *_, **__: None
 
     def train(folder: Path, rollouts: int, seed: int) -> None:
         copies = {"vectorization": "sync", "recurrent": "gru", "recurrent_size": 4} if seed % 2 else {}

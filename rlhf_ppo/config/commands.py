@@ -49,6 +49,8 @@ class ExplainArgs(Settings):
     checkpoint (or saved model), settings and rewards. None: prompt 0, where no rollout is recorded."""
     responses: tuple[int, ...] = (0,)
     """Which responses of the rollout to show, by number from 0."""
+    html: str | None = None
+    """Also write these responses into this HTML file, each token coloured by the number that you choose there."""
     model: str | None = None
     """Where the run's model, an adapter's base and the tokenizer are. None: where they were in the run."""
     seed: int = 0

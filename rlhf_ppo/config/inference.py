@@ -92,6 +92,8 @@ class GenerateArgs(ProcessSettings):
     explain: bool = False
     """Show the completions token by token, with the reward, KL, value and advantage of each token: model is a run's
     folder, whose own settings, rewards and reference count (see the command explain)."""
+    html: str | None = None
+    """With explain: also write the completions into this HTML file, each token coloured by the number you choose."""
     num_samples: int = 1
     """Completions per prompt."""
     batch_size: int = 32
@@ -127,6 +129,8 @@ class GenerateArgs(ProcessSettings):
         ):
             if unread and is_changed(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect on {given[0]}: leave it out")
+        if self.html is not None and not self.explain:
+            raise ValueError(f"html={self.html!r} shows what explain computes: add explain, or leave html out")
         if self.explain and not self.prompt:
             raise ValueError(f"explain shows completions of prompt, and {given[0]} is given: leave one of them out")
         for name in ("num_samples", "batch_size", "max_new_tokens", "stop_strings", "temperature", "chat_template"):

@@ -157,7 +157,12 @@ class RunSettings(ProcessSettings):
     report_to: tuple[str, ...] = ()
     """Trackers that also receive the metrics: tensorboard (into output_dir/tensorboard), wandb, trackio."""
     samples_per_rollout: int = 2
-    """Responses of each rollout to write to samples.jsonl."""
+    """Responses of each rollout to write to samples.jsonl, and to tokens/ where tokens are recorded."""
+    record_tokens_every: int | None = None
+    """Rollouts between two that are recorded in tokens/ (reward, KL, value, advantage, ratio of each token of a few
+    responses) and responses/; the first and the last always are. None: about 40 in the run; 0: none."""
+    report: bool = True
+    """Write report.html into output_dir at the end (see docs/report.md)."""
     quiet: bool = False
     """Show no progress."""
 
@@ -166,7 +171,7 @@ class RunSettings(ProcessSettings):
         if not str(self.output_dir).strip():
             raise ValueError("output_dir is empty: name a folder for the run")
         self._require("from 0 to 4294967295", lambda value: 0 <= value < 2**32, "seed")
-        self._require_at_least(0, "eval_every", "save_every", "samples_per_rollout")
+        self._require_at_least(0, "eval_every", "save_every", "samples_per_rollout", "record_tokens_every")
         self._require_positive("num_threads", "save_total_limit")
         check_trackers(self.report_to)
         if self.eval_every == 0:

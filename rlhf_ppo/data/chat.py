@@ -105,22 +105,6 @@ def with_answer(prompt: Sequence[Message], answer: str, where: str) -> Messages:
     return [*map(dict, prompt), {"role": "assistant", "content": answer}]
 
 
-def display_text(said: Prompt | Completion) -> str:
-    """Format a prompt or completion to be read: text as it is, a chat with a "role: content" line per message."""
-    if isinstance(said, str):
-        return said
-    return "\n".join(f"{message['role']}: {_display_content(message)}" for message in said)
-
-
-def _display_content(message: Message) -> str:
-    content = message.get("content")
-    if content is None:
-        return json.dumps(message.get("tool_calls"), ensure_ascii=False, default=str)
-    if isinstance(content, str):
-        return content
-    return "".join(str(part.get("text", f"[{part.get('type')}]")) for part in content)
-
-
 # Rendering
 
 

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_ppo.data.chat import display_text
-from rlhf_ppo.pipeline.evaluation.intervals import differences, interval
 from rlhf_ppo.runtime.logs.run_directory import RunDirectory
+from rlhf_ppo.runtime.report.samples import first_and_last, spread_by_improvement
+from rlhf_ppo.runtime.statistics import differences, interval
+from rlhf_ppo.runtime.texts import display_text
 
 Row = Mapping[str, Any]
 
@@ -35,9 +36,7 @@ def paired_difference(before: Sequence[float], after: Sequence[float]) -> tuple[
 
 def first_and_last_evaluation(run: RunDirectory) -> tuple[list[Row], list[Row]]:
     """Read the rows of ``eval_samples.jsonl`` from before training and from its end, prompt by prompt."""
-    rows = run.read("eval_samples.jsonl")
-    last = max(row["iteration"] for row in rows)
-    return [row for row in rows if row["iteration"] == 0], [row for row in rows if row["iteration"] == last]
+    return first_and_last(run.read("eval_samples.jsonl"))
 
 
 def print_before_after(run: RunDirectory, *, samples: int = 4, console: Console | None = None) -> None:
@@ -72,14 +71,6 @@ def print_before_after(run: RunDirectory, *, samples: int = 4, console: Console 
         # As Text, so that brackets such as [/INST] are not read as markup.
         side_by_side.add_row(*map(Text, (display_text(a["prompt"]), _sample(a), _sample(b))))
     console.print(side_by_side)
-
-
-def spread_by_improvement(before: Sequence[Row], after: Sequence[Row], count: int) -> list[tuple[Row, Row]]:
-    """Choose ``count`` pairs at even quantiles of the change in score, so that neither luck nor taste picks them."""
-    scored = [(a, b) for a, b in zip(before, after, strict=True) if a["score"] is not None and b["score"] is not None]
-    ranked = sorted(scored, key=lambda pair: pair[1]["score"] - pair[0]["score"])
-    count = min(count, len(ranked))
-    return [ranked[int((i + 0.5) * len(ranked) / count)] for i in range(count)]
 
 
 def _sample(row: Row) -> str:

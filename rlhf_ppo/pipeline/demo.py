@@ -50,6 +50,8 @@ def demo(args: DemoArgs) -> None:
 
 def print_paths(folder: Path) -> None:
     """Print where a run's results are, and a command to try next."""
+    if (folder / "report.html").is_file():
+        print(f"report   {folder / 'report.html'}")
     print(f"curve    {folder / 'curve.png'}")
     print(f"metrics  {folder / 'metrics.jsonl'}")
     print(f"model    {folder}")

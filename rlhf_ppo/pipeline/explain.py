@@ -16,7 +16,7 @@ from rich.text import Text
 from rlhf_ppo.config.commands import ExplainArgs
 from rlhf_ppo.config.inference import GenerateArgs
 from rlhf_ppo.config.rlhf import RLHFConfig, restore_settings
-from rlhf_ppo.data.chat import Completion, Prompt, display_text
+from rlhf_ppo.data.chat import Completion, Prompt
 from rlhf_ppo.data.prompts import PromptBatch
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.models.actor_critic import ActorCritic
@@ -32,7 +32,10 @@ from rlhf_ppo.runtime.device import resolve_device
 from rlhf_ppo.runtime.explain import Explanation, cell
 from rlhf_ppo.runtime.logs.run_directory import RunDirectory
 from rlhf_ppo.runtime.processes.launch import require_one_process
+from rlhf_ppo.runtime.report.heat import Told, explained_rows, make_views
+from rlhf_ppo.runtime.report.page import write_heat_page
 from rlhf_ppo.runtime.seeding import TRAIN, numbered_generator
+from rlhf_ppo.runtime.texts import display_text
 from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.trainer import PPOTrainer
 from rlhf_ppo.training.checkpoints.black_box import read_black_box
@@ -203,7 +206,7 @@ def explain_completions(args: GenerateArgs) -> None:
             require_accepts_columns(function, name, (), "--prompt")
         found = _sample(trainer, PromptBatch(list(args.prompt), {}), args.seed, args.num_threads)
     found = dataclasses.replace(found, title=f"sampled from {policy}")
-    print_explained(found, range(len(found.prompts)))
+    print_explained(found, range(len(found.prompts)), html=args.html)
 
 
 def explain_command(args: ExplainArgs) -> None:
@@ -211,11 +214,16 @@ def explain_command(args: ExplainArgs) -> None:
     found = explain_run(args)
     if (last := max(args.responses)) >= len(found.prompts):
         raise ValueError(f"responses names {last}, but the rollout has {len(found.prompts)}, numbered from 0")
-    print_explained(found, args.responses)
+    print_explained(found, args.responses, html=args.html)
 
 
-def print_explained(found: ExplainedRollout, responses: Sequence[int], console: Console | None = None) -> None:
-    """Print responses token by token: a table in colours on a terminal, plain columns elsewhere."""
+def print_explained(
+    found: ExplainedRollout, responses: Sequence[int], console: Console | None = None, *, html: str | None = None
+) -> None:
+    """Print responses token by token: a table in colours on a terminal, plain columns elsewhere.
+
+    ``html``: also write them into this file.
+    """
     console = console or Console(markup=False, emoji=False, highlight=False)
     console.print(found.title, soft_wrap=True)
     for number in responses:
@@ -230,6 +238,19 @@ def print_explained(found: ExplainedRollout, responses: Sequence[int], console: 
             console.print(_table(one))
         else:
             console.print(one.text(max_rows=None), soft_wrap=True)
+
+    if html is not None:
+        console.print(f"\npage     {_write_page(found, responses, html)}", soft_wrap=True)
+
+
+def _write_page(found: ExplainedRollout, responses: Sequence[int], file: str) -> Path:
+    told = []
+    for number in responses:
+        score = found.scores[number]
+        said = "unscored: nothing is learned from it" if score is None else f"score {score:.4g}"
+        rows = explained_rows(found.explanation, number, quoted=True)
+        told.append(Told(rows, f"Response {number}", display_text(found.prompts[number]), said))
+    return write_heat_page(file, make_views(told), heading="Token by token", lead=found.title)
 
 
 def _table(explanation: Explanation) -> Table:

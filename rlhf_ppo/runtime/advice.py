@@ -63,6 +63,11 @@ def advise(folder: str | Path) -> list[Advice]:
     run = RunMetrics(RunDirectory(folder).read(), settings.get("args", settings))
     if len(run.rows) < FEWEST_UPDATES:
         raise ValueError(f"{folder} has {len(run.rows)} updates, too few to judge; it needs {FEWEST_UPDATES}")
+    return advise_on(run)
+
+
+def advise_on(run: RunMetrics) -> list[Advice]:
+    """Return the rules that match, the most serious first."""
     found = [(rule, seen) for rule in RULES if (seen := rule.seen(run)) is not None]
     return [Advice(rule, seen, _changes(rule, run.settings)) for rule, seen in found]
 
@@ -70,7 +75,7 @@ def advise(folder: str | Path) -> list[Advice]:
 def _changes(rule: Rule, settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     changes: dict[str, tuple[Any, Any]] = {}
     for move in rule.moves:
-        if move.setting not in settings or (move.setting == "clip_range" and settings["objective"] not in CLIPPING):
+        if move.setting not in settings or (move.setting == "clip_range" and settings.get("objective") not in CLIPPING):
             continue
         now = settings[move.setting]
         better = move.change(now)

@@ -1,8 +1,10 @@
-"""Compare few runs: the interquartile mean and its bootstrap interval."""
+"""Compare few runs by their interquartile mean and its bootstrap interval, and many values by their mean's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import statistics
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -60,3 +62,25 @@ def mean_and_error(scores: np.ndarray) -> str:
     n = len(scores)
     error = f" +- {scores.std(ddof=1) / np.sqrt(n):.1f}" if n > 1 else ""
     return f"{scores.mean():.1f}{error}"
+
+
+def interval(values: Iterable[float | None]) -> dict[str, float | None]:
+    """Compute the mean of the values that are not None, and the half-width of its 95 % interval (1.96 standard errors).
+
+    Returns:
+        {mean, half_width}; both None without any value, the half-width also for a single one.
+    """
+    found = [value for value in values if value is not None]
+    if not found:
+        return {"mean": None, "half_width": None}
+    if len(found) == 1:
+        return {"mean": found[0], "half_width": None}
+    return {
+        "mean": statistics.fmean(found),
+        "half_width": 1.96 * statistics.stdev(found) / math.sqrt(len(found)),
+    }
+
+
+def differences(ours: Iterable[float | None], theirs: Iterable[float | None]) -> list[float]:
+    """Compute ours - theirs of each pair; pairs with a None are left out."""
+    return [a - b for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
+
+from rlhf_ppo.runtime import healthy
 
 FEWEST_UPDATES = 6
 """Fewest updates from which a run is judged."""
@@ -46,14 +49,23 @@ class RunMetrics:
 
     def rises(self, *, within: float = 1.0) -> bool:
         """Whether score or return improved beyond its noise over the last part of the run (1: the whole)."""
+        return self._change(within) > 2
+
+    def falls(self) -> bool:
+        """Whether it fell beyond its noise over the run."""
+        return self._change(1.0) < -2
+
+    def _change(self, within: float) -> float:
+        """Return how far the second half of that part is above the first, in units of the noise of their means."""
         values = self.values("score/mean") or self.values("episode/return_mean")
         values = values[-max(int(within * len(values)), FEWEST_UPDATES) :]
         half = len(values) // 2
         if half < 2:
-            return False
+            return 0.0
         before, after = values[:half], values[-half:]
         noise = (statistics.variance(before) / half + statistics.variance(after) / half) ** 0.5
-        return statistics.fmean(after) - statistics.fmean(before) > 2 * noise
+        change = statistics.fmean(after) - statistics.fmean(before)
+        return change / noise if noise else math.copysign(math.inf, change) if change else 0.0
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -74,7 +86,9 @@ def skipped(run: RunMetrics) -> str | None:
 
 def disagree(run: RunMetrics) -> str | None:
     gap = max(run.values("policy/first_minibatch_max_abs_log_ratio"), default=0.0)
-    return f"log-ratios of up to {gap:.2g} nats before any step" if gap > (0.5 if run.bf16 else 0.1) else None
+    return (
+        f"log-ratios of up to {gap:.2g} nats before any step" if gap > healthy.log_ratio_bound(bf16=run.bf16) else None
+    )
 
 
 def rounding(run: RunMetrics) -> str | None:
@@ -91,21 +105,21 @@ def no_signal(run: RunMetrics) -> str | None:
 
 def too_fast(run: RunMetrics) -> str | None:
     clipped, kl = run.late("policy/clip_fraction"), run.late("policy/approx_kl")
-    if not _above(clipped, 0.3) and not _above(kl, 0.05):
+    if not _above(clipped, healthy.CLIP_FRACTION[1]) and not _above(kl, healthy.APPROX_KL[1]):
         return None
     return f"clip fraction {clipped or 0:.2f}, KL(old || new) {kl or 0:.3f} nats per action"
 
 
 def too_timid(run: RunMetrics) -> str | None:
     clipped, kl = run.whole("policy/clip_fraction"), run.whole("policy/approx_kl")
-    if clipped is None or kl is None or clipped >= 0.01 or kl >= 1e-3:
+    if clipped is None or kl is None or clipped >= healthy.CLIP_FRACTION[0] or kl >= healthy.APPROX_KL[0]:
         return None
     return f"clip fraction {clipped:.4f}, KL(old || new) {kl:.1e} nats per action"
 
 
 def cut_short(run: RunMetrics) -> str | None:
     epochs, asked = run.late("optim/epochs"), run.settings.get("num_epochs")
-    if epochs is None or not asked or epochs >= 0.75 * asked:
+    if epochs is None or not asked or epochs >= healthy.EPOCHS * asked:
         return None
     return f"target_kl stops updates after {epochs:.1f} of {asked} epochs"
 
@@ -115,7 +129,7 @@ def deterministic(run: RunMetrics) -> str | None:
     if ends is None:
         return None
     middle = statistics.median(values[: len(values) // 2][-3:])
-    if ends[0] <= 0 or middle >= 0.1 * ends[0]:
+    if ends[0] <= 0 or middle >= healthy.ENTROPY_LEFT * ends[0]:
         return None
     return f"entropy from {ends[0]:.3g} to {middle:.3g} nats per action by the middle of the run"
 
@@ -129,7 +143,7 @@ def random(run: RunMetrics) -> str | None:
 
 def blind_critic(run: RunMetrics) -> str | None:
     explained, spread = run.late("value/explained_variance"), run.late("advantage/std")
-    if explained is None or spread is None or explained >= -0.05:
+    if explained is None or spread is None or explained >= healthy.EXPLAINED_VARIANCE:
         return None
     # Returns that are all alike leave nothing to explain.
     return f"explained variance {explained:.2f}" if spread > 0.02 * abs(run.late("value/return_mean") or 0) else None
@@ -139,21 +153,21 @@ def scale(run: RunMetrics) -> str | None:
     if run.settings.get("normalize_values"):
         return None
     level, spread = run.late("value/return_mean"), run.late("advantage/std")
-    if not _above(abs(level or 0.0), 100) and not _above(spread, 100):
+    if not _above(abs(level or 0.0), healthy.LARGE) and not _above(spread, healthy.LARGE):
         return None
     return f"returns around {level or 0:.3g}, advantages of {spread or 0:.3g}"
 
 
 def gradient(run: RunMetrics) -> str | None:
     norm, limit = run.late("optim/grad_norm"), run.settings.get("max_grad_norm")
-    if norm is None or not limit or norm <= 50 * limit:
+    if norm is None or not limit or norm <= healthy.GRADIENT * limit:
         return None
     return f"gradient norm {norm:.3g}, clipped to {limit:g}"
 
 
 def drift(run: RunMetrics) -> str | None:
     kl, length = run.ends("kl/reference_nats_per_response"), run.ends("response/length_tokens")
-    if kl is None or length is None or kl[1] <= 0.25 * length[1]:
+    if kl is None or length is None or kl[1] <= healthy.KL_PER_TOKEN * length[1]:
         return None
     return f"{kl[1]:.1f} nats from the reference in {length[1]:.0f} tokens"
 

@@ -17,7 +17,7 @@ from rlhf_ppo.models.acceleration.working_copy import computing
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.runtime.explain import Explanation, explain_actions
 from rlhf_ppo.training.advantages import next_decisions
-from rlhf_ppo.training.experience import estimate
+from rlhf_ppo.training.experience import Estimates, estimate
 from rlhf_ppo.training.rewards import Rewards, shape_rewards
 from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.state import TrainState
@@ -56,35 +56,60 @@ def explain_scored(
         objective: the loss with the coefficients of that update.
         new_logprobs: [B, T] of :func:`logprobs_now`; None: without a policy to compare with.
     """
-    estimates = estimate(rollout, rewards, args)
-    mask, values = estimates.experience.mask, estimates.values
+    estimates, rows = estimate(rollout, rewards, args), range(len(rollout.prompts))
+    given = {"objective": objective, "new_logprobs": new_logprobs}
+    return explain_estimates(rollout, estimates, args, token_pieces(tokenizer, rollout, rows), rows=rows, **given)
+
+
+def explain_estimates(
+    rollout: Rollout,
+    estimates: Estimates,
+    args: RLHFConfig,
+    pieces: Sequence[Sequence[str]],
+    *,
+    objective: PPOConfig,
+    new_logprobs: Tensor | None,
+    rows: Sequence[int],
+) -> Explanation:
+    """Explain some rows of a rollout, given what was estimated about all of it; ``sequence`` counts among ``rows``.
+
+    Args:
+        rollout, args, objective: see :func:`explain_scored`.
+        estimates: of :func:`rlhf_ppo.training.experience.estimate`.
+        pieces: [n][T] of :func:`token_pieces`, of ``rows``.
+        new_logprobs: [B, T] of :func:`logprobs_now`, read at ``rows`` alone; None: without a policy to compare with.
+        rows: n rows of the rollout.
+    """
+    index = list(rows)
+    experience, values = estimates.experience[index], estimates.values
     baseline = torch.zeros_like(rollout.logprobs) if values is None else values
-    next_values, last = next_decisions(baseline, mask)
+    next_values, last = next_decisions(baseline[index], experience.mask)
     # Where a whole turn is one action, a token has no successor of its own.
     by_token = values is not None and args.turn_credit == "token"
-    assert rollout.ref_logprobs is not None  # shape_rewards has read them
+    assert rollout.ref_logprobs is not None  # its rewards have charged the KL to the reference
     return explain_actions(
-        rewards=rewards.per_token,
-        values=values,
+        rewards=estimates.rewards.per_token[index],
+        values=None if values is None else values[index],
         next_values=next_values if by_token else None,
         terminated=last,
         truncated=torch.zeros_like(last),
-        advantages=estimates.advantages,
-        old=estimates.experience,
-        new_logprobs=new_logprobs,
+        advantages=estimates.advantages[index],
+        old=experience,
+        new_logprobs=None if new_logprobs is None else new_logprobs[index],
         config=objective,
         gamma=args.gamma,
-        labels=[[repr(piece) for piece in row] for row in _pieces(tokenizer, rollout)],
-        kl=kl_estimate(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator),
+        labels=[[repr(piece) for piece in row] for row in pieces],
+        kl=kl_estimate(rollout.logprobs[index], rollout.ref_logprobs[index], args.kl_estimator),
     )
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[list[str]]:
-    """Return [B, T] what each token adds to the text before it; special tokens are spelled out."""
-    pieces = TextPieces(tokenizer, special=True)
-    before = before_each(pieces, rollout.prompts, rollout.prompt_ids, rollout.prompt_mask)
+def token_pieces(tokenizer: PreTrainedTokenizerBase, rollout: Rollout, rows: Sequence[int]) -> list[list[str]]:
+    """Return [n][T] what each token of n rows adds to the text before it; special tokens are spelled out."""
+    index, pieces = list(rows), TextPieces(tokenizer, special=True)
+    prompts = [rollout.prompts[i] for i in index]
+    before = before_each(pieces, prompts, rollout.prompt_ids[index], rollout.prompt_mask[index])
     found: list[list[str]] = []
-    for start, row in zip(before, rollout.response_ids.tolist(), strict=True):
+    for start, row in zip(before, rollout.response_ids[index].tolist(), strict=True):
         growing = GrowingText(pieces, start)
         texts = ["", *map(growing.add, row)]
         found.append([text[common_prefix_length(last, text) :] for last, text in pairwise(texts)])

@@ -17,6 +17,7 @@ from rlhf_ppo.rewards.validation import RewardError
 from rlhf_ppo.runtime.logs.progress import Phases, ProgressDisplay, model_rows
 from rlhf_ppo.runtime.package import versions
 from rlhf_ppo.runtime.plots import plot_curves
+from rlhf_ppo.runtime.report.page import report_at_end
 from rlhf_ppo.runtime.seeding import EVALUATION, global_rng_state, numbered_generator, restore_rng_state
 from rlhf_ppo.training.checkpoints.resume import SafePoint, keep_checkpoint
 from rlhf_ppo.training.collect import collect
@@ -87,6 +88,12 @@ def plot_run(run: Run) -> None:
     file = run.folder.path / "curve.png"
     if run.folder.writes:
         plot_curves(run.folder.read(), file, x="progress/episodes", panels=PANELS, title="PPO, scores and KL")
+
+
+def report_run(run: Run) -> None:
+    """Write report.html, unless the settings say otherwise."""
+    if run.folder.writes and run.args.report:
+        report_at_end(run.folder.path, quiet=run.args.quiet)
 
 
 def run_rows(state: TrainState, run: Run) -> dict[str, str]:

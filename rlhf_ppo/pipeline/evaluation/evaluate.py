@@ -26,7 +26,7 @@ from rlhf_ppo.pipeline.evaluation.evaluation_settings import (
     sampler_config,
     was_trained_on_judge,
 )
-from rlhf_ppo.pipeline.evaluation.intervals import differences, distinct, interval, win_rate
+from rlhf_ppo.pipeline.evaluation.intervals import win_rate
 from rlhf_ppo.pipeline.generate import require_prompts
 from rlhf_ppo.runtime.command_line.user_code import load_factory
 from rlhf_ppo.runtime.logs.progress import ProgressDisplay
@@ -34,6 +34,8 @@ from rlhf_ppo.runtime.logs.run_directory import RunDirectory, read_run
 from rlhf_ppo.runtime.processes.join import join_for
 from rlhf_ppo.runtime.processes.voice import first_alone
 from rlhf_ppo.runtime.seeding import EVALUATION, numbered_generator
+from rlhf_ppo.runtime.statistics import differences, interval
+from rlhf_ppo.runtime.texts import distinct
 from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.training.collect import collect
 from rlhf_ppo.training.reporting import describe

@@ -3,32 +3,11 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from torch import Tensor
 
-
-def interval(values: Iterable[float | None]) -> dict[str, float | None]:
-    """Compute the mean of the values that are not None, and the half-width of its 95 % interval (1.96 standard errors).
-
-    Returns:
-        {mean, half_width}; both None without any value, the half-width also for a single one.
-    """
-    found = [value for value in values if value is not None]
-    if not found:
-        return {"mean": None, "half_width": None}
-    if len(found) == 1:
-        return {"mean": found[0], "half_width": None}
-    return {
-        "mean": statistics.fmean(found),
-        "half_width": 1.96 * statistics.stdev(found) / math.sqrt(len(found)),
-    }
-
-
-def differences(ours: Iterable[float | None], theirs: Iterable[float | None]) -> list[float]:
-    """Compute ours - theirs of each pair; pairs with a None are left out."""
-    return [a - b for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
+from rlhf_ppo.runtime.statistics import differences
 
 
 def win_rate(ours: Iterable[float | None], theirs: Iterable[float | None]) -> dict[str, float]:
@@ -89,14 +68,3 @@ def calibration(gap: Tensor) -> list[dict[str, float]]:
             }
         )
     return rows
-
-
-def distinct(texts: Sequence[str], n: int) -> float:
-    """Compute the share of distinct ones among all word n-grams of the texts together; 0 without any.
-
-    It falls as more text is counted, so compare only equal numbers of texts of similar length.
-
-    Source: Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models" (2016).
-    """
-    grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 0.0

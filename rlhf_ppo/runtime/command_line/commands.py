@@ -21,3 +21,17 @@ class CheckArgs:
 
     run: tyro.conf.Positional[str]
     """Folder of a run (language model or classic), or one checkpoint-<n>."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportArgs:
+    """Write one HTML file about a run, or about several and where they differ; it works offline."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Folders of runs (language model or classic), finished or not."""
+    output: str | None = None
+    """The file. None: report.html in the run's folder; for several runs, beside the first one's folder."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("nothing to report: name at least one run's folder")

@@ -22,6 +22,8 @@ METRICS: dict[str, str] = {
     "score/unscored_fraction": "Share of responses whose score was None, or non-finite and dropped.",
     "score/part/*": "Mean score of one reward function, before its weight; * is the function's name.",
     "score/positive_fraction": "With positive_loss_coef: share of responses with a score above positive_score_above.",
+    "score/length_correlation": "Correlation of scores and lengths over the rollout: close to 1, longer responses score "
+    "higher; not there where one of them is the same for all.",
     "score/shaped_mean": "Mean score after normalisation, clipping and penalties, as the policy learns from it.",
     "score/shaped_std": "Standard deviation of those scores.",
     "score/clipped_fraction": "Share of responses whose score was clipped by score_clip.",
@@ -35,6 +37,10 @@ METRICS: dict[str, str] = {
     "kl/loss": "KL loss to the reference (with kl_loss_coef), before its coefficient.",
     "response/length_tokens": "Mean response length in tokens, stop token included; in conversations, only the policy's tokens count.",
     "response/eos_fraction": "Share of responses whose (last) turn ended with a stop token or stop string, not at the length limit.",
+    "response/repeated_fraction": "Share of a response's runs of four tokens that occurred in it before, mean over responses: "
+    "0 never repeats itself, 1 says one thing again and again.",
+    "response/distinct_1": "Share of distinct tokens among all tokens of the rollout; falls as responses become alike.",
+    "response/distinct_2": "Share of distinct pairs of consecutive tokens among all of the rollout (distinct-2).",
     "response/turns": "Mean number of the policy's turns in a conversation (with max_turns above 1).",
     "response/context_full_fraction": "Share of conversations that ended because the model's context was full.",
     "episode/return_mean": "Mean undiscounted return of the last 100 finished training episodes.",

@@ -28,6 +28,7 @@ PHASES = {
     "score": "scoring",
     "replay": "reading rollout",
     "update": "updating",
+    "record": "recording tokens",
 }
 """Phase -> its text while it lasts; other names are shown as they are."""
 

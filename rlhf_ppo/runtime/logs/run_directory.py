@@ -14,6 +14,7 @@ from typing import Any
 from rlhf_ppo.runtime.checkpoints.checkpoint import list_checkpoints
 from rlhf_ppo.runtime.files import read_json, replace_text, sync_file
 from rlhf_ppo.runtime.logs.metrics import require_known_metrics
+from rlhf_ppo.runtime.logs.tables import TABLES, copy_tables, rewind_tables
 from rlhf_ppo.runtime.processes.group import ALONE, ProcessGroup
 
 try:
@@ -84,7 +85,7 @@ class RunDirectory:
         """Start a run: move an earlier run's files aside, then write ``run.json``."""
         if not self.writes:
             return
-        if any(any(self.path.glob(name)) for name in ("metrics.jsonl", "checkpoint-*", "rollouts")):
+        if any(any(self.path.glob(name)) for name in ("metrics.jsonl", "checkpoint-*", "rollouts", *TABLES)):
             # Checkpoints go first: if this is interrupted, no later run takes the rest for its own.
             entries = [entry for entry in self.path.iterdir() if not entry.name.startswith(("previous-", LOCK_FILE))]
             self.set_aside(
@@ -124,11 +125,12 @@ class RunDirectory:
             self.start(settings)
             for file in checkpoint.parent.glob("*.jsonl"):
                 shutil.copyfile(file, self.path / file.name)
+            copy_tables(checkpoint.parent, self.path)
         self.rewind(iteration)
         self.write_json("run.json", settings)
 
     def rewind(self, iteration: int) -> None:
-        """Remove the rows of later iterations than ``iteration`` from the JSONL files.
+        """Remove the rows of later iterations than ``iteration`` from the JSONL files and the tables.
 
         Those of the evaluation after ``iteration`` go, too: it belongs to the next one and is repeated.
         """
@@ -137,6 +139,7 @@ class RunDirectory:
         for file in self.path.glob("*.jsonl"):
             rows = [row for row in self.read(file.name) if _position(file.name, row) <= (iteration, False)]
             replace_text(file, "".join(_line(row) for row in rows))
+        rewind_tables(self.path, iteration)
 
     def sync(self) -> None:
         """Fsync the JSONL files."""
@@ -196,6 +199,21 @@ def run_lock(folder: str | Path, processes: ProcessGroup = ALONE) -> Iterator[No
     with ExitStack() as lock:
         processes.on_first(lambda: lock.enter_context(_lock(folder)))
         yield
+
+
+def is_locked(folder: str | Path) -> bool:
+    """Whether a run holds the lock of a folder: it is still writing there."""
+    file = Path(folder) / LOCK_FILE
+    if fcntl is None or not file.is_file():
+        return False
+    try:
+        with file.open("rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # another's file, or no locks here
+        return False
+    return False
 
 
 @contextmanager

@@ -38,6 +38,7 @@ MAY_CHANGE = (
     "device",  # the one that is used is among the fingerprints
     "whole_rollout_rewards",
     *("save_every", "save_total_limit", "save_best", "eval_every", "samples_per_rollout"),
+    *("record_tokens_every", "report"),
     *("save_rollouts", "save_rollouts_gb"),
     *("http_timeout_s", "http_retries", "http_batch_size", "http_concurrency", "reward_timeout_s"),
     *("respond_timeout_s", "respond_concurrency"),

@@ -6,7 +6,9 @@ import math
 
 import pytest
 
-from rlhf_ppo.pipeline.evaluation.intervals import differences, distinct, interval, win_rate
+from rlhf_ppo.pipeline.evaluation.intervals import win_rate
+from rlhf_ppo.runtime.statistics import differences, interval
+from rlhf_ppo.runtime.texts import distinct
 
 
 def test_the_interval_of_two_values_by_hand():

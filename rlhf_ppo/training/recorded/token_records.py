@@ -1,0 +1,115 @@
+"""Token records: what PPO computed about each token of a few responses, and all responses in a line each, in parquet.
+
+A recorded rollout is a file of its own in ``tokens/`` and ``responses/``, named after its iteration: a run that resumes
+or rolls back writes it again instead of twice.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from rlhf_ppo.config.rlhf import RLHFConfig
+from rlhf_ppo.core import kl_estimate
+from rlhf_ppo.generation.repetition import distinct_fraction, repeated_fraction
+from rlhf_ppo.generation.rollout import Rollout
+from rlhf_ppo.runtime.logs.tables import TOKENS, write_table
+from rlhf_ppo.training.experience import Estimates
+from rlhf_ppo.training.explain import explain_estimates, logprobs_now, token_pieces
+from rlhf_ppo.training.run import Run
+from rlhf_ppo.training.state import TrainState
+
+RECORDS_PER_RUN = 40
+"""About how many rollouts of a run are recorded, unless a setting says otherwise."""
+
+
+def is_recorded(args: RLHFConfig, iteration: int) -> bool:
+    """Whether this iteration's rollout is recorded: the first, every ``record_tokens_every``-th and the last."""
+    every = args.record_tokens_every
+    if every is None:
+        every = -(-args.num_rollouts // RECORDS_PER_RUN)
+    return every > 0 and (iteration % every == 0 or iteration in (1, args.num_rollouts))
+
+
+def record_tokens(state: TrainState, run: Run, rollout: Rollout, estimates: Estimates, config: RLHFConfig) -> None:
+    """Record the rollout of the update that was just made, if it is due; a full disk ends no run.
+
+    Args:
+        state: after the update.
+        run: with several processes, the first one writes.
+        rollout: scored, with reference log-probs.
+        estimates: what the update learned from.
+        config: the objective that it used.
+    """
+    if not is_recorded(run.args, state.iteration):
+        return
+    rows = range(min(run.args.samples_per_rollout, len(rollout.prompts)))
+    # Processes that share the weights read the policy's log-probs together.
+    tokens = _tokens(state, run, rollout, estimates, config, rows) if _takes_part(run) and rows else None
+    if not run.folder.writes:
+        return
+    try:
+        write_table(run.folder.path, "responses", state.iteration, _responses(rollout))
+        if tokens is not None:
+            write_table(run.folder.path, "tokens", state.iteration, tokens)
+    except OSError as error:
+        warnings.warn(f"the tokens of rollout {state.iteration} are not recorded: {error.strerror}", stacklevel=2)
+
+
+def response_metrics(rollout: Rollout) -> dict[str, float]:
+    """Measure repetition, diversity, and whether longer responses score higher."""
+    assert rollout.scores is not None and rollout.scored is not None
+    ids, mask = rollout.response_ids.cpu(), rollout.mask.cpu()
+    metrics = {
+        "response/repeated_fraction": float(repeated_fraction(ids, mask).mean()),
+        "response/distinct_1": distinct_fraction(ids, mask, 1),
+        "response/distinct_2": distinct_fraction(ids, mask, 2),
+    }
+    pairs = torch.stack([rollout.scores[rollout.scored].double().cpu(), rollout.lengths[rollout.scored].double().cpu()])
+    if pairs.shape[1] > 1 and bool((pairs.std(dim=1) > 1e-9).all()):
+        metrics["score/length_correlation"] = float(torch.corrcoef(pairs)[0, 1])
+    return metrics
+
+
+def _takes_part(run: Run) -> bool:
+    return run.folder.writes or run.plan.sharding is not None
+
+
+def _responses(rollout: Rollout) -> dict[str, list[Any]]:
+    assert rollout.scores is not None and rollout.scored is not None and rollout.ref_logprobs is not None
+    scores = zip(rollout.scores.tolist(), rollout.scored.tolist(), strict=True)
+    return {
+        "response": list(range(len(rollout.prompts))),
+        "score": [score if scored else None for score, scored in scores],
+        "tokens": rollout.lengths.tolist(),
+        "finished": rollout.finished.tolist(),
+        "kl": kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1").sum(dim=1).tolist(),
+        "repeated": repeated_fraction(rollout.response_ids.cpu(), rollout.mask.cpu()).tolist(),
+    }
+
+
+def _tokens(
+    state: TrainState, run: Run, rollout: Rollout, estimates: Estimates, config: RLHFConfig, rows: range
+) -> dict[str, list[Any]]:
+    assert rollout.ref_logprobs is not None
+    args, model, index = run.args, state.model, list(rows)
+    passes = run.microbatches(model, rollout, rows)
+    now = logprobs_now(model, rollout, passes, temperature=args.temperature, bf16=run.bf16)
+    pieces = token_pieces(run.tokenizer, rollout, index)
+    given = {"objective": config, "new_logprobs": now, "rows": index}
+    explained = explain_estimates(rollout, estimates, args, pieces, **given).rows
+    facts = {
+        "token": rollout.response_ids,
+        "logprob": rollout.logprobs,
+        "ref_logprob": rollout.ref_logprobs,
+        "entropy": rollout.entropy,
+    }
+    lists = {name: x[index].tolist() for name, x in facts.items()}
+    lists["text"] = pieces
+    named = {"response": "sequence", "position": "step"}
+    columns = {
+        name: [row[named.get(name, name)] for row in explained] for name in TOKENS.keys() - lists.keys() - {"iteration"}
+    }
+    return columns | {name: [x[row["sequence"]][row["step"]] for row in explained] for name, x in lists.items()}

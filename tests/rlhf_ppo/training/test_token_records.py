@@ -1,0 +1,98 @@
+"""What a run records about its tokens: the update's own numbers, once for each rollout, and bounded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlhf_ppo.runtime.logs.tables import read_table, table_numbers
+from rlhf_ppo.training.recorded.token_records import is_recorded, response_metrics
+
+
+def contents(folder):
+    return {
+        f"{name}/{file.name}": file.read_bytes()
+        for name in ("tokens", "responses")
+        for file in (folder / name).iterdir()
+    }
+
+
+def test_tokens_have_the_numbers_of_their_update(make_trainer):
+    trainer = make_trainer(total_episodes=8, samples_per_rollout=3, kl_coef=0.5, gamma=0.9)
+    trainer.train()
+    folder = trainer.run.path
+    tokens, responses = (read_table(folder, name, 1) for name in ("tokens", "responses"))
+    samples = trainer.run.read("samples.jsonl")
+    assert responses["response"] == list(range(8)) and sorted(set(tokens["response"])) == [0, 1, 2]
+    for i, sample in enumerate(samples):
+        rows = [t for t, response in enumerate(tokens["response"]) if response == i]
+        text = "".join(tokens["text"][t] for t in rows).removesuffix("<|endoftext|>")
+        assert sample["completion"] == text and len(rows) == responses["tokens"][i] == sample["tokens"]
+        assert sum(tokens["kl"][t] for t in rows) == pytest.approx(responses["kl"][i], abs=1e-5)
+        # The rewards add up to the score, minus what the KL cost.
+        paid = sum(tokens["reward"][t] for t in rows)
+        assert paid == pytest.approx(sample["score"] - 0.5 * sample["kl_nats"], abs=1e-5)
+        last = rows[-1]
+        assert tokens["delta"][last] == pytest.approx(tokens["reward"][last] - tokens["value"][last], abs=1e-5)
+    assert all(
+        a == pytest.approx(x - y, abs=1e-5)
+        for a, x, y in zip(*(tokens[n] for n in ("kl", "logprob", "ref_logprob")), strict=True)
+    )
+    # The update moved the policy: its ratios are those afterwards.
+    assert any(abs(ratio - 1) > 1e-4 for ratio in tokens["ratio"])
+
+
+def test_recording_changes_no_weight_and_no_draw(make_trainer):
+    runs = [make_trainer(total_episodes=24, record_tokens_every=every) for every in (0, 1)]
+    for trainer in runs:
+        trainer.train()
+    assert not (runs[0].run.path / "tokens").exists() and len(contents(runs[1].run.path)) == 6
+    ours, theirs = (trainer.run.read() for trainer in runs)
+    assert ours == theirs
+    for (name, x), y in zip(runs[0].model.state_dict().items(), runs[1].model.state_dict().values(), strict=True):
+        assert torch.equal(x, y), name
+
+
+def test_about_forty_rollouts_are_recorded_however_long_the_run(make_trainer):
+    args = make_trainer().args
+    for rollouts, most in ((1, 1), (40, 40), (48, 25), (1000, 41)):
+        long = type(args)(**{**vars(args), "total_episodes": rollouts * args.rollout_batch_size})
+        recorded = [i for i in range(1, rollouts + 1) if is_recorded(long, i)]
+        assert recorded[0] == 1 and recorded[-1] == rollouts and len(recorded) == most
+
+
+def test_a_resumed_run_records_what_the_whole_one_does(make_trainer, tmp_path):
+    whole = make_trainer(total_episodes=32, save_every=1)
+    whole.train()
+    killed = make_trainer(total_episodes=32, save_every=1)
+    killed.callbacks.append(lambda trainer, metrics: trainer.state.iteration == 3)
+    killed.train()
+    again = make_trainer(total_episodes=32, save_every=1, output_dir=str(killed.run.path))
+    again.train(resume_from_checkpoint=str(killed.run.path / "checkpoint-2"))
+    assert table_numbers(again.run.path, "tokens") == [1, 2, 3, 4]
+    assert contents(again.run.path) == contents(whole.run.path)
+    elsewhere = make_trainer(total_episodes=32, save_every=1, output_dir=str(tmp_path / "elsewhere"))
+    elsewhere.train(resume_from_checkpoint=str(killed.run.path / "checkpoint-2"))
+    assert contents(elsewhere.run.path) == contents(whole.run.path)
+
+
+def test_a_full_disk_ends_no_run(make_trainer, monkeypatch):
+    from rlhf_ppo.training.recorded import token_records
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(token_records, "write_table", full)
+    trainer = make_trainer(total_episodes=8)
+    with pytest.warns(UserWarning, match="rollout 1 are not recorded: No space left"):
+        trainer.train()
+    assert len(trainer.run.read()) == 1
+
+
+def test_longer_responses_that_score_higher_show(make_trainer, prompts):
+    trainer = make_trainer(reward_funcs=lambda prompts, completions, **_: [float(len(text)) for text in completions])
+    metrics = response_metrics(trainer.rollout(prompts))
+    assert metrics["score/length_correlation"] > 0.9
+    constant = make_trainer(reward_funcs=lambda prompts, completions, **_: [1.0] * len(completions))
+    with pytest.warns(UserWarning, match="constant reward"):
+        assert "score/length_correlation" not in response_metrics(constant.rollout(prompts))

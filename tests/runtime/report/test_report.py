@@ -1,0 +1,242 @@
+"""Reports: what they say about runs that ended, run, were cut off or damaged; nothing in them runs or is fetched."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from classic.cli import main as classic_main
+from rlhf_ppo.cli import main
+from rlhf_ppo.runtime.logs.run_directory import run_lock
+from rlhf_ppo.runtime.report.page import report_at_end, write_report
+
+VOID = {"meta", "input", "img", "br", "link"}
+
+
+class Page(HTMLParser):
+    """A page's elements and texts; it raises where one is not closed."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.source = file.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, (tag, self.open, self.getpos())
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.texts).split())
+
+    def named(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.elements if name == tag]
+
+    def has(self, section: str) -> bool:
+        return any(attrs.get("id") == section for _, attrs in self.elements)
+
+
+def report(*runs: Path) -> Page:
+    return Page(write_report(runs))
+
+
+def test_a_run_that_learned(language_run):
+    page = report(language_run())
+    assert "It learned" in page.text and "on 8 held-out prompts rose from 0.435 to 0.795 (+0.36 ± " in page.text
+    assert "3.6 nats per response from the reference" in page.text
+    for section in ("curves", "samples", "tokens", "distance", "more", "time", "settings"):
+        assert page.has(section), section
+    assert len([1 for tag, attrs in page.elements if tag == "svg" and attrs.get("class") == "chart"]) > 8
+    assert "An iteration took 0.7 seconds, 1,286 generated tokens a second" in page.text
+    assert not page.has("notes") and not page.has("differences")
+    assert len(page.source) < 3e6
+
+
+def test_whatever_a_model_writes_is_text(language_run):
+    page = report(language_run())
+    assert "<script>window.hacked" not in page.source and "<img src=x" not in page.source
+    assert "</script><script>window.hacked = 1</script>" in page.text and "{{ 7*7 }}" in page.text
+    # One script, which the page's own policy names by its digest; nothing from elsewhere.
+    assert page.source.count("<script>") == page.source.count("</script>") == 1
+    policy = next(meta["content"] for meta in page.named("meta") if meta.get("http-equiv"))
+    assert policy.startswith("default-src 'none'") and "script-src 'sha256-" in policy
+    for _, attrs in page.elements:
+        assert not (attrs.get("src") or "").startswith(("http", "//")) and (attrs.get("href") or "#").startswith("#")
+        assert not [name for name in attrs if name.startswith("on")]
+    assert "url(" not in page.source and "@import" not in page.source
+
+
+def test_a_control_task(control_run):
+    folder = control_run()
+    (folder / "still.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))
+    page = report(folder)
+    assert "It learned" in page.text and "evaluated at the end, it returns 250 ± 3 (std)" in page.text
+    assert "Step by step" in page.text and not page.has("samples")
+    assert page.named("img")[0]["src"].startswith("data:image/png;base64,")
+    assert "Return" in page.text and "CartPole-v1" in page.text
+
+
+def test_a_picture_that_is_none_is_left_out_and_a_missing_one_is_said(control_run):
+    folder = control_run()
+    assert f"classic-ppo evaluate {folder} --video {folder}/still.png makes one" in report(folder).text
+    (folder / "still.png").write_bytes(b"<script>")
+    page = report(folder)
+    assert not page.named("img") and "still.png is no PNG" in page.text
+
+
+def test_what_stands_out_has_its_remedy(language_run):
+    folder = language_run(learning_rate=1e-4, num_epochs=4, objective="clip", clip_range=0.2)
+    rows = [
+        {**json.loads(line), "policy/clip_fraction": 0.6}
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = report(folder)
+    assert "One thing stands out: updates too large." in page.text
+    assert "learning_rate 0.0001 → 3.3e-05" in page.text
+
+
+def test_a_run_that_got_worse_and_one_that_did_not_move(language_run):
+    assert "It got worse" in report(language_run("worse", gain=-0.03)).text
+    flat = language_run("flat", gain=0.0)
+    (flat / "eval_samples.jsonl").unlink()
+    page = report(flat)
+    assert "No clear change" in page.text and "There is no evaluation before and after training" in page.text
+    assert "responses of the first and of the last rollouts" in page.text
+
+
+def test_several_seeds_are_one_line_and_the_first_difference_is_named(language_run):
+    runs = [language_run("a"), language_run("b", seed=1, shift=0.01), language_run("c", kl_coef=0.3, gain=0.01)]
+    page = report(*runs)
+    assert "kl_coef 0.05 (2 seeds) ends highest" in page.text and "interquartile mean" in page.text
+    assert any("interval" in (attrs.get("class") or "") for attrs in page.named("path"))
+    assert "They first differ in rollout 1, in what was sampled. Their seeds differ" in page.text
+
+
+def test_the_first_difference_is_where_it_is(language_run):
+    one, other = language_run("one"), language_run("other", gain=0.03)
+    assert "They are the same in all 12 rollouts that both have" in report(one, other).text
+    rows = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
+    rows[6]["policy/loss"] = -0.02
+    (other / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = report(one, other)
+    assert "Rollouts 1 to 6 are the same. They first differ in rollout 7: what was sampled is the same" in page.text
+    samples = [json.loads(line) for line in (other / "samples.jsonl").read_text().splitlines()]
+    samples[14]["completion"] = "upon a time"
+    (other / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    assert "are in rollout 8; they part after 5 characters" in report(one, other).text
+
+
+def test_runs_of_both_frontends(language_run, control_run):
+    page = report(language_run(), control_run())
+    assert "Runs of both frontends" in page.text and "there is nothing to compare" in page.text
+    assert "Return" in page.text and "KL to the reference" in page.text
+
+
+def test_a_run_that_is_still_running_and_one_that_was_cut_off(language_run):
+    folder = language_run(total_episodes=640)
+    assert "It ended early, after 384 of 640 responses." in report(folder).text
+    with run_lock(folder):
+        assert "It is still running: 384 of 640 responses." in report(folder).text
+
+
+def test_a_folder_with_nothing_but_settings(tmp_path):
+    (tmp_path / "run.json").write_text('{"model": "tiny", "total_episodes": 64}')
+    page = report(tmp_path)
+    assert "Nothing was learned yet" in page.text and "no update is in this folder yet" in page.text
+
+
+def test_damage_is_left_out_and_said(language_run):
+    folder = language_run()
+    for name in ("metrics", "samples", "timings", "eval_samples"):
+        file = folder / f"{name}.jsonl"
+        lines = file.read_bytes().split(b"\n")
+        lines[1:1] = [b'{"half', b"[1, 2]", b"\xff\xfe", b'{"iteration": "x", "progress/iteration": null}']
+        file.write_bytes(b"\n".join(lines) + b'{"progress/iteration": 99, "sco')
+    (folder / "run.json").write_text("{")
+    for file in (folder / "tokens").iterdir():
+        file.write_bytes(b"PAR1 nothing")
+    page = report(folder)
+    assert "metrics.jsonl: 3 lines (the first: 2) are damaged and left out." in page.text
+    assert "run.json is damaged" in page.text and "rollout-000012.parquet is damaged" in page.text
+    assert "It learned" in page.text and not page.has("tokens")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"progress/iteration": 1, "score/mean": float("nan")},
+        {"progress/iteration": 1e308, "progress/episodes": 5, "score/mean": 1e299},
+        {"progress/iteration": 1, "progress/episodes": True, "policy/loss": [1], "score/mean": "high"},
+    ],
+)
+def test_odd_numbers_draw_no_curve_and_raise_nothing(tmp_path, row):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "run.json").write_text(json.dumps({"args": 3, "reward": 5, "fingerprints": [], "max_grad_norm": "x"}))
+    report(tmp_path)
+
+
+def test_an_old_run_says_what_it_lacks(language_run):
+    folder = language_run()
+    for name in ("tokens", "responses"):
+        for file in (folder / name).iterdir():
+            file.unlink()
+    (folder / "timings.jsonl").unlink()
+    page = report(folder)
+    assert "No tokens were recorded" in page.text and not page.has("time")
+
+
+def test_a_long_run_with_long_texts_stays_small(language_run):
+    folder = language_run(updates=3000)
+    long = "word " * 20_000
+    rows = [json.loads(line) for line in (folder / "eval_samples.jsonl").read_text().splitlines()]
+    (folder / "eval_samples.jsonl").write_text("".join(json.dumps({**row, "completion": long}) + "\n" for row in rows))
+    runs = [folder, *(language_run(f"more{i}", updates=300, seed=i) for i in range(6))]
+    page = report(*runs)
+    assert len(page.source) < 3e6 and "more characters)" in page.text
+
+
+@pytest.mark.parametrize("command", [main, classic_main])
+def test_the_commands(command, language_run, control_run, tmp_path, capsys):
+    runs = [str(language_run()), str(control_run())]
+    assert command(["report", runs[0]]) == 0
+    assert capsys.readouterr().out == f"report   {runs[0]}/report.html\n"
+    assert command(["report", *runs, "--output", str(tmp_path / "new" / "both.html")]) == 0
+    assert "2 runs compared" in (tmp_path / "new" / "both.html").read_text()
+
+
+@pytest.mark.parametrize("command", [main, classic_main])
+def test_a_folder_that_is_no_run_is_one_sentence(command, language_run, tmp_path, capsys):
+    language_run()
+    for folder, why in (
+        (tmp_path, f"holds no run: name a run's folder, such as {tmp_path / 'run'}"),
+        (tmp_path / "no", "does not exist"),
+    ):
+        assert command(["report", str(folder)]) == 2
+        assert why in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command(["report"])
+
+
+def test_a_report_that_fails_ends_no_run(tmp_path):
+    with pytest.warns(UserWarning, match="report.html could not be written"):
+        report_at_end(tmp_path / "nothing", quiet=True)
