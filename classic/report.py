@@ -24,14 +24,9 @@ from rlhf_ppo.core import (
 from rlhf_ppo.runtime.logs.progress import ProgressDisplay
 from rlhf_ppo.runtime.logs.run_directory import RunDirectory
 from rlhf_ppo.runtime.plots import plot_curves
+from rlhf_ppo.runtime.report.curves import CLIP_FRACTION, CONTROL, panels
 
-PANELS = {
-    "episode/return_mean": "return, last 100 episodes",
-    "policy/approx_kl": "KL(old || new), nats per action",
-    "policy/clip_fraction": "share of actions clipped",
-    "policy/entropy": "entropy, nats per action",
-    "value/explained_variance": "explained variance of returns",
-}
+PANELS = panels((*CONTROL, CLIP_FRACTION))
 
 
 def run_metrics(counters: Mapping[str, int], recent: Collection[Episode]) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -77,6 +79,8 @@ def _play(
     run: Run, state: TrainState, predict: Callable[..., Any], episodes: int, seed: int
 ) -> tuple[list[np.ndarray], float]:
     """Play episodes and return their frames and the frames per second."""
+    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame looks for a window, and complains
     frames, cut = _Frames(), 0
     max_steps = max_episode_steps(run)
     with _stage(run, state) as env:

@@ -57,7 +57,7 @@ from rlhf_ppo.training.generate import generate
 from rlhf_ppo.training.recorded.recorded_rollouts import Recording
 from rlhf_ppo.training.recorded.recording import keep_rollout, record_policy
 from rlhf_ppo.training.recorded.replayed_rollouts import replay_rollout, require_first_policy
-from rlhf_ppo.training.recorded.token_records import record_tokens, response_metrics
+from rlhf_ppo.training.recorded.token_records import record_tokens
 from rlhf_ppo.training.reporting import (
     evaluate,
     is_due,
@@ -250,9 +250,8 @@ class PPOTrainer(TrainerAttributes):
             # 8. Log, call back, save.
             safe.mark(run)
             with run.stopwatch.phase("record"):
-                measured = response_metrics(rollout)
                 record_tokens(state, run, rollout, estimates, args)
-            metrics, phases = {**updated.metrics, **measured, **off_policy}, run.stopwatch.take()
+            metrics, phases = {**updated.metrics, **off_policy}, run.stopwatch.take()
             self.timings = phases.seconds
             log_update(state, run, rollout, metrics, phases, progress)
             keep_rollout(run, state.iteration, rollout)

@@ -25,7 +25,7 @@ def repeated_fraction(ids: Tensor, mask: Tensor, n: int = 4) -> Tensor:
     runs, valid = _runs(ids, mask, n)
     distinct = _count_distinct(runs, valid)
     total = valid.sum(dim=-1)
-    return torch.where(total > 0, 1 - distinct / total.clamp(min=1), torch.zeros(()))
+    return (1 - distinct / total.clamp(min=1)).masked_fill(total == 0, 0.0)
 
 
 def distinct_fraction(ids: Tensor, mask: Tensor, n: int = 2) -> float:
@@ -44,8 +44,8 @@ def distinct_fraction(ids: Tensor, mask: Tensor, n: int = 2) -> float:
 def _runs(ids: Tensor, mask: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Return a number for each run of n tokens [B, T - n + 1], and whether all of them count."""
     length = max(ids.shape[-1] - n + 1, 0)
-    runs = torch.zeros(ids.shape[0], length, dtype=torch.int64)
-    valid = torch.ones(ids.shape[0], length, dtype=torch.bool)
+    runs = torch.zeros(ids.shape[0], length, dtype=torch.int64, device=ids.device)
+    valid = torch.ones_like(runs, dtype=torch.bool)
     for i in range(n):
         runs = runs * _BASE + ids[:, i : i + length] + 1
         valid &= mask[:, i : i + length]

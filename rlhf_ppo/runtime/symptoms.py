@@ -19,7 +19,7 @@ class RunMetrics:
     def __init__(self, rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> None:
         """Keep the updates among ``rows`` of metrics.jsonl; ``settings``: name -> value."""
         first = settings.get("critic_warmup_rollouts") or 0  # the policy does not learn during the warm-up
-        self.rows = [row for row in rows if "policy/loss" in row and row["progress/iteration"] > first]
+        self.rows = [row for row in rows if "policy/loss" in row and row.get("progress/iteration", 0) > first]
         self.settings = settings
 
     @property

@@ -24,7 +24,9 @@ from rlhf_ppo.core import (
     update_value_scale,
 )
 from rlhf_ppo.core.masked import keep
+from rlhf_ppo.generation.repetition import distinct_fraction, repeated_fraction
 from rlhf_ppo.generation.rollout import Rollout
+from rlhf_ppo.runtime.device import exact_dtype
 from rlhf_ppo.training.advantages import comparable, estimate_advantages
 from rlhf_ppo.training.rewards import Rewards
 
@@ -119,6 +121,7 @@ def _rollout_metrics(rollout: Rollout, rewards: Rewards) -> dict[str, float]:
     reference_kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1").sum(dim=1).mean()
     metrics = {
         **_score_metrics(rollout),
+        **_writing_metrics(rollout),
         **rewards.metrics,
         "reward/mean_per_response": float(rewards.per_token.sum() / rollout.scored.sum()),
         "kl/reference_nats_per_response": float(reference_kl),
@@ -130,6 +133,22 @@ def _rollout_metrics(rollout: Rollout, rewards: Rewards) -> dict[str, float]:
     if rollout.turns is not None and rollout.context_full is not None:
         metrics["response/turns"] = float((rollout.turns.amax(dim=1) + 1).float().mean())
         metrics["response/context_full_fraction"] = float(rollout.context_full.float().mean())
+    return metrics
+
+
+def _writing_metrics(rollout: Rollout) -> dict[str, float]:
+    """Measure repetition, diversity, and whether longer responses score higher."""
+    assert rollout.scores is not None and rollout.scored is not None
+    ids, mask, scored = rollout.response_ids, rollout.mask, rollout.scored
+    metrics = {
+        "response/repeated_fraction": float(repeated_fraction(ids, mask).mean()),
+        "response/distinct_1": distinct_fraction(ids, mask, 1),
+        "response/distinct_2": distinct_fraction(ids, mask, 2),
+    }
+    dtype = exact_dtype(mask.device)
+    pairs = torch.stack([rollout.scores[scored].to(dtype), rollout.lengths[scored].to(dtype)])
+    if pairs.shape[1] > 1 and bool((pairs.std(dim=1) > 1e-9).all()):
+        metrics["score/length_correlation"] = float(torch.corrcoef(pairs)[0, 1])
     return metrics
 
 

@@ -17,6 +17,7 @@ from rlhf_ppo.rewards.validation import RewardError
 from rlhf_ppo.runtime.logs.progress import Phases, ProgressDisplay, model_rows
 from rlhf_ppo.runtime.package import versions
 from rlhf_ppo.runtime.plots import plot_curves
+from rlhf_ppo.runtime.report.curves import LANGUAGE, panels
 from rlhf_ppo.runtime.report.page import report_at_end
 from rlhf_ppo.runtime.seeding import EVALUATION, global_rng_state, numbered_generator, restore_rng_state
 from rlhf_ppo.training.checkpoints.resume import SafePoint, keep_checkpoint
@@ -24,12 +25,7 @@ from rlhf_ppo.training.collect import collect
 from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.state import TrainState
 
-PANELS = {
-    "score/mean": "score",
-    "kl/reference_nats_per_response": "KL to the reference (nats per response)",
-    "policy/entropy": "entropy (nats per token)",
-    "value/explained_variance": "critic: explained variance",
-}
+PANELS = panels(LANGUAGE)
 """What the run's final plot shows."""
 
 

@@ -42,15 +42,22 @@ def test_a_given_rollout_is_explained_by_the_current_critic(small):
     assert "." in given[0]["label"]  # a continuous action
 
 
+def contents(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def test_the_command_explains_one_more_update_and_changes_no_file(small, tmp_path, capsys):
     agent = classic.PPO("tests/Match-v0", small(output_dir=str(tmp_path / "run"))).learn(100)
     agent.save(tmp_path / "run")
-    before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
-    picture = tmp_path / "explained.png"
-    assert main(["explain", str(tmp_path / "run"), "--picture", str(picture), "--max-rows", "5"]) == 0
+    before = contents(tmp_path / "run")
+    picture, page = tmp_path / "explained.png", tmp_path / "steps.html"
+    assert (
+        main(["explain", str(tmp_path / "run"), "--picture", str(picture), "--max-rows", "5", "--html", str(page)]) == 0
+    )
     out = capsys.readouterr().out
     assert "gradient_alive" in out and "more rows" in out and picture.exists()
-    assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
+    assert "Copy 0" in page.read_text() and f"page     {page}" in out
+    assert contents(tmp_path / "run") == before
     assert json.loads((tmp_path / "run" / "agent.json").read_text())["counters"] == agent.counters
 
 

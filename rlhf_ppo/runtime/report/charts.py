@@ -151,5 +151,5 @@ def _points(axes: Axes, line: Line) -> list[list[float | str]]:
 def _svg(drawn: Markup, summary: str, read: dict[str, object]) -> Markup:
     return Markup(
         '<svg class="chart" viewBox="0 0 {} {}" role="img" tabindex="0" aria-label="{}" data-read="{}">{}'
-        '<g class="cursor" aria-hidden="true"></g></svg><p class="readout" aria-live="polite"></p>'
+        '<g class="cursor" aria-hidden="true"></g></svg><p class="readout"></p>'
     ).format(WIDTH, HEIGHT, summary, json.dumps(read, separators=(",", ":")), drawn)

@@ -20,6 +20,10 @@ MOST_RUNS_IN_FULL = 3
 """Runs whose samples and tokens are shown."""
 
 
+MOST_COMPARED = 6
+"""Runs that are compared with the first one, rollout by rollout."""
+
+
 def report_content(runs: Sequence[RunFiles]) -> dict[str, Any]:
     """Return everything that the template of a report needs."""
     groups = curves.group_runs(runs)
@@ -34,6 +38,9 @@ def report_content(runs: Sequence[RunFiles]) -> dict[str, Any]:
         for curve in found
     ]
     most = max(30, min(240, 2400 // len(runs)))
+    known = {curve.key for curve in main}
+    more = [*(curve for curve in curves.MORE if curve.key not in known), *curves.other_curves(runs, own=True)]
+    first_screen = _charts(main, groups, most) or _charts(curves.other_curves(runs, own=False), groups, most)
     content: dict[str, Any] = {
         "kind": "language" if "language" in kinds else "control",
         "heading": runs[0].name if not several else f"{len(runs)} runs compared",
@@ -45,15 +52,15 @@ def report_content(runs: Sequence[RunFiles]) -> dict[str, Any]:
         "bootstrap interval, and the faint lines are the seeds."
         if any(len(group.runs) > 1 for group in groups)
         else "",
-        "curves": _charts(main, groups, most),
-        "more": _charts([curve for curve in curves.MORE if curve.key not in {c.key for c in main}], groups, most),
+        "curves": first_screen,
+        "more": _charts(more, groups, most),
         "writing": _charts(curves.WRITING, groups, most) if "language" in kinds else [],
         "findings": [
             {"label": run.name if several else "", "advice": advice}
             for run, verdict in judged
             for advice in verdict.findings
         ],
-        "differences": [first_difference(runs[0], other) for other in runs[1:9]],
+        "differences": [first_difference(runs[0], other) for other in _others(runs, groups)],
         "frontier": frontier(groups),
         "scatter": scatter(runs[0]) if not several else None,
         "diversity": [row for run in firsts if (row := diversity(run))],
@@ -66,6 +73,12 @@ def report_content(runs: Sequence[RunFiles]) -> dict[str, Any]:
     content["contents"] = _contents(content)
     content["notes"] = _notes(runs, content)
     return content
+
+
+def _others(runs: Sequence[RunFiles], groups: Sequence[Group]) -> list[RunFiles]:
+    """Return the runs to compare with the first one: one of each other setting, or else the other seeds."""
+    others = [group.runs[0] for group in groups[1:]] if len(groups) > 1 else list(runs[1:])
+    return others[:MOST_COMPARED]
 
 
 def _lead(run: RunFiles) -> str:

@@ -10,10 +10,14 @@ import numpy as np
 from markupsafe import Markup
 
 from rlhf_ppo.runtime.healthy import Band, healthy_band
+from rlhf_ppo.runtime.logs.metrics import FAMILIES
 from rlhf_ppo.runtime.report.axes import short
 from rlhf_ppo.runtime.report.charts import Line, line_chart, thin
 from rlhf_ppo.runtime.report.run_files import OF_THE_MACHINE, RunFiles, setting_differences
 from rlhf_ppo.runtime.statistics import bootstrap_iqm
+
+MOST_OTHERS = 8
+"""Charts of metrics that this page does not know."""
 
 
 class Curve(NamedTuple):
@@ -54,8 +58,9 @@ CONTROL = (
     Curve("policy/entropy", "Entropy", "nats per action", "falls as the return rises"),
     Curve("value/explained_variance", "Critic", "explained variance of the returns", "close to 1 late in the run"),
 )
+CLIP_FRACTION = Curve("policy/clip_fraction", "Clip fraction", "share of actions", "some, but not most")
 MORE = (
-    Curve("policy/clip_fraction", "Clip fraction", "share of actions", "some, but not most"),
+    CLIP_FRACTION,
     Curve("policy/approx_kl", "Update size", "KL(old || new), nats per action", "small and steady"),
     Curve("optim/grad_norm", "Gradient norm", "before clipping", "no sudden jumps"),
     Curve(
@@ -76,6 +81,26 @@ WRITING = (
     Curve("response/distinct_2", "Distinct-2", "share of distinct token pairs", "falls little"),
     Curve("score/length_correlation", "Score and length", "correlation", "not close to 1 or -1"),
 )
+
+
+def panels(curves: Sequence[Curve]) -> dict[str, str]:
+    """Return metric -> label with its unit, as :func:`rlhf_ppo.runtime.plots.plot_curves` takes them."""
+    return {curve.key: f"{curve.title}: {curve.unit}" for curve in curves}
+
+
+def other_curves(runs: Sequence[RunFiles], *, own: bool) -> list[Curve]:
+    """Return curves of metrics that this page has no chart for.
+
+    Args:
+        runs: the runs.
+        own: those of the user's own families alone; False: all, for runs of another kind than PPO's.
+    """
+    known = {curve.key for curve in (*LANGUAGE, *CONTROL, *MORE, *WRITING)}
+    keys = dict.fromkeys(key for run in runs for row in (*run.updates[-1:], *run.evaluations[-1:]) for key in row)
+    wanted = [key for key in keys if key not in known and not key.startswith("progress/")]
+    if own:
+        wanted = [key for key in wanted if key.partition("/")[0] not in FAMILIES or key.startswith("score/part/")]
+    return [Curve(key, key, "", "") for key in wanted[:MOST_OTHERS]]
 
 
 @dataclass
@@ -125,6 +150,7 @@ def draw_curve(curve: Curve, groups: Sequence[Group], *, most: int = 240) -> Mar
     """Draw a metric of all groups; None if no run has it."""
     lines: list[Line] = []
     alone = len(groups) == 1
+    seen = "held out" if groups[0].runs[0].kind == "language" else "evaluated"
     for group in groups:
         points = [found for run in group.runs if (found := run.points(curve.key))]
         if len(points) > 1:
@@ -137,7 +163,7 @@ def draw_curve(curve: Curve, groups: Sequence[Group], *, most: int = 240) -> Mar
             if points and curve.dots and len(group.runs) == 1 and (dots := group.runs[0].points(curve.dots)):
                 lines.append(
                     Line(
-                        "held out" if alone else f"{group.label}, held out",
+                        seen if alone else f"{group.label}, {seen}",
                         *thin(dots, most),
                         look=group.look,
                         dots=True,
@@ -151,8 +177,9 @@ def draw_curve(curve: Curve, groups: Sequence[Group], *, most: int = 240) -> Mar
         single = lines
     said = "; ".join(f"{line.label}: from {short(line.ys[0])} to {short(line.ys[-1])}" for line in single[:8])
     run = groups[0].runs[0]
-    x_label = "environment steps" if run.kind == "control" else "responses trained on"
-    return line_chart(lines, x_label=x_label, summary=f"{curve.title}, {curve.unit}. {said}.", band=band_of(curve, run))
+    return line_chart(
+        lines, x_label=run.x_label, summary=f"{curve.title}, {curve.unit}. {said}.", band=band_of(curve, run)
+    )
 
 
 def band_of(curve: Curve, run: RunFiles) -> Band | None:

@@ -39,7 +39,8 @@ def first_difference(one: RunFiles, other: RunFiles) -> Difference:
             "One trains a language model, the other plays a control task: there is nothing to compare."
         )
         return found
-    rows = [{int(row["progress/iteration"]): row for row in run.updates} for run in (one, other)]
+    key = "progress/iteration"
+    rows = [{int(row[key]): row for row in run.updates if key in row} for run in (one, other)]
     common = sorted(rows[0].keys() & rows[1].keys())
     if not common:
         found.sentences.append("They have no rollout in common.")

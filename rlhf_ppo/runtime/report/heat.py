@@ -139,7 +139,7 @@ def recorded_views(run: RunFiles, *, every: bool) -> list[HeatView]:
     told: list[Told] = []
     recorded = run.recorded("tokens")
     chosen = [recorded[0], recorded[len(recorded) // 2], recorded[-1]] if recorded and every else recorded[-1:]
-    for number in sorted(set(chosen)):
+    for number in sorted(set(chosen), reverse=True):  # what it does in the end comes first
         if (columns := run.table("tokens", number)) is not None:
             told += _told_of_rollout(run, number, columns)[: 2 if number == chosen[-1] and every else 1]
     recorded = run.recorded("steps")

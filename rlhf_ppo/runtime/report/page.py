@@ -94,7 +94,7 @@ def _environment() -> Any:
     environment.filters["brief"] = brief
     environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
     environment.filters["lower_first"] = lambda text: text[:1].lower() + text[1:]
-    environment.globals["marks"] = {"good": "✓", "look": "!", "bad": "✕", "unknown": "…"}
+    environment.globals["marks"] = {"good": "✓", "look": "!", "bad": "✕", "unknown": "…", "compare": "⇄"}
     return environment
 
 

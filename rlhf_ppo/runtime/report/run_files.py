@@ -19,6 +19,15 @@ OF_THE_MACHINE = ("output_dir", "quiet", "report", "record_tokens_every", "repor
 """What is in run.json and does not change what is learned."""
 
 
+X_LABELS = {
+    "progress/env_steps": "environment steps",
+    "progress/episodes": "responses trained on",
+    "progress/optimizer_steps": "optimizer steps",
+    "progress/iteration": "updates",
+}
+"""Metrics that may be on the horizontal axis, the first that a run has."""
+
+
 @dataclass
 class RunFiles:
     """What a run's folder holds."""
@@ -59,7 +68,12 @@ class RunFiles:
     @cached_property
     def x_key(self) -> str:
         """The metric on the horizontal axis."""
-        return "progress/env_steps" if self.kind == "control" else "progress/episodes"
+        return next((key for key in X_LABELS if any(key in row for row in self.updates)), "progress/iteration")
+
+    @property
+    def x_label(self) -> str:
+        """What that is."""
+        return X_LABELS[self.x_key]
 
     @cached_property
     def metrics(self) -> RunMetrics:
@@ -118,7 +132,7 @@ def read_run_files(folder: str | Path) -> RunFiles:
     problems: list[str] = []
     lines = {name: _lines(folder / f"{name}.jsonl", problems) for name in ("samples", "eval_samples", "timings")}
     rows = [_numbers(row) for row in _lines(folder / "metrics.jsonl", problems)]
-    placed = [row for row in rows if "progress/iteration" in row]
+    placed = [row for row in rows if any(key in row for key in X_LABELS)]
     return RunFiles(
         path=folder,
         facts=_facts(folder / "run.json", problems),

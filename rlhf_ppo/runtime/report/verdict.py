@@ -14,7 +14,7 @@ from rlhf_ppo.runtime.report.samples import paired_rows
 from rlhf_ppo.runtime.statistics import differences, interval
 from rlhf_ppo.runtime.symptoms import FEWEST_UPDATES
 
-Level = Literal["good", "look", "bad", "unknown"]
+Level = Literal["good", "look", "bad", "unknown", "compare"]
 UNFINISHED = "not finished"
 
 
@@ -51,10 +51,9 @@ def judge(run: RunFiles) -> Verdict:
     serious = [found for found in findings if found.rule.name != UNFINISHED]
     gain = measure_gain(run)
     if gain is None:
-        too_few = len(run.updates) < FEWEST_UPDATES
-        sentence = (
-            f"There are {len(run.updates)} updates, too few to judge." if too_few else "It logged no score or return."
-        )
+        if len(run.updates) >= FEWEST_UPDATES:
+            return Verdict("unknown", "No verdict", f"It logged no score or return. {progress}".strip(), findings)
+        sentence = f"It has {len(run.updates)} of the {FEWEST_UPDATES} updates that a judgement takes."
         return Verdict("unknown", "Too early to tell", f"{sentence} {progress}".strip(), findings)
     verb = "rose" if gain.after > gain.before else "fell"
     change = f"{gain.what} {verb} from {short(gain.before)} to {short(gain.after)}{gain.interval}"
@@ -79,19 +78,19 @@ def compare(groups: Sequence[Group]) -> Verdict:
         ends += [(sum(finals) / len(finals), group)] if finals else []
     if len({group.runs[0].kind for group in groups}) > 1:
         return Verdict(
-            "unknown", "Runs of both frontends", "They have different tasks, so only their health can be compared."
+            "compare", "Runs of both frontends", "They have different tasks, so only their health can be compared."
         )
     if len(groups) == 1 and ends:
         seeds = f"One setting, {len(groups[0].runs)} seeds"
-        return Verdict("unknown", seeds, f"Over the second half, {_unit(groups[0])} is {short(ends[0][0])} on average.")
+        return Verdict("compare", seeds, f"Over the second half, {_unit(groups[0])} is {short(ends[0][0])} on average.")
     if len(ends) < 2:
-        return Verdict("unknown", "Too early to compare", "Fewer than two of these runs have updates.")
+        return Verdict("compare", "Too early to compare", "Fewer than two of these runs have updates.")
     ranked = sorted(ends, key=lambda end: -end[0])
     listed = ", then ".join(f"{group.label} with {short(end)}" for end, group in ranked[:6])
     alone = any(len(group.runs) == 1 for group in groups)
     doubt = " A setting with one seed may be lucky: repeat it with others before you trust the order." if alone else ""
     sentence = f"Over the second half of each run, {_unit(groups[0])} is highest for {listed}.{doubt}"
-    return Verdict("unknown", f"{ranked[0][1].label} ends highest", sentence)
+    return Verdict("compare", f"{ranked[0][1].label} ends highest", sentence)
 
 
 def _unit(group: Group) -> str:

@@ -9,11 +9,9 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch
-
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import kl_estimate
-from rlhf_ppo.generation.repetition import distinct_fraction, repeated_fraction
+from rlhf_ppo.generation.repetition import repeated_fraction
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.runtime.logs.tables import TOKENS, write_table
 from rlhf_ppo.training.experience import Estimates
@@ -58,21 +56,6 @@ def record_tokens(state: TrainState, run: Run, rollout: Rollout, estimates: Esti
         warnings.warn(f"the tokens of rollout {state.iteration} are not recorded: {error.strerror}", stacklevel=2)
 
 
-def response_metrics(rollout: Rollout) -> dict[str, float]:
-    """Measure repetition, diversity, and whether longer responses score higher."""
-    assert rollout.scores is not None and rollout.scored is not None
-    ids, mask = rollout.response_ids.cpu(), rollout.mask.cpu()
-    metrics = {
-        "response/repeated_fraction": float(repeated_fraction(ids, mask).mean()),
-        "response/distinct_1": distinct_fraction(ids, mask, 1),
-        "response/distinct_2": distinct_fraction(ids, mask, 2),
-    }
-    pairs = torch.stack([rollout.scores[rollout.scored].double().cpu(), rollout.lengths[rollout.scored].double().cpu()])
-    if pairs.shape[1] > 1 and bool((pairs.std(dim=1) > 1e-9).all()):
-        metrics["score/length_correlation"] = float(torch.corrcoef(pairs)[0, 1])
-    return metrics
-
-
 def _takes_part(run: Run) -> bool:
     return run.folder.writes or run.plan.sharding is not None
 
@@ -86,7 +69,7 @@ def _responses(rollout: Rollout) -> dict[str, list[Any]]:
         "tokens": rollout.lengths.tolist(),
         "finished": rollout.finished.tolist(),
         "kl": kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1").sum(dim=1).tolist(),
-        "repeated": repeated_fraction(rollout.response_ids.cpu(), rollout.mask.cpu()).tolist(),
+        "repeated": repeated_fraction(rollout.response_ids, rollout.mask).tolist(),
     }
 
 

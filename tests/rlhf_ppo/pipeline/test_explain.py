@@ -18,6 +18,7 @@ from rlhf_ppo.config.commands import ExplainArgs
 from rlhf_ppo.config.inference import GenerateArgs
 from rlhf_ppo.pipeline.explain import explain_run, print_explained
 from rlhf_ppo.training.checkpoints.black_box import read_black_box
+from rlhf_ppo.training.recorded.recorded_rollouts import open_recording
 from tests.rlhf_ppo.pipeline.test_replay import healthy_box
 
 REWARD = """
@@ -167,3 +168,22 @@ def test_a_terminal_gets_colours_and_a_file_plain_columns(make_trainer, prompts)
     assert "\x1b[32m" in shown[True] and "\x1b[31m" in shown[True] and "\x1b" not in shown[False]
     label = found.explanation.rows[0]["label"]
     assert all(label in said and "gradient_alive" in said for said in shown.values())
+
+
+def test_the_tokens_as_a_page(make_trainer, tmp_path, capsys):
+    trainer = make_trainer(total_episodes=8, save_rollouts=True)
+    trainer.train()
+    page = tmp_path / "pages" / "tokens.html"
+    assert (
+        main(["explain", str(trainer.run.path), "--responses", "0", "2", "--html", str(page), "--device", "cpu"]) == 0
+    )
+    assert f"page     {page}" in capsys.readouterr().out
+    source = page.read_text()
+    assert "Response 0" in source and "Response 2" in source and "Response 1" not in source
+    tokens = sum(row["sequence"] in (0, 2) for row in trainer.explain(open_recording(trainer.run.path).read(0)).rows)
+    assert source.count('role="option"') == tokens
+
+
+def test_a_page_of_completions_needs_explain():
+    with pytest.raises(ValueError, match="add explain, or leave html out"):
+        GenerateArgs(model="m", prompt=("x",), html="page.html")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf_ppo.runtime.logs.tables import read_table, table_numbers
-from rlhf_ppo.training.recorded.token_records import is_recorded, response_metrics
+from rlhf_ppo.training.recorded.token_records import is_recorded
 
 
 def contents(folder):
@@ -91,8 +91,8 @@ def test_a_full_disk_ends_no_run(make_trainer, monkeypatch):
 
 def test_longer_responses_that_score_higher_show(make_trainer, prompts):
     trainer = make_trainer(reward_funcs=lambda prompts, completions, **_: [float(len(text)) for text in completions])
-    metrics = response_metrics(trainer.rollout(prompts))
-    assert metrics["score/length_correlation"] > 0.9
+    metrics = trainer.step(trainer.rollout(prompts))
+    assert metrics["score/length_correlation"] > 0.9 and 0 < metrics["response/distinct_2"] <= 1
     constant = make_trainer(reward_funcs=lambda prompts, completions, **_: [1.0] * len(completions))
     with pytest.warns(UserWarning, match="constant reward"):
-        assert "score/length_correlation" not in response_metrics(constant.rollout(prompts))
+        assert "score/length_correlation" not in constant.step(constant.rollout(prompts))

@@ -129,7 +129,11 @@ def test_several_seeds_are_one_line_and_the_first_difference_is_named(language_r
     page = report(*runs)
     assert "kl_coef 0.05 (2 seeds) ends highest" in page.text and "interquartile mean" in page.text
     assert any("interval" in (attrs.get("class") or "") for attrs in page.named("path"))
-    assert "They first differ in rollout 1, in what was sampled. Their seeds differ" in page.text
+    # One run of each other setting is compared, and where there is one setting, its seeds.
+    assert "a and c" in page.text and "a and b" not in page.text
+    seeds = report(*runs[:2])
+    assert "They first differ in rollout 1, in what was sampled. Their seeds differ" in seeds.text
+    assert "One setting, 2 seeds" in seeds.text
 
 
 def test_the_first_difference_is_where_it_is(language_run):
@@ -144,6 +148,18 @@ def test_the_first_difference_is_where_it_is(language_run):
     samples[14]["completion"] = "upon a time"
     (other / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
     assert "are in rollout 8; they part after 5 characters" in report(one, other).text
+
+
+def test_metrics_of_ones_own_and_of_other_kinds_of_runs_are_drawn(language_run, tmp_path):
+    folder = language_run()
+    rows = [{**json.loads(line), "custom/rhymes": 0.1} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "custom/rhymes" in report(folder).text
+    (tmp_path / "sft").mkdir()
+    rows = [{"progress/iteration": i, "sft/loss": 2 - 0.1 * i} for i in range(9)]
+    (tmp_path / "sft" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = report(tmp_path / "sft")
+    assert "sft/loss" in page.text and "No verdict" in page.text and "There is no run.json" in page.text
 
 
 def test_runs_of_both_frontends(language_run, control_run):

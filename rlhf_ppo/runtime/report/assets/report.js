@@ -75,6 +75,7 @@
       if (plane) show([all.find(({ point }) => point[0] === stops[step])]); else showAt(stops[step]);
     });
     rest();
+    readout.setAttribute("aria-live", "polite");
   }
 
   // Heat views: colours by the chosen number; all numbers of the token under the pointer or in focus.
@@ -86,7 +87,8 @@
     const fill = (i) => {
       const token = tokens[i];
       const rows = data.names.map((name, k) => [NAMES[name] || name, data.rows[i][k]]);
-      if (token.classList.contains("clipped")) rows.push(["clip", token.classList.contains("dead") ? "outside, no gradient" : "outside"]);
+      if (token.classList.contains("clipped")) rows.push(["clip range", "outside"]);
+      if (token.classList.contains("dead")) rows.push(["gradient", "none"]);
       if (data.ends.length && data.ends[i]) rows.push(["episode", data.ends[i]]);
       list.replaceChildren(make("dt", { className: "token", textContent: `${data.positions[i]}: ${JSON.stringify(token.textContent)}` }));
       for (const [name, value] of rows) list.append(make("dt", { textContent: name }), make("dd", { textContent: value }));
