@@ -47,13 +47,15 @@ from rlhf_ppo.training.collect import (
     collect,
     make_batch,
     next_draws,
-    next_prompts,
     read_reference,
     score,
 )
 from rlhf_ppo.training.experience import estimate
 from rlhf_ppo.training.explain import explain_rollout
-from rlhf_ppo.training.generate import generate
+from rlhf_ppo.training.outside.ahead import RolloutsAhead
+from rlhf_ppo.training.outside.connect import require_agreement
+from rlhf_ppo.training.outside.given import GivenResponses, given_rollout
+from rlhf_ppo.training.outside.publish import withdraw
 from rlhf_ppo.training.recorded.recorded_rollouts import Recording
 from rlhf_ppo.training.recorded.recording import keep_rollout, record_policy
 from rlhf_ppo.training.recorded.replayed_rollouts import replay_rollout, require_first_policy
@@ -149,6 +151,7 @@ class PPOTrainer(TrainerAttributes):
             environment=environment,
         )
         require_first_policy(self.fixed, actor_critic)
+        require_agreement(self.fixed, actor_critic)
         self.state = TrainState.start(actor_critic, self.fixed.args)
         self.safe = SafePoint()
         self.timings: dict[str, float] = {}  # seconds of each phase of the last iteration
@@ -192,6 +195,7 @@ class PPOTrainer(TrainerAttributes):
                     done = f"{state.episodes} of {run.planned_episodes} episodes"
                     print(f"callback {callback_name(ended_by)} ended the run after {done}")
                 save_model(state, run, safe)
+            withdraw(run)
         plot_run(run)
         report_run(run)
         print_traffic(state, run)
@@ -212,7 +216,7 @@ class PPOTrainer(TrainerAttributes):
     def _train(self, progress: ProgressDisplay) -> tuple[dict[str, float], Callback | None]:
         """Run PPO to the last rollout, or until a callback ends it; returns the last metrics and that callback."""
         run, state, safe, ended_by = self.fixed, self.state, self.safe, None
-        metrics = resumed_metrics(state, run)
+        metrics, ahead = resumed_metrics(state, run), RolloutsAhead()
         if run.args.on_nonfinite == "rollback":
             keep_checkpoint(state, run, safe)  # something to roll back to
         while state.iteration < run.args.num_rollouts and ended_by is None:
@@ -225,15 +229,15 @@ class PPOTrainer(TrainerAttributes):
             args = state.effective_settings(run.args)
             off_policy: dict[str, float] = {}
             if run.recording is None:
-                prompts = next_prompts(run, state)
                 with closing_episodes(run):
-                    # 1. Sample responses, recording log-probs and values.
-                    rollout = generate(run, state.model, prompts, next_draws(run, state))
+                    # 1. Sample responses to the next prompts, recording log-probs and values.
+                    rollout = ahead.next(state, run)
                     # 2. Read the reference's log-probs.
                     rollout = read_reference(run, state.model, rollout)
                     # 3. Ask the reward functions.
                     rollout = score(run, rollout)
                 state.rollouts_made += 1  # only now: a run that a failed reward ended resumes with the same rollout
+                ahead.start(state, run)  # under rollouts_ahead, the next one is sampled meanwhile
             else:
                 # 1. to 3. were recorded; read what the critic says now.
                 rollout, off_policy = replay_rollout(state, run, run.recording)
@@ -289,6 +293,38 @@ class PPOTrainer(TrainerAttributes):
         rollout = collect(self.fixed, self.model, batch, next_draws(self.fixed, self.state))
         self.state.rollouts_made += 1
         return rollout
+
+    def rollout_from(
+        self,
+        prompts: Sequence[Prompt],
+        completion_ids: Sequence[Sequence[int]],
+        logprobs: Sequence[Sequence[float | None]],
+        *,
+        masks: Sequence[Sequence[bool]] | None = None,
+        scores: Sequence[float | None] | None = None,
+        prompt_ids: Sequence[Sequence[int]] | None = None,
+        **columns: list[Any],
+    ) -> Rollout:
+        """Make a rollout of responses that were sampled elsewhere: by an agent's own loop, or from a log.
+
+        ``step`` learns from it: old log-probs are computed here, and importance weights (``importance_weights``) make
+        up for the difference to the sampler's.
+
+        Args:
+            prompts: [B] text or chat messages, one for each response; groups of num_generations side by side.
+            completion_ids: [B] the token ids after each prompt, of tools and environments, too.
+            logprobs: [B] the sampler's log-prob of each id, at the run's temperature.
+            masks: [B] False on ids that the policy did not choose, whose log-probs do not count; None: it chose all.
+            scores: [B] one per response, or None for a response without one; None: ask the reward functions.
+            prompt_ids: [B] the ids that the sampler read, if it did not use the run's tokenizer and chat template.
+            columns: other columns for the reward functions, [B] each.
+        Raises:
+            ValueError: lengths differ, an id is not in the vocabulary, a response does not fit into the context, or a
+                log-prob is none; names the response.
+            RewardError: a reward function failed.
+        """
+        given = GivenResponses(prompts, prompt_ids, completion_ids, logprobs, masks, scores)
+        return given_rollout(self.fixed, self.model, given, columns)
 
     def step(self, rollout: Rollout) -> dict[str, float]:
         """Run one PPO update on a rollout; returns its metrics.

@@ -11,6 +11,8 @@ from typing import Literal
 
 from rlhf_ppo.core.validation import Settings, is_changed, refuse_unread
 
+_OF_WEIGHTS = ("importance_weights", "importance_weight_cap", "importance_weight_mode")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSettings(Settings):
@@ -46,17 +48,23 @@ class RolloutSettings(Settings):
     overlong_prompts: Literal["error", "truncate", "drop"] = "error"
     """What to do with prompts that leave no room for max_new_tokens: raise an error, keep their end (truncate), or drop
     the row; truncated and dropped prompts are counted."""
-    generation: Literal["auto", "dynamic", "static"] = "auto"
-    """Decoding engine: dynamic (finished rows leave the batch), static (fixed shapes, CUDA graphs), or auto: static on
-    a CUDA GPU if the model supports it, else dynamic."""
+    generation: Literal["auto", "dynamic", "static", "vllm"] = "auto"
+    """Decoding engine: dynamic (finished rows leave the batch), static (fixed shapes, CUDA graphs), vllm (a vLLM server
+    at vllm_url samples), or auto: static on a CUDA GPU if the model supports it, else dynamic."""
     decode_batch_size: int | None = None
-    """Maximum number of responses that a process decodes at once; one that has ended makes room for the next prompt.
-    None: all of its part of the rollout."""
+    """Maximum number of responses that a process decodes at once, or asks a server for; one that has ended makes room
+    for the next prompt. None: all of its part of the rollout."""
     recompute_logprobs: bool = False
-    """Recompute the old log-probs with a full forward pass instead of using those recorded during decoding."""
+    """Recompute the old log-probs with a full forward pass instead of using those recorded during decoding;
+    generation=vllm always does."""
+    importance_weights: Literal["auto", "none", "token", "sequence"] = "auto"
+    """With recompute_logprobs: weight each action's loss by the ratio of recomputed to recorded probability: the
+    token's own (token), the product over the response (sequence), or none; auto: token where another program sampled,
+    or where importance_weight_cap is set."""
+    importance_weight_mode: Literal["truncate", "mask"] = "truncate"
+    """What happens to weights above importance_weight_cap: they become the cap (truncate), or 0 (mask)."""
     importance_weight_cap: float | None = None
-    """With recompute_logprobs: weight each action's loss by the ratio of recomputed to recorded probability, truncated
-    at this value (2 is usual). None: no weights."""
+    """Largest importance weight. None: 2, where there are weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,11 +86,25 @@ class RolloutSettings(Settings):
                         f"generation='static' does not support {name}={getattr(self, name)!r}: set generation="
                         f"'dynamic' (or 'auto'), or leave {name} at its default"
                     )
-        if self.importance_weight_cap is not None and not self.recompute_logprobs:
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        names = [name for name in _OF_WEIGHTS if is_changed(self, name)]
+        if names and not self.recomputes_logprobs:
             raise ValueError(
-                f"importance_weight_cap={self.importance_weight_cap} compares log-probs recorded during decoding with "
-                "recomputed ones, but recompute_logprobs=False: set recompute_logprobs"
+                f"{names[0]}={getattr(self, names[0])!r} compares log-probs recorded during decoding with recomputed "
+                "ones, but recompute_logprobs=False: set recompute_logprobs"
             )
+        if self.importance_weights == "none":
+            refuse_unread(self, "importance_weights='none' makes no weights", *_OF_WEIGHTS[1:])
+        elif self.generation != "vllm" and self.importance_weights == "auto" and self.importance_weight_cap is None:
+            off = "importance_weights='auto' makes no weights without importance_weight_cap"
+            refuse_unread(self, off, "importance_weight_mode")
+
+    @property
+    def recomputes_logprobs(self) -> bool:
+        """Whether old log-probs are those of a full forward pass."""
+        return self.recompute_logprobs or self.generation == "vllm"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar
 
+from rlhf_ppo.config.engine import VLLMSettings
 from rlhf_ppo.config.groups import (
     AdvantageSettings,
     CriticSettings,
@@ -44,6 +45,7 @@ Restored = TypeVar("Restored", bound="RLHFConfig")
 @dataclass(frozen=True, kw_only=True)
 class RLHFConfig(
     RolloutSettings,
+    VLLMSettings,
     RewardSettings,
     KLSettings,
     AdvantageSettings,
@@ -91,6 +93,7 @@ class RLHFConfig(
         super().__post_init__()
         self._check_batch()
         self._check_turns()
+        self._check_engine()
         self._check_objective()
         self._check_critic()
         self._check_estimator()
@@ -128,6 +131,27 @@ class RLHFConfig(
         if self.turn_credit == "turn" and self.max_turns == 1:
             raise ValueError("turn_credit='turn' tells turns apart, but max_turns=1 allows one: raise max_turns")
 
+    def _check_engine(self) -> None:
+        names = ("vllm_url", "vllm_timeout_s", "vllm_retries", "rollouts_ahead", "max_sampler_gap")
+        if self.generation != "vllm":
+            refuse_unread(self, f"generation={self.generation!r} asks no server", *names)
+            return
+        if self.replay is not None:
+            raise ValueError(
+                f"generation='vllm' samples, and replay={self.replay!r} trains on what was sampled: drop one of them"
+            )
+
+    def importance_level(self, *, foreign: bool) -> str:
+        """Return what importance weights are taken over: none, token or sequence.
+
+        Args:
+            foreign: another program sampled the rollout.
+        """
+        if self.importance_weights != "auto":
+            return self.importance_weights
+        on = foreign or self.generation == "vllm" or self.importance_weight_cap is not None
+        return "token" if on and self.objective != "dis" else "none"
+
     def _check_objective(self) -> None:
         objective = f"objective={self.objective!r}"
         if self.objective in ("penalty", "a2c", "reinforce"):
@@ -140,7 +164,7 @@ class RLHFConfig(
             refuse_unread(self, f"{objective} has no KL penalty against the old policy", "penalty_beta")
         if self.objective == "dis":
             weighs = f"{objective} itself weighs each action by its ratio to the sampler's log-probs"
-            refuse_unread(self, weighs, "importance_weight_cap")
+            refuse_unread(self, weighs, "importance_weights", "importance_weight_cap", "importance_weight_mode")
         if self.positive_loss_coef == 0:
             refuse_unread(self, "positive_loss_coef=0 imitates no response", "positive_score_above")
 

@@ -25,7 +25,12 @@ if TYPE_CHECKING:
         penalty_policy_loss,
         policy_gradient_loss,
     )
-    from rlhf_ppo.core.ratios import pool_old_logprobs, probability_ratio, truncated_importance_weights
+    from rlhf_ppo.core.ratios import (
+        importance_weights,
+        pool_old_logprobs,
+        probability_ratio,
+        truncated_importance_weights,
+    )
     from rlhf_ppo.core.rewards import kl_penalized_rewards
     from rlhf_ppo.core.types import Ban, BannedTokens, Experience, PolicyOutput, PPOLoss
     from rlhf_ppo.core.value_scale import ValueScale, rescaled_head, update_value_scale
@@ -51,6 +56,7 @@ __all__ = [
     "entropy_from_logits",
     "explained_variance",
     "group_normalized_advantages",
+    "importance_weights",
     "k2_loss",
     "kl_estimate",
     "kl_from_logits",
@@ -90,7 +96,7 @@ _NAMES = {
     "minibatches": "minibatch_indices",
     "policy_losses": "cispo_policy_loss clipped_policy_loss dis_policy_loss k2_loss penalty_policy_loss "
     "policy_gradient_loss",
-    "ratios": "pool_old_logprobs probability_ratio truncated_importance_weights",
+    "ratios": "importance_weights pool_old_logprobs probability_ratio truncated_importance_weights",
     "rewards": "kl_penalized_rewards",
     "types": "Ban BannedTokens Experience PolicyOutput PPOLoss",
     "value_scale": "ValueScale rescaled_head update_value_scale",

@@ -16,6 +16,8 @@ OBJECTIVES: tuple[str, ...] = get_args(Objective)
 RATIO_LEVELS: tuple[str, ...] = get_args(RatioLevel)
 KL_LOSSES: tuple[str, ...] = get_args(KLLoss)
 AGGREGATIONS: tuple[str, ...] = get_args(Aggregation)
+WEIGHT_LEVELS, WEIGHT_MODES = ("token", "sequence"), ("truncate", "mask")
+"""What importance weights are taken over, and what becomes of those above their cap."""
 
 
 @dataclass(frozen=True, kw_only=True)

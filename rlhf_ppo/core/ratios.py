@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_ppo.core.config import RATIO_LEVELS
+from rlhf_ppo.core.config import RATIO_LEVELS, WEIGHT_LEVELS, WEIGHT_MODES
 from rlhf_ppo.core.kl import MAX_LOG_RATIO
 from rlhf_ppo.core.masked import keep
 from rlhf_ppo.core.types import compute_dtype, require_bool, require_same_shape, result_dtype
@@ -68,8 +68,50 @@ def _check_turns(turn: Tensor) -> None:
         raise ValueError(f"turns must lie in [0, {turn.shape[1]}), got {int(turn.min())} to {int(turn.max())}")
 
 
+def importance_weights(
+    logprobs: Tensor,
+    sampled_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    cap: float,
+    level: str = "token",
+    mode: str = "truncate",
+) -> Tensor:
+    """Compute weights ``pi_trainer / pi_sampler`` [*], which correct for a sampler whose distribution differs.
+
+    Args:
+        logprobs: [*] log-probs by the trainer's own forward pass, before any update.
+        sampled_logprobs: [*] log-probs of the same actions as the sampler recorded them.
+        mask: [*] bool, True on actions; the weight of others is 0.
+        cap: largest weight, 1 or more; it bounds the variance at the price of a bias.
+        level: token: each action's own ratio; sequence: the product of a row's ratios, for all of its actions (rows
+            are those of axis 0).
+        mode: what becomes of a weight above the cap: the cap (truncate), or 0 (mask), so that nothing is learned there.
+    Raises:
+        ValueError: shapes differ, the cap is below 1, the level or the mode is unknown, or there are no rows.
+    Source: Ionides, "Truncated Importance Sampling" (2008); Espeholt et al., "IMPALA" (2018). Masking is common
+        practice, from no single paper.
+    """
+    require_same_shape(logprobs=logprobs, sampled_logprobs=sampled_logprobs, mask=mask)
+    require_bool(mask=mask)
+    if not cap >= 1:
+        raise ValueError(f"cap must be 1 or more, got {cap}: below 1 it would shrink every weight")
+    for name, value, known in (("level", level, WEIGHT_LEVELS), ("mode", mode, WEIGHT_MODES)):
+        if value not in known:
+            raise ValueError(f"unknown {name} of importance weights {value!r}; known: {', '.join(known)}")
+    dtype = compute_dtype(logprobs)
+    own = keep(logprobs, mask).to(dtype) - keep(sampled_logprobs, mask).to(dtype)
+    if level == "sequence":
+        if logprobs.ndim < 2:
+            raise ValueError(f"level='sequence' needs rows: log-probs must be [B, T], got {tuple(logprobs.shape)}")
+        own = own.flatten(1).sum(dim=1).view(-1, *[1] * (logprobs.ndim - 1)).expand_as(own)
+    weights = probability_ratio(own, torch.zeros_like(own))
+    above = torch.full_like(weights, cap if mode == "truncate" else 0.0)
+    return keep(torch.where(weights > cap, above, weights), mask).to(result_dtype(logprobs))
+
+
 def truncated_importance_weights(logprobs: Tensor, sampled_logprobs: Tensor, *, cap: float) -> Tensor:
-    """Compute ``min(pi_trainer / pi_sampler, cap)`` [*], which corrects for a sampler whose log-probs differ.
+    """Compute ``min(pi_trainer / pi_sampler, cap)`` [*]: :func:`importance_weights` of tokens, everywhere.
 
     Args:
         logprobs: [*] log-probs by the trainer's own forward pass, before any update.
@@ -79,8 +121,5 @@ def truncated_importance_weights(logprobs: Tensor, sampled_logprobs: Tensor, *, 
         ValueError: shapes differ, or the cap is below 1.
     Source: Ionides, "Truncated Importance Sampling" (2008); Espeholt et al., "IMPALA" (2018).
     """
-    require_same_shape(logprobs=logprobs, sampled_logprobs=sampled_logprobs)
-    if not cap >= 1:
-        raise ValueError(f"cap must be 1 or more, got {cap}: below 1 it would shrink every weight")
-    dtype = compute_dtype(logprobs)
-    return probability_ratio(logprobs.to(dtype), sampled_logprobs.to(dtype)).clamp(max=cap).to(result_dtype(logprobs))
+    everywhere = torch.ones_like(logprobs, dtype=torch.bool)
+    return importance_weights(logprobs, sampled_logprobs, everywhere, cap=cap)

@@ -95,9 +95,15 @@ class Rollout:
     cache_hit_fraction: float | None = None
     """Share of the scores that came from the cache, under cache_rewards."""
     sampled_logprobs: Tensor | None = None
-    """[B, T] log-probs as recorded during decoding, where recompute_logprobs has replaced them in ``logprobs``."""
+    """[B, T] log-probs as recorded during decoding, where recomputed ones have replaced them in ``logprobs``."""
     decode_gap: float | None = None
     """Largest |decoding log-prob - full forward log-prob| in nats, measured under recompute_logprobs."""
+    foreign: bool = False
+    """Another program sampled the responses: ``logprobs``, ``entropy`` and ``values`` are recomputed, what it recorded
+    is in ``sampled_logprobs``, and importance weights make up for the difference."""
+    staleness: Tensor | None = None
+    """[B] long, updates between the policy that sampled a response and the one that learns from it; None: unknown, or
+    none where ``foreign`` is False."""
     banned: BannedTokens | None = None
     """Stop tokens, banned at [B, T] places before min_new_tokens; True only where ``mask`` is."""
     environment: Tensor | None = None

@@ -51,6 +51,14 @@ def stop_tokens(
     return (found,) if isinstance(found, int) else tuple(found)
 
 
+def end_tokens(
+    model: str | PreTrainedModel, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> frozenset[int]:
+    """Return every id that generation config, config or tokenizer call the end of text."""
+    named = (_generation_eos(model), config.get_text_config().eos_token_id, tokenizer.eos_token_id)
+    return frozenset(i for eos in named if eos is not None for i in ([eos] if isinstance(eos, int) else eos))
+
+
 def _generation_eos(model: str | PreTrainedModel) -> int | list[int] | None:
     if not isinstance(model, str):
         return None if model.generation_config is None else model.generation_config.eos_token_id

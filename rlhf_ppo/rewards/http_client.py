@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-import ipaddress
-import json
-import math
-import os
-import threading
-import time
-import urllib.error
-import urllib.request
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, wait
-from functools import partial
-from http.client import HTTPException
 from typing import Any, NamedTuple
-from urllib.parse import SplitResult, urlsplit
 
 from rlhf_ppo.data.chat import Completion, Prompt
 from rlhf_ppo.rewards.functions import StepRewards
 from rlhf_ppo.rewards.validation import RewardError
-from rlhf_ppo.runtime.command_line.user_code import start
+from rlhf_ppo.runtime.http_json import JSONClient, RequestError, in_lanes
 
 TOKEN_VARIABLE = "RLHF_PPO_REWARD_TOKEN"
 """Environment variable with the bearer token; a token in the settings would be saved with them."""
-
-
-class _TemporaryError(Exception):
-    """Worth a retry: the server failed, the connection failed, or the answer took too long."""
 
 
 class _Answer(NamedTuple):
@@ -37,11 +20,6 @@ class _Answer(NamedTuple):
     rows: Sequence[Mapping[str, Any]]
     """A score, and perhaps extra columns, for each item in order."""
     metrics: Mapping[str, float]
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Turn a redirect into an HTTPError: prompts and token go only to the given address."""
 
 
 class HTTPReward:
@@ -79,31 +57,21 @@ class HTTPReward:
         Raises:
             ValueError: an invalid address, number or token.
         """
-        parts = _parse_address(url)
-        host = str(parts.hostname)
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("concurrency", concurrency, 1),
-            ("max_retries", max_retries, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be {least} or more, got {value}")
-        if timeout_s <= 0:
-            raise ValueError(f"timeout_s must be positive, got {timeout_s}")
-        token = (token or os.environ.get(TOKEN_VARIABLE) or "").strip()
-        if not (token.isascii() and token.isprintable()) or " " in token:
-            raise ValueError(f"the token for {host} (or {TOKEN_VARIABLE}) has characters that a header cannot contain")
-        self.url, self.timeout_s, self.max_retries, self.batch_size = url, timeout_s, max_retries, batch_size
-        self.concurrency, self.backoff_s, self.max_answer_bytes = concurrency, backoff_s, max_answer_bytes
-        self.__name__ = f"{parts.netloc}{parts.path}".rstrip("/")
-        self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if token:
-            self._headers["Authorization"] = f"Bearer {token}"
-        local = _is_loopback(host)
-        if token and parts.scheme == "http" and not local:
-            warnings.warn(f"the token for {host} is sent over http, unencrypted: use https", stacklevel=2)
-        proxies = [urllib.request.ProxyHandler({})] if local else []
-        self._opener = urllib.request.build_opener(_NoRedirects, *proxies)
+        for name, value in (("batch_size", batch_size), ("concurrency", concurrency)):
+            if value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+        self._client = JSONClient(
+            url,
+            what="reward server",
+            token_variable=TOKEN_VARIABLE,
+            token=token,
+            timeout_s=timeout_s,
+            max_retries=max_retries,
+            backoff_s=backoff_s,
+            max_answer_bytes=max_answer_bytes,
+        )
+        self.url, self.batch_size, self.concurrency = url, batch_size, concurrency
+        self.__name__ = self._client.name
 
     def __call__(
         self,
@@ -133,16 +101,7 @@ class HTTPReward:
             for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
         ]
         batches = [items[i : i + self.batch_size] for i in range(0, len(items), self.batch_size)]
-        lanes = min(self.concurrency, len(batches))
-        failed = threading.Event()
-        limit = None if lanes == 1 else math.inf  # a single lane runs in this thread
-        shares = [start(partial(self._ask_all, batches[lane::lanes], failed), limit) for lane in range(lanes)]
-        done, _ = wait(shares, return_when=FIRST_EXCEPTION)
-        for share in done:
-            share.result()  # raises its error; the other lanes stop after their current request
-        answers: list[_Answer] = [_Answer([], {})] * len(batches)
-        for lane, share in enumerate(shares):
-            answers[lane::lanes] = share.result()
+        answers = in_lanes(self._answer, batches, self.concurrency)
         rows = [row for answer in answers for row in answer.rows]
         if log_extra is not None:
             for column in dict.fromkeys(column for row in rows for column in row.get("extra", {})):
@@ -153,71 +112,12 @@ class HTTPReward:
                 log_metric(name, sum(value * count for value, count in given) / sum(count for _, count in given))
         return [_score(row["score"]) for row in rows]
 
-    def _ask_all(self, batches: Sequence[list[dict[str, Any]]], failed: threading.Event) -> list[_Answer]:
-        """Ask about one batch after another, until one fails in any lane."""
-        answers: list[_Answer] = []
-        for items in batches:
-            if failed.is_set():
-                break
-            try:
-                answers.append(self._in_order([item["id"] for item in items], self._ask(items)))
-            except BaseException:
-                failed.set()
-                raise
-        return answers
-
-    def _ask(self, items: list[dict[str, Any]]) -> Any:
+    def _answer(self, items: list[dict[str, Any]]) -> _Answer:
         try:
-            body = json.dumps({"items": items}, allow_nan=False).encode()
-        except (TypeError, ValueError) as error:
-            raise self._error(f"a prompt or column cannot be sent as JSON: {error}") from None
-        attempts = self.max_retries + 1
-        for attempt in range(attempts):
-            try:
-                return self._read(self._post(body))
-            except _TemporaryError as error:
-                if attempt + 1 == attempts:
-                    raise self._error(f"no answer after {attempts} attempts; the last failed: {error}") from None
-                time.sleep(min(30.0, self.backoff_s * 2**attempt))
-        raise AssertionError("the last attempt returns or raises")
-
-    def _post(self, body: bytes) -> bytes:
-        deadline = time.monotonic() + self.timeout_s
-        request = urllib.request.Request(self.url, data=body, headers=self._headers, method="POST")
-        try:
-            with self._opener.open(request, timeout=self.timeout_s) as response:
-                body = self._body(response.read1, deadline)
-                if response.length:
-                    raise _TemporaryError(f"the answer was cut off {response.length} bytes before its end")
-                return body
-        except urllib.error.HTTPError as error:
-            with error:
-                if error.code >= 500:
-                    raise _TemporaryError(f"HTTP {error.code} {error.reason}") from None
-                if 300 <= error.code < 400:
-                    to = error.headers.get("Location", "nowhere")
-                    raise self._error(f"HTTP {error.code} points to {to}: redirects are not followed") from None
-                hint = f" (is {TOKEN_VARIABLE} right?)" if error.code in (401, 403) else ""
-                said = error.read(200).decode("utf-8", "replace")
-                raise self._error(f"HTTP {error.code} {error.reason}{hint}: {said!r}") from None
-        except (OSError, HTTPException) as error:  # refused, unknown host, cut off, timed out, not HTTP
-            raise _TemporaryError(f"{type(error).__name__}: {error}") from None
-
-    def _body(self, read1: Callable[[int], bytes], deadline: float) -> bytes:
-        body = b""
-        while chunk := read1(65536):
-            body += chunk
-            if len(body) > self.max_answer_bytes:
-                raise self._error(f"the answer is longer than max_answer_bytes={self.max_answer_bytes}")
-            if time.monotonic() > deadline:  # the socket's own timeout restarts with each chunk
-                raise _TemporaryError(f"the answer took longer than {self.timeout_s} seconds")
-        return body
-
-    def _read(self, body: bytes) -> Any:
-        try:
-            return json.loads(body)
-        except (ValueError, RecursionError):
-            raise self._error(f"the answer is not JSON: {body[:200]!r}") from None
+            answer = self._client.post("", {"items": items})
+        except RequestError as error:
+            raise self._error(str(error)) from None
+        return self._in_order([item["id"] for item in items], answer)
 
     def _in_order(self, ids: Sequence[str], answer: Any) -> _Answer:
         """Read an answer in any order; its rows are returned in the order of ``ids``."""
@@ -245,31 +145,8 @@ class HTTPReward:
         return RewardError(f"reward server {self.__name__}: {message}")
 
 
-def _parse_address(url: str) -> SplitResult:
-    try:
-        parts = urlsplit(url)
-        parts.port  # noqa: B018 - raises for an invalid port
-    except ValueError as error:
-        raise ValueError(f"reward server {url!r}: {error}") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"reward server {url!r}: an address looks like http://127.0.0.1:8000 or https://host/path")
-    if parts.username is not None or parts.password is not None:
-        raise ValueError(
-            f"reward server {parts.hostname!r}: a user name or password in the address would be logged with it; "
-            f"put a token into {TOKEN_VARIABLE}"
-        )
-    return parts
-
-
 def _score(value: Any) -> Any:
     """Decode steps from JSON; anything else is checked with the scores of all reward functions."""
     if isinstance(value, Mapping) and set(value) == {"steps"} and isinstance(value["steps"], list):
         return StepRewards(value["steps"])
     return value
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -26,6 +26,7 @@ from rlhf_ppo.rewards.validation import RewardError, Score
 from rlhf_ppo.runtime.seeding import TRAIN, numbered_generator
 from rlhf_ppo.runtime.signals import stop_if_asked
 from rlhf_ppo.training.generate import generate, write_failed
+from rlhf_ppo.training.outside.publish import require_small_gap
 from rlhf_ppo.training.rewards import with_scores
 from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.state import TrainState
@@ -53,11 +54,11 @@ def collect(
         return score(run, rollout, needs_scores=needs_scores)
 
 
-def next_prompts(run: Run, state: TrainState) -> PromptBatch:
-    """Return the prompts of the next iteration, each ``num_generations`` times."""
+def next_prompts(run: Run, iteration: int) -> PromptBatch:
+    """Return the prompts of the update after ``iteration`` others, each ``num_generations`` times."""
     assert run.train_prompts is not None
     copies = run.args.num_generations
-    batch = run.train_prompts.batch(state.iteration, run.args.rollout_batch_size // copies)
+    batch = run.train_prompts.batch(iteration, run.args.rollout_batch_size // copies)
     return make_batch(batch.prompts, batch.columns, copies=copies)
 
 
@@ -101,7 +102,18 @@ def note_rows(read: dict[str, Tensor], rollout: Rollout, name: str, part: Tensor
 
 
 def read_reference(run: Run, model: ActorCritic, rollout: Rollout) -> Rollout:
-    """Add the reference's log-probs, and with the same passes a separate critic's values or recomputed log-probs."""
+    """Add the reference's log-probs, and with the same passes a separate critic's values or recomputed log-probs.
+
+    Raises:
+        VLLMError: a server sampled, and its log-probs are too far from the recomputed ones.
+    """
+    rollout = read_policies(run, model, rollout)
+    require_small_gap(run, rollout)
+    return rollout
+
+
+def read_policies(run: Run, model: ActorCritic, rollout: Rollout) -> Rollout:
+    """Do what :func:`read_reference` does, whatever the recomputed log-probs are."""
     with run.stopwatch.phase("reference"):
         read = read_divided(run, model, rollout, lambda part: _read_pass(run, model, rollout, part))
     if "logprobs" not in read:
@@ -141,9 +153,11 @@ def read_divided(
 def _read_pass(run: Run, model: ActorCritic, rollout: Rollout, part: Sequences) -> dict[str, Tensor | None]:
     """Read some rows with the reference, and with the critic or the policy where that is needed."""
     read: dict[str, Tensor | None] = {"ref_logprobs": run.reference.logprobs(part, temperature=run.args.temperature)}
-    if run.args.recompute_logprobs:
-        again = model(*part, temperature=run.args.temperature, entropy=False)
-        return {**read, "logprobs": again.logprobs, "values": model.in_reward_units(again.values, part.mask)}
+    if run.args.recomputes_logprobs or rollout.foreign:
+        # Decoding has recorded the entropy; another program has not.
+        again = model(*part, temperature=run.args.temperature, entropy=rollout.foreign)
+        read |= {"logprobs": again.logprobs, "values": model.in_reward_units(again.values, part.mask)}
+        return {**read, "entropy": again.entropy}
     if rollout.values is None:
         with gathered(model):
             read["values"] = model.in_reward_units(model.separate_values(part), part.mask)

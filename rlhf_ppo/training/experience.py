@@ -16,11 +16,11 @@ from rlhf_ppo.core import (
     Experience,
     ValueScale,
     explained_variance,
+    importance_weights,
     kl_estimate,
     masked_mean,
     masked_var,
     masked_whiten,
-    truncated_importance_weights,
     update_value_scale,
 )
 from rlhf_ppo.core.masked import keep
@@ -81,7 +81,7 @@ def estimate(rollout: Rollout, rewards: Rewards, args: RLHFConfig) -> Estimates:
         advantages=(masked_whiten(advantages / scale.std, mask) if whiten else advantages).to(dtype),
         returns=None if returns is None else keep(scale.normalize(returns), mask).to(dtype),
         mask=mask,
-        weights=_importance_weights(rollout, args.importance_weight_cap),
+        weights=_importance_weights(rollout, mask, args),
         ref_logprobs=rollout.ref_logprobs,
         # Without an environment a response is one turn.
         turns=torch.zeros_like(mask, dtype=torch.long) if rollout.turns is None else rollout.turns,
@@ -180,8 +180,13 @@ def _estimate_metrics(
         metrics["score/cache_hit_fraction"] = rollout.cache_hit_fraction
     if rollout.decode_gap is not None:
         metrics["policy/decode_gap_max_nats"] = rollout.decode_gap
+    if rollout.foreign and rollout.sampled_logprobs is not None:
+        gaps = (rollout.logprobs - rollout.sampled_logprobs).abs()
+        metrics["policy/sampler_gap_mean_nats"] = float(masked_mean(gaps, rollout.mask))
+    if rollout.staleness is not None:
+        metrics["policy/staleness_updates"] = float(rollout.staleness.float().mean())
     if weights is not None:
-        capped = weights >= (args.importance_weight_cap or 0.0)
+        capped = (weights >= (args.importance_weight_cap or 2.0)) | (weights == 0)  # truncated, or masked
         metrics["policy/importance_weight_mean"] = float(masked_mean(weights, mask))
         metrics["policy/importance_capped_fraction"] = float(masked_mean(capped.float(), mask))
     return metrics
@@ -212,13 +217,16 @@ def _positive_examples(rollout: Rollout, args: RLHFConfig) -> Tensor | None:
     return rollout.mask & (rollout.scored & (rollout.scores > args.positive_score_above))[:, None]
 
 
-def _importance_weights(rollout: Rollout, cap: float | None) -> Tensor | None:
-    """Compute weights [B, T] of the recomputed log-probs against the sampler's; None without a cap."""
-    if cap is None:
+def _importance_weights(rollout: Rollout, mask: Tensor, args: RLHFConfig) -> Tensor | None:
+    """Compute weights [B, T] of the recomputed log-probs against the sampler's; None where settings want none."""
+    level = args.importance_level(foreign=rollout.foreign)
+    if level == "none":
         return None
     if rollout.sampled_logprobs is None:
+        name = "importance_weights" if args.importance_weight_cap is None else "importance_weight_cap"
         raise ValueError(
-            f"importance_weight_cap={cap} needs the sampler's own log-probs, which this rollout lacks: make it with "
+            f"{name}={getattr(args, name)!r} needs the sampler's own log-probs, which this rollout lacks: make it with "
             "trainer.rollout(prompts) under recompute_logprobs=True"
         )
-    return truncated_importance_weights(rollout.logprobs, rollout.sampled_logprobs, cap=cap)
+    cap, mode = args.importance_weight_cap or 2.0, args.importance_weight_mode
+    return importance_weights(rollout.logprobs, rollout.sampled_logprobs, mask, cap=cap, level=level, mode=mode)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -20,15 +22,18 @@ from rlhf_ppo.generation.multi_turn import Hook, Opening, RespondError, Talk, sa
 from rlhf_ppo.generation.rollout import Rollout, SampledResponses
 from rlhf_ppo.generation.sampling import RowsOf
 from rlhf_ppo.generation.stop_strings import StopStringDetector, response_texts
+from rlhf_ppo.generation.vllm.engine import VLLMEngine
 from rlhf_ppo.models.acceleration.working_copy import computing, round_again
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.loading import vocabulary_size
 from rlhf_ppo.models.sharded.in_step import taking_part
 from rlhf_ppo.models.sharded.sharding import whole_weights
+from rlhf_ppo.runtime.command_line.user_code import has_ended, start
 from rlhf_ppo.runtime.logs.run_directory import append_line
 from rlhf_ppo.runtime.processes.group import Part, Work
 from rlhf_ppo.runtime.side_by_side import Calls
 from rlhf_ppo.runtime.signals import deferring_stops, stopping_if_asked
+from rlhf_ppo.training.outside.publish import publish
 from rlhf_ppo.training.run import Run
 
 
@@ -64,21 +69,49 @@ def generate(run: Run, model: ActorCritic, batch: PromptBatch, generator: torch.
 
     Arguments and errors are those of :func:`rlhf_ppo.training.collect.collect`.
     """
+    return start_generating(run, model, batch, generator)()
+
+
+def start_generating(
+    run: Run, model: ActorCritic, batch: PromptBatch, generator: torch.Generator, *, ahead: bool = False
+) -> Callable[[], Rollout]:
+    """Prepare what :func:`generate` does; returns what does the rest.
+
+    Args:
+        ahead: let a server sample from now on, in a thread: the model may change meanwhile.
+    """
     with run.stopwatch.phase("generate"):
         own = _Own(batch, None, None, run.own_rows(len(batch.prompts)), generator)
         if run.episodes is None:
             own = own._replace(**_encoded(run, batch.prompts))
+        served = isinstance(run.sample, VLLMEngine)
         round_again(model)  # callbacks may change weights through .data
+        publish(run, model)
 
-        def sample_own() -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-            if not own.rows:
-                return {}, None
-            with computing(model, bf16=run.bf16):
-                return (_respond_to if run.respond is None else _converse)(run, model, own)
+    def sample_own() -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        if not own.rows:
+            return {}, None
+        with nullcontext() if served else computing(model, bf16=run.bf16):
+            return (_respond_to if run.respond is None else _converse)(run, model, own)
 
-        with _weights_for_decoding(run, model) as for_exchange:
-            parts = run.processes.exchange(for_exchange(sample_own))
-        return _join(run, model, own, parts)
+    work = partial(_wait_for, start(sample_own, math.inf)) if ahead else sample_own
+
+    def finish() -> Rollout:
+        with run.stopwatch.phase("generate"):
+            if served:
+                parts = run.processes.exchange(work)
+            else:
+                with _weights_for_decoding(run, model) as for_exchange:
+                    parts = run.processes.exchange(for_exchange(work))
+            return _join(run, model, own, parts)
+
+    return finish
+
+
+def _wait_for(sampled: Future[Any]) -> Any:
+    """Return what a thread has sampled; raises :class:`Interrupted` if a signal arrives first."""
+    has_ended(sampled, None)
+    return sampled.result()
 
 
 def _encoded(run: Run, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
@@ -209,7 +242,8 @@ def _join(run: Run, model: ActorCritic, own: _Own, parts: Sequence[Part]) -> Rol
     ids, mask = (own.ids, own.mask) if run.episodes is None else _encoded(run, prompts).values()
     assert ids is not None and mask is not None
     tensors = {"values": None, **tensors, "prompt_ids": ids, "prompt_mask": mask}
-    return Rollout(prompts, own.batch.columns, **tensors, value_scale=model.value_scale, **said)
+    said |= {"foreign": isinstance(run.sample, VLLMEngine), "value_scale": model.value_scale}
+    return Rollout(prompts, own.batch.columns, **tensors, **said)
 
 
 def _rows(parts: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -52,6 +52,7 @@ from rlhf_ppo.training.models.fitted_critic import require_same_task
 from rlhf_ppo.training.models.learning_rates import resolve_learning_rates
 from rlhf_ppo.training.models.load_models import check_models, check_passes, load_models, prepare_critic
 from rlhf_ppo.training.models.shard_models import plan_sharding, run_setup
+from rlhf_ppo.training.outside.connect import connect
 from rlhf_ppo.training.recorded.recorded_rollouts import Recording
 from rlhf_ppo.training.recorded.replayed_rollouts import open_replay, require_same_rewards
 from rlhf_ppo.training.run import Run
@@ -88,13 +89,13 @@ def set_up(
     check_models(args, model, ref_model, value_model, peft_config, device, bf16=bf16)
     critic = prepare_critic(args, model, value_model, peft_config)
     tokenizer = with_chat_template(processing_class or load_tokenizer(model), args.chat_template)
-    recording = open_replay(args, config, tokenizer)
-    room = prompt_room(config, args.max_new_tokens)
+    recording, room = open_replay(args, config, tokenizer), prompt_room(config, args.max_new_tokens)
     sampling = _sampling_params(args, choose_stop_tokens(model, config, tokenizer, args, vocabulary_size(config)))
     train_prompts, eval_prompts = _prompt_sets(train_dataset, eval_dataset, tokenizer, args, config, room, partner)
     sets = _check_sets(processes, (train_prompts, eval_prompts), tokenizer, turns=partner is not None)
     rewards = _load_rewards(reward_funcs, args, device, sets, partner, recording=recording)
     require_same_task(critic.fitted, args, tokenizer, rewards)
+    engine = connect(args, model, peft_config, config, tokenizer, sets, sampling.stop_token_ids, bf16=bf16)
     given = (model, ref_model, value_model, peft_config, rewards, args, device, processes)
     setup = partial(run_setup, *given, bf16=bf16, critic=critic.kind, sets=sets, trains=trains)
     models = load_models(*given, bf16=bf16, critic=critic, plan=plan_sharding(setup, args, device, processes))
@@ -115,7 +116,7 @@ def set_up(
         base=models.base,
         start=models.start,
         sampling=sampling,
-        sample=check_passes(models, args, device, prompts=sets if partner is None else (), bf16=bf16),
+        sample=check_passes(models, args, engine, prompts=sets if partner is None else (), bf16=bf16),
         microbatch_tokens=args.microbatch_tokens or (1024 if device.type == "cpu" else 16384),
         folder=RunDirectory(args.output_dir, quiet=args.quiet, writes=processes.first),
         sources={**sources, "reference": models.reference_source},

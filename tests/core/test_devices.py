@@ -13,6 +13,7 @@ from rlhf_ppo.core import (
     entropy_from_logits,
     explained_variance,
     group_normalized_advantages,
+    importance_weights,
     kl_estimate,
     kl_from_logits,
     kl_penalized_rewards,
@@ -39,6 +40,7 @@ EVERYTHING = Experience(X, X, X, X, MASK, weights=X, ref_logprobs=X, turns=TURNS
 SWITCHED = PPOConfig(objective="cispo", ratio_level="turn", kl_loss_coef=0.1, positive_loss_coef=0.1)
 
 CALLS = {
+    "importance_weights": lambda: [importance_weights(X, X, MASK, cap=2.0, level="sequence", mode="mask")],
     "dpo_loss": lambda: [dpo_loss(X, X, X, X)],
     "kl_from_logits": lambda: [kl_from_logits(X, X)],
     "linear_kl": lambda: [linear_kl(X, X, X, X)],

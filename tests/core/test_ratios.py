@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from rlhf_ppo.core import pool_old_logprobs, truncated_importance_weights
+from rlhf_ppo.core import importance_weights, pool_old_logprobs, truncated_importance_weights
 
 seeds = st.integers(0, 10_000)
 
@@ -120,7 +120,45 @@ class TestImportanceWeights:
         weights = truncated_importance_weights(torch.tensor([0.0, -100.0]), torch.tensor([-100.0, 0.0]), cap=2.0)
         assert weights[0] == 2 and 0 < weights[1] < 1e-8
 
+    @pytest.mark.parametrize(
+        ("level", "mode", "expected"),
+        [
+            # Ratios 2, .5, 5 and 3, .1 (and one outside the mask); products 5 and .3; the cap is 4.
+            ("token", "truncate", [[2.0, 0.5, 4.0], [3.0, 0.1, 0.0]]),
+            ("token", "mask", [[2.0, 0.5, 0.0], [3.0, 0.1, 0.0]]),
+            ("sequence", "truncate", [[4.0, 4.0, 4.0], [0.3, 0.3, 0.0]]),
+            ("sequence", "mask", [[0.0, 0.0, 0.0], [0.3, 0.3, 0.0]]),
+        ],
+    )
+    def test_levels_and_modes_by_hand(self, level, mode, expected):
+        ratios = f64([[2.0, 0.5, 5.0], [3.0, 0.1, math.nan]])
+        mask = torch.tensor([[True, True, True], [True, True, False]])
+        found = importance_weights(ratios.log() - 1, -torch.ones_like(ratios), mask, cap=4.0, level=level, mode=mode)
+        assert_close(found, f64(expected))
+
+    def test_an_endless_cap_gives_whole_responses_their_true_mean(self):
+        """Two steps of a two-letter alphabet, where the second depends on the first: the weight is the product."""
+        sampler, trainer = (torch.randn(3, 2, dtype=torch.float64).log_softmax(-1) for _ in range(2))
+        words = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
+
+        def logprobs(table):
+            return torch.stack([table[0, words[:, 0]], table[1 + words[:, 0], words[:, 1]]], dim=1)
+
+        ours, theirs, f = logprobs(trainer), logprobs(sampler), torch.randn(4, dtype=torch.float64)
+        weights = importance_weights(ours, theirs, torch.ones(4, 2, dtype=torch.bool), cap=math.inf, level="sequence")
+        assert_close((theirs.sum(1).exp() * weights[:, 0] * f).sum(), (ours.sum(1).exp() * f).sum())
+        assert torch.equal(weights[:, 0], weights[:, 1])
+
     def test_errors(self):
+        x, mask = torch.zeros(2), torch.ones(2, dtype=torch.bool)
+        with pytest.raises(ValueError, match="unknown level of importance weights 'turn'; known: token, sequence"):
+            importance_weights(x, x, mask, cap=2.0, level="turn")
+        with pytest.raises(ValueError, match="unknown mode of importance weights 'clip'; known: truncate, mask"):
+            importance_weights(x, x, mask, cap=2.0, mode="clip")
+        with pytest.raises(ValueError, match=r"level='sequence' needs rows"):
+            importance_weights(x, x, mask, cap=2.0, level="sequence")
+        with pytest.raises(ValueError, match="bool"):
+            importance_weights(x, x, x, cap=2.0)
         with pytest.raises(ValueError, match=r"cap must be 1 or more, got 0.5"):
             truncated_importance_weights(torch.zeros(2), torch.zeros(2), cap=0.5)
         with pytest.raises(ValueError, match=r"sampled_logprobs \(2, 1\) and logprobs \(2,\)"):

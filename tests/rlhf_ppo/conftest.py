@@ -92,6 +92,19 @@ def make_model():
     return make
 
 
+_SERVED: list[Path] = []
+
+
+@pytest.fixture
+def served_model(tmp_path_factory, make_model, tokenizer) -> Path:
+    """A folder with a tiny Llama and its tokenizer, for a server; nobody changes it."""
+    if not _SERVED:
+        _SERVED.append(tmp_path_factory.mktemp("served") / "llama")
+        make_model("llama").save_pretrained(_SERVED[0])
+        tokenizer.save_pretrained(_SERVED[0])
+    return _SERVED[0]
+
+
 @pytest.fixture
 def make_classifier():
     """``make_classifier(kind="gpt2", vocab_size=30, num_labels=1)``: a reward model."""

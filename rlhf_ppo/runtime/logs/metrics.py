@@ -64,9 +64,13 @@ METRICS: dict[str, str] = {
     "policy/first_minibatch_max_abs_log_ratio": "Largest |log-ratio| before the rollout's first optimizer step, in nats: "
     "0 up to rounding if sampling and training agree. The ratio tripwire checks it.",
     "policy/decode_gap_max_nats": "Largest |log-prob while decoding - log-prob of a full forward pass| (with recompute_logprobs).",
+    "policy/sampler_gap_mean_nats": "Mean |log-prob of the sampler - ours| of the actions, where another program sampled "
+    "(generation=vllm, rollout_from); max_sampler_gap bounds it.",
+    "policy/staleness_updates": "With generation=vllm: updates between the policy that sampled a response and the one that learns from it, "
+    "mean over responses: 0, or 1 under rollouts_ahead.",
     "policy/importance_weight_mean": "Mean importance weight pi_trainer / pi_sampler of the actions, after importance_weight_cap; "
     "close to 1 unless sampler and trainer disagree.",
-    "policy/importance_capped_fraction": "Share of actions whose importance weight was capped.",
+    "policy/importance_capped_fraction": "Share of actions whose importance weight was above its cap (truncated, or masked).",
     "replay/kl_nats_per_response": "With replay: KL(recording policy || policy) before the update in nats, k1 summed over each recorded "
     "response, mean over responses: how far off-policy the update is.",
     "replay/effective_fraction": "With replay: effective share of the recorded responses, (sum w)^2 / (n sum w^2) with w = policy / recording "

@@ -23,6 +23,8 @@ except ImportError:  # not POSIX
     fcntl = None
 
 LOCK_FILE = "run.lock"
+SERVED_FOLDER = "vllm-policy"
+"""Folder in a run's from which a vLLM server reads the policy; it stays where it is as long as the server may."""
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -87,7 +89,11 @@ class RunDirectory:
             return
         if any(any(self.path.glob(name)) for name in ("metrics.jsonl", "checkpoint-*", "rollouts", *TABLES)):
             # Checkpoints go first: if this is interrupted, no later run takes the rest for its own.
-            entries = [entry for entry in self.path.iterdir() if not entry.name.startswith(("previous-", LOCK_FILE))]
+            entries = [
+                entry
+                for entry in self.path.iterdir()
+                if not entry.name.startswith(("previous-", LOCK_FILE, SERVED_FOLDER))
+            ]
             self.set_aside(
                 sorted(entries, key=lambda entry: not entry.name.startswith("checkpoint-")), "an earlier run"
             )

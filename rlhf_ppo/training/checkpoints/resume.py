@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ppo.generation.multi_turn import RespondError
+from rlhf_ppo.generation.vllm.server import VLLMError
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.compare import SavedModelError
 from rlhf_ppo.models.saving import bytes_to_save, save_actor_critic, save_reference
@@ -32,7 +33,7 @@ from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.stability import PolicyDriftError, nonfinite_parameters
 from rlhf_ppo.training.state import TrainState
 
-_SAYS_HOW = (RewardError, RespondError, NonFiniteGradientError, PolicyDriftError, RatioTripwireError)
+_SAYS_HOW = (RewardError, RespondError, VLLMError, NonFiniteGradientError, PolicyDriftError, RatioTripwireError)
 """Errors whose message goes on to say how to resume."""
 
 _RAISED_BY_ALL = (Interrupted, *_SAYS_HOW)
@@ -195,8 +196,8 @@ def saving_after_errors(state: TrainState, run: Run, safe: SafePoint) -> Iterato
     ends them between two updates; of what stops one of them alone, the last checkpoint is left.
 
     Raises:
-        RewardError, RespondError, NonFiniteGradientError, PolicyDriftError: the same error, which also says where the
-            checkpoint is.
+        RewardError, RespondError, VLLMError, NonFiniteGradientError, PolicyDriftError: the same error, which also says
+            where the checkpoint is.
     """
     try:
         with run.processes.saving():

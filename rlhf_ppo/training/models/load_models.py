@@ -270,9 +270,9 @@ def _load_reference(
 
 
 def check_passes(
-    models: Models, args: RLHFConfig, device: torch.device, *, prompts: Sequence[PromptSet], bf16: bool
+    models: Models, args: RLHFConfig, engine: Sampler | None, *, prompts: Sequence[PromptSet], bf16: bool
 ) -> Sampler:
-    """Check forward and backward passes, and return the engine that decodes this policy.
+    """Check forward and backward passes, and return the engine that decodes this policy: ``engine``, if it is known.
 
     Args:
         prompts: what responses are sampled to; none where that is unknown, or a conversation, which grows by replies of
@@ -282,7 +282,7 @@ def check_passes(
     check_forward(models.actor_critic, models.reference, longest=longest, bf16=bf16)
     check_backward(models.actor_critic, bf16=bf16, checkpoint=args.gradient_checkpointing)
     with computing(models.actor_critic, bf16=bf16):
-        return choose_engine(args, models.actor_critic)
+        return engine or choose_engine(args, models.actor_critic)
 
 
 def _require_start(policy: Any, reference: Reference, peft_config: Any, *, bf16: bool) -> None:

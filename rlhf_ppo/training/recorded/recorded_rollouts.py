@@ -28,7 +28,7 @@ from rlhf_ppo.runtime.package import __version__
 FOLDER, MANIFEST, FORMAT = "rollouts", "rollouts.json", 1
 _LISTS = ("prompts", "completions", "conversations")
 _TABLES = ("columns", "score_parts", "logged_columns")
-_SCALARS = ("cache_hit_fraction", "decode_gap", "logged_metrics")
+_SCALARS = ("cache_hit_fraction", "decode_gap", "logged_metrics", "foreign")
 _PART = "token_scores of "
 """Prefix of the names of a reward function's scores per token."""
 

@@ -133,7 +133,7 @@ def record_policy(state: TrainState, run: Run, progress: ProgressDisplay) -> Rec
     begin_recording(state, run)
     for done in range(run.args.num_rollouts):
         at = dataclasses.replace(state, iteration=done, rollouts_made=done)  # which prompts and which draws
-        rollout = collect(run, state.model, next_prompts(run, at), next_draws(run, at))
+        rollout = collect(run, state.model, next_prompts(run, done), next_draws(run, at))
         assert rollout.scores is not None and rollout.scored is not None
         if not run.processes.on_first(partial(_record, run, done + 1, rollout)):
             break

@@ -126,7 +126,7 @@ def test_fault_15_a_server_error_is_retried(status):
 
 def test_fault_15_retries_are_bounded_and_back_off(monkeypatch):
     pauses: list[float] = []
-    monkeypatch.setattr("rlhf_ppo.rewards.http_client.time.sleep", pauses.append)
+    monkeypatch.setattr("rlhf_ppo.runtime.http_json.time.sleep", pauses.append)
     with answering(lambda n, items: scores([], 502)) as (url, seen):
         with pytest.raises(RewardError, match=r"no answer after 4 attempts; the last failed: HTTP 502"):
             asks(url, backoff_s=0.5)

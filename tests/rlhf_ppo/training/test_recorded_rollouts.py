@@ -58,6 +58,8 @@ EVERYTHING = {
     "cache_hit_fraction": 1 / 3,
     "sampled_logprobs": -torch.ones(2, 3),
     "decode_gap": 1e-7,
+    "foreign": True,
+    "staleness": torch.tensor([0, 1]),
     "banned": BannedTokens(torch.tensor([[True, False, False], [False, False, False]]), (0, 12)),
     "environment": torch.tensor([[False, False, False], [False, False, True]]),
     "turns": torch.zeros(2, 3, dtype=torch.long),
