@@ -202,3 +202,23 @@ def test_times_search_each_side_and_compare_what_it_chose(times, monkeypatch, ca
     assert "PPO | 2 | 1 | 2 of 2 | 128 | 20 | 40 | 2.0 | 2.0 |" in printed
     assert "GRPO | 1 | 1 | 0 of 2 | > 128 | > 20 | > 40 | > 2.0 | > 2.0 |" in printed
     assert "GRPO | 1 | 1 | 2 of 2 | 128 | 20 | 40 | 2.0 | 2.0 |" in relaxed
+
+
+def test_differences_from_peers_are_those_of_the_page(load):
+    """Committed results are within rounding of what was predicted, and the page has every row."""
+    oracles = load("oracles")
+    rows = json.loads(oracles.RESULTS.read_text())
+    table = oracles.Table()
+    table.rows = rows
+    assert len(rows) >= 30 and not table.failures
+    page = (FOLDER.parent / "docs/proof.md").read_text(encoding="utf-8")
+    assert all(f"| {row['peer']} | {row['what']} |" in page and row["fact"] in page for row in rows)
+    assert all(row["why"] or row["relation"] != "differs" for row in rows)
+
+
+def test_a_comparison_sees_what_it_should(load):
+    table = load("oracles").Table()
+    table.add("x", "same", [1.0, 2.0], torch.tensor([1.0, 2.0]))
+    table.add("x", "off", [1.0, 100.0], [1.0, 101.0])
+    table.state("x", "fact", False, "f", "w")
+    assert [row["what"] for row in table.failures] == ["off", "fact"] and table.rows[1]["difference"] == 0.01
