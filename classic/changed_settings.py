@@ -26,6 +26,7 @@ WEIGHT_SETTINGS = (
     "squash",
     "log_std_init",
     "state_dependent_std",
+    "use_sde",
     "normalize_observations",
 )
 """Settings that the weights were made with or trained for."""

@@ -1,4 +1,4 @@
-"""Run the commands of `classic-ppo`: train, evaluate, explain, compare; their arguments are in cli.py."""
+"""Run the commands of `classic-ppo`; their arguments are in cli.py."""
 
 from __future__ import annotations
 
@@ -14,10 +14,24 @@ from rich.table import Table
 from torch import nn
 
 from classic import compare as comparison
+from classic import demonstrations
+from classic import tune as search_settings
 from classic.callbacks import evaluate_every, stop_at_return
-from classic.cli import CompareCommand, EvaluateCommand, ExplainCommand, TrainCommand
-from classic.config import PPOArgs
+from classic.cli import (
+    CompareCommand,
+    EvaluateCommand,
+    ExplainCommand,
+    ExportCommand,
+    PushCommand,
+    RecordCommand,
+    TrainCommand,
+    TuneCommand,
+)
+from classic.config import PPOArgs, filled
 from classic.envs.errors import BrokenEnvironmentError
+from classic.export import CHECKED
+from classic.export import export as export_policy
+from classic.hub import push_to_hub
 from classic.ppo import PPO
 from classic.video import record_video
 from rlhf_ppo.runtime.checkpoints.checkpoint import list_checkpoints
@@ -39,6 +53,13 @@ def train(command: TrainCommand) -> int:
     given = _args(command)
     given["output_dir"] = command.output_dir or f"runs/{_file_name(command.env)}-seed{command.seed}"
     agent = PPO(command.env, PPOArgs(**given))
+    if command.warm_start is not None:
+        learned = demonstrations.clone(agent, command.warm_start, epochs=command.warm_start_epochs)
+        if not command.quiet:
+            losses = f"{learned['loss_before']:.3f} -> {learned['loss_after']:.3f} nats"
+            print(
+                f"imitated {learned['steps']:,} steps of {command.warm_start}: -log pi(a|s) {losses}", file=sys.stderr
+            )
     callbacks = [evaluate_every(command.eval_every, episodes=command.eval_episodes)] if command.eval_every else []
     callbacks += [] if command.stop_at_return is None else [stop_at_return(command.stop_at_return)]
     start, seconds, result = time.perf_counter(), 0.0, {}
@@ -141,6 +162,57 @@ def record_still(agent: PPO, folder: Path) -> None:
         record_video(agent, folder / "still.png")
     except (BrokenEnvironmentError, ModuleNotFoundError, ValueError, OSError):
         return  # the report says that there is none, and how to make one
+
+
+def tune(command: TuneCommand) -> None:
+    """Run `classic-ppo tune ENV --trials N`: the missing trials, then the best beside the settings as they are."""
+    folder = Path(command.output_dir or f"runs/tune-{_file_name(command.env)}")
+    search = search_settings.Search(
+        env=command.env,
+        args=PPOArgs(**{**_args(command), "output_dir": None}),
+        names=command.search,
+        trials=filled(command.trials),
+        seeds=command.seeds,
+        evaluations=command.evaluations,
+        episodes=command.eval_episodes,
+        folder=folder,
+    )
+    try:
+        trials = search_settings.tune(search, show=(lambda line: None) if command.quiet else print)
+    except KeyboardInterrupt:
+        print(f"interrupted; finished trials stay in {folder}; the same command continues from there", file=sys.stderr)
+        raise
+    table = Table(title=f"{command.env}, {len(trials)} trials")
+    for column in ("trial", "mean return", "settings"):
+        table.add_column(column)
+    for trial in [*trials[:5], *(trial for trial in trials[5:] if trial.number == 0)]:
+        value = "stopped early" if trial.value is None else f"{trial.value:.1f}"
+        table.add_row(str(trial.number), value, search_settings.describe(trial.settings))
+    _print(table)
+    print(
+        f"best     {folder / search_settings.BEST}; train with it: classic-ppo train {command.env} --config that file"
+    )
+
+
+def record(command: RecordCommand) -> None:
+    """Run `classic-ppo record FOLDER FILE`: demonstrations of a saved agent."""
+    agent = PPO.load(command.folder, network=command.network)
+    file = demonstrations.record(
+        agent, command.file, episodes=command.episodes, seed=command.seed, deterministic=command.deterministic
+    )
+    print(f"{command.episodes} episodes of {agent.env_id} in {file}; classic-ppo train ENV --warm-start {file}")
+
+
+def export(command: ExportCommand) -> None:
+    """Run `classic-ppo export FOLDER FILE`: the policy as ONNX or TorchScript."""
+    file = export_policy(PPO.load(command.folder, network=command.network), command.file)
+    print(f"{file}: checked on {CHECKED} random observations")
+
+
+def push(command: PushCommand) -> None:
+    """Run `classic-ppo push FOLDER USER/NAME`: the agent, its card and a video on the hub."""
+    agent = PPO.load(command.folder, network=command.network)
+    print(push_to_hub(agent, command.repo_id, private=command.private, video=command.video, episodes=command.episodes))
 
 
 def _rescued(network: nn.Module, save: Callable[[str], Path], folder: str) -> str:

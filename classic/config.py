@@ -40,17 +40,23 @@ OTHER_NAMES: dict[str, str] = {
     "net_arch": "here it is hidden_sizes, value_hidden_sizes and shared_network",
     "features_extractor_class": "here it is network, a function that makes one",
     "activation_fn": "here it is activation, tanh or relu",
-    "use_sde": "gSDE is not here; state_dependent_std is another thing",
     "env_wrapper": "here it is wrappers",
     "tensorboard_log": "here it is report_to=('tensorboard',), written into output_dir",
     "verbose": "here it is quiet",
 }
 """A setting's name in Stable-Baselines3 or CleanRL -> ours, or why there is none."""
 
-EARLIER: dict[str, Any] = {"normalize_values": False, "adam_eps": 1e-5, "weight_decay": 0.0}
+EARLIER: dict[str, Any] = {
+    "normalize_values": False,
+    "adam_eps": 1e-5,
+    "weight_decay": 0.0,
+    "use_sde": False,
+    "sde_sample_freq": 4,
+    "training_wrappers": (),
+}
 """Settings that earlier versions did not have -> what those did."""
 
-CONTINUOUS: dict[str, Any] = {"squash": False, "log_std_init": 0.0, "state_dependent_std": False}
+CONTINUOUS: dict[str, Any] = {"squash": False, "log_std_init": 0.0, "state_dependent_std": False, "use_sde": False}
 """Settings of continuous actions -> their defaults, the only values that fit discrete actions."""
 
 
@@ -82,7 +88,7 @@ class PPOArgs:
     """Sample only actions that infos["action_mask"], action_masks() or the observation's part action_mask allows; None:
     if the environment provides one of these."""
     hidden_sizes: tuple[int, ...] | None = None
-    """Widths of the hidden layers."""
+    """Widths of the hidden layers; empty: none."""
     value_hidden_sizes: tuple[int, ...] | None = None
     """Widths of the critic's hidden layers; None: hidden_sizes."""
     network: str | None = None
@@ -102,6 +108,10 @@ class PPOArgs:
     """Initial log standard deviation of continuous actions."""
     state_dependent_std: bool | None = None
     """Predict the standard deviation from the observation; False: one learned number per action dimension."""
+    use_sde: bool | None = None
+    """Explore by gSDE: noise is a function of the last hidden layer, drawn anew every sde_sample_freq steps."""
+    sde_sample_freq: int | None = None
+    """Steps for which gSDE's function stays."""
     normalize_observations: bool | None = None
     """Scale observations to mean 0 and variance 1 by running statistics, which are saved with the agent."""
     normalize_rewards: bool | None = None
@@ -197,7 +207,7 @@ class PPOArgs:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         check_trackers(self.report_to)
-        counts = ("total_timesteps", "num_envs", "num_steps", "num_threads", "recurrent_size")
+        counts = ("total_timesteps", "num_envs", "num_steps", "num_threads", "recurrent_size", "sde_sample_freq")
         for name in (*counts, "eval_envs", "eval_max_steps", "save_total_limit"):
             self._require(name, lambda value: value >= 1, "1 or more")
         for name in ("save_every", "learning_rate", "weight_decay"):
@@ -207,9 +217,8 @@ class PPOArgs:
             if getattr(self, name) is not None:
                 require_schedule(name, getattr(self, name))
         self._require("seed", lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
-        of_none = 0 if self.network is None else 1  # below the heads there may be one's own network alone
         for name in ("hidden_sizes", "value_hidden_sizes"):
-            self._require(name, lambda value: min(value, default=of_none) >= 1, "positive widths")
+            self._require(name, lambda value: min(value, default=1) >= 1, "positive widths, or empty for no layer")
         self._require("max_initial_log_ratio", lambda value: value > 0, "positive")
         low, high = LOG_STD_RANGE
         self._require("log_std_init", lambda value: low <= value <= high, f"between {low:g} and {high:g}")

@@ -200,6 +200,7 @@ class PPO:
                 state.normalizer,
                 sample=state.sample,
                 on_step=hooks.begin(run.envs, state.counters, run.folder),
+                sde_sample_freq=filled(run.args.sde_sample_freq),
             )
             state.memory = rollout.state_after
 

@@ -77,6 +77,7 @@ def collect(
     *,
     sample: Sample | None = None,
     on_step: Callable[[Step], None] | None = None,
+    sde_sample_freq: int = 1,
 ) -> Rollout:
     """Play ``num_steps`` steps of every copy; episodes continue from one rollout to the next.
 
@@ -85,13 +86,14 @@ def collect(
         normalizer: its statistics are updated; the rollout holds normalised observations and rewards.
         sample: samples the actions; None: ``network.sample``.
         on_step: called with each step.
+        sde_sample_freq: see the setting of this name.
     Raises:
         BrokenEnvironmentError: see :meth:`Environments.step`.
     """
     observations, starts, masks, outputs, actions, steps, rewards = [], [], [], [], [], [], []
     final_envs, final_steps, finals, final_states = [], [], [], []
     before, sample, normalizer = state, sample or network.sample, normalizer or Normalizer(None, None, 1.0)
-    noise = network.noise((num_steps, envs.num_envs), generator).unbind()
+    noise = network.noise((num_steps, envs.num_envs), generator, sde_sample_freq).unbind()
     for t in range(num_steps):
         observation = normalizer.observe(envs.observations, ~envs.resetting)
         output, action, state = sample(observation, noise[t], envs.action_masks, envs.starting, state)

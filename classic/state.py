@@ -265,6 +265,7 @@ def initial_state(run: Run) -> TrainState:
         squash=filled(args.squash),
         log_std_init=filled(args.log_std_init),
         state_dependent_std=filled(args.state_dependent_std),
+        explores=filled(args.use_sde),
         encoder=run.encoder,
     )
     device = resolve_device(args.device)

@@ -24,6 +24,7 @@ from classic.networks.distributions import (
     squashed_entropy,
     squashed_logprobs,
 )
+from classic.networks.exploration import ExploringHead, exploration_log_std, exploration_noise, explore
 from classic.networks.layers import IMAGE_FEATURES, Body, Memory, image_network, mlp
 from classic.networks.own_network import Encoder
 from rlhf_ppo.core import PolicyOutput, ValueScale, rescaled_head
@@ -49,6 +50,7 @@ class ActorCritic(nn.Module):
         log_std_init: initial log standard deviation of continuous actions.
         state_dependent_std: the standard deviation is a second output of the policy instead of one learned number per
             action dimension.
+        explores: continuous actions are explored by gSDE (:mod:`classic.networks.exploration`).
         encoder: makes what turns observations into features; None: the image network for images, nothing for numbers.
     """
 
@@ -67,6 +69,7 @@ class ActorCritic(nn.Module):
         squash: bool = False,
         log_std_init: float = 0.0,
         state_dependent_std: bool = False,
+        explores: bool = False,
         encoder: Encoder | None = None,
     ) -> None:
         super().__init__()
@@ -91,7 +94,12 @@ class ActorCritic(nn.Module):
         below = below if value_hidden_sizes is None else value_hidden_sizes
         self.critic = mlp((width, *below, 1), 1.0, generator, activation)
         self.log_std: nn.Parameter | None = None
-        if actions.dimensions and not state_dependent_std:
+        self.explores = explores
+        if explores:
+            size = (self.policy[-1].in_features, actions.dimensions)  # pyright: ignore
+            self.log_std = nn.Parameter(torch.full(size, log_std_init, dtype=torch.float32))
+            self.policy = ExploringHead(self.policy)
+        elif actions.dimensions and not state_dependent_std:
             self.log_std = nn.Parameter(torch.full((actions.dimensions,), log_std_init, dtype=torch.float32))
         elif actions.dimensions:
             nn.init.constant_(self.policy[-1].bias[actions.dimensions :], log_std_init)  # pyright: ignore
@@ -167,8 +175,10 @@ class ActorCritic(nn.Module):
             observations, state = self._step(observations, starts, state)
         return self.policy(observations), state
 
-    def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Draw the noise with which :meth:`choose` samples actions of this shape."""
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator, every: int = 1) -> Tensor:
+        """Draw the noise with which :meth:`choose` samples actions of this shape; gSDE's for ``every`` steps alike."""
+        if self.explores and self.log_std is not None:
+            return exploration_noise(shape, self.log_std.shape, every, generator)
         if self.actions.dimensions:
             return normal_noise((*shape, self.actions.dimensions), generator)
         choices = self.actions.choices
@@ -177,6 +187,9 @@ class ActorCritic(nn.Module):
 
     def choose(self, output: Tensor, noise: Tensor | None, action_masks: Tensor | None = None) -> Tensor:
         """Choose actions [*] from the policy's outputs [*, outputs]: samples, or without noise the most likely ones."""
+        if self.explores and noise is not None and self.log_std is not None:
+            mean, features = output[..., : self.actions.dimensions], output[..., self.actions.dimensions :]
+            return mean + explore(features, self.log_std.to(output.device), noise)
         if self.actions.dimensions:
             return sample_gaussian(*self._gaussian(output), noise)
         return sample_categorical(self._logits(output, action_masks), noise)
@@ -266,6 +279,9 @@ class ActorCritic(nn.Module):
 
     def _gaussian(self, output: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean [*, A] and log standard deviation, which broadcasts to it."""
+        if self.explores and self.log_std is not None:
+            mean, features = output[..., : self.actions.dimensions], output[..., self.actions.dimensions :]
+            return mean, exploration_log_std(features, self.log_std.to(output.device))
         if self.log_std is not None:
             return output, self.log_std.to(output.device)
         mean, log_std = output.tensor_split(2, dim=-1)

@@ -31,6 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "recurrent": "none",
     "recurrent_size": 64,
     **CONTINUOUS,
+    "sde_sample_freq": 4,
     "normalize_observations": False,
     "normalize_rewards": False,
     "normalize_values": True,
@@ -120,6 +121,10 @@ def unread(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "clip_range_vf", "clips the value loss, but vf_coef=0 turns that off"
     if settings["shared_network"]:
         yield "value_hidden_sizes", "is for separate networks, but shared_network=True"
+    if settings["use_sde"]:
+        yield "state_dependent_std", "is another exploration than use_sde=True"
+    else:
+        yield "sde_sample_freq", "is read only by use_sde=True"
     if settings["recurrent"] == "none":
         yield "recurrent_size", "is read only by recurrent='lstm' or 'gru', but recurrent='none'"
 

@@ -106,7 +106,6 @@ def test_minibatches_that_reset_steps_could_empty_are_refused_before_training(sm
         {"seed": -1},
         {"learning_rate": -1.0},
         {"learning_rate": float("nan")},
-        {"hidden_sizes": ()},
         {"hidden_sizes": (8, 0)},
         {"lr_schedule": "cubic"},
         {"autoreset_mode": "disabled"},

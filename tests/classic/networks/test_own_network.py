@@ -154,7 +154,13 @@ def test_the_critic_may_have_widths_of_its_own(small, tmp_path):
     with pytest.raises(ValueError, match=r"value_hidden_sizes=\(8,\) is for separate .* shared_network=True"):
         classic.PPO("tests/Match-v0", small(value_hidden_sizes=(8,), shared_network=True))
     with pytest.raises(ValueError, match="value_hidden_sizes must be positive widths"):
-        small(value_hidden_sizes=())
+        small(value_hidden_sizes=(8, 0))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_there_may_be_no_hidden_layer(shared, small):
+    agent = classic.PPO("tests/Match-v0", small(hidden_sizes=(), shared_network=shared)).learn(100)
+    assert len(agent.network.policy) == 1 and agent.last_metrics["policy/first_minibatch_max_abs_log_ratio"] < 1e-5
 
 
 def test_a_device_that_is_not_here_is_refused_and_a_saved_agent_moves_to_the_cpu(small, tmp_path, monkeypatch):
