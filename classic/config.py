@@ -78,11 +78,11 @@ class PPOArgs:
     """How copies are stepped: auto (the environment's own vector version if it has one, else sync), sync (one after
     another), async (one process each, for slow environments) or vector_entry_point."""
     env_kwargs: dict[str, bool | int | float | str] | None = None
-    """Keyword arguments of the environment, such as continuous True."""
-    wrappers: tuple[str, ...] = ()
+    """Keyword arguments of the environment, such as continuous True; {}: none, where the preset has some."""
+    wrappers: tuple[str, ...] | None = None
     """Wrappers around each copy, innermost first: names from gymnasium.wrappers, or module:Name, with arguments as in
     FrameStackObservation(stack_size=4)."""
-    training_wrappers: tuple[str, ...] = ()
+    training_wrappers: tuple[str, ...] | None = None
     """Wrappers around the others, of training's copies alone: what evaluations should not see, as shaped rewards."""
     action_masks: bool | None = None
     """Sample only actions that infos["action_mask"], action_masks() or the observation's part action_mask allows; None:

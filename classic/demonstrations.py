@@ -16,6 +16,7 @@ import torch
 from gymnasium.spaces import Box, Dict, Discrete, Tuple
 from torch import Tensor
 
+from classic.config import filled
 from classic.envs.environments import Environments
 from classic.envs.make_env import make_vector_env
 from classic.envs.seeds import derive_seeds
@@ -50,9 +51,10 @@ def record(agent: PPO, file: str | Path, *, episodes: int = 20, seed: int = 0, d
         raise ValueError(f"episodes must be 1 or more, got {episodes}")
     if isinstance(agent.env, gymnasium.Env):
         raise ValueError("record needs copies of the environment: make or load the agent with an id or a function")
-    args, columns = agent.args, {"actions": [], "rewards": [], "terminated": [], "truncated": []}
+    args, wrappers = agent.args, filled(agent.args.wrappers)
+    columns: dict[str, list[Any]] = {"actions": [], "rewards": [], "terminated": [], "truncated": []}
     observations: list[Any] = []
-    envs = make_vector_env(agent.env, 1, None, vectorization="sync", env_kwargs=args.env_kwargs, wrappers=args.wrappers)
+    envs = make_vector_env(agent.env, 1, None, vectorization="sync", env_kwargs=args.env_kwargs, wrappers=wrappers)
     env = envs.unwrapped.envs[0]  # pyright: ignore
     try:
         for episode_seed in derive_seeds(seed, "video", episodes):
@@ -70,8 +72,8 @@ def record(agent: PPO, file: str | Path, *, episodes: int = 20, seed: int = 0, d
     finally:
         envs.close()
     file.parent.mkdir(parents=True, exist_ok=True)
-    parts = _named(agent.envs.observation_space, observations)
-    np.savez_compressed(file, **parts, **{name: np.array(column) for name, column in columns.items()})
+    arrays: Any = {name: np.array(column) for name, column in columns.items()}
+    np.savez_compressed(file, **_named(agent.envs.observation_space, observations), **arrays)
     return file
 
 
@@ -180,8 +182,8 @@ def _named(space: gymnasium.Space, observations: list[Any], name: str = "observa
     """Return name -> array [N, ...] of each part of the observations."""
     if not isinstance(space, Dict | Tuple):
         return {name: np.array(observations)}
-    keys = space.spaces.keys() if isinstance(space, Dict) else range(len(space.spaces))
-    parts = (_named(space[key], [one[key] for one in observations], f"{name}.{key}") for key in keys)
+    named: Any = space.spaces.items() if isinstance(space, Dict) else enumerate(space.spaces)
+    parts = (_named(part, [one[key] for one in observations], f"{name}.{key}") for key, part in named)
     return {name: array for part in parts for name, array in part.items()}
 
 

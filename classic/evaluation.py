@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from classic.config import filled
 from classic.envs.environments import Environments, Episode
 from classic.envs.make_env import EnvLike
 from classic.envs.seeds import derive_seeds
@@ -76,9 +77,9 @@ class EvaluationCopies:
     @staticmethod
     def _made(run: Run, env: EnvLike | None, wanted: int) -> Environments:
         if env is None:
-            return make_copies(run.env, run.args, wanted, run.args.wrappers)
+            return make_copies(run.env, run.args, wanted, filled(run.args.wrappers))
         args = replace(run.args, env_kwargs=None)  # which are for training's
-        made = make_copies(env, args, 1 if isinstance(env, gymnasium.Env) else wanted, args.wrappers)
+        made = make_copies(env, args, 1 if isinstance(env, gymnasium.Env) else wanted, filled(args.wrappers))
         if describe_spaces(made) != describe_spaces(run.envs):
             made.close()
             raise ValueError(

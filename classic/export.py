@@ -71,6 +71,11 @@ def _require_plain(agent: PPO) -> None:
 class _Policy(nn.Module):
     """From observations to the most likely actions, both as the environment has them."""
 
+    mean: Tensor
+    spread: Tensor
+    low: Tensor
+    high: Tensor
+
     def __init__(self, agent: PPO) -> None:
         super().__init__()
         envs, statistics = agent.envs, agent.normalizer.observations

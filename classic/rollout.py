@@ -14,6 +14,8 @@ from classic.envs.truncation import Step
 from classic.networks.actor_critic import ActorCritic
 from classic.networks.decisions import Decisions, Sample
 
+NOWHERE = torch.empty(0, dtype=torch.int64)
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -118,7 +120,6 @@ def collect(
                 final_states.append(state[step.final_envs])
     observations.append(normalizer.normalize(envs.observations))
     starts.append(envs.starting)
-    none = torch.empty(0, dtype=torch.int64)
     taken = torch.stack(actions, dim=1)
     allowed = None if masks[0] is None else torch.stack(masks, dim=1)
     return Rollout(
@@ -134,7 +135,7 @@ def collect(
         truncated=torch.stack([step.truncated for step in steps], dim=1),
         # The reset step was never chosen by the policy, so it must not be learned from.
         mask=torch.stack([step.mask for step in steps], dim=1),
-        final_index=(torch.cat(final_envs), torch.cat(final_steps)) if finals else (none, none),
+        final_index=(torch.cat(final_envs), torch.cat(final_steps)) if finals else (NOWHERE, NOWHERE),
         final_observations=torch.cat(finals) if finals else observations[0][:0],
         final_state=None if state is None else torch.cat(final_states) if finals else state[:0],
         episodes=[episode for step in steps for episode in step.episodes],

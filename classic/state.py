@@ -8,9 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import gymnasium
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from classic.advantages import Estimate
 from classic.config import PPOArgs, filled
@@ -18,15 +17,14 @@ from classic.envs.checks import require_fit
 from classic.envs.environments import Environments, Episode
 from classic.envs.make_env import EnvLike, env_name, identify
 from classic.envs.normalization import Normalizer
-from classic.envs.parts import image_columns, parts
+from classic.envs.parts import image_columns
 from classic.envs.seeds import derive_seeds
 from classic.fast.switch import Gradients, Optimizer, choose
 from classic.gradient_step import trained_parameters
 from classic.networks.actor_critic import ActorCritic
 from classic.networks.decisions import Sample
-from classic.networks.layers import MixedNetwork
-from classic.networks.own_network import Encoder, NetworkFactory, factory_name, own_encoder
-from classic.presets.resolve import preset_ids, resolve
+from classic.networks.own_network import Encoder, NetworkFactory, factory_name, make_encoder
+from classic.presets.resolve import preset, preset_ids, resolve
 from classic.rollout import Rollout
 from rlhf_ppo.core import PPOConfig, ValueScale, update_value_scale
 from rlhf_ppo.runtime.device import resolve_device
@@ -190,6 +188,9 @@ def make_run(env: EnvLike, args: PPOArgs, network: NetworkFactory | None = None)
         ValueError, ModuleNotFoundError, BrokenEnvironmentError: see :class:`classic.PPO`.
     """
     task, copies_of = identify(env, in_this_process=args.vectorization != "async")
+    if not isinstance(env, str) and "env_kwargs" in preset(task):  # what was made already is as it should be
+        made = {"env_kwargs": args.env_kwargs or {}, "wrappers": args.wrappers or ()}
+        args = replace(args, **made, training_wrappers=args.training_wrappers or ())
     if network is not None:
         args = replace(args, network=factory_name(network))
     args = resolve(args, task, single=isinstance(env, gymnasium.Env))
@@ -200,7 +201,7 @@ def make_run(env: EnvLike, args: PPOArgs, network: NetworkFactory | None = None)
             f"training_wrappers={args.training_wrappers} are around training's copies alone, but {env_name(env)!r} is "
             "one environment, on which evaluations play, too: give its id or a function that makes it"
         )
-    around = (*args.wrappers, *args.training_wrappers)
+    around = (*filled(args.wrappers), *filled(args.training_wrappers))
     envs = make_copies(copies_of, args, filled(args.num_envs), around)
     try:
         require_fit(args, envs)
@@ -210,22 +211,6 @@ def make_run(env: EnvLike, args: PPOArgs, network: NetworkFactory | None = None)
         raise
     origin = f"preset of {task}" if task in preset_ids() else "no preset for this environment: general defaults"
     return Run(env, env_name(env), task, args, encoder, origin, envs)
-
-
-def make_encoder(args: PPOArgs, envs: Environments, network: NetworkFactory | None) -> Encoder | None:
-    """Return what makes the user's own network, or one for observations with images among numbers; else None."""
-    space, shape = envs.observation_space, envs.observation_shape
-    if args.network is not None:
-        dtype = torch.uint8 if len(shape) == 3 and space.dtype == np.uint8 else torch.float32
-        return own_encoder(args.network, network, space, shape, dtype)
-    if image_columns(space) is None:
-        return None
-
-    def mixed(generator: torch.Generator) -> tuple[nn.Module, int]:
-        made = MixedNetwork(parts(space), generator)
-        return made, made.width
-
-    return mixed
 
 
 def make_copies(env: EnvLike, args: PPOArgs, num_envs: int, wrappers: Sequence[str]) -> Environments:

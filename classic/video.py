@@ -14,6 +14,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from classic.config import filled
 from classic.envs.errors import CRASHES, BrokenEnvironmentError
 from classic.envs.make_env import make_vector_env
 from classic.envs.seeds import derive_seeds
@@ -131,7 +132,7 @@ def _stage(run: Run, state: TrainState) -> Iterator[gymnasium.Env]:
         made = (
             None
             if single
-            else make_vector_env(env, 1, None, vectorization="sync", env_kwargs=kwargs, wrappers=args.wrappers)
+            else make_vector_env(env, 1, None, vectorization="sync", env_kwargs=kwargs, wrappers=filled(args.wrappers))
         )
     except (BrokenEnvironmentError, ValueError) as error:
         raise ValueError(f"a video needs an environment made with render_mode='rgb_array', but {error}") from None

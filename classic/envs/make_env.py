@@ -22,6 +22,9 @@ AUTORESET_MODES = {"next_step": AutoresetMode.NEXT_STEP, "same_step": AutoresetM
 EnvLike = str | gymnasium.Env | Callable[[], gymnasium.Env]
 """A registered id (or ``module:id``), one environment, or a function that makes one."""
 
+ATARI = "ALE/"
+"""What ids of Atari games begin with."""
+
 EXTRAS = {"mujoco": "mujoco", "box2d": "box2d"}
 """Part of an environment's entry point -> the extra of this package that installs its simulator."""
 
@@ -94,6 +97,8 @@ def make_vector_env(
         BrokenEnvironmentError: the environment cannot be created.
     """
     name = env_name(env)
+    if name.startswith(ATARI):
+        _register_atari(name)
     layers: list[Callable[[gymnasium.Env], gymnasium.Wrapper]] = [_wrapper(name, wrapper) for wrapper in wrappers]
     if layers:  # they may keep the observations that they get, as a stack of frames does
         layers = [CopyArrays, *layers]
@@ -198,6 +203,16 @@ def _from_object(
     return vector([make] * num_envs, autoreset_mode=wanted or AutoresetMode.NEXT_STEP)
 
 
+def _register_atari(name: str) -> None:
+    """Let Gymnasium know the Atari games, which their package does not do by itself."""
+    try:
+        import ale_py  # pyright: ignore[reportMissingImports] (an extra)
+    except ModuleNotFoundError as error:
+        needs = f"environment {name!r} needs an Atari emulator ({error})"
+        raise ValueError(f"{needs}: pip install 'rlhf-ppo[atari]'") from None
+    gymnasium.register_envs(ale_py)
+
+
 def _wrapper(env: str, text: str) -> Callable[[gymnasium.Env], gymnasium.Wrapper]:
     """Return what a wrapper's name, with arguments or without, puts around an environment."""
     name, called, _ = text.partition("(")
@@ -206,7 +221,7 @@ def _wrapper(env: str, text: str) -> Callable[[gymnasium.Env], gymnasium.Wrapper
         call: Any = ast.parse(f"wrapper({text[len(name) + 1 :]}" if called else "wrapper()", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or not all(keyword.arg for keyword in call.keywords):
             raise SyntaxError("arguments are name=value")
-        arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        arguments = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
         wrapper = getattr(importlib.import_module(module or "gymnasium.wrappers"), attribute)
     except (ImportError, AttributeError, SystemExit, SyntaxError, ValueError) as error:
         raise ValueError(

@@ -50,11 +50,11 @@ def as_in_space(space: gymnasium.Space, rows: Tensor) -> Any:
     """
     if not isinstance(space, Dict | Tuple):
         return _leaf(space, rows)
-    keys = space.spaces.keys() if isinstance(space, Dict) else range(len(space.spaces))
+    named: Any = space.spaces.items() if isinstance(space, Dict) else enumerate(space.spaces)
     given, end = {}, 0
-    for key in keys:
-        width = int(np.prod(observation_shape(space[key], "")))
-        given[key] = as_in_space(space[key], rows[:, end : end + width])
+    for key, part in named:
+        width = int(np.prod(observation_shape(part, "")))
+        given[key] = as_in_space(part, rows[:, end : end + width])
         end += width
     return given if isinstance(space, Dict) else tuple(given.values())
 

@@ -90,13 +90,13 @@ class ActorCritic(nn.Module):
         self.bodies = nn.ModuleList(bodies)
         width, below = ((width, *hidden_sizes)[-1], ()) if shared else (width, hidden_sizes)
         outputs = actions.num_outputs * (2 if state_dependent_std else 1)
-        self.policy = mlp((width, *below, outputs), 0.01, generator, activation)
+        self.policy: Any = mlp((width, *below, outputs), 0.01, generator, activation)
         below = below if value_hidden_sizes is None else value_hidden_sizes
         self.critic = mlp((width, *below, 1), 1.0, generator, activation)
         self.log_std: nn.Parameter | None = None
         self.explores = explores
         if explores:
-            size = (self.policy[-1].in_features, actions.dimensions)  # pyright: ignore
+            size = (self.policy[-1].in_features, actions.dimensions)
             self.log_std = nn.Parameter(torch.full(size, log_std_init, dtype=torch.float32))
             self.policy = ExploringHead(self.policy)
         elif actions.dimensions and not state_dependent_std:

@@ -1,4 +1,4 @@
-"""A network of the user's own: load the function that makes it, check what it made, run it before the heads."""
+"""What turns observations into features: a network of the user's own, checked when it is made, or one for images."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import gymnasium
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from classic.envs.parts import as_in_space
+from classic.config import PPOArgs
+from classic.envs.environments import Environments
+from classic.envs.parts import as_in_space, image_columns, parts
+from classic.networks.layers import MixedNetwork
 from rlhf_ppo.runtime.command_line.user_code import FAILURES, load_function
 
 NetworkFactory = Callable[[gymnasium.Space], tuple[nn.Module, int]]
@@ -22,6 +26,22 @@ Encoder = Callable[[torch.Generator], tuple[nn.Module, int]]
 def factory_name(factory: NetworkFactory) -> str:
     """Return a function's name as the setting ``network`` would give it."""
     return f"{factory.__module__}:{getattr(factory, '__qualname__', type(factory).__qualname__)}"
+
+
+def make_encoder(args: PPOArgs, envs: Environments, network: NetworkFactory | None) -> Encoder | None:
+    """Return what makes the user's own network, or one for observations with images among numbers; else None."""
+    space, shape = envs.observation_space, envs.observation_shape
+    if args.network is not None:
+        dtype = torch.uint8 if len(shape) == 3 and space.dtype == np.uint8 else torch.float32
+        return own_encoder(args.network, network, space, shape, dtype)
+    if image_columns(space) is None:
+        return None
+
+    def mixed(generator: torch.Generator) -> tuple[nn.Module, int]:
+        made = MixedNetwork(parts(space), generator)
+        return made, made.width
+
+    return mixed
 
 
 def own_encoder(

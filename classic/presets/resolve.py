@@ -19,6 +19,8 @@ FOLDER = Path(__file__).parent
 # so that "off" can always be asked for.
 DEFAULTS: dict[str, Any] = {
     "total_timesteps": 500_000,
+    "wrappers": (),
+    "training_wrappers": (),
     "num_envs": 8,
     "num_steps": 256,
     "learning_rate": 3e-4,
@@ -66,7 +68,7 @@ READ_BY = {
 
 def preset_ids() -> list[str]:
     """List the environments that have a preset."""
-    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
+    return sorted(file.relative_to(FOLDER).with_suffix("").as_posix() for file in FOLDER.rglob("*.yaml"))
 
 
 @cache
