@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from rlhf_ppo.config.commands import DemoArgs, ExplainArgs, ExportArgs, MigrateArgs, ReplayArgs, join_command_line
 from rlhf_ppo.config.critic_fit import CriticFitArgs, CriticReportArgs
+from rlhf_ppo.config.doctor import DoctorArgs
 from rlhf_ppo.config.inference import EvaluateArgs, GenerateArgs
 from rlhf_ppo.config.plan import PlanArgs
 from rlhf_ppo.config.presets import PresetsArgs
@@ -26,6 +27,7 @@ from rlhf_ppo.runtime.signals import Interrupted
 COMMANDS: dict[str, Command] = {
     "demo": (DemoArgs, "rlhf_ppo.pipeline.demo:demo"),
     "train": (TrainArgs, "rlhf_ppo.pipeline.train:train"),
+    "doctor": (DoctorArgs, "rlhf_ppo.pipeline.doctor.examine:doctor"),
     "verify": (VerifyArgs, "rlhf_ppo.verify.verify:verify_command"),
     "plan": (PlanArgs, "rlhf_ppo.pipeline.plan.report:plan_command"),
     "sft": (SFTArgs, "rlhf_ppo.pipeline.labelled.sft:sft_command"),

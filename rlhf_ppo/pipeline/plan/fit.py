@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from typing import Any
 
@@ -91,4 +91,35 @@ def more_gpus(found: Plan) -> Plan | None:
         if tried.fits:
             return find_fit(replan(found, gpus=gpus, nodes=nodes)) or tried
         gpus *= 2
+    return None
+
+
+MOST_DOUBLINGS = 16
+
+
+def growth(found: Plan) -> dict[str, tuple[int, int, str] | None]:
+    """Return for each size of a run that fits: the largest double that fits, the next one, and the phase it breaks.
+
+    Sizes are responses a rollout and tokens a response; None: it never breaks, whatever doubles.
+    """
+    lengths = found.setup.response_tokens
+
+    def responses(factor: int) -> Plan:
+        return replan(found, rollout_batch_size=factor * found.args.rollout_batch_size)
+
+    def tokens(factor: int) -> Plan:
+        longer = replan(found, max_new_tokens=factor * found.args.max_new_tokens, response_tokens=None)
+        return Plan(longer.args, choose_sharding(replace(longer.setup, response_tokens=factor * lengths)))
+
+    return {
+        "rollout_batch_size": _largest(responses, found.args.rollout_batch_size),
+        "response_tokens": _largest(tokens, lengths),
+    }
+
+
+def _largest(grown: Callable[[int], Plan], size: int) -> tuple[int, int, str] | None:
+    factors = [2**k for k in range(1, MOST_DOUBLINGS + 1)]
+    for factor in factors:
+        if not (tried := grown(factor)).fits:
+            return factor // 2 * size, factor * size, tried.first_to_break
     return None

@@ -10,7 +10,7 @@ from rlhf_ppo.config.plan import PlanArgs
 from rlhf_ppo.models.costs.exchange import least_in_update, sent_in_update
 from rlhf_ppo.models.costs.terms import Term, total
 from rlhf_ppo.models.costs.weights import held
-from rlhf_ppo.pipeline.plan.fit import changes, find_fit, more_gpus
+from rlhf_ppo.pipeline.plan.fit import changes, find_fit, growth, more_gpus
 from rlhf_ppo.pipeline.plan.plan import Plan, plan
 from rlhf_ppo.runtime.logs.progress import short_count
 
@@ -54,6 +54,7 @@ def facts(found: Plan) -> dict[str, Any]:
         "usable_bytes": found.usable,
         "fits": found.fits,
         "breaks_first": found.first_to_break,
+        "grows_to": growth(found) if found.fits else None,
         "fits_with": None if fitting is None else changes(found.args, fitting.args),
         "seconds": listed(found.times),
         "sent_bytes": total(sent_in_update(setup)),
@@ -113,7 +114,7 @@ def verdict(found: Plan) -> str:
     parts = ", ".join(f"{x.what} {_short(x.amount / GB)} GB" for x in most)
     need = f"{phase} needs {_short(found.peak / GB)} GB of {_short(found.usable / GB)} GB, most of it {parts}"
     if found.fits:
-        return f"fits. What breaks first when it grows: {need}."
+        return f"fits. What breaks first when it grows: {need}.\n{_growth(found)}"
     said = f"does not fit: {need}.\n"
     fitting = find_fit(found)
     if fitting is None and not found.setup.on_cpu:
@@ -126,6 +127,20 @@ def verdict(found: Plan) -> str:
     adapter = ", which trains an adapter instead of all weights" if "lora_rank" in changed else ""
     cost = f"{_short(fitting.peak / GB)} GB, {_short(fitting.seconds)} s an iteration"
     return f"{said}fits with {_flags(changed)}{adapter}: {cost}."
+
+
+def _growth(found: Plan) -> str:
+    """Say how far the run may grow, size by size."""
+    words = {
+        "rollout_batch_size": "responses a rollout",
+        "response_tokens": "tokens a response, if the model reads as many",
+    }
+    lines = [
+        f"fits with up to {limit[0]:,} {words[size]}; at {limit[1]:,}, {limit[2]} breaks"
+        for size, limit in growth(found).items()
+        if limit is not None
+    ]
+    return "\n".join(lines)
 
 
 def _short(number: float) -> str:

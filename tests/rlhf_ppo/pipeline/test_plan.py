@@ -12,7 +12,7 @@ import torch
 
 from rlhf_ppo.cli import main
 from rlhf_ppo.config.plan import PlanArgs
-from rlhf_ppo.pipeline.plan.fit import changes, find_fit, more_gpus, replan
+from rlhf_ppo.pipeline.plan.fit import changes, find_fit, growth, more_gpus, replan
 from rlhf_ppo.pipeline.plan.plan import plan
 from rlhf_ppo.pipeline.plan.report import text
 
@@ -164,3 +164,15 @@ def test_bad_input_is_one_sentence(capsys, tmp_path):
     assert "response_tokens=100 is above max_new_tokens=48: lower the first or raise the second" in said
     assert "quantization='4bit' freezes the policy's weights" in refusal(capsys, *usual, "--quantization", "4bit")
     assert "critic='separate' needs a value_model" in refusal(capsys, *usual, "--critic", "separate")
+
+
+def test_how_far_a_run_may_grow_is_where_the_next_double_breaks(capsys):
+    found = plan_for("Qwen/Qwen2.5-0.5B")
+    limits = growth(found)
+    fits, breaks, phase = limits["rollout_batch_size"]
+    assert replan(found, rollout_batch_size=fits).fits and breaks == 2 * fits
+    too_large = replan(found, rollout_batch_size=breaks)
+    assert not too_large.fits and too_large.first_to_break == phase
+    assert f"fits with up to {fits:,} responses a rollout; at {breaks:,}, {phase} breaks" in text(found)
+    tokens = limits["response_tokens"][0]
+    assert replan(found, max_new_tokens=tokens).fits and "tokens a response, if the model reads as many" in text(found)
