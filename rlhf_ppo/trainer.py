@@ -25,7 +25,7 @@ from rlhf_ppo.models.quiet_libraries import without_library_bars
 from rlhf_ppo.models.saving import save_actor_critic
 from rlhf_ppo.models.sharded.skeleton import whole_copy
 from rlhf_ppo.runtime.command_line.unknown_names import refuse_unknown_arguments
-from rlhf_ppo.runtime.command_line.user_code import callback_name, require_callbacks
+from rlhf_ppo.runtime.command_line.user_code import callback_name
 from rlhf_ppo.runtime.errors import RatioTripwireError as RatioTripwireError
 from rlhf_ppo.runtime.explain import Explanation
 from rlhf_ppo.runtime.logs.progress import ProgressDisplay, print_summary
@@ -33,6 +33,7 @@ from rlhf_ppo.runtime.logs.run_directory import run_lock
 from rlhf_ppo.runtime.logs.trackers import reporting
 from rlhf_ppo.runtime.signals import stop_if_asked, stop_on_signals
 from rlhf_ppo.runtime.threads import torch_threads
+from rlhf_ppo.training.callbacks import Callback, read_callbacks, tell
 from rlhf_ppo.training.checkpoints import checkpoint
 from rlhf_ppo.training.checkpoints.resume import (
     SafePoint,
@@ -59,7 +60,6 @@ from rlhf_ppo.training.outside.publish import withdraw
 from rlhf_ppo.training.recorded.recorded_rollouts import Recording
 from rlhf_ppo.training.recorded.recording import keep_rollout, record_policy
 from rlhf_ppo.training.recorded.replayed_rollouts import replay_rollout, require_first_policy
-from rlhf_ppo.training.recorded.token_records import record_tokens
 from rlhf_ppo.training.reporting import (
     evaluate,
     is_due,
@@ -77,12 +77,12 @@ from rlhf_ppo.training.reporting import (
 )
 from rlhf_ppo.training.rewards import shape_rewards
 from rlhf_ppo.training.setup import RewardSource, set_up
-from rlhf_ppo.training.stability import require_no_drift
 from rlhf_ppo.training.state import TrainState
 from rlhf_ppo.training.trainer_attributes import TrainerAttributes
 from rlhf_ppo.training.update import adapt, update
+from rlhf_ppo.training.watching import begin_watch, observe, require_health
 
-Callback = Callable[["PPOTrainer", dict[str, float]], object]
+CallbackFunction = Callable[["PPOTrainer", dict[str, float]], object]
 """``callback(trainer, metrics)`` after each update; returning True ends the run after it."""
 
 
@@ -109,9 +109,10 @@ class PPOTrainer(TrainerAttributes):
         ref_model: str | PreTrainedModel | None = None,
         value_model: str | PreTrainedModel | None = None,
         peft_config: Any = None,
-        callbacks: Sequence[Callback] | None = None,
+        callbacks: Sequence[Callback | CallbackFunction] | None = None,
         respond: Respond | None = None,
         environment: Callable[[], TextEnvironment] | None = None,
+        judge_funcs: RewardSource | Sequence[RewardSource] = (),
     ) -> None:
         """Check everything that can be wrong, cheapest first, then load the models.
 
@@ -128,15 +129,17 @@ class PPOTrainer(TrainerAttributes):
             value_model: trunk of a critic of its own; default: a value head on the policy's trunk.
             peft_config: train an adapter; the reference is then the same model with the adapter off, or a copy where
                 that is not what training starts from.
-            callbacks: called after each update.
+            callbacks: functions called after each update, or objects whose methods are called at more moments (see
+                :class:`rlhf_ppo.Callback`).
             respond: answers the policy's turns if ``max_turns`` is above 1: ``respond(messages)`` returns text, or
                 None to end the conversation (see :data:`rlhf_ppo.generation.multi_turn.Respond`).
             environment: the class of what answers and rewards the policy's turns instead, or a function that makes
                 one for each conversation (see :class:`rlhf_ppo.TextEnvironment`).
+            judge_funcs: like ``reward_funcs``; they score some responses of each rollout and are never trained on.
         Raises:
             ValueError: bad settings, data, reward or models; says which, and what to do.
         """
-        self.callbacks: list[Callback] = require_callbacks(callbacks, "trainer, metrics")
+        self.callbacks: list[CallbackFunction] = read_callbacks(callbacks)
         self.fixed, actor_critic = set_up(
             model,
             reward_funcs,
@@ -149,6 +152,7 @@ class PPOTrainer(TrainerAttributes):
             peft_config=peft_config,
             respond=respond,
             environment=environment,
+            judge_funcs=judge_funcs,
         )
         require_first_policy(self.fixed, actor_critic)
         require_agreement(self.fixed, actor_critic)
@@ -176,7 +180,8 @@ class PPOTrainer(TrainerAttributes):
             OSError: a full disk; earlier checkpoints are untouched, and the message says where the model is.
             Interrupted: SIGINT or SIGTERM came; a checkpoint is saved first, from which the run resumes exactly.
             RewardError: a reward function failed; likewise, and the responses are saved.
-            NonFiniteGradientError, PolicyDriftError: likewise, if the settings say so (``on_nonfinite``, bounds).
+            NonFiniteGradientError, PolicyDriftError, UnhealthyRunError: likewise, if the settings say so
+                (``on_nonfinite``, bounds, ``watch``).
             RatioTripwireError: the update cannot be trusted; the model is saved first.
         """
         run, state, safe = self.fixed, self.state, self.safe
@@ -190,11 +195,14 @@ class PPOTrainer(TrainerAttributes):
             # Saved before the run waits for trackers.
             with trackers:
                 with saving_after_errors(state, run, safe), shown_progress(state, run) as progress:
+                    tell(self, self.callbacks, "on_train_begin")
                     metrics, ended_by = self._train(progress)
                 if ended_by is not None and not self.args.quiet:
                     done = f"{state.episodes} of {run.planned_episodes} episodes"
                     print(f"callback {callback_name(ended_by)} ended the run after {done}")
                 save_model(state, run, safe)
+                tell(self, self.callbacks, "on_save", run.folder.path)
+                tell(self, self.callbacks, "on_train_end", metrics)
             withdraw(run)
         plot_run(run)
         report_run(run)
@@ -213,17 +221,18 @@ class PPOTrainer(TrainerAttributes):
         ):
             yield
 
-    def _train(self, progress: ProgressDisplay) -> tuple[dict[str, float], Callback | None]:
+    def _train(self, progress: ProgressDisplay) -> tuple[dict[str, float], CallbackFunction | None]:
         """Run PPO to the last rollout, or until a callback ends it; returns the last metrics and that callback."""
         run, state, safe, ended_by = self.fixed, self.state, self.safe, None
         metrics, ahead = resumed_metrics(state, run), RolloutsAhead()
+        watch = begin_watch(run)
         if run.args.on_nonfinite == "rollback":
-            keep_checkpoint(state, run, safe)  # something to roll back to
+            tell(self, self.callbacks, "on_save", keep_checkpoint(state, run, safe))  # something to roll back to
         while state.iteration < run.args.num_rollouts and ended_by is None:
             run = self.fixed  # which callbacks may have changed
             safe.mark(run)
             if state.iteration == 0 or is_due(run.args.eval_every, state.iteration):
-                log_evaluation(state, run, safe, progress)
+                self._evaluate(progress)
             run.stopwatch.take()  # evaluations are not part of an iteration
 
             args = state.effective_settings(run.args)
@@ -241,6 +250,7 @@ class PPOTrainer(TrainerAttributes):
             else:
                 # 1. to 3. were recorded; read what the critic says now.
                 rollout, off_policy = replay_rollout(state, run, run.recording)
+            tell(self, self.callbacks, "on_rollout_end", rollout)
             safe.between_updates = False
             with run.stopwatch.phase("update"):
                 # 4. Shape the scores and charge the KL.
@@ -253,26 +263,36 @@ class PPOTrainer(TrainerAttributes):
                 adapt(state, args, updated)
             # 8. Log, call back, save.
             safe.mark(run)
-            with run.stopwatch.phase("record"):
-                record_tokens(state, run, rollout, estimates, args)
-            metrics, phases = {**updated.metrics, **off_policy}, run.stopwatch.take()
+            metrics = {**updated.metrics, **off_policy, **observe(state, run, rollout, estimates, args)}
+            phases = run.stopwatch.take()
             self.timings = phases.seconds
             log_update(state, run, rollout, metrics, phases, progress)
             keep_rollout(run, state.iteration, rollout)
             if updated.problem is not None:
                 roll_back(state, run, safe, updated.problem)
+                watch = begin_watch(run)
                 continue
-            require_no_drift(metrics, args)
+            require_health(run, watch, metrics, args)
             ending = self._call_back(metrics)
             ended_by = ending[0] if ending else None
             safe.mark(run)  # what callbacks drew is in the checkpoint: a resumed run does not call them again
             if is_due(args.save_every, state.iteration, last=bool(ending) or state.iteration == args.num_rollouts):
-                keep_checkpoint(state, run, safe)
+                tell(self, self.callbacks, "on_save", keep_checkpoint(state, run, safe))
             if ended_by is None:
                 run.processes.facts(stop_if_asked)
-        return {**metrics, **log_evaluation(state, run, safe, progress)}, ended_by
+        return {**metrics, **self._evaluate(progress)}, ended_by
 
-    def _call_back(self, metrics: dict[str, float]) -> list[Callback]:
+    def _evaluate(self, progress: ProgressDisplay) -> dict[str, float]:
+        """Evaluate, log and tell the callbacks, if there is an ``eval_dataset``."""
+        before = self.safe.checkpoint
+        metrics = log_evaluation(self.state, self.fixed, self.safe, progress)
+        if metrics:
+            tell(self, self.callbacks, "on_evaluate", metrics)
+        if self.safe.checkpoint is not None and self.safe.checkpoint != before:
+            tell(self, self.callbacks, "on_save", self.safe.checkpoint[1])
+        return metrics
+
+    def _call_back(self, metrics: dict[str, float]) -> list[CallbackFunction]:
         """Call the callbacks, on every process; returns those that end the run on some process."""
         ending = [number for number, callback in enumerate(self.callbacks) if callback(self, metrics) is True]
         votes = self.fixed.processes.facts(lambda: ending)

@@ -19,7 +19,7 @@ from rlhf_ppo.config.groups import (
 )
 from rlhf_ppo.config.name_hints import REMOVED, REMOVED_VALUES, SETTINGS
 from rlhf_ppo.config.presets import preset_settings
-from rlhf_ppo.config.run_groups import MemorySettings, RecordingSettings, RunSettings, SafetySettings
+from rlhf_ppo.config.run_groups import MemorySettings, RecordingSettings, RunSettings, SafetySettings, WatchSettings
 from rlhf_ppo.core.config import PPOConfig
 from rlhf_ppo.core.validation import refuse_unread
 from rlhf_ppo.runtime.command_line.presets import naming_preset
@@ -53,6 +53,7 @@ class RLHFConfig(
     OptimizationSettings,
     PPOConfig,
     SafetySettings,
+    WatchSettings,
     MemorySettings,
     RecordingSettings,
     RunSettings,

@@ -7,6 +7,7 @@ from typing import Literal
 
 from rlhf_ppo.core.validation import Settings, is_changed, refuse_unread
 from rlhf_ppo.runtime.logs.trackers import check_trackers
+from rlhf_ppo.runtime.symptoms import WATCHED
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -37,6 +38,31 @@ class SafetySettings(Settings):
                 f"on_nonfinite='stop' ends the run at the first non-finite step, but max_skipped_steps="
                 f"{self.max_skipped_steps}: drop one of them"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchSettings(Settings):
+    """Watch: warnings while a run trains, and a judge that it is not trained on."""
+
+    watch: Literal["warn", "stop", "off"] = "warn"
+    """What to do about a symptom of an unhealthy run, after each update: warn once, with the setting to change (warn);
+    stop, with a checkpoint (stop); or not to look (off)."""
+    stop_on: tuple[str, ...] = ()
+    """Symptoms that stop a run which only warns of others: no_signal, too_fast, collapse, critic, kl, length, endless,
+    repetition or judge (docs/watch.md)."""
+    judge_responses: int = 8
+    """With a judge: responses of each rollout that it scores."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_at_least(1, "judge_responses")
+        unknown = [name for name in self.stop_on if name not in WATCHED]
+        if unknown:
+            raise ValueError(f"stop_on names {unknown[0]!r}, which is no symptom: take some of {', '.join(WATCHED)}")
+        if self.watch == "stop":
+            refuse_unread(self, "watch='stop' stops at every symptom", "stop_on")
+        elif self.watch == "off":
+            refuse_unread(self, "watch='off' looks for none", "stop_on")
 
 
 @dataclass(frozen=True, kw_only=True)

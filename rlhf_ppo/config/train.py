@@ -74,6 +74,9 @@ class ModelArgs(Settings):
     """One or more rewards: file.py:function, module:function, a sequence-classification model's folder or hub id, or a
     reward server's http(s) address (its token comes from the environment: RLHF_PPO_REWARD_TOKEN). None is needed
     beside an environment, which rewards turns."""
+    judge: tuple[str, ...] = ()
+    """Rewards, named likewise, that score some responses of each rollout and are never trained on; if their score falls
+    while the reward rises, the run warns."""
     respond: str | None = None
     """What answers the policy's turns where max_turns is above 1: file.py:function or module:function."""
     environment: str | None = None

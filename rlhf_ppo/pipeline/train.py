@@ -56,6 +56,7 @@ def trainer_arguments(args: TrainArgs) -> dict[str, Any]:
         "peft_config": _lora(args),
         "respond": None if args.respond is None else load_function(args.respond, "respond"),
         "environment": None if args.environment is None else load_factory(args.environment, "environment"),
+        "judge_funcs": list(args.judge),
     }
 
 

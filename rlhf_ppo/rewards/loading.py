@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -12,7 +12,7 @@ from rlhf_ppo.config.groups import RewardSettings
 from rlhf_ppo.core.validation import is_changed
 from rlhf_ppo.data.chat import Completion
 from rlhf_ppo.data.prompts import PromptSet
-from rlhf_ppo.rewards.functions import RewardFunction, reward_name
+from rlhf_ppo.rewards.functions import RewardFunction, reward_name, reward_source
 from rlhf_ppo.rewards.http_client import HTTPReward
 from rlhf_ppo.rewards.reward_model import RewardModel
 from rlhf_ppo.rewards.validation import RewardError, coerce_scores
@@ -100,27 +100,58 @@ def load_rewards(
     rewards: dict[str, tuple[RewardFunction, float]] = {}
     any_model = any_server = False
     for source, weight in zip(sources, weights, strict=True):
-        function = load_reward(
-            source,
-            device=device,
-            chat_template=args.reward_chat_template,
-            max_length=args.reward_max_length,
-            http_timeout_s=args.http_timeout_s,
-            http_retries=args.http_retries,
-            http_batch_size=args.http_batch_size,
-            http_concurrency=args.http_concurrency,
-        )
+        function = _load(source, args, device)
         any_model |= isinstance(function, RewardModel) and function is not source
         any_server |= isinstance(function, HTTPReward) and function is not source
-        name = reward_name(function)
-        if name in rewards:
-            name = f"{name}_{len(rewards) + 1}"
-        rewards[name] = (function, weight)
+        rewards[_new_name(function, rewards)] = (function, weight)
     models, servers = "reward models loaded by name", "reward servers given by address"
     _refuse_unread(args, rewards, models, any_model, "reward_chat_template", "reward_max_length")
     http = ("http_timeout_s", "http_retries", "http_batch_size", "http_concurrency")
     _refuse_unread(args, rewards, servers, any_server, *http)
     return rewards
+
+
+def load_judges(
+    judge_funcs: RewardSource | Sequence[RewardSource],
+    trained: RewardSource | Sequence[RewardSource] | None,
+    args: RewardSettings,
+    device: torch.device,
+) -> dict[str, RewardFunction]:
+    """Load rewards that score responses and are never trained on: name -> function.
+
+    Args:
+        judge_funcs: one or several, or none.
+        trained: the run's rewards.
+        args: how models and servers are loaded.
+        device: where models are loaded.
+    Raises:
+        ValueError: see :func:`load_reward`; or the run is trained on one of them.
+    """
+    judges: dict[str, RewardFunction] = {}
+    for source in listed(judge_funcs):
+        if any(source is reward or (isinstance(source, str) and source == reward) for reward in listed(trained)):
+            raise ValueError(f"judge {reward_source(source)!r} is also a reward: what trains a run cannot judge it")
+        function = _load(source, args, device)
+        judges[_new_name(function, judges)] = function
+    return judges
+
+
+def _load(source: RewardSource, args: RewardSettings, device: torch.device) -> RewardFunction:
+    return load_reward(
+        source,
+        device=device,
+        chat_template=args.reward_chat_template,
+        max_length=args.reward_max_length,
+        http_timeout_s=args.http_timeout_s,
+        http_retries=args.http_retries,
+        http_batch_size=args.http_batch_size,
+        http_concurrency=args.http_concurrency,
+    )
+
+
+def _new_name(function: RewardFunction, taken: Collection[str]) -> str:
+    name = reward_name(function)
+    return f"{name}_{len(taken) + 1}" if name in taken else name
 
 
 def _refuse_unread(
@@ -134,7 +165,7 @@ def _refuse_unread(
             )
 
 
-def check_servers(rewards: dict[str, tuple[RewardFunction, float]], prompts: PromptSet, *, conversations: bool) -> None:
+def check_servers(rewards: Mapping[str, RewardFunction], prompts: PromptSet, *, conversations: bool) -> None:
     """Send each reward server an empty answer to the first prompt, before models are loaded.
 
     Raises:
@@ -144,7 +175,7 @@ def check_servers(rewards: dict[str, tuple[RewardFunction, float]], prompts: Pro
     empty: Completion = ""
     if conversations and not isinstance(batch.prompts[0], str):
         empty = [{"role": "assistant", "content": ""}]
-    for name, (function, _) in rewards.items():
+    for name, function in rewards.items():
         if isinstance(function, HTTPReward):
             try:
                 coerce_scores(function(batch.prompts, [empty], **batch.columns), 1, name, [0])

@@ -18,6 +18,10 @@ class RatioTripwireError(RunError):
     """Old and new log-probs differ before any optimizer step: sampling and training disagree."""
 
 
+class UnhealthyRunError(RunError):
+    """The metrics show a symptom at which the settings stop a run (``watch``, ``stop_on``)."""
+
+
 def print_failure(error: BaseException) -> int:
     """Print why a run failed, with the traceback of the user's own code where that raised; return the exit code 1.
 

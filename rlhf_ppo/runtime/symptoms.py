@@ -1,8 +1,7 @@
-"""Symptoms of an unhealthy run, each found in its metrics; :mod:`rlhf_ppo.runtime.advice` says what to change."""
+"""Symptoms of an unhealthy run, each found in its metrics; :mod:`rlhf_ppo.runtime.rules` says what to change."""
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +10,9 @@ from rlhf_ppo.runtime import healthy
 
 FEWEST_UPDATES = 6
 """Fewest updates from which a run is judged."""
+
+WATCHED = ("no_signal", "too_fast", "collapse", "critic", "kl", "length", "endless", "repetition", "judge")
+"""Names, in ``stop_on``, of the symptoms that a run is watched for while it trains."""
 
 
 class RunMetrics:
@@ -42,30 +44,44 @@ class RunMetrics:
         return _mean(values[len(values) // 2 :])
 
     def ends(self, key: str) -> tuple[float, float] | None:
-        """Return its means over the first and the last tenth, at least three updates each; None if there are fewer."""
+        """Return its means over the first and the last tenth, 3 to 5 updates at least; None if there are fewer."""
         values = self.values(key)
-        part = max(len(values) // 10, 3)
+        part = max(len(values) // 10, 3, min(len(values) // 4, 5))
         return (statistics.fmean(values[:part]), statistics.fmean(values[-part:])) if len(values) >= 2 * part else None
 
-    def rises(self, *, within: float = 1.0) -> bool:
-        """Whether score or return improved beyond its noise over the last part of the run (1: the whole)."""
-        return self._change(within) > 2
+    def until(self, key: str, part: float) -> list[float]:
+        """Return a metric's values in the first part of the run, as it is planned (1: the whole)."""
+        counted = (("progress/episodes", "total_episodes"), ("progress/env_steps", "total_timesteps"))
+        for done, total in counted:
+            if self.settings.get(total) and all(done in row for row in self.rows):
+                end = part * self.settings[total]
+                return [row[key] for row in self.rows if key in row and row[done] <= end]
+        values = self.values(key)
+        return values[: int(part * len(values))]
 
-    def falls(self) -> bool:
-        """Whether it fell beyond its noise over the run."""
-        return self._change(1.0) < -2
+    def change(self, key: str, *, within: float = 1.0) -> tuple[float, float]:
+        """Return a metric's change between the halves of the last part of the run (1: the whole), and its noise.
 
-    def _change(self, within: float) -> float:
-        """Return how far the second half of that part is above the first, in units of the noise of their means."""
-        values = self.values("score/mean") or self.values("episode/return_mean")
+        The noise is the change's standard error; infinite where there are too few updates.
+        """
+        values = self.values(key)
         values = values[-max(int(within * len(values)), FEWEST_UPDATES) :]
         half = len(values) // 2
         if half < 2:
-            return 0.0
+            return 0.0, float("inf")
         before, after = values[:half], values[-half:]
         noise = (statistics.variance(before) / half + statistics.variance(after) / half) ** 0.5
-        change = statistics.fmean(after) - statistics.fmean(before)
-        return change / noise if noise else math.copysign(math.inf, change) if change else 0.0
+        return statistics.fmean(after) - statistics.fmean(before), noise
+
+    def rises(self, *, within: float = 1.0) -> bool:
+        """Whether score or return improved beyond its noise over the last part of the run (1: the whole)."""
+        change, noise = self.change("score/mean" if self.values("score/mean") else "episode/return_mean", within=within)
+        return change > 2 * noise
+
+    def falls(self) -> bool:
+        """Whether it fell beyond its noise over the run."""
+        change, noise = self.change("score/mean" if self.values("score/mean") else "episode/return_mean")
+        return change < -2 * noise
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -99,8 +115,10 @@ def rounding(run: RunMetrics) -> str | None:
 
 
 def no_signal(run: RunMetrics) -> str | None:
-    spread = run.late("score/std")
-    return f"scores differ by {spread:.2g} within a rollout" if spread is not None and spread < 1e-6 else None
+    spread, advantages = run.late("score/std"), run.late("advantage/std")
+    if spread is not None and spread < 1e-6:
+        return f"scores differ by {spread:.2g} within a rollout"
+    return f"advantages differ by {advantages:.2g}" if advantages is not None and advantages < 1e-8 else None
 
 
 def too_fast(run: RunMetrics) -> str | None:
@@ -124,14 +142,16 @@ def cut_short(run: RunMetrics) -> str | None:
     return f"target_kl stops updates after {epochs:.1f} of {asked} epochs"
 
 
-def deterministic(run: RunMetrics) -> str | None:
-    values, ends = run.values("policy/entropy"), run.ends("policy/entropy")
-    if ends is None:
+def collapse(run: RunMetrics) -> str | None:
+    ends = run.ends("policy/entropy")
+    # An agent that has solved its task may be deterministic at the end; text should not be.
+    values = run.until("policy/entropy", 1.0 if run.values("score/mean") else 0.5)
+    if ends is None or ends[0] <= 0 or len(values) < FEWEST_UPDATES // 2:
         return None
-    middle = statistics.median(values[: len(values) // 2][-3:])
-    if ends[0] <= 0 or middle >= healthy.ENTROPY_LEFT * ends[0]:
-        return None
-    return f"entropy from {ends[0]:.3g} to {middle:.3g} nats per action by the middle of the run"
+    last = statistics.median(values[-3:])
+    return (
+        f"entropy from {ends[0]:.3g} to {last:.3g} nats per action" if last < healthy.ENTROPY_LEFT * ends[0] else None
+    )
 
 
 def random(run: RunMetrics) -> str | None:
@@ -172,6 +192,20 @@ def drift(run: RunMetrics) -> str | None:
     return f"{kl[1]:.1f} nats from the reference in {length[1]:.0f} tokens"
 
 
+def off_target(run: RunMetrics) -> str | None:
+    target, kl = run.settings.get("kl_target"), run.late("kl/reference_nats_per_response")
+    if not target or kl is None or kl <= 2 * target:
+        return None
+    return f"KL to the reference {kl:.3g} nats per response, with kl_target={target:g}"
+
+
+def below_zero(run: RunMetrics) -> str | None:
+    kl, length = run.late("kl/reference_nats_per_response"), run.late("response/length_tokens")
+    if kl is None or length is None or kl >= min(-1.0, -0.02 * length):
+        return None
+    return f"KL to the reference {kl:.3g} nats per response"
+
+
 def held_back(run: RunMetrics) -> str | None:
     kl = run.ends("kl/reference_nats_per_response")
     if kl is None or kl[1] > 0.1 or run.rises() or not run.settings.get("kl_coef"):
@@ -179,11 +213,32 @@ def held_back(run: RunMetrics) -> str | None:
     return f"{kl[1]:.2f} nats from the reference, and the score did not rise"
 
 
-def never_stops(run: RunMetrics) -> str | None:
+def endless(run: RunMetrics) -> str | None:
     ends = run.ends("response/eos_fraction")
     if ends is None or ends[0] < 0.2 or ends[1] > 0.5 * ends[0]:
         return None
     return f"responses that end with a stop token fell from {ends[0]:.0%} to {ends[1]:.0%}"
+
+
+def length(run: RunMetrics) -> str | None:
+    ends = run.ends("response/length_tokens")
+    if ends is None or min(ends) > 0.5 * max(ends) or abs(ends[1] - ends[0]) < 8:
+        return None
+    return f"responses went from {ends[0]:.0f} to {ends[1]:.0f} tokens"
+
+
+def repeats(run: RunMetrics) -> str | None:
+    ends = run.ends("response/repeated_fraction")
+    if ends is None or ends[1] < ends[0] + 0.2:
+        return None
+    return f"the share of four-token runs that a response repeats went from {ends[0]:.0%} to {ends[1]:.0%}"
+
+
+def judge_disagrees(run: RunMetrics) -> str | None:
+    change, noise = run.change("judge/score_mean")
+    if not run.rises() or change >= -2 * noise:
+        return None
+    return f"the judge's score changed by {change:.3g} while the reward rose by {run.change('score/mean')[0]:.3g}"
 
 
 def unfinished(run: RunMetrics) -> str | None:

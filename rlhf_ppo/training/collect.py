@@ -21,7 +21,8 @@ from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward.runner import Sequences
 from rlhf_ppo.models.sharded.sharding import gathered
 from rlhf_ppo.rewards.logs import RewardLog
-from rlhf_ppo.rewards.scoring import Responses, score_responses
+from rlhf_ppo.rewards.scoring import DecodeOf, Responses, score_responses
+from rlhf_ppo.rewards.step_rewards import Decode
 from rlhf_ppo.rewards.validation import RewardError, Score
 from rlhf_ppo.runtime.seeding import TRAIN, numbered_generator
 from rlhf_ppo.runtime.signals import stop_if_asked
@@ -193,16 +194,30 @@ def score(run: Run, rollout: Rollout, *, needs_scores: bool = True) -> Rollout:
         return rollout
 
 
-def _score_parts(run: Run, rollout: Rollout, log: RewardLog, *, needs_scores: bool) -> dict[str, list[Score]]:
+def responses_of(rollout: Rollout) -> Responses:
+    """Return what reward functions receive about a rollout."""
     ids, turns = (
         None if x is None else [row[keep].tolist() for row, keep in zip(x, rollout.mask, strict=True)]
         for x in (rollout.response_ids, rollout.turns)
     )
+    return Responses(rollout.prompts, rollout.completions, rollout.columns, ids, rollout.conversations, turns)
+
+
+def decoding_of(run: Run, rollout: Rollout, rows: Sequence[int] | None = None) -> DecodeOf:
+    """Return how the ids of a rollout's responses were decoded; of ``rows`` alone if they are given."""
     pieces = TextPieces(run.tokenizer)
+
+    def decode_of(i: int, turn: int) -> Decode:
+        return partial(pieces.decode, _before_turn(pieces, rollout, i if rows is None else rows[i], turn))
+
+    return decode_of
+
+
+def _score_parts(run: Run, rollout: Rollout, log: RewardLog, *, needs_scores: bool) -> dict[str, list[Score]]:
     return score_responses(
         {name: function for name, (function, _) in run.rewards.items()},
-        Responses(rollout.prompts, rollout.completions, rollout.columns, ids, rollout.conversations, turns),
-        decode_of=lambda i, turn: partial(pieces.decode, _before_turn(pieces, rollout, i, turn)),
+        responses_of(rollout),
+        decode_of=decoding_of(run, rollout),
         timeout_s=run.args.reward_timeout_s,
         drop_nonfinite=run.args.drop_nonfinite_scores,
         needs_scores=needs_scores,

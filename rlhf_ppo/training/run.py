@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -73,6 +73,8 @@ class Run:
     reward_sources: list[str]
     """Likewise, the reward functions."""
     stopwatch: Stopwatch
+    judges: dict[str, RewardFunction] = field(default_factory=dict)
+    """Name -> a reward function that scores some responses and is never trained on."""
     recording: Recording | None = None
     """The rollouts that the run trains on instead of sampling (``replay``)."""
     gradient: MinibatchGradient = minibatch_gradient

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf_ppo.config.groups import RolloutSettings
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core.validation import refuse_unread
 from rlhf_ppo.data.chat import refuse_prefill, with_chat_template
@@ -38,7 +37,7 @@ from rlhf_ppo.models.loading import (
 )
 from rlhf_ppo.rewards.cache import make_caches
 from rlhf_ppo.rewards.functions import RewardFunction, require_accepts_columns, reward_source
-from rlhf_ppo.rewards.loading import RewardSource, check_servers, listed, load_rewards, names_model
+from rlhf_ppo.rewards.loading import RewardSource, check_servers, listed, load_judges, load_rewards, names_model
 from rlhf_ppo.rewards.reward_model import RewardModel
 from rlhf_ppo.runtime.device import compute_in_bf16, resolve_device
 from rlhf_ppo.runtime.logs.progress import Stopwatch
@@ -50,7 +49,7 @@ from rlhf_ppo.runtime.processes.launch import own_gpu
 from rlhf_ppo.training.checkpoints.fingerprints import require_same_data
 from rlhf_ppo.training.models.fitted_critic import require_same_task
 from rlhf_ppo.training.models.learning_rates import resolve_learning_rates
-from rlhf_ppo.training.models.load_models import check_models, check_passes, load_models, prepare_critic
+from rlhf_ppo.training.models.load_models import CriticStart, check_models, check_passes, load_models, prepare_critic
 from rlhf_ppo.training.models.shard_models import plan_sharding, run_setup
 from rlhf_ppo.training.outside.connect import connect
 from rlhf_ppo.training.recorded.recorded_rollouts import Recording
@@ -71,6 +70,7 @@ def set_up(
     peft_config: Any,
     respond: Respond | None = None,
     environment: Callable[[], TextEnvironment] | None = None,
+    judge_funcs: RewardSource | Sequence[RewardSource] = (),
     trains: bool = True,
 ) -> tuple[Run, ActorCritic]:
     """Check and load all that a run needs; arguments and errors are those of :class:`rlhf_ppo.PPOTrainer`.
@@ -81,19 +81,17 @@ def set_up(
     Returns:
         (what is fixed for the run, policy and critic).
     """
-    args, processes, partner = _join(args, eval_dataset, respond, environment)
+    args, processes, partner, device, bf16 = _join(args, eval_dataset, respond, environment)
     sources = {"model": source_name(model), "ref_model": None if ref_model is None else source_name(ref_model)}
-    device, bf16 = _device(args)
     model, ref_model, value_model = map(resolve_model, (model, ref_model, value_model))
     config = load_config(model)
-    check_models(args, model, ref_model, value_model, peft_config, device, bf16=bf16)
-    critic = prepare_critic(args, model, value_model, peft_config)
+    critic = _check_models(args, model, ref_model, value_model, peft_config, device, bf16)
     tokenizer = with_chat_template(processing_class or load_tokenizer(model), args.chat_template)
-    recording, room = open_replay(args, config, tokenizer), prompt_room(config, args.max_new_tokens)
-    sampling = _sampling_params(args, choose_stop_tokens(model, config, tokenizer, args, vocabulary_size(config)))
+    room, sampling, recording = _responses(args, model, config, tokenizer)
     train_prompts, eval_prompts = _prompt_sets(train_dataset, eval_dataset, tokenizer, args, config, room, partner)
     sets = _check_sets(processes, (train_prompts, eval_prompts), tokenizer, turns=partner is not None)
     rewards = _load_rewards(reward_funcs, args, device, sets, partner, recording=recording)
+    judges = _load_judges(judge_funcs, reward_funcs, args, device, sets, conversations=partner is not None)
     require_same_task(critic.fitted, args, tokenizer, rewards)
     engine = connect(args, model, peft_config, config, tokenizer, sets, sampling.stop_token_ids, bf16=bf16)
     given = (model, ref_model, value_model, peft_config, rewards, args, device, processes)
@@ -110,6 +108,7 @@ def set_up(
         train_prompts=train_prompts,
         eval_prompts=eval_prompts,
         rewards=rewards,
+        judges=judges,
         score_caches=make_caches(rewards) if args.cache_rewards else {},
         respond=partner,
         reference=models.reference,
@@ -128,21 +127,34 @@ def set_up(
     ), models.actor_critic
 
 
-def _device(args: RLHFConfig) -> tuple[torch.device, bool]:
-    """Return the run's device, and whether it computes in bfloat16."""
-    device = own_gpu(resolve_device(args.device))
-    return device, compute_in_bf16(args.precision, device)
-
-
 def _join(
     args: Any, eval_dataset: RowSource | None, respond: Respond | None, environment: Any
-) -> tuple[RLHFConfig, ProcessGroup, Respond | Episodes | None]:
-    """Join the other processes, which must have the same settings; check these, and what answers the policy's turns."""
+) -> tuple[RLHFConfig, ProcessGroup, Respond | Episodes | None, torch.device, bool]:
+    """Join the other processes, which must have the same settings; check these, and what answers the policy's turns.
+
+    Returns:
+        (settings of this process, the processes, what answers, where this one computes, whether in bfloat16).
+    """
     if not isinstance(args, RLHFConfig):
         raise TypeError(f"args must be an RLHFConfig, got {type(args).__name__}: write RLHFConfig(output_dir=..., ...)")
     processes = join_for(args)
     args = _check_arguments(args, eval_dataset, respond, environment, processes)
-    return args, processes, respond if environment is None else Episodes(environment)
+    device, partner = own_gpu(resolve_device(args.device)), respond if environment is None else Episodes(environment)
+    return args, processes, partner, device, compute_in_bf16(args.precision, device)
+
+
+def _check_models(
+    args: RLHFConfig,
+    model: str | PreTrainedModel,
+    ref_model: str | PreTrainedModel | None,
+    value_model: str | PreTrainedModel | None,
+    peft_config: Any,
+    device: torch.device,
+    bf16: bool,
+) -> CriticStart:
+    """Check models before they are loaded, and choose the critic."""
+    check_models(args, model, ref_model, value_model, peft_config, device, bf16=bf16)
+    return prepare_critic(args, model, value_model, peft_config)
 
 
 def _check_sets(
@@ -203,14 +215,18 @@ def _prompt_sets(
     return [None if rows is None else prompt_set(rows, name=name) for name, rows in named.items()]
 
 
-def _sampling_params(args: RolloutSettings, stop_token_ids: tuple[int, ...]) -> SamplingParams:
-    return SamplingParams(
+def _responses(
+    args: RLHFConfig, model: str | PreTrainedModel, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int | None, SamplingParams, Recording | None]:
+    """Return the maximum prompt length in tokens, how responses are sampled, and those that are recorded already."""
+    sampling = SamplingParams(
         max_new_tokens=args.max_new_tokens,
         min_new_tokens=args.min_new_tokens,
         temperature=args.temperature,
-        stop_token_ids=stop_token_ids,
+        stop_token_ids=choose_stop_tokens(model, config, tokenizer, args, vocabulary_size(config)),
         stop_strings=args.stop_strings,
     )
+    return prompt_room(config, args.max_new_tokens), sampling, open_replay(args, config, tokenizer)
 
 
 def _load_rewards(
@@ -231,14 +247,34 @@ def _load_rewards(
             check_attention(args, f"reward {source_name(source)!r}", source, AutoModelForSequenceClassification)
     rewards = load_rewards(sources, args, device)
     require_same_rewards(recording, {name: weight for name, (_, weight) in rewards.items()})
+    _check_rewards({name: function for name, (function, _) in rewards.items()}, sets, conversations=conversations)
+    return rewards
+
+
+def _load_judges(
+    judge_funcs: RewardSource | Sequence[RewardSource],
+    reward_funcs: RewardSource | Sequence[RewardSource] | None,
+    args: RLHFConfig,
+    device: torch.device,
+    sets: Sequence[PromptSet],
+    *,
+    conversations: bool,
+) -> dict[str, RewardFunction]:
+    """Load the judges, and check that they can judge responses to these prompts."""
+    judges = load_judges(judge_funcs, reward_funcs, args, device)
+    _check_rewards(judges, sets, conversations=conversations)
+    return judges
+
+
+def _check_rewards(rewards: Mapping[str, RewardFunction], sets: Sequence[PromptSet], *, conversations: bool) -> None:
+    """Check that rewards, or judges, can be asked about responses to these prompts."""
     for prompts in sets:
-        for name, (function, _) in rewards.items():
+        for name, function in rewards.items():
             require_accepts_columns(function, name, prompts.columns, prompts.name, conversations=conversations)
             if isinstance(function, RewardModel) and prompts.has_prompts:
                 function.require_readable(prompts)
     if sets and sets[0].has_prompts:
         check_servers(rewards, sets[0], conversations=conversations)
-    return rewards
 
 
 def _reward_sources(reward_funcs: RewardSource | Sequence[RewardSource] | None) -> list[str]:

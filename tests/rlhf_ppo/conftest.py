@@ -141,6 +141,7 @@ def make_trainer(tmp_path: Path, tokenizer, make_model):
         callbacks: Any = None,
         respond: Any = None,
         environment: Any = None,
+        judge_funcs: Any = (),
         **settings: Any,
     ) -> PPOTrainer:
         small = {
@@ -169,6 +170,7 @@ def make_trainer(tmp_path: Path, tokenizer, make_model):
             callbacks=callbacks,
             respond=respond,
             environment=environment,
+            judge_funcs=judge_funcs,
         )
 
     return make

@@ -13,7 +13,8 @@ from classic.cli import main as classic_main
 from classic.presets.resolve import resolve
 from rlhf_ppo import RLHFConfig
 from rlhf_ppo.cli import main
-from rlhf_ppo.runtime.advice import RULES, advise, tuning_page
+from rlhf_ppo.runtime.advice import advise, tuning_page
+from rlhf_ppo.runtime.rules import RULES
 
 UPDATES = 40
 BF16 = {"precision": "auto", "fingerprints": {"bf16": True}}
@@ -46,14 +47,19 @@ SYMPTOMS = {
     "updates too large": {"policy/clip_fraction": lambda t: 0.5 * (t > 0.4)},
     "updates too small": {"policy/clip_fraction": lambda t: 0.0, "policy/approx_kl": lambda t: 1e-6},
     "updates stopped early": {"optim/epochs": lambda t: 2},
-    "a deterministic policy early on": {"policy/entropy": lambda t: 2.0 if t < 0.2 else 0.05},
+    "a deterministic policy": {"policy/entropy": lambda t: 2.0 if t < 0.2 else 0.05},
     "a policy that stays random": {"policy/entropy": lambda t: 2.0, **FLAT},
     "a critic worse than a constant": {"value/explained_variance": lambda t: -0.2},
     "large returns": {"value/return_mean": lambda t: -1000.0},
     "every gradient is clipped": {"optim/grad_norm": lambda t: 50.0},
     "drift from the reference": {"kl/reference_nats_per_response": lambda t: 30 * t},
+    "KL above its target": {"kl/reference_nats_per_response": lambda t: 5.0},
+    "KL below zero": {"kl/reference_nats_per_response": lambda t: -5.0},
     "held back by the reference": {"kl/reference_nats_per_response": lambda t: 0.01, **FLAT},
     "responses that no longer end": {"response/eos_fraction": lambda t: 0.9 - 0.9 * t},
+    "length that runs away": {"response/length_tokens": lambda t: 30.0 + 60 * t},
+    "responses that repeat themselves": {"response/repeated_fraction": lambda t: 0.5 * t},
+    "a judge that disagrees": {"judge/score_mean": lambda t: 1 - t},
     "not finished": {"score/mean": lambda t: t},
 }
 
@@ -82,7 +88,8 @@ def test_every_rule_has_a_symptom_here():
 
 @pytest.mark.parametrize("name", SYMPTOMS)
 def test_a_symptom_meets_its_own_rule_and_no_other(tmp_path, name):
-    settings = {**SETTINGS, **(BF16 if name.startswith("rounding") else {})}
+    special = {"rounding as large as the clip range": BF16, "KL above its target": {"kl_target": 2.0}}
+    settings = {**SETTINGS, **special.get(name, {})}
     (found,) = advise(write_run(tmp_path / "run", SYMPTOMS[name], settings))
     assert found.rule.name == name
 

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rlhf_ppo.data.chat import display_text
 from rlhf_ppo.data.tokenization import encode_bare
 from rlhf_ppo.pipeline.doctor.findings import Section
 from rlhf_ppo.pipeline.doctor.probe import Numbers, Probe, ask
 from rlhf_ppo.rewards.scoring import Responses
 from rlhf_ppo.rewards.validation import RewardError
+from rlhf_ppo.runtime.texts import display_text
 from rlhf_ppo.training.run import Run
 
 PROMPTS = 4

@@ -7,12 +7,12 @@ import textwrap
 
 import numpy as np
 
-from rlhf_ppo.data.chat import display_text
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.pipeline.doctor.answers import try_answers
 from rlhf_ppo.pipeline.doctor.findings import Section
 from rlhf_ppo.pipeline.doctor.probe import Numbers, Probe, correlation, measure, sample
 from rlhf_ppo.rewards.validation import RewardError
+from rlhf_ppo.runtime.texts import display_text
 from rlhf_ppo.training.run import Run
 
 TIES = 1e-6

@@ -30,6 +30,8 @@ METRICS: dict[str, str] = {
     "score/cache_hit_fraction": "With cache_rewards: share of the rollout's scores taken from the cache.",
     "score/running_mean/*": "With normalize_scores: running mean of one reward function's scores; * is the function's name.",
     "score/running_std/*": "With normalize_scores: running standard deviation of one reward function's scores.",
+    "judge/score_mean": "With judges: mean score of the responses that they score (judge_responses of each rollout); never trained on.",
+    "judge/part/*": "With several judges: mean score of one of them; * is the function's name.",
     "reward/mean_per_response": "Sum of a response's per-token rewards (score and penalties minus the KL penalty), mean over responses.",
     "reward/logged/*": "A number that a reward function logged by log_metric, mean over the responses it was called for; * is the name it gave.",
     "kl/reference_nats_per_response": "KL to the frozen reference in nats: k1 summed over each response, mean over responses.",

@@ -26,6 +26,7 @@ PHASES = {
     "generate": "generating",
     "reference": "reading reference",
     "score": "scoring",
+    "judge": "judging",
     "replay": "reading rollout",
     "update": "updating",
     "record": "recording tokens",

@@ -192,20 +192,6 @@ class RunLockedError(ValueError):
     """Another run is writing into the folder."""
 
 
-def is_locked(folder: str | Path) -> bool:
-    """Whether a run is writing into a folder; leaves no trace."""
-    file = Path(folder) / LOCK_FILE
-    if fcntl is None or not file.exists():
-        return False
-    with file.open("rb") as handle:
-        try:
-            # A shared lock, given back at once: a run that starts in this very moment is the only one to notice.
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
-
-
 @contextmanager
 def run_lock(folder: str | Path, processes: ProcessGroup = ALONE) -> Iterator[None]:
     """Lock a run's folder during the block. The operating system releases the lock however the process ends.

@@ -43,7 +43,7 @@ MAY_CHANGE = (
     *("http_timeout_s", "http_retries", "http_batch_size", "http_concurrency", "reward_timeout_s"),
     *("respond_timeout_s", "respond_concurrency"),
     *("vllm_url", "vllm_timeout_s", "vllm_retries", "max_sampler_gap"),
-    *("process_timeout_s", "report_to"),
+    *("process_timeout_s", "report_to", "watch", "stop_on", "judge_responses"),
     *("gradient_checkpointing", "offload_activations", "sharding", "sharded_decoding", "compile"),
     *("on_nonfinite", "max_skipped_steps", "max_kl_nats_per_response", "min_entropy_nats_per_token"),
 )

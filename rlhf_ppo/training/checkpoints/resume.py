@@ -21,7 +21,7 @@ from rlhf_ppo.models.sharded.skeleton import whole_copy
 from rlhf_ppo.rewards.validation import RewardError
 from rlhf_ppo.runtime.checkpoints.checkpoint import MANIFEST, Checkpoint, file_facts
 from rlhf_ppo.runtime.checkpoints.resume import find_checkpoint
-from rlhf_ppo.runtime.errors import NonFiniteGradientError, RatioTripwireError
+from rlhf_ppo.runtime.errors import NonFiniteGradientError, RatioTripwireError, UnhealthyRunError
 from rlhf_ppo.runtime.files import require_space
 from rlhf_ppo.runtime.processes.errors import OtherProcessError
 from rlhf_ppo.runtime.processes.group import ProcessGroup
@@ -33,7 +33,17 @@ from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.stability import PolicyDriftError, nonfinite_parameters
 from rlhf_ppo.training.state import TrainState
 
-_SAYS_HOW = (RewardError, RespondError, VLLMError, NonFiniteGradientError, PolicyDriftError, RatioTripwireError)
+_SAYS_HOW = (
+    *(
+        RewardError,
+        RespondError,
+        VLLMError,
+        NonFiniteGradientError,
+        PolicyDriftError,
+        RatioTripwireError,
+        UnhealthyRunError,
+    ),
+)
 """Errors whose message goes on to say how to resume."""
 
 _RAISED_BY_ALL = (Interrupted, *_SAYS_HOW)

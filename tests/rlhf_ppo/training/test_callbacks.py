@@ -10,6 +10,7 @@ import pytest
 from peft import LoraConfig
 
 import classic
+from rlhf_ppo import Callback
 from rlhf_ppo.cli import main
 
 
@@ -103,3 +104,70 @@ def test_an_evaluation_knows_a_reward_that_trained_from_python(
         words += f"{tmp_path}/prompts.jsonl --output-dir {tmp_path}/out --device cpu --precision fp32 --quiet"
         assert main(words.split()) == 0
         assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["judge_was_trained_on"] == trained
+
+
+class Recorder(Callback):
+    """Notes each call."""
+
+    def __init__(self):
+        self.calls = []
+
+    def on_train_begin(self, trainer):
+        self.calls.append(("begin", trainer.iteration))
+
+    def on_rollout_end(self, trainer, rollout):
+        self.calls.append(("rollout", len(rollout.completions)))
+
+    def on_update_end(self, trainer, metrics):
+        self.calls.append(("update", metrics["progress/iteration"]))
+        return trainer.iteration == 2
+
+    def on_evaluate(self, trainer, metrics):
+        self.calls.append(("evaluate", "eval/score_mean" in metrics))
+
+    def on_save(self, trainer, folder):
+        self.calls.append(("save", folder.name))
+
+    def on_train_end(self, trainer, metrics):
+        self.calls.append(("end", metrics["progress/iteration"]))
+
+
+def test_an_object_hears_of_every_moment_in_order_and_may_end_the_run(make_trainer, tmp_path):
+    recorder, functions = Recorder(), []
+    settings = {"output_dir": str(tmp_path / "run"), "save_every": 1, "eval_every": 1, "save_best": True}
+    callbacks = [recorder, lambda trainer, metrics: functions.append(trainer.iteration)]
+    rows = [{"prompt": "the cat"}]
+    make_trainer(total_episodes=80, eval_dataset=rows, callbacks=callbacks, **settings).train()
+    each = [("rollout", 8), ("update", 1), ("save", "checkpoint-1"), ("evaluate", True)]
+    last = [("rollout", 8), ("update", 2), ("save", "checkpoint-2"), ("evaluate", True)]
+    assert recorder.calls == [("begin", 0), ("evaluate", True), *each, *last, ("save", "run"), ("end", 2)]
+    assert functions == [1, 2]
+
+
+def test_the_checkpoint_of_a_best_evaluation_is_told_of(make_trainer, tmp_path):
+    recorder = Recorder()
+    settings = {"output_dir": str(tmp_path / "run"), "eval_every": 1, "save_best": True}
+    make_trainer(eval_dataset=[{"prompt": "the cat"}], callbacks=[recorder], **settings).train()
+    saves = [name for kind, name in recorder.calls if kind == "save"]
+    assert "checkpoint-1" in saves and saves[-1] == "run" and len(saves) == len(set(saves))
+
+
+@pytest.mark.parametrize(
+    ("hook", "meant"),
+    [
+        ("on_step_end", "write on_update_end"),
+        ("on_log", "write on_update_end"),
+        ("on_rollout_ended", "write on_rollout_end"),
+        ("on_x", "there are on_train_begin, on_rollout_end, "),
+    ],
+)
+def test_a_hook_that_does_not_exist_is_refused_where_it_is_written(hook, meant):
+    with pytest.raises(TypeError, match=f"Mine.{hook} would never be called: {meant}"):
+        type("Mine", (Callback,), {hook: lambda *_: None})
+
+
+def test_the_callbacks_of_another_library_are_refused(make_trainer):
+    from transformers import TrainerCallback
+
+    with pytest.raises(ValueError, match=r"callbacks\[0\], TrainerCallback, .* is no rlhf_ppo.Callback: inherit"):
+        make_trainer(callbacks=[TrainerCallback()])
