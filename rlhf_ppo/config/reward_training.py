@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_ppo.config.data import DataArgs
-from rlhf_ppo.config.run_groups import Precision, ProcessSettings
+from rlhf_ppo.config.run_groups import Precision, ProcessSettings, ReportSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardTrainingArgs(DataArgs, ProcessSettings):
+class RewardTrainingArgs(DataArgs, ProcessSettings, ReportSettings):
     """Train a reward model on pairs of a chosen and a rejected answer (Bradley-Terry)."""
 
     dataset: tuple[str, ...]
     """Preferences: one or more hub ids, folders, or csv, jsonl or parquet files (also .gz)."""
     output_dir: str
-    """Folder for the reward model, reward_metrics.json and calibration.png."""
+    """Folder for the reward model, metrics.jsonl, reward_metrics.json and calibration.png."""
     model: str = "embedded"
     """Model to start from: a causal language model's or classifier's folder or hub id, or "embedded"."""
     prompt_column: str | None = "prompt"

@@ -146,7 +146,19 @@ class ProcessSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings(ProcessSettings):
+class ReportSettings(Settings):
+    """Reports: who else is told."""
+
+    report_to: tuple[str, ...] = ()
+    """Trackers that also receive metrics and samples: tensorboard (into output_dir/tensorboard), wandb, trackio."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_trackers(self.report_to)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(ProcessSettings, ReportSettings):
     """Run: seed, device, evaluations, checkpoints, reports."""
 
     output_dir: str
@@ -180,8 +192,6 @@ class RunSettings(ProcessSettings):
     all."""
     save_best: bool = False
     """Also save a checkpoint whenever an evaluation's eval/score_mean is the best so far; needs eval_every."""
-    report_to: tuple[str, ...] = ()
-    """Trackers that also receive the metrics: tensorboard (into output_dir/tensorboard), wandb, trackio."""
     samples_per_rollout: int = 2
     """Responses of each rollout to write to samples.jsonl, and to tokens/ where tokens are recorded."""
     record_tokens_every: int | None = None
@@ -199,6 +209,5 @@ class RunSettings(ProcessSettings):
         self._require("from 0 to 4294967295", lambda value: 0 <= value < 2**32, "seed")
         self._require_at_least(0, "eval_every", "save_every", "samples_per_rollout", "record_tokens_every")
         self._require_positive("num_threads", "save_total_limit")
-        check_trackers(self.report_to)
         if self.eval_every == 0:
             refuse_unread(self, "it is about evaluations during training, and eval_every=0 makes none", "save_best")

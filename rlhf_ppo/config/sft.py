@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_ppo.config.data import DataArgs
-from rlhf_ppo.config.run_groups import ProcessSettings
+from rlhf_ppo.config.run_groups import ProcessSettings, ReportSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTArgs(DataArgs, ProcessSettings):
+class SFTArgs(DataArgs, ProcessSettings, ReportSettings):
     """Fine-tune a language model on text or on prompts with completions, or train a new one."""
 
     dataset: tuple[str, ...]
     """Training text: one or more hub ids, folders, or csv, jsonl or parquet files (also .gz)."""
     output_dir: str
-    """Folder for the trained model and its tokenizer, in transformers' own format."""
+    """Folder for the trained model and its tokenizer, in transformers' own format, and metrics.jsonl."""
     model: str | None = None
     """Model to continue from: a hub id or folder, or "embedded" (the small GPT-2 in the package)."""
     architecture: str | None = None

@@ -193,8 +193,7 @@ def log_evaluation(state: TrainState, run: Run, safe: SafePoint, progress: Progr
                 # Before the lines below: a run that resumes from it evaluates again.
                 keep_checkpoint(state, run, safe)
         run.folder.log({"progress/iteration": state.iteration, "progress/episodes": state.episodes, **metrics})
-        for row in rows:
-            run.folder.append("eval_samples.jsonl", {"iteration": state.iteration, **row})
+        _log_samples(state, run, "eval_samples.jsonl", rows)
     return metrics
 
 
@@ -210,8 +209,7 @@ def log_update(
     folder, iteration = run.folder, state.iteration
     # Where no step was finite, some averages are undefined.
     folder.log({name: value for name, value in metrics.items() if math.isfinite(value)})
-    for row in describe(rollout)[: run.args.samples_per_rollout]:
-        folder.append("samples.jsonl", {"iteration": iteration, **row})
+    _log_samples(state, run, "samples.jsonl", describe(rollout)[: run.args.samples_per_rollout])
     tokens = int(rollout.lengths.sum())
     row: dict[str, Any] = {"iteration": iteration, "generated_tokens": tokens, **phases.seconds}
     if phases.peak_bytes:
@@ -226,6 +224,10 @@ def log_update(
         entropy=metrics["policy/entropy"],
         clipped=metrics["policy/clip_fraction"],
     )
+
+
+def _log_samples(state: TrainState, run: Run, file: str, rows: list[dict[str, Any]]) -> None:
+    run.folder.log_samples(file, rows, iteration=state.iteration, step=state.episodes)
 
 
 def describe(rollout: Rollout) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import threading
 import warnings
 from pathlib import Path
@@ -17,6 +18,16 @@ from rlhf_ppo.runtime.logs.run_directory import RunDirectory
 from rlhf_ppo.runtime.logs.trackers import TRACKERS, check_trackers, reporting, require_installed
 
 LINES = [{"progress/episodes": 8.0 * i, "score/mean": i / 4} for i in (1, 2, 3)]
+SAMPLES = [
+    {"prompt": "a|b", "completion": "c\n<d>", "score": 0.5, "finished": True, "parsed": {"deep": 1}},
+    {"prompt": "a", "completion": "", "score": None, "finished": False, "turns": 2},
+]
+SHOWN = trackers.Samples(
+    "samples",
+    ["prompt", "completion", "score", "finished", "parsed", "turns"],
+    [["a|b", "c\n<d>", 0.5, 1.0, '{"deep": 1}', None], ["a", "", None, 0.0, None, 2.0]],
+    8,
+)
 
 
 class Fake:
@@ -27,6 +38,7 @@ class Fake:
 
     def __init__(self, project: str, **options: Any) -> None:
         self.project, self.options, self.lines, self.ended = project, options, [], False
+        self.samples: list[trackers.Samples] = []
         Fake.made.append(self)
 
     def _maybe_raise(self, what: str) -> None:
@@ -52,6 +64,7 @@ def fakes(monkeypatch):
     for name in ("TensorBoardTracker", "WandBTracker", "TrackioTracker"):
         monkeypatch.setattr(tracking, name, Fake)
     monkeypatch.setattr(trackers, "find_spec", lambda name: object())
+    monkeypatch.setattr(trackers, "log_samples", lambda name, tracker, samples: tracker.samples.append(samples))
     Fake.made, Fake.broken = [], None
     return Fake.made
 
@@ -61,8 +74,11 @@ def report(folder: Path, names: tuple[str, ...]) -> None:
     with reporting(run, names, project="p", settings={"seed": 1, "stop_strings": ("a",), "device": None}):
         for line in LINES:
             run.log(line)
+            run.log_samples("samples.jsonl", SAMPLES, iteration=1, step=int(line["progress/episodes"]))
     run.log(LINES[0])  # after the block nobody is told
+    run.log_samples("samples.jsonl", SAMPLES, iteration=1, step=8)
     assert run.read() == [*LINES, LINES[0]]
+    assert run.read("samples.jsonl") == [{"iteration": 1, **row} for row in SAMPLES] * 4
 
 
 def test_each_tracker_gets_every_line_with_its_step(tmp_path, fakes):
@@ -70,6 +86,7 @@ def test_each_tracker_gets_every_line_with_its_step(tmp_path, fakes):
     assert len(fakes) == 3
     for fake in fakes:
         assert fake.lines == [(8 * i, line) for i, line in zip((1, 2, 3), LINES, strict=True)] and fake.ended
+        assert fake.samples == [SHOWN._replace(step=8 * i) for i in (1, 2, 3)]
     # Each was made in a thread of its own, in any order.
     board, trackio, wandb = sorted(fakes, key=lambda fake: len(fake.options))
     assert board.options == {"logging_dir": str(tmp_path / "run")}
@@ -184,6 +201,11 @@ def test_tensorboard_itself(tmp_path):
     report(tmp_path, ("tensorboard",))
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("score/mean")] == [(8, 0.25), (16, 0.5), (24, 0.75)]
+    shown = events.Tensors("samples/text_summary")
+    assert [event.step for event in shown] == [8, 16, 24]
+    (markdown,) = shown[0].tensor_proto.string_val
+    assert markdown.decode() == SHOWN.markdown() and len(markdown.splitlines()) == 4
+    assert markdown.decode().splitlines()[2] == r'| a\|b | c<br>&lt;d&gt; | 0.5 | 1 | {"deep": 1} |  |'
 
 
 def test_wandb_itself_offline(tmp_path, monkeypatch):
@@ -193,6 +215,8 @@ def test_wandb_itself_offline(tmp_path, monkeypatch):
         warnings.simplefilter("error", UserWarning)
         report(tmp_path, ("wandb",))
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    tables = sorted(tmp_path.glob("wandb/offline-run-*/files/media/table/samples_*.table.json"))
+    assert len(tables) == 3 and json.loads(tables[0].read_text()) == {"columns": SHOWN.columns, "data": SHOWN.cells}
 
 
 def test_trackio_itself(tmp_path, monkeypatch):
@@ -201,7 +225,11 @@ def test_trackio_itself(tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         report(tmp_path / "run", ("trackio",))
-    assert list((tmp_path / "kept").rglob("*.db"))
+    (file,) = (tmp_path / "kept").rglob("*.db")
+    with sqlite3.connect(file) as kept:
+        rows = [json.loads(row) for (row,) in kept.execute("select metrics from metrics")]
+    (first, *_) = (row["samples"]["_value"] for row in rows if "samples" in row)
+    assert [[row[column] for column in SHOWN.columns] for row in first] == SHOWN.cells
 
 
 def test_a_language_models_run_reports_too(tmp_path, fakes):
@@ -220,3 +248,25 @@ def test_a_language_models_run_reports_too(tmp_path, fakes):
     for fake in fakes:
         assert fake.lines == [(int(line["progress/episodes"]), line) for line in lines]
         assert fake.project == "rlhf-ppo" and fake.options["config"]["model"] == "embedded"
+        samples, evaluations = ([x for x in fake.samples if x.name == name] for name in ("samples", "eval_samples"))
+        assert [x.step for x in samples] == [2] and [x.step for x in evaluations] == [0, 2]
+        assert len(samples[0].cells) == 2 and samples[0].cells[0][0].startswith("One ")
+
+
+@pytest.mark.parametrize("command", ["sft", "reward"])
+def test_training_on_labelled_data_reports_too(tmp_path, fakes, command):
+    from rlhf_ppo.cli import main
+
+    rows = [
+        {"text": f"One {w}", "prompt": f"One {w}", "chosen": " a", "rejected": " b"} for w in "abcdefghijklmnopqrst"
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = f"{command} --model embedded --dataset {tmp_path}/rows.jsonl --output-dir {tmp_path}/run --batch-size 9"
+    assert main([*flags.split(), "--quiet", "--report-to", "wandb", "--eval-fraction", "0.1"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    (fake,) = fakes
+    assert fake.lines == [(line["progress/optimizer_steps"], line) for line in lines] and fake.ended
+    assert [line["progress/optimizer_steps"] for line in lines] == [1, 2, 2]
+    trained, measured = ("sft/loss", "eval/perplexity") if command == "sft" else ("preference/loss", "eval/accuracy")
+    assert trained in lines[0] and "optim/learning_rate" in lines[0] and measured in lines[2]
+    assert json.loads((tmp_path / "run/run.json").read_text())["report_to"] == ["wandb"]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.config.reward_training import RewardTrainingArgs
@@ -33,13 +33,14 @@ from rlhf_ppo.models.loading import (
 )
 from rlhf_ppo.models.quiet_libraries import without_library_bars
 from rlhf_ppo.pipeline.evaluation.intervals import calibration
+from rlhf_ppo.pipeline.labelled.bradley_terry import bradley_terry_loss, preference_metrics
 from rlhf_ppo.pipeline.labelled.supervised import make_optimizer, round_trained, save_model, supervised_run, take_step
 from rlhf_ppo.rewards.reward_model import ONE_STACK, padding_is_harmless, text_scores
 from rlhf_ppo.runtime.device import compute_in_bf16, resolve_device
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space
 from rlhf_ppo.runtime.logs.run_directory import RunDirectory, run_lock
-from rlhf_ppo.runtime.package import versions
+from rlhf_ppo.runtime.logs.trackers import require_installed
 from rlhf_ppo.runtime.plots import plot_calibration
 from rlhf_ppo.runtime.processes.group import ProcessGroup
 from rlhf_ppo.runtime.processes.join import join_for
@@ -63,17 +64,6 @@ class Pairs(NamedTuple):
     """Number of pairs with a text that was truncated."""
 
 
-def bradley_terry_loss(
-    chosen: Tensor, rejected: Tensor, *, margin: Tensor | float = 0.0, centering: float = 0.0
-) -> Tensor:
-    """Compute -log sigmoid(chosen - rejected - margin) + centering (chosen + rejected)^2 for scores [B] each: [B].
-
-    Sources: Bradley and Terry (1952); the margin: Touvron et al., "Llama 2" (2023); the centering, which fixes the
-    constant that the first term leaves open: Eisenstein et al., "Helping or Herding?" (2023).
-    """
-    return -logsigmoid(chosen - rejected - margin) + centering * (chosen + rejected).square()
-
-
 def train_reward_model(args: RewardTrainingArgs) -> dict[str, float]:
     """Train, measure on held-out prompts, and save a folder that :class:`rlhf_ppo.RewardModel` opens.
 
@@ -84,9 +74,11 @@ def train_reward_model(args: RewardTrainingArgs) -> dict[str, float]:
         NonFiniteGradientError: a non-finite loss, gradient, score or weight; nothing is saved.
         SavedModelError: the saved folder holds another model than the one that was trained.
     """
+    require_installed(args.report_to)
     processes = join_for(args)
-    args = args if processes.first else dataclasses.replace(args, quiet=True)
-    run, device = RunDirectory(args.output_dir, quiet=args.quiet), own_gpu(resolve_device(args.device))
+    args = args if processes.first else dataclasses.replace(args, quiet=True, report_to=())
+    run = RunDirectory(args.output_dir, quiet=args.quiet, writes=processes.first)
+    device = own_gpu(resolve_device(args.device))
     with run_lock(run.path, processes), without_library_bars():
         bf16 = compute_in_bf16(args.precision, device)
         source = resolve_model(args.model)
@@ -97,7 +89,7 @@ def train_reward_model(args: RewardTrainingArgs) -> dict[str, float]:
         model = _load_model(args, source).to(device)
         needed = saved_bytes(model, adapted=args.lora_rank is not None)
         processes.on_first(lambda: require_space(run.path, needed, f"the model that is saved into {run.path}"))
-        chosen, rejected = _train(model, tokenizer, pairs, args, processes, bf16=bf16)
+        chosen, rejected = _train(model, tokenizer, pairs, args, processes, run, bf16=bf16)
         metrics = {
             **preference_metrics(chosen, rejected),
             "train_pairs": len(pairs.train),
@@ -105,7 +97,7 @@ def train_reward_model(args: RewardTrainingArgs) -> dict[str, float]:
             "eval_prompts": len({pair.prompt for pair in pairs.held_out}),
             "cut_pairs": pairs.cut,
         }
-        processes.on_first(lambda: _write_report(run, args, metrics, chosen - rejected))
+        processes.on_first(lambda: _write_report(run, metrics, chosen - rejected))
         # RewardModel pads by length whatever stands here; other readers need some pad token to score a batch.
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         model.config.get_text_config().pad_token_id = pad
@@ -113,10 +105,9 @@ def train_reward_model(args: RewardTrainingArgs) -> dict[str, float]:
     return metrics
 
 
-def _write_report(run: RunDirectory, args: RewardTrainingArgs, metrics: dict[str, float], gaps: Tensor) -> None:
-    """Write settings, metrics and calibration; ``gaps`` [N] are chosen minus rejected scores."""
+def _write_report(run: RunDirectory, metrics: dict[str, float], gaps: Tensor) -> None:
+    """Write metrics and calibration; ``gaps`` [N] are chosen minus rejected scores."""
     bins = calibration(gaps)
-    run.start({**dataclasses.asdict(args), "versions": versions("torch", "transformers", "peft")})
     run.write_json("reward_metrics.json", {**metrics, "calibration": bins})
     plot_calibration(bins, run.path / "calibration.png", title=f"{len(gaps)} held-out pairs")
 
@@ -175,6 +166,7 @@ def _train(
     pairs: Pairs,
     args: RewardTrainingArgs,
     processes: ProcessGroup,
+    run: RunDirectory,
     *,
     bf16: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -188,9 +180,9 @@ def _train(
         "run": f"{steps} optimizer steps of {args.batch_size} pairs",
     }
     total, done = args.num_epochs * len(pairs.train), 0
-    with supervised_run(model, args, about, total, processes=processes, unit="pairs", bf16=bf16) as progress:
+    with supervised_run(model, args, about, total, run=run, processes=processes, unit="pairs", bf16=bf16) as progress:
         model.train()
-        for batch in _batches(len(pairs.train), args):
+        for step, batch in enumerate(_batches(len(pairs.train), args), start=1):
             numbers = take_step(
                 model,
                 partial(_own_losses, scores, pairs.train_ids, margins, batch.tolist(), args, processes),
@@ -203,14 +195,27 @@ def _train(
             )
             done += len(batch)
             progress.update(done, **numbers)
+            run.log(_step_metrics(step, numbers, scheduler))
         with progress.aside("evaluating"):
             chosen, rejected = _held_out_scores(model, scores, pairs.held_out_ids, args.batch_size, processes)
+        finite = bool(torch.isfinite(chosen - rejected).all())
+        measured = preference_metrics(chosen, rejected) if finite else {}
+        run.log({"progress/optimizer_steps": steps, **{f"eval/{name}": x for name, x in measured.items()}})
     round_trained(model, args.save_dtype, f"after all {done} pairs")
-    if not torch.isfinite(chosen - rejected).all():
+    if not finite:
         raise NonFiniteGradientError(
             f"after all {done} pairs a held-out score is non-finite, so nothing was saved; lower learning_rate"
         )
     return chosen, rejected
+
+
+def _step_metrics(step: int, numbers: dict[str, float], scheduler: LRScheduler) -> dict[str, float]:
+    return {
+        "progress/optimizer_steps": step,
+        "preference/loss": numbers["loss"],
+        "preference/accuracy": numbers["correct"],
+        "optim/learning_rate": float(scheduler.get_last_lr()[0]),
+    }
 
 
 def _own_losses(
@@ -270,19 +275,6 @@ def _held_out_scores(
     parts = [part.tensors["scores"].to(model.device) for part in processes.exchange(score_own) if part.tensors]
     chosen, rejected = torch.cat(parts, dim=1)
     return chosen, rejected
-
-
-def preference_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
-    """Compute accuracy (ties count half), loss, expected calibration error and mean scores, from scores [N] each."""
-    gap = chosen - rejected
-    return {
-        "accuracy": float(((gap > 0).float() + 0.5 * (gap == 0).float()).mean()),
-        "loss": float(bradley_terry_loss(chosen, rejected).mean()),
-        "calibration_error": sum(row["pairs"] * abs(row["predicted"] - row["observed"]) for row in calibration(gap))
-        / len(gap),
-        "chosen_score": float(chosen.mean()),
-        "rejected_score": float(rejected.mean()),
-    }
 
 
 def reward_command(args: RewardTrainingArgs) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice, repeat
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,13 +13,11 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_parameter_names
 
@@ -36,12 +33,12 @@ from rlhf_ppo.models.loading import (
     load_config,
     load_policy,
     load_tokenizer,
-    refuse_encoder_decoder,
     resolve_model,
     saved_bytes,
     vocabulary_size,
 )
 from rlhf_ppo.models.quiet_libraries import without_library_bars
+from rlhf_ppo.pipeline.labelled.new_model import new_model
 from rlhf_ppo.pipeline.labelled.supervised import (
     make_optimizer,
     round_trained,
@@ -53,6 +50,7 @@ from rlhf_ppo.runtime.device import resolve_device
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space
 from rlhf_ppo.runtime.logs.run_directory import RunDirectory, run_lock
+from rlhf_ppo.runtime.logs.trackers import require_installed
 from rlhf_ppo.runtime.processes.group import ALONE, ProcessGroup
 from rlhf_ppo.runtime.processes.join import join_for
 from rlhf_ppo.runtime.processes.launch import own_gpu
@@ -64,8 +62,6 @@ __all__ = ["Example", "SFTArgs", "encode_examples", "hold_out", "nats_per_token"
 
 Row = dict[str, Any]
 """A row of :func:`encode_examples`."""
-
-END_OF_TEXT = "<|endoftext|>"
 
 MAX_GRAD_NORM = 1.0
 
@@ -81,9 +77,11 @@ def sft(args: SFTArgs) -> dict[str, float]:
         NonFiniteGradientError: a non-finite loss, gradient or weight; nothing is saved.
         SavedModelError: the saved folder holds another model than the one that was trained.
     """
+    require_installed(args.report_to)
     processes = join_for(args)
-    args = args if processes.first else dataclasses.replace(args, quiet=True)
-    folder, device = RunDirectory(args.output_dir).path, own_gpu(resolve_device())
+    args = args if processes.first else dataclasses.replace(args, quiet=True, report_to=())
+    run = RunDirectory(args.output_dir, quiet=args.quiet, writes=processes.first)
+    folder, device = run.path, own_gpu(resolve_device())
     with run_lock(folder, processes), without_library_bars():
         seed_everything(args.seed)
         config, tokenizer, data = _prepare(args, processes)
@@ -92,10 +90,10 @@ def sft(args: SFTArgs) -> dict[str, float]:
         needed = saved_bytes(model, adapted=False)
         processes.on_first(lambda: require_space(folder, needed, f"the model that is saved into {folder}"))
         cast(nn.Module, model).to(device)
-        loss = _train(model, data["train"], data["test"], args, processes)
+        metrics = _train(model, data["train"], data["test"], args, processes, run)
         _stop_at(model, cast(int, tokenizer.eos_token_id))
         save_model(model, tokenizer, folder, load_policy, processes)
-    return {"eval/loss_nats_per_token": loss, "eval/perplexity": math.exp(loss) if loss < 700 else math.inf}
+    return metrics
 
 
 def _prepare(
@@ -112,7 +110,7 @@ def _prepare(
         config, tokenizer = load_config(source), load_tokenizer(source)
     else:
         texts = [prompt + answer for prompt, answer, _ in parts["train"] if isinstance(prompt, str)]
-        config, tokenizer = _new_model(str(args.architecture), texts, args.max_length, processes)
+        config, tokenizer = new_model(str(args.architecture), texts, args.max_length, processes)
     if not processes.alone and getattr(config.get_text_config(), "output_router_logits", False):
         raise ValueError(
             f"{args.model or args.architecture} has output_router_logits=true in its config: its loss has a term over "
@@ -126,52 +124,6 @@ def _prepare(
     return config, tokenizer, {n: encode_examples(p, tokenizer, longest, n, vocab_size=size) for n, p in parts.items()}
 
 
-def _new_model(
-    architecture: str, texts: list[str], max_length: int, processes: ProcessGroup
-) -> tuple[PretrainedConfig, PreTrainedTokenizerFast]:
-    """Load the configuration of a new model, and train its tokenizer."""
-    if architecture.endswith(".json") and not Path(architecture).is_file():
-        raise FileNotFoundError(f"architecture {architecture}: there is no such file")
-    config = AutoConfig.from_pretrained(architecture, trust_remote_code=False)
-    refuse_encoder_decoder(config, f"architecture {architecture}", "name a decoder's (GPT-2, Llama, Qwen, ...)")
-    tokenizer = train_tokenizer(texts, config.vocab_size, context_length(config) or max_length, processes)
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"architecture {architecture} has vocab_size={config.vocab_size}, but every byte and end of text make "
-            f"{len(tokenizer)} tokens: raise it"
-        )
-    config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
-    return config, tokenizer
-
-
-def train_tokenizer(
-    texts: list[str], vocab_size: int, max_length: int, processes: ProcessGroup = ALONE
-) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE like GPT-2's, on the first process; end of text is its only special token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    def train() -> str:
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[END_OF_TEXT],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        tokenizer.train_from_iterator(texts, trainer)
-        return tokenizer.to_str()
-
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(processes.on_first(train)),
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        model_max_length=max_length,
-        clean_up_tokenization_spaces=False,
-    )
-
-
 def _load_model(args: SFTArgs, config: PretrainedConfig) -> PreTrainedModel:
     """Load the model, or initialize a new one of this configuration."""
     if args.model is None:
@@ -180,9 +132,14 @@ def _load_model(args: SFTArgs, config: PretrainedConfig) -> PreTrainedModel:
 
 
 def _train(
-    model: PreTrainedModel, train_rows: Dataset, held_out: Dataset, args: SFTArgs, processes: ProcessGroup
-) -> float:
-    """Train and round the model in place; return its loss on the held-out rows."""
+    model: PreTrainedModel,
+    train_rows: Dataset,
+    held_out: Dataset,
+    args: SFTArgs,
+    processes: ProcessGroup,
+    run: RunDirectory,
+) -> dict[str, float]:
+    """Train and round the model in place; return its loss and perplexity on the held-out rows."""
     seed_everything(args.seed)  # neither order nor dropout depends on what initialization drew
     steps = math.ceil(args.num_epochs * math.ceil(len(train_rows) / args.batch_size))
     optimizer, scheduler = make_optimizer(_parameter_groups(model, args.weight_decay), args, steps)
@@ -190,7 +147,7 @@ def _train(
         "rows": f"{len(train_rows)} train, {len(held_out)} held out",
         "run": f"{steps} optimizer steps of {args.batch_size} rows",
     }
-    with supervised_run(model, args, about, steps, processes=processes, unit="steps") as progress:
+    with supervised_run(model, args, about, steps, run=run, processes=processes, unit="steps") as progress:
         model.train()
         for step, rows in enumerate(islice(_batches(train_rows, args, processes), steps), start=1):
             numbers = take_step(
@@ -203,15 +160,19 @@ def _train(
                 where=f"step {step}",
             )
             progress.update(step, **numbers)
+            rate = float(scheduler.get_last_lr()[0])
+            run.log({"progress/optimizer_steps": step, "sft/loss": numbers["loss"], "optim/learning_rate": rate})
         with progress.aside("evaluating"):
-            held_out_loss = nats_per_token(model, held_out, args.batch_size, processes)
-    where = f"after the last step ({steps})"
-    if not math.isfinite(held_out_loss):
-        raise NonFiniteGradientError(
-            f"{where}, on the held-out rows: the loss is {held_out_loss}, so nothing was saved; lower learning_rate"
-        )
+            loss = nats_per_token(model, held_out, args.batch_size, processes)
+        where = f"after the last step ({steps})"
+        if not math.isfinite(loss):
+            raise NonFiniteGradientError(
+                f"{where}, on the held-out rows: the loss is {loss}, so nothing was saved; lower learning_rate"
+            )
+        metrics = {"eval/loss_nats_per_token": loss, "eval/perplexity": math.exp(loss) if loss < 700 else math.inf}
+        run.log({"progress/optimizer_steps": steps, **metrics})
     round_trained(model, args.save_dtype, where)
-    return held_out_loss
+    return metrics
 
 
 def _batches(rows: Dataset, args: SFTArgs, processes: ProcessGroup) -> Iterator[list[Row]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import save_or_rescue
 from rlhf_ppo.runtime.logs.metrics import MetricAverage
 from rlhf_ppo.runtime.logs.progress import ProgressDisplay, model_rows, print_summary
+from rlhf_ppo.runtime.logs.run_directory import RunDirectory
+from rlhf_ppo.runtime.logs.trackers import reporting
+from rlhf_ppo.runtime.package import versions
 from rlhf_ppo.runtime.processes.group import ProcessGroup
 from rlhf_ppo.runtime.seeding import seed_everything
 from rlhf_ppo.runtime.threads import torch_threads
@@ -104,17 +108,21 @@ def supervised_run(
     rows: dict[str, str],
     total: int,
     *,
+    run: RunDirectory,
     processes: ProcessGroup,
     unit: str,
     bf16: bool = False,
 ) -> Iterator[ProgressDisplay]:
     """Run with the threads of ``args`` and draws of this process's own: print the summary, then show progress.
 
+    The run's folder is started, and what is logged in it goes to trackers, too.
+
     Args:
         model: it is trained on the device where its parameters are.
         args: settings.
         rows: the summary's rows on data and run.
         total: the progress at the end, in ``unit``.
+        run: its folder.
         processes: those that share the work.
         unit: what the progress counts, such as pairs.
         bf16: whether matrix products are in bf16.
@@ -125,7 +133,12 @@ def supervised_run(
         seed_everything(args.seed + processes.rank)  # other rows need other dropout masks
     if not processes.alone:
         rows = {"processes": f"{processes.size}, each with all weights", **rows}
-    with torch_threads(args.num_threads, model):
+    settings = dataclasses.asdict(args)
+    run.start({**settings, "versions": versions("torch", "transformers", "peft")})
+    with (
+        torch_threads(args.num_threads, model),
+        reporting(run, args.report_to, project="rlhf-ppo", settings=settings),
+    ):
         about_model = model_rows(name, model, device=device, bf16=bf16)
         print_summary({**about_model, **rows, "folder": args.output_dir}, quiet=args.quiet)
         with ProgressDisplay(unit, total, each="step", quiet=args.quiet) as progress:

@@ -16,6 +16,7 @@ from rlhf_ppo.runtime.files import read_json, replace_text, sync_file
 from rlhf_ppo.runtime.logs.metrics import require_known_metrics
 from rlhf_ppo.runtime.logs.tables import TABLES, copy_tables, rewind_tables
 from rlhf_ppo.runtime.processes.group import ALONE, ProcessGroup
+from rlhf_ppo.runtime.texts import display_text
 
 try:
     import fcntl
@@ -76,6 +77,8 @@ class RunDirectory:
         self.path, self.quiet, self.writes = Path(path), quiet, writes
         self.listener: Callable[[Mapping[str, float]], None] | None = None
         """Called with each line of metrics.jsonl after it is written (see :mod:`rlhf_ppo.runtime.logs.trackers`)."""
+        self.samples_listener: Callable[[str, Sequence[Mapping[str, Any]], int], None] | None = None
+        """Called with samples after they are written: the file's name without its suffix, the rows, the step."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output_dir {self.path} is a file: name a folder")
         try:
@@ -173,6 +176,21 @@ class RunDirectory:
         self.append("metrics.jsonl", metrics)
         if self.listener is not None:
             self.listener(metrics)
+
+    def log_samples(self, name: str, rows: Sequence[Mapping[str, Any]], *, iteration: int, step: int) -> None:
+        """Append samples to a JSONL file.
+
+        Args:
+            name: the file's.
+            rows: one per sample.
+            iteration: goes into each row.
+            step: where trackers show them.
+        """
+        for row in rows:
+            self.append(name, {"iteration": iteration, **row})
+        if rows and self.samples_listener is not None:
+            shown = [{**row, **{x: display_text(row[x]) for x in ("prompt", "completion")}} for row in rows]
+            self.samples_listener(name.removesuffix(".jsonl"), shown, step)
 
     def read(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
         """Read the rows of a JSONL file; [] if it does not exist. A last line cut off by a kill is dropped.

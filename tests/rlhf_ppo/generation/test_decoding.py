@@ -113,7 +113,7 @@ def test_custom_stop_tokens_end_a_response(make_trainer, script, prompts):
 
 def test_sampled_ids_are_trained_whatever_their_text_would_tokenise_to(make_trainer, make_model):
     """A byte-pair tokenizer reads most random token sequences back as other tokens."""
-    from rlhf_ppo.pipeline.labelled.sft import train_tokenizer
+    from rlhf_ppo.pipeline.labelled.new_model import train_tokenizer
 
     pairs = train_tokenizer(["the cat sat on the mat with the hat"] * 50, 280, 64)
     trainer = make_trainer(

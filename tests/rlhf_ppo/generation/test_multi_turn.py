@@ -130,7 +130,7 @@ def test_nothing_is_recorded_at_the_tokens_of_replies(talk, prompts):
 
 def test_sampled_ids_are_trained_whatever_their_text_would_tokenise_to(talk, make_model):
     """A byte-pair tokenizer reads most random token sequences back as other tokens; also from turn to turn."""
-    from rlhf_ppo.pipeline.labelled.sft import train_tokenizer
+    from rlhf_ppo.pipeline.labelled.new_model import train_tokenizer
 
     pairs = train_tokenizer(["the cat sat on the mat with the hat"] * 50, 280, 64)
     trainer = talk(

@@ -39,7 +39,7 @@ def test_a_stop_string_ends_a_response_and_its_text_is_cut(make_trainer, script,
 
 def test_strings_are_found_however_tokens_split_text_and_characters():
     """A byte-level tokenizer splits characters too; the response ends at the first token whose text completes one."""
-    from rlhf_ppo.pipeline.labelled.sft import train_tokenizer
+    from rlhf_ppo.pipeline.labelled.new_model import train_tokenizer
 
     pairs = train_tokenizer(["the cat sat on the mat"] * 50, 280, 64)
     for text, stops in (
@@ -77,7 +77,7 @@ def test_the_cost_of_a_token_does_not_grow_with_the_response(tokenizer, monkeypa
 
 
 def test_bytes_that_never_make_a_character_do_not_hold_it_up(monkeypatch):
-    from rlhf_ppo.pipeline.labelled.sft import train_tokenizer
+    from rlhf_ppo.pipeline.labelled.new_model import train_tokenizer
 
     pairs = train_tokenizer(["the cat"] * 50, 280, 64)
     broken = pairs("\u00e9", add_special_tokens=False)["input_ids"][0]  # the first of two bytes

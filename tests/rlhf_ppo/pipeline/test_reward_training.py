@@ -17,12 +17,8 @@ from rlhf_ppo import RewardModel
 from rlhf_ppo.cli import main
 from rlhf_ppo.data.preferences import Preference, read_preferences, split_by_prompt
 from rlhf_ppo.pipeline.evaluation.intervals import calibration
-from rlhf_ppo.pipeline.labelled.reward_training import (
-    RewardTrainingArgs,
-    bradley_terry_loss,
-    preference_metrics,
-    train_reward_model,
-)
+from rlhf_ppo.pipeline.labelled.bradley_terry import bradley_terry_loss, preference_metrics
+from rlhf_ppo.pipeline.labelled.reward_training import RewardTrainingArgs, train_reward_model
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.logs.run_directory import LOCK_FILE, RunLockedError, run_lock
 
@@ -216,7 +212,7 @@ def test_a_diverging_run_says_where_and_saves_nothing(quick, write, tmp_path, se
     """In one batch of all pairs there is no next step to notice; weights of about 1e6 are beyond float16."""
     with pytest.raises(NonFiniteGradientError, match=message):
         train_reward_model(quick(write(pairs(100)), warmup_steps=0, **settings))
-    assert [file.name for file in (tmp_path / "rm").iterdir()] == [LOCK_FILE]
+    assert {file.name for file in (tmp_path / "rm").iterdir()} == {LOCK_FILE, "run.json", "metrics.jsonl"}
 
 
 def test_same_seed_same_weights(quick, write, tmp_path):

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from rlhf_ppo.data.examples import Example, collate, encode_examples, read_examples
 from rlhf_ppo.generation.stop_tokens import stop_tokens
-from rlhf_ppo.pipeline.labelled.sft import SFTArgs, nats_per_token, sft, train_tokenizer
+from rlhf_ppo.pipeline.labelled.new_model import train_tokenizer
+from rlhf_ppo.pipeline.labelled.sft import SFTArgs, nats_per_token, sft
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.logs.run_directory import RunLockedError, run_lock
 
@@ -341,7 +342,7 @@ def test_a_disk_that_fills_leaves_the_old_model_and_the_new_one_elsewhere(
     monkeypatch.setattr(shutil, "disk_usage", free)
     with pytest.raises(OSError, match=r"out cannot be written: it needs .*were saved in .*rescue.* instead"):
         sft(dataclasses.replace(args, seed=1))
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == old
+    assert (tmp_path / "out" / "previous-1" / "model.safetensors").read_bytes() == old
     (kept,) = (tmp_path / "rescue").iterdir()
     AutoModelForCausalLM.from_pretrained(kept)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))

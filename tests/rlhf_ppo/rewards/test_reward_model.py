@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from rlhf_ppo.data.tokenization import encode_text
-from rlhf_ppo.pipeline.labelled.sft import train_tokenizer
+from rlhf_ppo.pipeline.labelled.new_model import train_tokenizer
 from rlhf_ppo.rewards.loading import load_reward
 from rlhf_ppo.rewards.reward_model import RewardModel
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlhf_ppo import StepRewards
-from rlhf_ppo.pipeline.labelled.sft import train_tokenizer
+from rlhf_ppo.pipeline.labelled.new_model import train_tokenizer
 from rlhf_ppo.rewards.scoring import Responses, score, score_responses
 from rlhf_ppo.rewards.step_rewards import step_rewards_per_token
 from rlhf_ppo.rewards.validation import RewardError, coerce_scores
