@@ -1,4 +1,4 @@
-"""Train a small GPT-2 to answer three questions in a text game.
+"""Train a small GPT-2 to answer three questions in a text game, which is an environment of a few lines.
 
 Tom is asked about his pet, then its colour, then its name. An answer without a fitting word ends the game, so points
 for the last question need all three. What you will see: a progress bar, the points per game before and after, and two
@@ -9,9 +9,9 @@ Run:  python examples/multi_turn.py
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
-from rlhf_ppo.generation.environments import Environments
 
 OPENING = 'Tom met {name}. "What pet do you have?" {name} asked. Tom said, "I have a'
 NAMES = "Lily Ben Mia Sam Anna Max Sue Tim Amy Jack Lucy Bob".split()
@@ -25,14 +25,15 @@ QUESTIONS = [
 class ThreeQuestions:
     """Give a point for each answer with a fitting word; the first answer without one ends the game."""
 
-    def reset(self) -> str:
+    def reset(self, row: dict[str, Any]) -> str:
         self.asked = 0
-        return ""
+        return OPENING.format(name=row["name"])
 
-    def step(self, action: str) -> tuple[str, float, bool]:
+    def step(self, messages: list[dict[str, Any]]) -> tuple[str, float, bool]:
         words, next_question = QUESTIONS[self.asked]
         self.asked += 1
-        right = bool(set(words.split()) & set(action.lower().replace(".", " ").replace(",", " ").split()))
+        said = messages[-1]["content"].lower().replace(".", " ").replace(",", " ").split()
+        right = bool(set(words.split()) & set(said))
         return next_question, float(right), not right or self.asked == len(QUESTIONS)
 
 
@@ -44,12 +45,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--output-dir", default="runs/three-questions", help="folder of the run")
     flags = parser.parse_args(argv)
 
-    games = Environments(lambda prompt: ThreeQuestions())
-    prompts = [{"prompt": OPENING.format(name=name)} for name in NAMES]
+    rows = [{"name": name} for name in NAMES]
     trainer = PPOTrainer(
         model=flags.model,
-        reward_funcs=games.reward,
-        respond=games,
+        environment=ThreeQuestions,
         args=RLHFConfig(
             output_dir=flags.output_dir,
             total_episodes=flags.total_episodes,
@@ -60,8 +59,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             precision="fp32",  # the same on every machine; bfloat16 gains little with a model this small
             num_threads=1 if flags.model == "embedded" else None,
         ),
-        train_dataset=prompts * 3,
-        eval_dataset=prompts * 8,
+        train_dataset=rows * 3,
+        eval_dataset=rows * 8,
     )
     metrics = trainer.train()
     rows = trainer.run.read("eval_samples.jsonl")

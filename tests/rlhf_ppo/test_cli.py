@@ -107,6 +107,43 @@ def test_train_with_a_hook_from_a_file_shares_the_files_state_with_its_reward(fo
     assert "respond 'game.py:gone': game.py has no function 'gone'" in capsys.readouterr().err
 
 
+LETTERS = """
+class Letters:
+    def reset(self, row):
+        return f"say {row['letter']}"
+
+    def step(self, messages):
+        return " again", float("e" in messages[-1]["content"]), False
+
+def longer(prompts, completions, **columns):
+    return [float(len(text)) for text in completions]
+"""
+
+
+def test_train_and_evaluate_with_an_environment_from_a_file(folder, capsys):
+    """The rows have no prompts; the environment's reward alone, then beside another; evaluate finds it in run.json."""
+    Path("letters.py").write_text(LETTERS)
+    Path("letters.jsonl").write_text("".join(json.dumps({"letter": x}) + "\n" for x in "abcdefghij"))
+    bare = " ".join(TRAIN).replace("--reward reward.py:vowels --dataset prompts.jsonl --prompt-column question ", "")
+    bare += " --dataset letters.jsonl"
+    flags = [*bare.split(), "--environment", "letters.py:Letters"]
+    assert main([*flags, "--max-turns", "2"]) == 0
+    row = json.loads(Path("run/samples.jsonl").read_text().splitlines()[0])
+    assert row["prompt"].startswith("say ") and row["turns"] == 2
+    assert json.loads(Path("run/run.json").read_text())["environment"] == "letters.py:Letters"
+    asked = ["evaluate", "--model", "run", "--dataset", "letters.jsonl", "--reward", "letters.py:longer", "--quiet"]
+    assert main([*asked, "--output-dir", "found"]) == 0
+    report = json.loads(Path("found/evaluation.json").read_text())
+    assert {"reward: environment", "reward: longer", "turns"} <= set(report["model"])
+    assert report["judge_was_trained_on"]
+    capsys.readouterr()
+    assert main([*flags[:-1], "letters.py:Gone", "--max-turns", "2"]) == 2
+    assert "environment 'letters.py:Gone': letters.py has no function 'Gone'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(bare.split())
+    assert "nothing scores the responses" in re.sub(r"\s+", " ", capsys.readouterr().err)
+
+
 def test_a_hook_that_fails_is_one_line_and_its_traceback(folder, capsys):
     Path("game.py").write_text("def reply(messages):\n    return 1 / 0\n")
     assert main([*TRAIN, "--respond", "game.py:reply", "--max-turns", "2"]) == 1
