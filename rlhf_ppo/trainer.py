@@ -75,6 +75,7 @@ from rlhf_ppo.training.reporting import (
     run_settings,
     shown_progress,
 )
+from rlhf_ppo.training.resample import replace_without_signal
 from rlhf_ppo.training.rewards import shape_rewards
 from rlhf_ppo.training.setup import RewardSource, set_up
 from rlhf_ppo.training.state import TrainState
@@ -236,7 +237,6 @@ class PPOTrainer(TrainerAttributes):
             run.stopwatch.take()  # evaluations are not part of an iteration
 
             args = state.effective_settings(run.args)
-            off_policy: dict[str, float] = {}
             if run.recording is None:
                 with closing_episodes(run):
                     # 1. Sample responses to the next prompts, recording log-probs and values.
@@ -245,11 +245,12 @@ class PPOTrainer(TrainerAttributes):
                     rollout = read_reference(run, state.model, rollout)
                     # 3. Ask the reward functions.
                     rollout = score(run, rollout)
+                    rollout, measured = replace_without_signal(run, state, rollout)  # under resample
                 state.rollouts_made += 1  # only now: a run that a failed reward ended resumes with the same rollout
                 ahead.start(state, run)  # under rollouts_ahead, the next one is sampled meanwhile
             else:
                 # 1. to 3. were recorded; read what the critic says now.
-                rollout, off_policy = replay_rollout(state, run, run.recording)
+                rollout, measured = replay_rollout(state, run, run.recording)
             tell(self, self.callbacks, "on_rollout_end", rollout)
             safe.between_updates = False
             with run.stopwatch.phase("update"):
@@ -263,7 +264,7 @@ class PPOTrainer(TrainerAttributes):
                 adapt(state, args, updated)
             # 8. Log, call back, save.
             safe.mark(run)
-            metrics = {**updated.metrics, **off_policy, **observe(state, run, rollout, estimates, args)}
+            metrics = {**updated.metrics, **measured, **observe(state, run, rollout, estimates, args)}
             phases = run.stopwatch.take()
             self.timings = phases.seconds
             log_update(state, run, rollout, metrics, phases, progress)

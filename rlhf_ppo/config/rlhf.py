@@ -14,6 +14,7 @@ from rlhf_ppo.config.groups import (
     CriticSettings,
     KLSettings,
     OptimizationSettings,
+    PromptSettings,
     RewardSettings,
     RolloutSettings,
 )
@@ -46,6 +47,7 @@ Restored = TypeVar("Restored", bound="RLHFConfig")
 class RLHFConfig(
     RolloutSettings,
     VLLMSettings,
+    PromptSettings,
     RewardSettings,
     KLSettings,
     AdvantageSettings,
@@ -98,6 +100,7 @@ class RLHFConfig(
         self._check_objective()
         self._check_critic()
         self._check_estimator()
+        self._check_prompts()
         self._check_length()
         if self.on_nonfinite == "rollback" and self.save_every == 0:
             raise ValueError("on_nonfinite='rollback' resumes from a checkpoint, but save_every=0 writes none: set it")
@@ -210,6 +213,19 @@ class RLHFConfig(
                 f"advantage_estimator={self.advantage_estimator!r} compares responses to one prompt, but "
                 f"num_generations={self.num_generations} gives each only one: set num_generations to 2 or more"
             )
+
+    def _check_prompts(self) -> None:
+        alike = f"zero_signal_prompts={self.zero_signal_prompts!r}"
+        if self.zero_signal_prompts != "keep" and self.num_generations < 2:
+            raise ValueError(
+                f"{alike} compares the responses to a prompt, but num_generations={self.num_generations} gives each "
+                "only one: set num_generations to 2 or more"
+            )
+        if self.replay is not None:
+            only = f"replay={self.replay!r} trains on recorded prompts in their own order"
+            refuse_unread(self, only, "curriculum_column")
+            if self.zero_signal_prompts == "resample":
+                raise ValueError(f"{alike} draws further prompts, but {only}: set it to 'drop' or 'keep'")
 
     def _check_length(self) -> None:
         steps, episodes = self.num_optimizer_steps, f"total_episodes={self.total_episodes}"

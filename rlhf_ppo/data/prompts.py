@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.data.chat import Prompt
+from rlhf_ppo.data.order import PromptOrder, prompt_order
 from rlhf_ppo.data.rows import RowSource, as_rows, require_column
 from rlhf_ppo.data.tokenization import fit_prompt, require_room, require_vocabulary, tokenize_prompt
 
@@ -31,7 +31,7 @@ class PromptBatch:
 
 
 class PromptSet:
-    """A data set of prompts; the seed and a batch's number fix its rows."""
+    """A data set of prompts; the seed and an iteration's number fix its rows."""
 
     def __init__(
         self,
@@ -43,19 +43,21 @@ class PromptSet:
         room: int | None,
         name: str = "train_dataset",
         needs_prompts: bool = True,
+        trains: bool = True,
     ) -> None:
         """Check every prompt.
 
         Args:
             rows: a data set or a list of mappings, with a column ``prompt``.
             tokenizer: the policy's.
-            args: overlong_prompts, max_new_tokens and seed.
+            args: overlong_prompts, max_new_tokens, seed and the curriculum.
             vocab_size: ids must lie below it.
             room: at most this many tokens in a prompt; None: no known limit.
             name: the data set's name in messages.
             needs_prompts: False: there may be no column ``prompt``, because environments choose prompts.
+            trains: whether the curriculum is about it.
         Raises:
-            ValueError: no rows, no column ``prompt``, or an invalid prompt; names the row.
+            ValueError: no rows, no column ``prompt``, or an invalid prompt or difficulty; names the row.
         """
         rows = as_rows(rows, name)
         if len(rows) == 0:
@@ -86,7 +88,9 @@ class PromptSet:
         self.name = name
         self.columns = [column for column in rows.column_names if column != "prompt"]
         self.rows = rows.select(kept)
-        self.seed = args.seed
+        self.order = PromptOrder(len(kept), args.seed)
+        if trains:
+            self.order = prompt_order(self.rows, args, seed=args.seed, rollouts=args.num_rollouts)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -97,15 +101,8 @@ class PromptSet:
         columns = {c: [row[c] for row in picked] for c in self.columns}
         return PromptBatch([row.get("prompt") for row in picked], columns)
 
-    def batch(self, number: int, size: int) -> PromptBatch:
-        """Return batch ``number`` of an endless stream that reshuffles the data set in each epoch."""
-        first = number * size
-        order: dict[int, list[int]] = {}
-        indices: list[int] = []
-        for k in range(first, first + size):
-            epoch, position = divmod(k, len(self))
-            if epoch not in order:
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                order[epoch] = torch.randperm(len(self), generator=generator).tolist()
-            indices.append(order[epoch][position])
-        return self.take(indices)
+    def batch(
+        self, iteration: int, size: int, *, count: int | None = None, after: int = 0, extra: int = 0
+    ) -> PromptBatch:
+        """Return ``count`` (default: ``size``) prompts of an iteration; see :meth:`.PromptOrder.rows`."""
+        return self.take(self.order.rows(iteration, size, size if count is None else count, after=after, extra=extra))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -160,3 +160,53 @@ class Rollout:
         """Group ``rows`` into batches of at most ``max_tokens`` tokens (see :func:`.token_batches`)."""
         groups = token_batches([sum(self.token_counts[row]) for row in rows], max_tokens, padded=padded)
         return [[rows[i] for i in group] for group in groups]
+
+
+def pick_rows(first: Rollout, second: Rollout, rows: Sequence[int]) -> Rollout:
+    """Return rows of two rollouts of one policy as a rollout; facts about a whole rollout are the first one's.
+
+    Args:
+        first, second: B and C responses.
+        rows: numbers of the rows, from 0 to B + C, the first one's first.
+    """
+    count = len(first.prompts) + len(second.prompts)
+    picked: dict[str, Any] = {}
+    for f in fields(Rollout):
+        one, other = getattr(first, f.name), getattr(second, f.name)
+        if f.name in ("logged_metrics", "cache_hit_fraction", "decode_gap", "value_scale", "foreign"):
+            picked[f.name] = one
+        elif isinstance(one, dict):
+            names = dict.fromkeys([*one, *other])
+            picked[f.name] = {name: _picked(one.get(name), other.get(name), first, second, rows) for name in names}
+        else:
+            picked[f.name] = _picked(one, other, first, second, rows)
+    assert all(0 <= row < count for row in rows)
+    return Rollout(**picked)
+
+
+def _picked(one: Any, other: Any, first: Rollout, second: Rollout, rows: Sequence[int]) -> Any:
+    """Return rows of a list, of a tensor with a row per response, or of banned tokens; None: nothing was recorded."""
+    if one is None and other is None:
+        return None
+    if isinstance(one, BannedTokens) or isinstance(other, BannedTokens):
+        wheres = (None if x is None else x.where for x in (one, other))
+        return BannedTokens(_picked(*wheres, first, second, rows), (one or other).tokens)
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        left = one is first.prompt_ids or one is first.prompt_mask
+        parts = [_filled(x, like, r) for x, like, r in ((one, other, first), (other, one, second))]
+        longest = max(part.shape[-1] for part in parts)
+        if parts[0].ndim == 2:
+            gaps = [longest - part.shape[1] for part in parts]
+            pads = [(gap, 0) if left else (0, gap) for gap in gaps]
+            parts = [torch.nn.functional.pad(part, pad) for part, pad in zip(parts, pads, strict=True)]
+        return torch.cat(parts)[indices_on(parts[0].device, rows)]
+    both = [*(one or [None] * len(first.prompts)), *(other or [None] * len(second.prompts))]
+    return [both[row] for row in rows]
+
+
+def _filled(x: Tensor | None, like: Tensor | None, rollout: Rollout) -> Tensor:
+    """Return a tensor, or zeros in place of one that was not recorded of this rollout."""
+    if x is not None:
+        return x
+    assert like is not None
+    return like.new_zeros(rollout.mask.shape[: like.ndim])

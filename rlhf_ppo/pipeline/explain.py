@@ -233,7 +233,7 @@ def print_explained(
         console.print(said, soft_wrap=True)
         one = found.explanation.of(number)
         if not one.rows:
-            console.print("unscored: nothing is learned from it")
+            console.print("left out of the update (unscored, or its prompt's responses all score alike)")
         elif console.is_terminal:
             console.print(_table(one))
         else:

@@ -64,13 +64,35 @@ def comparable(scored: Tensor, args: RLHFConfig) -> Tensor:
     """
     if args.advantage_estimator not in ("rloo", "grpo"):
         return scored
-    if len(scored) % args.num_generations:
-        raise ValueError(
-            f"{len(scored)} responses are not whole groups of num_generations={args.num_generations}: make the rollout "
-            "with trainer.rollout(prompts)"
-        )
-    groups = scored.view(-1, args.num_generations)
+    groups = _in_groups(scored, args.num_generations)
     return (groups & (groups.sum(dim=1, keepdim=True) > 1)).flatten()
+
+
+def with_signal(scores: Tensor, scored: Tensor, num_generations: int) -> Tensor:
+    """Return [B] bool: whether two scored responses to the same prompt have different scores.
+
+    Args:
+        scores: [B].
+        scored: [B] bool.
+        num_generations: responses per prompt, side by side.
+    Raises:
+        ValueError: the responses are not whole groups.
+    """
+    scores, scored = _in_groups(scores, num_generations), _in_groups(scored, num_generations)
+    infinity = torch.full_like(scores, torch.inf)
+    lowest = torch.where(scored, scores, infinity).amin(dim=1, keepdim=True)
+    highest = torch.where(scored, scores, -infinity).amax(dim=1, keepdim=True)
+    return (lowest < highest).expand_as(scores).flatten()
+
+
+def _in_groups(x: Tensor, num_generations: int) -> Tensor:
+    """Return [B] as [groups, num_generations]."""
+    if len(x) % num_generations:
+        raise ValueError(
+            f"{len(x)} responses are not whole groups of num_generations={num_generations}: make the rollout with "
+            "trainer.rollout(prompts)"
+        )
+    return x.view(-1, num_generations)
 
 
 def adaptive_lambda(lengths: Tensor, alpha: float) -> Tensor:

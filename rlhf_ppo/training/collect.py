@@ -55,11 +55,15 @@ def collect(
         return score(run, rollout, needs_scores=needs_scores)
 
 
-def next_prompts(run: Run, iteration: int) -> PromptBatch:
-    """Return the prompts of the update after ``iteration`` others, each ``num_generations`` times."""
+def next_prompts(run: Run, iteration: int, extra: int = 0) -> PromptBatch:
+    """Return the prompts of the update after ``iteration`` others, each ``num_generations`` times.
+
+    ``extra``: prompts that those drew beside their own.
+    """
     assert run.train_prompts is not None
     copies = run.args.num_generations
-    batch = run.train_prompts.batch(iteration, run.args.rollout_batch_size // copies)
+    size = run.args.rollout_batch_size // copies
+    batch = run.train_prompts.batch(iteration, size, extra=extra)
     return make_batch(batch.prompts, batch.columns, copies=copies)
 
 

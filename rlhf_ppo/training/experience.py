@@ -27,7 +27,7 @@ from rlhf_ppo.core.masked import keep
 from rlhf_ppo.generation.repetition import distinct_fraction, repeated_fraction
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.runtime.device import exact_dtype
-from rlhf_ppo.training.advantages import comparable, estimate_advantages
+from rlhf_ppo.training.advantages import comparable, estimate_advantages, with_signal
 from rlhf_ppo.training.rewards import Rewards
 
 
@@ -61,7 +61,10 @@ def estimate(rollout: Rollout, rewards: Rewards, args: RLHFConfig) -> Estimates:
     """
     assert rollout.scored is not None
     # A response without another to compare it with teaches nothing either.
-    mask = rewards.mask & comparable(rollout.scored, args)[:, None]
+    taught = comparable(rollout.scored, args)
+    if args.zero_signal_prompts != "keep":
+        taught = taught & with_signal(rewards.scores, rewards.mask.any(dim=1), args.num_generations)
+    mask = rewards.mask & taught[:, None]
     scale, values, normal, whole = ValueScale(), rollout.values, rollout.values, None
     if rollout.values is not None:
         whole = _whole_returns(rollout, rewards, mask, args)
@@ -86,10 +89,11 @@ def estimate(rollout: Rollout, rewards: Rewards, args: RLHFConfig) -> Estimates:
         # Without an environment a response is one turn.
         turns=torch.zeros_like(mask, dtype=torch.long) if rollout.turns is None else rollout.turns,
         sampled_logprobs=rollout.sampled_logprobs if args.objective == "dis" else None,
-        positive=_positive_examples(rollout, args),
+        positive=_positive_examples(rollout, mask, args),
     )
     metrics = {
         **_rollout_metrics(rollout, rewards),
+        **_signal_metrics(rewards, args),
         **_estimate_metrics(rollout, experience, advantages, scale, args),
         **_value_metrics(values, whole, mask, scale, args),
     }
@@ -165,6 +169,16 @@ def _score_metrics(rollout: Rollout) -> dict[str, float]:
     return metrics
 
 
+def _signal_metrics(rewards: Rewards, args: RLHFConfig) -> dict[str, float]:
+    """Measure how many prompts have responses that all score alike."""
+    size = args.num_generations
+    if size < 2 or len(rewards.scores) % size:
+        return {}
+    silent = ~with_signal(rewards.scores, rewards.mask.any(dim=1), size)[::size]
+    dropped = {} if args.zero_signal_prompts == "keep" else {"score/dropped_prompts": float(silent.sum())}
+    return {"score/zero_signal_fraction": float(silent.float().mean()), **dropped}
+
+
 def _estimate_metrics(
     rollout: Rollout, experience: Experience, advantages: Tensor, scale: ValueScale, args: RolloutSettings
 ) -> dict[str, float]:
@@ -209,12 +223,14 @@ def _value_metrics(
     return metrics
 
 
-def _positive_examples(rollout: Rollout, args: RLHFConfig) -> Tensor | None:
+def _positive_examples(rollout: Rollout, mask: Tensor, args: RLHFConfig) -> Tensor | None:
     """Return [B, T] bool, True on the actions of responses that scored above the bound; None without such a loss."""
     if args.positive_loss_coef == 0:
         return None
     assert rollout.scores is not None and rollout.scored is not None
-    return rollout.mask & (rollout.scored & (rollout.scores > args.positive_score_above))[:, None]
+    # A response is imitated also where no other is compared with it, but not one that is left out with its prompt.
+    considered = rollout.mask if args.zero_signal_prompts == "keep" else mask
+    return considered & (rollout.scored & (rollout.scores > args.positive_score_above))[:, None]
 
 
 def _importance_weights(rollout: Rollout, mask: Tensor, args: RLHFConfig) -> Tensor | None:

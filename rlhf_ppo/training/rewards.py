@@ -97,6 +97,8 @@ class Rewards(NamedTuple):
     """[B, T] shaped scores minus the KL's cost; 0 outside ``mask``."""
     mask: Tensor
     """[B, T] bool, the policy's tokens in scored responses."""
+    scores: Tensor
+    """[B] after shaping, before the KL's cost."""
     kl_coef: float
     score_statistics: ScoreStatistics
     """The running statistics with this rollout's scores; the state's, once the update has been accepted."""
@@ -127,7 +129,7 @@ def shape_rewards(
     shaped = shape_scores(rollout, mask, args, statistics if args.normalize_scores else None)
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator)
     per_token = kl_penalized_rewards(shaped.rewards, kl.to(shaped.rewards.dtype), mask, kl_coef)
-    return Rewards(per_token, mask, kl_coef, statistics, shaped.metrics)
+    return Rewards(per_token, mask, shaped.scores, kl_coef, statistics, shaped.metrics)
 
 
 def with_scores(rollout: Rollout, parts: dict[str, list[Score]], weights: Sequence[float]) -> Rollout:

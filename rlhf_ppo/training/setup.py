@@ -212,7 +212,10 @@ def _prompt_sets(
     given = {"tokenizer": tokenizer, "args": args, "vocab_size": vocabulary_size(config), "room": room}
     prompt_set = partial(PromptSet, **given, needs_prompts=needs_prompts)
     named = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-    return [None if rows is None else prompt_set(rows, name=name) for name, rows in named.items()]
+    return [
+        None if rows is None else prompt_set(rows, name=name, trains=name == "train_dataset")
+        for name, rows in named.items()
+    ]
 
 
 def _responses(

@@ -38,6 +38,8 @@ class TrainState:
     optimizer_steps: int = 0
     rollouts_made: int = 0
     """Rollouts sampled and scored, those that a rollback undid included: it numbers the draws of the next one."""
+    extra_prompts: int = 0
+    """Prompts drawn beside those of the rollouts (``zero_signal_prompts="resample"``)."""
     consecutive_skips: int = 0
     """Non-finite optimizer steps since the last finite one."""
     best: dict[str, float] | None = None

@@ -17,9 +17,15 @@ METRICS: dict[str, str] = {
     "progress/episodes": "Number of training responses generated so far.",
     "progress/env_steps": "Number of environment steps so far, without autoreset steps.",
     "progress/optimizer_steps": "Number of optimizer steps so far.",
+    "progress/curriculum_fraction": "With curriculum_column: share of the prompts, from the easiest, that the rollout was drawn from.",
     "score/mean": "Mean score of the rollout's responses (weighted sum of the reward functions), before any penalty.",
     "score/std": "Standard deviation of the scores over the rollout.",
     "score/unscored_fraction": "Share of responses whose score was None, or non-finite and dropped.",
+    "score/zero_signal_fraction": "With num_generations above 1: share of the prompts whose responses all score alike "
+    "(under zero_signal_prompts=resample of all that were drawn).",
+    "score/dropped_prompts": "With zero_signal_prompts=drop or resample: prompts that are left out of the update because their responses all score alike.",
+    "score/resampled_prompts": "With zero_signal_prompts=resample: prompts drawn in place of others.",
+    "score/first_draw_mean": "With zero_signal_prompts=resample: mean score before prompts were replaced; score/mean is of the responses that were kept.",
     "score/part/*": "Mean score of one reward function, before its weight; * is the function's name.",
     "score/positive_fraction": "With positive_loss_coef: share of responses with a score above positive_score_above.",
     "score/length_correlation": "Correlation of scores and lengths over the rollout: close to 1, longer responses score "

@@ -26,7 +26,7 @@ from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.state import TrainState
 
 _COUNTERS = {
-    **{name: name for name in ("iteration", "episodes", "optimizer_steps", "rollouts_made")},
+    **{name: name for name in ("iteration", "episodes", "optimizer_steps", "rollouts_made", "extra_prompts")},
     "skipped_in_a_row": "consecutive_skips",
 }
 """Name in state.json -> name in TrainState."""
@@ -136,7 +136,7 @@ def load_checkpoint(state: TrainState, run: Run, source: Checkpoint | str | Path
     _load_weights(state, checkpoint)
     saved = checkpoint.state
     for key, name in _COUNTERS.items():
-        setattr(state, name, saved[key])
+        setattr(state, name, saved.get(key, 0))  # earlier versions had no extra_prompts
     for name in _COEFFICIENTS:
         # A setting that the user has changed wins over what a controller made of the old one.
         if settings[name] == checkpoint.settings[name]:

@@ -54,5 +54,5 @@ class RolloutsAhead:
     def _start(self, state: TrainState, run: Run, *, updates: int, ahead: bool) -> _Started:
         """Start a rollout for the update after ``updates`` more."""
         place = (state.iteration + updates, state.rollouts_made)
-        prompts, draws = next_prompts(run, place[0]), next_draws(run, state)
+        prompts, draws = next_prompts(run, place[0], state.extra_prompts), next_draws(run, state)
         return _Started(place, state.iteration, start_generating(run, state.model, prompts, draws, ahead=ahead))

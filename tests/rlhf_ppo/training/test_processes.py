@@ -44,6 +44,11 @@ def logging_letters(
     return early_letters(prompts, completions)
 
 
+def some_alike(prompts: list[Any], completions: list[str], **columns: Any) -> list[float]:
+    """Score half of the prompts' responses alike."""
+    return [0.5 if len(p) % 2 else x for p, x in zip(prompts, early_letters(prompts, completions), strict=True)]
+
+
 def letters_of_conversation(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
     return [sum(str(said).count(x) for x in "abcde") / 10 for said in completions]
 
@@ -133,6 +138,13 @@ CASES: dict[str, Case] = {
     "controllers": {"kl_target": 0.5, "normalize_scores": True, "target_kl": 0.002, "objective": "adaptive_clip"},
     "exact KL": {"kl_loss_coef": 0.1, "kl_loss": "exact", "kl_coef": 0.0, "ent_coef": 0.01},
     "conversations": {"respond": ask_again, "max_turns": 3, "reward_funcs": letters_of_conversation},
+    "resample": {
+        "reward_funcs": some_alike,
+        "num_generations": 2,
+        "advantage_estimator": "grpo",
+        "zero_signal_prompts": "resample",
+        "zero_signal_rounds": 2,
+    },
     "logs": {"reward_funcs": logging_letters},
     "environment": {"environment": Spelling, "max_turns": 3, "reward_funcs": None, "whole_rollout_rewards": True},
     "whole rollout": {"reward_funcs": [rank_in_rollout, letters_as_steps], "cache_rewards": True},
