@@ -14,12 +14,12 @@ from rlhf_ppo.config.groups import (
     CriticSettings,
     KLSettings,
     OptimizationSettings,
-    PromptSettings,
     RewardSettings,
     RolloutSettings,
 )
 from rlhf_ppo.config.name_hints import REMOVED, REMOVED_VALUES, SETTINGS
 from rlhf_ppo.config.presets import preset_settings
+from rlhf_ppo.config.prompt_settings import PromptSettings
 from rlhf_ppo.config.run_groups import MemorySettings, RecordingSettings, RunSettings, SafetySettings, WatchSettings
 from rlhf_ppo.core.config import PPOConfig
 from rlhf_ppo.core.validation import refuse_unread

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rlhf_ppo.config.groups import PromptSettings
+from rlhf_ppo.config.prompt_settings import PromptSettings
 from rlhf_ppo.data.rows import Rows, require_column
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from importlib.util import find_spec
 from typing import cast
 
 import torch
@@ -49,7 +50,7 @@ def load_reward(
     if isinstance(source, type):
         raise ValueError(f"reward {source.__name__} is a class: pass one of its instances, {source.__name__}(...)")
     if callable(source) and not isinstance(source, PreTrainedModel):
-        return source
+        return _with_packages(source)
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         return HTTPReward(
             source,
@@ -66,7 +67,21 @@ def load_reward(
         raise ValueError(
             f"a reward must be a function, a model, a folder, a hub id or an address, got {type(source).__name__}"
         )
-    return load_function(source, "reward")
+    return _with_packages(load_function(source, "reward"))
+
+
+def _with_packages(function: RewardFunction) -> RewardFunction:
+    """Return a reward function, whose attribute ``needs`` may name a package and the extra that brings it.
+
+    Raises:
+        ModuleNotFoundError: the package is missing; says how to install it.
+    """
+    package, extra = getattr(function, "needs", (None, None))
+    if package is not None and find_spec(package) is None:
+        raise ModuleNotFoundError(
+            f"reward {reward_name(function)!r} needs a missing package: pip install 'rlhf-ppo[{extra}]'"
+        )
+    return function
 
 
 def names_model(source: object) -> bool:
