@@ -160,7 +160,7 @@ class Subject:
         _wake_critic(model)
         self.sampler = RecordingSampler(self.run.sample)
         run = dataclasses.replace(self.run, sample=self.sampler)
-        self.rollout = collect(run, model, next_prompts(run, state), next_draws(run, state))
+        self.rollout = collect(run, model, next_prompts(run, state.iteration), next_draws(run, state))
         self.scored = with_own_scores(self.rollout)
         estimates = estimate(self.scored, shape_rewards(self.scored, self.args, state.kl_coef), self.args)
         self.experience = estimates.experience

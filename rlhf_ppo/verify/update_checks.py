@@ -124,7 +124,7 @@ def _eos_gradient(subject: Subject) -> Finding:
         counts = Counter(rollout.response_ids[rollout.mask].tolist())
         stops = (counts.most_common(1)[0][0],)
         changed = dataclasses.replace(run, sampling=dataclasses.replace(run.sampling, stop_token_ids=stops))
-        rollout = generate(changed, model, next_prompts(run, state), next_draws(run, state))
+        rollout = generate(changed, model, next_prompts(run, state.iteration), next_draws(run, state))
         forced = f" (none of them did with the run's stop tokens, so token {stops[0]} was made one)"
     mask = rollout.mask
     ended = last_true(mask) & rollout.finished[:, None]
