@@ -81,7 +81,6 @@ class StandIn:
     @torch.no_grad()
     def complete(self, request: Any) -> Answer:
         """Sample one response token by token, with a generator of the request's seed."""
-        time.sleep(self.options.get("delay_s", 0))
         name, given = request["model"], request["prompt"]
         if name != self.folder and name not in self.adapters:
             return error(404, f"The model `{name}` does not exist.")
@@ -116,6 +115,8 @@ def standing_in(folder: str | Path, **options: Any) -> Iterator[StandIn]:
 
     class Handler(BaseHTTPRequestHandler):
         def reply(self, request: Any) -> None:
+            if self.path == "/v1/completions":
+                time.sleep(options.get("delay_s", 0))
             with stand_in.busy:  # one after another: the draws of a request must not depend on the others
                 stand_in.seen.append((self.path, request))
                 answer = stand_in.change(self.path, request, stand_in.answer(self.path, request))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 import json
+import os
 import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -278,6 +281,41 @@ def test_an_error_of_the_rollout_ahead_stops_the_run_where_it_is_needed(serve, s
         with pytest.raises(VLLMError, match=r"has lost its engine.*Resume with"):
             trainer.train()
     assert trainer.iteration == 1 and list(trainer.run.path.glob("checkpoint-1"))
+
+
+# The real thing
+
+
+@pytest.fixture
+def learning(monkeypatch) -> Any:
+    """benchmarks/vllm_learning.py, or a skip where no interpreter has vLLM."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[3] / "benchmarks")
+    module = importlib.import_module("vllm_learning")
+    if not os.environ.get("RLHF_PPO_VLLM_PYTHON"):
+        pytest.skip(
+            f"no vLLM here: in an environment of its own, {module.INSTALL}; RLHF_PPO_VLLM_PYTHON names its python"
+        )
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["adapter", "all weights"])
+def test_a_policy_learns_through_a_real_server_as_in_process(learning, tmp_path, weights):
+    folder, served = tmp_path / "model", {"generation": "vllm"}
+    learning.save_model(folder)
+    rank = learning.RANK if weights == "adapter" else None
+    with learning.serving(os.environ["RLHF_PPO_VLLM_PYTHON"], folder, lora_rank=rank) as url:
+        served |= {"vllm_url": url}
+        trainer = learning.train(folder, tmp_path / "vllm", weights, 0, episodes=384, **served)
+        # Our stops, a minimum length and another temperature: the log-probs are still ours.
+        limits = {"temperature": 0.7, "min_new_tokens": 2, "stop_strings": ("a", "th"), "num_generations": 2}
+        limited = learning.train(folder, tmp_path / "limited", weights, 0, episodes=64, **served, **limits)
+    own = learning.train(folder, tmp_path / "own", weights, 0, episodes=384)
+    ours, theirs = (learning.measure(x)["score"] for x in (own, trainer))
+    assert theirs[0] < 0.6 and min(sum(ours[-3:]), sum(theirs[-3:])) / 3 > 0.75
+    for row in metrics_of(trainer) + metrics_of(limited):
+        assert row["policy/decode_gap_max_nats"] < 1e-3
+    assert metrics_of(limited)[0]["response/eos_fraction"] > 0.1
 
 
 # Responses from elsewhere
