@@ -21,6 +21,7 @@ from rlhf_ppo.data.rows import RowSource
 from rlhf_ppo.generation.environments.episodes import TextEnvironment
 from rlhf_ppo.generation.multi_turn import Respond
 from rlhf_ppo.generation.rollout import Rollout
+from rlhf_ppo.generation.tools.schemas import Tool
 from rlhf_ppo.models.quiet_libraries import without_library_bars
 from rlhf_ppo.models.saving import save_actor_critic
 from rlhf_ppo.models.sharded.skeleton import whole_copy
@@ -112,6 +113,7 @@ class PPOTrainer(TrainerAttributes):
         peft_config: Any = None,
         callbacks: Sequence[Callback | CallbackFunction] | None = None,
         respond: Respond | None = None,
+        tools: Sequence[Tool] = (),
         environment: Callable[[], TextEnvironment] | None = None,
         judge_funcs: RewardSource | Sequence[RewardSource] = (),
     ) -> None:
@@ -132,8 +134,8 @@ class PPOTrainer(TrainerAttributes):
                 that is not what training starts from.
             callbacks: functions called after each update, or objects whose methods are called at more moments (see
                 :class:`rlhf_ppo.Callback`).
-            respond: answers the policy's turns if ``max_turns`` is above 1: ``respond(messages)`` returns text, or
-                None to end the conversation (see :data:`rlhf_ppo.generation.multi_turn.Respond`).
+            respond: answers the policy's turns if ``max_turns`` is above 1: ``respond(messages)`` returns text,
+                messages, or None to end the conversation (see :data:`rlhf_ppo.generation.multi_turn.Respond`).
             environment: the class of what answers and rewards the policy's turns instead, or a function that makes
                 one for each conversation (see :class:`rlhf_ppo.TextEnvironment`).
             judge_funcs: like ``reward_funcs``; they score some responses of each rollout and are never trained on.
@@ -152,6 +154,7 @@ class PPOTrainer(TrainerAttributes):
             value_model=value_model,
             peft_config=peft_config,
             respond=respond,
+            tools=tools,
             environment=environment,
             judge_funcs=judge_funcs,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from rlhf_ppo.config.json_mapping import JsonMapping
 from rlhf_ppo.core.validation import Settings, is_changed, refuse_unread
 
 _OF_WEIGHTS = ("importance_weights", "importance_weight_cap", "importance_weight_mode")
@@ -45,6 +46,16 @@ class RolloutSettings(Settings):
     chat_template: str | None = None
     """Jinja chat template for the policy's tokenizer, a file or the text itself; saved with the model. None: the
     tokenizer's own."""
+    chat_template_kwargs: JsonMapping = None
+    """Variables of the chat template, as a mapping: {"enable_thinking": false}. A row's own column
+    chat_template_kwargs goes first."""
+    tool_parser: Literal["auto", "template", "hermes", "qwen3_xml", "llama3_json", "mistral"] = "auto"
+    """How tool calls are found in a turn: template (the response template that the tokenizer brings), hermes (JSON
+    in tool_call tags, as Qwen 2.5 and 3), qwen3_xml (function and parameter tags), llama3_json, mistral, or auto: the
+    tokenizer's, else the one that its chat template writes."""
+    stripped_thinking: Literal["keep", "refuse"] = "keep"
+    """What to do with a chat template that drops thinking from earlier turns once a reply follows: keep it in the
+    policy's context, which stays as it was sampled (a warning says so), or refuse the run."""
     overlong_prompts: Literal["error", "truncate", "drop"] = "error"
     """What to do with prompts that leave no room for max_new_tokens: raise an error, keep their end (truncate), or drop
     the row; truncated and dropped prompts are counted."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlhf_ppo.config.data import PromptArgs
+from rlhf_ppo.config.json_mapping import JsonMapping
 from rlhf_ppo.config.run_groups import Precision, ProcessSettings
 from rlhf_ppo.core.validation import is_changed
 
@@ -28,6 +29,9 @@ class EvaluateArgs(PromptArgs, ProcessSettings):
     chat_template: str | None = None
     """Jinja chat template for both models' tokenizers, a file or the text itself. None: each one's own, or the run's,
     if it was given one."""
+    chat_template_kwargs: JsonMapping = None
+    """Variables of the chat template, as a mapping: {"enable_thinking": false}. A row's own column
+    chat_template_kwargs goes first. None: as in the run."""
     num_prompts: int | None = None
     """Number of prompts to use, from the first; None: all."""
     ref_model: str | None = None
@@ -46,6 +50,8 @@ class EvaluateArgs(PromptArgs, ProcessSettings):
     """Divides the logits; None: as in the run (1 if the folder holds no run)."""
     respond: str | None = None
     """What answers the model's turns: file.py:function or module:function. None: as in the run."""
+    tools: tuple[str, ...] | None = None
+    """Tools that the model may call: see train. None: as in the run."""
     environment: str | None = None
     """What answers and rewards the model's turns instead: file.py:Class or module:Class, as for train. None: as in the
     run."""
@@ -87,6 +93,9 @@ class GenerateArgs(ProcessSettings):
     """With dataset: jsonl file to write, one row per completion, with the data set's other columns."""
     chat_template: str | None = None
     """Jinja chat template for the tokenizer, a file or the text itself; None: the tokenizer's own."""
+    chat_template_kwargs: JsonMapping = None
+    """Variables of the chat template, as a mapping: {"enable_thinking": false}. A row's own column
+    chat_template_kwargs goes first. None: as in the run in the model's folder."""
     chat: bool = False
     """Chat with the model: lines from the keyboard or a pipe, until end of input or /exit."""
     explain: bool = False

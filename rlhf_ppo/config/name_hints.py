@@ -74,7 +74,6 @@ ARGUMENTS: dict[str, str] = {
     "optimizers": "AdamW is made from the settings learning_rate, weight_decay and value_learning_rate",
     "lr_scheduler": "the schedule is made from the settings lr_scheduler_type and warmup_steps",
     "num_shared_layers": "the critic shares the policy's trunk unless value_model is given",
-    "tools": "tools are what respond answers with, where max_turns is above 1",
     "environment_factory": "here it is environment, a class or what makes an instance",
 }
 """Name of a trainer's argument in another library -> ours, or why there is none."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_ppo.config.data import DataArgs
+from rlhf_ppo.config.json_mapping import JsonMapping
 from rlhf_ppo.config.run_groups import Precision, ProcessSettings, ReportSettings
 
 
@@ -30,6 +31,9 @@ class RewardTrainingArgs(DataArgs, ProcessSettings, ReportSettings):
     chat_template: str | None = None
     """Jinja chat template for the tokenizer, a file or the text itself; saved with the model. None: the tokenizer's
     own."""
+    chat_template_kwargs: JsonMapping = None
+    """Variables of the chat template, as a mapping: {"enable_thinking": false}. A row's own column
+    chat_template_kwargs goes first."""
     max_length: int = 512
     """Maximum text length in tokens, at most the model's context; longer texts (counted) keep their end."""
     eval_fraction: float = 0.1

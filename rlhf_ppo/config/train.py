@@ -79,6 +79,9 @@ class ModelArgs(Settings):
     while the reward rises, the run warns."""
     respond: str | None = None
     """What answers the policy's turns where max_turns is above 1: file.py:function or module:function."""
+    tools: tuple[str, ...] = ()
+    """Functions that the policy may call where max_turns is above 1: file.py (all of its public functions with a
+    docstring), file.py:f,g or module:f,g."""
     environment: str | None = None
     """What answers and rewards the policy's turns instead: file.py:Class, module:Class, or a function that makes one
     for each conversation. Its reward is the first of the rewards."""

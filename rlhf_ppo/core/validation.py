@@ -34,6 +34,7 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     bool: ("True or False", _is_bool),
     str: ("text", lambda value: isinstance(value, (str, os.PathLike))),
     NoneType: ("None", lambda value: value is None),
+    Any: ("anything", lambda value: True),
 }
 
 

@@ -6,6 +6,7 @@ A *prefill* is an assistant message at the end of a prompt, which the response c
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,10 @@ Completion = str | Messages
 """What follows a prompt: text, or after several turns the messages that follow a chat prompt."""
 TemplateOptions = Mapping[str, Any]
 """What a chat template gets besides messages: ``chat_template_kwargs``, and ``tools`` (JSON schemas)."""
+RENDERING = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"} - {"documents"}
+"""Names that rendering sets, which are no template's variables."""
+SAMPLED_TEXT = "sampled_text"
+"""Field of the policy's messages: the turn's whole text, where thinking or tool calls were taken out of ``content``."""
 
 
 def with_chat_template(tokenizer: PreTrainedTokenizerBase, source: str | None) -> PreTrainedTokenizerBase:

@@ -12,10 +12,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.config.sft import SFTArgs
-from rlhf_ppo.data.chat import Prompt, render_answer, render_prompt
+from rlhf_ppo.data.chat import Prompt, TemplateOptions, render_answer, render_prompt
 from rlhf_ppo.data.detokenization import Before, TextPieces
 from rlhf_ppo.data.preferences import prompt_and_answer
 from rlhf_ppo.data.rows import Rows, RowSource, as_rows, require_column
+from rlhf_ppo.data.template_options import TemplateDefaults, require_read, template_of_rows
 from rlhf_ppo.data.tokenization import encode_after, encode_text, require_vocabulary, tokenize_prompt
 
 IGNORED = -100
@@ -29,6 +30,8 @@ class Example(NamedTuple):
     completion: str
     where: str
     """The row's name in messages."""
+    template: TemplateOptions | None = None
+    """What its chat is rendered with besides messages."""
 
 
 def hold_out(rows: Rows, args: SFTArgs) -> dict[str, Rows]:
@@ -51,12 +54,13 @@ def read_examples(rows: RowSource, args: SFTArgs) -> list[Example]:
         require_column(rows, args.prompt_column)
         prompts = rows[args.prompt_column]
     examples: list[Example] = []
-    for where, prompt, answer in zip(rows.names, prompts, rows[column], strict=True):
+    templates = template_of_rows(rows, TemplateDefaults(args.chat_template_kwargs))
+    for where, prompt, answer, template in zip(rows.names, prompts, rows[column], templates, strict=True):
         plain = prompt is None and isinstance(answer, str)  # may be empty: text collections have such rows
         pair = ("", answer) if plain else prompt_and_answer(prompt, answer, f"{where}, {column}")
         if pair[0] == []:
             raise ValueError(f"{where}, {column}: a conversation needs a message before the assistant's answer")
-        examples.append(Example(*pair, where))
+        examples.append(Example(*pair, where, template))
     return examples
 
 
@@ -70,7 +74,7 @@ def encode_examples(
     masked from the loss, and so is the first token of a sequence, which nothing predicts; an empty text is left out.
 
     Args:
-        examples: (prompt, completion, the row's name) each.
+        examples: the rows.
         tokenizer: with an end-of-text token.
         longest: maximum number of tokens.
         name: of this part of the data, in messages.
@@ -82,8 +86,10 @@ def encode_examples(
     encoded: list[dict[str, Any]] = []
     filled = 0
     pieces = TextPieces(tokenizer, special=True)
-    for prompt, completion, where in examples:
-        start, answer = _encode(prompt, completion, where, tokenizer, pieces)
+    for example in examples:
+        where = example.where
+        require_read(tokenizer, example.prompt, example.template or {}, where)
+        start, answer = _encode(example, tokenizer, pieces)
         end = [] if answer[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
         ids = [*start, *answer, *end][:longest]
         require_vocabulary(ids, vocab_size, where)
@@ -104,17 +110,16 @@ def encode_examples(
     return Dataset.from_list(encoded)
 
 
-def _encode(
-    prompt: Prompt, completion: str, where: str, tokenizer: PreTrainedTokenizerBase, pieces: TextPieces
-) -> tuple[list[int], list[int]]:
+def _encode(example: Example, tokenizer: PreTrainedTokenizerBase, pieces: TextPieces) -> tuple[list[int], list[int]]:
     """Tokenize prompt and completion, which together decode to the text of both."""
+    prompt, completion, where, template = example
     if not prompt:
         return [], encode_text(tokenizer, completion, ended=False)
-    start = tokenize_prompt(prompt, tokenizer, where)
+    start = tokenize_prompt(prompt, tokenizer, where, template)
     if isinstance(prompt, str):
         return start, pieces.encode(pieces.before(start, prompt), completion)
-    answer = render_answer(tokenizer, prompt, completion, where)
-    in_chat = encode_after(tokenizer, render_prompt(tokenizer, prompt, where), answer)
+    answer = render_answer(tokenizer, prompt, completion, where, template)
+    in_chat = encode_after(tokenizer, render_prompt(tokenizer, prompt, where, template), answer)
     return start, pieces.encode(Before(start), answer) if in_chat is None else in_chat
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.data.chat import Prompt, ends_in_prefill, is_chat, message_text, render_completed
 from rlhf_ppo.data.rows import RowSource, as_rows, require_column
+from rlhf_ppo.data.template_options import TemplateDefaults, require_read, template_of_rows
 from rlhf_ppo.data.tokenization import encode_text, require_vocabulary
 
 PairIds = tuple[list[int], list[int]]
@@ -41,11 +42,13 @@ def read_preferences(
     chosen_column: str,
     rejected_column: str,
     margin_column: str | None = None,
+    template: TemplateDefaults | None = None,
 ) -> list[Preference]:
     """Read the comparisons of a data set; rows with two equal answers are skipped with a warning.
 
     Answers are text or chat messages. Without a prompt column they are whole texts or conversations. With one, a text
-    answers a text prompt or a chat, and messages continue a chat.
+    answers a text prompt or a chat, and messages continue a chat. ``template`` is what chats are rendered with besides
+    messages.
 
     Raises:
         ValueError: a missing column, an invalid or empty answer, or no usable row; names the row.
@@ -55,13 +58,15 @@ def read_preferences(
         if column is not None:
             require_column(rows, column)
     found: list[Preference] = []
-    for where, row in zip(rows.names, rows, strict=True):
+    templates = template_of_rows(rows, template or TemplateDefaults())
+    for where, row, options in zip(rows.names, rows, templates, strict=True):
         prompt = None if prompt_column is None else row[prompt_column]
         margin = 0.0 if margin_column is None else row[margin_column]
         if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not abs(margin) < float("inf"):
             raise ValueError(f"{where}: {margin_column} must be a finite number, got {margin!r}")
         sides = [prompt_and_answer(prompt, row[c], f"{where}, {c}") for c in (chosen_column, rejected_column)]
-        texts = [render_completed(tokenizer, *side, where) for side in sides]
+        require_read(tokenizer, sides[0][0], options, where)
+        texts = [render_completed(tokenizer, *side, where, options) for side in sides]
         key = sides[0][0] if prompt is not None or sides[0][0] == sides[1][0] else ""
         # Whole texts without a prompt share nothing that could leak: each row is its own group.
         group = json.dumps(key) if key else where

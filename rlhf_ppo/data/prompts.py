@@ -13,6 +13,7 @@ from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.data.chat import Prompt
 from rlhf_ppo.data.order import PromptOrder, prompt_order
 from rlhf_ppo.data.rows import RowSource, as_rows, require_column
+from rlhf_ppo.data.template_options import Schema, TemplateDefaults, require_read, template_of_rows
 from rlhf_ppo.data.tokenization import fit_prompt, require_room, require_vocabulary, tokenize_prompt
 
 
@@ -44,16 +45,18 @@ class PromptSet:
         name: str = "train_dataset",
         needs_prompts: bool = True,
         trains: bool = True,
+        tools: Sequence[Schema] = (),
     ) -> None:
         """Check every prompt.
 
         Args:
             rows: a data set or a list of mappings, with a column ``prompt``.
             tokenizer: the policy's.
-            args: overlong_prompts, max_new_tokens, seed and the curriculum.
+            args: overlong_prompts, max_new_tokens, chat_template_kwargs, seed and the curriculum.
             vocab_size: ids must lie below it.
             room: at most this many tokens in a prompt; None: no known limit.
             name: the data set's name in messages.
+            tools: the run's, as chat templates know them; rows may have columns ``chat_template_kwargs`` and ``tools``.
             needs_prompts: False: there may be no column ``prompt``, because environments choose prompts.
             trains: whether the curriculum is about it.
         Raises:
@@ -68,9 +71,11 @@ class PromptSet:
         require_room(room, args.max_new_tokens)
         kept: list[int] = [] if self.has_prompts else list(range(len(rows)))
         truncated = self.longest = 0
-        given = zip(rows["prompt"], rows.names, strict=True) if self.has_prompts else ()
-        for i, (prompt, where) in enumerate(given):
-            ids = tokenize_prompt(prompt, tokenizer, where)
+        templates = template_of_rows(rows, TemplateDefaults(args.chat_template_kwargs, tools))
+        given = zip(rows["prompt"], rows.names, templates, strict=True) if self.has_prompts else ()
+        for i, (prompt, where, template) in enumerate(given):
+            require_read(tokenizer, prompt, template, where)
+            ids = tokenize_prompt(prompt, tokenizer, where, template)
             require_vocabulary(ids, vocab_size, where)
             fitted = fit_prompt(ids, room, args.overlong_prompts, where, bos=tokenizer.bos_token_id)
             if fitted is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ppo.data.chat import Prompt, is_chat, render_prompt
+from rlhf_ppo.data.chat import Prompt, TemplateOptions, is_chat, render_prompt
 
 # Text
 
@@ -55,7 +55,9 @@ def _special_tokens_around(tokenizer: PreTrainedTokenizerBase, text: str) -> tup
 # Prompts
 
 
-def tokenize_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
+def tokenize_prompt(
+    prompt: Any, tokenizer: PreTrainedTokenizerBase, where: str, template: TemplateOptions | None = None
+) -> list[int]:
     """Encode one prompt; chat messages go through the tokenizer's chat template, ready for a reply.
 
     Raises:
@@ -67,7 +69,7 @@ def tokenize_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, where: str)
             raise ValueError(f"{where}: the prompt is empty; remove the row or give it text")
         ids = encode_text(tokenizer, prompt, ended=False)
     elif is_chat(prompt):
-        text = render_prompt(tokenizer, prompt, where)
+        text = render_prompt(tokenizer, prompt, where, template)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
         raise ValueError(f"{where}: a prompt must be text or chat messages, got {type(prompt).__name__}: {prompt!r}")
@@ -116,12 +118,16 @@ def encode_prompts(
     room: int | None,
     truncate: bool,
     device: torch.device,
+    templates: Sequence[TemplateOptions] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Encode and left-pad prompts: ids [B, P] and bool mask [B, P]; overlong ones raise or are truncated."""
+    """Encode and left-pad prompts: ids [B, P] and bool mask [B, P]; overlong ones raise or are truncated.
+
+    ``templates`` [B] are what the chat template of each gets besides messages.
+    """
     policy = "truncate" if truncate else "error"
     rows: list[list[int]] = []
-    for i, prompt in enumerate(prompts):
-        ids = tokenize_prompt(prompt, tokenizer, f"prompt {i}")
+    for i, (prompt, template) in enumerate(zip(prompts, templates or [{}] * len(prompts), strict=True)):
+        ids = tokenize_prompt(prompt, tokenizer, f"prompt {i}", template)
         rows.append(fit_prompt(ids, room, policy, f"prompt {i}", bos=tokenizer.bos_token_id) or [])
     return left_pad(rows, device)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.core import BannedTokens
 from rlhf_ppo.data.chat import (
+    SAMPLED_TEXT,
     Completion,
     Message,
     Messages,
@@ -73,6 +74,10 @@ class Conversations(NamedTuple):
     """[B] what each began with."""
 
 
+ReadTurn = Callable[[str, str, Messages], dict[str, Any]]
+"""(A turn with its special tokens, what it follows, what was said before) -> the policy's message."""
+
+
 class Codec(NamedTuple):
     """The policy's tokenizer, and how it reads and writes pieces of text."""
 
@@ -81,6 +86,8 @@ class Codec(NamedTuple):
     """With special tokens left out, as messages show them."""
     spelled: TextPieces
     """With special tokens spelled out, as the policy reads them."""
+    read: ReadTurn | None = None
+    """Finds thinking and tool calls in a turn; None: a turn's text is its content."""
 
 
 class Part(NamedTuple):
@@ -138,9 +145,20 @@ class Conversation:
         self.finished = sampled.finished[row]
         said = ids.tolist()
         self._turn_text = self.codec.pieces.decode(self.before, said)
+        self.messages.append(self._message(said))
         self.context = self.context + said
-        content = cut_at_stop_string(self._turn_text, self.params.stop_strings)
-        self.messages.append({"role": "assistant", "content": content})
+
+    def _message(self, said: list[int]) -> dict[str, Any]:
+        """Return the policy's message of the ids that it has sampled after the context."""
+        text = cut_at_stop_string(self._turn_text, self.params.stop_strings)
+        plain = {"role": "assistant", "content": text}
+        if self.codec.read is None:
+            return plain
+        body = said[:-1] if said and said[-1] in self.params.stop_token_ids else said
+        spelled = cut_at_stop_string(self.codec.spelled.decode(Before(self.context), body), self.params.stop_strings)
+        message = self.codec.read(spelled, self.codec.spelled.text(self.context), self.messages)
+        # Special tokens are no content: only thinking and calls may be made of them.
+        return {**message, SAMPLED_TEXT: text} if message.keys() != plain.keys() else plain
 
     def encode(self, reply: Messages) -> list[int]:
         """Return the ids of a reply to the last turn: of a text conversation, of the messages' text."""

@@ -14,7 +14,15 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_ppo.data.chat import Messages, Prompt, TemplateOptions
 from rlhf_ppo.data.detokenization import Before, TextPieces
 from rlhf_ppo.data.tokenization import left_pad
-from rlhf_ppo.generation.conversation import Codec, Conversation, Conversations, Reply, collect, reply_messages
+from rlhf_ppo.generation.conversation import (
+    Codec,
+    Conversation,
+    Conversations,
+    ReadTurn,
+    Reply,
+    collect,
+    reply_messages,
+)
 from rlhf_ppo.generation.environments.episodes import WrongAnswerError
 from rlhf_ppo.generation.rollout import SampledResponses, SamplingParams
 from rlhf_ppo.runtime.command_line.user_code import FAILURES
@@ -109,6 +117,7 @@ def sample_conversations(
     room: int | None,
     tokenizer: PreTrainedTokenizerBase,
     device: device,
+    read: ReadTurn | None = None,
 ) -> Conversations:
     """Sample turns of the policy, with the replies of its partners between them.
 
@@ -127,11 +136,12 @@ def sample_conversations(
             the conversation ends.
         tokenizer: the policy's.
         device: the model's.
+        read: finds thinking and tool calls in a turn; None: a turn's text is its content.
     Raises:
         RespondError: a partner raised, timed out, or returned something else than it must; names the conversation.
         ValueError: the chat template does not render a conversation by adding to its end, or fails on a reply.
     """
-    codec = Codec(tokenizer, TextPieces(tokenizer), TextPieces(tokenizer, special=True))
+    codec = Codec(tokenizer, TextPieces(tokenizer), TextPieces(tokenizer, special=True), read)
     ready, asked, has_values, patience_s = list[Talk](), dict[Call, Talk](), False, GRACE_S
     for talk in talks:
         if isinstance(talk.begin, Opening):

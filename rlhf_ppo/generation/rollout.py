@@ -114,6 +114,8 @@ class Rollout:
     """[B] bool, True where the conversation ended because the context had no room for another turn."""
     conversations: list[list[dict[str, str]]] | None = None
     """[B] all messages of each conversation: the very lists that ``respond`` saw."""
+    tool_counts: list[dict[str, int]] | None = None
+    """[B] each conversation's calls of tools, those that cannot be read (malformed), and errors; None without tools."""
 
     @property
     def barred(self) -> BannedTokens | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from functools import partial
 
 from rlhf_ppo.config.inference import GenerateArgs
 from rlhf_ppo.data.chat import Prompt
@@ -42,7 +43,7 @@ def chat(args: GenerateArgs, lines: Iterable[str] | None = None) -> None:
             continue
         history = history + text if isinstance(history, str) else [*history, {"role": "user", "content": text}]
         history = drop_oldest(history, generator)
-        (answer,) = generator.complete([history])
+        (answer,) = generator.complete([history], [generator.template.of_row({}, "chat")])
         print(answer.strip() if isinstance(history, list) else answer, flush=True)
         reply = {"role": "assistant", "content": answer}
         history = history + answer if isinstance(history, str) else [*history, reply]
@@ -67,16 +68,17 @@ def drop_oldest(history: Prompt, generator: TextGenerator) -> Prompt:
     """
     if generator.room is None:
         return history
-    ids = tokenize_prompt(history, generator.tokenizer, "chat")
+    read = partial(tokenize_prompt, tokenizer=generator.tokenizer, where="chat", template=generator.template.kwargs)
+    ids = read(history)
     if isinstance(history, str):
         kept = generator.room
         while len(ids) > generator.room:  # text cut between two tokens may have one more when it is encoded again
             history = TextPieces(generator.tokenizer, special=True).text(ids[-kept:])
-            ids, kept = tokenize_prompt(history, generator.tokenizer, "chat"), kept - 1
+            ids, kept = read(history), kept - 1
         return history
     while len(ids) > generator.room and len(history) > 2:
         history = history[2:]
-        ids = tokenize_prompt(history, generator.tokenizer, "chat")
+        ids = read(history)
     return history
 
 

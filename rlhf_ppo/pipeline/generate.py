@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -12,10 +12,11 @@ from typing import Any, Literal, TextIO
 import torch
 
 from rlhf_ppo.config.inference import GenerateArgs
-from rlhf_ppo.data.chat import Prompt, with_chat_template
+from rlhf_ppo.data.chat import Prompt, TemplateOptions, with_chat_template
 from rlhf_ppo.data.detokenization import TextPieces, before_each
 from rlhf_ppo.data.mixtures import load_mixture
 from rlhf_ppo.data.rows import prompt_rows
+from rlhf_ppo.data.template_options import TemplateDefaults, require_read
 from rlhf_ppo.data.tokenization import encode_prompts, fit_prompt, require_vocabulary, tokenize_prompt
 from rlhf_ppo.generation.decoding import sample_responses
 from rlhf_ppo.generation.rollout import SamplingParams
@@ -48,8 +49,11 @@ class TextGenerator:
     tokenizer: Any
     room: int | None
     """Maximum prompt length in tokens beside max_new_tokens; None: the model sets no limit."""
-    complete: Callable[[Sequence[Prompt]], list[str]]
-    """[B] prompts -> [B] completions, which several processes share; an overlong prompt is an error."""
+    complete: Callable[[Sequence[Prompt], Sequence[TemplateOptions]], list[str]]
+    """[B] prompts, and what each chat is rendered with besides messages -> [B] completions, which several processes
+    share; an overlong prompt is an error."""
+    template: TemplateDefaults = field(default_factory=TemplateDefaults)
+    """What chats are rendered with besides messages."""
 
 
 def load_generator(args: GenerateArgs) -> TextGenerator:
@@ -75,11 +79,11 @@ def load_generator(args: GenerateArgs) -> TextGenerator:
     )
     generator = torch.Generator(device).manual_seed(args.seed)
 
-    def complete_own(prompts: Sequence[Prompt], whole: RowsOf) -> list[str]:
+    def complete_own(prompts: Sequence[Prompt], templates: Sequence[TemplateOptions], whole: RowsOf) -> list[str]:
         if not prompts:
             uniforms(params.max_new_tokens, 0, generator, device, whole)  # used up on every process alike
             return []
-        ids, mask = encode_prompts(prompts, tokenizer, room=room, truncate=False, device=device)
+        ids, mask = encode_prompts(prompts, tokenizer, room=room, truncate=False, device=device, templates=templates)
         pieces = TextPieces(tokenizer)
         before = before_each(pieces, prompts, ids, mask)
         detector = StopStringDetector(pieces, params.stop_strings, before) if params.stop_strings else None
@@ -89,13 +93,19 @@ def load_generator(args: GenerateArgs) -> TextGenerator:
             )
         return response_texts(sampled, pieces, before, params.stop_strings)
 
-    def complete(prompts: Sequence[Prompt]) -> list[str]:
+    def complete(prompts: Sequence[Prompt], templates: Sequence[TemplateOptions]) -> list[str]:
         own = processes.block(len(prompts))
         whole = RowsOf(own, len(prompts))
-        parts = processes.facts(lambda: complete_own(prompts[own.start : own.stop], whole))
+        here = slice(own.start, own.stop)
+        parts = processes.facts(lambda: complete_own(prompts[here], templates[here], whole))
         return [text for part in parts for text in part]
 
-    return TextGenerator(tokenizer, room, complete)
+    return TextGenerator(tokenizer, room, complete, _template(args, run))
+
+
+def _template(args: GenerateArgs, run: dict[str, Any]) -> TemplateDefaults:
+    given = args.chat_template_kwargs
+    return TemplateDefaults(run.get("chat_template_kwargs") if given is None else given)
 
 
 def generate(args: GenerateArgs) -> list[tuple[Prompt, str]]:
@@ -114,8 +124,11 @@ def generate(args: GenerateArgs) -> list[tuple[Prompt, str]]:
         data = prompt_rows(load_mixture(args.dataset, args.split), args.prompt_column)
         require_same_data(processes, {"dataset": data})
         names, rows = list(data.names), data.to_list()
-    require_prompts([row["prompt"] for row in rows], names, args.model, args.max_new_tokens, args.chat_template)
-    rows = [row for row in rows for _ in range(args.num_samples)]
+    template = _template(args, read_run(resolve_model(args.model)))
+    templates = [template.of_row(row, where) for row, where in zip(rows, names, strict=True)]
+    prompts = [row["prompt"] for row in rows]
+    require_prompts(prompts, names, templates, args.model, args.max_new_tokens, args.chat_template)
+    rows, templates = ([x for x in each for _ in range(args.num_samples)] for each in (rows, templates))
     pairs: list[tuple[Prompt, str]] = []
     output = args.output
     if output is not None:
@@ -127,7 +140,8 @@ def generate(args: GenerateArgs) -> list[tuple[Prompt, str]]:
         progress.phase("generate")
         for start in range(0, len(rows), args.batch_size):
             batch = rows[start : start + args.batch_size]
-            completions = generator.complete([row["prompt"] for row in batch])
+            own = templates[start : start + args.batch_size]
+            completions = generator.complete([row["prompt"] for row in batch], own)
             pairs += zip([row["prompt"] for row in batch], completions, strict=True)
             if output is not None:
                 written = [{**row, "completion": text} for row, text in zip(batch, completions, strict=True)]
@@ -138,14 +152,20 @@ def generate(args: GenerateArgs) -> list[tuple[Prompt, str]]:
 
 
 def require_prompts(
-    prompts: Sequence[Prompt], names: Sequence[str], model: str, max_new_tokens: int, chat_template: str | None
+    prompts: Sequence[Prompt],
+    names: Sequence[str],
+    templates: Sequence[TemplateOptions],
+    model: str,
+    max_new_tokens: int,
+    chat_template: str | None,
 ) -> None:
     """Raise a ValueError that names the first prompt that the model cannot read, without loading its weights."""
     name = resolve_model(model)
     config, tokenizer = load_config(name), with_chat_template(load_tokenizer(name), chat_template)
     room = prompt_room(config, max_new_tokens)
-    for prompt, where in zip(prompts, names, strict=True):
-        ids = tokenize_prompt(prompt, tokenizer, where)
+    for prompt, where, template in zip(prompts, names, templates, strict=True):
+        require_read(tokenizer, prompt, template, where)
+        ids = tokenize_prompt(prompt, tokenizer, where, template)
         require_vocabulary(ids, vocabulary_size(config), where)
         fit_prompt(ids, room, "error", where)
 

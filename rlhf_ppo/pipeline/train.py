@@ -10,7 +10,7 @@ from rlhf_ppo.data.rows import Rows, prompt_rows
 from rlhf_ppo.models.adapters.lora import lora_config
 from rlhf_ppo.pipeline.before_after import print_before_after
 from rlhf_ppo.pipeline.demo import print_paths
-from rlhf_ppo.runtime.command_line.user_code import load_factory, load_function
+from rlhf_ppo.runtime.command_line.user_code import load_factory, load_function, load_functions
 from rlhf_ppo.trainer import PPOTrainer
 
 
@@ -55,6 +55,7 @@ def trainer_arguments(args: TrainArgs) -> dict[str, Any]:
         "value_model": args.value_model,
         "peft_config": _lora(args),
         "respond": None if args.respond is None else load_function(args.respond, "respond"),
+        "tools": load_functions(args.tools, "tools"),
         "environment": None if args.environment is None else load_factory(args.environment, "environment"),
         "judge_funcs": list(args.judge),
     }

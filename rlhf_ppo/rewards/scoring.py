@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from rlhf_ppo.data.chat import Completion, Prompt
+from rlhf_ppo.data.chat import SAMPLED_TEXT, Completion, Prompt
 from rlhf_ppo.rewards.cache import ScoreCache, decoded_score, encoded_score
 from rlhf_ppo.rewards.calling import call_rewards
 from rlhf_ppo.rewards.functions import RewardFunction, StepRewards, accepts, reward_name
@@ -239,7 +239,7 @@ def _place(item: Score | StepRewards, i: int, responses: Responses, name: str, d
             return step_rewards_per_token(item, ids, completion, None if decode_of is None else decode_of(i, 0))
         prompt = responses.prompts[i]
         after = responses.conversations[i][1 if isinstance(prompt, str) else len(prompt) :]
-        said = [message["content"] for message in after if message["role"] == "assistant"]
+        said = [message.get(SAMPLED_TEXT, message["content"]) for message in after if message["role"] == "assistant"]
         by_turn = None if decode_of is None else partial(decode_of, i)
         return step_rewards_per_turn(item, ids, responses.completion_turns[i], said, by_turn)
     except ValueError as error:

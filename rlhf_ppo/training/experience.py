@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -137,7 +138,18 @@ def _rollout_metrics(rollout: Rollout, rewards: Rewards) -> dict[str, float]:
     if rollout.turns is not None and rollout.context_full is not None:
         metrics["response/turns"] = float((rollout.turns.amax(dim=1) + 1).float().mean())
         metrics["response/context_full_fraction"] = float(rollout.context_full.float().mean())
+    if rollout.tool_counts is not None:
+        metrics |= _tool_metrics(rollout.tool_counts)
     return metrics
+
+
+def _tool_metrics(counts: Sequence[Mapping[str, int]]) -> dict[str, float]:
+    calls, malformed, errors = (sum(row[name] for row in counts) for name in ("calls", "malformed", "errors"))
+    return {
+        "tools/calls_per_response": calls / len(counts),
+        "tools/malformed_fraction": malformed / max(1, calls),
+        "tools/error_fraction": errors / max(1, calls),
+    }
 
 
 def _writing_metrics(rollout: Rollout) -> dict[str, float]:

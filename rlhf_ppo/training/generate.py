@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ppo.core import BannedTokens
-from rlhf_ppo.data.chat import Prompt
+from rlhf_ppo.data.chat import Prompt, TemplateOptions
 from rlhf_ppo.data.detokenization import Before, TextPieces, before_each
 from rlhf_ppo.data.prompts import PromptBatch
 from rlhf_ppo.data.tokenization import encode_prompts, require_vocabulary
@@ -22,6 +22,7 @@ from rlhf_ppo.generation.multi_turn import Hook, Opening, RespondError, Talk, sa
 from rlhf_ppo.generation.rollout import Rollout, SampledResponses
 from rlhf_ppo.generation.sampling import RowsOf
 from rlhf_ppo.generation.stop_strings import StopStringDetector, response_texts
+from rlhf_ppo.generation.tools.calls import Tools, tool_counts
 from rlhf_ppo.generation.vllm.engine import VLLMEngine
 from rlhf_ppo.models.acceleration.working_copy import computing, round_again
 from rlhf_ppo.models.actor_critic import ActorCritic
@@ -49,6 +50,8 @@ class _Own(NamedTuple):
     rows: range
     generator: torch.Generator
     """Of the whole rollout's draws."""
+    templates: Sequence[TemplateOptions] = ()
+    """[B] what each chat is rendered with besides messages."""
 
     @property
     def encoded(self) -> tuple[Tensor, Tensor]:
@@ -81,9 +84,10 @@ def start_generating(
         ahead: let a server sample from now on, in a thread: the model may change meanwhile.
     """
     with run.stopwatch.phase("generate"):
-        own = _Own(batch, None, None, run.own_rows(len(batch.prompts)), generator)
+        templates = run.template.of_columns(batch.columns, len(batch.prompts))
+        own = _Own(batch, None, None, run.own_rows(len(batch.prompts)), generator, templates)
         if run.episodes is None:
-            own = own._replace(**_encoded(run, batch.prompts))
+            own = own._replace(**_encoded(run, batch.prompts, templates))
         served = isinstance(run.sample, VLLMEngine)
         round_again(model)  # callbacks may change weights through .data
         publish(run, model)
@@ -114,10 +118,16 @@ def _wait_for(sampled: Future[Any]) -> Any:
     return sampled.result()
 
 
-def _encoded(run: Run, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+def _encoded(run: Run, prompts: Sequence[Prompt], templates: Sequence[TemplateOptions]) -> dict[str, Tensor]:
     """Encode prompts: ids and mask [B, P]."""
-    truncate = run.args.overlong_prompts == "truncate"
-    ids, mask = encode_prompts(prompts, run.tokenizer, room=run.room, truncate=truncate, device=run.device)
+    ids, mask = encode_prompts(
+        prompts,
+        run.tokenizer,
+        room=run.room,
+        truncate=run.args.overlong_prompts == "truncate",
+        device=run.device,
+        templates=templates,
+    )
     return {"ids": ids, "mask": mask}
 
 
@@ -188,12 +198,13 @@ def _converse(run: Run, model: ActorCritic, own: _Own) -> tuple[dict[str, Tensor
             sample,
             _talks(run, own),
             run.sampling,
-            encode=lambda talk, prompt: _encode_opening(run, model, talk, prompt),
+            encode=lambda talk, prompt: _encode_opening(run, model, talk, prompt, own.templates[talk.number]),
             calls=Calls(run.args.respond_concurrency, run.args.respond_timeout_s),
             max_turns=run.args.max_turns,
             room=run.room,
             tokenizer=run.tokenizer,
             device=run.device,
+            read=run.respond.read if isinstance(run.respond, Tools) else None,
         )
     except RespondError as error:
         # Only this process knows what was said here.
@@ -202,7 +213,9 @@ def _converse(run: Run, model: ActorCritic, own: _Own) -> tuple[dict[str, Tensor
         message = f"{error}. All conversations are in {file}"
         raise RespondError(message, error.conversations) from error.__cause__
     tensors = {"environment": said.environment, "turns": said.turns, "context_full": said.context_full}
-    facts = {"completions": said.completions, "conversations": said.messages}
+    facts: dict[str, Any] = {"completions": said.completions, "conversations": said.messages}
+    if isinstance(run.respond, Tools):
+        facts["tool_counts"] = [tool_counts(messages) for messages in said.messages]
     if run.episodes is not None:
         facts["prompts"] = said.prompts
     return {**_tensors(said.sampled), **tensors}, facts
@@ -215,14 +228,14 @@ def _talks(run: Run, own: _Own) -> list[Talk]:
     assert run.respond is not None and run.episodes is None
     hook, (ids, mask) = Hook(run.respond), own.encoded
     given = zip(own.rows, own.prompts, ids, mask, strict=True)
-    return [Talk(row, hook, Opening(prompt, x[keep].tolist())) for row, prompt, x, keep in given]
+    return [Talk(row, hook, Opening(prompt, x[keep].tolist(), own.templates[row])) for row, prompt, x, keep in given]
 
 
-def _encode_opening(run: Run, model: ActorCritic, talk: Talk, prompt: Prompt) -> Opening:
+def _encode_opening(run: Run, model: ActorCritic, talk: Talk, prompt: Prompt, template: TemplateOptions) -> Opening:
     """Encode a prompt that an environment chose."""
-    ids, mask = _encoded(run, [prompt]).values()
+    ids, mask = _encoded(run, [prompt], [template]).values()
     require_vocabulary(ids[0].tolist(), vocabulary_size(model.runner.config), f"conversation {talk.number}")
-    return Opening(prompt, ids[0][mask[0]].tolist())
+    return Opening(prompt, ids[0][mask[0]].tolist(), template)
 
 
 def _tensors(sampled: SampledResponses) -> dict[str, Tensor]:
@@ -239,7 +252,7 @@ def _join(run: Run, model: ActorCritic, own: _Own, parts: Sequence[Part]) -> Rol
     if "banned" in tensors:
         tensors["banned"] = BannedTokens(tensors["banned"], run.sampling.stop_token_ids)
     prompts = said.pop("prompts", list(own.batch.prompts))
-    ids, mask = (own.ids, own.mask) if run.episodes is None else _encoded(run, prompts).values()
+    ids, mask = (own.ids, own.mask) if run.episodes is None else _encoded(run, prompts, own.templates).values()
     assert ids is not None and mask is not None
     tensors = {"values": None, **tensors, "prompt_ids": ids, "prompt_mask": mask}
     said |= {"foreign": isinstance(run.sample, VLLMEngine), "value_scale": model.value_scale}

@@ -14,10 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import Experience
 from rlhf_ppo.data.prompts import PromptSet
+from rlhf_ppo.data.template_options import TemplateDefaults
 from rlhf_ppo.generation.engines import Sampler
 from rlhf_ppo.generation.environments.episodes import Episodes
 from rlhf_ppo.generation.multi_turn import Respond
 from rlhf_ppo.generation.rollout import Rollout, SamplingParams
+from rlhf_ppo.generation.tools.calls import Tools
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.rewards.cache import ScoreCache
@@ -83,6 +85,12 @@ class Run:
     """The processes that share the work; each holds the whole rollout."""
     plan: Plan = UNSHARDED
     """How the weights are spread over the processes."""
+
+    @cached_property
+    def template(self) -> TemplateDefaults:
+        """What chats are rendered with besides messages."""
+        tools = self.respond.schemas if isinstance(self.respond, Tools) else []
+        return TemplateDefaults(self.args.chat_template_kwargs, tools)
 
     @property
     def episodes(self) -> Episodes | None:

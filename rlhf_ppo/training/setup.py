@@ -16,15 +16,15 @@ from transformers import (
 )
 
 from rlhf_ppo.config.rlhf import RLHFConfig
-from rlhf_ppo.core.validation import refuse_unread
-from rlhf_ppo.data.chat import refuse_prefill, with_chat_template
+from rlhf_ppo.data.chat import with_chat_template
 from rlhf_ppo.data.prompts import PromptSet
 from rlhf_ppo.data.rows import RowSource
 from rlhf_ppo.generation.environments.episodes import Episodes, TextEnvironment, require_environment
 from rlhf_ppo.generation.multi_turn import Respond
-from rlhf_ppo.generation.reply_tokens import chat_reply_ids
 from rlhf_ppo.generation.rollout import SamplingParams
 from rlhf_ppo.generation.stop_tokens import choose_stop_tokens
+from rlhf_ppo.generation.tools.calls import Tools
+from rlhf_ppo.generation.tools.schemas import Functions, Tool, tool_functions
 from rlhf_ppo.models.acceleration.named_kernels import check_attention, is_flash
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.compare import source_name
@@ -55,6 +55,7 @@ from rlhf_ppo.training.outside.connect import connect
 from rlhf_ppo.training.recorded.recorded_rollouts import Recording
 from rlhf_ppo.training.recorded.replayed_rollouts import open_replay, require_same_rewards
 from rlhf_ppo.training.run import Run
+from rlhf_ppo.training.turns import Partner, checked_partner, require_partner
 
 
 def set_up(
@@ -71,6 +72,7 @@ def set_up(
     respond: Respond | None = None,
     environment: Callable[[], TextEnvironment] | None = None,
     judge_funcs: RewardSource | Sequence[RewardSource] = (),
+    tools: Sequence[Tool] = (),
     trains: bool = True,
 ) -> tuple[Run, ActorCritic]:
     """Check and load all that a run needs; arguments and errors are those of :class:`rlhf_ppo.PPOTrainer`.
@@ -81,15 +83,14 @@ def set_up(
     Returns:
         (what is fixed for the run, policy and critic).
     """
-    args, processes, partner, device, bf16 = _join(args, eval_dataset, respond, environment)
+    args, processes, partner, device, bf16 = _join(args, eval_dataset, respond, environment, tools)
     sources = {"model": source_name(model), "ref_model": None if ref_model is None else source_name(ref_model)}
     model, ref_model, value_model = map(resolve_model, (model, ref_model, value_model))
-    config = load_config(model)
-    critic = _check_models(args, model, ref_model, value_model, peft_config, device, bf16)
+    config, critic = _check_models(args, model, ref_model, value_model, peft_config, device, bf16)
     tokenizer = with_chat_template(processing_class or load_tokenizer(model), args.chat_template)
     room, sampling, recording = _responses(args, model, config, tokenizer)
     train_prompts, eval_prompts = _prompt_sets(train_dataset, eval_dataset, tokenizer, args, config, room, partner)
-    sets = _check_sets(processes, (train_prompts, eval_prompts), tokenizer, turns=partner is not None)
+    sets, partner = _check_sets(processes, (train_prompts, eval_prompts), tokenizer, args, partner)
     rewards = _load_rewards(reward_funcs, args, device, sets, partner, recording=recording)
     judges = _load_judges(judge_funcs, reward_funcs, args, device, sets, conversations=partner is not None)
     require_same_task(critic.fitted, args, tokenizer, rewards)
@@ -128,8 +129,8 @@ def set_up(
 
 
 def _join(
-    args: Any, eval_dataset: RowSource | None, respond: Respond | None, environment: Any
-) -> tuple[RLHFConfig, ProcessGroup, Respond | Episodes | None, torch.device, bool]:
+    args: Any, eval_dataset: RowSource | None, respond: Respond | None, environment: Any, tools: Sequence[Tool]
+) -> tuple[RLHFConfig, ProcessGroup, Partner, torch.device, bool]:
     """Join the other processes, which must have the same settings; check these, and what answers the policy's turns.
 
     Returns:
@@ -137,9 +138,11 @@ def _join(
     """
     if not isinstance(args, RLHFConfig):
         raise TypeError(f"args must be an RLHFConfig, got {type(args).__name__}: write RLHFConfig(output_dir=..., ...)")
+    functions = tool_functions(tools)
     processes = join_for(args)
-    args = _check_arguments(args, eval_dataset, respond, environment, processes)
-    device, partner = own_gpu(resolve_device(args.device)), respond if environment is None else Episodes(environment)
+    args = _check_arguments(args, eval_dataset, respond, environment, functions, processes)
+    partner = Tools(functions, respond) if functions else respond
+    partner, device = partner if environment is None else Episodes(environment), own_gpu(resolve_device(args.device))
     return args, processes, partner, device, compute_in_bf16(args.precision, device)
 
 
@@ -151,20 +154,27 @@ def _check_models(
     peft_config: Any,
     device: torch.device,
     bf16: bool,
-) -> CriticStart:
-    """Check models before they are loaded, and choose the critic."""
+) -> tuple[PretrainedConfig, CriticStart]:
+    """Check models before they are loaded, and choose the critic; returns the policy's configuration and that."""
+    config = load_config(model)
     check_models(args, model, ref_model, value_model, peft_config, device, bf16=bf16)
-    return prepare_critic(args, model, value_model, peft_config)
+    return config, prepare_critic(args, model, value_model, peft_config)
 
 
 def _check_sets(
-    processes: ProcessGroup, given: Sequence[PromptSet | None], tokenizer: PreTrainedTokenizerBase, *, turns: bool
-) -> list[PromptSet]:
-    """Return the sets that there are; all processes must have the same, which the chat template can make turns of."""
+    processes: ProcessGroup,
+    given: Sequence[PromptSet | None],
+    tokenizer: PreTrainedTokenizerBase,
+    args: RLHFConfig,
+    partner: Partner,
+) -> tuple[list[PromptSet], Partner]:
+    """Return the sets that there are, and what answers turns; all processes must have the same.
+
+    The chat template must be able to make turns of them.
+    """
     sets = [prompts for prompts in given if prompts is not None]
     require_same_data(processes, {prompts.name: prompts for prompts in sets})
-    _check_turns(tokenizer, [prompts for prompts in sets if prompts.has_prompts] if turns else ())
-    return sets
+    return sets, checked_partner(partner, sets, tokenizer, args)
 
 
 def _check_arguments(
@@ -172,26 +182,14 @@ def _check_arguments(
     eval_dataset: RowSource | None,
     respond: Respond | None,
     environment: Any,
+    functions: Functions,
     processes: ProcessGroup,
 ) -> RLHFConfig:
     """Check arguments against each other; returns the settings of this process, of which the first alone speaks."""
     require_installed(args.report_to)
     if environment is not None:
         require_environment(environment)
-        if respond is not None:
-            raise ValueError("respond and environment both answer the policy's turns: pass one of them")
-    elif respond is None and args.max_turns > 1:
-        raise ValueError(
-            f"max_turns={args.max_turns} needs respond or an environment, which answers the policy's turns: pass "
-            "respond=... or environment=..., or set max_turns to 1"
-        )
-    elif respond is None:
-        why = "it is about respond and environments, and max_turns=1 without an environment calls neither"
-        refuse_unread(args, why, "respond_timeout_s", "respond_concurrency")
-    if respond is not None and args.max_turns == 1:
-        raise ValueError("respond is given, but max_turns=1 leaves no turn after its answer: raise max_turns")
-    if respond is not None and not callable(respond):
-        raise ValueError(f"respond must be a function of the messages, got {type(respond).__name__}")
+    require_partner(args, respond, environment, functions)
     if args.eval_every and eval_dataset is None:
         raise ValueError(
             f"eval_every={args.eval_every} has nothing to evaluate on: pass an eval_dataset, or set it to 0"
@@ -206,11 +204,12 @@ def _prompt_sets(
     args: RLHFConfig,
     config: PretrainedConfig,
     room: int | None,
-    partner: Respond | Episodes | None,
+    partner: Partner,
 ) -> list[PromptSet | None]:
     needs_prompts = not isinstance(partner, Episodes)
     given = {"tokenizer": tokenizer, "args": args, "vocab_size": vocabulary_size(config), "room": room}
-    prompt_set = partial(PromptSet, **given, needs_prompts=needs_prompts)
+    tools = partner.schemas if isinstance(partner, Tools) else []
+    prompt_set = partial(PromptSet, **given, needs_prompts=needs_prompts, tools=tools)
     named = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
     return [
         None if rows is None else prompt_set(rows, name=name, trains=name == "train_dataset")
@@ -237,7 +236,7 @@ def _load_rewards(
     args: RLHFConfig,
     device: torch.device,
     sets: Sequence[PromptSet],
-    partner: Respond | Episodes | None,
+    partner: Partner,
     *,
     recording: Recording | None,
 ) -> dict[str, tuple[RewardFunction, float]]:
@@ -283,16 +282,3 @@ def _check_rewards(rewards: Mapping[str, RewardFunction], sets: Sequence[PromptS
 def _reward_sources(reward_funcs: RewardSource | Sequence[RewardSource] | None) -> list[str]:
     """Return the names of the rewards for run.json."""
     return [reward_source(source) for source in listed(reward_funcs)]
-
-
-def _check_turns(tokenizer: PreTrainedTokenizerBase, sets: Sequence[PromptSet]) -> None:
-    """Check, for each order of roles in the prompts, that the chat template renders a reply by appending text."""
-    for prompts in sets:
-        seen: set[tuple[str, ...]] = set()
-        for prompt, where in zip(prompts.rows["prompt"], prompts.rows.names, strict=True):
-            if isinstance(prompt, str) or (roles := tuple(message["role"] for message in prompt)) in seen:
-                continue
-            seen.add(roles)
-            refuse_prefill(prompt, where)
-            reply = [{"role": "user", "content": "and then?"}]
-            chat_reply_ids(tokenizer, prompt, {"role": "assistant", "content": ""}, reply, None, where)

@@ -140,6 +140,7 @@ def make_trainer(tmp_path: Path, tokenizer, make_model):
         peft_config: Any = None,
         callbacks: Any = None,
         respond: Any = None,
+        tools: Any = (),
         environment: Any = None,
         judge_funcs: Any = (),
         **settings: Any,
@@ -169,6 +170,7 @@ def make_trainer(tmp_path: Path, tokenizer, make_model):
             peft_config=peft_config,
             callbacks=callbacks,
             respond=respond,
+            tools=tools,
             environment=environment,
             judge_funcs=judge_funcs,
         )

@@ -17,7 +17,9 @@ from rlhf_ppo.config.train import require_reward
 from rlhf_ppo.data.chat import Completion
 from rlhf_ppo.data.mixtures import load_data
 from rlhf_ppo.data.rows import Rows, prompt_rows
+from rlhf_ppo.data.template_options import TemplateDefaults, template_of_rows
 from rlhf_ppo.data.tokenization import require_room
+from rlhf_ppo.generation.tools.schemas import tool_functions
 from rlhf_ppo.models.loading import load_config, prompt_room, resolve_model, vocabulary_size
 from rlhf_ppo.pipeline.evaluation.evaluation_settings import (
     find_environment,
@@ -64,11 +66,13 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     rows = _load_prompts(args, required=named is None)
     environment = None if named is None else load_factory(named, "environment")
     config = sampler_config(args, settings)
-    partner = {"respond": find_respond(args, settings, config.max_turns), "environment": environment}
+    partner = {**find_respond(args, settings, config.max_turns), "environment": environment}
     # A prompt that the second model cannot read is reported before the first one samples.
     require_room(prompt_room(load_config(resolve_model(against)), config.max_new_tokens), config.max_new_tokens)
     if "prompt" in rows.column_names:
-        require_prompts(rows["prompt"], rows.names, against, config.max_new_tokens, config.chat_template)
+        schemas = [schema for _, schema in tool_functions(partner["tools"]).values()]
+        templates = template_of_rows(rows, TemplateDefaults(config.chat_template_kwargs, schemas))
+        require_prompts(rows["prompt"], rows.names, templates, against, config.max_new_tokens, config.chat_template)
     run = RunDirectory(args.output_dir)
     ours, theirs = (sample(name, reference, args, config, rows, partner) for name in (args.model, against))
     report = {
@@ -99,7 +103,8 @@ def _require_one_vocabulary(**models: str) -> None:
 def sample(
     model: str, reference: str, args: EvaluateArgs, config: RLHFConfig, rows: Rows, partner: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Sample a response to each prompt; ``partner``: what answers its turns, ``respond`` or ``environment``.
+    """Sample a response to each prompt; ``partner``: what answers its turns, ``respond``, ``tools`` or
+    ``environment``.
 
     Returns:
         A row per prompt: that of :func:`rlhf_ppo.training.reporting.describe`, each reward's own score, and the verdict

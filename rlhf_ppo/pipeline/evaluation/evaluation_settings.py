@@ -8,13 +8,13 @@ from typing import Any
 
 from rlhf_ppo.config.inference import EvaluateArgs
 from rlhf_ppo.config.rlhf import RLHFConfig
-from rlhf_ppo.generation.multi_turn import Respond
 from rlhf_ppo.models.loading import BASE_FOLDER, REFERENCE_FOLDER, adapter_base, load_tokenizer
-from rlhf_ppo.runtime.command_line.user_code import load_function
+from rlhf_ppo.runtime.command_line.user_code import load_function, load_functions
 
 SAMPLING = (
     *("max_new_tokens", "temperature", "stop_token_ids", "stop_strings", "min_new_tokens"),
     *("max_turns", "respond_timeout_s", "respond_concurrency"),
+    *("chat_template_kwargs", "tool_parser", "stripped_thinking"),
 )
 """The run's settings that say how it sampled."""
 
@@ -47,11 +47,11 @@ def sampler_config(args: EvaluateArgs, run: RunJson) -> RLHFConfig:
     known = {field.name for field in dataclasses.fields(RLHFConfig)}
     chosen: dict[str, Any] = {name: run[name] for name in SAMPLING if name in run and name in known}
     chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()}
-    for name in ("max_new_tokens", "temperature", "max_turns"):
+    for name in ("max_new_tokens", "temperature", "max_turns", "chat_template_kwargs"):
         if (value := getattr(args, name)) is not None:
             chosen[name] = value
     if chosen.get("max_turns", 1) == 1 and find_environment(args, run) is None:
-        for name in ("respond_timeout_s", "respond_concurrency"):
+        for name in ("respond_timeout_s", "respond_concurrency", "tool_parser", "stripped_thinking"):
             chosen.pop(name, None)
     template = args.chat_template
     if template is None and run.get("chat_template") is not None:
@@ -92,19 +92,23 @@ def find_environment(args: EvaluateArgs, run: RunJson) -> str | None:
     return args.environment or (run.get("environment") if args.respond is None else None)
 
 
-def find_respond(args: EvaluateArgs, run: RunJson, max_turns: int) -> Respond | None:
-    """Load the function that answers the model's turns; None for a single turn.
+def find_respond(args: EvaluateArgs, run: RunJson, max_turns: int) -> dict[str, Any]:
+    """Load what answers the model's turns, ``respond`` and ``tools``; neither for a single turn.
 
     Raises:
         ValueError: several turns, and nothing names it.
     """
-    name = args.respond or (run.get("respond") if max_turns > 1 else None)
-    if name is None and max_turns > 1 and find_environment(args, run) is None:
+    several = max_turns > 1
+    name = args.respond or (run.get("respond") if several else None)
+    tools = (run.get("tools") or () if several else ()) if args.tools is None else args.tools
+    if name is None and not tools and several and find_environment(args, run) is None:
         raise ValueError(
-            f"max_turns={max_turns} needs respond, which answers the model's turns, and {args.model} does not name it "
-            "(it was trained from Python, or is no run): name it with respond, or set max_turns to 1"
+            f"max_turns={max_turns} needs respond, which answers the model's turns, or tools, and {args.model} does "
+            "not name them (it was trained from Python, or is no run): name them with respond or tools, or set "
+            "max_turns to 1"
         )
-    return None if name is None else load_function(name, "respond")
+    respond = None if name is None else load_function(name, "respond")
+    return {"respond": respond, "tools": load_functions(tools, "tools")}
 
 
 def was_trained_on_judge(args: EvaluateArgs, run: RunJson) -> bool:

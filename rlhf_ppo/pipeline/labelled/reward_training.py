@@ -19,6 +19,7 @@ from rlhf_ppo.data.chat import with_chat_template
 from rlhf_ppo.data.mixtures import load_data
 from rlhf_ppo.data.preferences import PairIds, Preference, encode_pairs, read_preferences, split_by_prompt
 from rlhf_ppo.data.rows import Rows
+from rlhf_ppo.data.template_options import TemplateDefaults
 from rlhf_ppo.models.acceleration.working_copy import computing
 from rlhf_ppo.models.loading import (
     adapter_base,
@@ -136,6 +137,7 @@ def _load_pairs(args: RewardTrainingArgs, rows: Rows, tokenizer: PreTrainedToken
         chosen_column=args.chosen_column,
         rejected_column=args.rejected_column,
         margin_column=args.margin_column,
+        template=TemplateDefaults(args.chat_template_kwargs),
     )
     train, held_out = split_by_prompt(pairs, args.eval_fraction, args.seed)
     train_ids, train_cut = encode_pairs(train, tokenizer, vocab_size)

@@ -109,7 +109,7 @@ def _prepare(
         source = resolve_model(args.model)
         config, tokenizer = load_config(source), load_tokenizer(source)
     else:
-        texts = [prompt + answer for prompt, answer, _ in parts["train"] if isinstance(prompt, str)]
+        texts = [row.prompt + row.completion for row in parts["train"] if isinstance(row.prompt, str)]
         config, tokenizer = new_model(str(args.architecture), texts, args.max_length, processes)
     if not processes.alone and getattr(config.get_text_config(), "output_router_logits", False):
         raise ValueError(

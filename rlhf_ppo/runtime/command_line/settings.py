@@ -136,6 +136,8 @@ def parse_settings(cls: type[Settings], argv: Sequence[str], *, prog: str, descr
     for key, value in {**_read_preset(cls, preset), **file}.items():
         if key in positional(cls):
             words = words or [str(value)]
+        elif isinstance(value, dict):
+            held[key] = value
         elif _reads_otherwise(value):
             held[key] = value
             from_yaml += _as_flag(key, "held")
@@ -210,8 +212,6 @@ def _spelt_out(flags: Sequence[str], cls: type) -> list[str]:
 
 
 def _as_flag(key: str, value: Any) -> list[str]:
-    if isinstance(value, dict):
-        value = [word for pair in value.items() for word in pair]
     words = [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
     return [f"--{key.replace('_', '-')}", *words]
 

@@ -130,7 +130,8 @@ def _flag(field: dataclasses.Field[Any], hint: Any) -> str:
 def _kind(hint: Any) -> str:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
-        return _kind(inner[0])
+        own = [extra.metavar for extra in inner[1:] if isinstance(extra, tyro.constructors.PrimitiveConstructorSpec)]
+        return own[0] if own else _kind(inner[0])
     if origin in (typing.Union, types.UnionType):
         return "|".join(dict.fromkeys(_kind(kind) for kind in inner if kind is not types.NoneType))
     if origin is tuple:

@@ -11,7 +11,7 @@ import inspect
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import cache
 from pathlib import Path
@@ -47,22 +47,52 @@ def load_factory(source: str, what: str) -> Callable[..., Any]:
     module_name, _, name = source.rpartition(":")
     if not module_name:
         raise ValueError(f"{what} {source!r} names no function: write file.py:function or module:function")
-    if module_name.endswith(".py"):
-        if not Path(module_name).is_file():
-            raise ValueError(f"{what} file {module_name} does not exist (working folder: {Path.cwd()})")
-        try:
-            module = _run(Path(module_name).resolve(), Path(module_name).stat().st_mtime_ns)
-        except FAILURES as error:
-            raise ValueError(f"{what} file {module_name}{_where(error)}") from error
-    else:
-        try:
-            module = importlib.import_module(module_name)
-        except FAILURES as error:
-            raise ValueError(f"{what} module {module_name!r} cannot be imported{_where(error)}") from error
+    module = _load_module(module_name, what)
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"{what} {source!r}: {module_name} has no function {name!r}{_closest(name, module)}")
     return function
+
+
+def load_functions(sources: Sequence[str], what: str) -> list[Callable[..., Any]]:
+    """Load the functions that ``sources`` name.
+
+    Args:
+        sources: ``file.py:f,g`` or ``module:f,g``, or ``file.py`` for all of its own public functions with a docstring.
+        what: their name in messages, such as "tools".
+    Raises:
+        ValueError: see :func:`load_function`; or a file has no such function.
+    """
+    found: list[Callable[..., Any]] = []
+    for source in sources:
+        module_name, _, names = source.rpartition(":")
+        if module_name:
+            found += [load_function(f"{module_name}:{name.strip()}", what) for name in names.split(",")]
+            continue
+        if not source.endswith(".py"):
+            raise ValueError(f"{what} {source!r} names no function: write file.py, file.py:f,g or module:f,g")
+        module = _load_module(source, what)
+        own = [function for name, function in vars(module).items() if not name.startswith("_")]
+        own = [f for f in own if inspect.isfunction(f) and f.__module__ == module.__name__ and f.__doc__]
+        if not own:
+            raise ValueError(f"{what} file {source} has no public function with a docstring: write one, or name it")
+        found += own
+    return found
+
+
+def _load_module(module_name: str, what: str) -> ModuleType:
+    if module_name.endswith(".py"):
+        if not Path(module_name).is_file():
+            raise ValueError(f"{what} file {module_name} does not exist (working folder: {Path.cwd()})")
+        try:
+            return _run(Path(module_name).resolve(), Path(module_name).stat().st_mtime_ns)
+        except FAILURES as error:
+            raise ValueError(f"{what} file {module_name}{_where(error)}") from error
+    else:
+        try:
+            return importlib.import_module(module_name)
+        except FAILURES as error:
+            raise ValueError(f"{what} module {module_name!r} cannot be imported{_where(error)}") from error
 
 
 def _instance(cls: type, where: str) -> Any:

@@ -50,6 +50,10 @@ METRICS: dict[str, str] = {
     "response/distinct_1": "Share of distinct tokens among all tokens of the rollout; falls as responses become alike.",
     "response/distinct_2": "Share of distinct pairs of consecutive tokens among all of the rollout (distinct-2).",
     "response/turns": "Mean number of the policy's turns in a conversation (with max_turns above 1).",
+    "tools/calls_per_response": "With tools: mean number of tool calls in a conversation, malformed ones included.",
+    "tools/malformed_fraction": "Share of the tool calls that could not be read.",
+    "tools/error_fraction": "Share of the tool calls that were read but answered with an error: an unknown tool, wrong "
+    "arguments, or a tool that raised.",
     "response/context_full_fraction": "Share of conversations that ended because the model's context was full.",
     "episode/return_mean": "Mean undiscounted return of the last 100 finished training episodes.",
     "episode/length_mean": "Mean length in steps of the last 100 finished training episodes.",

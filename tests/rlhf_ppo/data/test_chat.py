@@ -12,6 +12,7 @@ import rlhf_ppo.models.loading
 from rlhf_ppo import RewardModel
 from rlhf_ppo.cli import main
 from rlhf_ppo.data.chat import render_chat, render_completed, render_prompt
+from rlhf_ppo.data.examples import Example
 from rlhf_ppo.data.preferences import prompt_and_answer
 from rlhf_ppo.data.tokenization import tokenize_prompt
 from rlhf_ppo.pipeline.labelled.sft import SFTArgs, encode_examples, read_examples
@@ -137,7 +138,7 @@ def test_a_completion_is_encoded_as_part_of_the_prefilled_message(tokenizer):
     core.pre_tokenizer = pre_tokenizers.Sequence([spaces, pre_tokenizers.Split(Regex("."), "isolated")])
     core.decoder = decoders.Metaspace()
     tokenizer.chat_template = TEMPLATE
-    example = ([USER, {"role": "assistant", "content": "it is 4"}], "2", "row 0")
+    example = Example([USER, {"role": "assistant", "content": "it is 4"}], "2", "row 0")
     (row,) = encode_examples([example], tokenizer, 64, "train", vocab_size=18)
     assert tokenizer.decode(row["input_ids"], skip_special_tokens=True) == "user hi. assistant it is 42"
 

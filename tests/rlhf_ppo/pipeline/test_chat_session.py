@@ -38,7 +38,7 @@ def record_prompts(monkeypatch, tokenizer, room: int | None = None) -> list:
     """Replace the model by one that answers "ok", and return the list of its prompts."""
     heard: list = []
 
-    def complete(prompts):
+    def complete(prompts, templates):
         heard.extend(prompts)
         return ["ok"] * len(prompts)
 
