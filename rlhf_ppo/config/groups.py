@@ -47,8 +47,7 @@ class RolloutSettings(Settings):
     """Jinja chat template for the policy's tokenizer, a file or the text itself; saved with the model. None: the
     tokenizer's own."""
     chat_template_kwargs: JsonMapping = None
-    """Variables of the chat template, as a mapping: {"enable_thinking": false}. A row's own column
-    chat_template_kwargs goes first."""
+    """Variables of the chat template: {"enable_thinking": false}; a row's own column of this name goes first."""
     tool_parser: Literal["auto", "template", "hermes", "qwen3_xml", "llama3_json", "mistral"] = "auto"
     """How tool calls are found in a turn: template (the response template that the tokenizer brings), hermes (JSON
     in tool_call tags, as Qwen 2.5 and 3), qwen3_xml (function and parameter tags), llama3_json, mistral, or auto: the

@@ -32,8 +32,7 @@ class SFTArgs(DataArgs, ProcessSettings, ReportSettings):
     """Jinja chat template for the tokenizer, a file or the text itself; saved with the model. None: the tokenizer's
     own."""
     chat_template_kwargs: JsonMapping = None
-    """Variables of the chat template, as a mapping: {"enable_thinking": false}. A row's own column
-    chat_template_kwargs goes first."""
+    """Variables of the chat template: {"enable_thinking": false}; a row's own column of this name goes first."""
     max_length: int = 512
     """Maximum example length in tokens, at most the model's context; longer ones are truncated and get no end-of-text
     token."""
