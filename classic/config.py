@@ -17,6 +17,8 @@ from rlhf_ppo.runtime.logs.trackers import check_trackers
 T = TypeVar("T")
 Vectorization = Literal["auto", "sync", "async", "vector_entry_point"]
 
+SCHEDULES = ("lr_schedule", "clip_range_schedule", "ent_coef_schedule")
+
 LOG_STD_RANGE = (-20.0, 2.0)
 """Bounds of a log standard deviation; beyond them exp() of it is of no use."""
 
@@ -213,7 +215,7 @@ class PPOArgs:
         for name in ("save_every", "learning_rate", "weight_decay"):
             self._require(name, lambda value: value >= 0, "0 or more")
         self._require("adam_eps", lambda value: value > 0, "positive")
-        for name in ("lr_schedule", "clip_range_schedule", "ent_coef_schedule"):
+        for name in SCHEDULES:
             if getattr(self, name) is not None:
                 require_schedule(name, getattr(self, name))
         self._require("seed", lambda value: 0 <= value < 2**32, "from 0 to 4294967295")

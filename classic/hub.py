@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from classic.config import SCHEDULES
 from classic.envs.make_env import EnvLike
 from classic.ppo import PPO
 from classic.save import AGENT, MODEL, NORMALIZER, OPTIMIZER
@@ -66,7 +69,26 @@ def from_hub(repo_id: str, env: EnvLike | None = None, *, revision: str | None =
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         why = str(error).strip().splitlines()[0]
         raise ValueError(f"agent {repo_id!r} cannot be loaded from the hub ({type(error).__name__}): {why}") from None
+    _refuse_code(repo_id, Path(folder), env, changes)
     return PPO.load(folder, env, **changes)
+
+
+def _refuse_code(repo_id: str, folder: Path, env: EnvLike | None, changes: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a downloaded file names code to call (``module:name``) that the user has not named, too."""
+    try:
+        content = json.loads((folder / AGENT).read_text(encoding="utf-8"))
+        named = {"env": [] if env is not None else [content["env_id"]]}
+        named |= {name: [content["args"].get(name)] for name in SCHEDULES}
+        named |= {name: content["args"].get(name) or [] for name in ("wrappers", "training_wrappers")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # PPO.load says what is wrong with it
+    for name, texts in named.items():
+        code = [str(text) for text in texts if ":" in str(text) and not str(text).startswith("piecewise:")]
+        if code and name not in changes:
+            raise ValueError(
+                f"agent {repo_id!r} names code in {name}: {code[0]!r}. If you trust it, name it yourself: "
+                f"from_hub({repo_id!r}, {name}=...)"
+            )
 
 
 def model_card(agent: PPO, repo_id: str, result: Mapping[str, float], episodes: int) -> str:

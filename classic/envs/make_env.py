@@ -228,6 +228,8 @@ def _wrapper(env: str, text: str) -> Callable[[gymnasium.Env], gymnasium.Wrapper
             f"wrapper {text!r} of environment {env!r} cannot be loaded ({error}); name one of gymnasium.wrappers, or "
             "module:Name, with arguments as in FrameStackObservation(stack_size=4)"
         ) from None
+    if arguments and not (isinstance(wrapper, type) and issubclass(wrapper, gymnasium.Wrapper)):
+        raise ValueError(f"wrapper {text!r} of environment {env!r}: only a gymnasium.Wrapper takes arguments")
     return partial(wrapper, **arguments) if arguments else wrapper
 
 

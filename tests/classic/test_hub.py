@@ -85,3 +85,27 @@ def test_the_command_line_pushes(hub, small, tmp_path, capsys):
     words = ["push", str(tmp_path / "agent"), "me/match", "--private", "False", "--video", "False", "--episodes", "2"]
     assert main(words) == 0
     assert capsys.readouterr().out == "hub:me/match\n" and hub.calls["created"][1]["private"] is False
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"lr_schedule": "math:cos"}, "lr_schedule"),
+        ({"wrappers": ("gymnasium.wrappers:FlattenObservation",)}, "wrappers"),
+    ],
+)
+def test_code_that_a_downloaded_agent_names_must_be_named_by_the_user_too(settings, name, hub, small):
+    agent = classic.PPO("tests/Match-v0", small(**settings))
+    push_to_hub(agent, "me/match", video=False, episodes=2)
+    with pytest.raises(ValueError, match=rf"agent 'me/match' names code in {name}: '.*'. If you trust it"):
+        from_hub("me/match")
+    assert getattr(from_hub("me/match", **settings).args, name) == settings[name]
+    push_to_hub(classic.PPO("tests/Match-v0", small(lr_schedule="piecewise:0.5=0.1")), "me/x", video=False, episodes=2)
+    assert from_hub("me/x").args.lr_schedule == "piecewise:0.5=0.1"
+
+
+def test_an_environments_module_is_code_too(hub, small):
+    push_to_hub(classic.PPO("classic:tests/Match-v0", small()), "me/match", video=False, episodes=2)
+    with pytest.raises(ValueError, match="names code in env: 'classic:tests/Match-v0'"):
+        from_hub("me/match")
+    assert from_hub("me/match", "tests/Match-v0").env_id == "tests/Match-v0"

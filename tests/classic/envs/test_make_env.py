@@ -255,6 +255,7 @@ def test_wrappers_take_arguments(small):
         ("FrameStackObservation(stack_size=os)", "malformed node"),
         ("FrameStackObservation(stack_size=3", "never closed"),
         ("FrameStackObservation(stack=3)", "unexpected keyword argument 'stack'"),
+        ("subprocess:run(shell=True)", "only a gymnasium.Wrapper takes arguments"),
     ):
         with pytest.raises(ValueError, match=words):
             classic.PPO("tests/Match-v0", small(wrappers=[text]))
