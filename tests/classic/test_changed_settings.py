@@ -58,6 +58,7 @@ def test_every_setting_is_listed_as_changeable_or_fixed():
     """A new setting has to be added to one of the lists."""
     where_it_goes = {"output_dir", "quiet", "num_threads", "save_every", "save_total_limit", "report_to", "report"}
     where_it_goes |= {"eval_envs", "eval_max_steps", "episode_info"}
+    where_it_goes |= {"sde_sample_freq"}  # read with use_sde alone
     adapted = {"penalty_beta"}  # penalty's own; below
     listed = [*WEIGHT_SETTINGS, *COPY_SETTINGS, *OF_THE_CORE, *OF_THE_RUN, *where_it_goes, *adapted]
     assert sorted(listed) == sorted(field.name for field in dataclasses.fields(PPOArgs))
