@@ -196,7 +196,7 @@ class RunSettings(ProcessSettings, ReportSettings):
     """Responses of each rollout to write to samples.jsonl, and to tokens/ where tokens are recorded."""
     record_tokens_every: int | None = None
     """Rollouts between two that are recorded in tokens/ (reward, KL, value, advantage, ratio of each token of a few
-    responses) and responses/; the first and the last always are. None: about 40 in the run; 0: none."""
+    responses) and responses/; the first and the last always are. None: about 20 in the run; 0: none."""
     report: bool = True
     """Write report.html into output_dir at the end (see docs/report.md)."""
     quiet: bool = False

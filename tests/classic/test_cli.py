@@ -37,7 +37,7 @@ def test_train_saves_evaluates_and_says_where_everything_is(tmp_path, capsys, mo
     folder = tmp_path / "runs" / "tests-Match-v0-seed3"
     out, err = capsys.readouterr()
     assert "mean return, 4 episodes" in out
-    for name in ("model.safetensors", "metrics.jsonl", "curve.png"):
+    for name in ("model.safetensors", "metrics.jsonl", "curve.png", "report.html"):
         assert f"runs/tests-Match-v0-seed3/{name}" in out
         assert (folder / name).is_file()
     assert "tests/Match-v0" in err and "kl" in err  # live numbers

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 WIDTH, HEIGHT = 360, 210
 """Of a chart, in units of its view box: the browser scales it."""
-LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 34
+LEFT, RIGHT, TOP, BOTTOM = 50, 10, 10, 34
 
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -83,7 +83,7 @@ class Axes:
             WIDTH - RIGHT, HEIGHT - 5, x_label
         )
         if y_label:
-            labels += Markup('<text class="axis" x="{}" y="{}">{}</text>').format(LEFT - 38, HEIGHT - 5, y_label)
+            labels += Markup('<text class="axis" x="{}" y="{}">{}</text>').format(6, HEIGHT - 5, y_label)
         return Markup("".join(parts)) + labels
 
 

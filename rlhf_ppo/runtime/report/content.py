@@ -60,6 +60,7 @@ def report_content(runs: Sequence[RunFiles]) -> dict[str, Any]:
             for run, verdict in judged
             for advice in verdict.findings
         ],
+        "warned": [_warned(run, several) for run in runs if run.watch],
         "differences": [first_difference(runs[0], other) for other in _others(runs, groups)],
         "frontier": frontier(groups),
         "scatter": scatter(runs[0]) if not several else None,
@@ -73,6 +74,12 @@ def report_content(runs: Sequence[RunFiles]) -> dict[str, Any]:
     content["contents"] = _contents(content)
     content["notes"] = _notes(runs, content)
     return content
+
+
+def _warned(run: RunFiles, several: bool) -> str:
+    """Return what the watch said while the run went on."""
+    said = [f"after {row['iteration']} updates, {row.get('rule')} ({row.get('seen')})" for row in run.watch[:10]]
+    return f"While {run.name if several else 'it'} ran, it was warned {'; '.join(said)}."
 
 
 def _others(runs: Sequence[RunFiles], groups: Sequence[Group]) -> list[RunFiles]:
@@ -144,7 +151,7 @@ def _contents(content: dict[str, Any]) -> list[tuple[str, str]]:
     tokens = "Token by token" if content["kind"] == "language" else "Step by step"
     named = {
         "each": ("Run by run", content["each"]),
-        "findings": ("What stands out", content["findings"]),
+        "findings": ("What stands out", content["findings"] or content["warned"]),
         "differences": ("Where the runs part", content["differences"]),
         "still": ("What the agent does", content["stills"]),
         "samples": ("Before and after", content["samples"]),

@@ -61,6 +61,7 @@ CONTROL = (
 CLIP_FRACTION = Curve("policy/clip_fraction", "Clip fraction", "share of actions", "some, but not most")
 MORE = (
     CLIP_FRACTION,
+    Curve("judge/score_mean", "Judges", "mean score of what is never trained on", "rises with the score"),
     Curve("policy/approx_kl", "Update size", "KL(old || new), nats per action", "small and steady"),
     Curve("optim/grad_norm", "Gradient norm", "before clipping", "no sudden jumps"),
     Curve(
@@ -72,6 +73,7 @@ MORE = (
     Curve("value/loss", "Value loss", "half the squared error", "falls, then follows the returns"),
     Curve("kl/coef", "KL coefficient", "kl_coef", "steady, or moved by its controller"),
     Curve("optim/learning_rate", "Learning rate", "at the end of each update", "as planned"),
+    Curve("score/length_correlation", "Score and length", "correlation", "not close to 1 or -1"),
     Curve("response/length_tokens", "Response length", "tokens", "does not drift to the limit", "eval/length_tokens"),
     Curve("response/eos_fraction", "Responses that end", "share with a stop token", "does not fall"),
     Curve("episode/length_mean", "Episode length", "steps", "as the task rewards"),
@@ -79,7 +81,6 @@ MORE = (
 WRITING = (
     Curve("response/repeated_fraction", "Repetition", "share of 4-token runs said before", "stays close to its start"),
     Curve("response/distinct_2", "Distinct-2", "share of distinct token pairs", "falls little"),
-    Curve("score/length_correlation", "Score and length", "correlation", "not close to 1 or -1"),
 )
 
 
@@ -99,7 +100,9 @@ def other_curves(runs: Sequence[RunFiles], *, own: bool) -> list[Curve]:
     keys = dict.fromkeys(key for run in runs for row in (*run.updates[-1:], *run.evaluations[-1:]) for key in row)
     wanted = [key for key in keys if key not in known and not key.startswith("progress/")]
     if own:
-        wanted = [key for key in wanted if key.partition("/")[0] not in FAMILIES or key.startswith("score/part/")]
+        parts = [key for key in wanted if key.startswith("score/part/")]
+        wanted = [key for key in wanted if key.partition("/")[0] not in FAMILIES]
+        wanted += parts if len(parts) > 1 else []  # a single part is the score
     return [Curve(key, key, "", "") for key in wanted[:MOST_OTHERS]]
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_ppo.runtime.report.run_files import RunFiles, setting_differences
-from rlhf_ppo.runtime.report.samples import Sample, facts, whole_rows
-from rlhf_ppo.runtime.texts import display_text, mark_differences
+from rlhf_ppo.runtime.report.samples import Sample, facts, read_text, whole_rows
+from rlhf_ppo.runtime.texts import mark_differences
 
 SAMPLED = ("score/mean", "kl/reference_nats_per_response", "response/length_tokens", "policy/entropy", "episode/count")
 """Metrics of what was sampled, before the update changed anything."""
@@ -82,9 +82,9 @@ def _compare_samples(found: Difference, one: RunFiles, other: RunFiles) -> None:
                 found.sentences.append(f"From rollout {iteration} on, they were given other prompts.")
                 return
             if a["completion"] != b["completion"]:
-                texts = [display_text(row["completion"]) for row in (a, b)]
+                texts = [read_text(row["completion"]) for row in (a, b)]
                 pieces = mark_differences(*texts)
-                found.prompt = display_text(a["prompt"])
+                found.prompt = read_text(a["prompt"])
                 found.samples = (Sample(pieces[0], facts(a)), Sample(pieces[1], facts(b)))
                 shared = next((i for i, (x, y) in enumerate(zip(*texts, strict=False)) if x != y), min(map(len, texts)))
                 found.sentences.append(

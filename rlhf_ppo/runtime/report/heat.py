@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 from rlhf_ppo.runtime.explain import Explanation
 from rlhf_ppo.runtime.report.axes import short
 from rlhf_ppo.runtime.report.run_files import RunFiles
-from rlhf_ppo.runtime.report.samples import facts, whole_rows
-from rlhf_ppo.runtime.texts import display_text
+from rlhf_ppo.runtime.report.samples import facts, read_text, whole_rows
 
 
 class Quantity(NamedTuple):
@@ -153,7 +152,7 @@ def _told_of_rollout(run: RunFiles, number: int, columns: dict[str, list[Any]]) 
     told = []
     for response, rows in split_rows(columns, "response").items():
         known = samples[response] if isinstance(response, int) and 0 <= response < len(samples) else None
-        prompt = None if known is None else display_text(known["prompt"])
+        prompt = None if known is None else read_text(known["prompt"])
         told.append(Told(rows, f"Rollout {number}, response {response}", prompt, "" if known is None else facts(known)))
     return told
 

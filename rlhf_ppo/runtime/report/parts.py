@@ -13,8 +13,8 @@ from rlhf_ppo.runtime.report.charts import Line, line_chart, plane_chart, share_
 from rlhf_ppo.runtime.report.curves import Group
 from rlhf_ppo.runtime.report.heat import split_rows
 from rlhf_ppo.runtime.report.run_files import RunFiles
-from rlhf_ppo.runtime.report.samples import paired_rows
-from rlhf_ppo.runtime.texts import display_text, distinct
+from rlhf_ppo.runtime.report.samples import paired_rows, read_text
+from rlhf_ppo.runtime.texts import distinct
 
 LARGEST_STILL = 1_000_000
 """Bytes of a picture that is taken into the page."""
@@ -62,7 +62,7 @@ def diversity(run: RunFiles) -> dict[str, Any] | None:
     pairs = paired_rows(run)
     if not pairs:
         return None
-    texts = [[display_text(row["completion"]) for row in side] for side in zip(*pairs, strict=True)]
+    texts = [[read_text(row["completion"]) for row in side] for side in zip(*pairs, strict=True)]
     values = [f"{distinct(said, n):.2f}" for n in (1, 2) for said in texts]
     for side in zip(*pairs, strict=True):
         lengths = [row["tokens"] for row in side if isinstance(row.get("tokens"), int)]

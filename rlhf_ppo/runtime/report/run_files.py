@@ -41,6 +41,8 @@ class RunFiles:
     samples: list[dict[str, Any]]
     eval_samples: list[dict[str, Any]]
     timings: list[dict[str, Any]]
+    watch: list[dict[str, Any]]
+    """What it was warned of while it ran."""
     running: bool
     """Whether a process is writing into the folder now."""
     problems: list[str] = field(default_factory=list)
@@ -130,7 +132,9 @@ def read_run_files(folder: str | Path) -> RunFiles:
         hint = f", such as {folder / inside[0]}" if inside else ", which holds metrics.jsonl"
         raise FileNotFoundError(f"{folder} holds no run: name a run's folder{hint}")
     problems: list[str] = []
-    lines = {name: _lines(folder / f"{name}.jsonl", problems) for name in ("samples", "eval_samples", "timings")}
+    lines = {
+        name: _lines(folder / f"{name}.jsonl", problems) for name in ("samples", "eval_samples", "timings", "watch")
+    }
     rows = [_numbers(row) for row in _lines(folder / "metrics.jsonl", problems)]
     placed = [row for row in rows if any(key in row for key in X_LABELS)]
     return RunFiles(

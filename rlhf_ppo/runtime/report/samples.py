@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -47,11 +48,11 @@ def spread_by_improvement(before: Sequence[Row], after: Sequence[Row], count: in
 
 def whole_rows(rows: Sequence[Row]) -> list[Row]:
     """Return the rows that have what a sample needs: prompt, completion, and a score that is a number or None."""
-    return [
-        row
-        for row in rows
-        if isinstance(row.get("score"), (int, float, type(None))) and "prompt" in row and "completion" in row
-    ]
+    return [row for row in rows if {"prompt", "completion", "score"} <= row.keys() and _is_score(row["score"])]
+
+
+def _is_score(x: Any) -> bool:
+    return x is None or (isinstance(x, (int, float)) and math.isfinite(x) and abs(x) < 1e300)
 
 
 def paired_rows(run: RunFiles) -> list[tuple[Row, Row]]:
@@ -86,11 +87,16 @@ def _alone(row: Row) -> Sample:
     return Sample([Piece(_text(row["completion"]), False)], facts(row))
 
 
-def _text(said: Any) -> str:
+def read_text(said: Any) -> str:
+    """Return a prompt or completion as text, also of a damaged row."""
     try:
-        text = display_text(said).strip()
-    except (TypeError, KeyError, AttributeError):  # a damaged row
-        text = str(said)
+        return display_text(said)
+    except (TypeError, KeyError, AttributeError):
+        return str(said)
+
+
+def _text(said: Any) -> str:
+    text = read_text(said).strip()
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text) - LONGEST} more characters)"
 
 
@@ -99,6 +105,10 @@ def facts(row: Row) -> str:
     parts = ["unscored" if row["score"] is None else f"score {row['score']:.2f}"]
     parts += [f"{row['tokens']} tokens"] if isinstance(row.get("tokens"), int) else []
     kl = row.get("kl_nats")
-    parts += [f"{round(kl, 1) + 0.0:.1f} nats from the reference"] if isinstance(kl, (int, float)) else []
+    parts += (
+        [f"{round(kl, 1) + 0.0:.1f} nats from the reference"]
+        if isinstance(kl, (int, float)) and math.isfinite(kl)
+        else []
+    )
     parts += ["cut off"] if row.get("finished") is False else []
     return " · ".join(parts)

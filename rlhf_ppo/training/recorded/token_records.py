@@ -19,7 +19,7 @@ from rlhf_ppo.training.explain import explain_estimates, logprobs_now, token_pie
 from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.state import TrainState
 
-RECORDS_PER_RUN = 40
+RECORDS_PER_RUN = 20
 """About how many rollouts of a run are recorded, unless a setting says otherwise."""
 
 

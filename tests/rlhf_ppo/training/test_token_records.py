@@ -53,9 +53,9 @@ def test_recording_changes_no_weight_and_no_draw(make_trainer):
         assert torch.equal(x, y), name
 
 
-def test_about_forty_rollouts_are_recorded_however_long_the_run(make_trainer):
+def test_about_twenty_rollouts_are_recorded_however_long_the_run(make_trainer):
     args = make_trainer().args
-    for rollouts, most in ((1, 1), (40, 40), (48, 25), (1000, 41)):
+    for rollouts, most in ((1, 1), (20, 20), (48, 17), (1000, 21)):
         long = type(args)(**{**vars(args), "total_episodes": rollouts * args.rollout_batch_size})
         recorded = [i for i in range(1, rollouts + 1) if is_recorded(long, i)]
         assert recorded[0] == 1 and recorded[-1] == rollouts and len(recorded) == most
@@ -74,6 +74,17 @@ def test_a_resumed_run_records_what_the_whole_one_does(make_trainer, tmp_path):
     elsewhere = make_trainer(total_episodes=32, save_every=1, output_dir=str(tmp_path / "elsewhere"))
     elsewhere.train(resume_from_checkpoint=str(killed.run.path / "checkpoint-2"))
     assert contents(elsewhere.run.path) == contents(whole.run.path)
+
+
+def test_a_run_ends_with_its_report(make_trainer, pictures, capsys):
+    trainer = make_trainer(total_episodes=8, quiet=False)
+    trainer.train()
+    assert f"report: {trainer.run.path / 'report.html'}" in capsys.readouterr().err
+    page = (trainer.run.path / "report.html").read_text()
+    assert "Token by token" in page and "Too early to tell" in page
+    without = make_trainer(total_episodes=8, report=False)
+    without.train()
+    assert not (without.run.path / "report.html").exists()
 
 
 def test_a_full_disk_ends_no_run(make_trainer, monkeypatch):

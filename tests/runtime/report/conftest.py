@@ -74,62 +74,64 @@ def token_columns(count: int = 12) -> dict[str, list[Any]]:
     }
 
 
+def make_language_run(
+    folder: Path, updates: int = 12, *, gain: float = 0.03, shift: float = 0.0, **settings: Any
+) -> Path:
+    """Write a language model's run that learned."""
+    folder.mkdir()
+    facts = {
+        "reward": ["toy:positive"],
+        "model": "tiny",
+        "total_episodes": 32 * updates,
+        "seed": 0,
+        "kl_coef": 0.05,
+    }
+    (folder / "run.json").write_text(json.dumps({**facts, **settings}))
+    write_lines(folder / "metrics.jsonl", language_updates(updates, gain, shift))
+    said = [
+        {
+            "iteration": i,
+            "prompt": "Once",
+            "completion": f"upon {i} {HOSTILE}",
+            "score": 0.5,
+            "tokens": 12,
+            "finished": True,
+        }
+        for i in range(1, updates + 1)
+        for _ in range(2)
+    ]
+    write_lines(folder / "samples.jsonl", said)
+    write_lines(
+        folder / "eval_samples.jsonl",
+        [*evaluation(0, 0.4, "a grey day"), *evaluation(updates, 0.4 + gain * updates, f"a fine {HOSTILE} day")],
+    )
+    write_lines(
+        folder / "timings.jsonl",
+        [{"iteration": i, "generated_tokens": 900, "generate": 0.2, "update": 0.5} for i in range(1, updates + 1)],
+    )
+    for number in (1, updates):
+        write_table(folder, "tokens", number, token_columns())
+        rows = range(8)
+        write_table(
+            folder,
+            "responses",
+            number,
+            {
+                "response": list(rows),
+                "score": [0.1 * i for i in rows],
+                "tokens": [10 + i for i in rows],
+                "finished": [True] * 8,
+                "kl": [0.1] * 8,
+                "repeated": [0.0] * 8,
+            },
+        )
+    return folder
+
+
 @pytest.fixture
 def language_run(tmp_path) -> Callable[..., Path]:
-    """``language_run(name="run", updates=12, **settings)``: a language model's run that learned."""
-
-    def make(name: str = "run", updates: int = 12, *, gain: float = 0.03, shift: float = 0.0, **settings: Any) -> Path:
-        folder = tmp_path / name
-        folder.mkdir()
-        facts = {
-            "reward": ["toy:positive"],
-            "model": "tiny",
-            "total_episodes": 32 * updates,
-            "seed": 0,
-            "kl_coef": 0.05,
-        }
-        (folder / "run.json").write_text(json.dumps({**facts, **settings}))
-        write_lines(folder / "metrics.jsonl", language_updates(updates, gain, shift))
-        said = [
-            {
-                "iteration": i,
-                "prompt": "Once",
-                "completion": f"upon {i} {HOSTILE}",
-                "score": 0.5,
-                "tokens": 12,
-                "finished": True,
-            }
-            for i in range(1, updates + 1)
-            for _ in range(2)
-        ]
-        write_lines(folder / "samples.jsonl", said)
-        write_lines(
-            folder / "eval_samples.jsonl",
-            [*evaluation(0, 0.4, "a grey day"), *evaluation(updates, 0.4 + gain * updates, f"a fine {HOSTILE} day")],
-        )
-        write_lines(
-            folder / "timings.jsonl",
-            [{"iteration": i, "generated_tokens": 900, "generate": 0.2, "update": 0.5} for i in range(1, updates + 1)],
-        )
-        for number in (1, updates):
-            write_table(folder, "tokens", number, token_columns())
-            rows = range(8)
-            write_table(
-                folder,
-                "responses",
-                number,
-                {
-                    "response": list(rows),
-                    "score": [0.1 * i for i in rows],
-                    "tokens": [10 + i for i in rows],
-                    "finished": [True] * 8,
-                    "kl": [0.1] * 8,
-                    "repeated": [0.0] * 8,
-                },
-            )
-        return folder
-
-    return make
+    """``language_run(name="run", updates=12, **settings)``: see :func:`make_language_run`."""
+    return lambda name="run", updates=12, **settings: make_language_run(tmp_path / name, updates, **settings)
 
 
 @pytest.fixture

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from classic.cli import main as classic_main
 from rlhf_ppo.cli import main
 from rlhf_ppo.runtime.logs.run_directory import run_lock
 from rlhf_ppo.runtime.report.page import report_at_end, write_report
+from tests.runtime.report.conftest import make_language_run
 
 VOID = {"meta", "input", "img", "br", "link"}
 
@@ -113,6 +117,14 @@ def test_what_stands_out_has_its_remedy(language_run):
     page = report(folder)
     assert "One thing stands out: updates too large." in page.text
     assert "learning_rate 0.0001 → 3.3e-05" in page.text
+
+
+def test_what_the_watch_said_is_in_the_report(language_run):
+    folder = language_run()
+    row = {"iteration": 9, "symptom": "kl", "rule": "drift from the reference", "seen": "<b>30 nats</b>", "try": {}}
+    (folder / "watch.jsonl").write_text(json.dumps(row) + "\n")
+    text = report(folder).text
+    assert "it was warned after 9 updates, drift from the reference (<b>30 nats</b>)." in text
 
 
 def test_a_run_that_got_worse_and_one_that_did_not_move(language_run):
@@ -256,3 +268,34 @@ def test_a_folder_that_is_no_run_is_one_sentence(command, language_run, tmp_path
 def test_a_report_that_fails_ends_no_run(tmp_path):
     with pytest.warns(UserWarning, match="report.html could not be written"):
         report_at_end(tmp_path / "nothing", quiet=True)
+
+
+LEAVES = st.one_of(st.none(), st.booleans(), st.integers(-5, 10**20), st.floats(), st.text(max_size=5))
+VALUES = st.recursive(LEAVES, lambda x: st.lists(x, max_size=2) | st.dictionaries(st.text(max_size=3), x, max_size=2))
+CHANGES = st.tuples(st.integers(0, 30), st.integers(0, 30), st.one_of(VALUES, st.just("absent")))
+"""Which row, which of its fields, and what it then holds."""
+
+
+@given(changes=st.lists(CHANGES, min_size=1, max_size=12))
+@settings(max_examples=20, deadline=None)
+def test_no_json_breaks_a_report(changes, tmp_path_factory, damageable):
+    folder = tmp_path_factory.mktemp("damaged")
+    shutil.copytree(damageable, folder, dirs_exist_ok=True)
+    for name in ("metrics", "samples", "eval_samples", "timings", "run"):
+        file = folder / ("run.json" if name == "run" else f"{name}.jsonl")
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for row, place, value in changes:
+            chosen = rows[row % len(rows)]
+            key = list(chosen)[place % len(chosen)] if chosen else "iteration"
+            chosen.pop(key, None)
+            chosen |= {} if value == "absent" else {key: value}
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report(folder)
+
+
+@pytest.fixture(scope="module")
+def damageable(tmp_path_factory):
+    """A run's folder with all files."""
+    return make_language_run(
+        tmp_path_factory.mktemp("runs") / "run", learning_rate=1e-4, max_grad_norm=1.0, clip_range=0.2
+    )

@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  const NAMES = { kl: "KL", logprob: "log-prob", weight: "weight in the update", delta: "delta" };
+  const NAMES = { kl: "KL", logprob: "log-prob", weight: "whitened" };
   const make = (name, properties = {}, ...children) => {
     const node = Object.assign(document.createElement(name), properties);
     node.append(...children);
