@@ -191,8 +191,8 @@ def _picked(one: Any, other: Any, first: Rollout, second: Rollout, rows: Sequenc
     if one is None and other is None:
         return None
     if isinstance(one, BannedTokens) or isinstance(other, BannedTokens):
-        wheres = (None if x is None else x.where for x in (one, other))
-        return BannedTokens(_picked(*wheres, first, second, rows), (one or other).tokens)
+        places, others = (None if x is None else x.where for x in (one, other))
+        return BannedTokens(_picked(places, others, first, second, rows), (one or other).tokens)
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         left = one is first.prompt_ids or one is first.prompt_mask
         parts = [_filled(x, like, r) for x, like, r in ((one, other, first), (other, one, second))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -187,12 +187,13 @@ def check_servers(rewards: Mapping[str, RewardFunction], prompts: PromptSet, *, 
         ValueError: it is unreachable, refuses, or does not answer with one score.
     """
     batch = prompts.take([0])
+    columns: Any = batch.columns
     empty: Completion = ""
     if conversations and not isinstance(batch.prompts[0], str):
         empty = [{"role": "assistant", "content": ""}]
     for name, function in rewards.items():
         if isinstance(function, HTTPReward):
             try:
-                coerce_scores(function(batch.prompts, [empty], **batch.columns), 1, name, [0])
+                coerce_scores(function(batch.prompts, [empty], **columns), 1, name, [0])
             except RewardError as error:
                 raise ValueError(f"{error}. Start the server or correct the address; nothing was generated") from None

@@ -18,7 +18,7 @@ LOGGERS = ("log_metric", "log_extra")
 
 _OWN = (
     *("iteration", "prompt", "completion", "conversation", "score", "kl_nats", "reference_nats_per_token"),
-    *("tokens", "finished", "turns"),
+    *("tokens", "finished", "turns", "rewards", "verdict"),
 )
 """Columns that samples have anyway."""
 

@@ -86,7 +86,7 @@ class Explanation:
         """
         known = sorted({row["sequence"] for row in self.rows})
         chosen = known[0] if sequence is None and known else sequence
-        if chosen not in known:
+        if chosen is None or chosen not in known:
             raise ValueError(f"there is no sequence {chosen}; known: {', '.join(map(str, known))}")
         return _draw(self.of(chosen).rows, Path(path), f"sequence {chosen}")
 

@@ -76,13 +76,22 @@ def test_a_rollout_without_any_signal_changes_no_statistic_and_stays_finite(make
 
 def train(make_trainer, folder: Any = None, **settings: Any) -> Any:
     small = {"total_episodes": 24, "rollout_batch_size": 8, "save_every": 1, "samples_per_rollout": 8, **GROUPS}
-    trainer = make_trainer(reward_funcs=some_silent, **{**small, **settings})
+    trainer = make_trainer(**{"reward_funcs": some_silent, **small, **settings})
     trainer.train(resume_from_checkpoint=folder)
     return trainer
 
 
 def test_silent_prompts_are_replaced_and_counted(make_trainer):
-    trainer = train(make_trainer, zero_signal_rounds=10)
+    asked = []
+
+    def noting(prompts, completions, **columns):
+        asked.extend(prompts[::2])
+        return some_silent(prompts, completions)
+
+    trainer = train(make_trainer, zero_signal_rounds=10, reward_funcs=noting)
+    # One stream of passes, of which no prompt is drawn twice.
+    order = trainer.train_prompts.order
+    assert asked == trainer.train_prompts.take(order.rows(0, len(asked), len(asked))).prompts
     lines, samples = trainer.run.read(), trainer.run.read("samples.jsonl")
     assert len(samples) == 24 and not {row["prompt"] for row in samples} & set(SILENT)
     assert all(one["score"] != other["score"] for one, other in zip(samples[::2], samples[1::2], strict=True))

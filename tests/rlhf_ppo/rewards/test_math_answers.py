@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_ppo.rewards import loading, math_verify
+from rlhf_ppo.rewards import loading, math_answers
 from rlhf_ppo.rewards.loading import load_reward
 
-NAME = "rlhf_ppo.rewards.math_verify:math_verify"
+NAME = "rlhf_ppo.rewards.math_answers:math_verify"
 
 
 def test_without_the_package_the_install_line_is_said_before_any_work(monkeypatch, make_trainer):
@@ -27,7 +27,7 @@ def ask():
 
     score.logged = logged  # pyright: ignore[reportFunctionMemberAccess]
     yield score
-    math_verify._worker.stop()
+    math_answers._worker.stop()
 
 
 def test_answers_that_are_equal_are_right_however_they_are_written(ask):
@@ -36,7 +36,7 @@ def test_answers_that_are_equal_are_right_however_they_are_written(ask):
     assert ask(r"\frac{1}{2}", r"\boxed{\frac{1}{3}}", "$2$", "I do not know", "7") == [0.0] * 4
     assert ask.logged["parsed_answer"] == [r"\frac{1}{3}", "2", None, "7"]
     assert ask.logged["parsed_fraction"] == 0.75 and ask.logged["timeout_fraction"] == 0
-    assert ask("$(1, 2]$", r"\boxed{1 < x \le 2}", r"$(1,2]$") == [1.0, 1.0]
+    assert ask(r"$\{1, 2\}$", r"\boxed{\{2, 1\}}", r"$\{1, 3\}$") == [1.0, 0.0]
     assert ask("Some working. #### 18", r"\boxed{18}", "18 apples", r"$9 \cdot 2$") == [1.0, 1.0, 1.0]
     assert ask(18, [{"role": "assistant", "content": r"$18$"}]) == [1.0]
     assert ask("no number at all, nor a formula", "18") in ([None], [0.0])
@@ -44,6 +44,6 @@ def test_answers_that_are_equal_are_right_however_they_are_written(ask):
 
 def test_fault_17_hostile_answers_score_0_and_end_in_time(ask, monkeypatch):
     """Towers of powers, and what would be code if it were evaluated."""
-    monkeypatch.setattr(math_verify, "PAIR_S", 8.0)
+    monkeypatch.setattr(math_answers, "PAIR_S", 8.0)
     hostile = r"\boxed{9^{9^{9^{9^{9}}}}}", "__import__('os').system('false')", r"\boxed{\sum_{n=1}^{10^{12}} n^n}"
     assert ask("2", *hostile, r"\boxed{2}") == [0.0, 0.0, 0.0, 1.0]

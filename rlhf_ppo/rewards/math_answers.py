@@ -70,8 +70,10 @@ def _score(verdict: Verdict, gold: str, text: str) -> float | None:
 
 
 def _answer_as_read(verdict: Verdict, text: str) -> str | None:
-    if verdict is None or verdict[2] is not None:
-        return verdict and verdict[2]
+    if verdict is None:
+        return None
+    if verdict[2] is not None:
+        return verdict[2]
     number = find_number(text)
     return None if number is None else str(number)
 
@@ -113,7 +115,7 @@ class _Worker:
             return json.loads(line)
 
     def _start(self) -> subprocess.Popen[str]:
-        # -P: this folder has a math_verify of its own.
+        # -P: modules of this folder must not pass for others.
         command = [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py"))]
         pipe = subprocess.PIPE
         # In a session of its own, so that Ctrl-C ends the run and not an answer.
