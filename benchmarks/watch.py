@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import math
 import tempfile
@@ -19,10 +20,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.data.files import load_rows
 from rlhf_ppo.pipeline.demo import OPENINGS
 from rlhf_ppo.rewards.toy import dialogue, no_letter_e, positive_sentiment
+from rlhf_ppo.runtime.logs.panel import LANGUAGE_MODEL, RunPanel
+from rlhf_ppo.runtime.logs.progress import ProgressDisplay
 from rlhf_ppo.runtime.run_watch import RunWatch
 
 RESULTS = Path(__file__).parent / "results" / "watch.jsonl"
@@ -108,7 +113,7 @@ BROKEN = [
         Trial(f"critic's rate {seed}", positive_sentiment, {"value_learning_rate": 0.3, "seed": seed}, ("critic",))
         for seed in range(2)
     ),
-    *(Trial(f"pays for brevity {seed}", brief, {**LOOSE, "seed": seed}, ("length",)) for seed in range(2)),
+    *(Trial(f"pays for brevity {seed}", brief, {**LOOSE, "seed": seed}, ("length", "kl")) for seed in range(2)),
     *(
         Trial(f"a judge is deceived {seed}", one_word, {**LOOSE, "seed": seed}, ("judge",), judge=variety)
         for seed in range(2)
@@ -174,11 +179,29 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join([*lines, "", summary])
 
 
+def draw_panel(row: dict[str, Any], file: Path) -> None:
+    """Draw what a terminal shows at the end of a recorded run; the sample is one of the untrained model's."""
+    progress = ProgressDisplay("episodes", 1536, panel=RunPanel(LANGUAGE_MODEL, {"kl_target": 6.0}))
+    progress.console = progress._bar.live.console = Console(file=io.StringIO(), force_terminal=True)
+    prompt, said = "One day, Timmy's friend Billy", "came over to play. They had lots of fun with the toy car."
+    length = len(row["curves"]["progress/iteration"])
+    with progress:
+        progress.phase("update")
+        for i in range(length):
+            numbers = {key: values[i] for key, values in row["curves"].items()}
+            progress.show({**numbers, "speed": 950.0 + 10 * math.sin(i)}, (prompt, said, 0.946))
+        progress._bar.update(progress._task, completed=32 * length, left="0:00:37 left  1.0 s/iteration")
+        screen = Console(record=True, file=io.StringIO(), width=84, force_terminal=True)
+        screen.print(*progress._bar.get_renderables())
+    file.write_text(screen.export_svg(title="rlhf-ppo train"), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--again", action="store_true", help="train nothing: judge the recorded curves")
     parser.add_argument("--only", default="", help="train runs whose name begins like this")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the curves are kept")
+    parser.add_argument("--panel", type=Path, default=None, help="draw the terminal's panel of the first run (SVG)")
     flags = parser.parse_args()
     lines = flags.results.read_text().splitlines() if flags.results.is_file() else []
     rows = {row["run"]: row for row in map(json.loads, lines)}
@@ -189,6 +212,8 @@ def main() -> None:
             with flags.results.open("a") as file:
                 file.write(json.dumps(rows[trial.name]) + "\n")
     print(table(rows))
+    if flags.panel is not None:
+        draw_panel(rows[HEALTHY[0].name], flags.panel)
 
 
 if __name__ == "__main__":

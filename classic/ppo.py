@@ -29,7 +29,7 @@ from classic.networks.own_network import NetworkFactory
 from classic.play_hooks import EpisodeHook, PlayHooks, StepHook
 from classic.predict import ForgottenState, predict
 from classic.presets.resolve import resolve
-from classic.report import draw_curve, estimate_metrics, run_metrics, show_progress
+from classic.report import draw_curve, estimate_metrics, make_panel, run_metrics, show_progress
 from classic.rollout import Rollout, collect
 from classic.save import read_agent, restore_agent, save_agent
 from classic.session import announce, guarded, open_run, save_if_due, saving_if_interrupted, steps_to_train, trackers
@@ -39,6 +39,7 @@ from rlhf_ppo.core import PPOConfig, ValueScale
 from rlhf_ppo.runtime.command_line.unknown_names import refuse_unknown_arguments
 from rlhf_ppo.runtime.command_line.user_code import require_callbacks
 from rlhf_ppo.runtime.explain import Explanation
+from rlhf_ppo.runtime.logs.lines import LOGGER
 from rlhf_ppo.runtime.logs.progress import ProgressDisplay
 from rlhf_ppo.runtime.processes.launch import require_one_process
 from rlhf_ppo.runtime.signals import stop_if_asked
@@ -165,10 +166,10 @@ class PPO:
             with trackers(self.run):
                 # What follows an update is not in its checkpoint, so it is repeated.
                 if not (resumed and run_callbacks(callbacks, self, self.last_metrics)):
-                    with ProgressDisplay(self.env_id, total, quiet=args.quiet) as display:
+                    with ProgressDisplay(self.env_id, total, quiet=args.quiet, panel=make_panel(args)) as display:
                         self._train(display, callbacks, hooks)
                 if self.state.done < total and not args.quiet:
-                    print(f"a callback ended training after {self.state.done:,} of {total:,} steps")
+                    LOGGER.info("a callback ended training after %s of %s steps", f"{self.state.done:,}", f"{total:,}")
                 if at_end is not None:
                     at_end(self, self.last_metrics)
                     stop_if_asked()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from classic.advantages import Estimate
+from classic.config import PPOArgs
 from classic.envs.environments import Episode
 from classic.gradient_step import update_loss
 from rlhf_ppo.core import (
@@ -21,6 +23,7 @@ from rlhf_ppo.core import (
     masked_var,
     ppo_diagnostics,
 )
+from rlhf_ppo.runtime.logs.panel import AGENT, RunPanel
 from rlhf_ppo.runtime.logs.progress import ProgressDisplay
 from rlhf_ppo.runtime.logs.run_directory import RunDirectory
 from rlhf_ppo.runtime.plots import plot_curves
@@ -53,8 +56,14 @@ def estimate_metrics(estimate: Estimate, mask: Tensor) -> dict[str, float]:
     }
 
 
+def make_panel(args: PPOArgs) -> RunPanel:
+    """Make what a terminal shows of a run."""
+    return RunPanel(AGENT, dataclasses.asdict(args))
+
+
 def show_progress(display: ProgressDisplay, done: int, metrics: Mapping[str, float]) -> None:
     """Show the few numbers that tell whether a run is healthy."""
+    display.show(metrics)
     shown = {
         "return": "episode/return_mean",
         "kl": "policy/approx_kl",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -14,6 +13,7 @@ from classic.envs.checks import warn_before_training
 from classic.state import Progress, Run, TrainState
 from rlhf_ppo.runtime.checkpoints.checkpoint import checkpoint_folder
 from rlhf_ppo.runtime.checkpoints.resume import find_checkpoint
+from rlhf_ppo.runtime.logs.lines import LOGGER
 from rlhf_ppo.runtime.logs.run_directory import RunDirectory, run_lock
 from rlhf_ppo.runtime.logs.trackers import reporting
 from rlhf_ppo.runtime.package import versions
@@ -37,7 +37,7 @@ def announce(run: Run) -> None:
     """Say whose settings these are, and warn of what does not fit the environment."""
     warn_before_training(run.envs, run.args)
     if not run.args.quiet:
-        print(f"{run.env_id}: {run.origin}", file=sys.stderr, flush=True)
+        LOGGER.info("%s: %s", run.env_id, run.origin)
 
 
 @contextmanager
@@ -102,7 +102,7 @@ def open_run(
         folder.continue_from(checkpoint.folder, state.counters["iteration"], settings)
     else:
         if resume is not None and not run.args.quiet:
-            print(f"no checkpoint in {folder.path}: training starts afresh")
+            LOGGER.info("no checkpoint in %s: training starts afresh", folder.path)
         folder.start(settings)
     return replace(run, folder=folder)
 

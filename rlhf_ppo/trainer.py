@@ -29,6 +29,7 @@ from rlhf_ppo.runtime.command_line.unknown_names import refuse_unknown_arguments
 from rlhf_ppo.runtime.command_line.user_code import callback_name
 from rlhf_ppo.runtime.errors import RatioTripwireError as RatioTripwireError
 from rlhf_ppo.runtime.explain import Explanation
+from rlhf_ppo.runtime.logs.lines import LOGGER
 from rlhf_ppo.runtime.logs.progress import ProgressDisplay, print_summary
 from rlhf_ppo.runtime.logs.run_directory import run_lock
 from rlhf_ppo.runtime.logs.trackers import reporting
@@ -65,9 +66,9 @@ from rlhf_ppo.training.reporting import (
     evaluate,
     is_due,
     log_evaluation,
+    log_traffic,
     log_update,
     plot_run,
-    print_traffic,
     report_run,
     require_rollouts_left,
     resumed_metrics,
@@ -203,14 +204,14 @@ class PPOTrainer(TrainerAttributes):
                     metrics, ended_by = self._train(progress)
                 if ended_by is not None and not self.args.quiet:
                     done = f"{state.episodes} of {run.planned_episodes} episodes"
-                    print(f"callback {callback_name(ended_by)} ended the run after {done}")
+                    LOGGER.info("callback %s ended the run after %s", callback_name(ended_by), done)
                 save_model(state, run, safe)
                 tell(self, self.callbacks, "on_save", run.folder.path)
                 tell(self, self.callbacks, "on_train_end", metrics)
             withdraw(run)
         plot_run(run)
         report_run(run)
-        print_traffic(state, run)
+        log_traffic(state, run)
         return metrics
 
     @contextmanager

@@ -14,12 +14,15 @@ import numpy as np
 from rlhf_ppo.core import kl_estimate
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.rewards.validation import RewardError
+from rlhf_ppo.runtime.logs.lines import LOGGER
+from rlhf_ppo.runtime.logs.panel import LANGUAGE_MODEL, RunPanel
 from rlhf_ppo.runtime.logs.progress import Phases, ProgressDisplay, model_rows
 from rlhf_ppo.runtime.package import versions
 from rlhf_ppo.runtime.plots import plot_curves
 from rlhf_ppo.runtime.report.curves import LANGUAGE, panels
 from rlhf_ppo.runtime.report.page import report_at_end
 from rlhf_ppo.runtime.seeding import EVALUATION, global_rng_state, numbered_generator, restore_rng_state
+from rlhf_ppo.runtime.texts import display_text
 from rlhf_ppo.training.checkpoints.resume import SafePoint, keep_checkpoint
 from rlhf_ppo.training.collect import collect
 from rlhf_ppo.training.run import Run
@@ -115,8 +118,8 @@ def run_rows(state: TrainState, run: Run) -> dict[str, str]:
     }
 
 
-def print_traffic(state: TrainState, run: Run) -> None:
-    """Print what the processes exchanged in an update, beside the least that several processes must."""
+def log_traffic(state: TrainState, run: Run) -> None:
+    """Say what the processes exchanged in an update, beside the least that several processes must."""
     rows = run.folder.read("timings.jsonl")
     if run.processes.alone or run.args.quiet or len(rows) < 2:
         return
@@ -125,17 +128,20 @@ def print_traffic(state: TrainState, run: Run) -> None:
     exchanged = (rows[-1]["exchanged_bytes"] - rows[0]["exchanged_bytes"]) / updates
     steps = state.optimizer_steps / max(1, state.iteration)
     gradients = steps * sum(p.nbytes for p in state.model.trainable_parameters())
-    print(
-        f"each process contributed {exchanged / 1e6:.3g} MB an update to what the processes exchanged; the gradients "
-        f"alone, once an optimizer step, are {gradients / 1e6:.3g} MB"
+    LOGGER.info(
+        "each process contributed %.3g MB an update to what the processes exchanged; the gradients alone, once an "
+        "optimizer step, are %.3g MB",
+        exchanged / 1e6,
+        gradients / 1e6,
     )
 
 
 @contextmanager
 def shown_progress(state: TrainState, run: Run) -> Iterator[ProgressDisplay]:
     """Show the run's progress, and the phase it is in, while the block lasts."""
+    panel = RunPanel(LANGUAGE_MODEL, dataclasses.asdict(run.args), bf16=run.bf16)
     with (
-        ProgressDisplay("episodes", run.planned_episodes, quiet=run.args.quiet) as progress,
+        ProgressDisplay("episodes", run.planned_episodes, quiet=run.args.quiet, panel=panel) as progress,
         run.stopwatch.shown_by(progress.phase),
     ):
         progress.start(state.episodes)
@@ -209,7 +215,8 @@ def log_update(
     folder, iteration = run.folder, state.iteration
     # Where no step was finite, some averages are undefined.
     folder.log({name: value for name, value in metrics.items() if math.isfinite(value)})
-    _log_samples(state, run, "samples.jsonl", describe(rollout)[: run.args.samples_per_rollout])
+    rows = describe(rollout)
+    _log_samples(state, run, "samples.jsonl", rows[: run.args.samples_per_rollout])
     tokens = int(rollout.lengths.sum())
     row: dict[str, Any] = {"iteration": iteration, "generated_tokens": tokens, **phases.seconds}
     if phases.peak_bytes:
@@ -217,6 +224,11 @@ def log_update(
     if not run.processes.alone:
         row["exchanged_bytes"] = run.processes.bytes_exchanged
     folder.append("timings.jsonl", row)
+    sample = rows[iteration % len(rows)]
+    progress.show(
+        {**metrics, "speed": tokens / max(1e-9, sum(phases.seconds.values()))},
+        (display_text(sample["prompt"]), display_text(sample["completion"]), sample["score"]),
+    )
     progress.update(
         state.episodes,
         score=metrics["score/mean"],

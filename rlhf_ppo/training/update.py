@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -17,6 +16,7 @@ from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import adapt_clip_range, adapt_kl_coef, adapt_penalty_beta, minibatch_indices
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.runtime.errors import RatioTripwireError
+from rlhf_ppo.runtime.logs.lines import LOGGER
 from rlhf_ppo.runtime.logs.metrics import MetricAverage
 from rlhf_ppo.runtime.seeding import SHUFFLE, numbered_generator
 from rlhf_ppo.training.checkpoints.black_box import write_black_box
@@ -89,7 +89,7 @@ def _choose_layers(state: TrainState, run: Run, rollout: Rollout, estimates: Est
     left = run.args.num_optimizer_steps - state.optimizer_steps
     said = choose_layers(model, minibatch_s, left=left, estimate_s=max(run.processes.facts(lambda: estimate_s)))
     if said is not None and not run.args.quiet:
-        print(said, file=sys.stderr)
+        LOGGER.info("%s", said)
 
 
 class _Averages:

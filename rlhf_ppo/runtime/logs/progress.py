@@ -19,6 +19,7 @@ from rich.text import Text
 from torch import nn
 
 from rlhf_ppo.runtime import package
+from rlhf_ppo.runtime.logs.panel import RunPanel
 from rlhf_ppo.runtime.threads import usable_cpus
 
 PHASES = {
@@ -35,13 +36,14 @@ PHASES = {
 
 
 class _Bar(Progress):
-    """One line for the count, the times and the phase, one for the numbers; each at most as wide as the terminal."""
+    """One line for the count, the times and the phase, and the numbers; each at most as wide as the terminal."""
 
     numbers = ""
+    panel: RunPanel | None = None
 
     def get_renderables(self) -> Iterator[RenderableType]:
         yield from super().get_renderables()
-        yield Text(self.numbers, no_wrap=True, overflow="ellipsis")
+        yield Text(self.numbers, no_wrap=True, overflow="ellipsis") if self.panel is None else self.panel
 
 
 def _column(text: str, **column: object) -> TextColumn:
@@ -58,10 +60,18 @@ class ProgressDisplay:
         each: what is counted between two updates: iteration, step.
         every_s: minimum seconds between two plain lines.
         quiet: show nothing.
+        panel: what a terminal shows instead of the numbers, of which it then shows the time per step alone.
     """
 
     def __init__(
-        self, description: str, total: int, *, each: str = "iteration", every_s: float = 10.0, quiet: bool = False
+        self,
+        description: str,
+        total: int,
+        *,
+        each: str = "iteration",
+        every_s: float = 10.0,
+        quiet: bool = False,
+        panel: RunPanel | None = None,
     ) -> None:
         self.description, self.total, self.each = description, total, each
         self.every_s, self.quiet = every_s, quiet
@@ -81,6 +91,7 @@ class ProgressDisplay:
             console=self.console,
             expand=True,
         )
+        self._bar.panel = panel
 
     def __enter__(self) -> ProgressDisplay:
         if self._live:
@@ -117,10 +128,20 @@ class ProgressDisplay:
         text = "  ".join(filter(None, shown))
         if self._live:
             self._bar.numbers = text
-            self._bar.update(self._task, completed=done, left=left)
+            self._bar.update(self._task, completed=done, left=left if self._bar.panel is None else f"{left}  {each}")
         else:
             first = len(self._steps) == 2  # so that the time left is known at once
             self._line("  ".join(filter(None, (left, text))), now=first or done >= self.total)
+
+    def show(self, numbers: Mapping[str, float], sample: tuple[str, str, float | None] | None = None) -> None:
+        """Give the panel an update's metrics, and a prompt with a response and its score, to show from now on.
+
+        Without a number "speed" it is what is counted, per second.
+        """
+        if self._bar.panel is not None:
+            (then, first), (now, last) = self._steps[0], self._steps[-1]
+            pace = {"speed": (last - first) / (now - then)} if now > then else {}
+            self._bar.panel.add({**pace, **numbers}, sample)
 
     def phase(self, name: str) -> None:
         """Show the current phase."""

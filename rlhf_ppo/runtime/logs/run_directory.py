@@ -13,6 +13,7 @@ from typing import Any
 
 from rlhf_ppo.runtime.checkpoints.checkpoint import list_checkpoints
 from rlhf_ppo.runtime.files import read_json, replace_text, sync_file
+from rlhf_ppo.runtime.logs.lines import LOGGER
 from rlhf_ppo.runtime.logs.metrics import require_known_metrics
 from rlhf_ppo.runtime.logs.tables import TABLES, copy_tables, rewind_tables
 from rlhf_ppo.runtime.processes.group import ALONE, ProcessGroup
@@ -114,7 +115,7 @@ class RunDirectory:
         for entry in entries:
             entry.rename(old / entry.name)
         if not self.quiet:
-            print(f"{what} in {self.path} is now in {old}")
+            LOGGER.info("%s in %s is now in %s", what, self.path, old)
 
     def continue_from(self, checkpoint: Path, iteration: int, settings: Mapping[str, Any]) -> None:
         """Continue from a checkpoint of this run, or of a run in another folder, whose history is copied.

@@ -23,6 +23,7 @@ from rlhf_ppo.runtime.checkpoints.checkpoint import MANIFEST, Checkpoint, file_f
 from rlhf_ppo.runtime.checkpoints.resume import find_checkpoint
 from rlhf_ppo.runtime.errors import NonFiniteGradientError, RatioTripwireError, UnhealthyRunError
 from rlhf_ppo.runtime.files import require_space
+from rlhf_ppo.runtime.logs.lines import LOGGER
 from rlhf_ppo.runtime.processes.errors import OtherProcessError
 from rlhf_ppo.runtime.processes.group import ProcessGroup
 from rlhf_ppo.runtime.signals import Interrupted, asked_to_stop
@@ -96,14 +97,14 @@ def begin(
     _require_one_checkpoint(run, found)
     if found is None:
         if checkpoint is not None and not run.args.quiet:
-            print(f"no checkpoint in {run.folder.path}: the run starts afresh")
+            LOGGER.info("no checkpoint in %s: the run starts afresh", run.folder.path)
         run.folder.start(facts)
         safe.checkpoint = None
         begin_recording(state, run)
     else:
         load_checkpoint(state, run, found, override=override)
         if not run.args.quiet:
-            print(f"resuming after iteration {state.iteration}, from {found.folder}")
+            LOGGER.info("resuming after iteration %d, from %s", state.iteration, found.folder)
         safe.checkpoint = (state.iteration, found.folder)
         run.folder.continue_from(found.folder, state.iteration, facts)
         continue_recording(state, run, found.folder.parent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 
 import pytest
@@ -37,35 +38,54 @@ def test_bad_callbacks_are_refused_before_anything_is_loaded(make_trainer, monke
     agent.envs.close()
 
 
-def test_a_run_says_who_ended_it_what_it_moved_and_that_it_starts_afresh(make_trainer, tmp_path, capsys):
+def said(caplog) -> list[str]:
+    """The lines that were logged since the last call."""
+    lines = [record.getMessage() for record in caplog.records]
+    caplog.clear()
+    return lines
+
+
+def test_a_run_says_who_ended_it_what_it_moved_and_that_it_starts_afresh(make_trainer, tmp_path, caplog, capsys):
     def enough(trainer, metrics):
         return True
 
     settings = {"output_dir": str(tmp_path / "run"), "quiet": False}
     make_trainer(**settings, callbacks=[enough]).train(resume_from_checkpoint="auto")
-    out = capsys.readouterr().out
-    assert f"no checkpoint in {tmp_path}/run: the run starts afresh\n" in out and "previous" not in out
-    assert "callback enough ended the run after 8 of 16 episodes\n" in out
+    assert said(caplog) == [
+        f"no checkpoint in {tmp_path}/run: the run starts afresh",
+        "callback enough ended the run after 8 of 16 episodes",
+    ]
     make_trainer(**settings).train()
-    out = capsys.readouterr().out
-    assert f"an earlier run in {tmp_path}/run is now in {tmp_path}/run/previous-1\n" in out
-    assert "afresh" not in out and "callback" not in out
+    assert said(caplog) == [f"an earlier run in {tmp_path}/run is now in {tmp_path}/run/previous-1"]
     make_trainer(**{**settings, "quiet": True}, callbacks=[enough]).train(resume_from_checkpoint="auto")
-    assert capsys.readouterr().out == ""
+    assert said(caplog) == [] and capsys.readouterr().out == ""
 
 
-def test_an_agent_prints_the_same(tmp_path, capsys):
+def test_an_agent_says_the_same(tmp_path, caplog):
     args = {"num_envs": 2, "num_steps": 8, "num_minibatches": 1, "output_dir": str(tmp_path), "total_timesteps": 64}
     agent = classic.PPO("CartPole-v1", classic.PPOArgs(**args))
     agent.learn(callbacks=[lambda *_: True], resume_from_checkpoint="auto")
-    out = capsys.readouterr().out
-    assert f"no checkpoint in {tmp_path}: training starts afresh\n" in out
-    assert re.search(r"a callback ended training after 1\d of 64 steps\n", out)
+    origin, afresh, ended = said(caplog)
+    assert origin.startswith("CartPole-v1: ") and afresh == f"no checkpoint in {tmp_path}: training starts afresh"
+    assert re.fullmatch(r"a callback ended training after 1\d of 64 steps", ended)
     classic.PPO("CartPole-v1", classic.PPOArgs(**args)).learn()
-    assert f"an earlier run in {tmp_path} is now in {tmp_path}/previous-1\n" in capsys.readouterr().out
+    assert f"an earlier run in {tmp_path} is now in {tmp_path}/previous-1" in said(caplog)
     assert set(json.loads((tmp_path / "run.json").read_text())["versions"]) == {
         *("rlhf_ppo", "torch", "gymnasium", "python")
     }
+
+
+def test_lines_go_to_standard_error_unless_the_program_logs_elsewhere():
+    code = "from rlhf_ppo.runtime.logs.lines import LOGGER, warn_once; "
+    code += "LOGGER.info('at %s', 1); warn_once('look'); warn_once('look')"
+    elsewhere = "import logging, sys; logging.basicConfig(stream=sys.stdout, format='%(name)s: %(message)s'); "
+
+    def run(code: str) -> tuple[str, str]:
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return ended.stdout, ended.stderr
+
+    assert run(code) == ("", "at 1\nwarning: look\n")
+    assert run(elsewhere + code) == ("rlhf_ppo: at 1\nrlhf_ppo: look\n", "")
 
 
 def by_vowels(prompts, completions, **columns):
