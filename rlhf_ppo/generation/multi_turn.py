@@ -72,8 +72,8 @@ class Partner(Protocol):
         """Begin with a data set's row; returns the prompt."""
         ...
 
-    def step(self, messages: Messages) -> Reply:
-        """Answer the policy's turn."""
+    def step(self, messages: Messages) -> Any:
+        """Answer the policy's turn with a :data:`.conversation.Reply`."""
         ...
 
 
@@ -83,11 +83,15 @@ class Hook:
     doing = "respond"
 
     def __init__(self, respond: Respond) -> None:
-        self.step = respond
+        self._respond = respond
 
     def reset(self, row: dict[str, Any]) -> Prompt:
         """Return the row's own prompt."""
         return row["prompt"]
+
+    def step(self, messages: Messages) -> Any:
+        """Call ``respond``."""
+        return self._respond(messages)
 
 
 class Talk:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,23 +29,42 @@ def uniforms(
 ) -> Tensor:
     """Draw uniform numbers in [0, 1), [steps, rows], in float64 where the device has it.
 
-    All draws of a rollout are made before it starts, so a row's draws do not depend on when other rows end. Each turn
-    of a conversation has draws of its own, numbered by the turn, so they do not depend on which turns were sampled
-    before or together with it; the generator then only says which rollout this is, and does not advance.
+    All draws of a rollout are made before it starts, so a row's draws do not depend on when other rows end.
     """
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    count = rows if whole is None else whole.count
-    if whole is None or whole.turns is None:
-        u = torch.rand(steps, count, generator=generator, dtype=dtype, device=device)
-        return u if whole is None else u[:, torch.tensor(whole.rows, dtype=torch.long, device=device)]
+    return draw_by_row(
+        lambda n, source: torch.rand(steps, n, generator=source, dtype=dtype, device=device), rows, generator, whole
+    )
+
+
+def draw_by_row(
+    draw: Callable[[int, torch.Generator | None], Tensor],
+    rows: int,
+    generator: torch.Generator | None,
+    whole: RowsOf | None = None,
+) -> Tensor:
+    """Draw for rows of a rollout what each gets when all are drawn together.
+
+    Each turn of a conversation has draws of its own, numbered by the turn, so they do not depend on which turns were
+    sampled before or together with it; the generator then only says which rollout this is, and does not advance.
+
+    Args:
+        draw: (number of rows n, generator) -> [..., n].
+        rows: how many there are.
+        generator: source of randomness.
+        whole: which rows they are; None: all.
+    Returns:
+        [..., rows]
+    """
+    if whole is None:
+        return draw(rows, generator)
+    if whole.turns is None:
+        drawn = draw(whole.count, generator)
+        return drawn[..., torch.tensor(whole.rows, dtype=torch.long, device=drawn.device)]
     assert generator is not None
-    u = torch.empty(steps, rows, dtype=dtype, device=device)
-    for turn in sorted(set(whole.turns)):
-        these = [i for i, number in enumerate(whole.turns) if number == turn]
-        source = numbered_generator(generator.initial_seed(), TURNS, turn, device)
-        drawn = torch.rand(steps, count, generator=source, dtype=dtype, device=device)
-        u[:, these] = drawn[:, [whole.rows[i] for i in these]]
-    return u
+    seed, device = generator.initial_seed(), generator.device
+    of_turn = {t: draw(whole.count, numbered_generator(seed, TURNS, t, device)) for t in sorted(set(whole.turns))}
+    return torch.stack([of_turn[t][..., row] for t, row in zip(whole.turns, whole.rows, strict=True)], dim=-1)
 
 
 def sample_from_logits(

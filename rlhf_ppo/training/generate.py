@@ -18,6 +18,7 @@ from rlhf_ppo.data.chat import Prompt, TemplateOptions
 from rlhf_ppo.data.detokenization import Before, TextPieces, before_each
 from rlhf_ppo.data.prompts import PromptBatch
 from rlhf_ppo.data.tokenization import encode_prompts, require_vocabulary
+from rlhf_ppo.generation.environments.episodes import Episodes
 from rlhf_ppo.generation.multi_turn import Hook, Opening, RespondError, Talk, sample_conversations
 from rlhf_ppo.generation.rollout import Rollout, SampledResponses
 from rlhf_ppo.generation.sampling import RowsOf
@@ -223,10 +224,11 @@ def _converse(run: Run, model: ActorCritic, own: _Own) -> tuple[dict[str, Tensor
 
 def _talks(run: Run, own: _Own) -> list[Talk]:
     """Return this process's conversations, which have not begun."""
-    if run.episodes is not None:
-        return [Talk(row, run.episodes.new(), own.batch.row(row)) for row in own.rows]
-    assert run.respond is not None and run.episodes is None
-    hook, (ids, mask) = Hook(run.respond), own.encoded
+    partner = run.respond
+    assert partner is not None
+    if isinstance(partner, Episodes):
+        return [Talk(row, partner.new(), own.batch.row(row)) for row in own.rows]
+    hook, (ids, mask) = Hook(partner), own.encoded
     given = zip(own.rows, own.prompts, ids, mask, strict=True)
     return [Talk(row, hook, Opening(prompt, x[keep].tolist(), own.templates[row])) for row, prompt, x, keep in given]
 

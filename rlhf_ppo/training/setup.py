@@ -61,7 +61,7 @@ from rlhf_ppo.training.turns import Partner, checked_partner, require_partner
 def set_up(
     model: str | PreTrainedModel,
     reward_funcs: RewardSource | Sequence[RewardSource] | None,
-    args: RLHFConfig,
+    args: RLHFConfig | None,
     *,
     train_dataset: RowSource | None,
     eval_dataset: RowSource | None,

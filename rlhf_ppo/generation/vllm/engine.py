@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlhf_ppo.generation.record import Record, Sampled
 from rlhf_ppo.generation.rollout import SampledResponses, SamplingParams
-from rlhf_ppo.generation.sampling import RowsOf
+from rlhf_ppo.generation.sampling import RowsOf, draw_by_row
 from rlhf_ppo.generation.stop_strings import StopStringDetector
 from rlhf_ppo.generation.vllm.server import Answer, Ask, Served, VLLMServer
 from rlhf_ppo.models.actor_critic import ActorCritic
@@ -103,17 +103,19 @@ class VLLMEngine:
     ) -> SampledResponses:
         """Sample as :func:`rlhf_ppo.generation.decoding.sample_responses` does, but for entropies: those are 0.
 
-        Each response has a seed of its own, drawn from ``generator`` by its row of the whole rollout. ``model`` is not
-        read. What ends a response is decided here; where the server stopped for another reason, it goes on.
+        Each response has a seed of its own, drawn from ``generator`` by its row and turn in the rollout. ``model``
+        is not read. What ends a response is decided here; where the server stopped for another reason, it goes on.
 
         Raises:
             VLLMError: the server failed; says how.
         """
-        rows = list(range(len(prompt_ids))) if whole is None else list(whole.rows)
-        count = len(prompt_ids) if whole is None else whole.count
         device = torch.device("cpu") if generator is None else generator.device
-        drawn = torch.randint(0, 2**62, (count,), generator=generator, device=device).tolist()
-        seeds = [drawn[row] for row in rows]
+        seeds = draw_by_row(
+            lambda n, source: torch.randint(0, 2**62, (n,), generator=source, device=device),
+            len(prompt_ids),
+            generator,
+            whole,
+        ).tolist()
         prompts = [ids[keep].tolist() for ids, keep in zip(prompt_ids, prompt_mask, strict=True)]
         said: list[list[int]] = [[] for _ in prompts]
         record, live = Record(len(prompts), params, prompt_ids.device), list(range(len(prompts)))

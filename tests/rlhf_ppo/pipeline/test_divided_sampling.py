@@ -38,6 +38,13 @@ place.whole_rollout = True
 def again(messages):
     said = messages[-1]["content"]
     return None if said[:1] < "e" else " go on"
+
+class Letters:
+    def reset(self, row):
+        return row["prompt"] + " so" * (row["number"] % 2)
+
+    async def step(self, messages):
+        return " go on", len(messages[-1]["content"]) / 7, messages[-1]["content"][:1] < "e"
 """
 
 
@@ -82,7 +89,8 @@ def evaluated(folder: str, cases: list[dict[str, Any]]) -> list[list[Any]]:
 def test_processes_evaluate_as_one(folder, count):
     """Batches of 3, 3 and 1: in the last one all processes but one have nothing to do."""
     turns = {"respond": f"{folder}/functions.py:again", "max_turns": 3, "judge": f"{folder}/functions.py:vowels"}
-    cases = [{}, turns]
+    environment = {"environment": f"{folder}/functions.py:Letters", "max_turns": 3, "reward": ()}
+    cases = [{}, turns, environment]
     alone = evaluated(folder, cases)
     assert len({row["model"]["turns"] for row in alone[1][1:]}) > 1
     for found in in_processes(count, evaluated, folder, cases):
