@@ -11,7 +11,17 @@ import pytest
 from safetensors import SafetensorError
 
 import classic
-from classic.cli import CompareCommand, EvaluateCommand, ExplainCommand, TrainCommand, main
+from classic.cli import (
+    CompareCommand,
+    EvaluateCommand,
+    ExplainCommand,
+    ExportCommand,
+    PushCommand,
+    RecordCommand,
+    TrainCommand,
+    TuneCommand,
+    main,
+)
 from classic.settings_page import settings_page
 from rlhf_ppo.runtime.command_line.settings_help import sentences
 from rlhf_ppo.runtime.logs.run_directory import RunDirectory
@@ -204,6 +214,10 @@ def test_every_flag_has_a_sentence(capsys):
         ("train", TrainCommand),
         ("evaluate", EvaluateCommand),
         ("compare", CompareCommand),
+        ("tune", TuneCommand),
+        ("record", RecordCommand),
+        ("export", ExportCommand),
+        ("push", PushCommand),
         ("explain", ExplainCommand),
     ):
         with pytest.raises(SystemExit) as caught:
@@ -213,7 +227,7 @@ def test_every_flag_has_a_sentence(capsys):
         shown = " ".join(text.split())
         said = sentences(cls)
         for field in dataclasses.fields(cls):
-            assert f"--{field.name.replace('_', '-')} " in shown or field.name in ("env", "folder")
+            assert f"--{field.name.replace('_', '-')} " in shown or field.name in ("env", "folder", "file", "repo_id")
             assert said[field.name] in shown and said[field.name].endswith(".")
 
 
