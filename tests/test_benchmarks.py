@@ -222,3 +222,22 @@ def test_a_comparison_sees_what_it_should(load):
     table.add("x", "off", [1.0, 100.0], [1.0, 101.0])
     table.state("x", "fact", False, "f", "w")
     assert [row["what"] for row in table.failures] == ["off", "fact"] and table.rows[1]["difference"] == 0.01
+
+
+@pytest.mark.parametrize("name", ["gsm8k", pytest.param("tldr", marks=pytest.mark.slow), "imdb"])
+def test_a_gpu_reproduction_runs_through_at_tiny_size(name, load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    measured = load("gpu_reproductions").train(name, 1, tiny=True)
+    assert all(math.isfinite(value) for value in measured.values()) and set(measured) >= {"before", "after"}
+
+
+def test_the_graph_of_the_random_walks_has_shortest_paths_that_score_one(load):
+    walks = load("random_walks")
+    edges = walks.graph()
+    best = walks.shortest(edges)
+    for walk in walks.random_walks(edges, count=50):
+        score = walks.optimality(edges, walk, best)
+        reached = walk[-1] == walks.GOAL
+        assert score == pytest.approx((walks.LONGEST - len(walk)) / (walks.LONGEST - best[walk[0]]) if reached else 0)
+        assert len(walk) >= best[walk[0]] or not reached
+    assert walks.optimality(edges, [5, 5, 0], best) == 0  # no node leads to itself
