@@ -220,7 +220,7 @@ REPLY = st.fixed_dictionaries({"scores": st.lists(ROW, min_size=2, max_size=2) |
 def test_fault_15_any_json_from_a_server_is_scores_or_an_error_that_names_the_server(reply):
     """What the client makes of a reply once it has been read as JSON, and scoring of what the client gives."""
     reward = HTTPReward("http://127.0.0.1:1")
-    reward._ask = lambda items: reply  # pyright: ignore[reportAttributeAccessIssue]
+    reward._client.post = lambda *_, **__: reply  # pyright: ignore[reportAttributeAccessIssue]
     try:
         scores = score(
             reward,
