@@ -71,12 +71,14 @@ def imdb_rows(split: str) -> Rows:
 def positive_logit() -> Callable[..., list[float]]:
     """Return a reward: the logit that a classifier of film reviews gives to "positive"."""
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
+
+    from rlhf_ppo.models.loading import load_tokenizer, read_weights
 
     name = "lvwerra/distilbert-imdb"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True).to(device).eval()
+    tokenizer = load_tokenizer(name)
+    model = read_weights(AutoModelForSequenceClassification, name).to(device).eval()
 
     def positive(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
         texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]

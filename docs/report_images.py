@@ -44,7 +44,7 @@ def main(language: str, control: str) -> None:
         pages = [write_report([run], Path(folder) / f"{i}.html") for i, run in enumerate((language, control))]
         screenshot(pages[0], IMAGES / "report.webp", width=1280, height=640)
         screenshot(pages[0], IMAGES / "report-tokens.webp", width=1280, height=620, part="tokens", dark=True)
-        screenshot(pages[1], IMAGES / "report-classic.webp", width=1280, height=900)
+        screenshot(pages[1], IMAGES / "report-cartpole.webp", width=1280, height=900)
 
 
 if __name__ == "__main__":

