@@ -142,13 +142,13 @@ def measure(trainer: PPOTrainer) -> dict[str, list[float]]:
     }
 
 
-def run_all(python: str, seeds: Sequence[int], engines: Sequence[str]) -> list[dict[str, Any]]:
+def run_all(python: str, trained: Sequence[str], engines: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Train every arm: (what is trained, engine, seed)."""
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         save_model(folder)
-        for weights in WEIGHTS:
+        for weights in trained:
             served = [name for name in engines if ENGINES[name]]
             rank = RANK if weights == "adapter" else None
             server = serving(python, folder, lora_rank=rank) if served else contextlib.nullcontext("")
@@ -203,10 +203,11 @@ def plot(runs: Sequence[dict[str, Any]], file: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
+    trained = list(dict.fromkeys(run["weights"] for run in runs))
+    figure = Figure(figsize=(4.2 * len(trained), 3.4), layout="constrained")
     FigureCanvasAgg(figure)
-    for place, weights in enumerate(WEIGHTS, start=1):
-        axes = figure.add_subplot(1, 2, place)
+    for place, weights in enumerate(trained, start=1):
+        axes = figure.add_subplot(1, len(trained), place)
         for colour, engine in enumerate(ENGINES):
             chosen = [run for run in runs if (run["weights"], run["engine"]) == (weights, engine)]
             for number, run in enumerate(chosen):
@@ -221,6 +222,7 @@ def main() -> None:
     """Measure, print the table, and keep the curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", default=os.environ.get("RLHF_PPO_VLLM_PYTHON"), help="interpreter that has vLLM")
+    parser.add_argument("--weights", nargs="+", choices=list(WEIGHTS), default=list(WEIGHTS), help="what is trained")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES))
     parser.add_argument("--sleeping", type=float, metavar="SECONDS", help="measure one ahead beside a stand-in instead")
@@ -232,7 +234,7 @@ def main() -> None:
         return
     if args.python is None and any(ENGINES[name] for name in args.engines):
         parser.error(f"--python (or RLHF_PPO_VLLM_PYTHON) must name an interpreter that has vLLM: {INSTALL}")
-    runs = run_all(args.python, args.seeds, args.engines)
+    runs = run_all(args.python, args.weights, args.engines, args.seeds)
     print("\n" + table(runs))
     if args.json:
         Path(args.json).write_text(json.dumps(runs) + "\n")

@@ -20,7 +20,8 @@ from urllib.parse import SplitResult, urlsplit
 
 from rlhf_ppo.runtime.command_line.user_code import start
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class RequestError(Exception):

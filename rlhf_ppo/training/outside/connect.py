@@ -75,19 +75,18 @@ def connect(
 
 def _needs(model: Any, peft_config: Any) -> dict[str, Any]:
     """Return which model a server must load, and the rank of the adapters that it must take; refuse other adapters."""
-    base = adapter_base(model) if isinstance(model, str) else None
-    if base is not None:
+    named: str | None = model if isinstance(model, str) else model.name_or_path or None
+    if isinstance(model, str) and (base := adapter_base(model)) is not None:
         from peft import PeftConfig
 
-        peft_config, model = PeftConfig.from_pretrained(model), base
-    elif peft_config is None and hasattr(model, "peft_config"):
+        peft_config, named = PeftConfig.from_pretrained(model), base
+    elif peft_config is None and not isinstance(model, str) and hasattr(model, "peft_config"):
         peft_config = model.peft_config[model.active_adapter]
     if peft_config is not None and getattr(peft_config.peft_type, "value", peft_config.peft_type) != "LORA":
         raise ValueError(
             f"generation='vllm' takes LoRA adapters, and peft_config is {type(peft_config).__name__}: use a "
             "LoraConfig, or another generation"
         )
-    named = model if isinstance(model, str) else model.name_or_path or None
     return {"model": named, "lora_rank": None if peft_config is None else peft_config.r}
 
 

@@ -112,7 +112,8 @@ def _checked(
     if prompts is None:
         prompts = [tokenize_prompt(x, run.tokenizer, f"prompt {i}") for i, x in enumerate(given.prompts)]
     masks = given.masks or [[True] * len(ids) for ids in given.completion_ids]
-    vocabulary = vocabulary_size(model.policy.config)
+    policy: Any = model.policy
+    vocabulary = vocabulary_size(policy.config)
     room = None if run.room is None else run.room + run.args.max_new_tokens
     for i, rows in enumerate(zip(prompts, given.completion_ids, given.logprobs, masks, strict=True)):
         if problem := _problem(*rows, vocabulary=vocabulary, context=room):
