@@ -31,20 +31,12 @@ def report_content(runs: Sequence[RunFiles]) -> dict[str, Any]:
     kinds = {run.kind for run in runs}
     firsts = [group.runs[0] for group in groups][:MOST_RUNS_IN_FULL]
     judged = [(run, judge(run)) for run in runs]
-    main = [
-        curve
-        for kind, found in (("language", curves.LANGUAGE), ("control", curves.CONTROL))
-        if kind in kinds
-        for curve in found
-    ]
     most = max(30, min(240, 2400 // len(runs)))
-    known = {curve.key for curve in main}
-    more = [*(curve for curve in curves.MORE if curve.key not in known), *curves.other_curves(runs, own=True)]
-    first_screen = _charts(main, groups, most) or _charts(curves.other_curves(runs, own=False), groups, most)
+    first_screen, more = _curves(groups, most)
     content: dict[str, Any] = {
         "kind": "language" if "language" in kinds else "control",
         "heading": runs[0].name if not several else f"{len(runs)} runs compared",
-        "lead": _lead(runs[0]) if not several else ", ".join(str(run.path) for run in runs),
+        "lead": _lead(runs[0]) if not several else _folders(runs),
         "verdict": compare(groups) if several else judged[0][1],
         "each": [{**vars(verdict), "label": run.name} for run, verdict in judged] if several else [],
         "groups": groups,
@@ -53,7 +45,7 @@ def report_content(runs: Sequence[RunFiles]) -> dict[str, Any]:
         if any(len(group.runs) > 1 for group in groups)
         else "",
         "curves": first_screen,
-        "more": _charts(more, groups, most),
+        "more": more,
         "writing": _charts(curves.WRITING, groups, most) if "language" in kinds else [],
         "findings": [
             {"label": run.name if several else "", "advice": advice}
@@ -108,6 +100,29 @@ def _lead(run: RunFiles) -> str:
         parts.append(f"{len(run.updates)} updates")
     parts += [f"seed {run.settings['seed']}"] if "seed" in run.settings else []
     return " · ".join(parts)
+
+
+def _curves(groups: Sequence[Group], most: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the charts of the first screen and the others; runs of both frontends have charts of their own."""
+    first: list[dict[str, Any]] = []
+    more: list[dict[str, Any]] = []
+    mixed = len({group.runs[0].kind for group in groups}) > 1
+    for kind, main in (("language", curves.LANGUAGE), ("control", curves.CONTROL)):
+        own = [group for group in groups if group.runs[0].kind == kind]
+        if not own:
+            continue
+        runs = [run for group in own for run in group.runs]
+        known = {curve.key for curve in main}
+        others = [*(curve for curve in curves.MORE if curve.key not in known), *curves.other_curves(runs, own=True)]
+        charts = _charts(main, own, most) or _charts(curves.other_curves(runs, own=False), own, most)
+        for found, into in ((charts, first), (_charts(others, own, most), more)):
+            into += [{**chart, "title": f"{chart['title']}, {kind}"} if mixed else chart for chart in found]
+    return first, more
+
+
+def _folders(runs: Sequence[RunFiles]) -> str:
+    named = ", ".join(str(run.path) for run in runs[:MOST_COMPARED])
+    return named if len(runs) <= MOST_COMPARED else f"{named} and {len(runs) - MOST_COMPARED} more"
 
 
 def _charts(wanted: Sequence[Curve], groups: Sequence[Group], most: int) -> list[dict[str, Any]]:

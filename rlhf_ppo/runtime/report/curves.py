@@ -158,8 +158,9 @@ def draw_curve(curve: Curve, groups: Sequence[Group], *, most: int = 240) -> Mar
         points = [found for run in group.runs if (found := run.points(curve.key))]
         if len(points) > 1:
             lines += [Line(group.label, *thin(found, most // 2), look=group.look, faint=True) for found in points]
-            if (mean := _over_seeds(points)) is not None:
-                lines.append(Line(group.label, *mean[:2], group.look, *mean[2:]))
+            if (seeds := _over_seeds(points)) is not None:
+                xs, middle, low, high = seeds
+                lines.append(Line(group.label, xs, middle, group.look, low, high))
         else:
             name = "training" if alone and curve.dots else group.label
             lines += [Line(name, *thin(found, most), look=group.look) for found in points]
@@ -195,11 +196,14 @@ def _plain(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     return {name: x for name, x in settings.items() if not isinstance(x, bool)}
 
 
-def _over_seeds(runs: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[float], ...] | None:
+def _over_seeds(
+    runs: Sequence[Sequence[tuple[float, float]]],
+) -> tuple[list[float], list[float], list[float], list[float]] | None:
     """Return (x, interquartile mean, low, high) over the steps that all seeds have; None without any in common."""
     first, last = max(run[0][0] for run in runs), min(run[-1][0] for run in runs)
     if first >= last:
         return None
     xs = np.linspace(first, last, min(100, max(map(len, runs))))
     values = np.stack([np.interp(xs, *np.array(run, dtype=float).T) for run in runs], axis=-1)
-    return xs.tolist(), *(part.tolist() for part in bootstrap_iqm([values]))
+    middle, low, high = (part.tolist() for part in bootstrap_iqm([values]))
+    return xs.tolist(), middle, low, high

@@ -177,7 +177,10 @@ def test_metrics_of_ones_own_and_of_other_kinds_of_runs_are_drawn(language_run, 
 def test_runs_of_both_frontends(language_run, control_run):
     page = report(language_run(), control_run())
     assert "Runs of both frontends" in page.text and "there is nothing to compare" in page.text
-    assert "Return" in page.text and "KL to the reference" in page.text
+    assert "Return, control" in page.text and "KL to the reference, language" in page.text
+    # Each in its own units: no chart has both.
+    units = [attrs["data-read"].partition(",")[0] for attrs in page.named("svg") if "data-read" in attrs]
+    assert {'{"x":"environment steps"', '{"x":"responses trained on"'} <= set(units)
 
 
 def test_a_run_that_is_still_running_and_one_that_was_cut_off(language_run):
