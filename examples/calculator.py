@@ -4,7 +4,7 @@ It begins unable to multiply: supervised fine-tuning has taught it the format of
 memory (wrongly), and now and then to think of the calculator and to call it, sometimes with a call that cannot be read.
 The reward is 1 for the right answer, and only the tool gives it. What you will see: a progress bar, the share of right
 answers and the calls per question before and after, and a conversation of each. It takes about two minutes on one CPU
-core, a quarter of it for the fine-tuning.
+core.
 Run:  python examples/calculator.py
 From the shell, with the fine-tuned model in runs/calculator/model:
       rlhf-ppo train --model runs/calculator/model --dataset runs/calculator/questions.jsonl --max-turns 3 \
@@ -18,7 +18,7 @@ import ast
 import json
 import operator
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,7 @@ def question(draw: random.Random) -> tuple[str, int]:
 
 
 def demonstrations(count: int, draw: random.Random) -> list[dict[str, Any]]:
-    """Return turns to imitate: 7 of 10 answer from memory, 2 call the calculator, 1 calls it with broken JSON."""
+    """Return turns to imitate: 5 of 10 answer from memory, 3 call the calculator, 2 call it with broken JSON."""
     tools = json.dumps([{"type": "function", "function": {"name": "calculator", "parameters": {}}}])
     rows: list[dict[str, Any]] = []
     for _ in range(count):
@@ -136,8 +136,8 @@ def demonstrations(count: int, draw: random.Random) -> list[dict[str, Any]]:
         asked, kind = [{"role": "user", "content": expression + "?"}], draw.random()
         arguments = {"expression": expression}
         call = f'<tool_call>\n{{"name": "calculator", "arguments": {json.dumps(arguments)}}}\n</tool_call>'
-        thought = "I know" if kind < 0.7 else "let me calculate"
-        said = str(value) if kind < 0.7 else call if kind < 0.9 else call.replace("}}", "}")
+        thought = "I know" if kind < 0.5 else "let me calculate"
+        said = str(value) if kind < 0.5 else call if kind < 0.8 else call.replace("}}", "}")
         rows.append({"prompt": asked, "answer": f"<think>\n{thought}\n</think>\n\n{said}", "tools": tools})
         function = {"name": "calculator", "arguments": arguments}
         turn = {"role": "assistant", "content": "", "reasoning_content": "let me calculate"}
@@ -148,12 +148,12 @@ def demonstrations(count: int, draw: random.Random) -> list[dict[str, Any]]:
     return rows
 
 
-def make_model(folder: Path, seed: int, steps: int) -> str:
+def make_model(folder: Path, steps: int) -> str:
     """Train the tiny model to imitate demonstrations, once per folder."""
     path = folder / "model"
     if (path / "config.json").is_file():
         return str(path)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     tokenizer = make_tokenizer()
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"vocab_size": len(tokenizer), "max_position_embeddings": 160, "bos_token_id": 0, "eos_token_id": 0}
@@ -161,7 +161,7 @@ def make_model(folder: Path, seed: int, steps: int) -> str:
     # As `rlhf-ppo sft` encodes them: prompts are masked from the loss.
     columns = {"prompt_column": "prompt", "completion_column": "answer"}
     args = SFTArgs(model="tiny", dataset=("demonstrations",), output_dir=str(path), **columns)
-    examples = read_examples(demonstrations(16 * steps, random.Random(seed)), args)
+    examples = read_examples(demonstrations(16 * steps, random.Random(0)), args)
     rows: Any = encode_examples(examples, tokenizer, 160, "demonstrations", vocab_size=len(tokenizer)).to_list()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
@@ -176,18 +176,20 @@ def make_model(folder: Path, seed: int, steps: int) -> str:
     return str(path)
 
 
-def main(argv: list[str] | None = None, **settings: Any) -> dict[str, float]:
+def main(
+    argv: list[str] | None = None, callbacks: Sequence[Callable[..., None]] = (), **settings: Any
+) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--total-episodes", type=int, default=3072, help="conversations to train on")
-    parser.add_argument("--sft-steps", type=int, default=400, help="optimizer steps of the fine-tuning")
+    parser.add_argument("--total-episodes", type=int, default=1536, help="conversations to train on")
+    parser.add_argument("--sft-steps", type=int, default=500, help="optimizer steps of the fine-tuning")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", default="runs/calculator", help="folder of model, questions and run")
     flags = parser.parse_args(argv)
 
     folder = Path(flags.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    model = make_model(folder, flags.seed, flags.sft_steps)
-    draw = random.Random(1000 + flags.seed)
+    model = make_model(folder, flags.sft_steps)
+    draw = random.Random(1)
     asked = [question(draw) for _ in range(1064)]
     rows = [{"prompt": [{"role": "user", "content": text + "?"}], "answer": value} for text, value in asked]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -195,9 +197,10 @@ def main(argv: list[str] | None = None, **settings: Any) -> dict[str, float]:
         model=model,
         reward_funcs=right_answer,
         tools=[calculator],
+        callbacks=callbacks,
         args=RLHFConfig(
             **{
-                "output_dir": str(folder / "run"),
+                "output_dir": str(folder / f"run-{flags.seed}"),
                 "total_episodes": flags.total_episodes,
                 "rollout_batch_size": 64,
                 "max_turns": 3,

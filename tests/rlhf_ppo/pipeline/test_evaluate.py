@@ -270,7 +270,7 @@ def test_a_model_trained_with_turns_is_evaluated_with_them(folder, quick, tokeni
 
 def test_several_turns_without_respond_are_refused(folder, quick):
     (folder / "second" / "run.json").write_text(json.dumps({"model": "first", "max_turns": 3}))
-    with pytest.raises(ValueError, match=r"max_turns=3 needs respond.*second does not name it"):
+    with pytest.raises(ValueError, match=r"max_turns=3 needs respond.*second does not name them"):
         evaluate(quick(model="second"))
     with pytest.raises(ValueError, match=r"respond is given, but max_turns=1"):
         (folder / "game.py").write_text(GAME)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_ppo.runtime.command_line.user_code import load_function
+from rlhf_ppo.runtime.command_line.user_code import load_function, load_functions
 
 
 def test_functions_of_files_and_modules(tmp_path):
@@ -13,6 +13,23 @@ def test_functions_of_files_and_modules(tmp_path):
     load_function(f"{file}:add", "respond")(3)
     assert load_function(f"{file}:look", "reward")() == [3]
     assert load_function("math:sqrt", "reward")(4) == 2
+
+
+def test_tools_of_a_file_are_its_own_documented_public_functions(tmp_path):
+    file = tmp_path / "tools.py"
+    file.write_text(
+        "from math import sqrt\nfrom textwrap import dedent\n"
+        'def add(): "Add."\ndef sub(): "Subtract."\ndef _hidden(): "Hide."\ndef undocumented(): pass\n'
+    )
+    assert [f.__name__ for f in load_functions([str(file)], "tools")] == ["add", "sub"]
+    assert [f.__name__ for f in load_functions([f"{file}:sub,undocumented", "math:sqrt"], "tools")] == [
+        "sub", "undocumented", "sqrt",
+    ]  # fmt: skip
+    file.write_text("def undocumented(): pass\n")
+    with pytest.raises(ValueError, match=r"tools\.py has no public function with a docstring"):
+        load_functions([str(file)], "tools")
+    with pytest.raises(ValueError, match="tools 'math' names no function"):
+        load_functions(["math"], "tools")
 
 
 def test_a_class_is_instantiated_and_called(make_trainer, tmp_path):
