@@ -18,13 +18,14 @@ import ast
 import json
 import operator
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.config.sft import SFTArgs
@@ -49,7 +50,7 @@ def calculator(expression: str) -> str:
     """
     if len(expression) > LONGEST:
         raise ValueError(f"the expression has {len(expression)} characters, more than {LONGEST}")
-    return f"{_value(ast.parse(expression, mode='eval').body):g}"
+    return f"{_value(ast.parse(expression.strip(), mode='eval').body):.12g}"
 
 
 def _value(node: ast.AST) -> float:
@@ -102,7 +103,9 @@ TEMPLATE = """\
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 """As Qwen 3 writes chats, shortened; tools are shown by their names alone."""
 SPECIAL = ("<|im_end|>", "<|im_start|>")
+CALL, END = '{"name": "calculator", "arguments": {"expression": "', '"}}'
 WORDS = (
+    *(CALL, END, '"}'),  # as single tokens, which a larger vocabulary would have
     *("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
     *"user assistant system tools calculator name arguments expression I know let me calculate".split(),
     *'0123456789+-*/.{}":, \n?',
@@ -112,9 +115,11 @@ WORDS = (
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer of words, digits and signs."""
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate((*SPECIAL, *WORDS))}, unk_token="?"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?[a-z_]+>|[A-Za-z]+|[\s\S]"), "isolated")
+    core.pre_tokenizer = pre_tokenizers.Split(
+        Regex("|".join([re.escape(CALL), END, '"}', "</?[a-z_]+>", "[A-Za-z]+", r"[\s\S]"])), "isolated"
+    )
     core.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=SPECIAL[0], model_max_length=160)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=SPECIAL[0], model_max_length=512)
     tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken(SPECIAL[1], special=True)]})
     tokenizer.chat_template = TEMPLATE
     return tokenizer
@@ -155,14 +160,14 @@ def make_model(folder: Path, steps: int) -> str:
         return str(path)
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"vocab_size": len(tokenizer), "max_position_embeddings": 160, "bos_token_id": 0, "eos_token_id": 0}
-    model = LlamaForCausalLM(LlamaConfig(**sizes))
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "vocab_size": len(tokenizer)}
+    drops = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **drops, bos_token_id=0, eos_token_id=0))
     # As `rlhf-ppo sft` encodes them: prompts are masked from the loss.
     columns = {"prompt_column": "prompt", "completion_column": "answer"}
     args = SFTArgs(model="tiny", dataset=("demonstrations",), output_dir=str(path), **columns)
     examples = read_examples(demonstrations(16 * steps, random.Random(0)), args)
-    rows: Any = encode_examples(examples, tokenizer, 160, "demonstrations", vocab_size=len(tokenizer)).to_list()
+    rows: Any = encode_examples(examples, tokenizer, 512, "demonstrations", vocab_size=len(tokenizer)).to_list()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
     for step in range(steps):
@@ -180,8 +185,8 @@ def main(
     argv: list[str] | None = None, callbacks: Sequence[Callable[..., None]] = (), **settings: Any
 ) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--total-episodes", type=int, default=1536, help="conversations to train on")
-    parser.add_argument("--sft-steps", type=int, default=500, help="optimizer steps of the fine-tuning")
+    parser.add_argument("--total-episodes", type=int, default=1024, help="conversations to train on")
+    parser.add_argument("--sft-steps", type=int, default=300, help="optimizer steps of the fine-tuning")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", default="runs/calculator", help="folder of model, questions and run")
     flags = parser.parse_args(argv)
@@ -204,7 +209,7 @@ def main(
                 "total_episodes": flags.total_episodes,
                 "rollout_batch_size": 64,
                 "max_turns": 3,
-                "max_new_tokens": 48,
+                "max_new_tokens": 40,
                 "learning_rate": 1e-3,
                 "kl_coef": 0.01,
                 "num_epochs": 2,

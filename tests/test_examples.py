@@ -58,6 +58,33 @@ def test_multi_turn(tmp_path, capsys):
     assert "points a game of 3" in capsys.readouterr().out
 
 
+def test_calculator(tmp_path, capsys):
+    module = small(load("calculator.py"))
+    assert [module.calculator(text) for text in ("37*48", "999999*999", "-(2+3)/2", " 0.5 - 1")] == [
+        "1776",
+        "998999001",
+        "-2.5",
+        "-0.5",
+    ]
+    # What a policy writes is never run: no names, calls, powers or numbers that take for ever.
+    for text in (
+        "__import__('os')",
+        "9**9**9",
+        "1+" * 40 + "1",
+        "True",
+        "x",
+        "(lambda: 1)()",
+        "9e9*9e9",
+        "'a'*9",
+        "1,2",
+    ):
+        with pytest.raises(ValueError, match=r"only numbers|characters|larger"):
+            module.calculator(text)
+    metrics = module.main(["--total-episodes", "8", "--sft-steps", "2", "--output-dir", str(tmp_path)])
+    assert metrics["progress/episodes"] == 8 and metrics["tools/calls_per_response"] >= 0
+    assert "calls of the calculator a question" in capsys.readouterr().out
+
+
 def several_processes(folder: str) -> dict[str, float]:
     """Run the example in a script that has joined the processes through accelerate before."""
     from accelerate import Accelerator
