@@ -6,6 +6,7 @@ import netrc
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,8 @@ def _wandb_knows_who() -> bool:
 
 def check_tokens(section: Section, run: Run, model: ActorCritic) -> None:
     """Check the tokenizer against the model, and say where responses end."""
-    tokenizer, size = run.tokenizer, vocabulary_size(model.policy.config)
+    config: Any = model.policy.config
+    tokenizer, size = run.tokenizer, vocabulary_size(config)
     known = len(tokenizer)
     words = f"{type(tokenizer).__name__}, {known:,} tokens; the model has {size:,}"
     if known > size:
