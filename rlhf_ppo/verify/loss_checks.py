@@ -58,7 +58,7 @@ class _Subject:
     def answer(self, batch: _Batch, denominator: Tensor | None = None) -> _Answer:
         """Compute loss and gradient of a batch; by default divided by its number of tokens."""
         logprobs = batch.logprobs.detach().clone().requires_grad_()
-        others = (x.clone() for x in batch[1:])  # a loss may change them in place
+        _, *others = (x.clone() for x in batch)  # a loss may change them in place
         loss = self.fn(logprobs, *others, batch.mask.sum() if denominator is None else denominator)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
@@ -123,8 +123,8 @@ def _denominator(subject: _Subject) -> Finding:
 def _masked(subject: _Subject, fillers: Sequence[float]) -> Finding:
     clean, worst, leaks = subject.answer(subject.batch), 0.0, 0
     for filler in fillers:
-        fields = (torch.where(subject.mask, x, filler) for x in subject.batch[:3])
-        loss, gradient = subject.answer(_Batch(*fields, subject.mask))
+        logprobs, old, advantages = (torch.where(subject.mask, x, filler) for x in subject.batch[:3])
+        loss, gradient = subject.answer(_Batch(logprobs, old, advantages, subject.mask))
         worst = max(worst, _difference(clean.gradient, gradient), _difference(clean.loss, loss))
         leaks = max(leaks, int((gradient[~subject.mask] != 0).sum()), int((~gradient[subject.mask].isfinite()).sum()))
     where = ", ".join(f"{filler:g}" for filler in fillers)
@@ -161,7 +161,8 @@ def _gradient(subject: _Subject) -> Finding:
         leaf = logprobs.clone().requires_grad_()
         frozen.place = None if record else 0
         with frozen:
-            result = subject.fn(leaf, *(x.clone() for x in batch[1:]), subject.tokens)
+            _, *others = (x.clone() for x in batch)
+            result = subject.fn(leaf, *others, subject.tokens)
         return result.detach().sum()
 
     loss(batch.logprobs, record=True)

@@ -72,7 +72,8 @@ def _save_load(subject: Subject) -> Finding:
     if (trainer := _trained(subject)) is None:
         return _NO_RUN
     folder = trainer.save_model(subject.folder / "saved")
-    tokenizer, loaded = load_tokenizer(str(folder)), load_policy(str(folder)).eval().to(subject.run.device)
+    tokenizer, loaded = load_tokenizer(str(folder)), load_policy(str(folder)).eval()
+    torch.nn.Module.to(loaded, subject.run.device)
     rows = subject.rows[:PLAIN_ROWS]
     models = (trainer.model.policy, loaded)
     pairs = ([subject.plain_logprobs(row, policy, bf16=False) for policy in models] for row in rows)

@@ -155,7 +155,8 @@ class Subject:
     def __init__(self, given: Arguments, folder: Path) -> None:
         self.given, self.folder = given, folder
         rates = ("learning_rate", *(() if given.args.value_learning_rate is None else ("value_learning_rate",)))
-        self.trainer = given.trainer(output_dir=str(folder / "still"), **dict.fromkeys(rates, 0.0))
+        settings: dict[str, Any] = {"output_dir": str(folder / "still"), **dict.fromkeys(rates, 0.0)}
+        self.trainer = given.trainer(**settings)
         state, model = self.trainer.state, self.trainer.model
         _wake_critic(model)
         self.sampler = RecordingSampler(self.run.sample)

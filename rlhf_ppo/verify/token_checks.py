@@ -38,8 +38,8 @@ def _compare_padding(subject: Subject, one: Rollout, other: Rollout) -> tuple[fl
 
 
 def _padded(old: Experience, rollout: Rollout) -> Experience:
-    more = rollout.mask.shape[1] - old.mask.shape[1]
-    fields = {name: None if x is None else torch.nn.functional.pad(x, (0, more)) for name, x in vars(old).items()}
+    more, pad = rollout.mask.shape[1] - old.mask.shape[1], torch.nn.functional.pad
+    fields: dict[str, Any] = {n: None if x is None else pad(x, (0, more)) for n, x in vars(old).items()}
     return Experience(**fields)
 
 

@@ -38,9 +38,9 @@ def test_the_optimum_is_the_reference_tilted_by_the_score(closed):
     assert objective(between) == pytest.approx(optimum - lost) and lost > 0.01
 
 
-def test_every_completion_is_enumerated_once(closed):
+def test_every_completion_is_enumerated_once(closed, tmp_path):
     problem = closed.Problem(0)
-    model = closed.make_trainer(problem, 0, "unwritten").model
+    model = closed.make_trainer(problem, 0, str(tmp_path)).model
     with torch.no_grad():
         logprobs = problem.logprobs(model)[0].sum(dim=-1)
     torch.testing.assert_close(logprobs.exp().sum(dim=1), torch.ones(2).double(), atol=1e-5, rtol=0)

@@ -43,8 +43,10 @@ def length(prompts, completions, **columns):
 
 
 @pytest.fixture
-def verify(tokenizer, make_model, prompts):
+def verify(tokenizer, make_model, prompts, tmp_path, monkeypatch):
     """``verify(only=..., **arguments and settings)``: a report on a tiny run."""
+
+    monkeypatch.chdir(tmp_path)
 
     def run(only=ONE_ROLLOUT, *, train_dataset=None, model=None, reward_funcs=length, **given):
         arguments = {name: given.pop(name) for name in ("processing_class", "peft_config", "respond") if name in given}
