@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf_ppo.verify.held_gradients import Held
 from rlhf_ppo.verify.report import Check, Finding, Report, run_check
 
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]
 """``fn(logprobs, old_logprobs, advantages, mask, denominator) -> scalar``: [B, T] each, mask bool, denominator []."""
 
 TOLERANCE = 1e-6
