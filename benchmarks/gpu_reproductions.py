@@ -73,7 +73,8 @@ def positive_logit() -> Callable[..., list[float]]:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from rlhf_ppo.models.loading import load_tokenizer, read_weights
+    from rlhf_ppo.data.hub import read_weights
+    from rlhf_ppo.models.loading import load_tokenizer
 
     name = "lvwerra/distilbert-imdb"
     device = "cuda" if torch.cuda.is_available() else "cpu"
