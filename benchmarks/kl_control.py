@@ -28,9 +28,9 @@ def run(seed: int, folder: str) -> dict[str, Any]:
         seed,
         folder,
         EPISODES,
-        kl_coef=0.15,
+        kl_coef=0.3,
         kl_target=TARGET,
-        kl_horizon=1000.0,
+        kl_horizon=200.0,
         lr_scheduler_type="constant",
     )
     trainer.train()
