@@ -134,7 +134,10 @@ def kept(run: Path) -> dict[str, bytes]:
     files = [*run.glob("*.jsonl"), *run.glob("*.safetensors"), *run.glob("best/*.safetensors")]
     files += [*run.glob("tokens/*.parquet"), *run.glob("responses/*.parquet"), *list_checkpoints(run)[-1].iterdir()]
     left = [file for file in files if file.name not in ("manifest.json", "timings.jsonl")]
-    return {str(file.relative_to(run)): file.read_bytes() for file in left}
+    found = {str(file.relative_to(run)): file.read_bytes() for file in left}
+    if "episodes.jsonl" in found:  # says how long each took
+        found["episodes.jsonl"] = re.sub(rb'"seconds": [0-9.]+', b"", found["episodes.jsonl"])
+    return found
 
 
 def differences(run: Path, whole: Path) -> list[str]:

@@ -17,6 +17,8 @@ class PlanArgs(TrainArgs):
     )
     """Settings that a beginner needs first, as help and docs list them."""
 
+    SCORED: ClassVar[bool] = False
+
     reward: tuple[str, ...] = ()
     """Reward models count, by folder or hub id; functions and servers cost a plan nothing."""
     dataset: tuple[str, ...] = ("prompts",)

@@ -90,9 +90,13 @@ class ModelArgs(Settings):
     value_model: str | None = None
     """Trunk of a separate critic; None: a value head on the policy's own trunk."""
 
+    SCORED: ClassVar[bool] = True
+    """Whether responses must be scored."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_reward(self.reward, self.environment)
+        if self.SCORED:
+            require_reward(self.reward, self.environment)
 
 
 @dataclass(frozen=True, kw_only=True)

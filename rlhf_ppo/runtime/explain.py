@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,9 @@ def _moved(new_logprobs: Tensor, old: Experience, config: PPOConfig) -> Callable
 def _gradient(new_logprobs: Tensor, old: Experience, config: PPOConfig) -> Tensor:
     """Compute the gradient [B, T] of the core's policy loss alone with respect to each log-prob."""
     leaf = new_logprobs.detach().clone().requires_grad_()
-    policy_alone = replace(config, ent_coef=0.0, kl_loss_coef=0.0, kl_loss="k2", positive_loss_coef=0.0)
+    alone = {"ent_coef": 0.0, "kl_loss_coef": 0.0, "kl_loss": "k2", "positive_loss_coef": 0.0}
+    # Of the core's settings: a frontend's may be refused beside those that are switched off here.
+    policy_alone = PPOConfig(**{field.name: getattr(config, field.name) for field in fields(PPOConfig)} | alone)
     with torch.enable_grad():
         loss = ppo_loss(PolicyOutput(leaf), replace(old, values=None, returns=None), policy_alone)
         (gradient,) = torch.autograd.grad(loss.policy, leaf)

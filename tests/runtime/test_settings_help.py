@@ -53,7 +53,7 @@ def test_settings_stand_once_under_the_theme_that_declares_them():
     themes = {name: title.partition(":")[0] for title, names in found.items() for name in names}
     # Settings of the algorithm that a group gives another default stand with the group.
     assert (themes["gamma"], themes["vf_coef"], themes["clip_range"]) == ("Advantages", "Critic", "PPO")
-    assert len(found[FIRST]) == 10 and len(found) == 18
+    assert len(found[FIRST]) == 10 and len(found) == 22
 
 
 @pytest.mark.parametrize("width", [80, 120])

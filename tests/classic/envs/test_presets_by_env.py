@@ -35,7 +35,7 @@ def test_one_task_has_one_preset(way):
     assert {name: getattr(agent.args, name) for name in known} == known
 
 
-def test_an_environment_without_a_preset_says_so(small, capsys):
+def test_an_environment_without_a_preset_says_so(small, caplog, capsys):
     for env in (
         "tests/Match-v0",
         lambda: gymnasium.make("tests/Match-v0"),
@@ -43,19 +43,20 @@ def test_an_environment_without_a_preset_says_so(small, capsys):
     ):
         agent = classic.PPO(env, classic.PPOArgs(num_envs=2))
         assert agent.origin.startswith("no preset") and agent.args.learning_rate == DEFAULTS["learning_rate"]
-    capsys.readouterr()
+    caplog.clear()
     loud = classic.PPO("tests/Match-v0", small(quiet=False)).learn(1)
-    assert capsys.readouterr().err.startswith("tests/Match-v0: no preset for this environment: general defaults\n")
+    assert caplog.messages[0] == "tests/Match-v0: no preset for this environment: general defaults"
+    caplog.clear()
     loud.learn(1)
-    assert "preset" not in capsys.readouterr().err
+    capsys.readouterr()
     classic.PPO("tests/Match-v0", small()).learn(1)
-    assert capsys.readouterr().err == ""
+    assert "preset" not in caplog.text and capsys.readouterr().err == ""
 
 
-def test_a_loaded_agent_says_where_its_settings_come_from(small, tmp_path, capsys):
+def test_a_loaded_agent_says_where_its_settings_come_from(small, tmp_path, caplog):
     classic.PPO("tests/Match-v0", small()).save(tmp_path)
     classic.PPO.load(tmp_path, quiet=False).learn(1)
-    assert capsys.readouterr().err.startswith(f"tests/Match-v0: settings as saved in {tmp_path}\n")
+    assert caplog.messages[0] == f"tests/Match-v0: settings as saved in {tmp_path}"
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])

@@ -125,7 +125,7 @@ def test_processes_generate_the_file_of_one(folder, count):
 def completed(folder: str) -> list[list[str]]:
     """Complete one prompt, which one process has, then two, of which each has one."""
     generator = generate.load_generator(GenerateArgs(model=f"{folder}/first", chat=True, device="cpu"))
-    return [generator.complete(["a"]), generator.complete(["the cat", "a dog"])]
+    return [generator.complete(["a"], [{}]), generator.complete(["the cat", "a dog"], [{}, {}])]
 
 
 def test_draws_continue_from_call_to_call(folder):

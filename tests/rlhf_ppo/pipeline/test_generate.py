@@ -58,7 +58,7 @@ def test_an_output_that_cannot_be_written_is_one_line_before_the_model_is_loaded
 def test_a_failure_keeps_the_completions_before_it_or_else_the_earlier_run(
     folder, tokenizer, monkeypatch, batch_size, kept
 ):
-    def complete(prompts):
+    def complete(prompts, templates):
         if "the cow" in prompts:
             raise RuntimeError("out of memory")
         return ["ok"] * len(prompts)

@@ -211,16 +211,18 @@ def test_conversations_learn_the_last_answer_after_the_generation_prompt(tokeniz
 
 def test_a_prompt_that_fills_the_length_is_left_out_with_a_count(tokenizer):
     with pytest.warns(UserWarning, match="train: left out 1 of 2 rows whose prompt fills the 4 tokens"):
-        rows = encode_examples([("abcde", "f", "row 0"), ("a", "b", "row 1")], tokenizer, 4, "train", vocab_size=30)
+        rows = encode_examples(
+            [Example("abcde", "f", "row 0"), Example("a", "b", "row 1")], tokenizer, 4, "train", vocab_size=30
+        )
     assert len(rows) == 1
     with pytest.raises(ValueError, match="every prompt fills max_length=4"):
-        encode_examples([("abcde", "f", "row 0")], tokenizer, 4, "train", vocab_size=30)
+        encode_examples([Example("abcde", "f", "row 0")], tokenizer, 4, "train", vocab_size=30)
 
 
 def test_a_token_id_beyond_the_vocabulary_is_named_with_its_row(tokenizer):
     """z is id 28."""
     with pytest.raises(ValueError, match="row 1: token id 28 is not in the model's vocabulary of 28"):
-        encode_examples([("a", "y", "row 0"), ("a", "z", "row 1")], tokenizer, 64, "train", vocab_size=28)
+        encode_examples([Example("a", "y", "row 0"), Example("a", "z", "row 1")], tokenizer, 64, "train", vocab_size=28)
 
 
 def test_completions_are_learned_end_to_end(quick, make_model, tokenizer, tmp_path, learning_seed):
@@ -260,7 +262,7 @@ def test_bad_prompt_and_completion_settings_are_named(quick, data, tokenizer):
     args = quick(dataset=data, model="m", prompt_column="prompt", completion_column="completion")
     with pytest.raises(ValueError, match="row 0, completion: the answer is empty"):
         read_examples(rows, args)
-    chat = [("", "a", "row 0"), ([{"role": "user", "content": "hi"}], "yo", "row 1")]
+    chat = [Example("", "a", "row 0"), ([{"role": "user", "content": "hi"}], "yo", "row 1")]
     with pytest.raises(ValueError, match="row 1: the prompt is a chat, but the tokenizer has no chat template"):
         encode_examples(chat, tokenizer, 64, "train", vocab_size=30)
 
@@ -280,7 +282,7 @@ def test_the_held_out_loss_is_the_mean_over_tokens_whatever_the_batches(make_mod
     """Rows of very different length: means of batches, weighted by rows, would depend on the batches."""
     model = make_model().eval()
     texts = ["a", "the cat sat on the mat", "", "a cat and a dog", "on"]
-    rows = encode_examples([("", text, "a row") for text in texts], tokenizer, 64, "test", vocab_size=30)
+    rows = encode_examples([Example("", text, "a row") for text in texts], tokenizer, 64, "test", vocab_size=30)
     assert len(rows) == 4  # an empty text is an end of text alone, which nothing predicts
     total, count = 0.0, 0
     for row in rows:

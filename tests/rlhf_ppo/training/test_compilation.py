@@ -96,11 +96,11 @@ def tries(monkeypatch) -> list[int]:
     return lefts
 
 
-def test_a_run_measures_once_in_its_first_update_and_learns_the_same(make_trainer, tries, capsys):
+def test_a_run_measures_once_in_its_first_update_and_learns_the_same(make_trainer, tries, caplog):
     """24 responses of 8 are 3 rollouts, each of 2 epochs and 2 minibatches: 8 steps are left after the first."""
     trainers = [make_trainer(total_episodes=24, quiet=False) for _ in range(2)]
     trainers[0].train()
-    assert tries == [8] and capsys.readouterr().err.count("compile=auto: measured") == 1
+    assert tries == [8] and caplog.text.count("compile=auto: measured") == 1
     trainers[1].state.model.compiled = False
     trainers[1].train()
     assert tries == [8]

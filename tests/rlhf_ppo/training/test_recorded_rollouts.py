@@ -65,6 +65,7 @@ EVERYTHING = {
     "turns": torch.zeros(2, 3, dtype=torch.long),
     "context_full": torch.tensor([False, True]),
     "conversations": [[{"role": "user", "content": "hi"}], []],
+    "tool_counts": [{"calls": 2, "malformed": 1}, {}],
 }
 
 
