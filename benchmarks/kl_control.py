@@ -28,9 +28,10 @@ def run(seed: int, folder: str) -> dict[str, Any]:
         seed,
         folder,
         EPISODES,
-        kl_coef=0.3,
+        kl_coef=0.15,
         kl_target=TARGET,
         kl_horizon=200.0,
+        learning_rate=2e-5,
         lr_scheduler_type="constant",
     )
     trainer.train()

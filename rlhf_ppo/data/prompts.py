@@ -104,7 +104,8 @@ class PromptSet:
         """Return the rows with these indices."""
         picked = self.rows.select(map(int, indices)).to_list()
         columns = {c: [row[c] for row in picked] for c in self.columns}
-        return PromptBatch([row.get("prompt") for row in picked], columns)
+        prompts: list[Any] = [row.get("prompt") for row in picked]  # None: an environment begins
+        return PromptBatch(prompts, columns)
 
     def batch(
         self, iteration: int, size: int, *, count: int | None = None, after: int = 0, extra: int = 0

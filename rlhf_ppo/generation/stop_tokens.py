@@ -46,7 +46,11 @@ def stop_tokens(
     model: str | PreTrainedModel, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, ...]:
     """Return end-of-text ids from the model's generation config, else its config, else the tokenizer, else ()."""
-    named = (_generation_eos(model), config.get_text_config().eos_token_id, tokenizer.eos_token_id)
+    named: tuple[Any, ...] = (
+        _generation_eos(model),
+        config.get_text_config().eos_token_id,
+        tokenizer.eos_token_id,
+    )
     found: Any = next((eos for eos in named if eos is not None), ())
     return (found,) if isinstance(found, int) else tuple(found)
 
@@ -55,7 +59,11 @@ def end_tokens(
     model: str | PreTrainedModel, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> frozenset[int]:
     """Return every id that generation config, config or tokenizer call the end of text."""
-    named = (_generation_eos(model), config.get_text_config().eos_token_id, tokenizer.eos_token_id)
+    named: tuple[Any, ...] = (
+        _generation_eos(model),
+        config.get_text_config().eos_token_id,
+        tokenizer.eos_token_id,
+    )
     return frozenset(i for eos in named if eos is not None for i in ([eos] if isinstance(eos, int) else eos))
 
 

@@ -128,7 +128,8 @@ def generate(args: GenerateArgs) -> list[tuple[Prompt, str]]:
     templates = [template.of_row(row, where) for row, where in zip(rows, names, strict=True)]
     prompts = [row["prompt"] for row in rows]
     require_prompts(prompts, names, templates, args.model, args.max_new_tokens, args.chat_template)
-    rows, templates = ([x for x in each for _ in range(args.num_samples)] for each in (rows, templates))
+    rows = [row for row in rows for _ in range(args.num_samples)]
+    templates = [options for options in templates for _ in range(args.num_samples)]
     pairs: list[tuple[Prompt, str]] = []
     output = args.output
     if output is not None:

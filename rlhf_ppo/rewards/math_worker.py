@@ -15,7 +15,11 @@ MEMORY = 4 * 2**30
 
 def main() -> None:
     """Answer each line ``[gold, completion]`` by ``[same, gold as read, answer as read]``; None: could not be read."""
-    from math_verify import LatexExtractionConfig, parse, verify
+    from math_verify import (  # pyright: ignore[reportMissingImports]
+        LatexExtractionConfig,
+        parse,
+        verify,
+    )
 
     try:
         import resource

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from transformers.utils import get_json_schema
+from transformers.utils.chat_template_utils import get_json_schema
 
 Tool = Callable[..., Any]
 Functions = Mapping[str, tuple[Tool, dict[str, Any]]]
