@@ -1,7 +1,7 @@
 """A tiny model learns to use a calculator: curves of examples/calculator.py over seeds.
 
 Run:  python benchmarks/calculator.py --seeds 0 1 2 --picture docs/images/calculator.png
-(about half a CPU minute for the fine-tuned model, which all seeds start from, and half a minute a seed). Prints right
+(about 20 s of CPU time for the fine-tuned model, which all seeds start from, and 13 s a seed). Prints right
 answers and calls at the beginning and at the end. With --json FILE the curves are kept, and seeds that are in the file
 are not run again; --engine vllm --vllm-url URL samples through a server.
 """

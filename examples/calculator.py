@@ -3,7 +3,7 @@
 It begins unable to multiply: supervised fine-tuning has taught it the format of the chat, to answer most questions from
 memory (wrongly), and now and then to think of the calculator and to call it, sometimes with a call that cannot be read.
 The reward is 1 for the right answer, and only the tool gives it. What you will see: a progress bar, the share of right
-answers and the calls per question before and after, and a conversation of each. It takes about two minutes on one CPU
+answers and the calls per question before and after, and a conversation of each. It takes about half a minute on one CPU
 core.
 Run:  python examples/calculator.py
 From the shell, with the fine-tuned model in runs/calculator/model:
@@ -185,8 +185,8 @@ def main(
     argv: list[str] | None = None, callbacks: Sequence[Callable[..., None]] = (), **settings: Any
 ) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--total-episodes", type=int, default=1024, help="conversations to train on")
-    parser.add_argument("--sft-steps", type=int, default=300, help="optimizer steps of the fine-tuning")
+    parser.add_argument("--total-episodes", type=int, default=1536, help="conversations to train on")
+    parser.add_argument("--sft-steps", type=int, default=500, help="optimizer steps of the fine-tuning")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", default="runs/calculator", help="folder of model, questions and run")
     flags = parser.parse_args(argv)
