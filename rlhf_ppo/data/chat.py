@@ -27,6 +27,8 @@ RENDERING = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).par
 """Names that rendering sets, which are no template's variables."""
 SAMPLED_TEXT = "sampled_text"
 """Field of the policy's messages: the turn's whole text, where thinking or tool calls were taken out of ``content``."""
+MALFORMED = "malformed_tool_calls"
+"""Field of the policy's messages: calls that cannot be read, {id, text, error} each."""
 
 
 def with_chat_template(tokenizer: PreTrainedTokenizerBase, source: str | None) -> PreTrainedTokenizerBase:

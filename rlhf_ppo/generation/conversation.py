@@ -26,6 +26,7 @@ from rlhf_ppo.data.detokenization import Before, TextPieces
 from rlhf_ppo.generation.reply_tokens import chat_reply_ids
 from rlhf_ppo.generation.rollout import SampledResponses, SamplingParams
 from rlhf_ppo.generation.stop_strings import cut_at_stop_string
+from rlhf_ppo.runtime.files import plain_json
 
 Reply = str | Message | list[Message] | None
 """What answers a turn: text is a user message; a mapping is that message (``{"role": "tool", "content": "42"}``); a
@@ -36,13 +37,12 @@ def reply_messages(reply: Any) -> Messages | None:
     """Return a reply as the messages that it stands for, or None.
 
     Raises:
-        ValueError: no :data:`Reply`, or the policy's own role; says what it is.
+        ValueError: no :data:`Reply`, the policy's own role, or nothing for JSON; says what it is.
     """
     if reply is None:
         return None
-    if isinstance(reply, str):
-        return [{"role": "user", "content": reply}]
-    said = [reply] if isinstance(reply, Mapping) else reply
+    said = [{"role": "user", "content": reply}] if isinstance(reply, str) else reply
+    said = [said] if isinstance(said, Mapping) else said
     got = f"it returned {type(reply).__name__} {reply!r:.80}"
     if not is_chat(said):
         raise ValueError(f"must return text, a message, messages, or None to end the conversation; {got}")
@@ -52,7 +52,10 @@ def reply_messages(reply: Any) -> Messages | None:
         raise ValueError(
             f"must not write the policy's own messages, which are sampled: give replies another role; {got}"
         )
-    return [dict(message) for message in said]
+    try:
+        return plain_json([dict(message) for message in said])
+    except ValueError as error:
+        raise ValueError(f"must return what JSON can hold ({error}); {got}") from None
 
 
 class Conversations(NamedTuple):

@@ -142,8 +142,8 @@ def sample_conversations(
         device: the model's.
         read: finds thinking and tool calls in a turn; None: a turn's text is its content.
     Raises:
-        RespondError: a partner raised, timed out, or returned something else than it must; names the conversation.
-        ValueError: the chat template does not render a conversation by adding to its end, or fails on a reply.
+        RespondError: a partner raised, timed out, or returned something else than it must, or what the chat template
+            does not add to the end of a conversation; names the conversation.
     """
     codec = Codec(tokenizer, TextPieces(tokenizer), TextPieces(tokenizer, special=True), read)
     ready, asked, has_values, patience_s = list[Talk](), dict[Call, Talk](), False, GRACE_S
@@ -230,7 +230,10 @@ def _continue(talk: Talk, answer: Reply, talks: Sequence[Talk], room: int | None
         raise _failure(talk, talks, str(error)) from None
     if reply is None:
         return False
-    ids = conversation.encode(reply)
+    try:
+        ids = conversation.encode(reply)
+    except ValueError as error:
+        raise _failure(talk, talks, f"returned a reply that cannot be used: {error}") from None
     if room is not None and len(conversation.context) + len(ids) > room:
         conversation.context_full = True
         return False

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ppo.data.chat import Message, Messages, TemplateOptions, render_chat, render_prompt
+from rlhf_ppo.data.chat import MALFORMED, Message, Messages, TemplateOptions, render_chat, render_prompt
 from rlhf_ppo.data.tokenization import encode_after, encode_bare
 
 _PLACEHOLDER = "(turn)x"
@@ -45,9 +45,10 @@ def chat_reply_ids(
         rest = _after_the_turn(tokenizer, prompt, reply, where, template)
     except ValueError:
         # Some templates refuse a tool's message that follows no call.
-        if not turn.get("tool_calls") or all(message["role"] != "tool" for message in reply):
+        called = _with_stand_ins(turn)
+        if not called.get("tool_calls") or all(message["role"] != "tool" for message in reply):
             raise
-        return encode_bare(tokenizer, _after_calls(tokenizer, [*prompt, turn], reply, stop, where, template))
+        return encode_bare(tokenizer, _after_calls(tokenizer, [*prompt, called], reply, stop, where, template))
     ids = encode_after(tokenizer, "x", rest)
     if ids is None:
         ids = encode_bare(tokenizer, rest)
@@ -99,6 +100,14 @@ def _after_calls(
     end = str(tokenizer.decode([] if stop is None else [stop]))
     _, found, space = before.rpartition(end) if end else ("", "", "")
     return (space if found and not space.strip() else "") + after[len(before) :]
+
+
+def _with_stand_ins(turn: Message) -> Message:
+    """Return the turn with a call in place of each that cannot be read, because it is answered like the others."""
+    function = {"name": "malformed", "arguments": {}}
+    stand_ins = [{"id": call["id"], "type": "function", "function": function} for call in turn.get(MALFORMED) or ()]
+    calls = sorted([*(turn.get("tool_calls") or ()), *stand_ins], key=lambda call: str(call.get("id")))
+    return {**turn, "tool_calls": calls} if stand_ins else turn
 
 
 def _without_thinking(message: Message) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,6 +33,7 @@ from rlhf_ppo.models.loading import (
     vocabulary_size,
 )
 from rlhf_ppo.runtime.device import resolve_device
+from rlhf_ppo.runtime.files import json_line
 from rlhf_ppo.runtime.logs.progress import ProgressDisplay
 from rlhf_ppo.runtime.logs.run_directory import read_run
 from rlhf_ppo.runtime.processes.join import join_for, join_processes
@@ -173,7 +173,7 @@ def require_prompts(
 
 def _write(output: str, mode: Literal["a", "w"], rows: Sequence[dict[str, Any]]) -> None:
     with _open(output, mode) as file:
-        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        file.writelines(map(json_line, rows))
 
 
 def _open(output: str, mode: Literal["a", "w"]) -> TextIO:

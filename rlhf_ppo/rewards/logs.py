@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from rlhf_ppo.rewards.validation import RewardError
+from rlhf_ppo.runtime.files import plain_json
 
 LOGGERS = ("log_metric", "log_extra")
 """Keyword arguments of reward functions that log."""
@@ -135,8 +135,8 @@ def _is_name(name: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as JSON gives it back; what JSON does not know becomes text."""
+    """Return a value as JSON gives it back; what JSON cannot hold becomes text."""
     try:
-        return json.loads(json.dumps(value, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x)))
-    except (TypeError, ValueError):
+        return plain_json(value)
+    except ValueError:
         return str(value)

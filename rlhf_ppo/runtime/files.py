@@ -94,6 +94,26 @@ def replace_text(file: Path, text: str) -> None:
     os.replace(temporary, file)
 
 
+def json_line(row: Any) -> str:
+    """Return a line of a JSONL file; half a character, which UTF-8 cannot hold, is escaped as JSON does."""
+    return json.dumps(row, ensure_ascii=False, default=str).encode(errors="backslashreplace").decode() + "\n"
+
+
+def plain_json(value: Any) -> Any:
+    """Return a value as JSON gives it back: numbers and arrays of other libraries as numbers and lists.
+
+    What JSON does not know becomes text, and half a character, which no tokenizer takes, a question mark.
+
+    Raises:
+        ValueError: it cannot be written as JSON, such as a list that holds itself.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x))
+    except (TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+    return json.loads(text.encode(errors="replace"))
+
+
 def read_json(file: Path, remedy: str) -> dict[str, Any]:
     """Read the object in a JSON file.
 

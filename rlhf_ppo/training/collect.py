@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_ppo.data.chat import Prompt
+from rlhf_ppo.data.chat import Message, Prompt, message_text
 from rlhf_ppo.data.detokenization import Before, TextPieces
 from rlhf_ppo.data.prompts import PromptBatch
 from rlhf_ppo.generation.rollout import Rollout
@@ -252,5 +252,11 @@ def _before_turn(pieces: TextPieces, rollout: Rollout, i: int, turn: int) -> Bef
     ids, text = rollout.prompt_ids[i][rollout.prompt_mask[i]].tolist(), rollout.prompts[i]
     if turn and rollout.turns is not None and rollout.conversations is not None:
         ids += rollout.response_ids[i][rollout.real[i] & (rollout.turns[i] < turn)].tolist()
-        text = rollout.conversations[i][2 * turn]["content"] if isinstance(text, str) else None
+        text = _said_before(rollout.conversations[i], turn) if isinstance(text, str) else None
     return pieces.before(ids, text)
+
+
+def _said_before(messages: Sequence[Message], turn: int) -> str:
+    """Return the text between the policy's turn ``turn`` and the one before it."""
+    turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    return "".join(message_text(message, "a reply") for message in messages[turns[turn - 1] + 1 : turns[turn]])

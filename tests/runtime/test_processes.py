@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import classic
 import classic.cli
 from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.cli import main
+from rlhf_ppo.runtime.processes.group import Part, ProcessGroup
 from rlhf_ppo.runtime.processes.launch import Launch, read_launch, require_one_process
 
 
@@ -90,3 +92,18 @@ def test_fault_32_under_a_launcher_all_processes_end_and_nothing_is_written(tmp_
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode != 0 and done.stderr.count("error: WORLD_SIZE=2") == 1
     assert not any(tmp_path.iterdir())
+
+
+def test_facts_that_json_cannot_hold_are_an_error_that_the_others_hear_of(monkeypatch):
+    group, sent = ProcessGroup(rank=0, size=2), []
+
+    def gather(tensors, message, waiting):
+        sent.append(json.loads(message))
+        return [Part({}, sent[0])] * 2
+
+    monkeypatch.setattr(group, "_gather", gather)
+    with pytest.raises(TypeError, match="object is not JSON serializable"):
+        group.facts(object)
+    assert sent[0]["facts"] is None and "object is not JSON serializable" in str(sent[0]["error"])
+    sent.clear()
+    assert group.facts(lambda: ["a", 1]) == [["a", 1]] * 2

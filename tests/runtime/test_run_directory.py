@@ -58,6 +58,13 @@ def test_any_text_of_a_model_is_one_line_and_reads_back(tmp_path, text):
     assert run.read("samples.jsonl") == [{"completion": text}, {"completion": "next"}]
 
 
+def test_half_a_character_is_escaped_as_json_does(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.append("samples.jsonl", {"completion": "é\udfff\ud800"})
+    assert (tmp_path / "samples.jsonl").read_bytes() == '{"completion": "é\\udfff\\ud800"}\n'.encode()
+    assert run.read("samples.jsonl") == [{"completion": "é\udfff\ud800"}]
+
+
 def test_a_line_that_a_kill_cut_off_is_no_row_and_goes_at_a_rewind(tmp_path):
     run = RunDirectory(tmp_path)
     run.append("samples.jsonl", {"iteration": 1, "completion": "ż"})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from rlhf_ppo.data.chat import Messages, Prompt, is_chat
 from rlhf_ppo.generation.conversation import Reply
+from rlhf_ppo.runtime.files import plain_json
 from rlhf_ppo.runtime.side_by_side import Calls, settled
 
 CLOSE_S = 10.0
@@ -54,6 +56,7 @@ class Episode:
     def __init__(self, make: Callable[[], Any]) -> None:
         self._make = make
         self._environment: Any = None
+        self._closed, self._lock = False, threading.Lock()
         self.doing = f"{getattr(make, '__name__', type(make).__name__)}()"
         """The call that runs, or ran last, as messages name it."""
         self.messages: Messages | None = None
@@ -63,17 +66,23 @@ class Episode:
 
     def reset(self, row: dict[str, Any]) -> Prompt:
         """Make the environment and let it begin; returns the prompt."""
-        self._environment = self._make()
-        name = type(self._environment).__name__
-        if lacks := missing_methods(self._environment):
+        self._environment = environment = self._make()
+        if self._closed:  # the rollout has failed meanwhile, and this call was abandoned
+            self.close()
+            raise concurrent.futures.CancelledError
+        name = type(environment).__name__
+        if lacks := missing_methods(environment):
             raise WrongAnswerError(f"returned {name}, which has no method {lacks}: an environment has reset and step")
         self.doing = f"{name}.reset"
-        prompt = settled(self._environment.reset(row))
+        prompt = settled(environment.reset(row))
         if prompt is None and row.get("prompt") is None:
             raise WrongAnswerError("returned None, which means the row's own prompt, but the row has none")
         prompt = row["prompt"] if prompt is None else prompt
         if (isinstance(prompt, str) and prompt) or is_chat(prompt):
-            return prompt
+            try:
+                return plain_json(prompt)
+            except ValueError as error:
+                raise WrongAnswerError(f"must return what JSON can hold ({error})") from None
         raise WrongAnswerError(
             f"must return messages or text, or None for the row's own prompt; it returned {_shown(prompt)}"
         )
@@ -95,8 +104,10 @@ class Episode:
         return reply
 
     def close(self) -> None:
-        """Close the environment, if it is open and can be closed."""
-        environment, self._environment = self._environment, None
+        """Close the environment, if it is open and can be closed; one that is made later is closed at once."""
+        with self._lock:
+            self._closed = True
+            environment, self._environment = self._environment, None
         if hasattr(environment, "close"):
             settled(environment.close())
 
@@ -180,6 +191,9 @@ class Episodes:
         episodes, self._episodes = self._episodes, []
         calls = Calls()
         closing = [calls.start(episode.close) for episode in episodes if episode.is_open]
+        for episode in episodes:  # those that are still being made must not stay
+            if not episode.is_open:
+                episode.close()
         concurrent.futures.wait([call.future for call in closing], timeout=CLOSE_S)
         for call in closing:
             error = call.future.exception() if call.future.done() else TimeoutError(f"no end after {CLOSE_S:g} seconds")

@@ -8,14 +8,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ppo.data.chat import Message, Messages
+from rlhf_ppo.data.chat import MALFORMED, Message, Messages
 from rlhf_ppo.generation.conversation import Reply
-from rlhf_ppo.generation.tools.parsers import PARSERS, TEMPLATE, Call, Turn, named_call, parse_turn
+from rlhf_ppo.generation.tools.parsers import PARSERS, TEMPLATE, Call, Turn, named_call, parse_turn, read_call
 from rlhf_ppo.generation.tools.schemas import Functions, argument_error, typed_arguments
 from rlhf_ppo.runtime.command_line.user_code import FAILURES
-
-MALFORMED = "malformed_tool_calls"
-"""Field of the policy's messages: calls that cannot be read, {id, text, error} each."""
 
 
 class Tools:
@@ -87,11 +84,12 @@ class Tools:
         assert self.tokenizer is not None
         try:
             found: Any = self.tokenizer.parse_response(text, prefix=before, tools=self.schemas)
+            written = found.get("tool_calls") or []
+            calls = tuple(read_call(str(call), lambda _, call=call: named_call(call)) for call in written)
         except Exception as error:  # a response template may fail in any way on what a policy writes
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             return Turn(text, calls=(Call(text, error=reason),))
         thinking = next((found[n] for n in ("reasoning_content", "thinking", "reasoning") if found.get(n)), "")
-        calls = tuple(map(_from_template, found.get("tool_calls") or []))
         return Turn(str(found.get("content") or ""), str(thinking), calls)
 
     def _typed(self, call: Call) -> dict[str, Any]:
@@ -123,13 +121,6 @@ class Tools:
         if error:
             return {**said, "content": f"Error: {error}", "is_error": True}
         return {**said, "content": result}
-
-
-def _from_template(value: Any) -> Call:
-    try:
-        return Call(str(value), *named_call(value))
-    except ValueError as error:
-        return Call(str(value), error=str(error))
 
 
 def _in_order(message: Message) -> list[Mapping[str, Any]]:

@@ -57,7 +57,7 @@ def parse_turn(text: str, parser: str, *, thinks: bool) -> Turn:
     calls: list[Call] = []
     kept, end = "", 0
     for start, stop, piece in PARSERS[parser].find(rest):
-        calls.append(_read(piece, PARSERS[parser].read))
+        calls.append(read_call(piece, PARSERS[parser].read))
         kept += rest[end : stop if calls[-1].error else start]
         end = stop
     content = kept + rest[end:]
@@ -65,12 +65,22 @@ def parse_turn(text: str, parser: str, *, thinks: bool) -> Turn:
     return Turn(content.strip() if changed else content, thinking.strip("\n"), tuple(calls))
 
 
-def _read(text: str, read: Callable[[str], tuple[str, Any]]) -> Call:
+def read_call(text: str, read: Callable[[str], tuple[str, Any]]) -> Call:
+    """Read one call; whatever is wrong with it is its ``error``."""
     try:
         name, arguments = read(text)
+        _require_whole_characters([name, arguments])
     except (ValueError, RecursionError) as error:  # json: deeper than Python's stack
         return Call(text, error=str(error) or type(error).__name__)
     return Call(text, name, arguments)
+
+
+def _require_whole_characters(call: Any) -> None:
+    """Refuse a call with half a character, such as JSON's "\\ud800": neither tokenizers nor files take it."""
+    try:
+        json.dumps(call, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise MalformedCallError("it has half a character (a lone surrogate, \\ud800 to \\udfff)") from None
 
 
 def named_call(value: Any) -> tuple[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ppo.runtime.checkpoints.checkpoint import list_checkpoints
-from rlhf_ppo.runtime.files import read_json, replace_text, sync_file
+from rlhf_ppo.runtime.files import json_line, read_json, replace_text, sync_file
 from rlhf_ppo.runtime.logs.lines import LOGGER
 from rlhf_ppo.runtime.logs.metrics import require_known_metrics
 from rlhf_ppo.runtime.logs.tables import TABLES, copy_tables, rewind_tables
@@ -29,14 +29,10 @@ SERVED_FOLDER = "vllm-policy"
 """Folder in a run's from which a vLLM server reads the policy; it stays where it is as long as the server may."""
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
 def append_line(file: Path, row: Mapping[str, Any]) -> None:
     """Append one line to a JSONL file."""
     with file.open("a", encoding="utf-8") as handle:
-        handle.write(_line(row))
+        handle.write(json_line(row))
 
 
 def _row(file: Path, number: int, line: bytes) -> dict[str, Any]:
@@ -148,7 +144,7 @@ class RunDirectory:
             return
         for file in self.path.glob("*.jsonl"):
             rows = [row for row in self.read(file.name) if _position(file.name, row) <= (iteration, False)]
-            replace_text(file, "".join(_line(row) for row in rows))
+            replace_text(file, "".join(map(json_line, rows)))
         rewind_tables(self.path, iteration)
 
     def sync(self) -> None:

@@ -120,12 +120,14 @@ class ProcessGroup:
             tensors, facts = work()
             return [Part(dict(tensors), facts)]
         own: Agreed | None = None
-        tensors, facts = {}, None
+        tensors, facts, told = {}, None, "null"
         try:
             tensors, facts = work()
+            told = json.dumps(facts)
         except (Exception, Interrupted) as error:
             own = error
-        message = json.dumps({"facts": facts, "error": None if own is None else error_facts(own), "place": place})
+        others = json.dumps({"error": None if own is None else error_facts(own), "place": place})
+        message = f'{{"facts": {told}, {others[1:]}'
         named, waiting = {n: x.detach().cpu() for n, x in tensors.items()}, waiting or self._waiting()
         gathered, parts = self._gather(named, message, waiting), list[Part]()
         for rank, sent in enumerate(gathered):

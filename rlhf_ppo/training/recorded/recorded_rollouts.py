@@ -22,7 +22,7 @@ from torch import Tensor
 from rlhf_ppo.core import BannedTokens, ValueScale
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.runtime.checkpoints.checkpoint import as_json, file_facts, intact_manifest, manifest_text
-from rlhf_ppo.runtime.files import replacing_files
+from rlhf_ppo.runtime.files import json_line, replacing_files
 from rlhf_ppo.runtime.package import __version__
 
 FOLDER, MANIFEST, FORMAT = "rollouts", "rollouts.json", 1
@@ -236,7 +236,7 @@ def _problems(folder: Path, entry: Mapping[str, Any]) -> Iterator[str]:
 
 def _entry(number: int, rollout: Rollout) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Return a rollout's entry in the manifest, and the contents of its files."""
-    lines = b"".join(json.dumps(line, ensure_ascii=False, default=str).encode() + b"\n" for line in _lines(rollout))
+    lines = "".join(map(json_line, _lines(rollout))).encode()
     contents = dict(zip(_files(number), (save(_tensors(rollout)), lines), strict=True))
     return as_json(
         {

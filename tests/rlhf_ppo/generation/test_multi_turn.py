@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
@@ -17,6 +19,7 @@ from rlhf_ppo.generation.reply_tokens import chat_reply_ids
 from rlhf_ppo.rewards.functions import StepRewards
 from rlhf_ppo.rewards.validation import RewardError
 from rlhf_ppo.training.advantages import next_decisions
+from rlhf_ppo.training.collect import _said_before
 from rlhf_ppo.training.experience import estimate
 from rlhf_ppo.training.rewards import shape_rewards
 
@@ -312,6 +315,13 @@ def test_the_hook_sees_the_whole_conversation_as_one_list_that_grows(talk, promp
     assert [id(messages) for messages in rollout.conversations] == list(seen)
 
 
+def test_a_turn_of_a_text_begins_behind_all_messages_of_the_reply(talk, script, prompts):
+    """The reply's last message ends in a space that its ids have lost; the first one does not."""
+    trainer = talk(respond=lambda messages: [{"role": "tool", "content": x} for x in ("a", "b ", "")], max_turns=3)
+    rollout = trainer.rollout(prompts)
+    assert [_said_before(rollout.conversations[0], turn) for turn in (1, 2)] == ["ab ", "ab "]
+
+
 @pytest.mark.parametrize(
     ("respond", "message"),
     [
@@ -484,6 +494,31 @@ def test_a_reply_of_several_messages_is_one_of_each(talk, chat, script):
     text = talk(respond=lambda messages: results, rollout_batch_size=2, max_turns=2, stop_token_ids=(29,))
     script([[5, 29, 9, 9]] * 2, [[6, 29, 9, 9]] * 2)
     assert text.rollout(["a", "b"]).completions[0] == "c.4okd."
+
+
+def test_values_of_other_libraries_in_a_reply_are_plain_and_what_json_cannot_hold_is_refused(talk, chat):
+    seen: list[list] = []
+    fields = {"role": "tool", "content": "no", "score": np.float32(1), "path": Path("a"), "scores": np.arange(2)}
+
+    def respond(messages):
+        seen.append(messages)
+        return fields
+
+    small = {
+        "processing_class": chat,
+        "reward_funcs": lambda prompts, completions, **_: [*range(8)],
+        "train_dataset": [{"prompt": MESSAGES}],
+        "max_turns": 2,
+    }
+    trainer = talk(respond=respond, **small)
+    trainer.train()
+    assert seen[0][2] == {"role": "tool", "content": "no", "score": 1.0, "path": "a", "scores": [0, 1]}
+    assert trainer.run.read("samples.jsonl")[0]["completion"][1] == seen[0][2]
+    endless: list = []
+    endless.append(endless)
+    trainer = talk(respond=lambda messages: {"role": "tool", "content": "no", "of": endless}, **small)
+    with pytest.raises(RespondError, match=r"respond must return what JSON can hold \(Circular.*it returned dict"):
+        trainer.rollout([MESSAGES])
 
 
 def test_a_template_that_rewrites_what_came_before_is_refused_at_the_start(talk, chat, make_model):

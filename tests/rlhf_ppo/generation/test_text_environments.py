@@ -178,6 +178,10 @@ def environment(reset=lambda self, row: "say", step=lambda self, messages: (" no
     return type("Game", (), {"reset": reset, "step": step})
 
 
+ENDLESS: list = []
+ENDLESS.append(ENDLESS)
+
+
 def fails(*_):
     raise OSError("gone")
 
@@ -196,6 +200,7 @@ def fails(*_):
         (environment(step=lambda self, m: (3, 0.0, False)), r"step must return text, a message.*returned int 3"),
         (environment(step=lambda self, m: (None, 0.0, False)), r"step returned no reply .*although done is false"),
         (environment(step=lambda self, m: (" no", "1", False)), r"must return a number as reward.*returned str '1'"),
+        (environment(reset=lambda self, row: [{"role": "user", "content": "", "of": ENDLESS}]), r"what JSON can hold"),
         (lambda: object(), r"returned object, which has no method reset and no step"),
         (lambda: fails(), r"<lambda>\(\) raised OSError: gone"),
     ],
@@ -231,6 +236,26 @@ def test_an_environment_that_hangs_is_named_and_the_others_are_closed(play, meth
         rollout_of(play(Hangs, respond_timeout_s=0.2))
     never.set()
     assert all(game.closed == 1 for game in CountWords.made)
+
+
+def test_an_environment_that_is_made_only_after_the_rollout_has_failed_is_closed(play):
+    failed, made = threading.Event(), threading.Event()
+
+    def make():
+        first = not CountWords.made
+        game = CountWords()
+        if first:
+            game.reset = fails
+            return game
+        failed.wait()
+        return game
+
+    with pytest.raises(RespondError, match="gone"):
+        rollout_of(play(make))
+    failed.set()
+    ended = (made.wait(0.01) or all(game.closed for game in CountWords.made) for _ in range(1000))
+    assert any(ended)
+    assert [game.closed for game in CountWords.made] == [1] * 8
 
 
 def test_a_reward_that_is_not_finite_is_an_error_or_dropped(play):

@@ -102,6 +102,8 @@ def test_thinking_is_apart_wherever_it_was_opened(text, thinks, content, thinkin
         ("hermes", '<tool_call>{"name": "f", "arguments": 3}</tool_call>', 'needs "arguments"'),
         ("hermes", f"<tool_call>{'[' * 100_000}</tool_call>", "recursion"),
         ("hermes", '<tool_call>{"name": "f", "arguments": {"x": ' + "9" * 5000 + "}}</tool_call>", "digits"),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"x": ["\\ud800"]}}</tool_call>', "half a character"),
+        ("hermes", '<tool_call>{"name": "\\udfff", "arguments": {}}</tool_call>', "half a character"),
         ("qwen3_xml", "<tool_call>f(1)</tool_call>", "<function=NAME>"),
         ("mistral", "[TOOL_CALLS] f(1)", "not valid JSON"),
         ("mistral", "[TOOL_CALLS] []", "a call is a JSON object"),
@@ -154,6 +156,10 @@ def test_a_response_template_reads_turns_and_what_it_refuses_is_malformed():
     broken = tools.read("<tool_call>{", before, USER)
     assert broken["content"] == "<tool_call>{"
     assert "cannot be read" in tools([*USER, broken])[0]["content"]
+    deep = {"name": "add", "arguments": "[" * 100_000}
+    for written in (deep, {"name": "add", "arguments": '{"a": "\\ud800"}'}):
+        tokenizer.parse_response = lambda *_, written=written, **__: {"tool_calls": [written]}
+        assert "cannot be read" in tools([*USER, tools.read("", before, USER)])[0]["content"]
 
 
 # Answers
@@ -336,6 +342,47 @@ def test_malformed_and_failing_calls_are_answered_and_counted(talk, say):
         0.5,
         0.5,
     ]
+
+
+def test_half_characters_of_a_tool_are_replaced_before_the_policy_and_the_files_get_them(talk, say):
+    def half(fail: bool) -> str:
+        """Return half a character.
+
+        Args:
+            fail: whether it fails.
+        """
+        if fail:
+            raise ValueError("bad \ud800")
+        return "good \ud800"
+
+    trainer = talk(tools=[half])
+    say([call("half", fail=x) + "<|im_end|>" for x in (False, True)], ["ok<|im_end|>"] * 2)
+    rollout = trainer.rollout([USER, USER])
+    assert [messages[2]["content"] for messages in rollout.conversations] == ["good ?", "Error: ValueError: bad ?"]
+
+
+def test_a_template_that_wants_to_see_calls_takes_the_answer_to_one_that_cannot_be_read(talk, say):
+    trainer = talk(MISTRAL, stop_token_ids=(0, 3))
+    tokenizer = trainer.fixed.tokenizer
+    end = tokenizer.convert_ids_to_tokens(3)
+    both = '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 2, "b": 2}}][TOOL_CALLS]x'
+    say([f"[TOOL_CALLS] [{{{end}", both + end], ["ok" + end] * 2, template=MISTRAL)
+    rollout = trainer.rollout([USER, USER])
+    assert [[m["role"] for m in messages[1:]] for messages in rollout.conversations] == [
+        ["assistant", "tool", "assistant"],
+        ["assistant", "tool", "tool", "assistant"],
+    ]
+    assert "tool_calls" not in rollout.conversations[0][1]
+    assert "[TOOL_RESULTS]Error: this call cannot be read" in spoken(trainer, rollout, 0)
+    assert "[TOOL_RESULTS]4[/TOOL_RESULTS][TOOL_RESULTS]Error: this call cannot" in spoken(trainer, rollout, 1)
+
+
+def test_a_reply_that_the_template_refuses_is_named_with_the_conversation(talk, say):
+    trainer = talk(NO_TOOL_ROLE, tools=(), respond=lambda messages: {"role": "critic", "content": "no"})
+    say(["4<|im_end|>"] * 2, template=NO_TOOL_ROLE)
+    with pytest.raises(RespondError, match=r"respond returned a reply that cannot be used: .*Unexpected role!"):
+        trainer.rollout([USER, USER])
+    assert len(trainer.run.read("failed_rollout.jsonl")) == 2
 
 
 def test_thinking_that_the_template_would_strip_stays_as_sampled_with_a_warning_or_is_refused(talk, say):

@@ -54,6 +54,13 @@ def test_functions_that_name_them_or_take_keywords_can_log(function):
     require_accepts_columns(function, "f", [], "the data")
 
 
+def test_half_a_character_becomes_a_question_mark_and_what_json_cannot_hold_text():
+    call = CallLog("f", [0])
+    call.log_extra("half", ["a\ud800"])
+    call.log_extra("keys", [{(1, 2): 3}])
+    assert call.columns == {"half": ["a?"], "keys": ["{(1, 2): 3}"]}
+
+
 def test_functions_that_accept_neither_do_not_get_them():
     assert not ask(lambda prompts, completions: [1.0] * len(completions), ["a"]).calls[0].metrics
     with pytest.raises(ValueError, match=r"columns \['log_extra'\], which are arguments of reward functions: rename"):
