@@ -15,6 +15,8 @@ class Finding(NamedTuple):
     said: str
     """The outcome in words, with its numbers."""
     numbers: dict[str, float] = {}  # noqa: RUF012
+    warning: bool = False
+    """The check passed, but what it saw may end a run."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,13 @@ class Result:
     causes: str
     cure: str
     numbers: dict[str, float] = field(default_factory=dict)
+    warning: bool = False
+    """It passed, but what it saw may end a run."""
 
     @property
     def verdict(self) -> str:
         """The outcome in a word."""
-        return {True: "passed", False: "FAILED", None: "skipped"}[self.passed]
+        return "warning" if self.warning else {True: "passed", False: "FAILED", None: "skipped"}[self.passed]
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,11 @@ class Report:
         return tuple(result.name for result in self.results if result.passed is False)
 
     @property
+    def warnings(self) -> tuple[str, ...]:
+        """Names of the checks that passed with a warning."""
+        return tuple(result.name for result in self.results if result.warning)
+
+    @property
     def skipped(self) -> tuple[str, ...]:
         """Names of the checks that do not apply here."""
         return tuple(result.name for result in self.results if result.passed is None)
@@ -89,11 +98,15 @@ class Report:
             margin = " " * (width + 11)
             lines.append(f"{result.verdict:<7}  {result.name:<{width}}  {result.proves}")
             lines.append(f"{margin}{result.said}")
-            if result.passed is False:
+            if result.passed is False or result.warning:
                 lines += [f"{margin}usual causes: {result.causes}", f"{margin}cure: {result.cure}"]
-        counts = [len(self.results) - len(self.failures) - len(self.skipped), len(self.failures), len(self.skipped)]
-        names = ("passed", "failed", "skipped")
-        return "\n".join([*lines, "", ", ".join(f"{n} {name}" for n, name in zip(counts, names, strict=True) if n)])
+        others = {
+            "failed": len(self.failures),
+            f"warning{'s' * (len(self.warnings) > 1)}": len(self.warnings),
+            "skipped": len(self.skipped),
+        }
+        counts = {"passed": len(self.results) - sum(others.values()), **others}
+        return "\n".join([*lines, "", ", ".join(f"{n} {name}" for name, n in counts.items() if n)])
 
 
 def run_check(check: Check, subject: Any) -> Result:
@@ -103,4 +116,4 @@ def run_check(check: Check, subject: Any) -> Result:
     except Exception as error:  # whatever a model, tokenizer, reward or loss of the user raises
         found = Finding(False, f"raised {type(error).__name__}: {error}")
     texts = {"proves": check.proves, "causes": check.causes, "cure": check.cure}
-    return Result(check.name, found.passed, found.said, **texts, numbers=found.numbers)
+    return Result(check.name, found.passed, found.said, **texts, numbers=found.numbers, warning=found.warning)

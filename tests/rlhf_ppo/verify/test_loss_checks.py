@@ -130,17 +130,19 @@ def in_place(logprobs, old, advantages, mask, denominator):
         (divided_twice, {"denominator"}),
         (counts_padding, {"mask", "mask_poison", "empty_mask", "policy_gradient"}),
         (masked_by_product, {"mask_poison"}),
-        (masked_results, {"mask_poison", "overflow"}),
+        (masked_results, {"mask_poison"}),
         (own_count, {"empty_mask"}),
         (wrong_kernel, {"gradient"}),
         (wrong_sign, {"policy_gradient", "clip_side"}),
         (clamped_alone, {"clip_side"}),
-        (unbounded, {"overflow"}),
+        (unbounded, set()),
         (in_place, {"inputs"}),
     ],
 )
 def test_each_fault_fails_its_check(loss, failures):
-    assert set(check_loss(loss).failures) == failures
+    report = check_loss(loss)
+    assert set(report.failures) == failures and report.passed == (not failures)
+    assert report.warnings == ("overflow",) * (loss in (masked_results, unbounded))
 
 
 def test_advantages_of_other_actions_are_seen():
@@ -181,6 +183,14 @@ def test_a_report_is_read_and_printed():
     text = str(report)
     assert "FAILED   split_invariance" in text and "8 passed, 2 failed" in text and "cure: divide sums by" in text
     assert json.loads(json.dumps(report.facts()))["results"][0]["name"] == "split_invariance"
+
+
+def test_a_warning_is_explained_like_a_failure():
+    """A loss without a clamp on its ratio is right as a formula."""
+    report = check_loss(unbounded)
+    text = str(report)
+    assert "warning  overflow" in text and "cure: clamp the log-ratio" in text and "9 passed, 1 warning" in text
+    assert report.facts()["passed"] and report.facts()["results"][8]["warning"] and report["overflow"].passed
 
 
 def test_the_page_says_what_is_found_in_public_formulas(capsys):
