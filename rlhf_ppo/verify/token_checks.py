@@ -155,11 +155,12 @@ def _trained_ids(subject: Subject) -> Finding:
     rollout, tokenizer, room = subject.rollout, subject.run.tokenizer, subject.run.room
     wrong: dict[str, int] = {"prompts": 0, "turns": 0, "updates": 0}
     seen = _read_in_update(subject)
+    templates = subject.run.template.of_columns(rollout.columns, len(rollout.prompts))
     for row in subject.rows:
         prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]].tolist()
         real, mask = rollout.real[row], rollout.mask[row][rollout.real[row]].tolist()
         said = rollout.response_ids[row][real].tolist()
-        own = tokenize_prompt(rollout.prompts[row], tokenizer, f"prompt {row}")
+        own = tokenize_prompt(rollout.prompts[row], tokenizer, f"prompt {row}", templates[row])
         wrong["prompts"] += prompt != own and (room is None or len(own) <= room)
         turns, whole = subject.sampler.turns[row], prompt + said
         places = [(len(turn.context), len(turn.context) + len(turn.said)) for turn in turns]

@@ -13,6 +13,7 @@ import torch
 
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.data.chat import render_prompt
+from rlhf_ppo.data.template_options import template_of_rows
 from rlhf_ppo.data.tokenization import tokenize_prompt
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.loading import vocabulary_size
@@ -75,14 +76,16 @@ def check_tokens(section: Section, run: Run, model: ActorCritic) -> None:
     else:
         section.ok(words)
     assert run.train_prompts is not None
-    chat = not isinstance(run.train_prompts.rows["prompt"][0], str)
+    rows = run.train_prompts.rows
+    template = run.template.of_row(rows[0], rows.names[0])
+    chat = not isinstance(rows["prompt"][0], str)
     if not chat and tokenizer.chat_template is not None:
         section.warn(
             "the tokenizer has a chat template, but the prompts are plain text, which a chat model has rarely seen",
             "make the prompts chat messages; leave it if the model is a base model",
         )
     if chat:
-        first = render_prompt(tokenizer, run.train_prompts.rows["prompt"][0], where=run.train_prompts.rows.names[0])
+        first = render_prompt(tokenizer, rows["prompt"][0], rows.names[0], template)
         section.ok(f"the chat template ends a prompt in {first[-60:]!r}")
     ends = [repr(tokenizer.decode([token])) for token in run.sampling.stop_token_ids]
     strings = [repr(text) for text in run.sampling.stop_strings]
@@ -93,7 +96,7 @@ def check_tokens(section: Section, run: Run, model: ActorCritic) -> None:
             f"responses end after {run.sampling.max_new_tokens} tokens alone", "set stop_token_ids or stop_strings"
         )
     twice = tokenizer.bos_token_id
-    ids = tokenize_prompt(run.train_prompts.rows["prompt"][0], tokenizer, "prompt")
+    ids = tokenize_prompt(rows["prompt"][0], tokenizer, "prompt", template)
     if twice is not None and ids[:2] == [twice, twice]:
         section.warn("prompts begin with two start tokens", "remove the start token from the chat template or the data")
 
@@ -102,7 +105,8 @@ def check_lengths(section: Section, run: Run) -> list[int]:
     """Say how long prompts are and whether responses have room; returns lengths in tokens."""
     assert run.train_prompts is not None
     rows = run.train_prompts.rows
-    lengths = [len(tokenize_prompt(p, run.tokenizer, name)) for p, name in zip(rows["prompt"], rows.names, strict=True)]
+    given = zip(rows["prompt"], rows.names, template_of_rows(rows, run.template), strict=True)
+    lengths = [len(tokenize_prompt(prompt, run.tokenizer, name, template)) for prompt, name, template in given]
     longest, middle = max(lengths), int(np.median(lengths))
     room = "" if run.room is None else f", room for {run.room:,}"
     section.ok(f"{len(lengths):,} prompts of {min(lengths)} to {longest} tokens, median {middle}{room}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import random
+import re
 import time
 from pathlib import Path
 
@@ -351,6 +352,13 @@ def test_text_for_a_chat_model_and_chat_for_its_template(words, tmp_path, capsys
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["doctor", *words, *small]) in (0, 1)
     assert "the chat template ends a prompt in 'the cat.'" in capsys.readouterr().out
+    # A row's own template variables are in what is shown and measured.
+    config.write_text("{% for m in messages %}{{ m['content'] }}.{{ more }}{% endfor %}")
+    rows = [{**row, "chat_template_kwargs": {"more": " " + "dog " * 5}} for row in rows]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["doctor", *words, *small]) in (0, 1)
+    told = capsys.readouterr().out
+    assert "dog dog '" in told and int(re.search(r"2 prompts of (\d+) to", told)[1]) > 20
 
 
 def test_the_page_of_the_doctor_names_every_part():

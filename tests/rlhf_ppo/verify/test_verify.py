@@ -120,6 +120,14 @@ def test_lora_and_several_turns_pass(verify, tokenizer):
     assert " 0 differ from what the sampler read" in report["trained_ids"].said
 
 
+def test_template_variables_of_run_and_rows_reach_the_checks(verify, tokenizer):
+    tokenizer.chat_template = "{{ style if style is defined else messages | length }} " + CHAT
+    rows = [{"prompt": SAY_HI}, {"prompt": SAY_HI, "chat_template_kwargs": {"style": "b"}}]
+    given = {"train_dataset": rows, "chat_template_kwargs": {"style": "e"}, "stop_token_ids": (0,)}
+    report = verify(["trained_ids", "template"], respond=lambda messages: "and", max_turns=2, **given)
+    assert report.passed, str(report)
+
+
 # Bugs put in
 
 
