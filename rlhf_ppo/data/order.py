@@ -45,7 +45,7 @@ class PromptOrder:
             size: rows that every iteration takes.
             count: how many to return.
             after: rows that this iteration has taken already.
-            extra: rows that earlier iterations took beyond ``size`` each.
+            extra: rows that earlier iterations took beyond ``size`` each, of those after the window has grown.
         """
         if iteration < self.growing and self.easiest is not None:
             window = self.easiest[: self.window(iteration)]

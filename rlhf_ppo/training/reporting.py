@@ -65,6 +65,12 @@ def require_rollouts_left(state: TrainState, run: Run) -> None:
             f"(rollout_batch_size={args.rollout_batch_size}): each rollout repeats some",
             stacklevel=3,
         )
+    elif prompts is not None and (window := prompts.order.window(state.iteration)) < wanted:
+        warnings.warn(
+            f"the curriculum's next rollout draws from {window} of {len(prompts)} prompts, fewer than the {wanted} "
+            "that it takes: it repeats some; raise curriculum_start, or lower rollout_batch_size",
+            stacklevel=3,
+        )
     if state.iteration >= args.num_rollouts:
         raise ValueError(
             f"all {args.num_rollouts} rollouts of this run are done: raise total_episodes in a new trainer"

@@ -51,7 +51,8 @@ def replace_without_signal(run: Run, state: TrainState, rollout: Rollout) -> tup
             rows[old * size : (old + 1) * size] = range(first, first + size)
         rollout, missing = pick_rows(rollout, fresh, rows), missing[len(good) :]
     state.rollouts_made += rounds
-    state.extra_prompts += drawn
+    if state.iteration >= data.order.growing:  # a growing window has an order of its own in each iteration
+        state.extra_prompts += drawn
     metrics |= {"score/zero_signal_fraction": silent / (wanted + drawn), "score/resampled_prompts": drawn}
     return rollout, metrics
 

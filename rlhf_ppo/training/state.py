@@ -39,7 +39,7 @@ class TrainState:
     rollouts_made: int = 0
     """Rollouts sampled and scored, those that a rollback undid included: it numbers the draws of the next one."""
     extra_prompts: int = 0
-    """Prompts drawn beside those of the rollouts (``zero_signal_prompts="resample"``)."""
+    """Prompts that passes over the data set gave beside those of the rollouts (``zero_signal_prompts="resample"``)."""
     consecutive_skips: int = 0
     """Non-finite optimizer steps since the last finite one."""
     best: dict[str, float] | None = None

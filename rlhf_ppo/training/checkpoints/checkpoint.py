@@ -96,6 +96,7 @@ def save_checkpoint(
             "best": best,
             "models": model_facts(state.model, run),
             "score_caches": boundary.score_caches,
+            "curriculum_rollouts": None if run.train_prompts is None else run.train_prompts.order.growing,
         },
         settings=_settings(run.args),
         fingerprints=run.fingerprints,
@@ -151,8 +152,19 @@ def load_checkpoint(state: TrainState, run: Run, source: Checkpoint | str | Path
     for name, answers in saved["score_caches"].items():
         if name in run.score_caches:
             run.score_caches[name].load_state_dict(answers)
+    if all(settings[name] == saved_settings.get(name) for name in ("curriculum_column", "curriculum_span")):
+        _keep_curriculum(run, saved.get("curriculum_rollouts"))
     _set_schedule(state, saved["scheduler_steps"])
     restore_rng_state(checkpoint.tensors["rng"])
+
+
+def _keep_curriculum(run: Run, rollouts: int | None) -> None:
+    """Let the prompts' window grow over as many rollouts as before: of a run made longer, its span is a smaller share.
+
+    ``rollouts`` is None in checkpoints of before this was kept.
+    """
+    if run.train_prompts is not None and rollouts is not None:
+        run.train_prompts.order = dataclasses.replace(run.train_prompts.order, growing=rollouts)
 
 
 def _settings(args: RLHFConfig) -> dict[str, Any]:

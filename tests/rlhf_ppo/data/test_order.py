@@ -80,6 +80,53 @@ def test_a_run_sees_easy_prompts_first_and_resumes_exactly(make_trainer):
     assert shares == [0.25, 0.625, 1.0, 1.0] and resumed.run.read() == trainer.run.read()
 
 
+def test_a_run_that_is_made_longer_keeps_its_curriculum(make_trainer):
+    """The window grows over two rollouts, not over half of the eight that there are now."""
+    data = rows_with(*range(16))
+    settings = {"curriculum_column": "level", "rollout_batch_size": 4, "num_minibatches": 2, "save_every": 1}
+    short = make_trainer(train_dataset=data, total_episodes=16, **settings)
+    short.train()
+    start = short.run.path / "checkpoint-1"
+    for _ in range(2):
+        # Twice, because the checkpoints of the longer run must know it, too.
+        trainer = make_trainer(train_dataset=data, total_episodes=32, **settings)
+        trainer.train(resume_from_checkpoint=start)
+        shares = [line["progress/curriculum_fraction"] for line in trainer.run.read()]
+        assert shares == [0.25, 0.625, *[1.0] * 6]
+        start = trainer.run.path / "checkpoint-2"
+
+
+def test_prompts_that_replace_others_while_the_window_grows_leave_the_first_pass_whole(make_trainer):
+    asked = []
+
+    def reward(prompts, completions, **columns):
+        asked.extend(prompts[::2])
+        return [0.5] * len(prompts) if len(asked) <= 12 else [float(i) for i in range(len(prompts))]
+
+    trainer = make_trainer(
+        reward_funcs=reward,
+        train_dataset=rows_with(*range(8)),
+        curriculum_column="level",
+        curriculum_start=0.5,
+        curriculum_span=0.3,
+        total_episodes=24,
+        rollout_batch_size=8,
+        num_generations=2,
+        advantage_estimator="grpo",
+        zero_signal_prompts="resample",
+        zero_signal_rounds=2,
+    )
+    trainer.train()
+    # 4 prompts and twice 4 further ones from the window, then the 8 of a pass.
+    assert len(asked) == 20 and len(set(asked[:12])) == 4 and len(set(asked[12:])) == 8
+
+
+def test_a_window_smaller_than_a_rollout_is_warned_of(make_trainer):
+    trainer = make_trainer(train_dataset=rows_with(*range(8)), curriculum_column="level", rollout_batch_size=8)
+    with pytest.warns(UserWarning, match="next rollout draws from 2 of 8 prompts, fewer than the 8 that it takes"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("value", [None, "hard", True, math.nan, math.inf, [1]])
 def test_a_difficulty_that_is_no_number_is_named_with_its_row(make_trainer, value):
     with pytest.raises(ValueError, match=r"train_dataset row 1: the column 'level' holds .* needs a number"):
