@@ -137,6 +137,8 @@ class PPOTrainer(TrainerAttributes):
                 :class:`rlhf_ppo.Callback`).
             respond: answers the policy's turns if ``max_turns`` is above 1: ``respond(messages)`` returns text,
                 messages, or None to end the conversation (see :data:`rlhf_ppo.generation.multi_turn.Respond`).
+            tools: functions that the policy may call if ``max_turns`` is above 1; it sees their names, type hints and
+                docstrings, and what they return answers its turns.
             environment: the class of what answers and rewards the policy's turns instead, or a function that makes
                 one for each conversation (see :class:`rlhf_ppo.TextEnvironment`).
             judge_funcs: like ``reward_funcs``; they score some responses of each rollout and are never trained on.

@@ -95,15 +95,15 @@ class RewardLog:
         """Take the calls of all processes in place of this one's (:meth:`CallLog.facts`).
 
         Raises:
-            RewardError: two functions log one column.
+            RewardError: two functions log one column, or metrics of one name.
         """
         self.calls = [CallLog(**call) for call in calls]
-        owners: dict[str, str] = {}
+        owners: dict[tuple[str, str], str] = {}
         for call in self.calls:
-            for column in call.columns:
-                if (other := owners.setdefault(column, call.name)) != call.name:
+            for key in [*(("column", name) for name in call.columns), *(("metric", name) for name in call.metrics)]:
+                if (other := owners.setdefault(key, call.name)) != call.name:
                     raise RewardError(
-                        f"reward functions {other!r} and {call.name!r} both log the column {column!r}: rename one"
+                        f"reward functions {other!r} and {call.name!r} both log the {key[0]} {key[1]!r}: rename one"
                     )
 
     def metrics(self) -> dict[str, float]:

@@ -126,6 +126,15 @@ def test_two_functions_cannot_log_one_column():
         score_responses({"f": named, "g": named}, Responses(["p"], ["a"]), log=RewardLog())
 
 
+def test_two_functions_cannot_log_one_metric():
+    def counting(prompts, completions, log_metric):
+        log_metric("length", len(completions))
+        return [1.0] * len(completions)
+
+    with pytest.raises(RewardError, match="'f' and 'g' both log the metric 'length': rename one"):
+        score_responses({"f": counting, "g": counting}, Responses(["p"], ["a"]), log=RewardLog())
+
+
 def test_a_row_from_the_cache_was_not_logged():
     cache = ScoreCache()
     ask(named, ["a", "bb"], cache)
