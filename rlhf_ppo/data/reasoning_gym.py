@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import re
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 from urllib.parse import parse_qsl
 
 PREFIX = "reasoning-gym:"
 """What the name of a data set of these tasks begins with."""
+
+
+_EVALUATES = re.compile(r"\b(eval|exec|parse_expr|sympify)\((?!entry\[)")
+"""A call in a scorer that runs text as code (SymPy's parsers do); what is in the entry is the task's own."""
+
+_HARMLESS = re.compile(r"[\w\s]*|(?!.*\*\s*\*)[\d\s.+\-*/()]*", re.ASCII | re.DOTALL)
+"""Words and numbers without an operator, or arithmetic: no call, no attribute, no power that takes forever."""
+
+_PLAIN_ANSWERS = frozenset({"binary_matrix", "countdown", "n_queens", "puzzle24", "spiral_matrix", "string_insertion"})
+"""Tasks whose scorer evaluates answers, although the right ones are harmless."""
 
 
 def _library() -> Any:
@@ -59,7 +73,13 @@ def require_task(row: dict[str, Any]) -> None:
 
 
 def reasoning_gym_score(response: str, row: dict[str, Any]) -> float:
-    """Return the task's own score, from 0 to 1, of what is in the last <answer> tags of a response, or of all of it."""
+    """Return the task's own score, from 0 to 1, of what is in the last <answer> tags of a response, or of all of it.
+
+    An answer that a scorer would run as code, and which is more than a literal or arithmetic, counts as empty.
+
+    Raises:
+        ValueError: the task cannot be scored without running answers as code.
+    """
     _, _, tagged = response.rpartition("<answer>")
     answer = tagged.partition("</answer>")[0] if "<answer>" in response else response
     entry = {name: row[name] for name in ("question", "answer", "metadata")}
@@ -71,8 +91,29 @@ def _asked(question: str) -> list[dict[str, Any]]:
 
 
 @cache
-def _scorer(task: str) -> Any:
-    return _library().get_score_answer_fn(task)
+def _scorer(task: str) -> Callable[..., float]:
+    score = _library().get_score_answer_fn(task)
+    if not _EVALUATES.search(inspect.getsource(score)):
+        return score
+    if task not in _PLAIN_ANSWERS:
+        raise ValueError(
+            f"reasoning-gym scores {task!r} by running the policy's answers as Python code, which is never done here: "
+            "choose another task, or score this one by a reward of your own"
+        )
+    return lambda answer, entry: score(answer=answer if _is_harmless(answer) else "", entry=entry)
+
+
+def _is_harmless(answer: str) -> bool:
+    """Whether evaluating an answer does nothing but give a small value."""
+    if len(answer) > 4000:  # Python refuses longer numbers
+        return False
+    if _HARMLESS.fullmatch(answer):
+        return True
+    try:
+        ast.literal_eval(answer)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return False
+    return True
 
 
 def _value(text: str) -> Any:

@@ -225,6 +225,37 @@ def test_rows_of_another_kind_are_named_at_reset(stand_in, make_trainer, prompts
         trainer.rollout(prompts)
 
 
+def test_no_answer_is_run_as_code(monkeypatch, tmp_path):
+    """Scorers that evaluate get literals and arithmetic alone, or are refused."""
+
+    def evaluates(answer, entry):
+        return float(eval(answer or "0") == 24)
+
+    def evaluates_its_own(answer, entry):
+        return float(answer == str(eval(entry["answer"])))
+
+    scorers = {"puzzle24": evaluates, "simple_integration": evaluates, "number_sorting": evaluates_its_own}
+    monkeypatch.setitem(sys.modules, "reasoning_gym", SimpleNamespace(get_score_answer_fn=scorers.get))
+    reasoning_gym._scorer.cache_clear()
+
+    def score(task, answer):
+        row = {"question": "?", "answer": "20 + 4", "metadata": {"source_dataset": task}}
+        return reasoning_gym.reasoning_gym_score(answer, row)
+
+    mark = tmp_path / "mark"
+    for attack in (f"open({str(mark)!r}, 'w') and 24", f"__import__('pathlib').Path({str(mark)!r}).touch() or 24"):
+        assert score("puzzle24", attack) == 0
+    # Powers and repeated lists take all time or memory.
+    for attack in ("9**9**9**9", "9* *9", "[0]*10**10", "(" * 9000, "1" * 9000, "()()", "(0).real", "len"):
+        assert reasoning_gym._is_harmless(attack) == (attack in ("()()", "len")), attack
+    assert not mark.exists()
+    assert score("puzzle24", "(3 + 5) * 12 / 4") == score("number_sorting", "24") == 1
+    assert all(map(reasoning_gym._is_harmless, ("_ Q _\nQ _ _", "[['Q', '_'], [1, -2.5]]", "ABCDE", "0 1\n1 0", "")))
+    with pytest.raises(ValueError, match="scores 'simple_integration' by running the policy's answers as Python code"):
+        score("simple_integration", "x")
+    reasoning_gym._scorer.cache_clear()
+
+
 def test_the_package_itself():
     pytest.importorskip("reasoning_gym", reason="pip install 'rlhf-ppo[reasoning-gym]'")
     rows = load_rows("reasoning-gym:leg_counting?size=20&seed=1&max_animals=4").to_list()
@@ -235,3 +266,8 @@ def test_the_package_itself():
     assert max(reasoning_gym_reward(rows, ["none"] * 20, **columns)) < 1
     with pytest.raises(ValueError, match="task 'legs'"):
         load_rows("reasoning-gym:legs")
+    for task in ("countdown", "n_queens", "spiral_matrix"):
+        rows = load_rows(f"reasoning-gym:{task}?size=3").to_list()
+        columns = {name: [row[name] for row in rows] for name in ("question", "answer", "metadata")}
+        columns["answer"] = [row["metadata"].get("expression", row["answer"]) for row in rows]
+        assert reasoning_gym_reward(rows, columns["answer"], **columns) == [1.0] * 3, task
