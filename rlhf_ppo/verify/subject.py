@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +21,10 @@ from rlhf_ppo.config.train import TrainArgs
 from rlhf_ppo.core import Experience, PolicyOutput, ValueScale
 from rlhf_ppo.data.rows import RowSource
 from rlhf_ppo.generation.engines import Sampler
+from rlhf_ppo.generation.environments.episodes import TextEnvironment
 from rlhf_ppo.generation.multi_turn import Respond
 from rlhf_ppo.generation.rollout import Rollout, SampledResponses
+from rlhf_ppo.generation.tools.schemas import Tool
 from rlhf_ppo.models.acceleration.working_copy import computing
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward.runner import Sequences
@@ -49,7 +51,7 @@ class Arguments:
     """Arguments of :class:`rlhf_ppo.PPOTrainer`, from which the trainers of all checks are made."""
 
     model: str | PreTrainedModel
-    reward_funcs: RewardSource | Sequence[RewardSource]
+    reward_funcs: RewardSource | Sequence[RewardSource] | None
     args: RLHFConfig
     train_dataset: RowSource
     processing_class: PreTrainedTokenizerBase | None = None
@@ -57,6 +59,8 @@ class Arguments:
     value_model: str | PreTrainedModel | None = None
     peft_config: Any = None
     respond: Respond | None = None
+    tools: Sequence[Tool] = ()
+    environment: Callable[[], TextEnvironment] | None = None
     command: TrainArgs | None = None
     """The same as a command, which other processes can be given; None: it cannot be written as one."""
 
@@ -71,6 +75,8 @@ class Arguments:
             train_dataset=self.train_dataset,
             processing_class=self.processing_class,
             respond=self.respond,
+            tools=self.tools,
+            environment=self.environment,
             **{name: copy.deepcopy(getattr(self, name)) for name in names},
         )
 

@@ -8,7 +8,7 @@ import json
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.config.verify import VerifyArgs
 from rlhf_ppo.data.rows import RowSource
+from rlhf_ppo.generation.environments.episodes import TextEnvironment
 from rlhf_ppo.generation.multi_turn import Respond
+from rlhf_ppo.generation.tools.schemas import Tool
 from rlhf_ppo.models.compare import source_name
 from rlhf_ppo.pipeline.train import load_prompts, trainer_arguments
 from rlhf_ppo.rewards.loading import RewardSource
@@ -37,7 +39,7 @@ CHECKS: tuple[Check, ...] = (*UPDATE_CHECKS, *TOKEN_CHECKS, *TEMPLATE_CHECKS, *R
 
 def verify_training(
     model: str | PreTrainedModel,
-    reward_funcs: RewardSource | Sequence[RewardSource],
+    reward_funcs: RewardSource | Sequence[RewardSource] | None,
     args: RLHFConfig,
     train_dataset: RowSource,
     *,
@@ -46,6 +48,8 @@ def verify_training(
     value_model: str | PreTrainedModel | None = None,
     peft_config: Any = None,
     respond: Respond | None = None,
+    tools: Sequence[Tool] = (),
+    environment: Callable[[], TextEnvironment] | None = None,
     num_responses: int = 16,
     response_tokens: int = 64,
     only: Sequence[str] = (),
@@ -74,6 +78,8 @@ def verify_training(
         value_model=value_model,
         peft_config=peft_config,
         respond=respond,
+        tools=tools,
+        environment=environment,
     )
     return _run_checks(given, only)
 
@@ -84,7 +90,8 @@ def verify_command(args: VerifyArgs) -> int:
     started = time.perf_counter()
     train_rows, _ = load_prompts(dataclasses.replace(args, eval_dataset=None, eval_split=None, eval_size=0))
     small = dataclasses.replace(args, **small_run(args, args.num_responses, args.response_tokens))
-    given = Arguments(**trainer_arguments(small), train_dataset=train_rows, command=small)
+    arguments = {name: x for name, x in trainer_arguments(small).items() if name != "judge_funcs"}
+    given = Arguments(**arguments, train_dataset=train_rows, command=small)
     report = _run_checks(given, args.only)
     if args.json:
         print(json.dumps(report.facts(), indent=2))
