@@ -210,7 +210,6 @@ class PPOTrainer(TrainerAttributes):
                 save_model(state, run, safe)
                 tell(self, self.callbacks, "on_save", run.folder.path)
                 tell(self, self.callbacks, "on_train_end", metrics)
-            withdraw(run)
         plot_run(run)
         report_run(run)
         log_traffic(state, run)
@@ -218,7 +217,7 @@ class PPOTrainer(TrainerAttributes):
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """Hold what a run needs: its folder's lock, its threads, and handlers of signals."""
+        """Hold what a run needs: its folder's lock, its threads, handlers of signals, and a server's adapter."""
         run, state = self.fixed, self.state
         with (
             run_lock(run.folder.path, run.processes),
@@ -226,7 +225,10 @@ class PPOTrainer(TrainerAttributes):
             stop_on_signals(),
             without_library_bars(),
         ):
-            yield
+            try:
+                yield
+            finally:
+                withdraw(run)
 
     def _train(self, progress: ProgressDisplay) -> tuple[dict[str, float], CallbackFunction | None]:
         """Run PPO to the last rollout, or until a callback ends it; returns the last metrics and that callback."""

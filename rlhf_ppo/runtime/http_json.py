@@ -139,7 +139,10 @@ class JSONClient:
         raise AssertionError("an answer is returned or refused")
 
     def _refuse(self, error: urllib.error.HTTPError) -> None:
-        said = error.read(2000).decode("utf-8", "replace")
+        try:
+            said = error.read(2000).decode("utf-8", "replace")
+        except (OSError, HTTPException):  # the status is known, and its text stalls or is cut off
+            said = ""
         if error.code >= 500:
             about = f": {said[:300]!r}" if said else ""
             raise _TemporaryError(f"HTTP {error.code} {error.reason}{about}", error.code, said) from None

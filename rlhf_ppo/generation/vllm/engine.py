@@ -81,12 +81,13 @@ class VLLMEngine:
         """Note, on every process, which policy the server has been given."""
         self.policy, self.digest = f"rlhf-ppo-{digest}" if adapter else self.served.name, digest
 
-    def withdraw(self) -> None:
-        """Unload the policy's adapter, and delete what was written for the server."""
-        if self.policy != self.served.name:
-            self.server.unload_adapter(self.policy)
-        self.policy, self.digest = self.served.name, ""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def withdraw(self, *, first: bool) -> None:
+        """Forget, on every process, which policy the server has; the first has it unloaded, and deletes its folder."""
+        last, self.policy, self.digest = self.policy, self.served.name, ""
+        if first:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if last != self.served.name:
+                self.server.unload_adapter(last, patient=False)
 
     # Responses
 

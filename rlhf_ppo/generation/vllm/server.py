@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -185,10 +186,14 @@ class VLLMServer:
                 ) from None
             raise self._failed(f" to load the adapter in {folder}", error) from None
 
-    def unload_adapter(self, name: str) -> None:
-        """Unload an adapter; one that is not there any more is no error."""
+    def unload_adapter(self, name: str, *, patient: bool = True) -> None:
+        """Unload an adapter; one that is not there any more is no error. Not ``patient``: try once, for 10 seconds."""
+        client = self._client
+        if not patient:
+            client = copy.copy(client)
+            client.timeout_s, client.max_retries = min(10.0, client.timeout_s), 0
         try:
-            self._client.post("/v1/unload_lora_adapter", {"lora_name": name}, text=True)
+            client.post("/v1/unload_lora_adapter", {"lora_name": name}, text=True)
         except RequestError as error:
             if error.status != 404:
                 raise self._failed(f" to unload the adapter {name!r}", error) from None

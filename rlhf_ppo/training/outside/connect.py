@@ -24,7 +24,7 @@ from rlhf_ppo.models.compare import source_name
 from rlhf_ppo.models.loading import adapter_base, vocabulary_size
 from rlhf_ppo.models.sharded.sharding import gathered
 from rlhf_ppo.runtime.logs.run_directory import SERVED_FOLDER
-from rlhf_ppo.training.outside.publish import publish
+from rlhf_ppo.training.outside.publish import publish, withdraw
 from rlhf_ppo.training.run import Run
 
 _PROBE = "The 12 ducks said:\n\t'na\u00efve?' {x=3} \u4f60\u597d <b>"
@@ -134,12 +134,20 @@ def require_agreement(run: Run, model: ActorCritic) -> None:
             "model under this adapter (a changed model object, PiSSA and its like): save it in a folder first, "
             "and start from there"
         )
+    try:
+        _require_same_policy(run, run.sample, model)
+    except BaseException:
+        withdraw(run)
+        raise
+
+
+def _require_same_policy(run: Run, engine: VLLMEngine, model: ActorCritic) -> None:
     ids = model.runner.probe_ids().repeat(4, 1)
     mask = torch.ones_like(ids, dtype=torch.bool)
     free = dataclasses.replace(run.sampling, max_new_tokens=8, min_new_tokens=0, stop_token_ids=(), stop_strings=())
     try:
         publish(run, model)
-        sampled = run.sample(model, ids, mask, free, generator=torch.Generator(run.device).manual_seed(0))
+        sampled = engine(model, ids, mask, free, generator=torch.Generator(run.device).manual_seed(0))
     except VLLMError as error:
         raise ValueError(f"{error}. Nothing was generated") from None
     with torch.no_grad(), gathered(model), computing(model, bf16=run.bf16):
@@ -147,7 +155,7 @@ def require_agreement(run: Run, model: ActorCritic) -> None:
     gap, bound = float(masked_mean((ours.logprobs - sampled.logprobs).abs(), sampled.mask)), run.args.sampler_gap_bound
     if not gap <= bound:
         raise ValueError(
-            f"vLLM server {run.sample.server.name} does not sample from {run.sources['model']}: its log-probs are "
+            f"vLLM server {engine.server.name} does not sample from {run.sources['model']}: its log-probs are "
             f"{gap:.3g} nats per token from ours, above max_sampler_gap={bound}. Usual causes: it serves another "
             "model, in another --dtype, or (where temperature is not 1) without --logprobs-mode processed_logprobs"
         )

@@ -33,11 +33,11 @@ def publish(run: Run, model: ActorCritic) -> None:
 
 
 def withdraw(run: Run) -> None:
-    """Leave the server as it was found, at the end of a run: without the policy's adapter."""
+    """Leave the server as it was found, however a run ends: without the policy's adapter."""
     engine = run.sample
-    if isinstance(engine, VLLMEngine) and run.processes.first:
-        with suppress(VLLMError):  # the run has what it wanted
-            engine.withdraw()
+    if isinstance(engine, VLLMEngine):
+        with suppress(VLLMError):  # the run has what it wanted, or an error that says more
+            engine.withdraw(first=run.processes.first)
 
 
 def require_small_gap(run: Run, rollout: Rollout) -> None:

@@ -187,3 +187,12 @@ def test_the_tokens_as_a_page(make_trainer, tmp_path, capsys):
 def test_a_page_of_completions_needs_explain():
     with pytest.raises(ValueError, match="add explain, or leave html out"):
         GenerateArgs(model="m", prompt=("x",), html="page.html")
+
+
+def test_new_responses_of_a_run_of_vllm_need_no_server(folder, capsys):
+    main(TRAIN.format("vowels", 0.01).split())
+    run = json.loads(Path("run/run.json").read_text())
+    run |= {"generation": "vllm", "vllm_url": "http://127.0.0.1:9", "rollouts_ahead": 1, "max_sampler_gap": 1.0}
+    Path("run/run.json").write_text(json.dumps(run))
+    found = explain_run(ExplainArgs(run="run", sample=0, device="cpu"))
+    assert found.title.startswith("new responses to prompt 0") and found.completions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import threading
 import time
 import warnings
@@ -386,3 +387,26 @@ def test_a_server_that_fails_in_the_run_leaves_no_traceback(make_trainer):
         with pytest.raises(RewardError, match="HTTP 500") as error:
             trainer.train()
     assert error.value.__cause__ is None
+
+
+@pytest.mark.parametrize("headers", [b"Content-Length: 100\r\n\r\nabc", b"Transfer-Encoding: chunked\r\n\r\n10\r\nabc"])
+@pytest.mark.parametrize("stalls", [True, False])
+def test_a_failure_whose_text_never_ends_is_retried_as_one_with_a_text(headers, stalls):
+    seen: list[Any] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def fail() -> None:
+            for _ in range(2):
+                connection, _ = server.accept()
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 500 Oops\r\n" + headers)
+                seen.append(connection)
+                if not stalls:
+                    connection.close()
+
+        threading.Thread(target=fail, daemon=True).start()
+        with pytest.raises(RewardError, match="no answer after 2 attempts; the last failed: HTTP 500 Oops"):
+            asks(f"http://127.0.0.1:{server.getsockname()[1]}", timeout_s=0.3, max_retries=1)
+    assert len(seen) == 2
+    for connection in seen:
+        connection.close()

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from vllm_stand_in import error, standing_in
@@ -114,6 +115,9 @@ def test_a_fault_ends_the_run_with_a_checkpoint_from_which_it_goes_on_as_if_noth
         with pytest.raises(VLLMError, match=message) as raised:
             trainer.train()
     assert "Resume with resume_from_checkpoint=" in str(raised.value)
+    assert not (trainer.run.path / "vllm-policy").exists()
+    if fault == "out of memory":
+        assert not stand_in.adapters  # it still answers other requests
     (checkpoint,) = trainer.run.path.glob("checkpoint-*")
     if fault != "gone":
         return
@@ -168,8 +172,10 @@ def test_another_model_tokenizer_or_context_is_refused_before_the_first_rollout(
     other = tmp_path / "other"
     make_model("llama", seed=7).save_pretrained(other)
     tokenizer.save_pretrained(other)
-    with standing_in(other) as stand_in, pytest.raises(ValueError, match=r"does not sample from .*another model"):
-        serve(stand_in, peft_config=lora())  # without an adapter its weights would be replaced
+    with standing_in(other) as stand_in:
+        with pytest.raises(ValueError, match=r"does not sample from .*another model"):
+            serve(stand_in, peft_config=lora())  # without an adapter its weights would be replaced
+        assert not stand_in.adapters and not list(tmp_path.rglob("vllm-policy"))
     with standing_in(served_model, logprobs_mode="raw_logprobs") as stand_in:
         serve(stand_in)  # at temperature 1 they are the same
         with pytest.raises(ValueError, match="--logprobs-mode processed_logprobs"):
@@ -408,6 +414,13 @@ def test_given_prompt_ids_and_columns_are_used(make_trainer):
         ),
         ({"masks": [[True], [True]]}, "response 0: 2 completion_ids and 1 masks"),
         ({"completion_ids": [[5] * 64, [7]], "logprobs": [[-1.0] * 64, [-1.0]]}, r"9 \+ 64 tokens, but .* holds 64"),
+        ({"completion_ids": [[5, 6.0], [7]]}, r"response 0: token ids must be whole numbers, got 6\.0"),
+        ({"completion_ids": ["ab", [7]]}, "response 0: its completion_ids must be a list, got 'ab'"),
+        ({"prompt_ids": [[1], 2]}, "response 1: its prompt_ids must be a list, got 2"),
+        ({"logprobs": [["a", -1.0], [-1.0]]}, "response 0: token 0 has the log-prob 'a'"),
+        ({"logprobs": None}, "logprobs must be a list with one entry for each response, got None"),
+        ({"masks": [[True, 2], [True]]}, "response 0: masks must be True or False, got 2"),
+        ({"scores": [1.0, "b"]}, "scores must be finite, .* got 'b'"),
         ({"scores": [1.0, float("inf")]}, "scores must be finite, or None where a response has none, got inf"),
         ({"prompts": [], "completion_ids": [], "logprobs": []}, "got 0 for groups of num_generations=1"),
     ],
@@ -417,6 +430,55 @@ def test_bad_responses_are_named(make_trainer, changes, message):
     with pytest.raises(ValueError, match=message):
         make_trainer().rollout_from(**{**good, **changes})
     assert dataclasses.fields(make_trainer().rollout_from(**good, scores=[1.0, None]))
+
+
+def test_tensors_and_arrays_are_taken_as_lists(make_trainer):
+    trainer, ids, logprobs = make_trainer(), [[5, 6], [7, 8]], [[-1.0, -1.5], [-2.0, -0.5]]
+    plain = trainer.rollout_from(["a", "b"], ids, logprobs, masks=[[True, False], [True, True]], scores=[1.0, 2.0])
+    array = np.array(ids)
+    given = trainer.rollout_from(
+        ["a", "b"],
+        [array[0], array[1]],
+        torch.tensor(logprobs),
+        masks=np.array([[True, False], [True, True]]),
+        scores=np.array([1, 2], dtype=np.float32),
+        prompt_ids=[list(np.array([4])), [5]],
+    )
+    for name in ("response_ids", "mask", "sampled_logprobs", "scores"):
+        assert torch.equal(getattr(given, name), getattr(plain, name)), name
+
+
+def test_prompts_are_rendered_with_the_runs_and_the_rows_template_variables(make_trainer, tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ mode }}"
+    chat = [{"role": "user", "content": "ab"}]
+    settings = {"train_dataset": [{"prompt": chat}] * 8, "chat_template_kwargs": {"mode": "zz"}}
+    trainer = make_trainer(processing_class=tokenizer, **settings)
+    ours = trainer.rollout([chat] * 2, chat_template_kwargs=[None, {"mode": "x"}])
+    columns = {"chat_template_kwargs": [None, {"mode": "x"}]}
+    theirs = trainer.rollout_from(**given(ours), **columns)
+    assert torch.equal(theirs.prompt_ids, ours.prompt_ids) and torch.equal(theirs.prompt_mask, ours.prompt_mask)
+    short = make_trainer(processing_class=tokenizer, overlong_prompts="truncate", **settings)
+    long = short.rollout(["ab" * 60] * 2)
+    assert torch.equal(short.rollout_from(**given(long)).prompt_ids, long.prompt_ids)
+
+
+def test_a_stop_string_ends_the_last_turn_alone(make_trainer, tokenizer):
+    """The turn "ab" and the tool's "cbd" hold the stop string, too, and end nothing."""
+    trainer = make_trainer(stop_strings=("b",), max_new_tokens=16)
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("ab", "cbd", "eb", "ef")]
+    first, tool, stopped, going = ids
+    lengths = [[True] * 2 + [False] * 3 + [True] * 2] * 2
+    rollout = trainer.rollout_from(
+        ["a"] * 2,
+        [[*first, *tool, *stopped], [*first, *tool, *going]],
+        [[-1.0] * 7] * 2,
+        masks=lengths,
+        scores=[1.0, 1.0],
+    )
+    assert rollout.completions == ["abcbde", "abcbdef"] and rollout.finished.tolist() == [True, False]
+    stop = trainer.fixed.sampling.stop_token_ids[0]
+    said = trainer.rollout_from(["a"], [[5, stop]], [[-1.0, -1.0]], masks=[[True, False]], scores=[1.0])
+    assert not said.finished.any()  # the tool's, not the policy's
 
 
 def test_given_scores_and_groups_must_fit_the_settings(make_trainer):
