@@ -17,6 +17,7 @@ from rlhf_ppo.core import BannedTokens
 from rlhf_ppo.data.chat import Prompt, TemplateOptions
 from rlhf_ppo.data.detokenization import Before, TextPieces, before_each
 from rlhf_ppo.data.prompts import PromptBatch
+from rlhf_ppo.data.template_options import TOOLS
 from rlhf_ppo.data.tokenization import encode_prompts, require_vocabulary
 from rlhf_ppo.generation.environments.episodes import Episodes
 from rlhf_ppo.generation.multi_turn import Hook, Opening, RespondError, Talk, sample_conversations
@@ -228,9 +229,12 @@ def _talks(run: Run, own: _Own) -> list[Talk]:
     assert partner is not None
     if isinstance(partner, Episodes):
         return [Talk(row, partner.new(), own.batch.row(row)) for row in own.rows]
-    hook, (ids, mask) = Hook(partner), own.encoded
-    given = zip(own.rows, own.prompts, ids, mask, strict=True)
-    return [Talk(row, hook, Opening(prompt, x[keep].tolist(), own.templates[row])) for row, prompt, x, keep in given]
+    talks, (ids, mask) = list[Talk](), own.encoded
+    for row, prompt, x, keep in zip(own.rows, own.prompts, ids, mask, strict=True):
+        template = own.templates[row]
+        answers = partner.for_row(template.get(TOOLS, ())) if isinstance(partner, Tools) else partner
+        talks.append(Talk(row, Hook(answers), Opening(prompt, x[keep].tolist(), template)))
+    return talks
 
 
 def _encode_opening(run: Run, model: ActorCritic, talk: Talk, prompt: Prompt, template: TemplateOptions) -> Opening:

@@ -32,11 +32,13 @@ class ActionEnvironment:
             make: from the row to the environment. Its ``step`` returns (observation, reward, done), Gymnasium's
                 (observation, reward, terminated, truncated, info), or OpenEnv's result with these as attributes; its
                 methods may be ``async``.
-            action: from a turn's text to an action.
+            action: from a turn's text to an action; raises a ValueError or KeyError if it says none.
             text: from an observation to text; None: observations are text.
             shows_reset: False: the prompt stands for what ``reset`` shows.
         """
         self._make, self._action, self._text, self._shows_reset = make, action, text, shows_reset
+        self.invalid_actions = 0
+        """Turns that were no action."""
 
     def reset(self, row: dict[str, Any]) -> Prompt | None:
         """Make and reset the environment; returns the prompt with what it shows."""
@@ -49,8 +51,15 @@ class ActionEnvironment:
         return _with_observation(row.get("prompt"), self._read(observation))
 
     def step(self, messages: Messages) -> tuple[Reply, float | None, bool]:
-        """Act as the last turn says."""
-        action = self._action(messages[-1].get("content") or "")
+        """Act as the last turn says; one that says no action is told so, with reward 0."""
+        space = getattr(self._environment, "action_space", None)
+        try:
+            action = self._action(messages[-1].get("content") or "")
+            if type(space).__name__ == "Discrete" and not space.contains(action):
+                raise ValueError(f"{action!r} is not in {space}")
+        except (ValueError, LookupError) as error:
+            self.invalid_actions += 1
+            return f"Error: no action: {error}" + ("" if space is None else f"; actions are {space}"), 0.0, False
         observation, reward, done = _outcome(settled(self._environment.step(action)))
         return None if done else self._read(observation), reward, done
 
@@ -117,7 +126,8 @@ class Environments:
         **columns: Any,
     ) -> list[list[float]]:
         """Return the reward that ``step`` gave for each turn, on its last token (this is a reward function)."""
-        return self._episodes(prompts, completions, conversations=conversations, completion_turns=completion_turns)
+        turns = {"conversations": conversations, "completion_turns": completion_turns}
+        return self._episodes(prompts, completions, **turns, **columns)
 
     def close_episodes(self) -> None:
         """Close the episodes still open; called when a rollout is over, or has failed."""

@@ -63,6 +63,8 @@ class Episode:
         """The conversation's own list, from the first step on."""
         self.rewards: list[float] = []
         """One per turn."""
+        self.invalid_actions: int | None = None
+        """How many turns were no action; None where the environment does not count."""
 
     def reset(self, row: dict[str, Any]) -> Prompt:
         """Make the environment and let it begin; returns the prompt."""
@@ -95,6 +97,7 @@ class Episode:
         if not isinstance(outcome, tuple) or len(outcome) != 3:
             raise WrongAnswerError(f"must return (reply, reward, done); it returned {_shown(outcome)}")
         reply, reward, done = outcome
+        self.invalid_actions = getattr(self._environment, "invalid_actions", None)
         self.rewards.append(_number(reward))
         if done:
             self.close()
@@ -176,9 +179,13 @@ class Episodes:
         completion_turns: Sequence[Sequence[int]],
         **columns: Any,
     ) -> list[list[float]]:
-        """Return the reward that ``step`` gave for each turn, on its last token."""
+        """Return the reward that ``step`` gave for each turn, on its last token; log how many were no action."""
         episodes = {id(episode.messages): episode for episode in self._episodes}
         scores: list[list[float]] = []
+        invalid = [None if (one := episodes.get(id(m))) is None else one.invalid_actions for m in conversations]
+        counts = [count for count in invalid if count is not None]
+        if counts and (log_metric := columns.get("log_metric")) is not None:
+            log_metric("invalid_actions_per_response", sum(counts) / len(counts))
         for messages, turns in zip(conversations, completion_turns, strict=True):
             if (episode := episodes.get(id(messages))) is None:
                 raise LookupError("this conversation does not belong to these Environments: pass them as respond, too")

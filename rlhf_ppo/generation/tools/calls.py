@@ -9,10 +9,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.data.chat import MALFORMED, Message, Messages
-from rlhf_ppo.generation.conversation import Reply
+from rlhf_ppo.data.template_options import Schema, tool_name
+from rlhf_ppo.generation.conversation import reply_messages
 from rlhf_ppo.generation.tools.parsers import PARSERS, TEMPLATE, Call, Turn, named_call, parse_turn, read_call
 from rlhf_ppo.generation.tools.schemas import Functions, argument_error, typed_arguments
 from rlhf_ppo.runtime.command_line.user_code import FAILURES
+from rlhf_ppo.runtime.side_by_side import settled
 
 
 class Tools:
@@ -33,6 +35,13 @@ class Tools:
         Without functions every turn is ``respond``'s, which finds the calls in ``tool_calls``.
         """
         self.functions, self.respond, self.tokenizer, self.parser = dict(functions), respond, tokenizer, parser
+        self._shown = frozenset(self.functions)
+
+    def for_row(self, schemas: Sequence[Schema]) -> Tools:
+        """Return the tools of a row that is shown these schemas: those of the run among them, and ``respond``'s."""
+        row = Tools(self.functions, self.respond, self.tokenizer, self.parser)
+        row._shown = frozenset(map(tool_name, schemas))
+        return row
 
     @property
     def schemas(self) -> list[dict[str, Any]]:
@@ -40,13 +49,28 @@ class Tools:
         return [schema for _, schema in self.functions.values()]
 
     def __call__(self, messages: Messages) -> Any:
-        """Return a message of role tool for each call of the last turn, in order; else what ``respond`` returns."""
+        """Return a message of role tool for each call of the last turn, in order; else what ``respond`` returns.
+
+        Its messages for calls of a row's own schemas come last.
+        """
         turn = messages[-1]
         calls = _in_order(turn)
         if not self.functions or not calls:
             return None if self.respond is None else self.respond(messages)
-        reply: Reply = [self._answer(call) for call in calls]
-        return reply
+        theirs = [] if self.respond is None else [call for call in calls if self._is_of_respond(call)]
+        own: Messages = [self._answer(call) for call in calls if call not in theirs]
+        if not theirs or self.respond is None:
+            return own
+        said = self.respond(messages)
+        if not own:
+            return said
+        said = reply_messages(settled(said))
+        return None if said is None else [*own, *said]
+
+    def _is_of_respond(self, call: Mapping[str, Any]) -> bool:
+        """Whether a call is of a schema that the row alone has."""
+        name = call.get("function", {}).get("name")
+        return name in self._shown and name not in self.functions
 
     def close_episodes(self) -> None:
         """Pass on that a rollout is over."""
@@ -105,8 +129,9 @@ class Tools:
         if "error" in call:
             example = "" if self.parser == TEMPLATE else f"; write {PARSERS[self.parser].example}"
             error = f"this call cannot be read: {call['error']}{example}"
-        elif name not in self.functions:
-            error = f"there is no tool {name!r}; there are {', '.join(self.functions)}"
+        elif name not in self.functions or name not in self._shown:
+            there = [known for known in self.functions if known in self._shown]
+            error = f"there is no tool {name!r}; there are {', '.join(there) or 'none'}"
         else:
             function, schema = self.functions[name]
             arguments = call["function"]["arguments"]

@@ -89,6 +89,24 @@ def test_other_spaces_are_translated(registered, make_trainer):
     assert trainer.rollout(["say "]).scores.tolist() == [1.0]
 
 
+def test_a_turn_that_is_no_action_is_told_so_and_counted(registered, make_trainer, script):
+    environment = gymnasium_environment("Numbers-v0", action={"e": 1, "d": 7}.__getitem__)
+    game = environment()
+    game.reset({"prompt": ""})
+    told = [game.step([{"role": "assistant", "content": said}]) for said in "xde"]
+    assert told == [
+        ("Error: no action: 'x'; actions are Discrete(3)", 0.0, False),
+        ("Error: no action: 7 is not in Discrete(3); actions are Discrete(3)", 0.0, False),
+        (None, 1.0, True),
+    ]
+    rows = [{"prompt": "say "}]
+    trainer = make_trainer(environment=environment, reward_funcs=None, train_dataset=rows, max_new_tokens=1)
+    script([[trainer.fixed.tokenizer(letter)["input_ids"][-1]] for letter in "xe"])
+    rollout = trainer.rollout(["say "] * 2)
+    assert rollout.scores.tolist() == [0.0, 1.0]
+    assert rollout.logged_metrics == {"invalid_actions_per_response": 0.5}
+
+
 class Client:
     """A stand-in for an OpenEnv client."""
 

@@ -431,6 +431,25 @@ def test_a_rows_own_tools_reach_the_template_in_place_of_the_runs(talk):
     assert "description" not in trainer.fixed.template.of_columns(batch.columns, 5)[2]["tools"][0]["function"]
 
 
+def test_a_row_has_its_own_tools_alone_and_respond_answers_those_that_are_not_the_runs(talk, say):
+    schema = {"type": "function", "function": {"name": "spell", "description": "Spell.", "parameters": {}}}
+    columns = [["shout"], [schema, "add"]]
+    heard: list[list[str]] = []
+
+    def respond(messages):
+        heard.append([one["function"]["name"] for one in messages[-1].get("tool_calls", ())])
+        return {"role": "tool", "content": "s p e l t"} if heard[-1] else None
+
+    trainer = talk(train_dataset=[{"prompt": USER, "tools": tools} for tools in columns], respond=respond, max_turns=2)
+    both = call("spell") + call("add", a=2, b=2)
+    say([both + "<|im_end|>"] * 2, ["ok<|im_end|>"] * 2)
+    rollout = trainer.rollout([USER] * 2, tools=columns)
+    said = [[m["content"] for m in messages if m["role"] == "tool"] for messages in rollout.conversations]
+    lacks = "Error: there is no tool {!r}; there are shout"
+    assert said == [[lacks.format("spell"), lacks.format("add")], ["4", "s p e l t"]]
+    assert heard.count(["spell", "add"]) == 1
+
+
 LEAVES_OUT = CHATML.replace("for m in messages", "for m in messages if m.role != 'tool'")
 
 
