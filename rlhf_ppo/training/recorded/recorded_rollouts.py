@@ -26,7 +26,7 @@ from rlhf_ppo.runtime.files import json_line, replacing_files
 from rlhf_ppo.runtime.package import __version__
 
 FOLDER, MANIFEST, FORMAT = "rollouts", "rollouts.json", 1
-_LISTS = ("prompts", "completions", "conversations")
+_LISTS = ("prompts", "completions", "conversations", "tool_counts")
 _TABLES = ("columns", "score_parts", "logged_columns")
 _SCALARS = ("cache_hit_fraction", "decode_gap", "logged_metrics", "foreign")
 _PART = "token_scores of "
@@ -267,7 +267,7 @@ def _lines(rollout: Rollout) -> Iterator[dict[str, Any]]:
     scores, scored = (None if x is None else x.tolist() for x in (rollout.scores, rollout.scored))
     for i, (finished, tokens) in enumerate(zip(rollout.finished.tolist(), rollout.lengths.tolist(), strict=True)):
         yield {
-            # prompt, completion, conversation
+            # prompt, completion, conversation, tool_count
             **{name[:-1]: values[i] for name in _LISTS if (values := getattr(rollout, name))},
             **{name: {key: x[i] for key, x in getattr(rollout, name).items()} for name in _TABLES},
             "score": None if scores is None or (scored is not None and not scored[i]) else scores[i],
