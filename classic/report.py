@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from rlhf_ppo.core import (
 from rlhf_ppo.runtime.logs.panel import AGENT, RunPanel
 from rlhf_ppo.runtime.logs.progress import ProgressDisplay
 from rlhf_ppo.runtime.logs.run_directory import RunDirectory
-from rlhf_ppo.runtime.plots import plot_curves
+from rlhf_ppo.runtime.plots import plot_at_end
 from rlhf_ppo.runtime.report.curves import CLIP_FRACTION, CONTROL, panels
 
 PANELS = panels((*CONTROL, CLIP_FRACTION))
@@ -73,9 +72,9 @@ def show_progress(display: ProgressDisplay, done: int, metrics: Mapping[str, flo
     display.update(done, **{name: metrics[key] for name, key in shown.items() if key in metrics})
 
 
-def draw_curve(run: RunDirectory, title: str) -> Path:
+def draw_curve(run: RunDirectory, title: str) -> None:
     """Draw ``curve.png`` from ``metrics.jsonl``."""
-    return plot_curves(run.read(), run.path / "curve.png", x="progress/env_steps", panels=PANELS, title=title)
+    plot_at_end(run.read(), run.path / "curve.png", x="progress/env_steps", panels=PANELS, title=title)
 
 
 def largest_gap(new: PolicyOutput, old: Experience) -> float:

@@ -53,7 +53,7 @@ from rlhf_ppo.training.collect import (
     read_reference,
     score,
 )
-from rlhf_ppo.training.experience import estimate
+from rlhf_ppo.training.experience import Estimates, estimate
 from rlhf_ppo.training.explain import explain_rollout
 from rlhf_ppo.training.outside.ahead import RolloutsAhead
 from rlhf_ppo.training.outside.connect import require_agreement
@@ -198,6 +198,7 @@ class PPOTrainer(TrainerAttributes):
         trackers = reporting(run.folder, run.args.report_to, project="rlhf-ppo", settings=run_settings(run))
         with self._running():
             begin(state, run, safe, resume_from_checkpoint, run_facts(run), override=resume_override)
+            since = state.iteration
             print_summary(run_rows(state, run), quiet=run.args.quiet)
             # Saved before the run waits for trackers.
             with trackers:
@@ -212,7 +213,7 @@ class PPOTrainer(TrainerAttributes):
                 tell(self, self.callbacks, "on_train_end", metrics)
         plot_run(run)
         report_run(run)
-        log_traffic(state, run)
+        log_traffic(state, run, since=since)
         return metrics
 
     @contextmanager
@@ -239,7 +240,7 @@ class PPOTrainer(TrainerAttributes):
             tell(self, self.callbacks, "on_save", keep_checkpoint(state, run, safe))  # something to roll back to
         while state.iteration < run.args.num_rollouts and ended_by is None:
             run = self.fixed  # which callbacks may have changed
-            safe.mark(run)
+            safe.mark(state, run)
             if state.iteration == 0 or is_due(run.args.eval_every, state.iteration):
                 self._evaluate(progress)
             run.stopwatch.take()  # evaluations are not part of an iteration
@@ -271,11 +272,9 @@ class PPOTrainer(TrainerAttributes):
                 # 7. Let controllers move the coefficients.
                 adapt(state, args, updated)
             # 8. Log, call back, save.
-            safe.mark(run)
-            metrics = {**updated.metrics, **measured, **observe(state, run, rollout, estimates, args)}
-            phases = run.stopwatch.take()
-            self.timings = phases.seconds
-            log_update(state, run, rollout, metrics, phases, progress)
+            safe.mark(state, run)
+            metrics = {**updated.metrics, **measured}
+            self._log(rollout, estimates, metrics, args, progress)
             keep_rollout(run, state.iteration, rollout)
             if updated.problem is not None:
                 roll_back(state, run, safe, updated.problem)
@@ -284,12 +283,32 @@ class PPOTrainer(TrainerAttributes):
             require_health(run, watch, metrics, args)
             ending = self._call_back(metrics)
             ended_by = ending[0] if ending else None
-            safe.mark(run)  # what callbacks drew is in the checkpoint: a resumed run does not call them again
+            safe.mark(state, run)  # what callbacks drew is in the checkpoint: a resumed run does not call them again
             if is_due(args.save_every, state.iteration, last=bool(ending) or state.iteration == args.num_rollouts):
                 tell(self, self.callbacks, "on_save", keep_checkpoint(state, run, safe))
             if ended_by is None:
                 run.processes.facts(stop_if_asked)
         return {**metrics, **self._evaluate(progress)}, ended_by
+
+    def _log(
+        self,
+        rollout: Rollout,
+        estimates: Estimates,
+        metrics: dict[str, float],
+        args: RLHFConfig,
+        progress: ProgressDisplay,
+    ) -> None:
+        """Add what judges say to an update's metrics, and log them.
+
+        They are logged if that fails, too: the update will be in a checkpoint, and a resumed run does not repeat it.
+        """
+        run, state = self.fixed, self.state
+        try:
+            metrics |= observe(state, run, rollout, estimates, args)
+        finally:
+            phases = run.stopwatch.take()
+            self.timings = phases.seconds
+            log_update(state, run, rollout, metrics, phases, progress)
 
     def _evaluate(self, progress: ProgressDisplay) -> dict[str, float]:
         """Evaluate, log and tell the callbacks, if there is an ``eval_dataset``."""

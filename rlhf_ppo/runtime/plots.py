@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+
+def plot_at_end(
+    records: Sequence[Mapping[str, Any]], path: str | Path, *, x: str, panels: Mapping[str, str], title: str
+) -> None:
+    """Plot a run that has just ended, as :func:`plot_curves` does; a failure is a warning and ends no run."""
+    try:
+        plot_curves(records, path, x=x, panels=panels, title=title)
+    except Exception as error:  # whatever it is, the run is done and saved
+        warnings.warn(f"{Path(path).name} could not be drawn ({type(error).__name__}: {error})", stacklevel=2)
 
 
 def plot_curves(

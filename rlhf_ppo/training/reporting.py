@@ -18,7 +18,7 @@ from rlhf_ppo.runtime.logs.lines import LOGGER
 from rlhf_ppo.runtime.logs.panel import LANGUAGE_MODEL, RunPanel
 from rlhf_ppo.runtime.logs.progress import Phases, ProgressDisplay, model_rows
 from rlhf_ppo.runtime.package import versions
-from rlhf_ppo.runtime.plots import plot_curves
+from rlhf_ppo.runtime.plots import plot_at_end
 from rlhf_ppo.runtime.report.curves import LANGUAGE, panels
 from rlhf_ppo.runtime.report.page import report_at_end
 from rlhf_ppo.runtime.seeding import EVALUATION, global_rng_state, numbered_generator, restore_rng_state
@@ -92,7 +92,7 @@ def plot_run(run: Run) -> None:
     """Plot the run's metrics into curve.png."""
     file = run.folder.path / "curve.png"
     if run.folder.writes:
-        plot_curves(run.folder.read(), file, x="progress/episodes", panels=PANELS, title="PPO, scores and KL")
+        plot_at_end(run.folder.read(), file, x="progress/episodes", panels=PANELS, title="PPO, scores and KL")
 
 
 def report_run(run: Run) -> None:
@@ -124,9 +124,14 @@ def run_rows(state: TrainState, run: Run) -> dict[str, str]:
     }
 
 
-def log_traffic(state: TrainState, run: Run) -> None:
-    """Say what the processes exchanged in an update, beside the least that several processes must."""
-    rows = run.folder.read("timings.jsonl")
+def log_traffic(state: TrainState, run: Run, *, since: int) -> None:
+    """Say what the processes exchanged in an update, beside the least that several processes must.
+
+    Args:
+        state, run: at the end.
+        since: the iteration at which these processes began: others' rows have other counts, or none.
+    """
+    rows = [row for row in run.folder.read("timings.jsonl") if row["iteration"] > since]
     if run.processes.alone or run.args.quiet or len(rows) < 2:
         return
     # The first rows also count the set-up and an evaluation.

@@ -280,6 +280,14 @@ def test_metrics_are_finite_and_the_curve_is_drawn(small, tmp_path, pictures):
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_curve_that_cannot_be_drawn_ends_no_run(small, tmp_path, pictures):
+    (tmp_path / "curve.png").mkdir()
+    agent = classic.PPO("tests/Match-v0", small(output_dir=str(tmp_path)))
+    with pytest.warns(UserWarning, match="curve.png could not be drawn"):
+        agent.learn(500)
+    assert (tmp_path / "report.html").is_file()
+
+
 def test_non_finite_gradients_are_skipped_and_stop_the_run(small):
     agent = classic.PPO("tests/Match-v0", small(num_epochs=10))
     agent.network.critic[-1].weight.data.fill_(float("nan"))

@@ -25,8 +25,10 @@ from rlhf_ppo.training.models.model_facts import model_facts
 from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.state import TrainState
 
+_OF_ROLLOUTS = ("rollouts_made", "extra_prompts")
+
 _COUNTERS = {
-    **{name: name for name in ("iteration", "episodes", "optimizer_steps", "rollouts_made", "extra_prompts")},
+    **{name: name for name in ("iteration", "episodes", "optimizer_steps", *_OF_ROLLOUTS)},
     "skipped_in_a_row": "consecutive_skips",
 }
 """Name in state.json -> name in TrainState."""
@@ -57,11 +59,14 @@ class Boundary:
     rng: dict[str, Tensor]
     """The global generators: reward functions may draw from them."""
     score_caches: dict[str, list[tuple[str, Any]]]
+    counters: dict[str, int]
+    """What counts rollouts and their prompts: something may fail between them and the update."""
 
     @classmethod
-    def of(cls, run: Run) -> Boundary:
+    def of(cls, state: TrainState, run: Run) -> Boundary:
         """Return the boundary here."""
-        return cls(global_rng_state(), {name: cache.state_dict() for name, cache in run.score_caches.items()})
+        caches = {name: cache.state_dict() for name, cache in run.score_caches.items()}
+        return cls(global_rng_state(), caches, {name: getattr(state, name) for name in _OF_ROLLOUTS})
 
 
 def save_checkpoint(
@@ -75,7 +80,7 @@ def save_checkpoint(
         boundary: as it was before that rollout; None: as it is now.
         processes: those that save; None: all of the run.
     """
-    boundary = boundary or Boundary.of(run)
+    boundary = boundary or Boundary.of(state, run)
     run.folder.sync()  # the metric lines up to here must not be younger than the checkpoint
     best = state.best
     return write_checkpoint(
@@ -88,6 +93,7 @@ def save_checkpoint(
         },
         state={
             **{key: getattr(state, name) for key, name in _COUNTERS.items()},
+            **boundary.counters,
             **{name: getattr(state, name) for name in _COEFFICIENTS},
             "score_statistics": state.score_statistics.state_dict(),
             "value_scale": None if state.model.value_scale is None else vars(state.model.value_scale),

@@ -67,9 +67,9 @@ class SafePoint:
     between_updates: bool = False
     """Whether the state is that of ``boundary``, also in the middle of a rollout."""
 
-    def mark(self, run: Run) -> None:
+    def mark(self, state: TrainState, run: Run) -> None:
         """Record, between two updates, what a rollout changes."""
-        self.boundary, self.between_updates = Boundary.of(run), True
+        self.boundary, self.between_updates = Boundary.of(state, run), True
 
 
 def begin(

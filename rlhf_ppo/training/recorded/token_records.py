@@ -9,6 +9,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from torch import Tensor
+
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core import kl_estimate
 from rlhf_ppo.generation.repetition import repeated_fraction
@@ -32,7 +34,7 @@ def is_recorded(args: RLHFConfig, iteration: int) -> bool:
 
 
 def record_tokens(state: TrainState, run: Run, rollout: Rollout, estimates: Estimates, config: RLHFConfig) -> None:
-    """Record the rollout of the update that was just made, if it is due; a full disk ends no run.
+    """Record the rollout of the update that was just made, if it is due; a failure ends no run.
 
     Args:
         state: after the update.
@@ -44,20 +46,21 @@ def record_tokens(state: TrainState, run: Run, rollout: Rollout, estimates: Esti
     if not is_recorded(run.args, state.iteration):
         return
     rows = range(min(run.args.samples_per_rollout, len(rollout.prompts)))
-    # Processes that share the weights read the policy's log-probs together.
-    tokens = _tokens(state, run, rollout, estimates, config, rows) if _takes_part(run) and rows else None
-    if not run.folder.writes:
-        return
+    together = run.plan.sharding is not None  # processes that share the weights: the others wait for this one
     try:
+        now = _logprobs_now(state, run, rollout, rows) if (run.folder.writes or together) and rows else None
+        together = False
+        if not run.folder.writes:
+            return
         write_table(run.folder.path, "responses", state.iteration, _responses(rollout))
-        if tokens is not None:
+        if now is not None:
+            tokens = _tokens(run, rollout, estimates, config, rows, now)
             write_table(run.folder.path, "tokens", state.iteration, tokens)
-    except OSError as error:
-        warnings.warn(f"the tokens of rollout {state.iteration} are not recorded: {error.strerror}", stacklevel=2)
-
-
-def _takes_part(run: Run) -> bool:
-    return run.folder.writes or run.plan.sharding is not None
+    except Exception as error:  # whatever it is, the update is made
+        if together:
+            raise
+        said = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        warnings.warn(f"the tokens of rollout {state.iteration} are not recorded: {said}", stacklevel=2)
 
 
 def _responses(rollout: Rollout) -> dict[str, list[Any]]:
@@ -73,13 +76,16 @@ def _responses(rollout: Rollout) -> dict[str, list[Any]]:
     }
 
 
+def _logprobs_now(state: TrainState, run: Run, rollout: Rollout, rows: range) -> Tensor:
+    passes = run.microbatches(state.model, rollout, rows)
+    return logprobs_now(state.model, rollout, passes, temperature=run.args.temperature, bf16=run.bf16)
+
+
 def _tokens(
-    state: TrainState, run: Run, rollout: Rollout, estimates: Estimates, config: RLHFConfig, rows: range
+    run: Run, rollout: Rollout, estimates: Estimates, config: RLHFConfig, rows: range, now: Tensor
 ) -> dict[str, list[Any]]:
     assert rollout.ref_logprobs is not None
-    args, model, index = run.args, state.model, list(rows)
-    passes = run.microbatches(model, rollout, rows)
-    now = logprobs_now(model, rollout, passes, temperature=args.temperature, bf16=run.bf16)
+    args, index = run.args, list(rows)
     pieces = token_pieces(run.tokenizer, rollout, index)
     given = {"objective": config, "new_logprobs": now, "rows": index}
     explained = explain_estimates(rollout, estimates, args, pieces, **given).rows

@@ -18,6 +18,7 @@ from rlhf_ppo.rewards.validation import RewardError
 from rlhf_ppo.runtime.checkpoints.checkpoint import list_checkpoints
 from rlhf_ppo.runtime.signals import Interrupted
 from rlhf_ppo.trainer import PPOTrainer
+from rlhf_ppo.training.callbacks import Callback
 
 SETTINGS = {"total_episodes": 32, "normalize_scores": True, "kl_target": 1.0}
 EVALUATION = [{"prompt": "to be"}, {"prompt": "or not"}]
@@ -290,3 +291,20 @@ def test_the_printed_command_resumes_from_one_checkpoint():
         said = resume_hint(["train", *earlier, "--seed", "1"], stop)
         assert said == "Resume with: rlhf-ppo train --seed 1 --resume-from-checkpoint run/checkpoint-4"
     assert "--resume" not in resume_hint(["demo"], stop)
+
+
+class FailsOnce(Callback):
+    def on_rollout_end(self, trainer, rollout):
+        if trainer.iteration == 2:
+            raise RuntimeError("the hook failed")
+
+
+def test_a_run_that_a_hook_ended_after_a_rollout_goes_on_exactly(make_trainer):
+    whole = make_trainer(**SETTINGS)
+    whole.train()
+    failed = make_trainer(**SETTINGS, callbacks=[FailsOnce()])
+    with pytest.raises(RuntimeError, match="the hook failed"):
+        failed.train()
+    again = make_trainer(**SETTINGS, output_dir=str(failed.run.path))
+    again.train(resume_from_checkpoint=str(failed.run.path / "checkpoint-2"))
+    assert_same(again, whole)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import types
+
 import pytest
 import torch
 
+from rlhf_ppo.runtime.logs.lines import LOGGER
 from rlhf_ppo.runtime.logs.tables import read_table, table_numbers
 from rlhf_ppo.training.recorded.token_records import is_recorded
+from rlhf_ppo.training.reporting import log_traffic
 
 
 def contents(folder):
@@ -98,6 +103,52 @@ def test_a_full_disk_ends_no_run(make_trainer, monkeypatch):
     with pytest.warns(UserWarning, match="rollout 1 are not recorded: No space left"):
         trainer.train()
     assert len(trainer.run.read()) == 1
+
+
+def test_no_failure_of_recording_ends_a_run(make_trainer, monkeypatch):
+    from rlhf_ppo.training.recorded import token_records
+
+    def broken(*_):
+        raise ValueError("mixed types")
+
+    monkeypatch.setattr(token_records, "write_table", broken)
+    trainer = make_trainer(total_episodes=8)
+    with pytest.warns(UserWarning, match="rollout 1 are not recorded: ValueError: mixed types"):
+        trainer.train()
+    assert len(trainer.run.read()) == 1
+
+
+def test_an_update_is_logged_whatever_observing_it_does(make_trainer, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("judges are out")
+
+    monkeypatch.setattr("rlhf_ppo.trainer.observe", broken)
+    trainer = make_trainer(total_episodes=16)
+    with pytest.raises(RuntimeError, match="judges are out"):
+        trainer.train()
+    assert [row["progress/iteration"] for row in trainer.run.read()] == [1]
+    assert (trainer.run.path / "checkpoint-1").is_dir()
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_run(make_trainer, pictures):
+    trainer = make_trainer(total_episodes=8)
+    (trainer.run.path / "curve.png").mkdir(parents=True)
+    with pytest.warns(UserWarning, match="curve.png could not be drawn"):
+        trainer.train()
+    assert (trainer.run.path / "report.html").is_file()
+
+
+def test_traffic_is_counted_over_rows_of_these_processes_alone(make_trainer, caplog):
+    trainer = make_trainer(quiet=False)
+    state, run = trainer.state, trainer.fixed
+    for row in ({}, {"exchanged_bytes": 9e9}, {"exchanged_bytes": 1e6}, {"exchanged_bytes": 3e6}):
+        run.folder.append("timings.jsonl", {"iteration": len(run.folder.read("timings.jsonl")) + 1, **row})
+    several = dataclasses.replace(run, processes=types.SimpleNamespace(alone=False))
+    with caplog.at_level("INFO", logger=LOGGER.name):
+        log_traffic(state, several, since=3)
+        assert not caplog.messages
+        log_traffic(state, several, since=2)
+    assert "each process contributed 2 MB an update" in caplog.text
 
 
 def test_longer_responses_that_score_higher_show(make_trainer, prompts):
