@@ -356,6 +356,8 @@ def test_text_for_a_chat_model_and_chat_for_its_template(words, tmp_path, capsys
     config.write_text("{% for m in messages %}{{ m['content'] }}.{{ more }}{% endfor %}")
     rows = [{**row, "chat_template_kwargs": {"more": " " + "dog " * 5}} for row in rows]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reward = tmp_path / "reward.py"
+    reward.write_text(reward.read_text().replace("completions):", "completions, **columns):"))
     assert main(["doctor", *words, *small]) in (0, 1)
     told = capsys.readouterr().out
     assert "dog dog '" in told and int(re.search(r"2 prompts of (\d+) to", told)[1]) > 20
