@@ -278,7 +278,7 @@ class PPOTrainer(TrainerAttributes):
             keep_rollout(run, state.iteration, rollout)
             if updated.problem is not None:
                 roll_back(state, run, safe, updated.problem)
-                watch = begin_watch(run)
+                watch = begin_watch(run, watch)
                 continue
             require_health(run, watch, metrics, args)
             ending = self._call_back(metrics)

@@ -14,7 +14,7 @@ from rich.text import Text
 from rlhf_ppo.runtime.logs.run_directory import RunDirectory
 from rlhf_ppo.runtime.report.samples import first_and_last, spread_by_improvement
 from rlhf_ppo.runtime.statistics import differences, interval
-from rlhf_ppo.runtime.texts import display_text
+from rlhf_ppo.runtime.texts import display_text, printable
 
 Row = Mapping[str, Any]
 
@@ -69,7 +69,8 @@ def print_before_after(run: RunDirectory, *, samples: int = 4, console: Console 
         side_by_side.add_column(heading, ratio=1 if heading == "prompt" else 2)
     for a, b in spread_by_improvement(before, after, samples):
         # As Text, so that brackets such as [/INST] are not read as markup.
-        side_by_side.add_row(*map(Text, (display_text(a["prompt"]), _sample(a), _sample(b))))
+        texts = display_text(a["prompt"]), _sample(a), _sample(b)
+        side_by_side.add_row(*(Text(printable(text)) for text in texts))
     console.print(side_by_side)
 
 

@@ -35,7 +35,7 @@ from rlhf_ppo.runtime.processes.launch import require_one_process
 from rlhf_ppo.runtime.report.heat import Told, explained_rows, make_views
 from rlhf_ppo.runtime.report.page import write_heat_page
 from rlhf_ppo.runtime.seeding import TRAIN, numbered_generator
-from rlhf_ppo.runtime.texts import display_text
+from rlhf_ppo.runtime.texts import display_text, printable
 from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.trainer import PPOTrainer
 from rlhf_ppo.training.checkpoints.black_box import read_black_box
@@ -228,7 +228,7 @@ def print_explained(
     console.print(found.title, soft_wrap=True)
     for number in responses:
         score = found.scores[number]
-        said = f"{display_text(found.prompts[number])}|{display_text(found.completions[number])}"
+        said = printable(f"{display_text(found.prompts[number])}|{display_text(found.completions[number])}")
         console.print(f"\nresponse {number}, score {'none' if score is None else f'{score:.4g}'}", soft_wrap=True)
         console.print(said, soft_wrap=True)
         one = found.explanation.of(number)
@@ -237,7 +237,7 @@ def print_explained(
         elif console.is_terminal:
             console.print(_table(one))
         else:
-            console.print(one.text(max_rows=None), soft_wrap=True)
+            console.print(printable(one.text(max_rows=None)), soft_wrap=True)
 
     if html is not None:
         console.print(f"\npage     {_write_page(found, responses, html)}", soft_wrap=True)
@@ -267,5 +267,5 @@ def _table(explanation: Explanation) -> Table:
             "gradient_alive": "" if row["gradient_alive"] else "bright_black",
         }
         styles["advantage"] = styles["weight"] = styles["label"]
-        table.add_row(*(Text(cell(row[column]), style=styles.get(column, "")) for column in columns))
+        table.add_row(*(Text(printable(cell(row[column])), style=styles.get(column, "")) for column in columns))
     return table

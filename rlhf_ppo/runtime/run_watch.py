@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rlhf_ppo.runtime.advice import Advice, judge
@@ -20,20 +20,28 @@ PATIENCE = 3
 class RunWatch:
     """The first and the latest updates of a run, and what has been said about them."""
 
-    def __init__(self, settings: Mapping[str, Any], earlier: Sequence[Mapping[str, float]] = ()) -> None:
+    def __init__(
+        self,
+        settings: Mapping[str, Any],
+        earlier: Sequence[Mapping[str, float]] = (),
+        said: Iterable[str] = (),
+        updates: int = 0,
+    ) -> None:
         """Start watching.
 
         Args:
             settings: the run's, by name.
             earlier: lines of metrics.jsonl before a run was resumed: its start is compared with.
+            said: names of the rules that need not be said again.
+            updates: how many this process has watched of a run that was rolled back.
         """
         self.settings = dict(settings)
         self._first: list[dict[str, float]] = []
         self._last: deque[dict[str, float]] = deque(maxlen=RECENT)
-        self._updates = 0
+        self.updates = updates
         """Updates watched by this process."""
         self._consecutive: dict[str, int] = {}
-        self._said: set[str] = set()
+        self._said = set(said)
         for row in earlier:
             if self._counts(row) and len(self._first) < RECENT:
                 self._first.append(dict(row))
@@ -43,12 +51,12 @@ class RunWatch:
         if not self._counts(metrics):
             return []
         (self._first if len(self._first) < RECENT else self._last).append(dict(metrics))
-        self._updates += 1
+        self.updates += 1
         run = RunMetrics([*self._first, *self._last], self.settings)
         return [advice for rule in RULES if (advice := self._judge(rule, run)) is not None]
 
     def _judge(self, rule: Rule, run: RunMetrics) -> Advice | None:
-        if rule.watched is None or rule.name in self._said or self._updates < rule.after:
+        if rule.watched is None or rule.name in self._said or self.updates < rule.after:
             return None
         found = judge(rule, run)
         seen = 0 if found is None else self._consecutive.get(rule.name, 0) + 1

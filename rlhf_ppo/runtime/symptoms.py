@@ -20,7 +20,8 @@ class RunMetrics:
 
     def __init__(self, rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> None:
         """Keep the updates among ``rows`` of metrics.jsonl; ``settings``: name -> value."""
-        first = settings.get("critic_warmup_rollouts") or 0  # the policy does not learn during the warm-up
+        first = settings.get("critic_warmup_rollouts")  # the policy does not learn during the warm-up
+        first = first if isinstance(first, (int, float)) else 0  # a damaged run.json may hold anything
         self.rows = [row for row in rows if "policy/loss" in row and row.get("progress/iteration", 0) > first]
         self.settings = settings
 
@@ -115,7 +116,14 @@ def rounding(run: RunMetrics) -> str | None:
 
 
 def no_signal(run: RunMetrics) -> str | None:
+    if run.settings.get("rollout_batch_size") == 1:  # a single score has no spread
+        scores = run.values("score/mean")
+        scores = scores[len(scores) // 2 :]
+        alike = len(scores) > 1 and max(scores) - min(scores) < 1e-6 and not _above(run.late("score/token_std"), 1e-6)
+        return f"the scores of {len(scores)} updates differ by {max(scores) - min(scores):.2g}" if alike else None
     spread, advantages = run.late("score/std"), run.late("advantage/std")
+    if _above(run.late("score/token_std"), 1e-6):
+        spread = None  # alike in sum, but not in place
     if spread is not None and spread < 1e-6:
         return f"scores differ by {spread:.2g} within a rollout"
     return f"advantages differ by {advantages:.2g}" if advantages is not None and advantages < 1e-8 else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,13 @@ def _display_content(message: Mapping[str, Any]) -> str:
     if isinstance(content, str):
         return content
     return "".join(str(part.get("text", f"[{part.get('type')}]")) for part in content)
+
+
+def printable(text: str) -> str:
+    """Replace control characters but newline and tab: a model may write those that command a terminal."""
+    return "".join(
+        "\ufffd" if x not in "\n\t" and unicodedata.category(x) == "Cc" else x for x in text.replace("\r\n", "\n")
+    )
 
 
 class Piece(NamedTuple):

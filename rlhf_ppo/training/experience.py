@@ -176,6 +176,9 @@ def _score_metrics(rollout: Rollout) -> dict[str, float]:
         "score/std": float(scores.std(correction=0)),
         "score/unscored_fraction": float((~rollout.scored).float().mean()),
     }
+    if rollout.token_scores is not None:
+        taught = rollout.mask & rollout.scored[:, None]
+        metrics["score/token_std"] = float(rollout.token_scores[taught].std(correction=0))
     for name, part in rollout.score_parts.items():
         metrics[f"score/part/{name}"] = float(np.mean([value for value in part if value is not None]))
     return metrics

@@ -17,6 +17,7 @@ from rlhf_ppo.runtime.errors import UnhealthyRunError
 from rlhf_ppo.runtime.logs.lines import LOGGER, warn_once
 from rlhf_ppo.runtime.run_watch import RunWatch
 from rlhf_ppo.runtime.seeding import global_rng_state, restore_rng_state
+from rlhf_ppo.runtime.symptoms import WATCHED
 from rlhf_ppo.training.collect import decoding_of, responses_of
 from rlhf_ppo.training.experience import Estimates
 from rlhf_ppo.training.recorded.token_records import record_tokens
@@ -70,12 +71,18 @@ def ask_judges(run: Run, rollout: Rollout) -> dict[str, float]:
     return {"judge/score_mean": statistics.fmean(means.values()), **parts}
 
 
-def begin_watch(run: Run) -> RunWatch | None:
-    """Start watching a run, or the rest of one that is resumed; None: it is not to be watched."""
+def begin_watch(run: Run, before: RunWatch | None = None) -> RunWatch | None:
+    """Start watching a run, or the rest of one that is resumed, or rolled back (``before``); None: it is not watched.
+
+    What watch.jsonl holds is not said again, except what may stop the run.
+    """
     if run.args.watch == "off" or not run.processes.first:
         return None
     settings = {**dataclasses.asdict(run.args), "fingerprints": {"bf16": run.bf16}}
-    return RunWatch(settings, run.folder.read())
+    rows = run.folder.read("watch.jsonl")
+    stops = WATCHED if run.args.watch == "stop" else run.args.stop_on
+    said = [row.get("rule", "") for row in rows if row.get("symptom") not in stops]
+    return RunWatch(settings, run.folder.read(), said, 0 if before is None else before.updates)
 
 
 def require_health(run: Run, watch: RunWatch | None, metrics: Mapping[str, float], args: SafetySettings) -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from rlhf_ppo.runtime.logs.panel import AGENT, LANGUAGE_MODEL, MOST, RunPanel, compress, sparkline
 from rlhf_ppo.runtime.logs.progress import ProgressDisplay
+from rlhf_ppo.runtime.texts import printable
 
 NUMBERS = {
     "score/mean": 0.712,
@@ -90,3 +91,28 @@ def test_a_terminal_shows_the_panel_and_plain_output_its_lines(capsys):
         plain.show({"episode/return_mean": 21.5})
         plain.update(10, kl=0.25)
     assert re.fullmatch(r"CartPole-v1 10/40  .*kl 0\.25\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+def test_an_update_whose_numbers_are_not_finite_leaves_a_gap(odd):
+    panel = RunPanel(LANGUAGE_MODEL, {})
+    for value in (1.0, odd, 2.0):
+        panel.add({**NUMBERS, "policy/entropy": value}, SAMPLE)
+    assert re.search(r"entropy +2 ▁█", shown(panel))
+    panel.add({**NUMBERS, "policy/entropy": odd}, SAMPLE)
+    assert "entropy" not in shown(panel) and "score" in shown(panel)
+    assert sparkline([1, odd, 2], 10) == "▁█" and sparkline([odd], 10) == ""
+
+
+def test_what_cannot_be_shown_ends_no_run(monkeypatch):
+    panel = RunPanel(LANGUAGE_MODEL, {})
+    panel.add(NUMBERS)
+    monkeypatch.setattr(panel, "_cells", lambda row, width: 1 / 0)
+    assert "these numbers cannot be shown: ZeroDivisionError" in shown(panel)
+
+
+def test_what_a_model_writes_commands_no_terminal():
+    panel = RunPanel(LANGUAGE_MODEL, {})
+    panel.add(NUMBERS, ("a\x1b[2Jb", "c\x9b31md\x07\x85e", 0.5))
+    assert "a\ufffd[2Jb c\ufffd31md\ufffd e  0.5" in shown(panel)
+    assert printable("a\tb\r\nc\n\x00é") == "a\tb\nc\n\ufffdé"

@@ -116,3 +116,36 @@ def test_an_agent_that_has_solved_its_task_may_be_certain_late_but_text_may_not(
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         RLHFConfig(output_dir="x", **settings)
+
+
+def test_what_was_said_before_is_not_said_again_and_a_rolled_back_run_goes_on_counting():
+    earlier = [{"progress/iteration": i, "progress/episodes": 10 * i, **HEALTHY} for i in range(1, 31)]
+    rule = next(rule for rule in RULES if rule.watched == "no_signal")
+    broken = {**HEALTHY, **BROKEN["no_signal"]}
+    rows = [{"progress/iteration": i, "progress/episodes": 10 * i, **broken} for i in range(31, 51)]
+    watch = RunWatch(SETTINGS, earlier, [rule.name])
+    assert not [found for row in rows for found in watch.add(row)]
+    watch = RunWatch(SETTINGS, earlier, updates=rule.after)
+    assert watch.updates == rule.after
+    late = {**HEALTHY, **BROKEN["too_fast"], "policy/approx_kl": 5.0}
+    found = [watch.add({"progress/iteration": i, "progress/episodes": 10 * i, **late}) for i in range(31, 41)]
+    first = next(i for i, advice in enumerate(found, start=1) if advice)
+    assert first == PATIENCE and not RunWatch(SETTINGS, earlier).add(rows[0])
+
+
+@pytest.mark.parametrize(("same", "symptoms"), [(False, []), (True, ["no_signal"])])
+def test_a_single_score_a_rollout_is_compared_over_updates(same, symptoms):
+    watch, found = RunWatch({**SETTINGS, "rollout_batch_size": 1}), []
+    for i in range(1, 31):
+        row = {**HEALTHY, "score/std": 0.0, "score/mean": 0.5 if same else 0.5 + 0.1 * (i % 2)}
+        found += watch.add({"progress/iteration": i, "progress/episodes": i, **row})
+    assert [advice.rule.watched for advice in found] == symptoms
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_scores_of_tokens_that_differ_in_place_alone_are_a_signal(size):
+    settings = {**SETTINGS, "rollout_batch_size": size}
+    watch = RunWatch(settings)
+    for i in range(1, 31):
+        row = {**HEALTHY, "score/std": 0.0, "score/token_std": 0.2}
+        assert not watch.add({"progress/iteration": i, "progress/episodes": i, **row})

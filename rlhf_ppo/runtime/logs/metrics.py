@@ -20,6 +20,7 @@ METRICS: dict[str, str] = {
     "progress/curriculum_fraction": "With curriculum_column: share of the prompts, from the easiest, that the rollout was drawn from.",
     "score/mean": "Mean score of the rollout's responses (weighted sum of the reward functions), before any penalty.",
     "score/std": "Standard deviation of the scores over the rollout.",
+    "score/token_std": "Where rewards score single tokens: standard deviation of these scores over the rollout's tokens.",
     "score/unscored_fraction": "Share of responses whose score was None, or non-finite and dropped.",
     "score/zero_signal_fraction": "With num_generations above 1: share of the prompts whose responses all score alike "
     "(under zero_signal_prompts=resample of all that were drawn).",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_ppo.runtime.healthy import healthy_band
+from rlhf_ppo.runtime.texts import printable
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 MOST = 256
@@ -66,8 +68,12 @@ class RunPanel:
         self._sample: tuple[str, str, str] | None = None
 
     def add(self, numbers: Mapping[str, float], sample: tuple[str, str, float | None] | None = None) -> None:
-        """Add an update's numbers, and a prompt with the response to it and its score."""
-        self._first, self._last = self._first or dict(numbers), dict(numbers)
+        """Add an update's numbers, and a prompt with the response to it and its score.
+
+        Numbers that are not finite, as where every step was skipped, are left out.
+        """
+        numbers = {name: x for name, x in numbers.items() if math.isfinite(x)}
+        self._first, self._last = self._first or numbers, numbers
         for key, curve in self._curves.items():
             if key in numbers:
                 curve.append(numbers[key])
@@ -76,11 +82,17 @@ class RunPanel:
         if sample is not None:
             prompt, said, score = sample
             end = "" if score is None else f"  {score:.3g}"
-            self._sample = " ".join(prompt.split()), " ".join(said.split()), end
+            self._sample = printable(" ".join(prompt.split())), printable(" ".join(said.split())), end
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Render two numbers a line, or one on a narrow terminal."""
-        width = options.max_width
+        try:
+            parts = self._parts(options.max_width)
+        except Exception as error:  # what a run shows must not end it
+            parts = [Text(f"these numbers cannot be shown: {error!r}", no_wrap=True, overflow="ellipsis")]
+        yield from parts
+
+    def _parts(self, width: int) -> list[Table | Text]:
         columns = 2 if width >= 68 else 1
         label, value = max(len(row.label) for row in self._rows) + 1, 13
         spark = min(32, width // columns - label - value - 3)
@@ -93,9 +105,7 @@ class RunPanel:
             column.no_wrap, column.overflow = True, "ellipsis"
             column.min_width = (label, value, max(spark, 0))[i % 3]
             column.justify = "right" if i % 3 == 1 else "left"
-        yield table
-        if self._sample is not None:
-            yield self._sample_text(2 * width)
+        return [table] if self._sample is None else [table, self._sample_text(2 * width)]
 
     def _cells(self, row: Row, width: int) -> tuple[Text, Text, Text]:
         number, target = self._last[row.key], self._settings.get(row.target or "")
@@ -120,7 +130,11 @@ class RunPanel:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """Draw numbers as blocks of eight heights, at most ``width`` of them; equal ones, up to 1 %, are drawn low."""
+    """Draw numbers as blocks of eight heights, at most ``width`` of them; equal ones, up to 1 %, are drawn low.
+
+    Those that are not finite are left out.
+    """
+    values = [x for x in values if math.isfinite(x)]
     if not values or width < 1:
         return ""
     shown = compress(values, width)

@@ -18,7 +18,8 @@ from rlhf_ppo.runtime.texts import distinct
 
 LARGEST_STILL = 1_000_000
 """Bytes of a picture that is taken into the page."""
-PHASES = ("collect", "generate", "reference", "score", "replay", "update", "record")
+NO_PHASE = ("iteration", "generated_tokens", "exchanged_bytes")
+"""Numbers of a line of timings.jsonl that are no seconds of a phase."""
 
 
 def frontier(groups: Sequence[Group]) -> Markup | None:
@@ -87,7 +88,8 @@ def still(run: RunFiles) -> dict[str, Any] | None:
 def timings(run: RunFiles, several: bool) -> dict[str, Any] | None:
     # Of the first iteration much is set-up.
     rows = run.timings[1:] or run.timings
-    seconds = {phase: [row[phase] for row in rows if isinstance(row.get(phase), (int, float))] for phase in PHASES}
+    phases = dict.fromkeys(name for row in rows for name in row if name not in NO_PHASE)
+    seconds = {phase: [row[phase] for row in rows if isinstance(row.get(phase), (int, float))] for phase in phases}
     means = {phase: sum(found) / len(rows) for phase, found in seconds.items() if found}
     whole = sum(means.values())
     if not whole:

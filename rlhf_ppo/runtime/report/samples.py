@@ -33,9 +33,16 @@ class Pair(NamedTuple):
 
 
 def first_and_last(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Return the rows of ``eval_samples.jsonl`` from before training and from its end, prompt by prompt."""
-    last = max((row["iteration"] for row in rows), default=0)
-    return [row for row in rows if row["iteration"] == 0], [row for row in rows if row["iteration"] == last]
+    """Return the rows of ``eval_samples.jsonl`` from before training and from its last whole evaluation.
+
+    Both are in the order of the prompts. Of a run that is being evaluated now, the last lines are fewer.
+    """
+    groups: dict[int, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["iteration"], []).append(row)
+    before = groups.get(0, [])
+    whole = [iteration for iteration, group in groups.items() if len(group) == len(before)]
+    return before, groups[max(whole or groups, default=0)] if groups else []
 
 
 def spread_by_improvement(before: Sequence[Row], after: Sequence[Row], count: int) -> list[tuple[Row, Row]]:

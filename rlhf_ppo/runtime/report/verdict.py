@@ -40,6 +40,8 @@ class Gain:
     sure: bool
     """The change is beyond its noise."""
     interval: str = ""
+    turned: str = ""
+    """What to call a run whose halves changed against its ends: it went one way, and back."""
 
 
 def judge(run: RunFiles) -> Verdict:
@@ -60,8 +62,10 @@ def judge(run: RunFiles) -> Verdict:
     change += _evaluated(run)
     kl = run.last("eval/kl_nats_per_response") or run.last("kl/reference_nats_per_response")
     distance = "" if kl is None else f", {short(kl)} nats per response from the reference"
-    noise = "" if gain.sure else ", a change within its noise"
+    noise = "" if gain.sure or gain.turned else ", a change within its noise"
     sentence = f"{change}{distance}{noise}. {_what_stands_out(serious, findings)} {progress}".strip()
+    if gain.turned:
+        return Verdict("look", gain.turned, sentence, findings)
     if not gain.sure:
         return Verdict("look", "No clear change", sentence, findings)
     if gain.after < gain.before:
@@ -121,8 +125,10 @@ def measure_gain(run: RunFiles) -> Gain | None:
         ("episode/return_mean", "The mean return of 100 episodes"),
     ):
         if (ends := metrics.ends(key)) is not None:
-            fell = metrics.falls()
-            return Gain(what, *ends, sure=metrics.rises() or fell)
+            rises, falls = metrics.rises(), metrics.falls()
+            if ends[1] > ends[0]:
+                return Gain(what, *ends, sure=rises, turned="It rose and fell back" if falls else "")
+            return Gain(what, *ends, sure=falls, turned="It fell and came back" if rises else "")
     return None
 
 

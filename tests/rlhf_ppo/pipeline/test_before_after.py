@@ -86,3 +86,21 @@ def test_samples_are_spread_evenly_over_the_improvements():
     after = [row(1, str(i), 10.0 * i) for i in order]
     assert [a["prompt"] for a, _ in spread_by_improvement(before, after, 4)] == ["1", "3", "6", "8"]
     assert len(spread_by_improvement(before, after, 20)) == 10
+
+
+def test_what_a_model_writes_commands_no_terminal(tmp_path):
+    run = RunDirectory(tmp_path)
+    for iteration in (0, 1):
+        run.append("eval_samples.jsonl", row(iteration, "\x1b[2Jhello\x9b", 0.5))
+    text = io.StringIO()
+    print_before_after(run, console=Console(file=text, width=200))
+    assert "\ufffd[2Jhello\ufffd at 1" in text.getvalue() and "\x1b" not in text.getvalue()
+
+
+def test_of_a_run_that_is_being_evaluated_the_last_whole_evaluation_counts(tmp_path):
+    run = RunDirectory(tmp_path)
+    for iteration, prompts in ((0, "abc"), (3, "abc"), (6, "a")):
+        for prompt in prompts:
+            run.append("eval_samples.jsonl", row(iteration, prompt, 0.5))
+    before, after = first_and_last_evaluation(run)
+    assert [r["iteration"] for r in (*before, *after)] == [0, 0, 0, 3, 3, 3]

@@ -9,6 +9,7 @@ import random
 import pytest
 
 from rlhf_ppo.runtime.errors import UnhealthyRunError
+from rlhf_ppo.training.watching import begin_watch
 
 
 def constant(prompts, completions, **columns):
@@ -92,3 +93,22 @@ def test_what_a_watch_writes_is_rewound_with_the_run(make_trainer, tmp_path):
         trainer.run.append("watch.jsonl", {"iteration": iteration, "symptom": "kl"})
     trainer.run.rewind(3)
     assert [json.loads(line)["iteration"] for line in (tmp_path / "run/watch.jsonl").open()] == [1]
+
+
+@pytest.mark.parametrize(("stop_on", "said"), [((), {"no signal"}), (("no_signal",), set())])
+def test_a_resumed_run_does_not_repeat_what_it_said(make_trainer, stop_on, said):
+    trainer = make_trainer(stop_on=stop_on)
+    trainer.run.append("watch.jsonl", {"iteration": 3, "symptom": "no_signal", "rule": "no signal"})
+    first = begin_watch(trainer.fixed)
+    assert first is not None and first._said == said
+    first.updates = 7
+    again = begin_watch(trainer.fixed, first)
+    assert again is not None and again.updates == 7
+
+
+def test_the_spread_of_the_tokens_scores_is_logged(make_trainer):
+    def first_token(prompts, completions, completion_ids, **columns):
+        return [[1.0] + [0.0] * (len(ids) - 1) if ids else [] for ids in completion_ids]
+
+    metrics = make_trainer(reward_funcs=first_token, total_episodes=8).train()
+    assert metrics["score/token_std"] > 0.05

@@ -136,6 +136,34 @@ def test_a_run_that_got_worse_and_one_that_did_not_move(language_run):
     assert "responses of the first and of the last rollouts" in page.text
 
 
+@pytest.mark.parametrize(("gain", "headline"), [(1, "It rose and fell back"), (-1, "It fell and came back")])
+def test_a_run_that_turned_did_not_learn(language_run, gain, headline):
+    folder = language_run(updates=40)
+    (folder / "eval_samples.jsonl").unlink()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    updates = [row for row in rows if "policy/loss" in row]
+    for i, row in enumerate(updates):
+        row["score/mean"] = gain * (1.0 if i < 6 else 3.0 if i < 20 else 1.05)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = report(folder)
+    assert headline in page.text and "within its noise" not in page.text
+
+
+def test_a_judges_time_is_part_of_an_iterations(language_run):
+    folder = language_run()
+    rows = [json.loads(line) for line in (folder / "timings.jsonl").read_text().splitlines()]
+    (folder / "timings.jsonl").write_text(
+        "".join(json.dumps({**row, "judge": 0.3, "exchanged_bytes": 10**9}) + "\n" for row in rows)
+    )
+    assert "An iteration took 1 seconds" in report(folder).text
+
+
+@pytest.mark.parametrize("odd", ["2", [2], {"a": 1}])
+def test_settings_of_odd_types_break_no_report(language_run, odd):
+    names = ("critic_warmup_rollouts", "kl_target", "clip_range", "num_epochs", "rollout_batch_size", "total_episodes")
+    assert report(language_run(**dict.fromkeys(names, odd))).has("curves")
+
+
 def test_several_seeds_are_one_line_and_the_first_difference_is_named(language_run):
     runs = [language_run("a"), language_run("b", seed=1, shift=0.01), language_run("c", kl_coef=0.3, gain=0.01)]
     page = report(*runs)
