@@ -67,6 +67,7 @@ def save_checkpoint(run: Run, state: TrainState, folder: RunDirectory) -> Path:
             "value_scale": saved_scale(state.value_scale),
             "best_return": state.best_return,
             "last_metrics": dict(state.last_metrics),
+            "stopped": state.stopped,
             "progress": {
                 "total": progress.total,
                 "first_step": progress.first_step,
@@ -120,6 +121,7 @@ def load_checkpoint(run: Run, state: TrainState, checkpoint: Checkpoint, total: 
     state.config = replace(state.config, **kept_coefficients(checkpoint.settings, settings, saved["in_force"]))
     state.recent = deque((Episode(*episode) for episode in saved["recent"]), maxlen=state.recent.maxlen)
     state.best_return, state.last_metrics = saved["best_return"], saved["last_metrics"]
+    state.stopped = saved.get("stopped", False)
     state.progress = Progress(total, saved["progress"]["first_step"], saved["progress"]["skipped_in_a_row"])
     before, now = (as_json({name: s.get(name) for name in EPISODE_SETTINGS}) for s in (checkpoint.settings, settings))
     same = before == now and checkpoint.fingerprints == as_json(fingerprints)

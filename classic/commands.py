@@ -27,12 +27,13 @@ from classic.cli import (
     TrainCommand,
     TuneCommand,
 )
-from classic.config import PPOArgs, filled
+from classic.config import SCHEDULES, PPOArgs, filled
 from classic.envs.errors import BrokenEnvironmentError
 from classic.export import CHECKED
 from classic.export import export as export_policy
 from classic.hub import push_to_hub
 from classic.ppo import PPO
+from classic.schedules import is_function
 from classic.video import record_video
 from rlhf_ppo.runtime.checkpoints.checkpoint import list_checkpoints
 from rlhf_ppo.runtime.errors import RunError, print_failure
@@ -121,7 +122,12 @@ def evaluate(command: EvaluateCommand) -> None:
 def explain(command: ExplainCommand) -> None:
     """Run `classic-ppo explain FOLDER`: rewards, values, advantages and ratios of one more update."""
     agent = PPO.load(command.folder, network=command.network)
-    agent.args = dataclasses.replace(agent.args, output_dir=None, save_every=0, quiet=True)
+    named = {name: getattr(agent.args, name) for name in SCHEDULES if is_function(getattr(agent.args, name))}
+    if named:  # a page to look at an agent must not run what its folder names
+        said = ", ".join(f"{name}={schedule!r}" for name, schedule in named.items())
+        print(f"explained with constant instead of {said}: code that a folder names is not run", file=sys.stderr)
+    constant: dict[str, Any] = dict.fromkeys(named, "constant")
+    agent.args = dataclasses.replace(agent.args, output_dir=None, save_every=0, quiet=True, **constant)
     explanation = agent.learn(1).explain()  # one step rounds up to one rollout
     print(explanation.text(command.max_rows))
     if command.picture is not None:

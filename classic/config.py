@@ -8,13 +8,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from classic.schedules import factor, require_schedule
+from classic.schedules import factor, require_schedule, shares
 from rlhf_ppo.core.config import Objective, PPOConfig
 from rlhf_ppo.core.validation import require_types
 from rlhf_ppo.runtime.command_line.unknown_names import refuse_unknown_settings
 from rlhf_ppo.runtime.logs.trackers import check_trackers
 
 T = TypeVar("T")
+
+EPISODE_COLUMNS = ("iteration", "env_steps", "seconds", "env", "return", "length")
+"""What episodes.jsonl has of every episode."""
+
 Vectorization = Literal["auto", "sync", "async", "vector_entry_point"]
 
 SCHEDULES = ("lr_schedule", "clip_range_schedule", "ent_coef_schedule")
@@ -208,6 +212,11 @@ class PPOArgs:
         for name in lists:  # they come from JSON; tuples compare and hash
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        if taken := [key for key in self.episode_info if key in EPISODE_COLUMNS]:
+            raise ValueError(
+                f"episode_info={taken[0]!r} is a column that episodes.jsonl has of every episode: keep the info under "
+                "another key, by a wrapper"
+            )
         check_trackers(self.report_to)
         counts = ("total_timesteps", "num_envs", "num_steps", "num_threads", "recurrent_size", "sde_sample_freq")
         for name in (*counts, "eval_envs", "eval_max_steps", "save_total_limit"):
@@ -239,6 +248,17 @@ class PPOArgs:
         """Return the core's part of resolved settings, validated there."""
         shared = {field.name for field in dataclasses.fields(PPOConfig)} & set(PPOArgs.__dataclass_fields__)
         return PPOConfig(**{name: getattr(self, name) for name in shared})
+
+    def try_schedules(self) -> None:
+        """Raise a ValueError if a schedule of resolved settings fails, or leaves a coefficient out of its range."""
+        for name in SCHEDULES:
+            schedule = filled(getattr(self, name))
+            for done in shares(schedule):
+                try:
+                    if factor(schedule, done) == 0 and name == "clip_range_schedule":
+                        raise ValueError("the clip range must stay above 0")
+                except ValueError as error:
+                    raise ValueError(f"{name}={schedule!r}, after {done:.3g} of all steps: {error}") from error
 
     def scheduled(self, config: PPOConfig, done: float) -> PPOConfig:
         """Return ``config`` as scheduled after the share ``done`` (0 or more, below 1) of all steps."""

@@ -7,6 +7,8 @@ The file is numpy's .npz, without pickles. Arrays of N steps, one after another:
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from classic.evaluation import max_episode_steps
 from classic.gradient_step import trained_parameters
 from classic.networks.decisions import Decisions
 from classic.ppo import PPO
+from classic.video import allowed_actions
 from rlhf_ppo.core import minibatch_indices
 from rlhf_ppo.runtime.signals import stop_if_asked
 from rlhf_ppo.runtime.threads import torch_threads
@@ -62,7 +65,7 @@ def record(agent: PPO, file: str | Path, *, episodes: int = 20, seed: int = 0, d
             memory, over, steps = None, False, 0
             while not over and steps < max_episode_steps(agent.run):
                 stop_if_asked()
-                masks = None if args.action_masks is False else info.get("action_mask")
+                masks = None if args.action_masks is False else allowed_actions(env, info)
                 action, memory = agent.predict(observation, deterministic, state=memory, action_masks=masks)
                 observations.append(observation)
                 observation, reward, terminated, truncated, info = env.step(action)
@@ -73,7 +76,10 @@ def record(agent: PPO, file: str | Path, *, episodes: int = 20, seed: int = 0, d
         envs.close()
     file.parent.mkdir(parents=True, exist_ok=True)
     arrays: Any = {name: np.array(column) for name, column in columns.items()}
-    np.savez_compressed(file, **_named(agent.envs.observation_space, observations), **arrays)
+    new = file.with_name(f".{file.name}")
+    with new.open("wb") as stream:
+        np.savez_compressed(stream, **_named(agent.envs.observation_space, observations), **arrays)
+    new.replace(file)
     return file
 
 
@@ -147,9 +153,11 @@ def read(file: str | Path, envs: Environments) -> tuple[Tensor, Tensor]:
             arrays = {name: archive[name] for name in archive.files}
         observations = envs.encode(_unnamed(envs.observation_space, arrays))
         actions = _to_policy_actions(arrays["actions"], envs)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{file} is damaged or was not written to its end ({error}): record it again") from None
     except KeyError as error:
         raise ValueError(f"{file} has no array {error}: {where} needs observations and actions") from None
-    except (ValueError, TypeError, OSError, EOFError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise ValueError(f"{file} does not fit {where}: {error}") from None
     if not len(observations) or len(observations) != len(actions):
         raise ValueError(f"{file} has {len(observations)} observations, {len(actions)} actions: each step needs both")

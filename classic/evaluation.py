@@ -22,6 +22,8 @@ from classic.state import Run, TrainState, describe_spaces, make_copies
 from rlhf_ppo.runtime.signals import stop_if_asked
 
 MAX_COPIES = 32
+KEPT = 8
+"""Environments whose copies are kept; functions written at each call would pile up."""
 MAX_STEPS = 10_000
 """Steps of an episode that neither the environment nor a setting limits."""
 
@@ -36,7 +38,7 @@ class EvaluationCopies:
 
     def __init__(self) -> None:
         self._envs: dict[Any, Environments] = {}
-        """Environment as it was given -> its copies."""
+        """Whether it is training's own (with env_kwargs), and environment as it was given -> its copies."""
 
     @contextmanager
     def lend(self, run: Run, state: TrainState, episodes: int, env: EnvLike | None = None) -> Iterator[Environments]:
@@ -57,12 +59,17 @@ class EvaluationCopies:
             finally:
                 state.playing = False
             return
-        key = run.env if env is None else env
+        if isinstance(env, gymnasium.Env):
+            wanted = 1
+        key = env is None, run.env if env is None else env
         # Another number of copies would play other episodes.
         if key in self._envs and self._envs[key].num_envs != wanted:
             self._envs.pop(key).close()
         if key not in self._envs:
             self._envs[key] = self._made(run, env, wanted)
+            functions = [k for k in self._envs if k != key and callable(k[1])]
+            for old in functions[: max(0, len(functions) - KEPT + 1)]:
+                self._envs.pop(old).close()
         try:
             yield self._envs[key]
         except BaseException:

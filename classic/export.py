@@ -110,7 +110,7 @@ class _Policy(nn.Module):
             return x if self.layout.white is None else x / self.layout.white
         x = x.flatten(1)
         if not self.normalizes:
-            return x
+            return x.float()
         return ((x.double() - self.mean) / self.spread).clamp(-LIMIT, LIMIT).float()
 
 

@@ -18,6 +18,8 @@ from classic.save import AGENT, MODEL, NORMALIZER, OPTIMIZER
 from classic.video import record_video
 from rlhf_ppo.runtime.package import __version__
 
+LOCAL: dict[str, Any] = {"output_dir": None, "report_to": (), "save_every": 0}
+"""Settings that say where a run writes, which are nobody else's -> what an agent on the hub has."""
 VIDEO = "replay.mp4"
 """The name under which the hub shows a video beside the card."""
 
@@ -40,6 +42,9 @@ def push_to_hub(
     wanted = repo_id or f"ppo-{agent.env_id.replace('/', '-').replace(':', '-')}"
     with tempfile.TemporaryDirectory() as name:
         folder = agent.save(name)
+        content = json.loads((folder / AGENT).read_text(encoding="utf-8"))
+        content["args"] |= LOCAL
+        (folder / AGENT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         result = agent.evaluate(episodes)
         if video:
             try:
@@ -56,7 +61,7 @@ def from_hub(repo_id: str, env: EnvLike | None = None, *, revision: str | None =
 
     Args:
         repo_id: "user/name".
-        env, **changes: as in :meth:`classic.PPO.load`; ``network`` too.
+        env, **changes: as in :meth:`classic.PPO.load`; ``network`` too. Without changes it writes and reports nowhere.
         revision: branch, tag or commit; None: the newest.
     Raises:
         ValueError: the repository cannot be read, or holds no agent that fits.
@@ -70,7 +75,7 @@ def from_hub(repo_id: str, env: EnvLike | None = None, *, revision: str | None =
         why = str(error).strip().splitlines()[0]
         raise ValueError(f"agent {repo_id!r} cannot be loaded from the hub ({type(error).__name__}): {why}") from None
     _refuse_code(repo_id, Path(folder), env, changes)
-    return PPO.load(folder, env, **changes)
+    return PPO.load(folder, env, **{**LOCAL, **changes})
 
 
 def _refuse_code(repo_id: str, folder: Path, env: EnvLike | None, changes: Mapping[str, Any]) -> None:
@@ -82,6 +87,13 @@ def _refuse_code(repo_id: str, folder: Path, env: EnvLike | None, changes: Mappi
         named |= {name: content["args"].get(name) or [] for name in ("wrappers", "training_wrappers")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return  # PPO.load says what is wrong with it
+    for name in ("wrappers", "training_wrappers"):
+        writing = [str(text) for text in named[name] if str(text).startswith("RecordVideo")]
+        if writing and name not in changes:
+            raise ValueError(
+                f"agent {repo_id!r} has a wrapper that writes files in {name}: {writing[0]!r}. Say yourself what is to "
+                f"be around the environment: from_hub({repo_id!r}, {name}=...)"
+            )
     for name, texts in named.items():
         code = [str(text) for text in texts if ":" in str(text) and not str(text).startswith("piecewise:")]
         if code and name not in changes:
@@ -103,7 +115,7 @@ def model_card(agent: PPO, repo_id: str, result: Mapping[str, float], episodes: 
         "model-index": [{"name": "PPO", "results": [{"task": task, "dataset": dataset, "metrics": metrics}]}],
     }
     changed = {name: value for name, value in vars(agent.args).items() if value not in (None, ())}
-    rows = "\n".join(f"| `{name}` | `{value}` |" for name, value in changed.items() if name != "output_dir")
+    rows = "\n".join(f"| `{name}` | `{value}` |" for name, value in changed.items() if name not in LOCAL)
     network = f", network={agent.args.network!r}" if agent.args.network else ""
     return f"""---
 {yaml.safe_dump(head, sort_keys=False)}---

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,15 +75,22 @@ class PlayHooks:
         """Append the rollout's episodes to the run's file."""
         if folder is not None and self.rows:
             with (folder.path / EPISODES).open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in self.rows)
+                file.writelines(json.dumps(row, default=str) + "\n" for row in self.rows)
 
 
-def _infos(infos: Any, copy: int, keys: Sequence[str]) -> dict[str, Any]:
+def _infos(infos: Any, copy: int, keys: Sequence[Any]) -> dict[str, Any]:
     """Return what a copy's infos have of the keys; a vector environment says in ``_<key>`` which copies have one."""
     found = {}
     for key in keys:
         given = infos.get(f"_{key}")
         if key in infos and (given is None or given[copy]):
-            value = infos[key][copy]
-            found[key] = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+            found[str(key)] = _of(infos[key], copy)
     return found
+
+
+def _of(values: Any, copy: int) -> Any:
+    """Return a copy's value; those of dicts are a dict of every copy's, and so on."""
+    if isinstance(values, Mapping):
+        return _infos(values, copy, [key for key in values if not str(key).startswith("_")])
+    value = values[copy]
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value

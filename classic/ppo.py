@@ -155,6 +155,7 @@ class PPO:
         require_callbacks([] if on_step is None else [on_step], "agent, step")
         require_callbacks([] if on_episode is None else [on_episode], "agent, episode")
         hooks = PlayHooks(self, on_step, on_episode, args.episode_info)
+        args.try_schedules()  # before the folder's last run is moved away
         with guarded(self.run) as folder:
             if not self._announced:
                 self._announced = True
@@ -165,7 +166,8 @@ class PPO:
             resumed = resume_from_checkpoint is not None and self.counters["iteration"] > 0
             with trackers(self.run):
                 # What follows an update is not in its checkpoint, so it is repeated.
-                if not (resumed and run_callbacks(callbacks, self, self.last_metrics)):
+                stopped = resumed and hooks.called and self.state.stopped
+                if not (resumed and run_callbacks(callbacks, self, self.last_metrics)) and not stopped:
                     with ProgressDisplay(self.env_id, total, quiet=args.quiet, panel=make_panel(args)) as display:
                         self._train(display, callbacks, hooks)
                 if self.state.done < total and not args.quiet:
@@ -225,6 +227,7 @@ class PPO:
             state.last_metrics = metrics
             self.log(metrics)
             hooks.write(run.folder)
+            state.stopped = hooks.stop
             show_progress(display, min(state.done, state.progress.total), metrics)
 
             # 6. Save, and call back.
@@ -329,12 +332,15 @@ class PPO:
         network: NetworkFactory | str | None = None,
         **changes: Any,
     ) -> PPO:
-        """Load the agent in a folder written by :meth:`save`.
+        """Load the agent in a folder written by :meth:`save`, one that you trust.
+
+        Its tensors and settings run no code, but code that its settings name is run: an environment or a wrapper as
+        ``module:name`` now, a function as schedule when training goes on.
 
         Args:
             folder: the agent's.
             env: the environment, needed if the agent was not made from an id.
-            network: the function that made the agent's own network, or its name; a folder never names code to run.
+            network: the function that made the agent's own network, or its name, which is never taken from the folder.
             **changes: settings that differ from the saved ones, such as learning_rate=1e-4; they count as if the agent
                 had been made with them.
         Raises:

@@ -154,7 +154,9 @@ def restore_agent(saved: SavedAgent, run: Run, state: TrainState) -> None:
     try:
         weights = load_file(folder / MODEL)
         space = run.envs.observation_space
-        if (image_layout(space) or scales_parts(space)) and not any(".image." in name for name in weights):
+        # A network of one's own may have no weights at all.
+        images = run.args.network is None and (image_layout(space) or scales_parts(space))
+        if images and not any(".image." in name for name in weights):
             raise ValueError(
                 f"{folder} was saved by a version that flattened the observations of environment {run.env_id!r}, "
                 "which are read as images now: train it again"

@@ -6,7 +6,7 @@ import difflib
 import math
 from functools import cache
 
-from rlhf_ppo.runtime.command_line.user_code import load_function
+from rlhf_ppo.runtime.command_line.user_code import FAILURES, load_function
 
 NAMES = ("constant", "linear", "cosine", "piecewise")
 PIECES = "piecewise:0.5=0.1,0.9=0.01"
@@ -29,7 +29,11 @@ def factor(schedule: str, done: float) -> float:
         return 0.5 * (1 + math.cos(math.pi * done))
     if schedule.startswith("piecewise:"):
         return next((value for start, value in reversed(_pieces(schedule)) if done >= start), 1.0)
-    value = load_function(schedule, "schedule")(done)
+    function = load_function(schedule, "schedule")
+    try:
+        value = function(done)
+    except FAILURES as error:
+        raise ValueError(f"schedule {schedule!r} failed at {done:.3g}: {type(error).__name__}: {error}") from error
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -37,6 +41,16 @@ def factor(schedule: str, done: float) -> float:
     if not 0 <= number < math.inf:
         raise ValueError(f"schedule {schedule!r} must return a finite number, 0 or more, got {value!r} at {done:.3g}")
     return number
+
+
+def is_function(schedule: str | None) -> bool:
+    """Return whether a schedule names a function, which is the user's code."""
+    return schedule is not None and ":" in schedule and not schedule.startswith("piecewise:")
+
+
+def shares(schedule: str) -> list[float]:
+    """Return the shares of all steps at which a schedule is tried out before training."""
+    return [start for start, _ in _pieces(schedule)] if schedule.startswith("piecewise:") else [0.0, 0.25, 0.5, 0.75]
 
 
 def require_schedule(setting: str, schedule: str) -> None:
@@ -65,6 +79,10 @@ def _pieces(schedule: str) -> list[tuple[float, float]]:
             raise ValueError(f"{text!r} is no share=factor")
         pieces.append((float(start), float(value)))
     starts = [start for start, _ in pieces]
-    if starts != sorted(set(starts)) or not 0 <= starts[0] <= starts[-1] < 1 or min(v for _, v in pieces) < 0:
-        raise ValueError("shares must rise from 0 to below 1, and factors be 0 or more")
+    if (
+        starts != sorted(set(starts))
+        or not 0 <= starts[0] <= starts[-1] < 1
+        or not all(0 <= value < math.inf for _, value in pieces)
+    ):
+        raise ValueError("shares must rise from 0 to below 1, and factors be 0 or more and finite")
     return pieces

@@ -111,6 +111,8 @@ class TrainState:
     best_return: float | None = None
     """The best evaluation so far (:func:`classic.callbacks.evaluate_every`)."""
     last_metrics: Mapping[str, float] = field(default_factory=dict)
+    stopped: bool = False
+    """Whether on_step or on_episode wanted training to end with the last rollout, which a resumed run cannot ask."""
     last_update: LastUpdate | None = None
 
     @property

@@ -91,7 +91,7 @@ def _play(
             frames.add(_frame(env))
             while not over and steps < max_steps:
                 stop_if_asked()
-                masks = None if run.args.action_masks is False else _allowed(env, info)
+                masks = None if run.args.action_masks is False else allowed_actions(env, info)
                 action, memory = predict(observation, state=memory, action_masks=masks)
                 observation, _, terminated, truncated, info = env.step(action)
                 frames.add(_frame(env))
@@ -159,7 +159,7 @@ def _stage(run: Run, state: TrainState) -> Iterator[gymnasium.Env]:
             made.close()
 
 
-def _allowed(env: gymnasium.Env, info: dict[str, Any]) -> Any:
+def allowed_actions(env: gymnasium.Env, info: dict[str, Any]) -> Any:
     """Return the environment's action mask, from its method or its infos, or None."""
     if "action_mask" not in info and env.has_wrapper_attr("action_masks"):
         return env.get_wrapper_attr("action_masks")()

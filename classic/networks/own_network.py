@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import gymnasium
 import numpy as np
@@ -58,6 +59,7 @@ def own_encoder(
         ValueError: the function does not exist; from the result: it failed, or made something else.
     """
     make = load_function(name, "network") if factory is None else factory
+    made_before: WeakSet[nn.Module] = WeakSet()
 
     def encoder(generator: torch.Generator) -> tuple[nn.Module, int]:
         # Layers draw from torch's global generator, which a run neither disturbs nor depends on.
@@ -67,13 +69,20 @@ def own_encoder(
                 made: Any = make(space)
             except FAILURES as error:
                 raise ValueError(f"network {name!r} failed: {type(error).__name__}: {error}") from error
-        if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
+            if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
+                raise ValueError(
+                    f"network {name!r} must return (module, width), a torch.nn.Module and the number of its features, "
+                    f"got {type(made).__name__}"
+                )
+            own, width = OwnNetwork(made[0], space), made[1]
+            _check(name, own, width, torch.zeros(2, *shape, dtype=dtype))  # lazy layers draw their weights now
+        trained = {part for part in own.modules() if any(p.requires_grad for p in part.parameters(recurse=False))}
+        if not trained.isdisjoint(made_before):
             raise ValueError(
-                f"network {name!r} must return (module, width), a torch.nn.Module and the number of its features, got "
-                f"{type(made).__name__}"
+                f"network {name!r} returned layers that it had made before, so actor and critic would share weights: "
+                "make new ones at each call, or set shared_network"
             )
-        own, width = OwnNetwork(made[0], space), made[1]
-        _check(name, own, width, torch.zeros(2, *shape, dtype=dtype))
+        made_before.update(trained)
         return own, width
 
     return encoder

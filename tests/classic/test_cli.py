@@ -235,3 +235,11 @@ def test_the_page_of_settings_is_made_from_the_commands_and_presets():
     page = (Path(__file__).parents[2] / "docs" / "classic-settings.md").read_text(encoding="utf-8")
     assert page == settings_page(), "run `make docs`"
     assert "| `num_epochs` | `10` | " in page and "| CartPole-v1 | `total_timesteps=" in page
+
+
+def test_explain_runs_no_code_that_a_folder_names(tmp_path, capsys):
+    (tmp_path / "evil.py").write_text(f"def f(done):\n    open({str(tmp_path / 'ran')!r}, 'w').close()\n    return 1\n")
+    args = classic.PPOArgs(num_envs=2, num_steps=4, num_minibatches=1, lr_schedule=f"{tmp_path}/evil.py:f", quiet=True)
+    classic.PPO("tests/Match-v0", args).save(tmp_path / "agent")
+    assert main(["explain", str(tmp_path / "agent")]) == 0
+    assert "constant instead of lr_schedule='" in capsys.readouterr().err and not (tmp_path / "ran").exists()

@@ -184,3 +184,25 @@ def test_the_evaluation_at_the_end_of_the_command_stops_at_the_first_signal(tmp_
     words = "train tests/Endless-v0 --num-envs 2 --num-steps 32 --num-minibatches 1 --total-timesteps 64 --quiet"
     assert main(words.split()) == 143
     assert Endless.steps <= Endless.signal_at + 1 and "stopped by SIGTERM" in capsys.readouterr().err
+
+
+def test_trainings_environment_and_the_same_id_without_its_arguments_have_copies_of_their_own(small):
+    settings = {"env_kwargs": {"g": 0.0}, "eval_envs": 1}
+    agent = classic.PPO("Pendulum-v1", small(**settings)).learn(64)
+    own, plain = agent.evaluate(1), agent.evaluate(1, env="Pendulum-v1")
+    other = classic.PPO("Pendulum-v1", small(**settings)).learn(64)
+    assert other.evaluate(1, env="Pendulum-v1") == plain != own == other.evaluate(1)
+
+
+def test_copies_of_functions_do_not_pile_up(small):
+    agent = classic.PPO(lambda: Endless(3), small(num_envs=2))
+    for _ in range(2 * evaluation.KEPT):
+        agent.evaluate(1, env=lambda: Endless(3))
+    assert Endless.running == 2 + evaluation.KEPT
+
+
+def test_one_environment_given_to_evaluate_is_kept_open(small):
+    agent, own = classic.PPO(lambda: Endless(3), small(num_envs=2)), Endless(3)
+    for _ in range(2):
+        agent.evaluate(4, env=own)
+    assert Endless.running == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -109,3 +110,25 @@ def test_an_environments_module_is_code_too(hub, small):
     with pytest.raises(ValueError, match="names code in env: 'classic:tests/Match-v0'"):
         from_hub("me/match")
     assert from_hub("me/match", "tests/Match-v0").env_id == "tests/Match-v0"
+
+
+def test_where_a_run_writes_is_neither_uploaded_nor_taken_over(hub, small, tmp_path):
+    settings = {"output_dir": str(tmp_path / "mine"), "save_every": 5, "report_to": ("tensorboard",)}
+    agent = classic.PPO("tests/Match-v0", small(**settings))
+    push_to_hub(agent, "me/match", video=False, episodes=2)
+    for file in ("agent.json", "README.md"):
+        text = (hub.folder / "me" / "match" / file).read_text()
+        assert str(tmp_path) not in text and "tensorboard" not in text
+    agent.save(hub.folder / "me" / "older")  # as earlier versions uploaded it
+    args = from_hub("me/older").args
+    assert (args.output_dir, args.save_every, args.report_to) == (None, 0, ())
+    assert from_hub("me/older", output_dir=str(tmp_path / "new")).args.output_dir == str(tmp_path / "new")
+
+
+def test_a_wrapper_that_writes_files_must_be_named_too(hub, small, monkeypatch):
+    agent = classic.PPO("tests/Match-v0", small())
+    agent.run = replace(agent.run, args=replace(agent.args, wrappers=("RecordVideo(video_folder=/tmp/x)",)))
+    agent.save(hub.folder / "me" / "match")
+    with pytest.raises(ValueError, match="a wrapper that writes files in wrappers: 'RecordVideo"):
+        from_hub("me/match")
+    assert from_hub("me/match", wrappers=()).args.wrappers == ()

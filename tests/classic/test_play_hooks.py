@@ -8,6 +8,7 @@ import pytest
 
 import classic
 from classic.callbacks import every_steps
+from classic.config import EPISODE_COLUMNS
 from classic.envs.environments import Environments
 from classic.episodes import plot_episodes, read_episodes
 
@@ -116,3 +117,40 @@ def test_training_wrappers_are_not_around_evaluations(small):
     assert {episode.total_reward for episode in agent.recent} == {2.0} and agent.evaluate(4)["mean_return"] == 8.0
     with pytest.raises(ValueError, match=r"training_wrappers=.* is one environment, on which evaluations play, too"):
         classic.PPO(gymnasium.make("tests/Match-v0"), small(num_envs=1, training_wrappers=("ClipReward",)))
+
+
+class Talkative(gymnasium.Wrapper):
+    """Infos that are dicts, and what JSON does not know."""
+
+    def step(self, action):
+        observation, reward, over, cut, _ = self.env.step(action)
+        info = {"more": {"a": 1, "b": np.float32(2), "deep": {"c": "x"}}, "thing": range(3)}
+        return observation, reward, over, cut, info if over else {}
+
+
+@pytest.mark.parametrize("mode", ["next_step", "same_step"])
+def test_infos_may_be_dicts_and_anything_else(mode, small, tmp_path):
+    settings = {"autoreset_mode": mode, "output_dir": str(tmp_path), "wrappers": ("RecordEpisodeStatistics",)}
+    args = small(episode_info=("more", "thing", "episode"), **settings)
+    classic.PPO(lambda: Talkative(gymnasium.make("tests/Match-v0")), args).learn(200)
+    for row in read_episodes(tmp_path):
+        assert row["more"] == {"a": 1, "b": 2.0, "deep": {"c": "x"}} and row["thing"] == "range(0, 3)"
+        assert row["episode"]["r"] == row["return"]
+
+
+def test_an_info_cannot_replace_an_episodes_own_columns(small, tmp_path):
+    with pytest.raises(ValueError, match=r"episode_info='length' is a column that episodes\.jsonl has"):
+        small(episode_info=("right", "length"))
+    classic.PPO(graded, small(output_dir=str(tmp_path))).learn(64)
+    assert tuple(read_episodes(tmp_path)[0]) == EPISODE_COLUMNS
+
+
+@pytest.mark.parametrize("hook", ["on_step", "on_episode"])
+def test_a_run_that_a_hook_ended_stays_ended_when_it_resumes(hook, small, tmp_path):
+    def run(**learn):
+        agent = classic.PPO("tests/Match-v0", small(save_every=1, output_dir=str(tmp_path)))
+        return agent.learn(640, **learn).counters["iteration"]
+
+    hooks = {hook: lambda agent, _: agent.counters["iteration"] >= 2}
+    assert run(**hooks) == 3 == run(**hooks, resume_from_checkpoint="auto")
+    assert run(resume_from_checkpoint="auto") > 3  # without the hook nothing holds it

@@ -83,3 +83,32 @@ def test_settings_of_adam_are_checked_and_resume(small, tmp_path):
     again = classic.PPO("tests/Match-v0", small(**args, output_dir=str(tmp_path / "b")))
     again.learn(256, resume_from_checkpoint=tmp_path / "a" / "checkpoint-2")
     assert torch.equal(whole.optimizer.weights.vector, again.optimizer.weights.vector)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_factors_are_finite(value, small):
+    with pytest.raises(ValueError, match="factors be 0 or more and finite"):
+        small(lr_schedule=f"piecewise:0.5={value}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lr_schedule": "nofile.py:f"}, r"lr_schedule='nofile\.py:f', after 0 of .*does not exist"),
+        (
+            {"clip_range_schedule": "piecewise:0.5=0"},
+            r"clip_range_schedule='piecewise:0\.5=0', after 0\.5 .* above 0",
+        ),
+        ({"ent_coef_schedule": "own.py:breaks"}, "after 0.5 of all steps: .* failed at 0.5: IndexError: too late"),
+    ],
+)
+def test_a_schedule_that_fails_is_found_before_the_last_run_is_moved(settings, words, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(
+        "def breaks(done):\n    if done < 0.5:\n        return 1\n    raise IndexError('too late')\n"
+    )
+    classic.PPO("tests/Match-v0", small(output_dir="run")).learn(64)
+    before = sorted(file.name for file in (tmp_path / "run").iterdir())
+    with pytest.raises(ValueError, match=words):
+        classic.PPO("tests/Match-v0", small(output_dir="run", **settings)).learn(64)
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == before
