@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rlhf_ppo.core.validation import Settings
 
@@ -39,3 +42,16 @@ class VLLMSettings(Settings):
     def sampler_gap_bound(self) -> float:
         """Largest mean |difference| of the server's log-probs and ours, in nats per token."""
         return self.max_sampler_gap or (0.5 if self.rollouts_ahead else 0.1)
+
+
+def in_process(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run changes to sample and learn alike without its vLLM server, which others may use; {} without."""
+    if settings.get("generation") != "vllm":
+        return {}
+    weighted = settings.get("importance_weights") == "auto" and settings.get("objective") != "dis"
+    return {
+        "generation": "auto",
+        "recompute_logprobs": True,
+        **({"importance_weights": "token"} if weighted else {}),
+        **{field.name: field.default for field in dataclasses.fields(VLLMSettings)},
+    }

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from rlhf_ppo.config.engine import VLLMSettings
+from rlhf_ppo.config.engine import VLLMSettings, in_process
 from rlhf_ppo.config.rlhf import restore_settings
 from rlhf_ppo.config.train import TrainArgs
 from rlhf_ppo.models.compare import OBJECT
@@ -43,6 +43,7 @@ def trainer_of(folder: Path, scratch: str, *, model: str | None, device: str | N
         **_without_server(run),
         "save_rollouts": False,
         "save_rollouts_gb": 1.0,
+        **in_process(run),
         **({} if model is None else {"model": model}),
     }
     checkpoint = newest_good(folder)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_ppo.config.engine import in_process
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.config.train import TrainArgs
 from rlhf_ppo.core import Experience, PolicyOutput, ValueScale
@@ -105,6 +106,7 @@ def small_run(args: RLHFConfig, num_responses: int, response_tokens: int) -> dic
         "save_rollouts_gb": 1.0,
         "report_to": (),
         "quiet": True,
+        **in_process(vars(args)),
     }
 
 

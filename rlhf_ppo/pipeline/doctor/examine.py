@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rlhf_ppo.config.doctor import DoctorArgs
+from rlhf_ppo.config.engine import in_process
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.pipeline.doctor.arithmetic import check_batches
 from rlhf_ppo.pipeline.doctor.findings import Examination, Section
@@ -53,6 +54,8 @@ def examine(args: DoctorArgs) -> Examination:
             preflight.stop(str(error), "correct this first: what follows it was not examined")
             return found
         assert run.train_prompts is not None
+        if args.generation == "vllm":
+            preflight.ok("sampled here instead of by the vLLM server, which keeps what it holds")
         check_batches(preflight, args, len(run.train_prompts))
         check_tokens(preflight, run, model)
         lengths = check_lengths(preflight, run)
@@ -68,7 +71,7 @@ def examine(args: DoctorArgs) -> Examination:
 
 def _set_up(args: DoctorArgs, folder: str) -> tuple[Run, ActorCritic]:
     rows, eval_rows = load_prompts(args)
-    aside = dataclasses.replace(args, output_dir=folder, quiet=True)
+    aside = dataclasses.replace(args, output_dir=folder, quiet=True, **in_process(vars(args)))
     data = {"train_dataset": rows, "eval_dataset": eval_rows, "processing_class": None}
     return set_up(**trainer_arguments(aside), **data)
 

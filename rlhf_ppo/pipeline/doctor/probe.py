@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf_ppo.generation.environments.episodes import Episodes
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.rewards.scoring import Responses, score_responses, total_score
@@ -20,6 +21,9 @@ from rlhf_ppo.training.run import Run
 
 Numbers = NDArray[np.float64]
 
+TIES = 1e-6
+"""Scores closer than this are the same."""
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -30,7 +34,9 @@ class Probe:
     parts: dict[str, Numbers]
     """Reward function -> [B] scores, NaN where it gave none."""
     again: dict[str, Numbers]
-    """The same responses' scores when asked a second time, last response first."""
+    """The same responses' scores when asked a second time, last response first; an environment is not asked twice."""
+    to_go: Numbers
+    """[B, T] what follows each token, in weighted sums of scores; NaN after the last one, and without a score."""
     weights: dict[str, float]
     sampling_s: float
     """Seconds in which the responses were sampled."""
@@ -43,6 +49,14 @@ class Probe:
         return np.sum([self.weights[name] * part for name, part in self.parts.items()], axis=0)
 
     @property
+    def differs_by_token(self) -> bool:
+        """Whether what follows the same token of a prompt's responses differs: with equal sums, too, they can teach."""
+        groups = self.to_go.reshape(-1, self.each, self.to_go.shape[1])
+        given = np.isfinite(groups)
+        highest = groups.max(axis=1, where=given, initial=-np.inf)
+        return bool((highest - groups.min(axis=1, where=given, initial=np.inf) > TIES).any())
+
+    @property
     def lengths(self) -> Numbers:
         """[B] lengths of the responses: in tokens, or in characters where all have as many tokens."""
         tokens = self.rollout.lengths.double().numpy(force=True)
@@ -53,6 +67,17 @@ class Probe:
         return numbers.reshape(-1, self.each)
 
 
+def sample_and_measure(run: Run, model: ActorCritic, prompts: int, each: int) -> Probe:
+    """Sample responses and score them, while their environments are there.
+
+    Raises:
+        RunError: a reward function, ``respond`` or an environment failed.
+    """
+    with closing_episodes(run):
+        rollout, seconds = sample(run, model, prompts, each)
+        return measure(run, rollout, each, seconds)
+
+
 def sample(run: Run, model: ActorCritic, prompts: int, each: int) -> tuple[Rollout, float]:
     """Sample responses to some prompts, spread over the data set; returns them and the seconds that took."""
     assert run.train_prompts is not None
@@ -60,32 +85,61 @@ def sample(run: Run, model: ActorCritic, prompts: int, each: int) -> tuple[Rollo
     batch = run.train_prompts.take(sorted({i * count // prompts for i in range(prompts)}))
     batch = make_batch(batch.prompts, batch.columns, copies=each)
     started = time.perf_counter()
-    with closing_episodes(run):
-        rollout = generate(run, model, batch, numbered_generator(run.args.seed, EVALUATION, 0, run.device))
+    rollout = generate(run, model, batch, numbered_generator(run.args.seed, EVALUATION, 0, run.device))
     return rollout, time.perf_counter() - started
 
 
 def measure(run: Run, rollout: Rollout, each: int, sampling_s: float) -> Probe:
-    """Score responses twice.
+    """Score responses, twice where that may differ.
 
     Raises:
         RewardError: a reward function failed.
     """
     responses, order = responses_of(rollout), list(range(len(rollout.prompts)))
     parts, again, scoring_s = dict[str, Numbers](), dict[str, Numbers](), dict[str, float]()
-    for name in run.rewards:
-        parts[name] = ask(run, name, responses, rollout=rollout)  # what it loads at first is not timed
-        started, backwards = time.perf_counter(), order[::-1]
+    to_go = np.where(rollout.mask.numpy(force=True), 0.0, np.nan)
+    for name, (function, weight) in run.rewards.items():
+        started = time.perf_counter()
+        scores = scores_of(run, name, responses, rollout=rollout)
+        parts[name], scoring_s[name] = totals_of(scores), time.perf_counter() - started
+        to_go += weight * _to_go(scores, to_go.shape)
+        if isinstance(function, Episodes):
+            continue  # it gave each reward once, while it ran
+        started, backwards = time.perf_counter(), order[::-1]  # again: what a reward loads at first is not timed
         again[name] = ask(run, name, responses.take(backwards), rollout=rollout, rows=backwards)[::-1]
         scoring_s[name] = time.perf_counter() - started
     weights = {name: weight for name, (_, weight) in run.rewards.items()}
-    return Probe(rollout, each, parts, again, weights, sampling_s, scoring_s)
+    return Probe(rollout, each, parts, again, to_go, weights, sampling_s, scoring_s)
+
+
+def _to_go(scores: Sequence[Score], shape: tuple[int, ...]) -> Numbers:
+    """Return [B, T] what follows each token: the sum of its and later tokens' scores, or the whole response's score."""
+    found = np.full(shape, np.nan)
+    for row, score in zip(found, scores, strict=True):
+        if isinstance(score, list):
+            row[: len(score)] = np.cumsum(score[::-1])[::-1]
+        elif score is not None:
+            row[:] = score
+    return found
 
 
 def ask(
     run: Run, name: str, responses: Responses, *, rollout: Rollout | None = None, rows: Sequence[int] | None = None
 ) -> Numbers:
-    """Return one reward function's scores of responses, NaN where it gave none.
+    """Return one reward function's scores of whole responses, NaN where it gave none; see :func:`scores_of`."""
+    return totals_of(scores_of(run, name, responses, rollout=rollout, rows=rows))
+
+
+def totals_of(scores: Sequence[Score]) -> Numbers:
+    """Return the scores of whole responses, NaN for none."""
+    totals = [total_score(score) for score in scores]
+    return np.array([np.nan if total is None else total for total in totals], dtype=float)
+
+
+def scores_of(
+    run: Run, name: str, responses: Responses, *, rollout: Rollout | None = None, rows: Sequence[int] | None = None
+) -> list[Score]:
+    """Return one reward function's scores of responses.
 
     Args:
         run: the rewards and their settings are its.
@@ -104,8 +158,7 @@ def ask(
         drop_nonfinite=run.args.drop_nonfinite_scores,
         needs_scores=False,
     )
-    totals = [total_score(score) for score in scores[name]]
-    return np.array([np.nan if total is None else total for total in totals], dtype=float)
+    return scores[name]
 
 
 def correlation(x: Numbers, y: Numbers) -> float:

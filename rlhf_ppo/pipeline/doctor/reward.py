@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import textwrap
 
 import numpy as np
@@ -10,26 +11,27 @@ import numpy as np
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.pipeline.doctor.answers import try_answers
 from rlhf_ppo.pipeline.doctor.findings import Section
-from rlhf_ppo.pipeline.doctor.probe import Numbers, Probe, correlation, measure, sample
+from rlhf_ppo.pipeline.doctor.probe import TIES, Numbers, Probe, correlation, sample_and_measure
 from rlhf_ppo.rewards.validation import RewardError
+from rlhf_ppo.runtime.errors import RunError
 from rlhf_ppo.runtime.texts import display_text
 from rlhf_ppo.training.run import Run
-
-TIES = 1e-6
-"""Scores closer than this are the same."""
 
 
 def examine_reward(section: Section, run: Run, model: ActorCritic, prompts: int, each: int) -> Probe | None:
     """Sample, score, and add what the scores say; None: there is nothing to measure."""
     assert run.train_prompts is not None
-    rollout, seconds = sample(run, model, min(prompts, len(run.train_prompts)), each)
     try:
-        probe = measure(run, rollout, each, seconds)
-    except RewardError as error:
-        remedy = "mend the reward function; or set drop_nonfinite_scores, reward_timeout_s"
-        section.stop(str(error).splitlines()[0], remedy)
+        probe = sample_and_measure(run, model, min(prompts, len(run.train_prompts)), each)
+    except RunError as error:
+        remedy = "mend the environment, respond or server: this would end the run, too"
+        if isinstance(error, RewardError):
+            remedy = "mend the reward function; or set drop_nonfinite_scores, reward_timeout_s"
+        # What was written for later is gone when the examination is over.
+        gone = rf"\. [^.]*{re.escape(str(run.folder.path))}\S*"
+        section.stop(re.sub(gone, "", str(error).splitlines()[0]), remedy)
         return None
-    section.facts["responses"] = len(rollout.prompts)
+    section.facts["responses"] = len(probe.rollout.prompts)
     check_ends(section, run, probe)
     if check_spread(section, probe):
         check_scale(section, run, probe)
@@ -79,6 +81,9 @@ def check_spread(section: Section, probe: Probe) -> bool:
             f"{unscored:.0%} of the responses were not scored, and teach nothing", "return a low score instead of None"
         )
     whole = float(np.nanstd(totals))
+    if whole < TIES and probe.differs_by_token:
+        section.ok(f"every response scored {float(np.nanmean(totals)):.4g} in sum, but their tokens differ in score")
+        return False
     if whole < TIES:
         section.stop(
             f"every response scored {float(np.nanmean(totals)):.4g}: there is nothing to learn",
@@ -93,7 +98,9 @@ def check_spread(section: Section, probe: Probe) -> bool:
     within = float(np.sqrt(np.mean(inside**2))) if len(groups) else 0.0
     words = f"scores spread by {within:.3g} within a prompt and {across:.3g} across prompts"
     remedy = "take prompts that the model sometimes solves, raise temperature, or train with `sft` first"
-    if teach == 0:
+    if teach == 0 and probe.differs_by_token:
+        section.ok(f"{words}; no prompt's responses differ in sum, but their tokens do")
+    elif teach == 0:
         section.stop(f"{words}: no prompt's responses differ in score, so none can teach", remedy)
     elif teach < 0.25:
         section.warn(f"{words}: only {teach:.0%} of the prompts can teach", remedy)
@@ -121,8 +128,8 @@ def check_scale(section: Section, run: Run, probe: Probe) -> None:
 
 def check_determinism(section: Section, probe: Probe) -> None:
     """Compare two scorings of the same responses."""
-    for name, first in probe.parts.items():
-        second = probe.again[name]
+    for name, second in probe.again.items():
+        first = probe.parts[name]
         both = np.isfinite(first) & np.isfinite(second)
         apart = float(np.abs(first[both] - second[both]).max()) if both.any() else 0.0
         if apart <= TIES * (1 + float(np.abs(first[both]).max(initial=0))):
@@ -140,7 +147,7 @@ def check_determinism(section: Section, probe: Probe) -> None:
                 f"{words} (correlation {agreement:.2f}), or by what it is scored beside",
                 "seed it, or set its temperature to 0; whole_rollout_rewards if it compares responses",
             )
-    section.facts["agreement_of_two_scorings"] = {n: correlation(x, probe.again[n]) for n, x in probe.parts.items()}
+    section.facts["agreement_of_two_scorings"] = {n: correlation(probe.parts[n], x) for n, x in probe.again.items()}
 
 
 def check_length(section: Section, probe: Probe) -> list[str]:

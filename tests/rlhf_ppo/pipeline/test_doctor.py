@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import random
@@ -13,10 +14,12 @@ import pytest
 
 from rlhf_ppo.cli import main
 from rlhf_ppo.config.doctor import DoctorArgs
+from rlhf_ppo.config.engine import in_process
 from rlhf_ppo.pipeline.doctor.arithmetic import rollout_in_words
 from rlhf_ppo.pipeline.doctor.findings import Section
 from rlhf_ppo.pipeline.doctor.preflight import check_folder, check_trackers, histogram
 from rlhf_ppo.pipeline.doctor.reward import examine_reward
+from rlhf_ppo.verify.subject import small_run
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -141,6 +144,66 @@ def test_what_pays_is_said_in_words(probe):
 )
 def test_a_reward_that_fails_stops(probe, reward, settings, message):
     assert message in said(probe(reward, **settings), "stop")
+
+
+class Game:
+    """Rewards words of early letters, in one turn."""
+
+    def reset(self, row):
+        return f"say {row['prompt']}"
+
+    def step(self, messages):
+        return None, early([], [messages[-1]["content"]])[0], True
+
+
+class BrokenGame(Game):
+    def step(self, messages):
+        raise ZeroDivisionError("no score")
+
+
+GAMES = {"train_dataset": [{"prompt": word} for word in "the cat sat on a mat by night".split()], "reward_funcs": None}
+
+
+def examine_game(make_trainer, game) -> Section:
+    trainer = make_trainer(environment=game, max_new_tokens=12, max_turns=2, **GAMES)
+    section = Section("Reward")
+    examine_reward(section, trainer.fixed, trainer.model, 8, 4)
+    return section
+
+
+def test_an_environment_that_gives_the_reward_is_read_once(make_trainer):
+    section = examine_game(make_trainer, Game)
+    assert not said(section, "stop") and "of the prompts can teach" in said(section, "ok")
+    assert section.facts["agreement_of_two_scorings"] == {}
+
+
+def test_an_environment_that_fails_stops(make_trainer):
+    (finding,) = examine_game(make_trainer, BrokenGame).findings
+    assert finding.level == "stop" and "ZeroDivisionError: no score" in finding.what
+    assert "failed_rollout" not in finding.what and "mend the environment" in finding.remedy
+
+
+def test_scores_that_differ_by_token_alone_can_teach(probe):
+    def placed(at):
+        def reward(prompts, completions, completion_ids, **_):
+            return [[float(i == at(ids)) for i in range(len(ids))] for ids in completion_ids]
+
+        return reward
+
+    somewhere, last = placed(lambda ids: sum(ids) % len(ids)), placed(lambda ids: len(ids) - 1)
+    section = probe(somewhere)
+    assert not said(section, "stop") and "every response scored 1 in sum, but their tokens" in said(section, "ok")
+    assert "every response scored 1: there is nothing to learn" in said(probe(last), "stop")
+
+
+def test_a_server_of_the_run_is_left_alone():
+    run = {"generation": "vllm", "vllm_url": "http://127.0.0.1:9", "importance_weight_mode": "mask"}
+    settings = {"model": "m", "reward": ["r"], "dataset": "d", "output_dir": "o", "rollouts_ahead": 1, **run}
+    args = DoctorArgs(**settings)
+    here = dataclasses.replace(args, **in_process(vars(args)))
+    assert (here.generation, here.vllm_url, here.rollouts_ahead) == ("auto", None, 0)
+    assert here.importance_level(foreign=False) == args.importance_level(foreign=False) == "token"
+    assert small_run(args, 16, 64)["generation"] == "auto" and in_process(vars(here)) == {}
 
 
 def test_a_reward_that_fails_on_an_odd_answer_is_warned_of(probe):
