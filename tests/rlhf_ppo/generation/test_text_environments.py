@@ -239,7 +239,7 @@ def test_an_environment_that_hangs_is_named_and_the_others_are_closed(play, meth
 
 
 def test_an_environment_that_is_made_only_after_the_rollout_has_failed_is_closed(play):
-    failed, made = threading.Event(), threading.Event()
+    failed, never = threading.Event(), threading.Event()
 
     def make():
         first = not CountWords.made
@@ -253,9 +253,7 @@ def test_an_environment_that_is_made_only_after_the_rollout_has_failed_is_closed
     with pytest.raises(RespondError, match="gone"):
         rollout_of(play(make))
     failed.set()
-    ended = (made.wait(0.01) or all(game.closed for game in CountWords.made) for _ in range(1000))
-    assert any(ended)
-    assert [game.closed for game in CountWords.made] == [1] * 8
+    assert any(never.wait(0.01) or [game.closed for game in CountWords.made] == [1] * 8 for _ in range(3000))
 
 
 def test_a_reward_that_is_not_finite_is_an_error_or_dropped(play):
