@@ -42,13 +42,17 @@ GROUPS = {"num_generations": 8}
 ARMS: dict[str, dict[str, Any]] = {
     "clip": {},
     "penalty": {"objective": "penalty"},
-    "cispo": {"objective": "cispo"},
+    # Bounds no step, so that it needs a smaller one, and more of them.
+    "cispo": {"objective": "cispo", "learning_rate": 1e-3},
     "rloo": {"advantage_estimator": "rloo", **GROUPS},
     "grpo, mean only": {"advantage_estimator": "grpo", **GROUPS},
     "grpo": {"advantage_estimator": "grpo", "normalize_advantages": True, **GROUPS},
     "clip, whitened": {"normalize_advantages": True},
 }
 """Settings that each arm changes. The last two divide advantages by a spread, and are there to show what that does."""
+
+ROLLOUTS = {"cispo": 400}
+"""Rollouts of an arm; of the others 300."""
 
 SETTINGS: dict[str, Any] = {
     "kl_coef": BETA,
@@ -429,7 +433,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--rollouts", type=int, default=300)
+    parser.add_argument("--rollouts", type=int, help="default: 300, for cispo 400")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON; then no facts, and --results is needed")
     args = parser.parse_args()
@@ -441,7 +445,7 @@ def main() -> None:
     for arm, seed, fact in work:
         if (arm, seed, fact) in done:
             continue
-        row = facts(fact) if arm is None else train(arm, seed, args.rollouts, **args.settings)
+        row = facts(fact) if arm is None else train(arm, seed, args.rollouts or ROLLOUTS.get(arm, 300), **args.settings)
         with args.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(f"facts on seed {fact}" if arm is None else f"{arm}, seed {seed}: {row['reached']:.4f}", flush=True)
