@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
-from rlhf_ppo.config.engine import VLLMSettings, in_process
+from rlhf_ppo.config.engine import in_process
 from rlhf_ppo.config.rlhf import restore_settings
 from rlhf_ppo.config.train import TrainArgs
 from rlhf_ppo.models.compare import OBJECT
@@ -40,7 +39,6 @@ def trainer_of(folder: Path, scratch: str, *, model: str | None, device: str | N
         "resume_from_checkpoint": None,
         "resume_override": False,
         "replay": None,
-        **_without_server(run),
         "save_rollouts": False,
         "save_rollouts_gb": 1.0,
         **in_process(run),
@@ -55,14 +53,6 @@ def trainer_of(folder: Path, scratch: str, *, model: str | None, device: str | N
         return trainer, folder
     trainer.load_checkpoint(checkpoint.folder, override=True)
     return trainer, checkpoint.folder
-
-
-def _without_server(run: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings with which a run that a vLLM server sampled for samples here, whatever that server has."""
-    if run.get("generation") != "vllm":
-        return {}
-    defaults = {field.name: field.default for field in dataclasses.fields(VLLMSettings)}
-    return {**defaults, "generation": "auto", "recompute_logprobs": True}
 
 
 def _saved_model(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
