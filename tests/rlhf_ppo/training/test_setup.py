@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 
 import pytest
@@ -258,3 +259,9 @@ def test_an_output_folder_that_cannot_be_made_is_named(make_trainer, tmp_path):
 def test_rollout_takes_a_list_of_prompts(make_trainer, prompts):
     with pytest.raises(ValueError, match="takes a list of one or more prompts"):
         make_trainer().rollout(prompts)
+
+
+def test_every_argument_of_the_trainer_is_documented():
+    text = PPOTrainer.__init__.__doc__
+    names = inspect.signature(PPOTrainer.__init__).parameters.keys() - {"self"}
+    assert [name for name in names if f"\n            {name}: " not in text] == []
