@@ -168,6 +168,10 @@ def test_a_terminal_gets_colours_and_a_file_plain_columns(make_trainer, prompts)
     assert "\x1b[32m" in shown[True] and "\x1b[31m" in shown[True] and "\x1b" not in shown[False]
     label = found.explanation.rows[0]["label"]
     assert all(label in said and "gradient_alive" in said for said in shown.values())
+    hostile = dataclasses.replace(found, completions=["\x1b[2J"] * len(found.completions))
+    console = Console(file=io.StringIO(), width=200, markup=False)
+    print_explained(hostile, [0], console)
+    assert "|\ufffd[2J" in console.file.getvalue() and "\x1b" not in console.file.getvalue()
 
 
 def test_the_tokens_as_a_page(make_trainer, tmp_path, capsys):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import rlhf_ppo.trainer
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.logs.metrics import MetricAverage
 from rlhf_ppo.trainer import PPOTrainer
@@ -177,6 +178,18 @@ def test_fault_18_rollbacks_end(make_trainer):
         trainer.train()
     assert trainer.rollouts_made == MAX_ROLLBACKS + 1
     assert (trainer.run.path / "checkpoint-0").is_dir()
+
+
+@pytest.mark.filterwarnings("ignore:.*Rolling back")
+def test_a_run_that_was_rolled_back_goes_on_being_watched(make_trainer, monkeypatch):
+    trainer = make_trainer(total_episodes=24, on_nonfinite="rollback", max_skipped_steps=2, save_every=1)
+    poison(trainer, lambda trainer, n: trainer.rollouts_made == 3)
+    begun, begin = [], rlhf_ppo.trainer.begin_watch
+    monkeypatch.setattr(
+        rlhf_ppo.trainer, "begin_watch", lambda run, *before: begun.append(begin(run, *before)) or begun[-1]
+    )
+    trainer.train()
+    assert [watch.updates for watch in begun] == [2, 3]  # the second goes on counting
 
 
 def test_non_finite_weights_are_never_saved(make_trainer):
