@@ -191,10 +191,13 @@ def tune(command: TuneCommand) -> None:
     table = Table(title=f"{command.env}, {len(trials)} trials")
     for column in ("trial", "mean return", "settings"):
         table.add_column(column)
-    for trial in [*trials[:5], *(trial for trial in trials[5:] if trial.number == 0)]:
+    for trial in [*trials[:5], *(trial for trial in trials[5:] if not trial.settings)]:
         value = "stopped early" if trial.value is None else f"{trial.value:.1f}"
         table.add_row(str(trial.number), value, search_settings.describe(trial.settings))
     _print(table)
+    if trials[0].value is None:
+        print("best     none: every trial was stopped early or diverged")
+        return
     print(
         f"best     {folder / search_settings.BEST}; train with it: classic-ppo train {command.env} --config that file"
     )

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box, Dict, Discrete, Tuple
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from classic.config import filled
 from classic.envs.environments import Environments
@@ -24,7 +25,8 @@ from classic.envs.make_env import make_vector_env
 from classic.envs.seeds import derive_seeds
 from classic.evaluation import max_episode_steps
 from classic.gradient_step import trained_parameters
-from classic.networks.decisions import Decisions
+from classic.networks.actor_critic import ActorCritic
+from classic.networks.decisions import Decisions, on_device
 from classic.ppo import PPO
 from classic.video import allowed_actions
 from rlhf_ppo.core import minibatch_indices
@@ -91,7 +93,8 @@ def clone(
     batch_size: int = 256,
     learning_rate: float = 1e-3,
 ) -> dict[str, float]:
-    """Let the agent's policy imitate recorded actions, by maximum likelihood; its critic and its spread stay.
+    """Let the agent's policy imitate recorded actions, by maximum likelihood; its critic and its spread stay
+    (with ``shared_network`` or ``state_dependent_std`` nearly: a squared error holds them where they were).
 
     With ``normalize_observations`` the recorded observations are counted in first. Training's random draws do not
     change.
@@ -117,9 +120,11 @@ def clone(
     observations, actions = read(file, agent.envs)
     everyone = torch.ones(len(observations), dtype=torch.bool)
     with torch_threads(agent.args.num_threads):
-        decisions = Decisions(state.normalizer.observe(observations, everyone), actions)
+        decisions = on_device(Decisions(state.normalizer.observe(observations, everyone), actions), network.device)
+        kept_values, kept_spread = _kept(network, decisions)
         generator = torch.Generator().manual_seed(agent.args.seed)
-        kept = ("critic.", "log_std")
+        # A critic that shares layers follows them, so that its values stay.
+        kept = "log_std" if kept_values is not None else ("critic.", "log_std")
         trained = [p for name, p in trained_parameters(network).items() if not name.startswith(kept)]
         adam = torch.optim.Adam(trained, lr=learning_rate)
         before = _loss(agent, decisions)
@@ -127,10 +132,34 @@ def clone(
             for rows in minibatch_indices(len(decisions), max(1, len(decisions) // batch_size), generator=generator):
                 stop_if_asked()
                 adam.zero_grad()
-                (-network.evaluate(decisions[rows]).logprobs.mean()).backward()
+                held = (None if kept is None else kept[rows] for kept in (kept_values, kept_spread))
+                _cloning_loss(network, decisions[rows], *held).backward()
                 adam.step()
         network.zero_grad()
         return {"loss_before": before, "loss_after": _loss(agent, decisions), "steps": len(decisions)}
+
+
+@torch.no_grad()
+def _kept(network: ActorCritic, decisions: Decisions) -> tuple[Tensor | None, Tensor | None]:
+    """Compute what trained layers would move: a critic's values that shares them, a log std that they predict."""
+    values = network.evaluate(decisions).values if len(network.bodies) == 1 else None
+    predicted = network.actions.dimensions and network.log_std is None
+    return values, network.step(decisions.observations)[0].tensor_split(2, dim=-1)[1] if predicted else None
+
+
+def _cloning_loss(
+    network: ActorCritic, decisions: Decisions, kept_values: Tensor | None, kept_spread: Tensor | None
+) -> Tensor:
+    """Compute -log pi(a|s), under the log std as it was, and squared errors of what is to stay."""
+    output = network.evaluate(decisions)
+    logprobs, moved = output.logprobs, torch.zeros(())
+    if kept_spread is not None:
+        mean, spread = network.step(decisions.observations)[0].tensor_split(2, dim=-1)
+        logprobs = network.logprobs(torch.cat([mean, kept_spread], dim=-1), decisions.actions)
+        moved = mse_loss(spread, kept_spread)
+    if kept_values is not None and output.values is not None:
+        moved = moved + mse_loss(output.values, kept_values)
+    return moved - logprobs.mean()
 
 
 @torch.no_grad()

@@ -11,10 +11,11 @@ from typing import Any
 
 import yaml
 
-from classic.config import SCHEDULES
+from classic.config import SCHEDULES, PPOArgs
 from classic.envs.make_env import EnvLike
 from classic.ppo import PPO
 from classic.save import AGENT, MODEL, NORMALIZER, OPTIMIZER
+from classic.schedules import is_function
 from classic.video import record_video
 from rlhf_ppo.runtime.package import __version__
 
@@ -103,6 +104,16 @@ def _refuse_code(repo_id: str, folder: Path, env: EnvLike | None, changes: Mappi
             )
 
 
+def _to_name(args: PPOArgs) -> dict[str, Any]:
+    """Return the settings that :func:`from_hub` wants named again."""
+    named = {name: getattr(args, name) for name in SCHEDULES if is_function(getattr(args, name))}
+    for name in ("wrappers", "training_wrappers"):
+        around = getattr(args, name) or ()
+        if any(":" in text or text.startswith("RecordVideo") for text in around):
+            named[name] = around
+    return named | ({"network": args.network} if args.network else {})
+
+
 def model_card(agent: PPO, repo_id: str, result: Mapping[str, float], episodes: int) -> str:
     """Return the card of an agent: the hub's metadata, its result, and how to use and train it."""
     said = f"{result['mean_return']:.2f} +/- {result['std_return']:.2f}"
@@ -116,7 +127,9 @@ def model_card(agent: PPO, repo_id: str, result: Mapping[str, float], episodes: 
     }
     changed = {name: value for name, value in vars(agent.args).items() if value not in (None, ())}
     rows = "\n".join(f"| `{name}` | `{value}` |" for name, value in changed.items() if name not in LOCAL)
-    network = f", network={agent.args.network!r}" if agent.args.network else ""
+    # What from_hub asks for: code that the agent names, and wrappers that write.
+    given = "".join(f", {name}={list(x) if isinstance(x, tuple) else x!r}" for name, x in _to_name(agent.args).items())
+    given = (f", {agent.env_id!r}" if ":" in agent.env_id else "") + given
     return f"""---
 {yaml.safe_dump(head, sort_keys=False)}---
 # PPO on {agent.env_id}
@@ -127,7 +140,7 @@ Made with rlhf-ppo {__version__}.
 ```python
 from classic.hub import from_hub
 
-agent = from_hub({repo_id!r}{network})
+agent = from_hub({repo_id!r}{given})
 print(agent.evaluate(20))
 action, state = agent.predict(observation)
 ```

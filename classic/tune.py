@@ -86,11 +86,28 @@ class Trial:
     value: float | None
     """Mean return of the last evaluation, over the seeds; None: stopped early, or its training diverged."""
     settings: dict[str, Any]
-    """The settings it chose; {} for trial 0, which takes them as they are."""
+    """The settings it chose; {} for the first, which takes them as they are."""
+
+
+class _Lowest:
+    """Stands in for a trial: chooses each setting's lowest or first value."""
+
+    number = 0
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        return low
+
+    def suggest_int(self, name: str, low: int, high: int) -> int:
+        return low
+
+    def suggest_categorical(self, name: str, options: Sequence[Any]) -> Any:
+        return options[0]
 
 
 def require_searchable(names: Sequence[str]) -> None:
     """Raise a ValueError unless all settings can be searched."""
+    if not names:
+        raise ValueError(f"search is empty, so every trial would be the same: name settings of {', '.join(SPACES)}")
     for name in names:
         if name not in SPACES:
             close = difflib.get_close_matches(name, SPACES, n=1)
@@ -103,8 +120,8 @@ def require_searchable(names: Sequence[str]) -> None:
 def tune(search: Search, show: Callable[[str], None] = print) -> list[Trial]:
     """Run the trials that are missing, and write the best settings to ``best.yaml``.
 
-    Trial 0 takes the settings as they are (the preset), so the best is never worse than these as measured. Trials are
-    kept in the folder: the same search continues there, and only a trial that was under way is lost.
+    The first trial takes the settings as they are (the preset), so the best is never worse than these as measured.
+    Trials are kept in the folder: the same search continues there, and only a trial that was under way is lost.
 
     Args:
         search: what and how.
@@ -123,7 +140,9 @@ def tune(search: Search, show: Callable[[str], None] = print) -> list[Trial]:
     first = PPO(search.env, search.args)  # what is wrong with the settings is said before a folder is made
     resolved = first.args
     first.close()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    for name in search.names:  # a setting that does not fit the others is found before anything is trained
+        PPO(search.env, _settings(search, {name: SPACES[name](_Lowest(), resolved)}, search.args.seed)).close()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     search.folder.mkdir(parents=True, exist_ok=True)
     storage = f"sqlite:///{search.folder / STUDY}"
     study = optuna.create_study(storage=storage, study_name="ppo", direction="maximize", load_if_exists=True)
@@ -138,7 +157,10 @@ def tune(search: Search, show: Callable[[str], None] = print) -> list[Trial]:
     finished = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
 
     def objective(trial: Any) -> float:
-        chosen = {name: SPACES[name](trial, resolved) for name in search.names} if trial.number else {}
+        # The settings as they are come first, again if that trial was interrupted.
+        known = study.get_trials(deepcopy=False, states=finished)
+        measured = any(trial.user_attrs["settings"] == {} for trial in known)
+        chosen = {name: SPACES[name](trial, resolved) for name in search.names} if measured else {}
         trial.set_user_attr("settings", chosen)
         try:
             return _score(search, chosen, trial)
@@ -179,7 +201,7 @@ def _score(search: Search, chosen: Mapping[str, Any], trial: Any) -> float:
             if reached == before or done >= total or values:
                 return
             trial.report(agent.evaluate(search.episodes)["mean_return"], reached)
-            if trial.number and trial.should_prune():
+            if chosen and trial.should_prune():
                 raise optuna.TrialPruned
 
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -126,3 +127,54 @@ def test_the_command_line_records_and_starts_from_demonstrations(signs, tmp_path
         assert arrays["rewards"].sum() == 10
     assert main([*words, "--warm-start", "none.npz"]) == 2
     assert "there are no demonstrations none.npz" in capsys.readouterr().err
+
+
+def test_a_predicted_spread_stays(small, tmp_path):
+    observations = np.random.default_rng(0).uniform(-1, 1, (500, 1)).astype(np.float32)
+    np.savez(tmp_path / "aim.npz", observations=observations, actions=observations)
+    agent = classic.PPO("tests/Aim-v0", small(state_dependent_std=True))
+    result = clone(agent, tmp_path / "aim.npz", epochs=60, learning_rate=1e-2)
+    output, _ = agent.network.step(torch.from_numpy(observations))
+    assert output[:, 1].detach().numpy() == pytest.approx(np.zeros(500), abs=0.1)
+    assert result["loss_after"] == pytest.approx(0.5 * np.log(2 * np.pi), abs=0.02)  # the mean is right
+
+
+def test_a_critic_that_shares_layers_keeps_its_values(signs, small):
+    agent = classic.PPO("tests/Match-v0", small(shared_network=True))
+    observations = torch.tensor([[-1.0], [1.0]])
+    before = agent.network.values(observations).detach()
+    assert clone(agent, signs, epochs=40, batch_size=50, learning_rate=1e-2)["loss_after"] < 0.1
+    torch.testing.assert_close(agent.network.values(observations), before, atol=0.05, rtol=0)
+
+
+class Narrow(gymnasium.Env):
+    """Its method allows the last of four options."""
+
+    observation_space, action_space = Box(-1, 1, (1,), np.float32), Discrete(4)
+
+    def action_masks(self):
+        return np.array([False, False, False, True])
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.zeros(1, np.float32), 1.0, self.t == 5, False, {}
+
+
+def test_a_method_action_masks_counts_in_recordings(small, tmp_path):
+    file = record(classic.PPO(Narrow, small()), tmp_path / "a.npz", episodes=3, deterministic=False)
+    with np.load(file) as played:
+        assert set(played["actions"]) == {3}
+
+
+def test_a_file_cut_off_is_one_sentence(small, tmp_path):
+    agent = classic.PPO("tests/Match-v0", small())
+    file = record(agent, tmp_path / "a.npz", episodes=1)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.npz"]
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"a\.npz is damaged or was not written to its end .* record it again"):
+        clone(agent, file)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box, Discrete
 
 import classic
 from classic.cli import main
@@ -78,3 +80,23 @@ def test_the_command_line_and_a_missing_package(small, tmp_path, capsys, monkeyp
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     assert main(["export", str(tmp_path / "agent"), str(tmp_path / "policy.onnx")]) == 2
     assert "pip install 'rlhf-ppo[onnx]', or write a .pt" in capsys.readouterr().err
+
+
+class Memory(gymnasium.Env):
+    """Bytes that are no image."""
+
+    observation_space, action_space = Box(0, 255, (8,), np.uint8), Discrete(3)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), 1.0, True, False, {}
+
+
+def test_bytes_that_are_no_image_become_numbers(small, tmp_path):
+    agent = classic.PPO(Memory, small())
+    rows = np.arange(16, dtype=np.uint8).reshape(2, 8)
+    actions = torch.jit.load(export(agent, tmp_path / "a.pt"))(torch.from_numpy(rows)).numpy()
+    assert (actions == agent.predict(rows)[0]).all()

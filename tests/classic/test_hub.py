@@ -101,6 +101,8 @@ def test_code_that_a_downloaded_agent_names_must_be_named_by_the_user_too(settin
     with pytest.raises(ValueError, match=rf"agent 'me/match' names code in {name}: '.*'. If you trust it"):
         from_hub("me/match")
     assert getattr(from_hub("me/match", **settings).args, name) == settings[name]
+    wanted = settings[name] if isinstance(settings[name], str) else list(settings[name])
+    assert f"from_hub('me/match', {name}={wanted!r})" in (hub.folder / "me" / "match" / "README.md").read_text()
     push_to_hub(classic.PPO("tests/Match-v0", small(lr_schedule="piecewise:0.5=0.1")), "me/x", video=False, episodes=2)
     assert from_hub("me/x").args.lr_schedule == "piecewise:0.5=0.1"
 

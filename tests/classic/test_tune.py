@@ -76,7 +76,9 @@ def test_an_interrupted_trial_is_repeated(search, monkeypatch):
     pytest.importorskip("optuna", reason=INSTALL)
 
     def stop(trial, args):
-        raise KeyboardInterrupt
+        if hasattr(trial, "study"):  # not where a search is tried out
+            raise KeyboardInterrupt
+        return 1e-3
 
     with monkeypatch.context() as patch:
         patch.setitem(SPACES, "learning_rate", stop)
@@ -167,3 +169,27 @@ def test_the_command_line_searches_and_shows_the_best_beside_the_settings_as_the
     out = capsys.readouterr().out
     assert "2 trials" in out and "the settings as they are" in out and "gamma=" in out
     assert f"best     {tmp_path / 'best.yaml'}" in out
+
+
+def test_the_settings_as_they_are_are_measured_although_that_trial_was_interrupted(search, monkeypatch):
+    pytest.importorskip("optuna", reason=INSTALL)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("classic.tune._score", stop)
+        with pytest.raises(KeyboardInterrupt):
+            tune(search(trials=2), show=str)
+    trials = tune(search(trials=2), show=str)
+    assert sorted(bool(trial.settings) for trial in trials) == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("names", "words"), [((), "search is empty, so every trial would be the same"), (("log_std_init",), "log_std_init")]
+)
+def test_an_impossible_search_is_refused_before_a_folder_is_made(names, words, search):
+    pytest.importorskip("optuna", reason=INSTALL)
+    with pytest.raises(ValueError, match=words):
+        tune(search(names=names))
+    assert not search().folder.exists()

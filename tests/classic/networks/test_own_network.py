@@ -201,3 +201,35 @@ def test_a_gpu_computes_what_the_cpu_does(env_id, settings, small, tmp_path):
     there.explain()
     again = classic.PPO(env_id, small(**settings, device="cuda", output_dir=str(tmp_path), save_every=1))
     again.learn(64, resume_from_checkpoint=tmp_path / "checkpoint-1")
+
+
+def test_lazy_layers_come_from_the_seed_too(small):
+    def lazy(space):
+        return torch.nn.Sequential(torch.nn.LazyLinear(8), torch.nn.Tanh()), 8
+
+    before = torch.get_rng_state()
+    one = classic.PPO("tests/Match-v0", small(), network=lazy)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    other = classic.PPO("tests/Match-v0", small(), network=lazy)
+    assert all(torch.equal(x, y) for x, y in zip(one.network.parameters(), other.network.parameters(), strict=True))
+
+
+def test_a_function_that_returns_the_same_module_twice_is_refused(small):
+    layer = torch.nn.Linear(1, 4)
+
+    def same(space):
+        return torch.nn.Sequential(layer), 4
+
+    with pytest.raises(ValueError, match="returned layers that it had made before, so actor and critic would share"):
+        classic.PPO("tests/Match-v0", small(), network=same)
+    classic.PPO("tests/Match-v0", small(shared_network=True), network=same)
+
+
+def test_a_network_without_weights_on_images_is_loaded(small, tmp_path):
+    def pooled(space):
+        return torch.nn.Sequential(torch.nn.AvgPool2d(6), torch.nn.Flatten()), 36
+
+    agent = classic.PPO("tests/Side-v0", small(), network=pooled)
+    agent.save(tmp_path)
+    assert classic.PPO.load(tmp_path, network=pooled).evaluate(2) == agent.evaluate(2)
