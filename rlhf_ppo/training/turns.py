@@ -58,7 +58,7 @@ def checked_partner(
     functions = partner.functions if isinstance(partner, Tools) else {}
     respond = partner.respond if isinstance(partner, Tools) else partner
     in_rows = any(TOOLS in prompts.columns for prompts in sets)
-    if functions or (in_rows and respond is not None and not isinstance(respond, Episodes)):
+    if not isinstance(respond, Episodes) and (functions or (in_rows and respond is not None)):
         partner = Tools(functions, respond, tokenizer, choose_parser(tokenizer, args.tool_parser))
     elif args.tool_parser != "auto":
         raise ValueError(

@@ -52,7 +52,7 @@ class ActionEnvironment:
 
     def step(self, messages: Messages) -> tuple[Reply, float | None, bool]:
         """Act as the last turn says; one that says no action is told so, with reward 0."""
-        space = getattr(self._environment, "action_space", None)
+        space: Any = getattr(self._environment, "action_space", None)
         try:
             action = self._action(messages[-1].get("content") or "")
             if type(space).__name__ == "Discrete" and not space.contains(action):

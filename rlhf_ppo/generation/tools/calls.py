@@ -107,7 +107,8 @@ class Tools:
             return parse_turn(text, self.parser, thinks=opened)
         assert self.tokenizer is not None
         try:
-            found: Any = self.tokenizer.parse_response(text, prefix=before, tools=self.schemas)
+            schemas: list[Any] = list(self.schemas)
+            found: Any = self.tokenizer.parse_response(text, prefix=before, tools=schemas)
             written = found.get("tool_calls") or []
             calls = tuple(read_call(str(call), lambda _, call=call: named_call(call)) for call in written)
         except Exception as error:  # a response template may fail in any way on what a policy writes
