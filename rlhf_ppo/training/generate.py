@@ -25,7 +25,6 @@ from rlhf_ppo.generation.rollout import Rollout, SampledResponses
 from rlhf_ppo.generation.sampling import RowsOf
 from rlhf_ppo.generation.stop_strings import StopStringDetector, response_texts
 from rlhf_ppo.generation.tools.calls import Tools, tool_counts
-from rlhf_ppo.generation.vllm.engine import VLLMEngine
 from rlhf_ppo.models.acceleration.working_copy import computing, round_again
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.loading import vocabulary_size
@@ -90,7 +89,7 @@ def start_generating(
         own = _Own(batch, None, None, run.own_rows(len(batch.prompts)), generator, templates)
         if run.episodes is None:
             own = own._replace(**_encoded(run, batch.prompts, templates))
-        served = isinstance(run.sample, VLLMEngine)
+        served = run.engine is not None
         round_again(model)  # callbacks may change weights through .data
         publish(run, model)
 
@@ -261,7 +260,7 @@ def _join(run: Run, model: ActorCritic, own: _Own, parts: Sequence[Part]) -> Rol
     ids, mask = (own.ids, own.mask) if run.episodes is None else _encoded(run, prompts, own.templates).values()
     assert ids is not None and mask is not None
     tensors = {"values": None, **tensors, "prompt_ids": ids, "prompt_mask": mask}
-    said |= {"foreign": isinstance(run.sample, VLLMEngine), "value_scale": model.value_scale}
+    said |= {"foreign": run.engine is not None, "value_scale": model.value_scale}
     return Rollout(prompts, own.batch.columns, **tensors, **said)
 
 

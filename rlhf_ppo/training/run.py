@@ -20,6 +20,7 @@ from rlhf_ppo.generation.environments.episodes import Episodes
 from rlhf_ppo.generation.multi_turn import Respond
 from rlhf_ppo.generation.rollout import Rollout, SamplingParams
 from rlhf_ppo.generation.tools.calls import Tools
+from rlhf_ppo.generation.vllm.engine import VLLMEngine
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.rewards.cache import ScoreCache
@@ -75,6 +76,8 @@ class Run:
     reward_sources: list[str]
     """Likewise, the reward functions."""
     stopwatch: Stopwatch
+    engine: VLLMEngine | None = None
+    """What gives the policy to the vLLM server, if one samples; ``sample`` is this, or wraps it."""
     judges: dict[str, RewardFunction] = field(default_factory=dict)
     """Name -> a reward function that scores some responses and is never trained on."""
     recording: Recording | None = None

@@ -79,7 +79,6 @@ def set_up(
 
     Args:
         trains: False: the run samples and scores alone, which takes less memory.
-
     Returns:
         (what is fixed for the run, policy and critic).
     """
@@ -91,9 +90,8 @@ def set_up(
     room, sampling, recording = _responses(args, model, config, tokenizer)
     train_prompts, eval_prompts = _prompt_sets(train_dataset, eval_dataset, tokenizer, args, config, room, partner)
     sets, partner = _check_sets(processes, (train_prompts, eval_prompts), tokenizer, args, partner)
-    rewards = _load_rewards(reward_funcs, args, device, sets, partner, recording=recording)
+    rewards = _load_rewards(reward_funcs, args, device, sets, partner, tokenizer, recording, critic)
     judges = _load_judges(judge_funcs, reward_funcs, args, device, sets, conversations=partner is not None)
-    require_same_task(critic.fitted, args, tokenizer, rewards)
     engine = connect(args, model, peft_config, config, tokenizer, sets, sampling.stop_token_ids, bf16=bf16)
     given = (model, ref_model, value_model, peft_config, rewards, args, device, processes)
     setup = partial(run_setup, *given, bf16=bf16, critic=critic.kind, sets=sets, trains=trains)
@@ -105,7 +103,7 @@ def set_up(
         device=device,
         bf16=bf16,
         tokenizer=tokenizer,
-        room=room,
+        room=room if engine is None else engine.room(room, args.max_new_tokens),
         train_prompts=train_prompts,
         eval_prompts=eval_prompts,
         rewards=rewards,
@@ -117,6 +115,7 @@ def set_up(
         start=models.start,
         sampling=sampling,
         sample=check_passes(models, args, engine, prompts=sets if partner is None else (), bf16=bf16),
+        engine=engine,
         microbatch_tokens=args.microbatch_tokens or (1024 if device.type == "cpu" else 16384),
         folder=RunDirectory(args.output_dir, quiet=args.quiet, writes=processes.first),
         sources={**sources, "reference": models.reference_source},
@@ -237,10 +236,11 @@ def _load_rewards(
     device: torch.device,
     sets: Sequence[PromptSet],
     partner: Partner,
-    *,
+    tokenizer: PreTrainedTokenizerBase,
     recording: Recording | None,
+    critic: CriticStart,
 ) -> dict[str, tuple[RewardFunction, float]]:
-    """Load the rewards, and check that they can judge responses to these prompts, and gave a replay's scores."""
+    """Load the rewards, and check that they can judge these prompts' responses, and fit a replay or a fitted critic."""
     # The environment's reward comes first: its own weight, before those of the others.
     sources = [*([partner] if isinstance(partner, Episodes) else []), *listed(reward_funcs)]
     conversations = partner is not None
@@ -250,6 +250,7 @@ def _load_rewards(
     rewards = load_rewards(sources, args, device)
     require_same_rewards(recording, {name: weight for name, (_, weight) in rewards.items()})
     _check_rewards({name: function for name, (function, _) in rewards.items()}, sets, conversations=conversations)
+    require_same_task(critic.fitted, args, tokenizer, rewards)
     return rewards
 
 

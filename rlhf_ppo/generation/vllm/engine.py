@@ -77,6 +77,16 @@ class VLLMEngine:
                 policy.save_pretrained(place)
                 self.server.reload_weights(place.resolve())
 
+    def wait(self) -> None:
+        """Wait for responses that are being sampled."""
+        with self._sampling:
+            pass
+
+    def room(self, room: int | None, max_new_tokens: int) -> int | None:
+        """Return the most tokens before a response, for the server's context as for our model's (``room``)."""
+        longest = self.served.max_model_len
+        return room if longest is None else min(longest - max_new_tokens, longest if room is None else room)
+
     def use(self, digest: str, *, adapter: bool) -> None:
         """Note, on every process, which policy the server has been given."""
         self.policy, self.digest = f"rlhf-ppo-{digest}" if adapter else self.served.name, digest
@@ -121,8 +131,9 @@ class VLLMEngine:
         said: list[list[int]] = [[] for _ in prompts]
         record, live = Record(len(prompts), params, prompt_ids.device), list(range(len(prompts)))
         with self._sampling:
+            policy, salt = self.policy, self.digest or self.policy
             while live:
-                asks = [self._ask(prompts[row], said[row], params, seeds[row]) for row in live]
+                asks = [_ask(policy, salt, prompts[row], said[row], params, seeds[row]) for row in live]
                 answers, going = self._complete(asks), list[int]()
                 for row, answer in zip(live, answers, strict=True):
                     if not _record(record, row, said[row], answer, params, stop_detector):
@@ -130,27 +141,28 @@ class VLLMEngine:
                 live = going
         return record.responses(has_values=False)
 
-    def _ask(self, prompt: list[int], said: list[int], params: SamplingParams, seed: int) -> Ask:
-        """Return the request for what is missing of a response."""
-        n = len(said)
-        return Ask(
-            policy=self.policy,
-            salt=self.digest or self.policy,
-            ids=[*prompt, *said],
-            seed=seed + n,
-            max_tokens=params.max_new_tokens - n,
-            min_tokens=max(0, params.min_new_tokens - n),
-            temperature=params.temperature,
-            stop_token_ids=params.stop_token_ids,
-            stop_strings=params.stop_strings,
-        )
-
     def _complete(self, asks: Sequence[Ask]) -> list[Answer]:
         """Have the server answer some requests, ``at_once`` of them at a time."""
         complete = partial(self.server.complete, vocabulary=self.vocabulary)
         answers = start(partial(in_lanes, complete, asks, self.at_once), math.inf)
         has_ended(answers, None)  # raises Interrupted if a signal arrives
         return answers.result()
+
+
+def _ask(policy: str, salt: str, prompt: list[int], said: list[int], params: SamplingParams, seed: int) -> Ask:
+    """Return the request for what is missing of a response."""
+    n = len(said)
+    return Ask(
+        policy=policy,
+        salt=salt,
+        ids=[*prompt, *said],
+        seed=seed + n,
+        max_tokens=params.max_new_tokens - n,
+        min_tokens=max(0, params.min_new_tokens - n),
+        temperature=params.temperature,
+        stop_token_ids=params.stop_token_ids,
+        stop_strings=params.stop_strings,
+    )
 
 
 def _record(

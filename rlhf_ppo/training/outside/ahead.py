@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 
 from rlhf_ppo.generation.rollout import Rollout
-from rlhf_ppo.generation.vllm.engine import VLLMEngine
 from rlhf_ppo.training.collect import next_draws, next_prompts
 from rlhf_ppo.training.generate import start_generating
 from rlhf_ppo.training.run import Run
@@ -41,7 +40,7 @@ class RolloutsAhead:
         if started is None or started.place != (state.iteration, state.rollouts_made):
             started = self._start(state, run, updates=0, ahead=False)
         rollout = started.finish()
-        if not isinstance(run.sample, VLLMEngine):
+        if run.engine is None:
             return rollout
         late = torch.full((len(rollout.prompts),), state.iteration - started.version, device=run.device)
         return dataclasses.replace(rollout, staleness=late)

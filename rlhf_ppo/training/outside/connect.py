@@ -63,7 +63,7 @@ def connect(
         _require_same_tokenizer(server, served, tokenizer)
     except VLLMError as error:
         raise ValueError(f"{error}. Nothing was generated. This line starts a server:\n{line}") from None
-    longest = max((some.longest + args.max_new_tokens for some in prompts), default=0) if args.max_turns == 1 else 0
+    longest = max((some.longest + args.max_new_tokens for some in prompts), default=0)
     if served.max_model_len is not None and longest > served.max_model_len:
         raise ValueError(
             f"vLLM server {server.name} reads at most {served.max_model_len} tokens, but the longest prompt and "
@@ -121,7 +121,7 @@ def require_agreement(run: Run, model: ActorCritic) -> None:
     Raises:
         ValueError: it does not, or fails; says what may be the cause.
     """
-    if not isinstance(run.sample, VLLMEngine):
+    if run.engine is None:
         return
     if run.args.rollouts_ahead and run.respond is not None:
         raise ValueError(
@@ -135,7 +135,7 @@ def require_agreement(run: Run, model: ActorCritic) -> None:
             "and start from there"
         )
     try:
-        _require_same_policy(run, run.sample, model)
+        _require_same_policy(run, run.engine, model)
     except BaseException:
         withdraw(run)
         raise

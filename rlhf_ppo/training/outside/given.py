@@ -16,7 +16,7 @@ from rlhf_ppo.data.tokenization import fit_prompt, left_pad, tokenize_prompt
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.generation.stop_strings import cut_at_stop_string
 from rlhf_ppo.models.actor_critic import ActorCritic
-from rlhf_ppo.models.loading import vocabulary_size
+from rlhf_ppo.models.loading import context_length, vocabulary_size
 from rlhf_ppo.training.collect import closing_episodes, read_policies, score
 from rlhf_ppo.training.rewards import with_scores
 from rlhf_ppo.training.run import Run
@@ -134,9 +134,8 @@ def _checked(
     masks = [[True] * len(ids) for ids in given.completion_ids] if given.masks is None else given.masks
     policy: Any = model.policy
     vocabulary = vocabulary_size(policy.config)
-    room = None if run.room is None else run.room + run.args.max_new_tokens
     for i, rows in enumerate(zip(prompts, given.completion_ids, given.logprobs, masks, strict=True)):
-        if problem := _problem(*rows, vocabulary=vocabulary, context=room):
+        if problem := _problem(*rows, vocabulary=vocabulary, context=context_length(policy.config)):
             raise ValueError(f"response {i}: {problem}")
     return given._replace(prompt_ids=prompts, masks=[[bool(x) for x in row] for row in masks])
 

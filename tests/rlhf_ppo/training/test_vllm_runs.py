@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from processes import in_processes
 from vllm_stand_in import error, standing_in
 
-from rlhf_ppo import PPOTrainer
-from rlhf_ppo.generation.vllm.server import VLLMError
+from rlhf_ppo import PPOTrainer, RLHFConfig
+from rlhf_ppo.generation.vllm.engine import VLLMEngine
+from rlhf_ppo.generation.vllm.server import VLLMError, VLLMServer
+from rlhf_ppo.training.collect import collect, make_batch
+from rlhf_ppo.training.outside.ahead import RolloutsAhead
 
 
 def lora(**options: Any) -> Any:
@@ -85,6 +90,88 @@ def test_conversations_and_evaluations_go_through_the_server(serve, served_model
         assert trainer.evaluate()["eval/length_tokens"] > 3
     rows = metrics_of(trainer)
     assert rows[0]["response/turns"] == 2 and all(row["policy/decode_gap_max_nats"] < 1e-4 for row in rows)
+
+
+def test_a_conversation_ends_where_the_servers_context_is_full(serve, served_model):
+    """Of 24 tokens, where the model's own context has 64; a first turn that does not fit is refused at the start."""
+
+    def strict(path: str, request: Any, answer: Any) -> Any:
+        if path == "/v1/completions" and len(request["prompt"]) + request["max_tokens"] > 24:
+            return error(400, "This model's maximum context length is 24 tokens")
+        return answer
+
+    settings = {"respond": lambda messages: "ok then", "max_turns": 4, "max_new_tokens": 6, "total_episodes": 8}
+    with standing_in(served_model, max_model_len=24, change=strict) as stand_in:
+        trainer = serve(stand_in, **settings)
+        trainer.train()
+        assert trainer.fixed.room == 18 and 1 <= metrics_of(trainer)[0]["response/turns"] < 4
+    with standing_in(served_model, max_model_len=14) as stand_in, pytest.raises(ValueError, match="reads at most 14"):
+        serve(stand_in, **settings)
+
+
+def test_an_engine_that_is_wrapped_is_still_known(serve, served_model):
+    """As `verify` wraps it: the policy is published, and the rollout is another program's."""
+    with standing_in(served_model) as stand_in:
+        trainer = serve(stand_in, peft_config=lora())
+        with torch.no_grad():
+            next(p for n, p in trainer.model.policy.named_parameters() if "lora_B" in n).add_(0.1)
+        wrapped = dataclasses.replace(trainer.fixed, sample=lambda *a, **options: trainer.fixed.sample(*a, **options))
+        rollout = collect(wrapped, trainer.model, make_batch(["a"], {}, copies=1), torch.Generator().manual_seed(0))
+        assert len(stand_in.asked("/v1/load_lora_adapter")) == 2 and rollout.foreign
+
+
+def train_with_a_slow_second_process(url: str, model: str, folder: str) -> int:
+    """Train and evaluate; the second process samples ahead only once it is about to have a new policy published."""
+    if os.environ["RANK"] == "1":
+        going_on, complete, start = threading.Event(), VLLMServer.complete, RolloutsAhead.start
+        going_on.set()
+
+        def late(self: VLLMServer, *args: Any, **options: Any) -> Any:
+            going_on.wait(60)
+            return complete(self, *args, **options)
+
+        def start_late(self: RolloutsAhead, *args: Any) -> None:
+            going_on.clear()
+            start(self, *args)
+
+        def noted(method: Any) -> Any:
+            return lambda self, *args, **options: (going_on.set(), method(self, *args, **options))[1]
+
+        VLLMServer.complete, RolloutsAhead.start = late, start_late
+        VLLMEngine.wait, VLLMEngine.use = noted(VLLMEngine.wait), noted(VLLMEngine.use)
+    rows = [{"prompt": text} for text in ("a", "b", "c", "d")]
+    settings = {
+        "vllm_url": url,
+        "vllm_retries": 0,
+        "total_episodes": 12,
+        "rollout_batch_size": 4,
+        "num_minibatches": 1,
+        "num_epochs": 1,
+        "max_new_tokens": 3,
+        "rollouts_ahead": 1,
+        "eval_every": 1,
+        "learning_rate": 1e-2,
+        "decode_batch_size": 1,
+        "max_sampler_gap": 50.0,
+    }
+    fixed = {"generation": "vllm", "quiet": True, "device": "cpu", "report": False}
+    args = RLHFConfig(output_dir=folder, **settings, **fixed)
+    trainer = PPOTrainer(model, lengths, args, rows, eval_dataset=rows[:2], peft_config=lora())
+    trainer.train()
+    return trainer.iteration
+
+
+def lengths(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
+    return [float(len(set(text))) for text in completions]
+
+
+def test_an_evaluation_waits_for_what_other_processes_sample_ahead(served_model, tmp_path):
+    """It gives the server a new policy, and takes the one away with which the second process still samples."""
+    with standing_in(served_model) as stand_in:
+        done = in_processes(2, train_with_a_slow_second_process, stand_in.url, str(served_model), str(tmp_path / "run"))
+        assert done == [3, 3] and not stand_in.adapters
+        salts = [salt for salt, _ in itertools.groupby(x["cache_salt"] for x in stand_in.asked("/v1/completions"))]
+        assert len(salts) == len(set(salts))  # each policy has ended before the next one begins
 
 
 # What stops a run
