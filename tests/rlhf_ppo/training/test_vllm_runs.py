@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import itertools
 import json
@@ -135,7 +136,12 @@ def train_with_a_slow_second_process(url: str, model: str, folder: str) -> int:
             start(self, *args)
 
         def noted(method: Any) -> Any:
-            return lambda self, *args, **options: (going_on.set(), method(self, *args, **options))[1]
+            @functools.wraps(method)
+            def call(*args: Any, **options: Any) -> Any:
+                going_on.set()
+                return method(*args, **options)
+
+            return call
 
         VLLMServer.complete, RolloutsAhead.start = late, start_late
         VLLMEngine.wait, VLLMEngine.use = noted(VLLMEngine.wait), noted(VLLMEngine.use)
