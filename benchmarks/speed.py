@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from speed_workloads import WORKLOADS
+
 ROOT = Path(__file__).resolve().parents[1]
 PEER = ROOT / "build/peer"
 SIDES = {"peer": "TRL 1.12.0", "like": "like for like", "defaults": "defaults"}
@@ -31,7 +33,7 @@ def peer_python(python: str) -> str:
     if not (PEER / ".ready").exists():
         print(f"installing trl 1.12.0 into {PEER.relative_to(ROOT)}", file=sys.stderr)
         subprocess.run([python, "-m", "venv", PEER], check=True)
-        pins = ["torch==2.13.0", "transformers==5.23.0", "trl==1.12.0", "pandas"]
+        pins = ["torch==2.13.0", "transformers==5.23.0", "trl==1.12.0", "pandas", "peft==0.21.0"]
         subprocess.run(
             [interpreter, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *pins], check=True
         )
@@ -95,8 +97,8 @@ def table(results: dict[str, Any]) -> str:
                 f"{row['seconds']:.2f} ({row['fastest']:.2f} to {row['slowest']:.2f})",
                 f"{peer['seconds'] / row['seconds']:.2f}x",
                 f"{row['seconds'] / floor:.2f}",
-                f"{32 / row['seconds']:.1f}",
-                f"{32 * row['mean_tokens'] / row['seconds']:.0f}",
+                f"{WORKLOADS[workload].prompts / row['seconds']:.1f}",
+                f"{WORKLOADS[workload].prompts * row['mean_tokens'] / row['seconds']:.0f}",
                 f"{row['peak_above_static_mb']:.0f}",
                 f"{row['peak_above_static_mb'] / peer['peak_above_static_mb']:.2f}",
                 *(f"{row['phases'][phase]:.0%}" for phase in PHASES),
@@ -135,7 +137,7 @@ def draw(results: dict[str, Any], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workloads", nargs="+", default=["S", "M", "L", "V"], choices=["S", "M", "L", "V"])
+    parser.add_argument("--workloads", nargs="+", default=["S", "M", "L", "V", "R"], choices=["S", "M", "L", "V", "R"])
     parser.add_argument("--rounds", type=int, default=2, help="how often every side runs")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import tempfile
@@ -19,7 +20,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
-from speed_workloads import EOS, SHORTEST, WORKLOADS, Workload, make_models, make_prompts, make_tokenizer
+from speed_workloads import (
+    EOS,
+    SHORTEST,
+    WORKLOADS,
+    Workload,
+    make_models,
+    make_prompts,
+    make_tokenizer,
+    prompt_lengths,
+)
 
 
 def resident_bytes() -> int:
@@ -31,8 +41,22 @@ def resident_bytes() -> int:
 def static_bytes(*models: torch.nn.Module, trained: tuple[torch.nn.Module, ...]) -> int:
     """Count bytes of all models' weights, and of gradients and both moments of the trained ones."""
     parameters = {id(p): p for model in models for p in model.parameters()}
-    moving = {id(p) for model in trained for p in model.parameters()}
+    moving = {id(p) for model in trained for p in model.parameters() if p.requires_grad}
     return sum(p.nbytes * (4 if i in moving else 1) for i, p in parameters.items())
+
+
+def ends(work: Workload) -> bool:
+    """Return whether responses may end before the limit."""
+    return work.spread or work.mean_tokens is not None
+
+
+def adapter(work: Workload) -> Any:
+    """Return the settings of the workload's adapter; None: all weights are trained."""
+    if work.lora_rank is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(r=work.lora_rank, lora_alpha=work.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def trainer_for(
@@ -45,7 +69,8 @@ def trainer_for(
     models, tokenizer = make_models(work), make_tokenizer(work)
     trainer = PPOTrainer(
         model=models["policy"],
-        ref_model=models["reference"],
+        ref_model=models["reference"] if work.lora_rank is None else None,
+        peft_config=adapter(work),
         value_model=models["value"] if separate_critic else None,
         reward_funcs=RewardModel(models["reward"], tokenizer),
         processing_class=tokenizer,
@@ -55,7 +80,7 @@ def trainer_for(
             total_episodes=work.prompts * (work.warmup + work.iterations),
             rollout_batch_size=work.prompts,
             max_new_tokens=work.new_tokens,
-            stop_token_ids=(EOS,) if work.spread else (),
+            stop_token_ids=(EOS,) if ends(work) else (),
             num_epochs=work.epochs,
             num_minibatches=work.minibatches,
             learning_rate=1e-6,
@@ -65,7 +90,8 @@ def trainer_for(
         ),
         **arguments,
     )
-    return trainer, static_bytes(trainer.model, trainer.reference.model, models["reward"], trained=(trainer.model,))
+    frozen = [models["reward"]] if work.lora_rank is not None else [models["reward"], trainer.reference.model]
+    return trainer, static_bytes(trainer.model, *frozen, trained=(trainer.model,))
 
 
 def run_ours(work: Workload, *, separate_critic: bool, precision: str, device: str) -> dict:
@@ -85,8 +111,8 @@ def run_ours(work: Workload, *, separate_critic: bool, precision: str, device: s
             work, folder, separate_critic=separate_critic, precision=precision, device=device, callbacks=[record]
         )
         times.append((time.perf_counter(), {}))
-        # What is loaded again of V's policy is a plain GPT-2, and the run says so at its end.
-        with suppress(SavedModelError) if work.spread else nullcontext():
+        # What is loaded again of V's and R's policies is a plain model, and the run says so at its end.
+        with suppress(SavedModelError) if ends(work) else nullcontext():
             trainer.train()
     return report(work, times, imports, static, lengths)
 
@@ -117,7 +143,7 @@ def run_peer(work: Workload, device: str) -> dict:
             return generate(*args, **kwargs)
 
     def timed_forward(model, *args, **kwargs):
-        if model is not models["reference"]:
+        if torch.is_grad_enabled():
             return forward(model, *args, **kwargs)
         with phase("reference"):
             return forward(model, *args, **kwargs)
@@ -156,7 +182,7 @@ def run_peer(work: Workload, device: str) -> dict:
                 num_mini_batches=work.minibatches,
                 num_ppo_epochs=work.epochs,
                 response_length=work.new_tokens,
-                stop_token="eos" if work.spread else None,
+                stop_token="eos" if ends(work) else None,
                 temperature=1.0,
                 learning_rate=1e-6,
                 num_sample_generations=0,
@@ -170,15 +196,16 @@ def run_peer(work: Workload, device: str) -> dict:
             ),
             processing_class=tokenizer,
             model=models["policy"],
-            ref_model=models["reference"],
+            ref_model=models["reference"] if work.lora_rank is None else None,
+            peft_config=adapter(work),
             reward_model=models["reward"],
             value_model=models["value"],
             train_dataset=Dataset.from_list(rows),
             eval_dataset=Dataset.from_list(rows),
             callbacks=[Record()],
         )
-        trained = (models["policy"], models["value"])
-        static = static_bytes(*models.values(), trained=trained)
+        kept = [model for name, model in models.items() if name != "reference" or work.lora_rank is None]
+        static = static_bytes(trainer.policy_model, *kept, trained=(trainer.policy_model, models["value"]))
         trainer.train()
     return report(work, times, imports, static, lengths or [work.new_tokens] * (work.warmup + work.iterations))
 
@@ -212,19 +239,32 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def response_lengths(work: Workload) -> torch.Tensor:
+    """Return the lengths that a workload's responses have on average."""
+    if work.mean_tokens is None:
+        shortest = SHORTEST if work.spread else work.new_tokens
+        return torch.linspace(shortest, work.new_tokens, work.prompts).round().long()
+    shares = (torch.arange(work.prompts) + 0.5) / work.prompts
+    lengths = torch.log1p(-shares) / math.log1p(-1 / work.mean_tokens)
+    return lengths.ceil().long().clamp(1, work.new_tokens)
+
+
 def run_floor(work: Workload) -> dict:
     """Time the iteration's dense matrix products alone: weights times activations, nothing else.
 
     Every product uses the fastest layout in use and preallocated memory. Attention's own
-    products are left out. bf16 where the defaults use it.
+    products and an adapter's are left out; frozen weights have no gradient. bf16 where the defaults use it.
     """
     from rlhf_ppo.runtime.device import cpu_multiplies_bf16
 
     d, vocabulary = work.width, work.vocabulary
     trunk = [(d, 3 * d), (d, d), (d, 4 * d), (4 * d, d)]
-    shortest = SHORTEST if work.spread else work.new_tokens
-    lengths = torch.linspace(shortest, work.new_tokens, work.prompts).round().long()
-    responses, tokens = int(lengths.sum()), int((lengths + work.prompt_tokens - 1).sum())
+    if work.llama is not None:
+        heads, key_value_heads, gated = work.llama
+        trunk = [(d, d), *[(d, d // heads * key_value_heads)] * 2, (d, d), *[(d, gated)] * 2, (gated, d)]
+    lengths, prompts = response_lengths(work), torch.tensor(prompt_lengths(work))
+    responses, tokens = int(lengths.sum()), int((lengths + prompts - 1).sum())
+    adapts = work.lora_rank is not None
     buffers: dict[tuple, torch.Tensor] = {}
 
     def seconds(rows: int, inner: int, columns: int, dtype: torch.dtype) -> float:
@@ -244,8 +284,9 @@ def run_floor(work: Workload) -> dict:
             return work.layers * sum(seconds(rows, i, o, dtype) for i, o in trunk)
 
         @cache
-        def backward(rows: int) -> float:
-            return work.layers * sum(seconds(rows, o, i, dtype) + seconds(i, rows, o, dtype) for i, o in trunk)
+        def backward(rows: int, *, frozen: bool) -> float:
+            inputs = work.layers * sum(seconds(rows, o, i, dtype) for i, o in trunk)
+            return inputs + (0.0 if frozen else work.layers * sum(seconds(i, rows, o, dtype) for i, o in trunk))
 
         @cache
         def head(rows: int) -> float:  # the vocabulary as rows: up to twice as fast as columns
@@ -253,18 +294,18 @@ def run_floor(work: Workload) -> dict:
 
         @cache
         def head_backward(rows: int) -> float:
-            return seconds(rows, vocabulary, d, dtype) + seconds(vocabulary, rows, d, dtype)
+            return seconds(rows, vocabulary, d, dtype) + (0.0 if adapts else seconds(vocabulary, rows, d, dtype))
 
         alive = [int((lengths > t).sum()) for t in range(work.new_tokens)]
-        decode = forward(work.prompts * work.prompt_tokens) + head(alive[0])
-        decode += sum(forward(rows) + head(rows) for rows in alive[1:])
+        decode = forward(int(prompts.sum())) + head(alive[0])
+        decode += sum(forward(rows) + head(rows) for rows in alive[1:] if rows)
         read = forward(tokens) + head(responses // 4) * 4  # the reference
         score = forward(tokens + work.prompts)
         part, part_responses = tokens // work.minibatches, responses // work.minibatches
-        update = forward(part) + backward(part) + head(part_responses) + head_backward(part_responses)
+        update = forward(part) + backward(part, frozen=adapts) + head(part_responses) + head_backward(part_responses)
         if separate_critic:
             read += forward(tokens)
-            update += forward(part) + backward(part)
+            update += forward(part) + backward(part, frozen=False)
         return decode + read + score + work.epochs * work.minibatches * update
 
     result = {

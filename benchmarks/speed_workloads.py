@@ -6,12 +6,21 @@ from dataclasses import dataclass
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """PPO iterations, by default of 32 prompts of 16 tokens, 4 epochs of 4 minibatches; GPT-2 with random weights."""
+    """PPO iterations, by default of 32 prompts of 16 tokens, 4 epochs of 4 minibatches; random weights."""
 
     layers: int
     width: int
@@ -27,6 +36,14 @@ class Workload:
     prompt_tokens: int = 16
     epochs: int = 4
     minibatches: int = 4
+    longest_prompt: int | None = None
+    """Prompts have ``prompt_tokens`` to this many tokens, spread evenly; None: all the same."""
+    mean_tokens: int | None = None
+    """Every token ends a response with probability 1 / this."""
+    llama: tuple[int, int, int] | None = None
+    """A Llama instead of a GPT-2: (heads, key-value heads, columns of the gated layer)."""
+    lora_rank: int | None = None
+    """Train an adapter of this rank on all linear layers; None: all weights."""
 
     @property
     def heads(self) -> int:
@@ -41,15 +58,64 @@ WORKLOADS = {
     "V": Workload(layers=6, width=384, vocabulary=50257, iterations=2, new_tokens=128, spread=True),
     # For one GPU (gpu_kit.py): GPT-2 124M, and one that only checks the code.
     "G": Workload(12, 768, 50257, iterations=2, warmup=2, new_tokens=128, prompts=64, prompt_tokens=64),
+    # The shape of SmolLM2-135M, with an adapter, prompts of 64 to 256 tokens and up to 256 new ones.
+    "R": Workload(
+        layers=30,
+        width=576,
+        vocabulary=49152,
+        iterations=1,
+        warmup=0,
+        new_tokens=256,
+        prompts=16,
+        prompt_tokens=64,
+        epochs=2,
+        minibatches=2,
+        longest_prompt=256,
+        mean_tokens=128,
+        llama=(9, 3, 1536),
+        lora_rank=16,
+    ),
     "tiny": Workload(layers=2, width=16, vocabulary=64, iterations=1, new_tokens=6, prompts=4, prompt_tokens=4),
+    "tiny-R": Workload(
+        layers=2,
+        width=16,
+        vocabulary=64,
+        iterations=1,
+        warmup=0,
+        new_tokens=6,
+        prompts=4,
+        prompt_tokens=4,
+        epochs=2,
+        minibatches=2,
+        longest_prompt=8,
+        mean_tokens=4,
+        llama=(2, 1, 32),
+        lora_rank=2,
+    ),
 }
 
 EOS, PAD = 0, 1
 SHORTEST = 4
 
 
-def config(work: Workload) -> GPT2Config:
+def config(work: Workload) -> PretrainedConfig:
     """Return the config of policy, critic, reward model and reference."""
+    if work.llama is not None:
+        heads, key_value_heads, gated = work.llama
+        return LlamaConfig(
+            vocab_size=work.vocabulary,
+            hidden_size=work.width,
+            intermediate_size=gated,
+            num_hidden_layers=work.layers,
+            num_attention_heads=heads,
+            num_key_value_heads=key_value_heads,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            bos_token_id=EOS,
+            eos_token_id=EOS,
+            pad_token_id=PAD,
+            num_labels=1,
+        )
     return GPT2Config(
         vocab_size=work.vocabulary,
         n_positions=256,
@@ -91,21 +157,37 @@ class SpreadLengths(GPT2LMHeadModel):
         return output
 
 
+class RandomLengths(LlamaForCausalLM):
+    """A policy that ends a response at each token with about the same probability."""
+
+    mean_tokens = 128
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        # Random weights give all tokens about the same logit, so the odds of one against the rest are about 1/V.
+        output.logits[..., EOS] += torch.log(torch.tensor(self.config.vocab_size / (self.mean_tokens - 1)))
+        return output
+
+
 def make_models(work: Workload) -> dict[str, torch.nn.Module]:
     """Build policy, equal reference, value and reward (classifiers), always from the same seeds."""
+    classifier = GPT2ForSequenceClassification if work.llama is None else LlamaForSequenceClassification
 
-    def make(kind, seed):
-        torch.manual_seed(seed)
-        if kind is GPT2LMHeadModel and work.spread:
+    def policy() -> torch.nn.Module:
+        torch.manual_seed(0)
+        if work.spread:
             return SpreadLengths(config(work), first=work.prompt_tokens, limit=work.new_tokens)
-        return kind(config(work))
+        if work.mean_tokens is not None:
+            model = RandomLengths(config(work))
+            model.mean_tokens = work.mean_tokens
+            return model
+        return GPT2LMHeadModel(config(work))
 
-    return {
-        "policy": make(GPT2LMHeadModel, 0),
-        "reference": make(GPT2LMHeadModel, 0),
-        "value": make(GPT2ForSequenceClassification, 1),
-        "reward": make(GPT2ForSequenceClassification, 2),
-    }
+    def scalar(seed: int) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        return classifier(config(work))
+
+    return {"policy": policy(), "reference": policy(), "value": scalar(1), "reward": scalar(2)}
 
 
 def make_tokenizer(work: Workload) -> PreTrainedTokenizerFast:
@@ -119,9 +201,15 @@ def make_tokenizer(work: Workload) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=f"<{EOS}>", pad_token=f"<{PAD}>")
 
 
+def prompt_lengths(work: Workload) -> list[int]:
+    """Return the number of tokens of each prompt."""
+    longest = work.longest_prompt or work.prompt_tokens
+    return torch.linspace(work.prompt_tokens, longest, work.prompts).round().long().tolist()
+
+
 def make_prompts(work: Workload) -> list[str]:
-    """Sample random prompts of equal length, without end of text and padding."""
+    """Sample random prompts, without end of text and padding."""
     generator = torch.Generator().manual_seed(3)
-    size = (work.prompts, work.prompt_tokens)
-    ids = torch.randint(2, work.vocabulary, size, generator=generator)
-    return ["".join(f"<{i}>" for i in row) for row in ids.tolist()]
+    lengths = prompt_lengths(work)
+    ids = torch.randint(2, work.vocabulary, (work.prompts, max(lengths)), generator=generator)
+    return ["".join(f"<{i}>" for i in row[:n]) for row, n in zip(ids.tolist(), lengths, strict=True)]
