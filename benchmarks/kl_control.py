@@ -16,7 +16,7 @@ from typing import Any
 from critic_tasks import make_trainer, missing
 from reproduction import Band, arguments, draw, over_seeds
 
-TARGET, EPISODES, WINDOW = 6.0, 2048, 4
+TARGET, EPISODES, WINDOW = 6.0, 3072, 4
 HELD = Band("kl_last_quarter", 0.8 * TARGET, 1.2 * TARGET)
 RISE = Band("score_rise", 0.5, 5.0)
 
@@ -28,10 +28,11 @@ def run(seed: int, folder: str) -> dict[str, Any]:
         seed,
         folder,
         EPISODES,
-        kl_coef=0.15,
+        kl_coef=0.5,
         kl_target=TARGET,
-        kl_horizon=200.0,
-        learning_rate=2e-5,
+        kl_horizon=600.0,
+        learning_rate=1e-5,
+        rollout_batch_size=64,
         lr_scheduler_type="constant",
     )
     trainer.train()

@@ -160,7 +160,7 @@ def make_model(folder: Path, steps: int) -> str:
         return str(path)
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "vocab_size": len(tokenizer)}
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 512, "vocab_size": len(tokenizer)}
     drops = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     model = GPT2LMHeadModel(GPT2Config(**sizes, **drops, bos_token_id=0, eos_token_id=0))
     # As `rlhf-ppo sft` encodes them: prompts are masked from the loss.
