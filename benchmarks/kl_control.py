@@ -1,6 +1,6 @@
 """Sentiment control of a pretrained model, with the adaptive controller holding 6 nats (lm-human-preferences).
 
-Run:  python benchmarks/kl_control.py --picture docs/images/kl-control.png        (five CPU minutes a seed)
+Run:  python benchmarks/kl_control.py --picture docs/images/kl-control.png        (three CPU minutes a seed)
 A Llama of 15 million parameters that writes children's stories is rewarded by a sentiment classifier's logit. The
 controller of Ziegler et al., "Fine-Tuning Language Models from Human Preferences" (2019), moves the KL coefficient so
 that the policy stays 6 nats per response from its start. The models are read from the folder that RLHF_PPO_DATA names.

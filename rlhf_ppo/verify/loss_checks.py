@@ -179,7 +179,18 @@ def _gradient(subject: _Subject) -> Finding:
 
 def _policy_gradient(subject: _Subject) -> Finding:
     """At ratio 1 the gradient of each action is -A times a positive number that its sequence shares."""
-    batch = subject.batch._replace(logprobs=subject.batch.old_logprobs)
+    per_token = _at_ratio_one(subject, subject.batch.advantages)
+    gradient = subject.answer(subject.batch._replace(logprobs=subject.batch.old_logprobs)).gradient
+    shared = torch.where(subject.mask, gradient[:, :1], 0.0)
+    if per_token.passed or not _close(_difference(shared, gradient)):
+        return per_token
+    # A loss of whole sequences (GSPO), whose tokens share one gradient, knows one advantage for each.
+    per_sequence = _at_ratio_one(subject, subject.batch.advantages[:, :1].expand_as(subject.mask))
+    return per_sequence._replace(said=f"{per_sequence.said}, with one advantage per sequence")
+
+
+def _at_ratio_one(subject: _Subject, advantages: Tensor) -> Finding:
+    batch = subject.batch._replace(logprobs=subject.batch.old_logprobs, advantages=advantages)
     gradient = subject.answer(batch).gradient
     target = torch.where(batch.mask, -batch.advantages, 0.0)
     scale = (gradient * target).sum(dim=1, keepdim=True) / target.square().sum(dim=1, keepdim=True)

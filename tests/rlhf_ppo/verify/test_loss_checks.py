@@ -208,3 +208,19 @@ def test_torch_alone_is_loaded():
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(answer.stdout.split())
     assert "torch" in loaded and not loaded & {"transformers", "datasets", "accelerate", "peft", "pydantic", "tyro"}
+
+
+def test_a_loss_of_whole_sequences_passes():
+    """GSPO: the ratio of a sequence is the geometric mean of its tokens', and its advantage is one number."""
+
+    def gspo(logprobs, old_logprobs, advantages, mask, denominator):
+        new, old, one = (torch.where(mask, x, 0.0) for x in (logprobs, old_logprobs, advantages))
+        lengths = mask.sum(dim=1).clamp(min=1)
+        ratio = ((new - old).sum(dim=1) / lengths).clamp(max=20.0).exp()
+        advantage = one.sum(dim=1) / lengths
+        losses = torch.max(-ratio * advantage, -ratio.clamp(0.8, 1.2) * advantage)
+        return torch.where(mask.any(dim=1), losses, 0.0).sum() / denominator
+
+    report = check_loss(gspo)
+    assert "policy_gradient" not in report.failures, str(report)
+    assert "one advantage per sequence" in report["policy_gradient"].said
