@@ -262,7 +262,7 @@ def test_bad_prompt_and_completion_settings_are_named(quick, data, tokenizer):
     args = quick(dataset=data, model="m", prompt_column="prompt", completion_column="completion")
     with pytest.raises(ValueError, match="row 0, completion: the answer is empty"):
         read_examples(rows, args)
-    chat = [Example("", "a", "row 0"), ([{"role": "user", "content": "hi"}], "yo", "row 1")]
+    chat = [Example("", "a", "row 0"), Example([{"role": "user", "content": "hi"}], "yo", "row 1")]
     with pytest.raises(ValueError, match="row 1: the prompt is a chat, but the tokenizer has no chat template"):
         encode_examples(chat, tokenizer, 64, "train", vocab_size=30)
 
