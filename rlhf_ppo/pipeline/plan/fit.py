@@ -105,7 +105,13 @@ def growth(found: Plan) -> dict[str, tuple[int, int, str] | None]:
     lengths = found.setup.response_tokens
 
     def responses(factor: int) -> Plan:
-        return replan(found, rollout_batch_size=factor * found.args.rollout_batch_size)
+        size, horizon = factor * found.args.rollout_batch_size, found.args.kl_horizon
+        # A controller's horizon grows along: it must be at least a rollout.
+        return replan(
+            found,
+            rollout_batch_size=size,
+            kl_horizon=horizon if found.args.kl_target is None else max(horizon, float(size)),
+        )
 
     def tokens(factor: int) -> Plan:
         longer = replan(found, max_new_tokens=factor * found.args.max_new_tokens, response_tokens=None)

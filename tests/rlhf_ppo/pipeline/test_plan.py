@@ -176,3 +176,8 @@ def test_how_far_a_run_may_grow_is_where_the_next_double_breaks(capsys):
     assert f"fits with up to {fits:,} responses a rollout; at {breaks:,}, {phase} breaks" in text(found)
     tokens = limits["response_tokens"][0]
     assert replan(found, max_new_tokens=tokens).fits and "tokens a response, if the model reads as many" in text(found)
+
+
+def test_a_controllers_horizon_grows_along():
+    limits = growth(plan_for("Qwen/Qwen2.5-0.5B", kl_target=10.0, kl_horizon=40.0))
+    assert limits["rollout_batch_size"] == growth(plan_for("Qwen/Qwen2.5-0.5B"))["rollout_batch_size"]
