@@ -179,5 +179,5 @@ def test_how_far_a_run_may_grow_is_where_the_next_double_breaks(capsys):
 
 
 def test_a_controllers_horizon_grows_along():
-    limits = growth(plan_for("Qwen/Qwen2.5-0.5B", kl_target=10.0, kl_horizon=40.0))
+    limits = growth(plan_for("Qwen/Qwen2.5-0.5B", kl_target=10.0, kl_horizon=200.0))
     assert limits["rollout_batch_size"] == growth(plan_for("Qwen/Qwen2.5-0.5B"))["rollout_batch_size"]
