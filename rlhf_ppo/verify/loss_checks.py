@@ -3,68 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from rlhf_ppo.verify.held_gradients import Held
+from rlhf_ppo.verify.loss_subject import Batch, Loss, LossSubject
 from rlhf_ppo.verify.report import Check, Finding, Report, run_check
-
-Loss = Callable[..., Tensor]
-"""``fn(logprobs, old_logprobs, advantages, mask, denominator) -> scalar``: [B, T] each, mask bool, denominator []."""
 
 TOLERANCE = 1e-6
 """Relative, in float64."""
-
-
-class _Batch(NamedTuple):
-    """The arguments of a loss but for the denominator, [B, T] each."""
-
-    logprobs: Tensor
-    old_logprobs: Tensor
-    advantages: Tensor
-    mask: Tensor
-
-    def rows(self, rows: Sequence[int]) -> _Batch:
-        return _Batch(*(x[list(rows)] for x in self))
-
-
-class _Answer(NamedTuple):
-    """A loss [] and its gradient [B, T] with respect to the log-probs."""
-
-    loss: Tensor
-    gradient: Tensor
-
-
-class _Subject:
-    """A loss function and the batch on which it is checked."""
-
-    def __init__(self, fn: Loss, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        lengths, width = torch.tensor([9, 2, 5, 7, 1, 4]), 9
-
-        def normal() -> Tensor:
-            return torch.randn(len(lengths), width, generator=generator, dtype=torch.float64)
-
-        self.fn = fn
-        self.mask = torch.arange(width) < lengths[:, None]
-        old = -1.5 - normal().abs()
-        # Ratios from about 0.5 to 1.8, so that some are clipped on either side.
-        self.batch = _Batch(old + 0.3 * normal(), old, normal(), self.mask)
-        self.tokens, self.sequences = self.mask.sum(), self.mask.any(dim=1).sum()
-
-    def answer(self, batch: _Batch, denominator: Tensor | None = None) -> _Answer:
-        """Compute loss and gradient of a batch; by default divided by its number of tokens."""
-        logprobs = batch.logprobs.detach().clone().requires_grad_()
-        _, *others = (x.clone() for x in batch)  # a loss may change them in place
-        loss = self.fn(logprobs, *others, batch.mask.sum() if denominator is None else denominator)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"the loss must be one number as a tensor, got {shape}")
-        (gradient,) = torch.autograd.grad(loss.sum(), logprobs, allow_unused=True)
-        return _Answer(loss.detach(), torch.zeros_like(logprobs) if gradient is None else gradient)
 
 
 def check_loss(fn: Loss, *, seed: int = 0) -> Report:
@@ -78,7 +27,7 @@ def check_loss(fn: Loss, *, seed: int = 0) -> Report:
     Returns:
         A report with ``passed``, and the names of checks in ``failures`` and ``warnings``; printed, it explains them.
     """
-    subject = _Subject(fn, seed)
+    subject = LossSubject(fn, seed)
     name = getattr(fn, "__name__", type(fn).__name__)
     return Report(f"the loss {name}", tuple(run_check(check, subject) for check in CHECKS))
 
@@ -96,7 +45,7 @@ def _close(difference: float) -> bool:
 # Splits
 
 
-def _split_invariance(subject: _Subject) -> Finding:
+def _split_invariance(subject: LossSubject) -> Finding:
     batch = subject.batch
     best, found = math.inf, ""
     for words, denominator in (("tokens", subject.tokens), ("sequences", subject.sequences)):
@@ -110,7 +59,7 @@ def _split_invariance(subject: _Subject) -> Finding:
     return Finding(_close(best), f"{said}, dividing by {found}", {"difference": best})
 
 
-def _denominator(subject: _Subject) -> Finding:
+def _denominator(subject: LossSubject) -> Finding:
     once, twice = (subject.answer(subject.batch, n * subject.tokens).gradient for n in (1, 2))
     scale = float((once * twice).sum() / (once * once).sum().clamp(min=1e-300))
     said = f"twice the denominator multiplies the gradient by {scale:.3g}, where 0.5 is right"
@@ -120,11 +69,11 @@ def _denominator(subject: _Subject) -> Finding:
 # Masks
 
 
-def _masked(subject: _Subject, fillers: Sequence[float]) -> Finding:
+def _masked(subject: LossSubject, fillers: Sequence[float]) -> Finding:
     clean, worst, leaks = subject.answer(subject.batch), 0.0, 0
     for filler in fillers:
         logprobs, old, advantages = (torch.where(subject.mask, x, filler) for x in subject.batch[:3])
-        loss, gradient = subject.answer(_Batch(logprobs, old, advantages, subject.mask))
+        loss, gradient = subject.answer(Batch(logprobs, old, advantages, subject.mask))
         worst = max(worst, _difference(clean.gradient, gradient), _difference(clean.loss, loss))
         leaks = max(leaks, int((gradient[~subject.mask] != 0).sum()), int((~gradient[subject.mask].isfinite()).sum()))
     where = ", ".join(f"{filler:g}" for filler in fillers)
@@ -133,15 +82,15 @@ def _masked(subject: _Subject, fillers: Sequence[float]) -> Finding:
     return Finding(_close(worst) and not leaks, said, {"difference": worst, "wrong_gradients": leaks})
 
 
-def _mask(subject: _Subject) -> Finding:
+def _mask(subject: LossSubject) -> Finding:
     return _masked(subject, (0.0, -30.0, 5.0))
 
 
-def _mask_poison(subject: _Subject) -> Finding:
+def _mask_poison(subject: LossSubject) -> Finding:
     return _masked(subject, (math.nan, math.inf, -math.inf))
 
 
-def _empty_mask(subject: _Subject) -> Finding:
+def _empty_mask(subject: LossSubject) -> Finding:
     empty = torch.zeros_like(subject.mask)
     loss, gradient = subject.answer(subject.batch._replace(mask=empty), subject.tokens)
     alive = int((gradient != 0).sum())
@@ -152,7 +101,7 @@ def _empty_mask(subject: _Subject) -> Finding:
 # Gradients
 
 
-def _gradient(subject: _Subject) -> Finding:
+def _gradient(subject: LossSubject) -> Finding:
     batch, step = subject.batch, 1e-6
     gradient, frozen = subject.answer(batch).gradient, Held()
 
@@ -177,7 +126,7 @@ def _gradient(subject: _Subject) -> Finding:
     return Finding(difference <= 1e-4, said, {"difference": difference})
 
 
-def _policy_gradient(subject: _Subject) -> Finding:
+def _policy_gradient(subject: LossSubject) -> Finding:
     """At ratio 1 the gradient of each action is -A times a positive number that its sequence shares."""
     per_token = _at_ratio_one(subject, subject.batch.advantages)
     gradient = subject.answer(subject.batch._replace(logprobs=subject.batch.old_logprobs)).gradient
@@ -189,7 +138,7 @@ def _policy_gradient(subject: _Subject) -> Finding:
     return per_sequence._replace(said=f"{per_sequence.said}, with one advantage per sequence")
 
 
-def _at_ratio_one(subject: _Subject, advantages: Tensor) -> Finding:
+def _at_ratio_one(subject: LossSubject, advantages: Tensor) -> Finding:
     batch = subject.batch._replace(logprobs=subject.batch.old_logprobs, advantages=advantages)
     gradient = subject.answer(batch).gradient
     target = torch.where(batch.mask, -batch.advantages, 0.0)
@@ -200,7 +149,7 @@ def _at_ratio_one(subject: _Subject, advantages: Tensor) -> Finding:
     return Finding(right, f"{said}, up to {difference:.1e} of its norm", {"difference": difference})
 
 
-def _clip_side(subject: _Subject) -> Finding:
+def _clip_side(subject: LossSubject) -> Finding:
     """An action that has moved the wrong way must be able to come back."""
     dead = []
     for sign, ratio, words in (
@@ -208,7 +157,7 @@ def _clip_side(subject: _Subject) -> Finding:
         (-1.0, 2.0, "a bad action that became likelier (A < 0, r = 2)"),
     ):
         old = subject.batch.old_logprobs
-        batch = _Batch(old + math.log(ratio), old, torch.full_like(old, sign), subject.mask)
+        batch = Batch(old + math.log(ratio), old, torch.full_like(old, sign), subject.mask)
         gradient = subject.answer(batch).gradient[subject.mask]
         if not bool((gradient * -sign > 0).all()):
             dead.append(words)
@@ -216,12 +165,12 @@ def _clip_side(subject: _Subject) -> Finding:
     return Finding(not dead, said, {"dead_sides": len(dead)})
 
 
-def _overflow(subject: _Subject) -> Finding:
+def _overflow(subject: LossSubject) -> Finding:
     old = subject.batch.old_logprobs.float()
     bad = 0
     for drift in (100.0, -100.0):
         for sign in (1.0, -1.0):
-            batch = _Batch(old + drift, old, torch.full_like(old, sign), subject.mask)
+            batch = Batch(old + drift, old, torch.full_like(old, sign), subject.mask)
             loss, gradient = subject.answer(batch)
             bad += not (bool(loss.isfinite()) and bool(gradient.isfinite().all()))
     said = f"{bad} of 4 losses or gradients are non-finite where the policy has drifted by 100 nats, in float32"
@@ -229,8 +178,8 @@ def _overflow(subject: _Subject) -> Finding:
     return Finding(True, said, {"nonfinite": bad}, warning=bad > 0)
 
 
-def _inputs(subject: _Subject) -> Finding:
-    batch = _Batch(*(x.clone() for x in subject.batch))
+def _inputs(subject: LossSubject) -> Finding:
+    batch = Batch(*(x.clone() for x in subject.batch))
     subject.fn(batch.logprobs.requires_grad_(), *batch[1:], subject.tokens)
     changed = [n for n, x in subject.batch._asdict().items() if not torch.equal(x, getattr(batch, n).detach())]
     return Finding(not changed, f"changed in place: {', '.join(changed)}" if changed else "no argument is changed")
