@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from classic_speed import peer_python
+from classic_speed import sb3_python
 
 import classic
 from classic.compare import RESULT, Variant, compare, draw_learning_curve
@@ -71,7 +71,7 @@ def sb3_return(env_id: str, seed: int, episodes: int, result: Path) -> float:
     if not result.exists():
         result.parent.mkdir(parents=True, exist_ok=True)
         worker = Path(__file__).with_name("sb3_returns.py")
-        command = [peer_python(), worker, env_id, str(seed), str(episodes), result]
+        command = [sb3_python(), worker, env_id, str(seed), str(episodes), result]
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""})
     return json.loads(result.read_text(encoding="utf-8"))["mean_return"]
 

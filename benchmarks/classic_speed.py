@@ -19,24 +19,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from peers import peer_python
+
 ROOT = Path(__file__).resolve().parents[1]
-PEER = ROOT / "build/sb3"
 TASKS = ("CartPole-v1", "Pendulum-v1", "LunarLander-v3")
 CHEETAH = "HalfCheetah-v5"
 
 
-def peer_python() -> str:
+def sb3_python() -> str:
     """Return the interpreter of Stable-Baselines3's environment, created on first use."""
-    interpreter = PEER / "bin/python"
-    if not (PEER / ".ready").exists():
-        print(f"installing stable-baselines3 2.9.2 into {PEER.relative_to(ROOT)}", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", PEER], check=True)
-        pins = ["torch==2.13.0", "stable-baselines3==2.9.2", "gymnasium[box2d,mujoco]==1.4.0"]
-        subprocess.run(
-            [interpreter, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *pins], check=True
-        )
-        (PEER / ".ready").touch()
-    return str(interpreter)
+    pins = ("torch==2.13.0", "stable-baselines3==2.9.2", "gymnasium[box2d,mujoco]==1.4.0")
+    return str(peer_python("sb3", *pins))
 
 
 def run(python: str, side: str, task: str, seed: int) -> dict[str, Any]:
@@ -103,7 +96,7 @@ def main() -> None:
     parser.add_argument("--sb3-python", default=None, help="interpreter with stable-baselines3; default: build/sb3")
     parser.add_argument("--json", type=Path, default=None, help="also write every run here")
     flags = parser.parse_args()
-    peer = flags.sb3_python or peer_python()
+    peer = flags.sb3_python or sb3_python()
     everything: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for task in flags.tasks:
         sides: dict[str, list[dict[str, Any]]] = {"ours": [], "sb3": []}

@@ -24,6 +24,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from peers import peer_python
 from torch import Tensor
 
 from rlhf_ppo.core import (
@@ -45,22 +46,9 @@ from rlhf_ppo.core import (
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / "build/oracles"
 RESULTS = ROOT / "benchmarks/results/oracles.json"
-PINS = ["torch==2.13.0", "trl==1.12.0", "stable-baselines3==2.9.2", "pandas"]
+PINS = ("torch==2.13.0", "trl==1.12.0", "stable-baselines3==2.9.2", "pandas")
 OLD_TRL = "trl==0.11.4"
 """The last series with the adaptive KL controller."""
-
-
-def peers_python() -> str:
-    """Return the interpreter of the peers' environment, created on first use."""
-    interpreter = PEERS / "bin/python"
-    if not (PEERS / ".ready").exists():
-        print(f"installing {', '.join(PINS)} into {PEERS.relative_to(ROOT)}", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", PEERS], check=True)
-        install = [interpreter, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*install, *PINS], check=True)
-        subprocess.run([*install, "--no-deps", "--target", PEERS / "old", OLD_TRL], check=True)
-        (PEERS / ".ready").touch()
-    return str(interpreter)
 
 
 class Table:
@@ -557,7 +545,9 @@ def main() -> int:
     """Compare with all peers, print and write the table."""
     if find_spec("trl") is None or find_spec("stable_baselines3") is None:
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        return subprocess.run([peers_python(), str(Path(__file__).resolve())], env=environment, check=False).returncode
+        return subprocess.run(
+            [peer_python("oracles", *PINS, beside=OLD_TRL), str(Path(__file__).resolve())], env=environment, check=False
+        ).returncode
     table = Table()
     compare_sb3(table)
     compare_trl(table)

@@ -19,26 +19,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from peers import peer_python
 from speed_workloads import WORKLOADS
 
 ROOT = Path(__file__).resolve().parents[1]
-PEER = ROOT / "build/peer"
+PINS = ("torch==2.13.0", "transformers==5.23.0", "trl==1.12.0", "pandas", "peft==0.21.0")
 SIDES = {"peer": "TRL 1.12.0", "like": "like for like", "defaults": "defaults"}
 PHASES = ("generate", "reference", "score", "update")
-
-
-def peer_python(python: str) -> str:
-    """Return the interpreter of TRL's environment, created on first use."""
-    interpreter = PEER / "bin/python"
-    if not (PEER / ".ready").exists():
-        print(f"installing trl 1.12.0 into {PEER.relative_to(ROOT)}", file=sys.stderr)
-        subprocess.run([python, "-m", "venv", PEER], check=True)
-        pins = ["torch==2.13.0", "transformers==5.23.0", "trl==1.12.0", "pandas", "peft==0.21.0"]
-        subprocess.run(
-            [interpreter, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *pins], check=True
-        )
-        (PEER / ".ready").touch()
-    return str(interpreter)
 
 
 def run(python: str, side: str, workload: str, threads: int) -> dict[str, Any]:
@@ -146,7 +133,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None, help="also write the numbers here")
     parser.add_argument("--picture", type=Path, default=None, help="also plot them here")
     flags = parser.parse_args()
-    peer = flags.peer_python or peer_python(sys.executable)
+    peer = flags.peer_python or str(peer_python("peer", *PINS))
     results = measure(flags.workloads, flags.rounds, flags.threads, peer)
     print(table(results))
     if flags.json is not None:
