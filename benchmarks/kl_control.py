@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from critic_tasks import make_trainer, missing
-from reproduction import Band, arguments, draw, over_seeds
+from reproduction import Band, draw, reproduce
 
 TARGET, EPISODES, WINDOW = 6.0, 3072, 4
 HELD = Band("kl_last_quarter", 0.8 * TARGET, 1.2 * TARGET)
@@ -77,13 +77,9 @@ def picture(rows: Sequence[dict[str, Any]], file: Path) -> None:
 
 
 def main() -> None:
-    flags = arguments(__doc__, "kl-control").parse_args()
     if (reason := missing("stories15m")) is not None:
         raise SystemExit(reason)
-    rows = over_seeds(run, flags.seeds, flags.results)
-    if flags.picture is not None:
-        picture(rows, flags.picture)
-    raise SystemExit(not all([HELD.check(rows), RISE.check(rows)]))
+    reproduce(__doc__, "kl-control", run, picture, HELD, RISE)
 
 
 if __name__ == "__main__":

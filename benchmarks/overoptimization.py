@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reproduction import Band, arguments, draw, over_seeds
+from reproduction import Band, draw, reproduce
 
 from rlhf_ppo import PPOTrainer, RewardModel, RLHFConfig
 from rlhf_ppo.config.reward_training import RewardTrainingArgs
@@ -125,11 +125,7 @@ def picture(rows: Sequence[dict[str, Any]], file: Path) -> None:
 
 
 def main() -> None:
-    flags = arguments(__doc__, "overoptimization").parse_args()
-    rows = over_seeds(run, flags.seeds, flags.results)
-    if flags.picture is not None:
-        picture(rows, flags.picture)
-    raise SystemExit(not all([RISE.check(rows), FALL.check(rows)]))
+    reproduce(__doc__, "overoptimization", run, picture, RISE, FALL)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from reproduction import Band, arguments, draw, over_seeds
+from reproduction import Band, draw, reproduce
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -157,11 +157,7 @@ def picture(rows: Sequence[dict[str, Any]], file: Path) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    flags = arguments(__doc__, "random-walks").parse_args()
-    rows = over_seeds(run, flags.seeds, flags.results)
-    if flags.picture is not None:
-        picture(rows, flags.picture)
-    raise SystemExit(not BAND.check(rows))
+    reproduce(__doc__, "random-walks", run, picture, BAND)
 
 
 if __name__ == "__main__":

@@ -37,25 +37,41 @@ class Band(NamedTuple):
         return inside == len(values)
 
 
-def arguments(says: str, name: str) -> argparse.ArgumentParser:
-    """Return the parser of a reproduction's flags."""
+def reproduce(
+    says: str,
+    name: str,
+    run: Callable[[int, str], dict[str, Any]],
+    picture: Callable[[Sequence[dict[str, Any]], Path], None],
+    *bands: Band,
+) -> None:
+    """Run a reproduction's command; it ends with 1 if a seed lies outside a band.
+
+    Args:
+        says: its help.
+        name: of its file of results.
+        run, picture: of the reproduction.
+        bands: what must hold of every seed.
+    """
     parser = argparse.ArgumentParser(description=says, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--results", type=Path, default=RESULTS / f"{name}.jsonl", help="seeds in it are not run again")
     parser.add_argument("--picture", type=Path, default=None, help="also draw the curves here")
-    return parser
+    flags = parser.parse_args()
+    rows = over_seeds(run, flags.seeds, flags.results)
+    if flags.picture is not None:
+        picture(rows, flags.picture)
+    held = [band.check(rows) for band in bands]  # each is printed
+    raise SystemExit(not all(held))
 
 
-def over_seeds(
-    run: Callable[[int, str], dict[str, Any]], seeds: Sequence[int], results: Path, **key: Any
-) -> list[dict[str, Any]]:
-    """Run every seed that ``results`` does not have, and return the rows of all; ``key`` tells variants apart."""
-    rows = [json.loads(line) for line in results.read_text("utf-8").splitlines()] if results.is_file() else []
-    found = {row["seed"]: row for row in rows if all(row.get(name) == value for name, value in key.items())}
+def over_seeds(run: Callable[[int, str], dict[str, Any]], seeds: Sequence[int], results: Path) -> list[dict[str, Any]]:
+    """Run every seed that ``results`` does not have, and return the rows of all."""
+    lines = results.read_text("utf-8").splitlines() if results.is_file() else []
+    found = {row["seed"]: row for row in map(json.loads, lines)}
     for seed in seeds:
         if seed not in found:
             with tempfile.TemporaryDirectory() as folder:
-                found[seed] = {"seed": seed, **key, **run(seed, folder)}
+                found[seed] = {"seed": seed, **run(seed, folder)}
             results.parent.mkdir(parents=True, exist_ok=True)
             with results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(found[seed]) + "\n")
