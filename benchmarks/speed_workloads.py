@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -51,47 +51,37 @@ class Workload:
         return max(self.width // 64, 2)
 
 
+REALISTIC = Workload(
+    layers=30,
+    width=576,
+    vocabulary=49152,
+    iterations=1,
+    warmup=0,
+    new_tokens=256,
+    prompts=16,
+    prompt_tokens=64,
+    epochs=2,
+    minibatches=2,
+    longest_prompt=256,
+    mean_tokens=128,
+    llama=(9, 3, 1536),
+    lora_rank=16,
+)
+"""The shape of SmolLM2-135M, with an adapter, prompts of 64 to 256 tokens and up to 256 new ones."""
+
+SMALL = {"layers": 2, "width": 16, "vocabulary": 64, "new_tokens": 6, "prompts": 4, "prompt_tokens": 4}
+"""Of workloads that only check the code."""
+
 WORKLOADS = {
     "S": Workload(layers=4, width=128, vocabulary=4096, iterations=8),
     "M": Workload(layers=6, width=384, vocabulary=50257, iterations=3),
     "L": Workload(layers=12, width=768, vocabulary=50257, iterations=1, warmup=0),
     "V": Workload(layers=6, width=384, vocabulary=50257, iterations=2, new_tokens=128, spread=True),
-    # For one GPU (gpu_kit.py): GPT-2 124M, and one that only checks the code.
+    # For one GPU (gpu_kit.py): GPT-2 124M.
     "G": Workload(12, 768, 50257, iterations=2, warmup=2, new_tokens=128, prompts=64, prompt_tokens=64),
-    # The shape of SmolLM2-135M, with an adapter, prompts of 64 to 256 tokens and up to 256 new ones.
-    "R": Workload(
-        layers=30,
-        width=576,
-        vocabulary=49152,
-        iterations=1,
-        warmup=0,
-        new_tokens=256,
-        prompts=16,
-        prompt_tokens=64,
-        epochs=2,
-        minibatches=2,
-        longest_prompt=256,
-        mean_tokens=128,
-        llama=(9, 3, 1536),
-        lora_rank=16,
-    ),
-    "tiny": Workload(layers=2, width=16, vocabulary=64, iterations=1, new_tokens=6, prompts=4, prompt_tokens=4),
-    "tiny-R": Workload(
-        layers=2,
-        width=16,
-        vocabulary=64,
-        iterations=1,
-        warmup=0,
-        new_tokens=6,
-        prompts=4,
-        prompt_tokens=4,
-        epochs=2,
-        minibatches=2,
-        longest_prompt=8,
-        mean_tokens=4,
-        llama=(2, 1, 32),
-        lora_rank=2,
-    ),
+    "R": REALISTIC,
+    "tiny": Workload(iterations=1, **SMALL),
+    "tiny-R": replace(REALISTIC, **SMALL, longest_prompt=8, mean_tokens=4, llama=(2, 1, 32), lora_rank=2),
 }
 
 EOS, PAD = 0, 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import math
@@ -241,3 +242,15 @@ def test_the_graph_of_the_random_walks_has_shortest_paths_that_score_one(load):
         assert score == pytest.approx((walks.LONGEST - len(walk)) / (walks.LONGEST - best[walk[0]]) if reached else 0)
         assert len(walk) >= best[walk[0]] or not reached
     assert walks.optimality(edges, [5, 5, 0], best) == 0  # no node leads to itself
+
+
+def test_the_realistic_workload_has_the_lengths_that_its_policy_samples(load):
+    """A length is geometric and cut at the limit: its mean is (1 - (1 - p)^limit) / p."""
+    worker, workloads = load("speed_worker"), load("speed_workloads")
+    work = workloads.REALISTIC
+    p = 1 / work.mean_tokens
+    many = worker.response_lengths(dataclasses.replace(work, prompts=4096)).float()
+    assert many.mean() == pytest.approx((1 - (1 - p) ** work.new_tokens) / p, rel=0.01)
+    assert many.min() >= 1 and many.max() == work.new_tokens
+    floors = worker.run_floor(workloads.WORKLOADS["tiny-R"])["seconds"]
+    assert floors["defaults"] > 0 and floors["like"] > 0
