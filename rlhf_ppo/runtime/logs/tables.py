@@ -136,12 +136,3 @@ def copy_tables(origin: Path, folder: Path) -> None:
 
 def _file_name(number: int) -> str:
     return f"rollout-{number:06}.parquet"
-
-
-def columns_page() -> str:
-    """Return the tables of docs/report.md, made from the columns."""
-    parts = []
-    for name, columns in TABLES.items():
-        rows = "\n".join(f"| `{column}` | {kind} | {meaning} |" for column, (kind, meaning) in columns.items())
-        parts.append(f"### `{name}/`\n\n| column | type | meaning |\n|---|---|---|\n{rows}\n")
-    return "\n".join(parts)
