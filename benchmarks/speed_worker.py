@@ -176,7 +176,7 @@ def run_peer(work: Workload, device: str) -> dict:
             args=PPOConfig(
                 output_dir=folder,
                 total_episodes=work.prompts * (work.warmup + work.iterations),
-                # One "device batch" for the whole rollout where memory allows, so that its num_mini_batches does add optimizer steps.
+                # One device batch a rollout (if memory allows), so that num_mini_batches does add optimizer steps.
                 per_device_train_batch_size=work.prompts // work.peer_batches,
                 gradient_accumulation_steps=work.peer_batches,
                 num_mini_batches=work.minibatches,

@@ -71,17 +71,25 @@ def find_plain_head(model: Any, logits: Tensor | None, states: Tensor) -> nn.Lin
 
 @contextmanager
 def vocabulary_as_rows(layer: nn.Module | None) -> Iterator[None]:
-    """Let the model's own forward pass compute logits in the layout that is faster in float32 on CPU."""
-    if type(layer) is not nn.Linear or layer.weight.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    """Let the model's own forward pass compute logits in the layout that is faster in float32 on CPU.
+
+    Elsewhere the states are made contiguous: models keep some of them by a slice, and for such states and a frozen
+    weight torch multiplies batches, each with a copy of the whole weight.
+    """
+    if type(layer) is not nn.Linear:
         yield
         return
 
-    def forward(input: Tensor) -> Tensor:
+    def by_rows(input: Tensor) -> Tensor:
         logits = (layer.weight @ input.flatten(0, -2).T).T
         logits = logits if layer.bias is None else logits + layer.bias
         return logits.unflatten(0, input.shape[:-1])
 
-    layer.forward = forward
+    def contiguous(input: Tensor) -> Tensor:
+        return nn.Linear.forward(layer, input.contiguous())
+
+    plain_cpu = layer.weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    layer.forward = by_rows if plain_cpu else contiguous
     try:
         yield
     finally:

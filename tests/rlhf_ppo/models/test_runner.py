@@ -17,8 +17,9 @@ from rlhf_ppo.core import Experience, PolicyOutput, PPOConfig, ppo_loss
 from rlhf_ppo.data.tokenization import left_pad
 from rlhf_ppo.generation.decoding import sample_responses
 from rlhf_ppo.generation.rollout import SamplingParams
+from rlhf_ppo.models.acceleration.working_copy import computing
 from rlhf_ppo.models.actor_critic import ActorCritic
-from rlhf_ppo.models.forward.runner import ModelRunner, Sequences
+from rlhf_ppo.models.forward.runner import ModelRunner, Sequences, position_ids
 from rlhf_ppo.models.reference import Reference
 
 CPU = torch.device("cpu")
@@ -215,6 +216,34 @@ def test_the_gradient_of_a_users_own_logits_is_not_copied_into_zeros(make_model,
     with Scattered(model.config.vocab_size) as scattered:  # it would be seen
         torch.zeros(1, 2, model.config.vocab_size, requires_grad=True)[0].sum().backward()
     assert scattered.count == 1
+
+
+class Batched(TorchDispatchMode):
+    """Counts products of batches with the vocabulary as columns: each copies the output layer's weight per row."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary, self.count = vocabulary, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.count += func.overloadpacket is torch.ops.aten.bmm and result.shape[-1] == self.vocabulary
+        return result
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_frozen_output_layer_is_not_copied_for_each_row(make_model, batch, bf16):
+    model = recast(Wrapped)(make_model("gpt2")).requires_grad_(False)
+    runner, vocabulary = ModelRunner(model), model.config.vocab_size
+    runner.packs = False
+    prompts, mask = batch[:2]
+    with Batched(vocabulary) as batched, computing(model, bf16=bf16):
+        runner.decode_step(prompts, position_ids(mask), mask, runner.new_cache(16), hidden=False)
+        runner.outputs(Sequences(*batch))
+    assert batched.count == 0
+    with Batched(vocabulary) as batched:  # it would be seen
+        torch.nn.functional.linear(torch.zeros(2, 3, 8)[:, 1:], torch.zeros(vocabulary, 8))
+    assert batched.count == 1
 
 
 @pytest.mark.parametrize("cls", [Sharpened, Wrapped])
