@@ -66,7 +66,7 @@ soak: env ## Kill a tiny run of each frontend at each file-system step, then 200
 
 docs: env ## Regenerate the generated pages and tables of docs/
 	$(BIN)/python -m rlhf_ppo.runtime.logs.metrics > docs/metrics.md
-	$(BIN)/python -m rlhf_ppo.runtime.advice > docs/tuning.md
+	$(BIN)/python -m rlhf_ppo.runtime.diagnosis.advice > docs/tuning.md
 	$(BIN)/python -m rlhf_ppo.settings_page > docs/settings.md
 	$(BIN)/python -m classic.settings_page > docs/classic-settings.md
 	$(BIN)/python -m rlhf_ppo.trl.page docs/migrating-from-trl.md

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFa
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.models.forward.runner import Sequences
-from rlhf_ppo.runtime.threads import torch_threads
+from rlhf_ppo.runtime.machine.threads import torch_threads
 from rlhf_ppo.training.experience import estimate
 from rlhf_ppo.training.rewards import shape_rewards
 

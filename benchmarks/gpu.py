@@ -32,8 +32,8 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.models.sharded.sharding import make_sharding
-from rlhf_ppo.runtime.device import compute_in_bf16, resolve_device
 from rlhf_ppo.runtime.logs.run_directory import append_line
+from rlhf_ppo.runtime.machine.device import compute_in_bf16, resolve_device
 from rlhf_ppo.training import setup
 from rlhf_ppo.training.models.shard_models import Plan
 

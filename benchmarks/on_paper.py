@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from rlhf_ppo.config.plan import PlanArgs
+from rlhf_ppo.config.arguments.plan import PlanArgs
 from rlhf_ppo.models.costs.terms import total
 from rlhf_ppo.pipeline.plan.fit import changes, find_fit
 from rlhf_ppo.pipeline.plan.plan import Plan, plan

@@ -20,7 +20,7 @@ from typing import Any
 from reproduction import Band, draw, reproduce
 
 from rlhf_ppo import PPOTrainer, RewardModel, RLHFConfig
-from rlhf_ppo.config.reward_training import RewardTrainingArgs
+from rlhf_ppo.config.arguments.reward_training import RewardTrainingArgs
 from rlhf_ppo.data.files import load_rows
 from rlhf_ppo.pipeline.demo import OPENINGS
 from rlhf_ppo.pipeline.labelled.reward_training import train_reward_model

@@ -255,7 +255,7 @@ def run_floor(work: Workload) -> dict:
     Every product uses the fastest layout in use and preallocated memory. Attention's own
     products and an adapter's are left out; frozen weights have no gradient. bf16 where the defaults use it.
     """
-    from rlhf_ppo.runtime.device import cpu_multiplies_bf16
+    from rlhf_ppo.runtime.machine.device import cpu_multiplies_bf16
 
     d, vocabulary = work.width, work.vocabulary
     trunk = [(d, 3 * d), (d, d), (d, 4 * d), (4 * d, d)]

@@ -26,9 +26,9 @@ from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.data.files import load_rows
 from rlhf_ppo.pipeline.demo import OPENINGS
 from rlhf_ppo.rewards.toy import dialogue, no_letter_e, positive_sentiment
+from rlhf_ppo.runtime.diagnosis.run_watch import RunWatch
 from rlhf_ppo.runtime.logs.panel import LANGUAGE_MODEL, RunPanel
 from rlhf_ppo.runtime.logs.progress import ProgressDisplay
-from rlhf_ppo.runtime.run_watch import RunWatch
 
 RESULTS = Path(__file__).parent / "results" / "watch.jsonl"
 ROLLOUTS = 26

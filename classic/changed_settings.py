@@ -13,7 +13,7 @@ from classic.envs.checks import require_fit
 from classic.presets.resolve import unread
 from classic.state import Run, TrainState
 from rlhf_ppo.core import PPOConfig
-from rlhf_ppo.runtime.device import resolve_device
+from rlhf_ppo.runtime.machine.device import resolve_device
 
 WEIGHT_SETTINGS = (
     "network",

@@ -17,7 +17,7 @@ from rlhf_ppo.core.validation import Settings
 from rlhf_ppo.runtime.command_line.commands import AdviseArgs, ReportArgs
 from rlhf_ppo.runtime.command_line.settings import Command, run_command
 from rlhf_ppo.runtime.errors import RunError, print_failure
-from rlhf_ppo.runtime.signals import Interrupted
+from rlhf_ppo.runtime.machine.signals import Interrupted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +209,7 @@ COMMANDS: dict[str, Command] = {
     "export": (ExportCommand, "classic.commands:export"),
     "push": (PushCommand, "classic.commands:push"),
     "explain": (ExplainCommand, "classic.commands:explain"),
-    "advise": (AdviseArgs, "rlhf_ppo.runtime.advice:print_advice"),
+    "advise": (AdviseArgs, "rlhf_ppo.runtime.diagnosis.advice:print_advice"),
     "report": (ReportArgs, "rlhf_ppo.runtime.report.page:report_command"),
 }
 

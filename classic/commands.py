@@ -37,9 +37,9 @@ from classic.schedules import is_function
 from classic.video import record_video
 from rlhf_ppo.runtime.checkpoints.checkpoint import list_checkpoints
 from rlhf_ppo.runtime.errors import RunError, print_failure
+from rlhf_ppo.runtime.machine.signals import Interrupted
 from rlhf_ppo.runtime.report.heat import Told, explained_rows, make_views
 from rlhf_ppo.runtime.report.page import write_heat_page
-from rlhf_ppo.runtime.signals import Interrupted
 
 EXPLAINED_COPIES = 8
 """Environment copies that a page of `explain` shows."""

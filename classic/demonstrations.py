@@ -30,8 +30,8 @@ from classic.networks.decisions import Decisions, on_device
 from classic.ppo import PPO
 from classic.video import allowed_actions
 from rlhf_ppo.core import minibatch_indices
-from rlhf_ppo.runtime.signals import stop_if_asked
-from rlhf_ppo.runtime.threads import torch_threads
+from rlhf_ppo.runtime.machine.signals import stop_if_asked
+from rlhf_ppo.runtime.machine.threads import torch_threads
 
 INSIDE = 1 - 1e-6
 """Squashed actions at a bound are taken for this share of it: the bound itself is infinitely far before tanh."""

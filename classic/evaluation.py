@@ -19,7 +19,7 @@ from classic.envs.make_env import EnvLike
 from classic.envs.seeds import derive_seeds
 from classic.networks.actor_critic import ActorCritic
 from classic.state import Run, TrainState, describe_spaces, make_copies
-from rlhf_ppo.runtime.signals import stop_if_asked
+from rlhf_ppo.runtime.machine.signals import stop_if_asked
 
 MAX_COPIES = 32
 KEPT = 8

@@ -41,9 +41,9 @@ from rlhf_ppo.runtime.command_line.user_code import require_callbacks
 from rlhf_ppo.runtime.explain import Explanation
 from rlhf_ppo.runtime.logs.lines import LOGGER
 from rlhf_ppo.runtime.logs.progress import ProgressDisplay
+from rlhf_ppo.runtime.machine.signals import stop_if_asked
+from rlhf_ppo.runtime.machine.threads import torch_threads
 from rlhf_ppo.runtime.processes.launch import require_one_process
-from rlhf_ppo.runtime.signals import stop_if_asked
-from rlhf_ppo.runtime.threads import torch_threads
 
 
 def _held_by(record: str, name: str) -> Any:

@@ -16,9 +16,9 @@ from rlhf_ppo.runtime.checkpoints.resume import find_checkpoint
 from rlhf_ppo.runtime.logs.lines import LOGGER
 from rlhf_ppo.runtime.logs.run_directory import RunDirectory, run_lock
 from rlhf_ppo.runtime.logs.trackers import reporting
+from rlhf_ppo.runtime.machine.signals import Interrupted, asked_to_stop, stop_on_signals
+from rlhf_ppo.runtime.machine.threads import torch_threads
 from rlhf_ppo.runtime.package import versions
-from rlhf_ppo.runtime.signals import Interrupted, asked_to_stop, stop_on_signals
-from rlhf_ppo.runtime.threads import torch_threads
 
 
 def steps_to_train(args: PPOArgs, total_timesteps: float | None) -> int:

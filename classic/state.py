@@ -27,9 +27,9 @@ from classic.networks.own_network import Encoder, NetworkFactory, factory_name, 
 from classic.presets.resolve import preset, preset_ids, resolve
 from classic.rollout import Rollout
 from rlhf_ppo.core import PPOConfig, ValueScale, update_value_scale
-from rlhf_ppo.runtime.device import resolve_device
 from rlhf_ppo.runtime.logs.run_directory import RunDirectory
 from rlhf_ppo.runtime.logs.trackers import require_installed
+from rlhf_ppo.runtime.machine.device import resolve_device
 
 
 @dataclass(frozen=True)

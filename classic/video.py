@@ -21,7 +21,7 @@ from classic.envs.seeds import derive_seeds
 from classic.evaluation import max_episode_steps, warn_of_cut
 from classic.ppo import PPO
 from classic.state import Run, TrainState
-from rlhf_ppo.runtime.signals import stop_if_asked
+from rlhf_ppo.runtime.machine.signals import stop_if_asked
 
 INSTALL = "pip install 'rlhf-ppo[video]'"
 MOMENTS = 5

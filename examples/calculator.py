@@ -28,7 +28,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
-from rlhf_ppo.config.sft import SFTArgs
+from rlhf_ppo.config.arguments.sft import SFTArgs
 from rlhf_ppo.data.examples import collate, encode_examples, read_examples
 
 # The tool

@@ -17,7 +17,7 @@ import os
 
 from rlhf_ppo.rewards.http_server import RewardServer
 from rlhf_ppo.rewards.loading import load_reward, reward_name
-from rlhf_ppo.runtime.threads import torch_threads
+from rlhf_ppo.runtime.machine.threads import torch_threads
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
-from rlhf_ppo.config.sft import SFTArgs
+from rlhf_ppo.config.arguments.sft import SFTArgs
 from rlhf_ppo.data.files import load_rows
 from rlhf_ppo.pipeline.before_after import print_before_after
 from rlhf_ppo.pipeline.demo import OPENINGS

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rlhf_ppo.rewards.http_client import HTTPReward
     from rlhf_ppo.rewards.reward_model import RewardModel
     from rlhf_ppo.trainer import PPOTrainer
-    from rlhf_ppo.training.callbacks import Callback
+    from rlhf_ppo.training.trainer.callbacks import Callback
 
 __all__ = [
     "Callback",
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Callback": "rlhf_ppo.training.callbacks",
+    "Callback": "rlhf_ppo.training.trainer.callbacks",
     "HTTPReward": "rlhf_ppo.rewards.http_client",
     "PPOTrainer": "rlhf_ppo.trainer",
     "RLHFConfig": "rlhf_ppo.config.rlhf",

@@ -7,22 +7,29 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rlhf_ppo.config.commands import DemoArgs, ExplainArgs, ExportArgs, MigrateArgs, ReplayArgs, join_command_line
-from rlhf_ppo.config.critic_fit import CriticFitArgs, CriticReportArgs
-from rlhf_ppo.config.doctor import DoctorArgs
-from rlhf_ppo.config.inference import EvaluateArgs, GenerateArgs
-from rlhf_ppo.config.plan import PlanArgs
+from rlhf_ppo.config.arguments.commands import (
+    DemoArgs,
+    ExplainArgs,
+    ExportArgs,
+    MigrateArgs,
+    ReplayArgs,
+    join_command_line,
+)
+from rlhf_ppo.config.arguments.critic_fit import CriticFitArgs, CriticReportArgs
+from rlhf_ppo.config.arguments.doctor import DoctorArgs
+from rlhf_ppo.config.arguments.inference import EvaluateArgs, GenerateArgs
+from rlhf_ppo.config.arguments.plan import PlanArgs
+from rlhf_ppo.config.arguments.reward_training import RewardTrainingArgs
+from rlhf_ppo.config.arguments.sft import SFTArgs
+from rlhf_ppo.config.arguments.train import CriticRecordArgs, TrainArgs
+from rlhf_ppo.config.arguments.verify import VerifyArgs
 from rlhf_ppo.config.presets import PresetsArgs
-from rlhf_ppo.config.reward_training import RewardTrainingArgs
-from rlhf_ppo.config.sft import SFTArgs
-from rlhf_ppo.config.train import CriticRecordArgs, TrainArgs
-from rlhf_ppo.config.verify import VerifyArgs
 from rlhf_ppo.runtime.command_line.commands import AdviseArgs, CheckArgs, ReportArgs
 from rlhf_ppo.runtime.command_line.settings import Command, run_command
 from rlhf_ppo.runtime.errors import RunError, print_failure
+from rlhf_ppo.runtime.machine.signals import Interrupted
 from rlhf_ppo.runtime.processes.launch import read_launch
 from rlhf_ppo.runtime.processes.voice import settle
-from rlhf_ppo.runtime.signals import Interrupted
 
 COMMANDS: dict[str, Command] = {
     "demo": (DemoArgs, "rlhf_ppo.pipeline.demo:demo"),
@@ -43,7 +50,7 @@ COMMANDS: dict[str, Command] = {
     "replay": (ReplayArgs, "rlhf_ppo.pipeline.replay:print_replay"),
     "export": (ExportArgs, "rlhf_ppo.pipeline.export:export_command"),
     "check": (CheckArgs, "rlhf_ppo.runtime.checkpoints.resume:check"),
-    "advise": (AdviseArgs, "rlhf_ppo.runtime.advice:print_advice"),
+    "advise": (AdviseArgs, "rlhf_ppo.runtime.diagnosis.advice:print_advice"),
     "report": (ReportArgs, "rlhf_ppo.runtime.report.page:report_command"),
 }
 

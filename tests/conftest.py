@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 DRAWING = {
-    "rlhf_ppo.training.reporting": "plot_at_end",
+    "rlhf_ppo.training.reports.reporting": "plot_at_end",
     "rlhf_ppo.pipeline.labelled.reward_training": "plot_calibration",
     "rlhf_ppo.trainer": "report_run",
     "classic.explain": "report_at_end",

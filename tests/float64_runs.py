@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.models.adapters import quantization
 from rlhf_ppo.models.sharded.sharding import is_share, local_part, whole_tensor
-from rlhf_ppo.runtime.signals import Interrupted
+from rlhf_ppo.runtime.machine.signals import Interrupted
 from rlhf_ppo.training.models import load_models
 
 PROMPTS = ["once upon", "the cat", "a", "dog and cow", "she said", "blue", "no", "why not go"]

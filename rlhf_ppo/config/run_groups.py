@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_ppo.core.validation import Settings, is_changed, refuse_unread
+from rlhf_ppo.runtime.diagnosis.symptoms import WATCHED
 from rlhf_ppo.runtime.logs.trackers import check_trackers
-from rlhf_ppo.runtime.symptoms import WATCHED
 
 Precision = Literal["auto", "fp32", "bf16"]
 

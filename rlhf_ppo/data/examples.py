@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ppo.config.sft import SFTArgs
+from rlhf_ppo.config.arguments.sft import SFTArgs
 from rlhf_ppo.data.chat import Prompt, TemplateOptions, render_answer, render_prompt
 from rlhf_ppo.data.detokenization import Before, TextPieces
 from rlhf_ppo.data.preferences import prompt_and_answer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rlhf_ppo.config.data import DataArgs, require_weights
+from rlhf_ppo.config.arguments.data import DataArgs, require_weights
 from rlhf_ppo.data.files import load_rows
 from rlhf_ppo.data.rows import Rows, interleave, join
 

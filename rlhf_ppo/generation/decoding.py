@@ -14,8 +14,8 @@ from rlhf_ppo.generation.rollout import SampledResponses, SamplingParams
 from rlhf_ppo.generation.stop_strings import StopStringDetector
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward.runner import position_ids
-from rlhf_ppo.runtime.signals import stop_if_asked
-from rlhf_ppo.runtime.transfers import indices_on
+from rlhf_ppo.runtime.machine.signals import stop_if_asked
+from rlhf_ppo.runtime.machine.transfers import indices_on
 
 
 class _Live(NamedTuple):

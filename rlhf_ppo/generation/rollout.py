@@ -15,7 +15,7 @@ from rlhf_ppo.data.chat import Completion, Prompt
 from rlhf_ppo.models.forward.layout import Layout
 from rlhf_ppo.models.forward.packing import token_batches
 from rlhf_ppo.models.forward.runner import Sequences
-from rlhf_ppo.runtime.transfers import indices_on
+from rlhf_ppo.runtime.machine.transfers import indices_on
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ from rlhf_ppo.generation.stop_strings import StopStringDetector
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward.runner import position_ids
 from rlhf_ppo.models.forward.slot_cache import SlotCache
-from rlhf_ppo.runtime.signals import stop_if_asked
-from rlhf_ppo.runtime.transfers import Reading, indices_on
+from rlhf_ppo.runtime.machine.signals import stop_if_asked
+from rlhf_ppo.runtime.machine.transfers import Reading, indices_on
 
 Step = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor, Tensor | None]]
 """(last tokens, their positions, draws, where stop tokens are banned or None) -> :class:`.Sampled`: all [S]."""

@@ -29,7 +29,7 @@ from rlhf_ppo.models.forward.runner import ModelRunner, Sequences
 from rlhf_ppo.models.loading import fuse_activations
 from rlhf_ppo.models.reference import exact_kl
 from rlhf_ppo.models.value_head import VALUE_HEAD_FILE, SavedHead, make_value_head, save_value_head
-from rlhf_ppo.runtime.device import exact_dtype
+from rlhf_ppo.runtime.machine.device import exact_dtype
 
 CriticKind = Literal["none", "shared", "separate", "adapter"]
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 from functools import partial
 
-from rlhf_ppo.config.inference import GenerateArgs
+from rlhf_ppo.config.arguments.inference import GenerateArgs
 from rlhf_ppo.data.chat import Prompt
 from rlhf_ppo.data.detokenization import TextPieces
 from rlhf_ppo.data.tokenization import tokenize_prompt

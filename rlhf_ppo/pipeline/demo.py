@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from rlhf_ppo.config.commands import DemoArgs
+from rlhf_ppo.config.arguments.commands import DemoArgs
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.data.files import load_rows
 from rlhf_ppo.pipeline.before_after import print_before_after

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_ppo.config.commands import ExplainArgs
-from rlhf_ppo.config.inference import GenerateArgs
+from rlhf_ppo.config.arguments.commands import ExplainArgs
+from rlhf_ppo.config.arguments.inference import GenerateArgs
 from rlhf_ppo.config.rlhf import RLHFConfig, restore_settings
 from rlhf_ppo.data.chat import Completion, Prompt
 from rlhf_ppo.data.prompts import PromptBatch
@@ -28,22 +28,22 @@ from rlhf_ppo.pipeline.run_again import is_model, trainer_of
 from rlhf_ppo.rewards.functions import require_accepts_columns
 from rlhf_ppo.runtime.checkpoints.checkpoint import list_checkpoints, read_checkpoint
 from rlhf_ppo.runtime.checkpoints.resume import newest_good
-from rlhf_ppo.runtime.device import resolve_device
 from rlhf_ppo.runtime.explain import Explanation, cell
 from rlhf_ppo.runtime.logs.run_directory import RunDirectory
+from rlhf_ppo.runtime.machine.device import resolve_device
+from rlhf_ppo.runtime.machine.threads import torch_threads
 from rlhf_ppo.runtime.processes.launch import require_one_process
 from rlhf_ppo.runtime.report.heat import Told, explained_rows, make_views
 from rlhf_ppo.runtime.report.page import write_heat_page
 from rlhf_ppo.runtime.seeding import TRAIN, numbered_generator
 from rlhf_ppo.runtime.texts import display_text, printable
-from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.trainer import PPOTrainer
 from rlhf_ppo.training.checkpoints.black_box import read_black_box
-from rlhf_ppo.training.collect import collect, make_batch
-from rlhf_ppo.training.explain import explain_scored, logprobs_now
 from rlhf_ppo.training.optimizer import critic_warmup_settings
 from rlhf_ppo.training.recorded.recorded_rollouts import MANIFEST, Recording, open_recording, recording_folder
+from rlhf_ppo.training.reports.explain import explain_scored, logprobs_now
 from rlhf_ppo.training.rewards import ScoreStatistics, shape_rewards
+from rlhf_ppo.training.rollouts.collect import collect, make_batch
 
 _PASS_TOKENS = 1024
 """Tokens of a forward pass that reads a recorded rollout."""

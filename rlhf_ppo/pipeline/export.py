@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf_ppo.config.commands import ExportArgs
+from rlhf_ppo.config.arguments.commands import ExportArgs
 from rlhf_ppo.models.saving import save_actor_critic
 from rlhf_ppo.pipeline.rebuild import find_tokenizer, model_facts_of, rebuild_actor_critic, source_of
 from rlhf_ppo.runtime.checkpoints.checkpoint import Checkpoint, checkpoint_step
 from rlhf_ppo.runtime.checkpoints.resume import find_checkpoint
-from rlhf_ppo.runtime.threads import torch_threads
+from rlhf_ppo.runtime.machine.threads import torch_threads
 
 
 def export_command(args: ExportArgs) -> int:

@@ -10,7 +10,7 @@ from typing import Any, Literal, TextIO
 
 import torch
 
-from rlhf_ppo.config.inference import GenerateArgs
+from rlhf_ppo.config.arguments.inference import GenerateArgs
 from rlhf_ppo.data.chat import Prompt, TemplateOptions, with_chat_template
 from rlhf_ppo.data.detokenization import TextPieces, before_each
 from rlhf_ppo.data.mixtures import load_mixture
@@ -32,13 +32,13 @@ from rlhf_ppo.models.loading import (
     resolve_model,
     vocabulary_size,
 )
-from rlhf_ppo.runtime.device import resolve_device
 from rlhf_ppo.runtime.files import json_line
 from rlhf_ppo.runtime.logs.progress import ProgressDisplay
 from rlhf_ppo.runtime.logs.run_directory import read_run
+from rlhf_ppo.runtime.machine.device import resolve_device
+from rlhf_ppo.runtime.machine.threads import torch_threads
 from rlhf_ppo.runtime.processes.join import join_for, join_processes
 from rlhf_ppo.runtime.processes.launch import own_gpu
-from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.training.checkpoints.fingerprints import require_same_data
 
 

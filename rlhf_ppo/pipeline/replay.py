@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_ppo.config.commands import ReplayArgs
+from rlhf_ppo.config.arguments.commands import ReplayArgs
 from rlhf_ppo.models.acceleration.activation_memory import checkpoint_layers
 from rlhf_ppo.models.actor_critic import ActorCritic, build_actor_critic
 from rlhf_ppo.models.adapters.policy_adapter import prepare_policy
@@ -22,9 +22,9 @@ from rlhf_ppo.models.forward.forward_checks import check_forward
 from rlhf_ppo.models.loading import BASE_FOLDER, REFERENCE_FOLDER, load_policy, resolve_model
 from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.pipeline.rebuild import adapter_config, build_policy, build_trunk, restore_weights
-from rlhf_ppo.runtime.device import resolve_device
+from rlhf_ppo.runtime.machine.device import resolve_device
+from rlhf_ppo.runtime.machine.threads import torch_threads
 from rlhf_ppo.runtime.texts import display_text
-from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.training.checkpoints.black_box import BlackBox, read_black_box
 from rlhf_ppo.training.gradients import clear_gradients, critic_gradient, minibatch_gradient
 from rlhf_ppo.training.optimizer import train_critic_alone

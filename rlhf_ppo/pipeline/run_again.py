@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rlhf_ppo.config.arguments.train import TrainArgs
 from rlhf_ppo.config.engine import in_process
 from rlhf_ppo.config.rlhf import restore_settings
-from rlhf_ppo.config.train import TrainArgs
 from rlhf_ppo.models.compare import OBJECT
 from rlhf_ppo.pipeline.evaluation.evaluation_settings import find_reference
 from rlhf_ppo.pipeline.train import load_prompts, make_trainer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlhf_ppo.config.train import CriticRecordArgs, TrainArgs
+from rlhf_ppo.config.arguments.train import CriticRecordArgs, TrainArgs
 from rlhf_ppo.data.mixtures import load_data, load_mixture
 from rlhf_ppo.data.rows import Rows, prompt_rows
 from rlhf_ppo.models.adapters.lora import lora_config

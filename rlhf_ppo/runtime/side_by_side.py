@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from functools import cache
 from typing import Any
 
-from rlhf_ppo.runtime.signals import stop_if_asked
+from rlhf_ppo.runtime.machine.signals import stop_if_asked
 
 _POLL_S = 0.25
 """Seconds between two checks for a signal and for time limits while waiting for calls."""

@@ -27,7 +27,7 @@ from rlhf_ppo.core import (
 from rlhf_ppo.core.masked import keep
 from rlhf_ppo.generation.repetition import distinct_fraction, repeated_fraction
 from rlhf_ppo.generation.rollout import Rollout
-from rlhf_ppo.runtime.device import exact_dtype
+from rlhf_ppo.runtime.machine.device import exact_dtype
 from rlhf_ppo.training.advantages import comparable, estimate_advantages, with_signal
 from rlhf_ppo.training.rewards import Rewards
 

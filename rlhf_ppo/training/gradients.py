@@ -21,8 +21,8 @@ from rlhf_ppo.models.forward.runner import Sequences
 from rlhf_ppo.models.reference import Reference
 from rlhf_ppo.models.sharded.sharding import is_sharded, local_part, total_norm, whole_parameters
 from rlhf_ppo.runtime.logs.metrics import MetricAverage
+from rlhf_ppo.runtime.machine.transfers import indices_on
 from rlhf_ppo.runtime.processes.group import ProcessGroup
-from rlhf_ppo.runtime.transfers import indices_on
 
 MinibatchGradient = Callable[..., tuple[MetricAverage, dict[str, Tensor]]]
 """Has the signature of :func:`minibatch_gradient`."""

@@ -31,7 +31,7 @@ from rlhf_ppo.core.rewards import on_last_step
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.rewards.scoring import total_score
 from rlhf_ppo.rewards.validation import Score
-from rlhf_ppo.runtime.device import exact_dtype
+from rlhf_ppo.runtime.machine.device import exact_dtype
 
 
 @dataclass

@@ -39,10 +39,10 @@ from rlhf_ppo.rewards.cache import make_caches
 from rlhf_ppo.rewards.functions import RewardFunction, require_accepts_columns, reward_source
 from rlhf_ppo.rewards.loading import RewardSource, check_servers, listed, load_judges, load_rewards, names_model
 from rlhf_ppo.rewards.reward_model import RewardModel
-from rlhf_ppo.runtime.device import compute_in_bf16, resolve_device
 from rlhf_ppo.runtime.logs.progress import Stopwatch
 from rlhf_ppo.runtime.logs.run_directory import RunDirectory
 from rlhf_ppo.runtime.logs.trackers import require_installed
+from rlhf_ppo.runtime.machine.device import compute_in_bf16, resolve_device
 from rlhf_ppo.runtime.processes.group import ProcessGroup
 from rlhf_ppo.runtime.processes.join import join_for
 from rlhf_ppo.runtime.processes.launch import own_gpu
@@ -54,8 +54,8 @@ from rlhf_ppo.training.models.shard_models import plan_sharding, run_setup
 from rlhf_ppo.training.outside.connect import connect
 from rlhf_ppo.training.recorded.recorded_rollouts import Recording
 from rlhf_ppo.training.recorded.replayed_rollouts import open_replay, require_same_rewards
+from rlhf_ppo.training.rollouts.turns import Partner, checked_partner, require_partner
 from rlhf_ppo.training.run import Run
-from rlhf_ppo.training.turns import Partner, checked_partner, require_partner
 
 
 def set_up(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rlhf_ppo.config.run_groups import SafetySettings
 from rlhf_ppo.models.sharded.sharding import is_sharded, local_part
 from rlhf_ppo.runtime.errors import RunError
-from rlhf_ppo.runtime.transfers import Reading
+from rlhf_ppo.runtime.machine.transfers import Reading
 
 
 class PolicyDriftError(RunError):

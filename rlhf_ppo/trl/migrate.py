@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from rlhf_ppo.config.commands import MigrateArgs
-from rlhf_ppo.config.train import TrainArgs
+from rlhf_ppo.config.arguments.commands import MigrateArgs
+from rlhf_ppo.config.arguments.train import TrainArgs
 from rlhf_ppo.config.trl_names import ROWS
 from rlhf_ppo.runtime.command_line.settings import read_yaml
 from rlhf_ppo.runtime.logs.trackers import TRACKERS

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_ppo.config.train import TrainArgs
+from rlhf_ppo.config.arguments.train import TrainArgs
 from rlhf_ppo.models.loading import load_policy, load_tokenizer
 from rlhf_ppo.runtime.errors import RunError
 from rlhf_ppo.trainer import PPOTrainer
-from rlhf_ppo.training.collect import score
+from rlhf_ppo.training.rollouts.collect import score
 from rlhf_ppo.verify.changed_rollouts import reordered
 from rlhf_ppo.verify.report import Check, Finding
 from rlhf_ppo.verify.subject import OWN_REWARD, Subject, largest

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_ppo.config.arguments.train import TrainArgs
 from rlhf_ppo.config.engine import in_process
 from rlhf_ppo.config.rlhf import RLHFConfig
-from rlhf_ppo.config.train import TrainArgs
 from rlhf_ppo.core import Experience, PolicyOutput, ValueScale
 from rlhf_ppo.data.rows import RowSource
 from rlhf_ppo.generation.engines import Sampler
@@ -31,10 +31,10 @@ from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward.runner import Sequences
 from rlhf_ppo.rewards.loading import RewardSource
 from rlhf_ppo.trainer import PPOTrainer
-from rlhf_ppo.training.collect import collect, next_draws, next_prompts
 from rlhf_ppo.training.experience import estimate
 from rlhf_ppo.training.gradients import clear_gradients
 from rlhf_ppo.training.rewards import shape_rewards
+from rlhf_ppo.training.rollouts.collect import collect, next_draws, next_prompts
 from rlhf_ppo.training.run import Run
 from rlhf_ppo.verify.changed_rollouts import with_own_scores
 

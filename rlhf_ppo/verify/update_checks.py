@@ -13,10 +13,10 @@ from rlhf_ppo.core import Experience, PolicyOutput, ppo_loss
 from rlhf_ppo.core.masked import last_true
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.runtime.errors import RunError
-from rlhf_ppo.training.collect import next_draws, next_prompts
 from rlhf_ppo.training.experience import estimate
-from rlhf_ppo.training.generate import generate
 from rlhf_ppo.training.rewards import shape_rewards
+from rlhf_ppo.training.rollouts.collect import next_draws, next_prompts
+from rlhf_ppo.training.rollouts.generate import generate
 from rlhf_ppo.verify.changed_rollouts import widened
 from rlhf_ppo.verify.report import Check, Finding
 from rlhf_ppo.verify.subject import Gradient, Subject, largest

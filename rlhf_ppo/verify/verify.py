@@ -14,8 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_ppo.config.arguments.verify import VerifyArgs
 from rlhf_ppo.config.rlhf import RLHFConfig
-from rlhf_ppo.config.verify import VerifyArgs
 from rlhf_ppo.data.rows import RowSource
 from rlhf_ppo.generation.environments.episodes import TextEnvironment
 from rlhf_ppo.generation.multi_turn import Respond
@@ -23,8 +23,8 @@ from rlhf_ppo.generation.tools.schemas import Tool
 from rlhf_ppo.models.compare import source_name
 from rlhf_ppo.pipeline.train import load_prompts, trainer_arguments
 from rlhf_ppo.rewards.loading import RewardSource
+from rlhf_ppo.runtime.machine.threads import torch_threads
 from rlhf_ppo.runtime.processes.launch import read_launch
-from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.verify.report import Check, Report, run_check
 from rlhf_ppo.verify.run_checks import CHECKS as RUN_CHECKS
 from rlhf_ppo.verify.subject import Arguments, Subject, small_run

@@ -20,7 +20,7 @@ from classic.callbacks import evaluate_every
 from classic.cli import main
 from classic.state import begin_episodes
 from rlhf_ppo.runtime.checkpoints.checkpoint import CheckpointError, list_checkpoints
-from rlhf_ppo.runtime.signals import Interrupted
+from rlhf_ppo.runtime.machine.signals import Interrupted
 
 RUNS = {
     "own vector version": ("CartPole-v1", {}),

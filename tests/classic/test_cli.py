@@ -25,7 +25,7 @@ from classic.cli import (
 from classic.settings_page import settings_page
 from rlhf_ppo.runtime.command_line.settings_help import sentences
 from rlhf_ppo.runtime.logs.run_directory import RunDirectory
-from rlhf_ppo.runtime.signals import Interrupted
+from rlhf_ppo.runtime.machine.signals import Interrupted
 
 SMALL = [
     "--num-envs",

@@ -16,7 +16,7 @@ from classic import evaluation, video
 from classic.callbacks import evaluate_every
 from classic.cli import main
 from classic.video import record_video
-from rlhf_ppo.runtime.signals import Interrupted
+from rlhf_ppo.runtime.machine.signals import Interrupted
 
 
 class Endless(gymnasium.Env):

@@ -13,7 +13,7 @@ from classic.fast.analytic_gradients import AnalyticGradients
 from classic.update import shuffled_minibatches
 from rlhf_ppo.core.config import OBJECTIVES
 from rlhf_ppo.runtime.logs.run_directory import RunDirectory
-from rlhf_ppo.runtime.threads import torch_threads
+from rlhf_ppo.runtime.machine.threads import torch_threads
 
 
 def log_of(folder):

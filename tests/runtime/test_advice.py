@@ -13,8 +13,8 @@ from classic.cli import main as classic_main
 from classic.presets.resolve import resolve
 from rlhf_ppo import RLHFConfig
 from rlhf_ppo.cli import main
-from rlhf_ppo.runtime.advice import advise, tuning_page
-from rlhf_ppo.runtime.rules import RULES
+from rlhf_ppo.runtime.diagnosis.advice import advise, tuning_page
+from rlhf_ppo.runtime.diagnosis.rules import RULES
 
 UPDATES = 40
 BF16 = {"precision": "auto", "fingerprints": {"bf16": True}}

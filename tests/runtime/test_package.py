@@ -51,7 +51,7 @@ def test_a_module_is_there_without_an_import_of_its_own(name):
         ("rlhf_ppo.trainer", "RatioTripwireError"),
         ("rlhf_ppo.checkpoint", "load_checkpoint"),
         ("rlhf_ppo.runtime.lock", "RunLockedError"),
-        ("rlhf_ppo.runtime.threads", "torch_threads"),
+        ("rlhf_ppo.runtime.machine.threads", "torch_threads"),
         ("classic.making", "BrokenEnvironmentError"),
     ],
 )

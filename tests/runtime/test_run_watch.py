@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from rlhf_ppo import RLHFConfig
-from rlhf_ppo.runtime.rules import RULES
-from rlhf_ppo.runtime.run_watch import PATIENCE, RunWatch
-from rlhf_ppo.runtime.symptoms import WATCHED
+from rlhf_ppo.runtime.diagnosis.rules import RULES
+from rlhf_ppo.runtime.diagnosis.run_watch import PATIENCE, RunWatch
+from rlhf_ppo.runtime.diagnosis.symptoms import WATCHED
 
 SETTINGS = {"total_episodes": 1000, "kl_coef": 0.1, "learning_rate": 3e-4, "kl_target": 6.0}
 HEALTHY = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_ppo.runtime.device import resolve_device
+from rlhf_ppo.runtime.machine.device import resolve_device
 from rlhf_ppo.runtime.seeding import global_rng_state, restore_rng_state, seed_everything
 
 

@@ -11,8 +11,8 @@ import pytest
 
 import classic.cli
 import rlhf_ppo.cli
+from rlhf_ppo.config.arguments.train import TrainArgs
 from rlhf_ppo.config.rlhf import RLHFConfig
-from rlhf_ppo.config.train import TrainArgs
 from rlhf_ppo.runtime.command_line.settings import parse_settings
 from rlhf_ppo.runtime.command_line.settings_help import FIRST, help_text, sections
 

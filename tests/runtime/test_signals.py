@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_ppo.runtime.signals import Interrupted, asked_to_stop, stop_if_asked, stop_on_signals
+from rlhf_ppo.runtime.machine.signals import Interrupted, asked_to_stop, stop_if_asked, stop_on_signals
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ import classic.cli
 import rlhf_ppo.cli
 from classic.envs.make_env import make_vector_env
 from rlhf_ppo.runtime.logs.progress import model_rows
-from rlhf_ppo.runtime.threads import choose_threads, usable_cpus
+from rlhf_ppo.runtime.machine.threads import choose_threads, usable_cpus
 
 # Stops at the first of torch's own modules (torch itself may only be looked for), and says what OpenMP will read there.
 LOOK = """
@@ -109,7 +109,7 @@ def test_usable_cpus_are_what_affinity_and_container_leave(files, cpus, tmp_path
 
 def test_small_models_get_one_thread_and_others_the_cpus_unless_the_user_says(monkeypatch):
     small, large = nn.Linear(10, 10), nn.Linear(4000, 2500, device="meta")
-    monkeypatch.setattr("rlhf_ppo.runtime.threads.usable_cpus", lambda: 3)
+    monkeypatch.setattr("rlhf_ppo.runtime.machine.threads.usable_cpus", lambda: 3)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert (choose_threads(small), choose_threads(large), choose_threads()) == (1, 3, 3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf_ppo.runtime.transfers import Reading, indices_on
+from rlhf_ppo.runtime.machine.transfers import Reading, indices_on
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ppo.models.forward.packing import Packing
-from rlhf_ppo.runtime.transfers import from_host
+from rlhf_ppo.runtime.machine.transfers import from_host
 
 
 class Packed(NamedTuple):

@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf_ppo.models.forward.plain_attention import plain_attention
 from rlhf_ppo.models.forward.varlen import causal_attention, kernel_dtype
-from rlhf_ppo.runtime.transfers import from_host
+from rlhf_ppo.runtime.machine.transfers import from_host
 
 _PACKED: ContextVar[tuple[PretrainedConfig, Packing] | None] = ContextVar("packed", default=None)
 

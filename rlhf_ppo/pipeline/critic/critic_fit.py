@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from rlhf_ppo.config.critic_fit import CriticFitArgs
+from rlhf_ppo.config.arguments.critic_fit import CriticFitArgs
 from rlhf_ppo.core import ValueScale, explained_variance
 from rlhf_ppo.models.acceleration.working_copy import computing
 from rlhf_ppo.models.loading import adapter_base, resolve_model
@@ -24,10 +24,10 @@ from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.logs.metrics import MetricAverage
 from rlhf_ppo.runtime.logs.progress import ProgressDisplay
 from rlhf_ppo.runtime.logs.run_directory import RunDirectory, run_lock
+from rlhf_ppo.runtime.machine.threads import torch_threads
 from rlhf_ppo.runtime.processes.join import join_for
 from rlhf_ppo.runtime.processes.voice import first_alone
 from rlhf_ppo.runtime.seeding import seed_everything
-from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.training.gradients import sum_over_processes
 from rlhf_ppo.training.models.fitted_critic import (
     SHAPING,

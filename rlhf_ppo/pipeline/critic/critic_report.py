@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_ppo.config.critic_fit import CriticReportArgs
+from rlhf_ppo.config.arguments.critic_fit import CriticReportArgs
 from rlhf_ppo.pipeline.critic.analysis import (
     Evidence,
     calibrate,
@@ -23,9 +23,9 @@ from rlhf_ppo.pipeline.critic.lambdas import compare_lambdas, supported_lambda, 
 from rlhf_ppo.pipeline.critic.models import load_fitted
 from rlhf_ppo.pipeline.critic.plot import plot_critic
 from rlhf_ppo.runtime.files import replace_text
+from rlhf_ppo.runtime.machine.threads import torch_threads
 from rlhf_ppo.runtime.processes.join import join_for
 from rlhf_ppo.runtime.processes.voice import first_alone
-from rlhf_ppo.runtime.threads import torch_threads
 
 Report = dict[str, Any]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ppo.config.critic_fit import CriticFitArgs, RecordedArgs
+from rlhf_ppo.config.arguments.critic_fit import CriticFitArgs, RecordedArgs
 from rlhf_ppo.models.acceleration.working_copy import computing
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.adapters.lora import VALUE_FOLDER, lora_config
@@ -31,8 +31,8 @@ from rlhf_ppo.models.loading import (
 from rlhf_ppo.models.saving import write_adapter
 from rlhf_ppo.models.value_head import VALUE_HEAD_FILE, load_value_head, save_value_head
 from rlhf_ppo.pipeline.critic.data import CriticData, ScoredRollout
-from rlhf_ppo.runtime.device import compute_in_bf16, resolve_device
 from rlhf_ppo.runtime.files import replacing_files
+from rlhf_ppo.runtime.machine.device import compute_in_bf16, resolve_device
 from rlhf_ppo.runtime.processes.group import ALONE, ProcessGroup
 from rlhf_ppo.runtime.processes.join import join_processes
 from rlhf_ppo.runtime.processes.launch import own_gpu

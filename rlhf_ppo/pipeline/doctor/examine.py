@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rlhf_ppo.config.doctor import DoctorArgs
+from rlhf_ppo.config.arguments.doctor import DoctorArgs
 from rlhf_ppo.config.engine import in_process
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.pipeline.doctor.arithmetic import check_batches
@@ -27,7 +27,7 @@ from rlhf_ppo.pipeline.plan.plan import Plan, plan
 from rlhf_ppo.pipeline.plan.report import text, verdict
 from rlhf_ppo.pipeline.train import load_prompts, trainer_arguments
 from rlhf_ppo.runtime.errors import RunError
-from rlhf_ppo.runtime.threads import torch_threads
+from rlhf_ppo.runtime.machine.threads import torch_threads
 from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.setup import set_up
 

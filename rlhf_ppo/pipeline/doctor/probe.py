@@ -15,8 +15,8 @@ from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.rewards.scoring import Responses, score_responses, total_score
 from rlhf_ppo.rewards.validation import Score
 from rlhf_ppo.runtime.seeding import EVALUATION, numbered_generator
-from rlhf_ppo.training.collect import closing_episodes, decoding_of, make_batch, responses_of
-from rlhf_ppo.training.generate import generate
+from rlhf_ppo.training.rollouts.collect import closing_episodes, decoding_of, make_batch, responses_of
+from rlhf_ppo.training.rollouts.generate import generate
 from rlhf_ppo.training.run import Run
 
 Numbers = NDArray[np.float64]

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_ppo.config.inference import EvaluateArgs
+from rlhf_ppo.config.arguments.inference import EvaluateArgs
+from rlhf_ppo.config.arguments.train import require_reward
 from rlhf_ppo.config.rlhf import RLHFConfig
-from rlhf_ppo.config.train import require_reward
 from rlhf_ppo.data.chat import Completion
 from rlhf_ppo.data.mixtures import load_data
 from rlhf_ppo.data.rows import Rows, prompt_rows
@@ -33,14 +33,14 @@ from rlhf_ppo.pipeline.generate import require_prompts
 from rlhf_ppo.runtime.command_line.user_code import load_factory
 from rlhf_ppo.runtime.logs.progress import ProgressDisplay
 from rlhf_ppo.runtime.logs.run_directory import RunDirectory, read_run
+from rlhf_ppo.runtime.machine.threads import torch_threads
 from rlhf_ppo.runtime.processes.join import join_for
 from rlhf_ppo.runtime.processes.voice import first_alone
 from rlhf_ppo.runtime.seeding import EVALUATION, numbered_generator
 from rlhf_ppo.runtime.statistics import differences, interval
 from rlhf_ppo.runtime.texts import distinct
-from rlhf_ppo.runtime.threads import torch_threads
-from rlhf_ppo.training.collect import collect
-from rlhf_ppo.training.reporting import describe
+from rlhf_ppo.training.reports.reporting import describe
+from rlhf_ppo.training.rollouts.collect import collect
 from rlhf_ppo.training.setup import set_up
 
 
@@ -107,8 +107,8 @@ def sample(
     ``environment``.
 
     Returns:
-        A row per prompt: that of :func:`rlhf_ppo.training.reporting.describe`, each reward's own score, and the verdict
-        (the judge's score, or without a judge the sum of the rewards).
+        A row per prompt: that of :func:`rlhf_ppo.training.reports.reporting.describe`, each reward's own score, and the
+        verdict (the judge's score, or without a judge the sum of the rewards).
     """
     run, policy = set_up(
         model,

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from rlhf_ppo.config.inference import EvaluateArgs
+from rlhf_ppo.config.arguments.inference import EvaluateArgs
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.models.loading import BASE_FOLDER, REFERENCE_FOLDER, adapter_base, load_tokenizer
 from rlhf_ppo.runtime.command_line.user_code import load_function, load_functions

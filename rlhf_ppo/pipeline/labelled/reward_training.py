@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ppo.config.reward_training import RewardTrainingArgs
+from rlhf_ppo.config.arguments.reward_training import RewardTrainingArgs
 from rlhf_ppo.data.chat import with_chat_template
 from rlhf_ppo.data.mixtures import load_data
 from rlhf_ppo.data.preferences import PairIds, Preference, encode_pairs, read_preferences, split_by_prompt
@@ -37,11 +37,11 @@ from rlhf_ppo.pipeline.evaluation.intervals import calibration
 from rlhf_ppo.pipeline.labelled.bradley_terry import bradley_terry_loss, preference_metrics
 from rlhf_ppo.pipeline.labelled.supervised import make_optimizer, round_trained, save_model, supervised_run, take_step
 from rlhf_ppo.rewards.reward_model import ONE_STACK, padding_is_harmless, text_scores
-from rlhf_ppo.runtime.device import compute_in_bf16, resolve_device
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space
 from rlhf_ppo.runtime.logs.run_directory import RunDirectory, run_lock
 from rlhf_ppo.runtime.logs.trackers import require_installed
+from rlhf_ppo.runtime.machine.device import compute_in_bf16, resolve_device
 from rlhf_ppo.runtime.plots import plot_calibration
 from rlhf_ppo.runtime.processes.group import ProcessGroup
 from rlhf_ppo.runtime.processes.join import join_for

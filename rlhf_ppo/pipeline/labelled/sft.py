@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_parameter_names
 
-from rlhf_ppo.config.sft import SFTArgs
+from rlhf_ppo.config.arguments.sft import SFTArgs
 from rlhf_ppo.core import token_logprobs
 from rlhf_ppo.data.chat import with_chat_template
 from rlhf_ppo.data.examples import IGNORED, Example, collate, encode_examples, hold_out, read_examples
@@ -46,11 +46,11 @@ from rlhf_ppo.pipeline.labelled.supervised import (
     supervised_run,
     take_step,
 )
-from rlhf_ppo.runtime.device import resolve_device
 from rlhf_ppo.runtime.errors import NonFiniteGradientError
 from rlhf_ppo.runtime.files import require_space
 from rlhf_ppo.runtime.logs.run_directory import RunDirectory, run_lock
 from rlhf_ppo.runtime.logs.trackers import require_installed
+from rlhf_ppo.runtime.machine.device import resolve_device
 from rlhf_ppo.runtime.processes.group import ALONE, ProcessGroup
 from rlhf_ppo.runtime.processes.join import join_for
 from rlhf_ppo.runtime.processes.launch import own_gpu

@@ -15,8 +15,8 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
-from rlhf_ppo.config.reward_training import RewardTrainingArgs
-from rlhf_ppo.config.sft import SFTArgs
+from rlhf_ppo.config.arguments.reward_training import RewardTrainingArgs
+from rlhf_ppo.config.arguments.sft import SFTArgs
 from rlhf_ppo.models.acceleration.working_copy import computing
 from rlhf_ppo.models.adapters.quantization import round_weights
 from rlhf_ppo.models.compare import probe_logits, require_saved
@@ -27,10 +27,10 @@ from rlhf_ppo.runtime.logs.metrics import MetricAverage
 from rlhf_ppo.runtime.logs.progress import ProgressDisplay, model_rows, print_summary
 from rlhf_ppo.runtime.logs.run_directory import RunDirectory
 from rlhf_ppo.runtime.logs.trackers import reporting
+from rlhf_ppo.runtime.machine.threads import torch_threads
 from rlhf_ppo.runtime.package import versions
 from rlhf_ppo.runtime.processes.group import ProcessGroup
 from rlhf_ppo.runtime.seeding import seed_everything
-from rlhf_ppo.runtime.threads import torch_threads
 from rlhf_ppo.training.gradients import sum_over_processes
 from rlhf_ppo.training.stability import nonfinite_parameters
 

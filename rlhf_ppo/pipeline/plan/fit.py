@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from typing import Any
 
-from rlhf_ppo.config.plan import PlanArgs
+from rlhf_ppo.config.arguments.plan import PlanArgs
 from rlhf_ppo.models.costs.choice import choose_sharding
 from rlhf_ppo.models.costs.setup import lora_adapter
 from rlhf_ppo.pipeline.plan.plan import Plan

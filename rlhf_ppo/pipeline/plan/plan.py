@@ -7,7 +7,7 @@ from functools import cached_property
 
 import torch
 
-from rlhf_ppo.config.plan import PlanArgs
+from rlhf_ppo.config.arguments.plan import PlanArgs
 from rlhf_ppo.models.actor_critic import choose_critic
 from rlhf_ppo.models.costs.cards import CARDS, Card, find_card
 from rlhf_ppo.models.costs.choice import choose_sharding
@@ -16,7 +16,7 @@ from rlhf_ppo.models.costs.setup import Setup, lora_adapter
 from rlhf_ppo.models.costs.shapes import shape_of
 from rlhf_ppo.models.costs.terms import Term, total
 from rlhf_ppo.models.costs.times import times
-from rlhf_ppo.runtime.device import compute_in_bf16
+from rlhf_ppo.runtime.machine.device import compute_in_bf16
 
 
 @dataclass(frozen=True)

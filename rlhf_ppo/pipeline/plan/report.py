@@ -6,7 +6,7 @@ import json
 import shlex
 from typing import Any
 
-from rlhf_ppo.config.plan import PlanArgs
+from rlhf_ppo.config.arguments.plan import PlanArgs
 from rlhf_ppo.models.costs.exchange import least_in_update, sent_in_update
 from rlhf_ppo.models.costs.terms import Term, total
 from rlhf_ppo.models.costs.weights import held

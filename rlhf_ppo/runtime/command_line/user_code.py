@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rlhf_ppo.runtime.signals import stop_if_asked
+from rlhf_ppo.runtime.machine.signals import stop_if_asked
 
 FAILURES = (Exception, SystemExit, asyncio.CancelledError)
 """What counts as a failure of user code: sys.exit() in it must not end a run as if it had succeeded."""

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rlhf_ppo.runtime.device import exact_dtype
-from rlhf_ppo.runtime.transfers import Reading
+from rlhf_ppo.runtime.machine.device import exact_dtype
+from rlhf_ppo.runtime.machine.transfers import Reading
 
 # Averages are over all real actions (or responses) of the whole update, without padding.
 METRICS: dict[str, str] = {

@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_ppo.runtime.healthy import healthy_band
+from rlhf_ppo.runtime.diagnosis.healthy import healthy_band
 from rlhf_ppo.runtime.texts import printable
 
 BLOCKS = "▁▂▃▄▅▆▇█"

@@ -20,7 +20,7 @@ from torch import nn
 
 from rlhf_ppo.runtime import package
 from rlhf_ppo.runtime.logs.panel import RunPanel
-from rlhf_ppo.runtime.threads import usable_cpus
+from rlhf_ppo.runtime.machine.threads import usable_cpus
 
 PHASES = {
     "collect": "collecting",

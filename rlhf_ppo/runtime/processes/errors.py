@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from rlhf_ppo.runtime.errors import RunError
-from rlhf_ppo.runtime.signals import Interrupted
+from rlhf_ppo.runtime.machine.signals import Interrupted
 
 Agreed = Exception | Interrupted
 """What processes agree upon. A plain KeyboardInterrupt is a second signal, which ends its process at once."""

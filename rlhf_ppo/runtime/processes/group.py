@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_ppo.runtime.errors import RunError
+from rlhf_ppo.runtime.machine.signals import Interrupted, deferring_stops, stopping_if_asked
 from rlhf_ppo.runtime.processes.errors import (
     Agreed,
     OtherProcessError,
@@ -28,7 +29,6 @@ from rlhf_ppo.runtime.processes.errors import (
 )
 from rlhf_ppo.runtime.processes.messages import buckets, pack, unpack
 from rlhf_ppo.runtime.processes.watch import SAVING_S, Watch
-from rlhf_ppo.runtime.signals import Interrupted, deferring_stops, stopping_if_asked
 
 Work = Callable[[], tuple[Mapping[str, Tensor], Any]]
 """What an exchange runs on each process: it returns tensors by name, and facts for JSON."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from rlhf_ppo.runtime import signals
+from rlhf_ppo.runtime.machine import signals
 from rlhf_ppo.runtime.processes.errors import Failure, OtherProcessError, describe, exit_code, is_of_a_collective
 from rlhf_ppo.runtime.processes.hang import ANSWER_S, Hang, Whereabouts, own_whereabouts
 from rlhf_ppo.runtime.processes.lines import Address, Line, connect, listen

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from rlhf_ppo.runtime.healthy import Band
+from rlhf_ppo.runtime.diagnosis.healthy import Band
 from rlhf_ppo.runtime.report.axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axes, fit, short
 
 SERIES = 6

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_ppo.runtime.healthy import Band
+from rlhf_ppo.runtime.diagnosis.healthy import Band
 from rlhf_ppo.runtime.report import curves
 from rlhf_ppo.runtime.report.axes import short
 from rlhf_ppo.runtime.report.curves import Curve, Group

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-from rlhf_ppo.runtime.healthy import Band, healthy_band
+from rlhf_ppo.runtime.diagnosis.healthy import Band, healthy_band
 from rlhf_ppo.runtime.logs.metrics import FAMILIES
 from rlhf_ppo.runtime.report.axes import short
 from rlhf_ppo.runtime.report.charts import Line, line_chart, thin

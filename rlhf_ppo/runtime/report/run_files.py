@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf_ppo.runtime.diagnosis.symptoms import RunMetrics
 from rlhf_ppo.runtime.logs.run_directory import is_locked
 from rlhf_ppo.runtime.logs.tables import read_table, table_numbers
-from rlhf_ppo.runtime.symptoms import RunMetrics
 
 Row = Mapping[str, Any]
 OF_THE_MACHINE = ("output_dir", "quiet", "report", "record_tokens_every", "report_to", "versions", "origin")

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf_ppo.runtime.advice import Advice, advise_on
+from rlhf_ppo.runtime.diagnosis.advice import Advice, advise_on
+from rlhf_ppo.runtime.diagnosis.symptoms import FEWEST_UPDATES
 from rlhf_ppo.runtime.report.axes import short
 from rlhf_ppo.runtime.report.curves import Group
 from rlhf_ppo.runtime.report.run_files import RunFiles
 from rlhf_ppo.runtime.report.samples import paired_rows
 from rlhf_ppo.runtime.statistics import differences, interval
-from rlhf_ppo.runtime.symptoms import FEWEST_UPDATES
 
 Level = Literal["good", "look", "bad", "unknown", "compare"]
 UNFINISHED = "not finished"

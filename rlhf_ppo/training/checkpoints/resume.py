@@ -24,9 +24,9 @@ from rlhf_ppo.runtime.checkpoints.resume import find_checkpoint
 from rlhf_ppo.runtime.errors import NonFiniteGradientError, RatioTripwireError, UnhealthyRunError
 from rlhf_ppo.runtime.files import require_space
 from rlhf_ppo.runtime.logs.lines import LOGGER
+from rlhf_ppo.runtime.machine.signals import Interrupted, asked_to_stop
 from rlhf_ppo.runtime.processes.errors import OtherProcessError
 from rlhf_ppo.runtime.processes.group import ProcessGroup
-from rlhf_ppo.runtime.signals import Interrupted, asked_to_stop
 from rlhf_ppo.training.checkpoints.checkpoint import Boundary, load_checkpoint, save_checkpoint
 from rlhf_ppo.training.recorded.recorded_rollouts import rewind_recording
 from rlhf_ppo.training.recorded.recording import begin_recording, continue_recording

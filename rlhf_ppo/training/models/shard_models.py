@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from rlhf_ppo.config.plan import PlanArgs
+from rlhf_ppo.config.arguments.plan import PlanArgs
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.data.prompts import PromptSet
 from rlhf_ppo.models.acceleration.working_copy import computing

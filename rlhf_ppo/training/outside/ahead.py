@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 
 from rlhf_ppo.generation.rollout import Rollout
-from rlhf_ppo.training.collect import next_draws, next_prompts
-from rlhf_ppo.training.generate import start_generating
+from rlhf_ppo.training.rollouts.collect import next_draws, next_prompts
+from rlhf_ppo.training.rollouts.generate import start_generating
 from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.state import TrainState
 

@@ -17,8 +17,8 @@ from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.generation.stop_strings import cut_at_stop_string
 from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.loading import context_length, vocabulary_size
-from rlhf_ppo.training.collect import closing_episodes, read_policies, score
 from rlhf_ppo.training.rewards import with_scores
+from rlhf_ppo.training.rollouts.collect import closing_episodes, read_policies, score
 from rlhf_ppo.training.run import Run
 
 _ROUNDING = 1e-3

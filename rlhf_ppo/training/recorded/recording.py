@@ -20,9 +20,8 @@ from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.loading import vocabulary_size
 from rlhf_ppo.runtime.checkpoints.checkpoint import as_json
 from rlhf_ppo.runtime.logs.progress import ProgressDisplay
-from rlhf_ppo.runtime.signals import stop_if_asked
+from rlhf_ppo.runtime.machine.signals import stop_if_asked
 from rlhf_ppo.training.checkpoints.fingerprints import parameters_fingerprint, tokenizer_fingerprint
-from rlhf_ppo.training.collect import collect, next_draws, next_prompts
 from rlhf_ppo.training.recorded.recorded_rollouts import (
     FOLDER,
     Recording,
@@ -32,6 +31,7 @@ from rlhf_ppo.training.recorded.recorded_rollouts import (
     rewind_recording,
     start_recording,
 )
+from rlhf_ppo.training.rollouts.collect import collect, next_draws, next_prompts
 from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.state import TrainState
 

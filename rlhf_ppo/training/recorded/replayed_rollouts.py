@@ -25,9 +25,9 @@ from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward.runner import Sequences
 from rlhf_ppo.rewards.functions import rewards_in_words
 from rlhf_ppo.training.checkpoints.fingerprints import tokenizer_fingerprint
-from rlhf_ppo.training.collect import read_divided
 from rlhf_ppo.training.recorded.recorded_rollouts import Recording, open_recording
 from rlhf_ppo.training.recorded.recording import architecture, model_fingerprints
+from rlhf_ppo.training.rollouts.collect import read_divided
 from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.state import TrainState
 

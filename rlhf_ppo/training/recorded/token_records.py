@@ -17,7 +17,7 @@ from rlhf_ppo.generation.repetition import repeated_fraction
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.runtime.logs.tables import TOKENS, write_table
 from rlhf_ppo.training.experience import Estimates
-from rlhf_ppo.training.explain import explain_estimates, logprobs_now, token_pieces
+from rlhf_ppo.training.reports.explain import explain_estimates, logprobs_now, token_pieces
 from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.state import TrainState
 

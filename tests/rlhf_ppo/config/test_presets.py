@@ -9,8 +9,8 @@ import pytest
 
 from rlhf_ppo import RLHFConfig
 from rlhf_ppo.cli import main
+from rlhf_ppo.config.arguments.train import TrainArgs
 from rlhf_ppo.config.presets import PRESETS, preset_settings
-from rlhf_ppo.config.train import TrainArgs
 from rlhf_ppo.runtime.command_line.presets import preset_names
 from rlhf_ppo.runtime.command_line.settings import parse_settings
 

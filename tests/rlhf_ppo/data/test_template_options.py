@@ -10,8 +10,8 @@ from chat_templates import QWEN3, letters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_ppo.cli import main
-from rlhf_ppo.config.inference import EvaluateArgs, GenerateArgs
-from rlhf_ppo.config.sft import SFTArgs
+from rlhf_ppo.config.arguments.inference import EvaluateArgs, GenerateArgs
+from rlhf_ppo.config.arguments.sft import SFTArgs
 from rlhf_ppo.data.examples import encode_examples, read_examples
 from rlhf_ppo.data.preferences import read_preferences
 from rlhf_ppo.data.template_options import TemplateDefaults

@@ -19,9 +19,9 @@ from rlhf_ppo.generation.reply_tokens import chat_reply_ids
 from rlhf_ppo.rewards.functions import StepRewards
 from rlhf_ppo.rewards.validation import RewardError
 from rlhf_ppo.training.advantages import next_decisions
-from rlhf_ppo.training.collect import _said_before
 from rlhf_ppo.training.experience import estimate
 from rlhf_ppo.training.rewards import shape_rewards
+from rlhf_ppo.training.rollouts.collect import _said_before
 
 CHAT = (
     "{% for m in messages %}{{ '<' + m['role'][0] + '>' + m['content'] + '.' }}{% endfor %}"

@@ -30,10 +30,10 @@ from rlhf_ppo.models.costs.shapes import read_shape, shape_of
 from rlhf_ppo.models.costs.terms import TIMES, term, total
 from rlhf_ppo.models.costs.times import seconds
 from rlhf_ppo.models.costs.weights import gradients, held
-from rlhf_ppo.training.collect import make_batch, next_draws, read_reference, score
 from rlhf_ppo.training.experience import estimate
-from rlhf_ppo.training.generate import generate
 from rlhf_ppo.training.rewards import shape_rewards
+from rlhf_ppo.training.rollouts.collect import make_batch, next_draws, read_reference, score
+from rlhf_ppo.training.rollouts.generate import generate
 from rlhf_ppo.training.update import update
 
 VOCABULARY, PROMPT, ANSWER, ROWS = 2000, 16, 48, 16

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf_ppo.models.acceleration.working_copy import computing
-from rlhf_ppo.runtime.device import compute_in_bf16
+from rlhf_ppo.runtime.machine.device import compute_in_bf16
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -16,9 +16,9 @@ from rlhf_ppo.models.forward import varlen
 from rlhf_ppo.models.forward.forward_checks import check_forward
 from rlhf_ppo.models.forward.packing import Packing, packed_attention
 from rlhf_ppo.models.forward.varlen import causal_attention, kernel_dtype
-from rlhf_ppo.training.collect import read_reference
 from rlhf_ppo.training.experience import estimate
 from rlhf_ppo.training.rewards import shape_rewards
+from rlhf_ppo.training.rollouts.collect import read_reference
 
 CPU = torch.device("cpu")
 

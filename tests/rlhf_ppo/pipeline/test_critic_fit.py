@@ -15,7 +15,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_ppo.cli import main
-from rlhf_ppo.config.critic_fit import CriticFitArgs, CriticReportArgs
+from rlhf_ppo.config.arguments.critic_fit import CriticFitArgs, CriticReportArgs
 from rlhf_ppo.models.adapters.lora import lora_config
 from rlhf_ppo.pipeline.critic.critic_fit import fit_critic
 from rlhf_ppo.pipeline.critic.critic_report import report_critic, say_report

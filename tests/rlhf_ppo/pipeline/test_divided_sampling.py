@@ -16,9 +16,9 @@ import pytest
 import torch
 from processes import in_processes, require_close
 
-from rlhf_ppo.config.inference import EvaluateArgs, GenerateArgs
-from rlhf_ppo.config.reward_training import RewardTrainingArgs
-from rlhf_ppo.config.sft import SFTArgs
+from rlhf_ppo.config.arguments.inference import EvaluateArgs, GenerateArgs
+from rlhf_ppo.config.arguments.reward_training import RewardTrainingArgs
+from rlhf_ppo.config.arguments.sft import SFTArgs
 from rlhf_ppo.pipeline import generate
 from rlhf_ppo.pipeline.chat_session import chat
 from rlhf_ppo.pipeline.evaluation import evaluate

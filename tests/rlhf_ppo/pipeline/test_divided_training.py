@@ -15,7 +15,7 @@ import pytest
 import torch
 from processes import in_processes, require_close
 
-from rlhf_ppo.config.critic_fit import CriticFitArgs
+from rlhf_ppo.config.arguments.critic_fit import CriticFitArgs
 from rlhf_ppo.pipeline.critic import critic_fit, models
 from rlhf_ppo.pipeline.labelled import reward_training, sft, supervised
 

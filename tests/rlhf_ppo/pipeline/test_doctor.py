@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_ppo.cli import main
-from rlhf_ppo.config.doctor import DoctorArgs
+from rlhf_ppo.config.arguments.doctor import DoctorArgs
 from rlhf_ppo.config.engine import in_process
 from rlhf_ppo.pipeline.doctor.arithmetic import rollout_in_words
 from rlhf_ppo.pipeline.doctor.findings import Section

@@ -14,8 +14,8 @@ from rich.console import Console
 
 import rlhf_ppo.trainer
 from rlhf_ppo.cli import main
-from rlhf_ppo.config.commands import ExplainArgs
-from rlhf_ppo.config.inference import GenerateArgs
+from rlhf_ppo.config.arguments.commands import ExplainArgs
+from rlhf_ppo.config.arguments.inference import GenerateArgs
 from rlhf_ppo.pipeline.explain import explain_run, print_explained
 from rlhf_ppo.training.checkpoints.black_box import read_black_box
 from rlhf_ppo.training.recorded.recorded_rollouts import open_recording

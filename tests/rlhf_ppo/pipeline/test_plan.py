@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlhf_ppo.cli import main
-from rlhf_ppo.config.plan import PlanArgs
+from rlhf_ppo.config.arguments.plan import PlanArgs
 from rlhf_ppo.pipeline.plan.fit import changes, find_fit, growth, more_gpus, replan
 from rlhf_ppo.pipeline.plan.plan import plan
 from rlhf_ppo.pipeline.plan.report import text

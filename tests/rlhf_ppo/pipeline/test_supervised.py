@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from rlhf_ppo.config.sft import SFTArgs
+from rlhf_ppo.config.arguments.sft import SFTArgs
 from rlhf_ppo.data.examples import collate, encode_examples, hold_out, read_examples
 from rlhf_ppo.data.files import load_rows
 from rlhf_ppo.models.loading import load_policy

@@ -16,9 +16,9 @@ import torch
 from rlhf_ppo.cli import main, resume_hint
 from rlhf_ppo.rewards.validation import RewardError
 from rlhf_ppo.runtime.checkpoints.checkpoint import list_checkpoints
-from rlhf_ppo.runtime.signals import Interrupted
+from rlhf_ppo.runtime.machine.signals import Interrupted
 from rlhf_ppo.trainer import PPOTrainer
-from rlhf_ppo.training.callbacks import Callback
+from rlhf_ppo.training.trainer.callbacks import Callback
 
 SETTINGS = {"total_episodes": 32, "normalize_scores": True, "kl_target": 1.0}
 EVALUATION = [{"prompt": "to be"}, {"prompt": "or not"}]

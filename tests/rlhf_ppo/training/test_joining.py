@@ -16,9 +16,9 @@ from processes import Ended, ended_processes, in_processes
 
 from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.cli import main
-from rlhf_ppo.config.inference import GenerateArgs
-from rlhf_ppo.config.reward_training import RewardTrainingArgs
-from rlhf_ppo.config.sft import SFTArgs
+from rlhf_ppo.config.arguments.inference import GenerateArgs
+from rlhf_ppo.config.arguments.reward_training import RewardTrainingArgs
+from rlhf_ppo.config.arguments.sft import SFTArgs
 from rlhf_ppo.data.rows import as_rows
 from rlhf_ppo.pipeline import generate
 from rlhf_ppo.pipeline.labelled import reward_training, sft

@@ -13,7 +13,7 @@ import torch
 from torch.testing import assert_close
 
 from rlhf_ppo import RLHFConfig
-from rlhf_ppo.config.commands import ReplayArgs
+from rlhf_ppo.config.arguments.commands import ReplayArgs
 from rlhf_ppo.models.frozen_critic import freeze_critic
 from rlhf_ppo.pipeline.replay import replay
 from rlhf_ppo.training import run as runs

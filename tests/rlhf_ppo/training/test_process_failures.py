@@ -25,7 +25,7 @@ from processes import ended_processes, in_processes
 
 import rlhf_ppo.runtime.checkpoints.checkpoint_commit
 import rlhf_ppo.trainer
-import rlhf_ppo.training.generate
+import rlhf_ppo.training.rollouts.generate
 import rlhf_ppo.training.run
 import rlhf_ppo.training.update
 from rlhf_ppo.cli import main
@@ -91,7 +91,7 @@ def signalled(number: int) -> Callable[[], object]:
     return lambda: os.kill(os.getpid(), number)
 
 
-sampling, update = rlhf_ppo.training.generate, rlhf_ppo.training.update
+sampling, update = rlhf_ppo.training.rollouts.generate, rlhf_ppo.training.update
 
 
 def in_backward(what: Callable[[], object]) -> tuple[Any, str, int, Callable[[], object]]:
@@ -102,7 +102,7 @@ def in_backward(what: Callable[[], object]) -> tuple[Any, str, int, Callable[[],
 FAULTS: dict[str, tuple[Any, str, int, Callable[[], object]]] = {
     "sampling": (sampling, "_respond_to", 2, raising(RuntimeError("no tokens"))),
     "backward": in_backward(raising(torch.OutOfMemoryError("no memory"))),
-    "reference": (rlhf_ppo.training.collect, "_read_pass", 2, raising(torch.OutOfMemoryError("no memory"))),
+    "reference": (rlhf_ppo.training.rollouts.collect, "_read_pass", 2, raising(torch.OutOfMemoryError("no memory"))),
     "logging": (rlhf_ppo.trainer, "log_update", 2, raising(RuntimeError("no log"))),
     "save": (rlhf_ppo.runtime.checkpoints.checkpoint_commit, "_write_tensors", 2, raising(OSError(28, "no space"))),
     "killed in an update": in_backward(kill),

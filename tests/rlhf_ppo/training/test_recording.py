@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from rlhf_ppo.runtime.signals import Interrupted
+from rlhf_ppo.runtime.machine.signals import Interrupted
 from rlhf_ppo.training.recorded.recorded_rollouts import open_recording
 from tests.rlhf_ppo.training.test_checkpoint import kill_after
 from tests.rlhf_ppo.training.test_recorded_rollouts import assert_equal

@@ -11,7 +11,7 @@ import torch
 from rlhf_ppo.runtime.logs.lines import LOGGER
 from rlhf_ppo.runtime.logs.tables import read_table, table_numbers
 from rlhf_ppo.training.recorded.token_records import is_recorded
-from rlhf_ppo.training.reporting import log_traffic
+from rlhf_ppo.training.reports.reporting import log_traffic
 
 
 def contents(folder):

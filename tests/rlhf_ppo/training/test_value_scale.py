@@ -10,8 +10,8 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from rlhf_ppo.config.commands import ReplayArgs
-from rlhf_ppo.config.critic_fit import CriticFitArgs
+from rlhf_ppo.config.arguments.commands import ReplayArgs
+from rlhf_ppo.config.arguments.critic_fit import CriticFitArgs
 from rlhf_ppo.core import ValueScale
 from rlhf_ppo.pipeline.critic.critic_fit import fit_critic
 from rlhf_ppo.pipeline.replay import replay

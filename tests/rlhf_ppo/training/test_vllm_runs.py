@@ -23,8 +23,8 @@ from vllm_stand_in import error, standing_in
 from rlhf_ppo import PPOTrainer, RLHFConfig
 from rlhf_ppo.generation.vllm.engine import VLLMEngine
 from rlhf_ppo.generation.vllm.server import VLLMError, VLLMServer
-from rlhf_ppo.training.collect import collect, make_batch
 from rlhf_ppo.training.outside.ahead import RolloutsAhead
+from rlhf_ppo.training.rollouts.collect import collect, make_batch
 
 
 def lora(**options: Any) -> Any:

@@ -9,7 +9,7 @@ import random
 import pytest
 
 from rlhf_ppo.runtime.errors import UnhealthyRunError
-from rlhf_ppo.training.watching import begin_watch
+from rlhf_ppo.training.reports.watching import begin_watch
 
 
 def constant(prompts, completions, **columns):

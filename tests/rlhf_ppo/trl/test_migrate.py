@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from rlhf_ppo.cli import TrainArgs, main
-from rlhf_ppo.config.commands import join_command_line
+from rlhf_ppo.config.arguments.commands import join_command_line
 from rlhf_ppo.config.trl_names import CLASSES, FATES
 from rlhf_ppo.trl.arguments import FIELDS_FILE, known_fields, read_trl_flags, read_trl_yaml
 from rlhf_ppo.trl.migrate import convert

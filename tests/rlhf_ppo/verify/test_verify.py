@@ -19,9 +19,10 @@ from rlhf_ppo.models.actor_critic import ActorCritic
 from rlhf_ppo.models.forward import runner
 from rlhf_ppo.models.forward.runner import ModelRunner
 from rlhf_ppo.models.reference import Reference
-from rlhf_ppo.training import generate, gradients, rewards
+from rlhf_ppo.training import gradients, rewards
 from rlhf_ppo.training.checkpoints import checkpoint
 from rlhf_ppo.training.models import load_models
+from rlhf_ppo.training.rollouts import generate
 from rlhf_ppo.verify import run_checks, verify_training
 from rlhf_ppo.verify.verify import CHECKS
 

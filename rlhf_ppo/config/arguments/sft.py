@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf_ppo.config.data import DataArgs
+from rlhf_ppo.config.arguments.data import DataArgs
 from rlhf_ppo.config.json_mapping import JsonMapping
 from rlhf_ppo.config.run_groups import ProcessSettings, ReportSettings
 

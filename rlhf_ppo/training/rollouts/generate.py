@@ -32,9 +32,9 @@ from rlhf_ppo.models.sharded.in_step import taking_part
 from rlhf_ppo.models.sharded.sharding import whole_weights
 from rlhf_ppo.runtime.command_line.user_code import has_ended, start
 from rlhf_ppo.runtime.logs.run_directory import append_line
+from rlhf_ppo.runtime.machine.signals import deferring_stops, stopping_if_asked
 from rlhf_ppo.runtime.processes.group import Part, Work
 from rlhf_ppo.runtime.side_by_side import Calls
-from rlhf_ppo.runtime.signals import deferring_stops, stopping_if_asked
 from rlhf_ppo.training.outside.publish import publish
 from rlhf_ppo.training.run import Run
 
@@ -71,7 +71,7 @@ class _Own(NamedTuple):
 def generate(run: Run, model: ActorCritic, batch: PromptBatch, generator: torch.Generator) -> Rollout:
     """Sample one response, or conversation, per prompt, recording log-probs and values.
 
-    Arguments and errors are those of :func:`rlhf_ppo.training.collect.collect`.
+    Arguments and errors are those of :func:`rlhf_ppo.training.rollouts.collect.collect`.
     """
     return start_generating(run, model, batch, generator)()
 

@@ -24,7 +24,7 @@ from rlhf_ppo.runtime.report.page import report_at_end
 from rlhf_ppo.runtime.seeding import EVALUATION, global_rng_state, numbered_generator, restore_rng_state
 from rlhf_ppo.runtime.texts import display_text
 from rlhf_ppo.training.checkpoints.resume import SafePoint, keep_checkpoint
-from rlhf_ppo.training.collect import collect
+from rlhf_ppo.training.rollouts.collect import collect
 from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.state import TrainState
 

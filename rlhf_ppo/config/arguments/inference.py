@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf_ppo.config.data import PromptArgs
+from rlhf_ppo.config.arguments.data import PromptArgs
 from rlhf_ppo.config.json_mapping import JsonMapping
 from rlhf_ppo.config.run_groups import Precision, ProcessSettings
 from rlhf_ppo.core.validation import is_changed

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_ppo.runtime import symptoms
-from rlhf_ppo.runtime.symptoms import RunMetrics
+from rlhf_ppo.runtime.diagnosis import symptoms
+from rlhf_ppo.runtime.diagnosis.symptoms import RunMetrics
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Rule:
     meaning: str
     moves: tuple[Move, ...]
     watched: str | None = None
-    """Its name in ``stop_on``, one of :data:`rlhf_ppo.runtime.symptoms.WATCHED`; None: only runs that have ended, or
-    whose user asks, are judged by it."""
+    """Its name in ``stop_on``, one of :data:`rlhf_ppo.runtime.diagnosis.symptoms.WATCHED`; None: only runs that have
+    ended, or whose user asks, are judged by it."""
     after: int = 10
     """Updates of a watched run before it is judged by this."""
 

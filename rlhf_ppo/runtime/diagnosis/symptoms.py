@@ -1,4 +1,4 @@
-"""Symptoms of an unhealthy run, each found in its metrics; :mod:`rlhf_ppo.runtime.rules` says what to change."""
+"""Symptoms of an unhealthy run, each found in its metrics; :mod:`rlhf_ppo.runtime.diagnosis.rules` says the remedy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_ppo.runtime import healthy
+from rlhf_ppo.runtime.diagnosis import healthy
 
 FEWEST_UPDATES = 6
 """Fewest updates from which a run is judged."""

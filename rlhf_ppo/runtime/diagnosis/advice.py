@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ppo.runtime.command_line.commands import AdviseArgs
+from rlhf_ppo.runtime.diagnosis.rules import CLIPPING, RULES, Rule
+from rlhf_ppo.runtime.diagnosis.symptoms import FEWEST_UPDATES, RunMetrics
 from rlhf_ppo.runtime.logs.run_directory import RunDirectory, read_run
-from rlhf_ppo.runtime.rules import CLIPPING, RULES, Rule
-from rlhf_ppo.runtime.symptoms import FEWEST_UPDATES, RunMetrics
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rlhf_ppo.config.train import TrainArgs
+from rlhf_ppo.config.arguments.train import TrainArgs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""RunWatch: judge a run by the rules of :mod:`rlhf_ppo.runtime.rules` while it trains, each symptom once."""
+"""RunWatch: judge a run by the rules of :mod:`rlhf_ppo.runtime.diagnosis.rules` while it trains, each symptom once."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rlhf_ppo.runtime.advice import Advice, judge
-from rlhf_ppo.runtime.rules import RULES, Rule
-from rlhf_ppo.runtime.symptoms import RunMetrics
+from rlhf_ppo.runtime.diagnosis.advice import Advice, judge
+from rlhf_ppo.runtime.diagnosis.rules import RULES, Rule
+from rlhf_ppo.runtime.diagnosis.symptoms import RunMetrics
 
 RECENT = 10
 """Updates that count as now, and as the start."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from rlhf_ppo.config.plan import PlanArgs
-from rlhf_ppo.config.train import TrainArgs
+from rlhf_ppo.config.arguments.plan import PlanArgs
+from rlhf_ppo.config.arguments.train import TrainArgs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from rlhf_ppo.generation.rollout import Rollout, pick_rows
 from rlhf_ppo.runtime.seeding import TRAIN, numbered_generator
 from rlhf_ppo.training.advantages import with_signal
-from rlhf_ppo.training.collect import collect, make_batch
 from rlhf_ppo.training.rewards import shape_rewards
+from rlhf_ppo.training.rollouts.collect import collect, make_batch
 from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.state import TrainState
 
@@ -23,7 +23,7 @@ def replace_without_signal(run: Run, state: TrainState, rollout: Rollout) -> tup
     Returns:
         (the rollout, metrics of what was drawn). After ``zero_signal_rounds`` rounds some groups may be left.
     Raises:
-        RewardError, RespondError: see :func:`rlhf_ppo.training.collect.collect`.
+        RewardError, RespondError: see :func:`rlhf_ppo.training.rollouts.collect.collect`.
     """
     args, size, data = run.args, run.args.num_generations, run.train_prompts
     assert data is not None and rollout.scores is not None and rollout.scored is not None

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 
 import tyro
 
-from rlhf_ppo.config.data import HeldOutPromptArgs
+from rlhf_ppo.config.arguments.data import HeldOutPromptArgs
 from rlhf_ppo.config.presets import PRESETS, preset_settings
 from rlhf_ppo.config.rlhf import RLHFConfig
 from rlhf_ppo.core.validation import Settings

@@ -12,15 +12,15 @@ from rlhf_ppo.config.run_groups import SafetySettings
 from rlhf_ppo.generation.rollout import Rollout
 from rlhf_ppo.rewards.scoring import score_responses, total_score
 from rlhf_ppo.rewards.validation import RewardError
-from rlhf_ppo.runtime.advice import Advice, in_words
+from rlhf_ppo.runtime.diagnosis.advice import Advice, in_words
+from rlhf_ppo.runtime.diagnosis.run_watch import RunWatch
+from rlhf_ppo.runtime.diagnosis.symptoms import WATCHED
 from rlhf_ppo.runtime.errors import UnhealthyRunError
 from rlhf_ppo.runtime.logs.lines import LOGGER, warn_once
-from rlhf_ppo.runtime.run_watch import RunWatch
 from rlhf_ppo.runtime.seeding import global_rng_state, restore_rng_state
-from rlhf_ppo.runtime.symptoms import WATCHED
-from rlhf_ppo.training.collect import decoding_of, responses_of
 from rlhf_ppo.training.experience import Estimates
 from rlhf_ppo.training.recorded.token_records import record_tokens
+from rlhf_ppo.training.rollouts.collect import decoding_of, responses_of
 from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.stability import require_no_drift
 from rlhf_ppo.training.state import TrainState

@@ -24,11 +24,11 @@ from rlhf_ppo.rewards.logs import RewardLog
 from rlhf_ppo.rewards.scoring import DecodeOf, Responses, score_responses
 from rlhf_ppo.rewards.step_rewards import Decode
 from rlhf_ppo.rewards.validation import RewardError, Score
+from rlhf_ppo.runtime.machine.signals import stop_if_asked
 from rlhf_ppo.runtime.seeding import TRAIN, numbered_generator
-from rlhf_ppo.runtime.signals import stop_if_asked
-from rlhf_ppo.training.generate import generate, write_failed
 from rlhf_ppo.training.outside.publish import require_small_gap
 from rlhf_ppo.training.rewards import with_scores
+from rlhf_ppo.training.rollouts.generate import generate, write_failed
 from rlhf_ppo.training.run import Run
 from rlhf_ppo.training.state import TrainState
 

@@ -1,0 +1,1 @@
+"""The machine: its devices, number formats, threads and signals."""

@@ -1,0 +1,1 @@
+"""Reports of a run: metric lines, evaluations, warnings, and each token's lesson."""

@@ -1,0 +1,1 @@
+"""Rollouts: responses sampled from the policy, read with the reference and scored."""

@@ -1,0 +1,1 @@
+"""What PPOTrainer consists of beside its loop."""
