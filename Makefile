@@ -8,11 +8,12 @@ READY := $(VENV)/.ready
 # One thread per process: tests run two at a time, and more threads slow tiny networks down.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
+FIELDS := tests/rlhf_ppo/migration/dump_other_fields.py rlhf_ppo/assets/migration-fields.json
 MUTATION := build/mutation
 MUTATION_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HYPOTHESIS_PROFILE=mutation
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo train-cartpole test test-all test-shake test-versions test-architectures soak check lint types docs trl-fields audit mutation clean
+.PHONY: help env demo train-cartpole test test-all test-shake test-versions test-architectures soak check lint types docs trl-fields migration-fields audit mutation clean
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -69,12 +70,21 @@ docs: env ## Regenerate the generated pages and tables of docs/
 	$(BIN)/python -m rlhf_ppo.runtime.diagnosis.advice > docs/tuning.md
 	$(BIN)/python -m rlhf_ppo.settings_page > docs/settings.md
 	$(BIN)/python -m classic.settings_page > docs/classic-settings.md
-	$(BIN)/python -m rlhf_ppo.trl.page docs/migrating-from-trl.md
+	$(BIN)/python -m rlhf_ppo.migration.page
 	$(BIN)/python docs/module_map.py
 
 trl-fields: ## Regenerate the fields of TRL 1.12's PPO config, with an interpreter that has trl: make trl-fields PEER=...
-	$(PEER) tests/rlhf_ppo/trl/dump_trl_fields.py > build/trl-fields.json
-	mv build/trl-fields.json rlhf_ppo/assets/trl-1.12-ppo-fields.json
+	$(PEER) tests/rlhf_ppo/migration/dump_trl_fields.py > build/trl-fields.json
+	$(BIN)/python $(FIELDS) - trl=build/trl-fields.json
+
+migration-fields: ## Regenerate the fields of the other projects that `rlhf-ppo migrate` reads, from their wheels
+	mkdir -p build/wheels
+	for wheel in trl==0.11.4 llamafactory==0.9.5 ms-swift==4.6.0 transformers==4.57.6; do \
+	  $(BIN)/pip download --quiet --no-deps --dest build/wheels $$wheel && \
+	  $(BIN)/python -m zipfile --extract build/wheels/$$(ls -t build/wheels | grep whl | head -1) build/wheels/$${wheel%%=*} || exit 1; \
+	done
+	$(BIN)/python $(FIELDS) build/wheels/transformers trl-0x=build/wheels/trl \
+	  llama-factory=build/wheels/llamafactory ms-swift=build/wheels/ms-swift
 
 audit: ## Check the pinned versions with PyPI's vulnerability service
 	test -d build/audit || $(PYTHON) -m venv build/audit

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
 START = "<!-- module map: made by `make docs` -->\n"
-PACKAGES = "core runtime config data models generation rewards training pipeline trl verify".split()
+PACKAGES = "core runtime config data models generation rewards training pipeline migration verify".split()
 
 
 def first_line(file: Path) -> str:

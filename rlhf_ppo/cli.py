@@ -46,7 +46,7 @@ COMMANDS: dict[str, Command] = {
     "generate": (GenerateArgs, "rlhf_ppo.pipeline.chat_session:generate_or_chat"),
     "explain": (ExplainArgs, "rlhf_ppo.pipeline.explain:explain_command"),
     "presets": (PresetsArgs, "rlhf_ppo.config.presets:print_presets"),
-    "migrate": (MigrateArgs, "rlhf_ppo.trl.migrate:migrate_command"),
+    "migrate": (MigrateArgs, "rlhf_ppo.migration.migrate:migrate_command"),
     "replay": (ReplayArgs, "rlhf_ppo.pipeline.replay:print_replay"),
     "export": (ExportArgs, "rlhf_ppo.pipeline.export:export_command"),
     "check": (CheckArgs, "rlhf_ppo.runtime.checkpoints.resume:check"),

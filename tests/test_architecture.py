@@ -58,7 +58,7 @@ LEVELS = [
     ["generation", "rewards"],
     ["training"],
     ["trainer"],
-    ["pipeline", "trl"],
+    ["pipeline", "migration"],
     ["verify"],
     ["cli"],
     ["__main__"],

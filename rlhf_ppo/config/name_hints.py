@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlhf_ppo.config.trl_names import ROWS, Row
+from rlhf_ppo.config.migration_table import Row, rows_of
 
 
 def _ours(row: Row) -> str:
@@ -14,21 +14,7 @@ def _ours(row: Row) -> str:
 
 
 _OTHERS = {
-    # TRL's first PPO trainer
-    "batch_size": "rollout_batch_size (responses in a rollout)",
-    "mini_batch_size": "num_minibatches (how many a rollout is cut into)",
-    "ppo_epochs": "num_epochs",
-    "init_kl_coef": "kl_coef",
-    "adap_kl_ctrl": "kl_target (None: kl_coef stays fixed)",
-    "target": "kl_target",
-    "horizon": "kl_horizon",
-    "use_score_norm": "normalize_scores",
-    "use_score_scaling": "normalize_scores",
-    "ratio_threshold": "max_initial_log_ratio",
-    "early_stopping": "target_kl",
-    "log_with": "report_to",
-    "steps": "total_episodes",
-    # its trainers without a critic
+    # TRL's trainers without a critic
     "beta": "kl_coef (in the rewards) or kl_loss_coef (in the loss)",
     "epsilon": "clip_range",
     "epsilon_high": "clip_range_high",
@@ -55,9 +41,12 @@ _OTHERS = {
     "max_tokens": "max_new_tokens",
 }
 
-SETTINGS: dict[str, str] = {name: _ours(row) for name, row in ROWS.items() if name not in row.ours} | {
-    name: f"here it is {ours}" for name, ours in _OTHERS.items()
-}
+SETTINGS: dict[str, str] = {
+    name: _ours(row)
+    for source in ("ms-swift", "llama-factory", "trl", "trl-0x")  # of a name that several have, the last counts
+    for name, row in rows_of(source).items()
+    if name not in row.ours
+} | {name: f"here it is {ours}" for name, ours in _OTHERS.items()}
 """Name of a setting in another library -> ours, or why there is none."""
 
 ARGUMENTS: dict[str, str] = {

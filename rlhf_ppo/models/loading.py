@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -24,7 +25,7 @@ from transformers.utils import logging
 
 from rlhf_ppo.data.hub import explain_load_failure, read_weights, refuse_pickles
 from rlhf_ppo.models.adapters.lora import merge_adapter, refuse_prompt_learning
-from rlhf_ppo.models.value_head import adapter_labels
+from rlhf_ppo.models.value_head import adapter_labels, holds_reward_head, load_value_head
 
 EMBEDDED_MODEL = str(Path(__file__).parents[1] / "assets" / "stories-gpt2")
 """Folder of the packaged small GPT-2, which the name "embedded" stands for."""
@@ -57,11 +58,17 @@ def find_config(model: str | PreTrainedModel) -> PretrainedConfig:
         config = find_config(base)
         if (labels := adapter_labels(Path(model) / "adapter_model.safetensors")) is not None:
             config.num_labels = labels  # the base's config does not count the labels of the adapter's head
-        return config
+        return _of_one_label(config) if holds_reward_head(model) else config
     try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        return _of_one_label(config) if holds_reward_head(model) else config
     except (OSError, ValueError) as error:
         raise ValueError(f"model {model!r} cannot be loaded: {explain_load_failure(model, error)}") from error
+
+
+def _of_one_label(config: PretrainedConfig) -> PretrainedConfig:
+    config.num_labels = 1  # the head beside a causal language model predicts one number
+    return config
 
 
 def adapter_base(model: Any) -> str | None:
@@ -196,6 +203,8 @@ def load_classifier(model: str, *, new_head: bool = False) -> PreTrainedModel:
         model: hub id or folder.
         new_head: accept a causal language model too, and give it a random score head without a warning.
     """
+    if not new_head and holds_reward_head(model):
+        return _classifier_of_parts(model)
     base = adapter_base(model)
     if base is not None:
         return merge_saved_adapter(load_classifier(base, new_head=True), model)
@@ -207,6 +216,26 @@ def load_classifier(model: str, *, new_head: bool = False) -> PreTrainedModel:
         return read_weights(AutoModelForSequenceClassification, model, new=new, num_labels=1)
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _classifier_of_parts(folder: str) -> PreTrainedModel:
+    """Make a classifier of a causal language model's trunk, its adapter merged, and the value head beside it."""
+    config = find_config(folder)
+    head = load_value_head(folder, config)
+    policy = load_policy(folder)
+    with torch.device("meta"):
+        classifier = AutoModelForSequenceClassification.from_config(config)
+    score = nn.Linear(head.weight.shape[1], 1)
+    score.load_state_dict({"weight": head.weight, "bias": head.bias})
+    if not hasattr(classifier, "score"):
+        raise ValueError(
+            f"{folder} has a value head beside a {config.model_type} model, for whose classifier it is not known where "
+            "a head goes: call the model in a reward function of your own"
+        )
+    setattr(classifier, classifier.base_model_prefix, policy.base_model)
+    classifier.score = score
+    classifier.name_or_path = folder
+    return classifier
 
 
 def load_trunk(model: str | PreTrainedModel) -> PreTrainedModel:

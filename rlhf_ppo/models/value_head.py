@@ -1,4 +1,4 @@
-"""Make the value head (hidden state -> one number), or load one from a run, a TRL checkpoint or a reward model."""
+"""Make the value head (hidden state -> one number), or load one from a run, TRL, LLaMA-Factory or a reward model."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from rlhf_ppo.core import ValueScale
 from rlhf_ppo.data.hub import find_file, pickle_message
 
 VALUE_HEAD_FILE = "value_head.safetensors"
+
+PICKLED_HEAD_FILE = "value_head.bin"
+"""What LLaMA-Factory writes without safetensors."""
 
 _HEADS = ("v_head.summary", "score", "classifier")
 """Names of TRL's value head and of sequence classifiers' heads."""
@@ -52,16 +55,17 @@ def load_value_head(source: str, trunk: PretrainedConfig) -> SavedHead:
     """Load a linear head with one output; one that was not saved by a run of today predicts in the reward's own units.
 
     Args:
-        source: folder or hub id of a run, an old TRL checkpoint with a value head (``v_head.summary``), a one-label
-            sequence classifier whose head is one linear layer, or an adapter of one.
+        source: folder or hub id of a run, an old TRL checkpoint or a LLaMA-Factory folder with a value head
+            (``v_head.summary``), a one-label sequence classifier whose head is one linear layer, or an adapter of one.
         trunk: config of the model that the head is for.
     Raises:
         ValueError: no such head, or one of another shape or width.
     """
     where = f"value_head_from={source!r}"
-    found: dict[str, Tensor] = {}
+    pickled = None if find_file(source, VALUE_HEAD_FILE) else find_file(source, PICKLED_HEAD_FILE)
+    found: dict[str, Tensor] = {} if pickled is None else _read_pickled(pickled)
     scale = ValueScale()
-    for name, file in _tensor_files(source, where):
+    for name, file in _tensor_files(source, where) if pickled is None else ():
         if file.name == VALUE_HEAD_FILE or _layer(name) in _HEADS:
             with safe_open(file, "pt") as tensors:
                 found[name] = tensors.get_tensor(name).float()
@@ -88,6 +92,32 @@ def load_value_head(source: str, trunk: PretrainedConfig) -> SavedHead:
             "head that was trained on this model"
         )
     return SavedHead(weight, found.get(name.removesuffix("weight") + "bias", torch.zeros(1)), scale)
+
+
+def _read_pickled(file: Path) -> dict[str, Tensor]:
+    """Read a pickled head with torch's reader of tensors alone, which runs no code."""
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        return {str(name): tensor.float() for name, tensor in tensors.items()}
+    except Exception as error:
+        raise ValueError(
+            f"{file} holds something other than named tensors ({type(error).__name__}), and is not read: save the head "
+            f"again as {VALUE_HEAD_FILE}"
+        ) from None
+
+
+def holds_reward_head(source: object) -> bool:
+    """Return whether this is a folder with a causal language model (or an adapter of one) and TRL's value head beside.
+
+    That is how LLaMA-Factory saves a reward model. A run of this project names its head's tensors otherwise.
+    """
+    if not isinstance(source, str) or not Path(source).is_dir():
+        return False
+    file = Path(source) / VALUE_HEAD_FILE
+    if not file.is_file():
+        return (Path(source) / PICKLED_HEAD_FILE).is_file()
+    with safe_open(file, "pt") as tensors:
+        return all(_layer(name) == _HEADS[0] for name in list(tensors.keys()))
 
 
 def _scale(metadata: Mapping[str, str]) -> ValueScale:

@@ -61,7 +61,7 @@ MOVED = {
     "rlhf_ppo.guard": "rlhf_ppo.training.stability",
     "rlhf_ppo.http_reward": "rlhf_ppo.rewards.http_client",
     "rlhf_ppo.identity": "rlhf_ppo.models.compare",
-    "rlhf_ppo.migrate": "rlhf_ppo.trl.migrate",
+    "rlhf_ppo.migrate": "rlhf_ppo.migration.migrate",
     "rlhf_ppo.openenv": "rlhf_ppo.generation.environments",
     "rlhf_ppo.replay": "rlhf_ppo.pipeline.replay",
     "rlhf_ppo.reward_calls": "rlhf_ppo.rewards.validation",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
+from typing import Literal
 
 import tyro
 
@@ -107,26 +108,35 @@ class ExportArgs(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class MigrateArgs(Settings):
-    """Convert a TRL 1.12 PPO config: migrate --config trl.yaml --output ours.yaml -- --learning_rate 3e-6"""
+    """Convert a PPO run of TRL, LLaMA-Factory or ms-swift: migrate ppo.yaml --output ours.yaml -- --lam 0.9"""
 
+    file: tyro.conf.Positional[str | None] = None
+    """The other project's file: YAML or JSON, a shell script (.sh) with its command, or a Python script (.py) with a
+    PPOConfig, which is read and never run."""
     config: str | None = None
-    """TRL's YAML file."""
+    """The same, as a flag."""
     command_line: str | None = None
-    """TRL's flags, or the whole command, as one text; it is easier to write them at the end, after `--`."""
+    """Its flags, or the whole command, as one text; it is easier to write them at the end, after `--`."""
+    source: Literal["trl", "trl-0x", "llama-factory", "ms-swift"] | None = None
+    """The project; None: recognised from the program and the arguments (the first line of the result says which)."""
     num_processes: int | None = None
-    """Processes of the TRL run, whose batch sizes were per process; None: as the command's launcher says, else 1."""
+    """Processes of that run, whose batch sizes were per process; None: as the command says, else 1."""
+    rows: int | None = None
+    """Rows of the data set, where the length of the run depends on them; None: as its files or arguments say."""
     output: str | None = None
-    """File to write, which must not exist; None: print."""
+    """File to write, which must not exist; chat prompts made of the data set go into a file beside it. None: print."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_at_least(1, "num_processes")
-        if self.config is None and self.command_line is None:
-            raise ValueError("nothing to migrate: give --config FILE, or TRL's flags after --, or both")
+        self._require_at_least(1, "num_processes", "rows")
+        if self.file is not None and self.config is not None:
+            raise ValueError(f"the file is given twice, as {self.file} and as --config {self.config}: give it once")
+        if self.file is None and self.config is None and self.command_line is None:
+            raise ValueError("nothing to migrate: give a file, or the other project's flags after --, or both")
 
 
 def join_command_line(argv: list[str]) -> list[str]:
-    """Join TRL's words after ``--`` into one flag of ours: ``[..., "--command-line=word ..."]``."""
+    """Join another project's words after ``--`` into one flag of ours: ``[..., "--command-line=word ..."]``."""
     if "--" not in argv:
         return argv
     at = argv.index("--")

@@ -1,27 +1,24 @@
-"""Migrating from TRL: the table is complete, the converter keeps a run's meaning, invalid arguments are named."""
+"""Migrating from TRL 1.12: the converter keeps a run's meaning, invalid arguments are named."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import subprocess
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
-from rlhf_ppo.cli import TrainArgs, main
-from rlhf_ppo.config.arguments.commands import join_command_line
-from rlhf_ppo.config.trl_names import CLASSES, FATES
-from rlhf_ppo.trl.arguments import FIELDS_FILE, known_fields, read_trl_flags, read_trl_yaml
-from rlhf_ppo.trl.migrate import convert
-from rlhf_ppo.trl.page import field_tables
+from rlhf_ppo.cli import main
+from rlhf_ppo.config.arguments.commands import MigrateArgs, join_command_line
+from rlhf_ppo.migration import trl
+from rlhf_ppo.migration.arguments import FIELDS_FILE, read_flags
+from rlhf_ppo.migration.reading import Given, read_given
+from rlhf_ppo.migration.shell import read_command
 
 ROOT = Path(__file__).parents[3]
-SETTINGS = {field.name for field in fields(TrainArgs)}
 DATA = {"dataset_name": "prompts.jsonl"}
 
 # As documented at the top of TRL's examples/scripts/ppo/ppo_tldr.py.
@@ -74,30 +71,12 @@ save_strategy: "no"
 """
 
 
-# The table
+def convert(given: dict, processes: int = 1, rows: int | None = None) -> dict:
+    return trl.convert(Given("trl", given, "", Path(), processes, {}), rows).settings
 
 
-@pytest.mark.parametrize("cls", CLASSES)
-def test_the_table_has_every_field_of_the_real_class_once_and_no_other(cls):
-    names = [name for row in CLASSES[cls] for name in row.names]
-    assert sorted(names) == sorted(json.loads(FIELDS_FILE.read_text())[cls])
-
-
-def test_every_setting_that_the_table_names_exists():
-    for row in (row for rows in CLASSES.values() for row in rows):
-        assert set(row.ours) <= SETTINGS, row
-        assert row.fate in FATES and bool(row.ours) >= (row.fate in ("same", "converted")), row
-        assert row.note or row.fate == "same", f"{row}: says nothing"
-
-
-def test_the_page_is_the_table():
-    page = (ROOT / "docs/migrating-from-trl.md").read_text(encoding="utf-8")
-    assert page.endswith(field_tables()), "run: python -m rlhf_ppo.trl.page docs/migrating-from-trl.md"
-
-
-def test_each_field_stands_once_in_the_tables():
-    tables = field_tables()
-    assert all(len(re.findall(rf"^\|.*`{name}` \(", tables, re.MULTILINE)) == 1 for name in known_fields())
+def read_trl_flags(text: str) -> dict:
+    return read_flags("trl", read_command(text, "the command line").flags)
 
 
 # Reading
@@ -121,7 +100,8 @@ def test_switches_lists_and_both_spellings():
 
 def test_flags_win_over_a_file_named_among_them(tmp_path):
     (tmp_path / "a.yaml").write_text("lam: 1e-1\ngamma: 0.5\n")
-    assert read_trl_flags(f"--lam 0.7 --config {tmp_path / 'a.yaml'}") == {"lam": 0.7, "gamma": 0.5}
+    given = read_given(MigrateArgs(command_line=f"--lam 0.7 --config {tmp_path / 'a.yaml'}"))
+    assert (given.source, given.values) == ("trl", {"lam": 0.7, "gamma": 0.5})
 
 
 def test_words_after_two_dashes_are_trls():
@@ -323,7 +303,7 @@ def test_a_typo_in_the_yaml_and_an_existing_output(tmp_path, capsys):
     assert "exists" in capsys.readouterr().err and file.read_text() == "dataset_name: x\n"
     file.write_text("- a list\n")
     with pytest.raises(ValueError, match="`name: value` lines"):
-        read_trl_yaml(file)
+        read_given(MigrateArgs(file=str(file)))
 
 
 def test_nothing_to_migrate(capsys):
@@ -355,7 +335,7 @@ def peer() -> str:
 def test_the_field_list_is_the_real_one(peer):
     script = Path(__file__).with_name("dump_trl_fields.py")
     answer = subprocess.run([peer, str(script)], capture_output=True, text=True, check=True)
-    assert json.loads(answer.stdout) == json.loads(FIELDS_FILE.read_text())
+    assert json.loads(answer.stdout) == json.loads(FIELDS_FILE.read_text())["trl"]
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""Coming from other projects: read the arguments of their PPO, convert and document them."""

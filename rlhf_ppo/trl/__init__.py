@@ -1,1 +1,0 @@
-"""Migrating from TRL: read, convert and document its PPO arguments."""
