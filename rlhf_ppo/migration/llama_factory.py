@@ -101,7 +101,7 @@ def _models(theirs: dict[str, Any]) -> dict[str, Any]:
         ours["ref_model"] = theirs["ref_model"]
     elif adapter is not None and not theirs["create_new_adapter"]:
         ours["ref_model"] = base  # its reference is the policy with the adapter switched off
-    if any((Path(ours["model"]) / f"value_head.{kind}").is_file() for kind in ("safetensors", "bin")):
+    if (Path(ours["model"]) / "value_head.safetensors").is_file():
         ours["value_head_from"] = ours["model"]
     if theirs["finetuning_type"] == "lora":
         target = [name.strip() for name in theirs["lora_target"].split(",")]

@@ -41,7 +41,7 @@ def read_command(text: str, where: str, *, script: bool = False) -> ShellCommand
             variables[found[1]] = found[2]
             words.pop(0)
         if words[:1] == ["export"]:
-            variables |= dict(found.groups() for word in words[1:] if (found := _ASSIGNMENT.fullmatch(word)))
+            variables |= {found[1]: found[2] for word in words[1:] if (found := _ASSIGNMENT.fullmatch(word))}
         elif words and (not script or _begin(words) or any(word.startswith("--") for word in words)):
             return _command(words, variables, where)
     raise ValueError(f"{where} has no command that starts a run: give one, such as `swift rlhf --rlhf_type ppo ...`")

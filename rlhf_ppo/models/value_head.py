@@ -19,7 +19,7 @@ from rlhf_ppo.data.hub import find_file, pickle_message
 VALUE_HEAD_FILE = "value_head.safetensors"
 
 PICKLED_HEAD_FILE = "value_head.bin"
-"""What LLaMA-Factory writes without safetensors."""
+"""What LLaMA-Factory writes without safetensors: a pickle, which is never opened."""
 
 _HEADS = ("v_head.summary", "score", "classifier")
 """Names of TRL's value head and of sequence classifiers' heads."""
@@ -62,10 +62,15 @@ def load_value_head(source: str, trunk: PretrainedConfig) -> SavedHead:
         ValueError: no such head, or one of another shape or width.
     """
     where = f"value_head_from={source!r}"
-    pickled = None if find_file(source, VALUE_HEAD_FILE) else find_file(source, PICKLED_HEAD_FILE)
-    found: dict[str, Tensor] = {} if pickled is None else _read_pickled(pickled)
+    if find_file(source, VALUE_HEAD_FILE) is None and find_file(source, PICKLED_HEAD_FILE) is not None:
+        raise ValueError(
+            f"{where}: {PICKLED_HEAD_FILE} is a pickle, which can run code when it is opened and is never read here: "
+            "if you trust it, load it elsewhere with torch.load(file, weights_only=True), and save the tensors as "
+            f"{VALUE_HEAD_FILE} with safetensors.torch.save_file"
+        )
+    found: dict[str, Tensor] = {}
     scale = ValueScale()
-    for name, file in _tensor_files(source, where) if pickled is None else ():
+    for name, file in _tensor_files(source, where):
         if file.name == VALUE_HEAD_FILE or _layer(name) in _HEADS:
             with safe_open(file, "pt") as tensors:
                 found[name] = tensors.get_tensor(name).float()
@@ -94,18 +99,6 @@ def load_value_head(source: str, trunk: PretrainedConfig) -> SavedHead:
     return SavedHead(weight, found.get(name.removesuffix("weight") + "bias", torch.zeros(1)), scale)
 
 
-def _read_pickled(file: Path) -> dict[str, Tensor]:
-    """Read a pickled head with torch's reader of tensors alone, which runs no code."""
-    try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-        return {str(name): tensor.float() for name, tensor in tensors.items()}
-    except Exception as error:
-        raise ValueError(
-            f"{file} holds something other than named tensors ({type(error).__name__}), and is not read: save the head "
-            f"again as {VALUE_HEAD_FILE}"
-        ) from None
-
-
 def holds_reward_head(source: object) -> bool:
     """Return whether this is a folder with a causal language model (or an adapter of one) and TRL's value head beside.
 
@@ -116,8 +109,11 @@ def holds_reward_head(source: object) -> bool:
     file = Path(source) / VALUE_HEAD_FILE
     if not file.is_file():
         return (Path(source) / PICKLED_HEAD_FILE).is_file()
-    with safe_open(file, "pt") as tensors:
-        return all(_layer(name) == _HEADS[0] for name in list(tensors.keys()))
+    try:
+        with safe_open(file, "pt") as tensors:
+            return all(_layer(name) == _HEADS[0] for name in list(tensors.keys()))
+    except SafetensorError:  # whoever reads the head says that it is damaged
+        return False
 
 
 def _scale(metadata: Mapping[str, str]) -> ValueScale:

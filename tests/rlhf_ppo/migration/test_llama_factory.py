@@ -239,19 +239,20 @@ def test_a_language_model_with_a_value_head_scores_as_there(place):
         torch.testing.assert_close(torch.tensor(reward([prompt], [completion])), expected.detach())
 
 
-def test_a_pickled_head_is_read_without_running_code(place):
+def test_a_pickled_head_is_refused_and_converted_as_the_page_says(place, monkeypatch):
     from safetensors.torch import load_file
 
     from rlhf_ppo import RewardModel
 
     whole = RewardModel("scored")(["the cat"], [" sat"])
-    head = load_file("scored/value_head.safetensors")
-    Path("scored/value_head.safetensors").unlink()
-    torch.save(head, "scored/value_head.bin")
-    assert RewardModel("scored")(["the cat"], [" sat"]) == whole
-    torch.save({"v_head.summary.weight": print}, "scored/value_head.bin")
-    with pytest.raises(ValueError, match="holds something other than named tensors"):
-        RewardModel("scored")
+    monkeypatch.chdir(place / "scored")
+    torch.save(load_file("value_head.safetensors"), "value_head.bin")
+    Path("value_head.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"value_head\.bin is a pickle.*save the tensors as value_head\.safetensors"):
+        RewardModel(str(place / "scored"))
+    page = (Path(__file__).parents[3] / "docs/coming-from/llama-factory.md").read_text(encoding="utf-8")
+    exec(page.rpartition("```python\n")[2].partition("```")[0], {})
+    assert RewardModel(str(place / "scored"))(["the cat"], [" sat"]) == whole
 
 
 def test_an_adapter_with_a_value_head_scores_as_its_merged_model(place, make_model):
