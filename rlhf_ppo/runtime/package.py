@@ -49,6 +49,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 MOVED = {
+    "rlhf_ppo.trl": "rlhf_ppo.migration",
     "rlhf_ppo.adapters": "rlhf_ppo.models.adapters.lora",
     "rlhf_ppo.actor_critic": "rlhf_ppo.models.actor_critic",
     "rlhf_ppo.before_after": "rlhf_ppo.pipeline.before_after",

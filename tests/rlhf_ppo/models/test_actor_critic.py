@@ -217,7 +217,7 @@ def test_the_warm_up_moves_the_critic_alone(make_trainer, make_model, prompts, k
 def test_the_warm_up_learns_monte_carlo_returns_and_leaves_the_controllers(make_trainer, prompts, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "rlhf_ppo.trainer.estimate",
+        "rlhf_ppo.training.trainer.methods.estimate",
         lambda rollout, rewards, args: seen.append(args) or estimate(rollout, rewards, args),
     )
     settings = {"gae_lambda": 0.95, "gae_lambda_value": 0.5, "clip_range_vf": 0.2}
