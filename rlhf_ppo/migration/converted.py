@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from rlhf_ppo.runtime.logs.trackers import TRACKERS
 
 NO_CLIPPING = 1e9
 """A norm that no gradient reaches."""
@@ -42,6 +45,34 @@ def in_rollouts(name: str, value: float, rollouts: int | None) -> int:
             "rows of the data set (--rows)"
         )
     return int(value) if value >= 1 else math.ceil(value * (rollouts or 0))
+
+
+def warm_up(theirs: Mapping[str, Any], name: str, rollouts: int | None, converted: Converted) -> None:
+    """Set schedule and warm-up: the other projects count it in rollouts, `train` in optimizer steps.
+
+    Args:
+        theirs: the project's arguments.
+        name: the argument with the warm-up: a number of rollouts or a share of the run's.
+        rollouts: of the run; None: not known.
+        converted: has the settings of a rollout's optimizer steps.
+    Raises:
+        ValueError: see :func:`in_rollouts`.
+    """
+    ours, schedule = converted.settings, theirs["lr_scheduler_type"]
+    if schedule in SCHEDULES:
+        ours["lr_scheduler_type"] = SCHEDULES[schedule]
+    # Their "constant" has no warm-up.
+    warmup = 0 if schedule == "constant" else in_rollouts(name, theirs[name] or 0, rollouts)
+    steps = ours["num_epochs"] * ours["num_minibatches"]
+    ours["warmup_steps"] = warmup * steps
+    converted.arithmetic["warmup_steps"] = f"{warmup} rollouts of {steps} steps"
+
+
+def report_to(trackers: Any, converted: Converted) -> None:
+    """Set those of the trackers, a name or a list of names, that are known here."""
+    named = trackers if isinstance(trackers, list) else [trackers]
+    if known := [name for name in named if name in TRACKERS]:
+        converted.settings["report_to"] = known
 
 
 def require_positive(values: dict[str, Any]) -> None:

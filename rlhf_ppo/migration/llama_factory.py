@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ppo.migration.arguments import with_defaults
-from rlhf_ppo.migration.converted import SCHEDULES, Converted, in_rollouts
+from rlhf_ppo.migration.converted import Converted, in_rollouts, report_to, warm_up
 from rlhf_ppo.migration.prompts import described_prompts, find_dataset_info, read_rows
 from rlhf_ppo.migration.reading import Given
 from rlhf_ppo.migration.trl_0x import trainer_settings
-from rlhf_ppo.runtime.logs.trackers import TRACKERS
 
 _ATTENTION = {"disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "fa3": "flash_attention_3"}
 """Its flash_attn -> our attn_implementation."""
@@ -49,9 +48,7 @@ def convert(given: Given, rows: int | None) -> Converted:
         ours["attn_implementation"] = _ATTENTION[theirs["flash_attn"]]
     if "enable_thinking" in given.values:
         ours["chat_template_kwargs"] = {"enable_thinking": theirs["enable_thinking"]}
-    trackers = theirs["report_to"] if isinstance(theirs["report_to"], list) else [theirs["report_to"]]
-    if supported := [name for name in trackers if name in TRACKERS]:
-        ours["report_to"] = supported
+    report_to(theirs["report_to"], converted)
     return converted
 
 
@@ -191,14 +188,8 @@ def _length(theirs: dict[str, Any], rows: int | None, converted: Converted) -> i
 def _schedule(theirs: dict[str, Any], rollouts: int | None, converted: Converted) -> None:
     """Convert what LLaMA-Factory counts in rollouts: warm-up and checkpoints."""
     ours = converted.settings
-    if theirs["lr_scheduler_type"] in SCHEDULES:
-        ours["lr_scheduler_type"] = SCHEDULES[theirs["lr_scheduler_type"]]
     name = "warmup_steps" if theirs["warmup_steps"] or not theirs["warmup_ratio"] else "warmup_ratio"
-    constant = theirs["lr_scheduler_type"] == "constant"
-    warmup = 0 if constant else in_rollouts(name, theirs[name] or 0, rollouts)
-    steps = ours["num_epochs"] * ours["num_minibatches"]
-    ours["warmup_steps"] = warmup * steps
-    converted.arithmetic["warmup_steps"] = f"{warmup} rollouts of {steps} steps"
+    warm_up(theirs, name, rollouts, converted)
     ours["save_every"] = in_rollouts("save_steps", theirs["save_steps"], rollouts)
     if theirs["save_total_limit"] is not None:
         ours["save_total_limit"] = theirs["save_total_limit"]

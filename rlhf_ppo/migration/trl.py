@@ -8,9 +8,8 @@ from typing import Any
 
 from rlhf_ppo.config.migration_table import rows_of
 from rlhf_ppo.migration.arguments import with_defaults
-from rlhf_ppo.migration.converted import NO_CLIPPING, SCHEDULES, Converted, in_rollouts, require_positive
+from rlhf_ppo.migration.converted import NO_CLIPPING, Converted, in_rollouts, report_to, require_positive, warm_up
 from rlhf_ppo.migration.reading import Given
-from rlhf_ppo.runtime.logs.trackers import TRACKERS
 
 
 def convert(given: Given, rows: int | None) -> Converted:
@@ -48,9 +47,7 @@ def convert(given: Given, rows: int | None) -> Converted:
         ours["precision"] = "bf16"
     if trl["use_cpu"]:
         ours["device"] = "cpu"
-    trackers = trl["report_to"] if isinstance(trl["report_to"], list) else [trl["report_to"]]
-    if supported := [name for name in trackers if name in TRACKERS]:
-        ours["report_to"] = supported
+    report_to(trl["report_to"], converted)
     return converted
 
 
@@ -108,13 +105,7 @@ def _schedule(trl: Mapping[str, Any], converted: Converted) -> None:
     ours = converted.settings
     episodes = ours.get("total_episodes")
     rollouts = None if episodes is None else math.ceil(episodes / ours["rollout_batch_size"])
-    if trl["lr_scheduler_type"] in SCHEDULES:
-        ours["lr_scheduler_type"] = SCHEDULES[trl["lr_scheduler_type"]]
-    # TRL's "constant" has no warm-up.
-    constant = trl["lr_scheduler_type"] == "constant"
-    warmup = 0 if constant else in_rollouts("warmup_steps", trl["warmup_steps"], rollouts)
-    ours["warmup_steps"] = warmup * ours["num_epochs"] * ours["num_minibatches"]
-    converted.arithmetic["warmup_steps"] = f"{warmup} rollouts of {ours['num_epochs'] * ours['num_minibatches']} steps"
+    warm_up(trl, "warmup_steps", rollouts, converted)
     if trl["eval_strategy"] == "no":
         ours["eval_size"] = 0
     elif trl["eval_steps"]:

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf_ppo.migration.arguments import with_defaults
-from rlhf_ppo.migration.converted import NO_CLIPPING, Converted, require_positive
+from rlhf_ppo.migration.converted import NO_CLIPPING, Converted, report_to, require_positive
 from rlhf_ppo.migration.reading import Given
-from rlhf_ppo.runtime.logs.trackers import TRACKERS
 
 KL_ESTIMATORS = {"kl": "k1", "mse": "k2", "abs": "k3", "full": "k3"}
 """TRL's kl_penalty -> our kl_estimator; the last two are the nearest that there is."""
@@ -54,8 +53,7 @@ def convert(given: Given, rows: int | None) -> Converted:
         ours |= {"lora_rank": old["r"], "lora_alpha": old["lora_alpha"]}
         if old["target_modules"] is not None:
             ours["lora_target_modules"] = old["target_modules"]
-    if old["log_with"] in TRACKERS:
-        ours["report_to"] = [old["log_with"]]
+    report_to(old["log_with"], converted)
     return converted
 
 

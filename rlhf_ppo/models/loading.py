@@ -58,16 +58,13 @@ def find_config(model: str | PreTrainedModel) -> PretrainedConfig:
         config = find_config(base)
         if (labels := adapter_labels(Path(model) / "adapter_model.safetensors")) is not None:
             config.num_labels = labels  # the base's config does not count the labels of the adapter's head
-        return _of_one_label(config) if holds_reward_head(model) else config
-    try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-        return _of_one_label(config) if holds_reward_head(model) else config
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model {model!r} cannot be loaded: {explain_load_failure(model, error)}") from error
-
-
-def _of_one_label(config: PretrainedConfig) -> PretrainedConfig:
-    config.num_labels = 1  # the head beside a causal language model predicts one number
+    else:
+        try:
+            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model {model!r} cannot be loaded: {explain_load_failure(model, error)}") from error
+    if holds_reward_head(model):
+        config.num_labels = 1  # the head beside a causal language model predicts one number
     return config
 
 

@@ -64,6 +64,8 @@ _SCALED = (
     becomes("normalize_scores", True),
 )
 
+_STRONGER_KL = (becomes("kl_coef", 0.05), times("kl_coef", 3))
+
 _FP32 = Move("precision", "`precision` fp32", lambda now: None if now == "fp32" else "fp32")
 
 RULES = (
@@ -171,7 +173,7 @@ RULES = (
         "KL to the reference below 0.25 nats per token",
         symptoms.drift,
         "The policy leaves the language it started from, often to exploit the reward: read samples.jsonl.",
-        (becomes("kl_coef", 0.05), times("kl_coef", 3)),
+        _STRONGER_KL,
         watched="kl",
     ),
     Rule(
@@ -210,7 +212,7 @@ RULES = (
         "responses between half and twice their first length",
         symptoms.length,
         "If the reward is not about length, it pays for it by the way: look at score against length in samples.jsonl.",
-        (becomes("kl_coef", 0.05), times("kl_coef", 3)),
+        _STRONGER_KL,
         watched="length",
     ),
     Rule(
@@ -218,7 +220,7 @@ RULES = (
         "as much repetition as at the start",
         symptoms.repeats,
         "The policy says again what the reward liked: read samples.jsonl.",
-        (becomes("kl_coef", 0.05), times("kl_coef", 3)),
+        _STRONGER_KL,
         watched="repetition",
     ),
     Rule(
@@ -226,7 +228,7 @@ RULES = (
         "a held-out judge's score that does not fall while the reward rises",
         symptoms.judge_disagrees,
         "The policy has found what the reward likes and the judge does not: the rest of the run may only widen this.",
-        (times("total_episodes", 1 / 2), becomes("kl_coef", 0.05), times("kl_coef", 3)),
+        (times("total_episodes", 1 / 2), *_STRONGER_KL),
         watched="judge",
     ),
     Rule(
