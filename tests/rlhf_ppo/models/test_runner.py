@@ -189,18 +189,20 @@ def recast(cls: type) -> Any:
     return change
 
 
-class Scattered(TorchDispatchMode):
-    """Counts gradients of V columns that are copied into zeros of the whole's size."""
+class Counted(TorchDispatchMode):
+    """Counts the results with a column per token of the vocabulary that some operators return."""
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, vocabulary: int, *operators: Any) -> None:
         super().__init__()
-        self.vocabulary, self.count = vocabulary, 0
+        self.vocabulary, self.operators, self.count = vocabulary, operators, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if func.overloadpacket in (torch.ops.aten.select_backward, torch.ops.aten.slice_backward):
-            self.count += result.shape[-1] == self.vocabulary
+        self.count += func.overloadpacket in self.operators and result.shape[-1] == self.vocabulary
         return result
+
+
+COPIED_INTO_ZEROS = (torch.ops.aten.select_backward, torch.ops.aten.slice_backward)
 
 
 @pytest.mark.parametrize("packs", [True, False])
@@ -208,27 +210,14 @@ def test_the_gradient_of_a_users_own_logits_is_not_copied_into_zeros(make_model,
     model = recast(Wrapped)(make_model("gpt2"))
     runner = ModelRunner(model)
     runner.packs = packs
-    with Scattered(model.config.vocab_size) as scattered:
+    with Counted(model.config.vocab_size, *COPIED_INTO_ZEROS) as scattered:
         outputs = runner.outputs(Sequences(*batch))
         assert outputs.logits is not None
         outputs.logits.sum().backward()
     assert scattered.count == 0
-    with Scattered(model.config.vocab_size) as scattered:  # it would be seen
+    with Counted(model.config.vocab_size, *COPIED_INTO_ZEROS) as scattered:  # it would be seen
         torch.zeros(1, 2, model.config.vocab_size, requires_grad=True)[0].sum().backward()
     assert scattered.count == 1
-
-
-class Batched(TorchDispatchMode):
-    """Counts products of batches with the vocabulary as columns: each copies the output layer's weight per row."""
-
-    def __init__(self, vocabulary: int) -> None:
-        super().__init__()
-        self.vocabulary, self.count = vocabulary, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.count += func.overloadpacket is torch.ops.aten.bmm and result.shape[-1] == self.vocabulary
-        return result
 
 
 @pytest.mark.parametrize("bf16", [True, False])
@@ -236,12 +225,12 @@ def test_a_frozen_output_layer_is_not_copied_for_each_row(make_model, batch, bf1
     model = recast(Wrapped)(make_model("gpt2")).requires_grad_(False)
     runner, vocabulary = ModelRunner(model), model.config.vocab_size
     runner.packs = False
-    prompts, mask = batch[:2]
-    with Batched(vocabulary) as batched, computing(model, bf16=bf16):
+    prompts, mask = batch[:2]  # a product of batches copies the weight for each of these
+    with Counted(vocabulary, torch.ops.aten.bmm) as batched, computing(model, bf16=bf16):
         runner.decode_step(prompts, position_ids(mask), mask, runner.new_cache(16), hidden=False)
         runner.outputs(Sequences(*batch))
     assert batched.count == 0
-    with Batched(vocabulary) as batched:  # it would be seen
+    with Counted(vocabulary, torch.ops.aten.bmm) as batched:  # it would be seen
         torch.nn.functional.linear(torch.zeros(2, 3, 8)[:, 1:], torch.zeros(vocabulary, 8))
     assert batched.count == 1
 
